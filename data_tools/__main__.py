@@ -1,0 +1,62 @@
+"""`python -m data_tools NAME [arguments]`: picks the tool, and turns what it raises into an exit code."""
+
+import difflib
+import errno
+import importlib
+import signal
+import sys
+from collections.abc import Sequence
+
+# name: (module, what it does); a module is imported only when its tool runs, and has main(argv) -> exit code
+TOOLS = {
+    "digits": ("data_tools.digits", "scikit-learn's 1,797 handwritten digits as a tree of JPEG files"),
+}
+
+# How the system refuses a path that the user should not have given; a full disk, say, is no such mistake.
+USER_ERRNOS = frozenset({
+    errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR,
+    errno.EPERM, errno.EROFS,
+})  # fmt: skip
+
+EXIT_DONE, EXIT_FAILED, EXIT_USER_MISTAKE, EXIT_STOPPED = 0, 1, 2, 75
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code. What is neither ValueError nor OSError is a bug, and keeps its traceback."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print_tools()
+        return EXIT_DONE
+    name = arguments[0]
+    if name not in TOOLS:
+        nearest = difflib.get_close_matches(name, TOOLS, n=1, cutoff=0.0)[0]
+        return fail("vit_static data", f"unknown tool {name!r}; the nearest is {nearest!r} (-h lists all)")
+    module_name, _ = TOOLS[name]
+    prefix = f"vit_static data {name}"
+    try:
+        return int(importlib.import_module(module_name).main(arguments[1:]))
+    except ValueError as error:
+        return fail(prefix, str(error))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        code = EXIT_USER_MISTAKE if error.errno in USER_ERRNOS else EXIT_FAILED
+        return fail(prefix, f"{where}{error.strerror or error}", code)
+    except KeyboardInterrupt:
+        return fail(prefix, "stopped on request", EXIT_STOPPED)
+
+
+def print_tools() -> None:
+    print("usage: python -m data_tools NAME [arguments]   (NAME -h shows a tool's own arguments)\n")
+    for name, (_, summary) in TOOLS.items():
+        print(f"  {name:<12}{summary}")
+
+
+def fail(prefix: str, message: str, code: int = EXIT_USER_MISTAKE) -> int:
+    print(f"{prefix}: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    # SIGTERM unwinds like Ctrl-C, so that a tool's temporary files go with it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())

@@ -1,0 +1,156 @@
+#!/usr/bin/env bash
+# ./run.sh VERB [arguments]: finds or makes the Python environment, then runs the verb in it.
+# ./run.sh --help lists the verbs. From any folder; paths are relative to the caller's.
+#
+#   PYTHON               which Python 3.10-3.12 .venv is made with
+#   VIT_STATIC_DEVICE    cpu or gpu, instead of asking nvidia-smi
+#   VIT_STATIC_PADDLE_INDEX   where to get Paddle's GPU build, instead of choosing by the driver
+#   NPROC                processes on this machine; without it one, or one a visible GPU
+#   CUDA_VISIBLE_DEVICES, PADDLE_NNODES, PADDLE_MASTER   as for paddle.distributed.launch
+set -euo pipefail
+
+root=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")
+lock=$root/.requirements/lock.txt
+
+say() { echo "vit_static: $*" >&2; }
+fail() { say "${*:2}"; exit "$1"; }
+
+# ---- which environment, which build of Paddle ----
+
+active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+[[ $active -ef $root/.venv ]] && active=
+env=${active:-$root/.venv}
+python=$env/bin/python
+stamp=$env/.vit_static-setup # written last: what is installed
+log=$env/vit_static-setup.log
+
+case ${VIT_STATIC_DEVICE:-} in
+    cpu | gpu) ;;
+    "") if nvidia-smi -L > /dev/null 2>&1; then VIT_STATIC_DEVICE=gpu; else VIT_STATIC_DEVICE=cpu; fi ;;
+    *) fail 2 "VIT_STATIC_DEVICE=$VIT_STATIC_DEVICE: it must be cpu or gpu" ;;
+esac
+export VIT_STATIC_DEVICE # vit_static/launch.py need not ask nvidia-smi again
+
+# The interpreter's real path stands for its version, without starting it.
+wanted_stamp() { echo "$(sha256sum < "$lock") $VIT_STATIC_DEVICE $(readlink -f -- "$python")"; }
+
+is_set_up() {
+    [[ -x $python && -f $stamp && $(< "$stamp") == "$(wanted_stamp)" ]] || return 1
+    [[ -n $active || -z ${PYTHON:-} ]] || [[ $(real_path_of "$PYTHON") == $(readlink -f -- "$python") ]]
+}
+
+# ---- making it ----
+
+real_path_of() { "$1" -c 'import os, sys; print(os.path.realpath(sys.executable))' 2> /dev/null; }
+is_supported() { "$1" -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 12)' 2> /dev/null; }
+
+find_python() {
+    local candidate without_ensurepip=
+    local candidates=(python3 python3.12 python3.11 python3.10)
+    [[ -z ${PYTHON:-} ]] || candidates=("$PYTHON")
+    for candidate in "${candidates[@]}"; do
+        is_supported "$candidate" || continue
+        if "$candidate" -c 'import ensurepip, venv' 2> /dev/null; then
+            echo "$candidate"
+            return
+        fi
+        without_ensurepip=$candidate
+    done
+    [[ -z $without_ensurepip ]] ||
+        fail 2 "$without_ensurepip can't make environments (no ensurepip): apt install python3-venv"
+    fail 2 "no Python 3.10, 3.11 or 3.12 found (tried ${candidates[*]}); name one with PYTHON=/path/to/python3"
+}
+
+# Paddle's own index has a folder a CUDA version. Of those for CUDA 12, which DALI's build is for too:
+# cu129 knows Blackwell, and cu126 runs on any driver for CUDA 12.
+paddle_index() {
+    local cuda
+    cuda=$(nvidia-smi 2> /dev/null | sed -nE 's/.*CUDA [A-Za-z ]*Version: *([0-9]+)\.([0-9]).*/\1\2/p' || true)
+    [[ -n $cuda ]] || fail 2 "nvidia-smi names no CUDA version; choose a folder of" \
+        "https://www.paddlepaddle.org.cn/packages/stable/ with VIT_STATIC_PADDLE_INDEX=URL"
+    ((cuda >= 120)) || fail 2 "the NVIDIA driver is too old: CUDA ${cuda%?}.${cuda: -1}, and DALI needs 12.0;" \
+        "update it, or set VIT_STATIC_DEVICE=cpu"
+    echo "https://www.paddlepaddle.org.cn/packages/stable/$( ((cuda >= 129)) && echo cu129 || echo cu126)/"
+}
+
+pip_install() {
+    local output
+    # Through a variable too: on a full disk the log is empty. Wheels only: no compiler is needed.
+    output=$("$python" -m pip install --no-input --disable-pip-version-check --progress-bar off \
+        --only-binary=:all: "$@" 2>&1 | tee -a -- "$log" 2> /dev/null) && return
+    output=$(grep -E '^ERROR' <<< "$output" || echo "$output")
+    output=${output##*$'\n'}
+    fail 1 "could not install: ${output#ERROR: } (all of pip's output: $log)"
+}
+
+install_packages() {
+    local reinstall=()
+    # A package that a killed pip has half copied passes for installed.
+    [[ ! -e $stamp.unfinished ]] || reinstall=(--force-reinstall)
+    rm -f -- "$stamp"
+    touch -- "$stamp.unfinished"
+    if [[ $VIT_STATIC_DEVICE == cpu ]]; then
+        pip_install "${reinstall[@]}" --require-hashes -r "$lock"
+        return
+    fi
+    local index version
+    index=${VIT_STATIC_PADDLE_INDEX:-$(paddle_index)}
+    version=$(sed -nE 's/^paddlepaddle==([^ ;]+).*/\1/p' "$lock")
+    pip_install "${reinstall[@]}" --require-hashes \
+        -r <(awk '/^[^ #]/ { is_paddle = /^paddlepaddle==/ } !is_paddle' "$lock")
+    # PyPI has no GPU build of Paddle 3. What it needs of PyPI's keeps the lock's versions.
+    pip_install "${reinstall[@]}" --extra-index-url "$index" "paddlepaddle-gpu==$version" \
+        -c <(sed -nE '/^paddlepaddle==/d; s/^([a-z0-9].*==[^\\]*).*/\1/p' "$lock")
+}
+
+# In a subshell, so that its end gives the lock back; the kernel does so after a kill, too.
+make_environment() (
+    [[ -z $active ]] || is_supported "$python" ||
+        fail 2 "the active environment $env has no Python 3.10-3.12: deactivate it"
+    exec 9> "${active:-$root/.venv}${active:+/.vit_static}.lock"
+    flock -n 9 || { say "waiting for another setup to end ..." && flock 9; }
+    ! is_set_up || exit 0 # the other has done it
+
+    if [[ -n $active ]]; then
+        : > "$log"
+        "$python" -m pip --version >> "$log" 2>&1 || "$python" -m ensurepip >> "$log" 2>&1 ||
+            fail 1 "the active environment $env has no pip (see $log)"
+    else
+        local base
+        base=$(find_python)
+        mkdir -p -- "$env"
+        find "$env/" -mindepth 1 -delete # whatever a killed setup, another Python or device left
+        "$base" -m venv "$env" > "$log" 2>&1 || fail 1 "$base can't make $env (see $log)"
+    fi
+    say "installing Paddle ($VIT_STATIC_DEVICE build), DALI and the rest into ${env/#$root\//}" \
+        "(2 GB, with CUDA more; a minute or two) ..."
+    if [[ -n $active ]]; then # both builds of Paddle are one Python package: they exclude each other
+        local other=paddlepaddle-gpu
+        [[ $VIT_STATIC_DEVICE == cpu ]] || other=paddlepaddle
+        "$python" -m pip uninstall -y "$other" >> "$log" 2>&1
+    fi
+    install_packages
+    wanted_stamp > "$stamp.new"
+    mv -- "$stamp.new" "$stamp"
+    rm -f -- "$stamp.unfinished"
+    say "installed"
+)
+
+# ---- the verb ----
+
+is_set_up || make_environment
+
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONSAFEPATH=1   # from Python 3.11: a yaml.py in the caller's folder is not taken for the package
+export PYTHONNOUSERSITE=1 # nor what lies in ~/.local, which a Conda environment would prefer
+
+verb=${1:-help}
+shift || true
+case $verb in
+    setup) ;;
+    test) cd -- "$root" && exec "$python" -m pytest "$@" ;;
+    data) exec "$python" -m data_tools "$@" ;;
+    pretrain | finetune | eval) exec "$python" -m vit_static.launch "$verb" "$@" ;; # perhaps in many processes
+    -h | --help | help) exec "$python" -m vit_static --help ;;
+    *) exec "$python" -m vit_static "$verb" "$@" ;;
+esac

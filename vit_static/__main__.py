@@ -1,0 +1,129 @@
+"""The command line: verbs, their flags, exit codes. No logic."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+EXIT_DONE, EXIT_FAILED, EXIT_USER_MISTAKE, EXIT_STOPPED = 0, 1, 2, 75
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises ValueError for a wrong argument, where argparse would print its usage above the mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} ('./run.sh --help' lists the verbs, './run.sh VERB --help' the arguments)")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="./run.sh", description="Vision Transformers: train, evaluate, export, predict.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
+
+    def add(name: str, help_text: str) -> argparse.ArgumentParser:
+        verb = verbs.add_parser(name, help=help_text, description=help_text)
+        verb.add_argument("-v", "--verbose", action="store_true", help="Paddle's and DALI's own messages too")
+        return verb
+
+    def add_config(verb: argparse.ArgumentParser, default: Path | None) -> None:
+        said = "the weights' own" if default is None else default.name
+        verb.add_argument("-c", "--config", type=Path, default=default, help=f"YAML file (default: {said})")
+        verb.add_argument(
+            "-o", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE", help="overrides a key"
+        )
+
+    for name in ("setup", "test", "data"):  # run.sh's own; here for the list of verbs
+        add(name, {"setup": "make the environment", "test": "run the tests", "data": "prepare data sets"}[name])
+    for name, default in (("pretrain", "quickstart.yaml"), ("finetune", "quickstart_finetune.yaml")):
+        verb = add(name, f"train; without arguments {default}")
+        add_config(verb, CONFIGS / default)
+        verb.add_argument(
+            "--resume",
+            choices=["auto", "never"],
+            default="auto",
+            help="auto: go on from the run's latest checkpoint, if there is one",
+        )
+    verb = add("eval", "top-1, top-5 and loss over the validation images")
+    add_config(verb, None)
+    verb.add_argument("--checkpoint", type=Path, required=True, help="a run's folder, a checkpoint or a .pdparams file")
+    verb = add("export", "files for Paddle Inference, checked against the trained model")
+    add_config(verb, None)
+    verb.add_argument("--checkpoint", type=Path, required=True, help="a run's folder, a checkpoint or a .pdparams file")
+    verb.add_argument("--out", type=Path, required=True, help="folder to write to")
+    verb = add("predict", "one JSON line an image: its path and its classes, the likeliest first")
+    verb.add_argument("--model", type=Path, required=True, help="folder that export wrote")
+    verb.add_argument("--top-k", type=int, default=5)
+    verb.add_argument("--batch-size", type=int, default=32)
+    verb.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a verb. A user's mistake is one line on stderr and exit code 2; anything else keeps its traceback."""
+    try:
+        arguments = make_parser().parse_args(argv)
+        quieten(arguments.verbose)
+        return run(arguments)
+    except ValueError as error:
+        if isinstance(error, UnicodeError) or not _is_ours(error):
+            traceback.print_exc()
+            return EXIT_FAILED
+        print(f"vit_static: {error}", file=sys.stderr)
+        return EXIT_USER_MISTAKE
+    except KeyboardInterrupt:
+        print("vit_static: stopped on request", file=sys.stderr)
+        return EXIT_STOPPED
+    except Exception:
+        traceback.print_exc()
+        return EXIT_FAILED
+
+
+def _is_ours(error: ValueError) -> bool:
+    """Whether an error is one of this program's, raised for a user's mistake, not one from within a library."""
+    return type(error) is ValueError or type(error).__module__.startswith("vit_static")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from vit_static.config import load
+
+    if arguments.verb in ("pretrain", "finetune"):
+        config = load(arguments.config, arguments.overrides)
+        from vit_static.train import train
+
+        return EXIT_DONE if train(config, resume=arguments.resume == "auto") else EXIT_STOPPED
+    if arguments.verb == "eval":
+        config = None if arguments.config is None else load(arguments.config, arguments.overrides)
+        from vit_static import evaluate
+
+        evaluate.run(config, arguments.checkpoint, arguments.overrides)
+    elif arguments.verb == "export":
+        config = None if arguments.config is None else load(arguments.config, arguments.overrides)
+        from vit_static import export
+
+        export.run(config, arguments.checkpoint, arguments.out, arguments.overrides)
+    elif arguments.verb == "predict":
+        from vit_static import predict
+
+        return predict.run(arguments.model, arguments.images, arguments.top_k, arguments.batch_size)
+    else:
+        raise ValueError(f"{arguments.verb} is run.sh's own verb: ./run.sh {arguments.verb}")
+    return EXIT_DONE
+
+
+def quieten(verbose: bool) -> None:
+    """Keeps Paddle's dozens of start-up lines from the console. Before Paddle is imported."""
+    if not verbose:
+        os.environ.setdefault("GLOG_minloglevel", "2")
+        warnings.filterwarnings("ignore")
+        logging.disable(logging.WARNING)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,277 @@
+"""What a run can be told: typed, frozen sections, with every default; YAML files, ``-o`` overrides, validation.
+
+A config file holds only what differs from the defaults below. `load` puts file and overrides together and raises
+`ConfigError`, in one line that names the key and the remedy, for anything that it doesn't know.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+Pixels = Annotated[int, Field(ge=1)]
+Interpolation = Literal["bilinear", "bicubic"]
+
+
+class ConfigError(ValueError):
+    """A user's mistake in a config file or an override."""
+
+
+def _height_and_width(value: Any) -> Any:
+    """An image size may be one number, for a square."""
+    return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+ImageSize = Annotated[tuple[Pixels, Pixels], BeforeValidator(_height_and_width)]
+
+
+class Section(BaseModel):
+    """A part of the config: frozen, no key but those declared, no infinities."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
+
+
+class ModelConfig(Section):
+    variant: str = Field("B/16", description="a name of model.VARIANTS; the five keys after `pos_embed` override it")
+    image_size: ImageSize = Field((224, 224), description="pixels: a number, or [height, width]")
+    num_classes: Count = 1000
+    pool: Literal["cls", "gap"] = "cls"
+    pos_embed: Literal["learn", "sincos2d"] = "learn"
+    patch_size: Pixels | None = None
+    width: Count | None = None
+    depth: Count | None = None
+    num_heads: Count | None = None
+    mlp_dim: Count | None = None
+    representation_size: Count | None = Field(None, description="width of a tanh layer before the head")
+    head_bias_init: float = Field(0.0, description="-10 for the seed's sigmoid loss")
+    qkv_bias: bool = True
+    dropout: Rate = 0.0
+    attention_dropout: Rate = 0.0
+    drop_path_rate: Rate = Field(0.0, description="the last block's; linear from 0 over the depth")
+    layer_scale_init: float | None = None
+
+
+class DataConfig(Section):
+    root: str = Field("data/imagenet", description="folder with train/CLASS/* and val/CLASS/*")
+    global_batch_size: Count = Field(1024, description="images an optimizer step, over all ranks and micro-batches")
+    num_threads: Count = Field(4, description="DALI's CPU threads a rank")
+    prefetch_batches: Count = 2
+    mean: tuple[float, float, float] = Field((0.5, 0.5, 0.5), description="of pixels in 0-1, RGB")
+    std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)
+
+
+class AugmentConfig(Section):
+    """Training images: a random crop of an area and an aspect ratio, resized; a flip."""
+
+    crop_area: tuple[Fraction, Fraction] = Field((0.08, 1.0), description="share of the image, least and most")
+    crop_aspect: tuple[Positive, Positive] = Field((3 / 4, 4 / 3), description="width / height, least and most")
+    interpolation: Interpolation = "bicubic"
+    antialias: bool = True
+    flip_probability: Fraction = 0.5
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AugmentConfig:
+        for name in ("crop_area", "crop_aspect"):
+            least, most = getattr(self, name)
+            if not 0.0 < least <= most:
+                raise ValueError(f"{name}: [{least}, {most}] must be [least, most], both above 0")
+        return self
+
+
+class LossConfig(Section):
+    name: Literal["softmax", "sigmoid"] = "softmax"
+    label_smoothing: Rate = Field(
+        0.0,
+        description="e; softmax: targets y*(1-e) + e/classes; sigmoid, as the seed: y*(1-e) + e",
+    )
+
+
+class OptimConfig(Section):
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: NotNegative = Field(1e-3, description="the schedule's peak")
+    betas: tuple[Rate, Rate] = (0.9, 0.999)
+    epsilon: Positive = 1e-8
+    momentum: Rate = Field(0.9, description="sgd's")
+    weight_decay: NotNegative = Field(
+        0.0, description="adamw: decoupled, times lr; sgd: an L2 term in the gradient, after clipping"
+    )
+    clip_norm: Positive | None = Field(1.0, description="of all gradients together; null: no clipping")
+
+
+class ScheduleConfig(Section):
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    end_lr: NotNegative = Field(0.0, description="what linear ends at; cosine ends at 0, as the seed's")
+
+
+class TrainConfig(Section):
+    epochs: Positive = 300.0
+    max_steps: Count | None = Field(None, description="optimizer steps; where it is less than the epochs make")
+
+
+class ParallelConfig(Section):
+    dp: Count | Literal["auto"] = Field("auto", description="data-parallel ranks; auto: what is left of the world")
+    mp: Count = 1
+    pp: Count = 1
+    sharding_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    grad_accum_steps: Count = 1
+    recompute: Literal["none", "block"] = "none"
+
+
+class AmpConfig(Section):
+    level: Literal["auto", "O0", "O1", "O2"] = Field("auto", description="auto: O0 on a CPU, O2 on a card")
+    dtype: Literal["auto", "bfloat16", "float16"] = Field("auto", description="auto: bfloat16")
+    init_loss_scaling: Positive = Field(65536.0, description="float16's; bfloat16 needs none")
+    master_grad: bool = Field(True, description="O2: gradients in float32 for the update")
+
+
+class InitConfig(Section):
+    from_: str | None = Field(None, alias="from", description="weights: a run, a checkpoint or a .pdparams file")
+    head: Literal["reset", "keep"] = Field("reset", description="reset: a new head; keep: the file's")
+
+
+class EvalConfig(Section):
+    every_epochs: Positive = 1.0
+    resize: Literal["short", "direct"] = Field(
+        "short", description="short: the short side to image_size / crop_ratio, centre crop; direct: to image_size"
+    )
+    crop_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.875, description="224 / 0.875 = 256")
+    interpolation: Interpolation = "bicubic"
+    antialias: bool = True
+    batch_size: Count | None = Field(None, description="over all ranks; null: the training batch size")
+
+
+class CheckpointConfig(Section):
+    every_steps: Count | None = Field(None, description="null: at every evaluation")
+    keep_last: Count = 2
+
+
+class LogConfig(Section):
+    every_steps: Count = 50
+    tensorboard: bool = True
+
+
+class ExportConfig(Section):
+    num_check_images: Count = Field(64, description="validation images that the export is compared on")
+
+
+class Config(Section):
+    """Everything. `name` is the run's; its folder is `output_dir`/`name`."""
+
+    name: Annotated[str, Field(min_length=1, pattern=r"^[^/\\]+$")]
+    output_dir: str = "output"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    amp: AmpConfig = AmpConfig()
+    init: InitConfig = InitConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    export: ExportConfig = ExportConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir) / self.name
+
+
+def load(path: Path | None, overrides: Iterable[str] = ()) -> Config:
+    """The config of a YAML file (or of the defaults alone) with ``section.key=value`` overrides on top.
+
+    Raises ConfigError for a file that can't be read, and for keys, types and values that aren't right.
+    """
+    values = {} if path is None else _read_yaml(path)
+    origin = "-o" if path is None else str(path)
+    values.setdefault("name", "run" if path is None else path.stem)
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {_first_mistake(error)}") from None
+
+
+def dump(config: Config, path: Path) -> None:
+    """Writes the resolved config, every key of it, so that `load` gives it back."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read ({error.strerror}); -c takes a YAML file, such as those in configs/")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text; -c takes a YAML file") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must hold keys and values, not {type(values).__name__}")
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"-o {override}: must be section.key=value, such as -o optim.lr=3e-3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"-o {override}: {section} is not a section")
+    values[last] = value
+
+
+def _first_mistake(error: ValidationError) -> str:
+    """One line for the first of pydantic's errors: the key's path, its value, what is wrong, the nearest key."""
+    mistake = error.errors()[0]
+    path = [str(part) for part in mistake["loc"][: 2 if _section(mistake["loc"][:1]) else 1]]
+    key = ".".join(path)
+    if mistake["type"] == "extra_forbidden":
+        siblings = [field.alias or name for name, field in _section(path[:-1], Config).model_fields.items()]
+        nearest = difflib.get_close_matches(path[-1], siblings, n=1)
+        if nearest:
+            return f"{key} is not a key; did you mean {'.'.join([*path[:-1], *nearest])}?"
+        return f"{key} is not a key; there are {', '.join(siblings)}"
+    problem = mistake["msg"].removeprefix("Value error, ")
+    if mistake["type"] == "value_error":
+        return f"{key}: {problem}" if key else problem
+    return f"{key} = {mistake['input']!r}: {problem[0].lower()}{problem[1:]}"
+
+
+def _section(path: Sequence[Any], default: type[Section] | None = None) -> type[Section]:
+    """The section that a path of at most one name leads to; `default` where it leads to none."""
+    annotation = Config.model_fields[str(path[0])].annotation if path and path[0] in Config.model_fields else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else default
+
+
+def total_steps(train: TrainConfig, num_images: int, global_batch_size: int) -> int:
+    """Optimizer steps of a run: whole batches of `epochs` times the set, at least one, at most `max_steps`."""
+    steps = max(1, math.floor(train.epochs * num_images / global_batch_size))
+    return steps if train.max_steps is None else min(steps, train.max_steps)

@@ -1,0 +1,158 @@
+"""DALI's pipelines: the operations in the order in which they are executed, for CPU and GPU from the same lines.
+
+Both take from Python only which files come next (their names, and the random numbers for their augmentation), so
+they hold no random state and no position of their own: DALI's threads read, decode and transform.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import nvidia.dali.math as dali_math
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.pipeline import Pipeline
+
+from vit_static.config import AugmentConfig, DataConfig, EvalConfig
+
+NUM_CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop
+_INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+
+# (names of files as bytes, each [length], labels [B] int64, one more array of a row an image) for the n-th batch
+BatchSource = Callable[[int], tuple[Sequence[np.ndarray], np.ndarray, np.ndarray]]
+
+
+def train_pipeline(
+    source: BatchSource,
+    batch_size: int,
+    image_size: tuple[int, int],
+    data: DataConfig,
+    augment: AugmentConfig,
+    device_id: int | None,
+) -> Pipeline:
+    """Images [B, 3, height, width] float32 and labels [B]; `source` gives uniform draws [B, NUM_DRAWS] with the names.
+
+    `device_id` None is a pipeline on the CPU; a number decodes and transforms on that card.
+    """
+
+    @pipeline_def
+    def pipeline() -> tuple[Any, Any]:
+        names, labels, draws = _names_labels_and(source, ndim=1, dtype=types.FLOAT)
+        encoded = fn.io.file.read(names)
+        start, shape = random_crop(fn.peek_image_shape(encoded, adjust_orientation=False), draws, augment)
+        images = fn.decoders.image_slice(
+            encoded,
+            start,
+            shape,
+            axes=[0, 1],
+            normalized_anchor=False,
+            normalized_shape=False,
+            adjust_orientation=False,
+            device="cpu" if device_id is None else "mixed",
+        )
+        images = fn.resize(
+            images,
+            size=list(image_size),
+            interp_type=_INTERPOLATIONS[augment.interpolation],
+            antialias=augment.antialias,
+        )
+        flip = fn.cast(draws[22] < augment.flip_probability, dtype=types.INT32)
+        return _normalised(images, data, mirror=flip), labels
+
+    return _build(pipeline, batch_size, data, device_id)
+
+
+def random_crop(shape: Any, draws: Any, augment: AugmentConfig) -> tuple[Any, Any]:
+    """A crop's corner and size, [2] each (y, x), in an image of `shape` [3]: torchvision's RandomResizedCrop.
+
+    Ten tries at a share of the area (uniform) and an aspect ratio (uniform in its logarithm); the first that fits
+    in the image is placed uniformly. If none fits, the largest centred crop within the aspect ratios.
+    `draws` [24]: 0-9 areas, 10-19 aspects, 20 and 21 the place.
+    """
+    height, width = fn.cast(shape[0], dtype=types.FLOAT), fn.cast(shape[1], dtype=types.FLOAT)
+    least_area, most_area = augment.crop_area
+    least_aspect, most_aspect = augment.crop_aspect
+    area = height * width * (least_area + (most_area - least_area) * draws[0:10])
+    log_least, log_most = math.log(least_aspect), math.log(most_aspect)
+    aspect = dali_math.exp(log_least + (log_most - log_least) * draws[10:20])
+    tried_width = dali_math.floor(dali_math.sqrt(area * aspect) + 0.5)
+    tried_height = dali_math.floor(dali_math.sqrt(area / aspect) + 0.5)
+    fits = (tried_width >= 1) & (tried_width <= width) & (tried_height >= 1) & (tried_height <= height)
+    # The first that fits has the highest rank; where none fits, all ranks are 0 and nothing is chosen.
+    ranks = fn.cast(fits, dtype=types.FLOAT) * np.arange(NUM_CROP_ATTEMPTS, 0, -1, dtype=np.float32)
+    best = fn.reductions.max(ranks)
+    chosen = fn.cast((ranks == best) & fits, dtype=types.FLOAT)
+    none_fits = fn.cast(best == 0, dtype=types.FLOAT)
+    crop_width = fn.reductions.sum(tried_width * chosen)
+    crop_height = fn.reductions.sum(tried_height * chosen)
+    crop_width += none_fits * dali_math.min(width, dali_math.floor(height * most_aspect + 0.5))
+    crop_height += none_fits * dali_math.min(height, dali_math.floor(width / least_aspect + 0.5))
+    y_share = none_fits * 0.5 + (1 - none_fits) * draws[20]
+    x_share = none_fits * 0.5 + (1 - none_fits) * draws[21]
+    y = dali_math.min(dali_math.floor((height - crop_height + 1) * y_share), height - crop_height)
+    x = dali_math.min(dali_math.floor((width - crop_width + 1) * x_share), width - crop_width)
+    return fn.stack(y, x), fn.stack(crop_height, crop_width)
+
+
+def eval_pipeline(
+    source: BatchSource,
+    batch_size: int,
+    image_size: tuple[int, int],
+    data: DataConfig,
+    evaluation: EvalConfig,
+    device_id: int | None,
+) -> Pipeline:
+    """Images [B, 3, height, width] float32, labels [B] and `source`'s weights [B] (0 for what fills a batch up)."""
+
+    @pipeline_def
+    def pipeline() -> tuple[Any, Any, Any]:
+        names, labels, weights = _names_labels_and(source, ndim=0, dtype=types.FLOAT)
+        encoded = fn.io.file.read(names)
+        images = fn.decoders.image(
+            encoded, adjust_orientation=False, device="cpu" if device_id is None else "mixed"
+        )
+        resize = {"interp_type": _INTERPOLATIONS[evaluation.interpolation], "antialias": evaluation.antialias}
+        if evaluation.resize == "direct":
+            images = fn.resize(images, size=list(image_size), **resize)
+            return _normalised(images, data), labels, weights
+        images = fn.resize(images, size=list(resized_before_crop(image_size, evaluation)), mode="not_smaller", **resize)
+        return _normalised(images, data, crop=list(image_size)), labels, weights
+
+    return _build(pipeline, batch_size, data, device_id)
+
+
+def resized_before_crop(image_size: tuple[int, int], evaluation: EvalConfig) -> tuple[int, int]:
+    """The least size, height and width, to which an image is resized before its centre is cut out."""
+    return (round(image_size[0] / evaluation.crop_ratio), round(image_size[1] / evaluation.crop_ratio))
+
+
+def _names_labels_and(source: BatchSource, ndim: int, dtype: Any) -> tuple[Any, Any, Any]:
+    names, labels, rows = fn.external_source(
+        source=source, num_outputs=3, batch=True, dtype=[types.UINT8, types.INT64, dtype], ndim=[1, 0, ndim]
+    )
+    return names, labels, rows
+
+
+def _normalised(images: Any, data: DataConfig, **crop_or_mirror: Any) -> Any:
+    """Pixels 0-255 to (pixel / 255 - mean) / std, [3, height, width] each, centre-cropped or mirrored on the way."""
+    return fn.crop_mirror_normalize(
+        images,
+        mean=[255.0 * value for value in data.mean],
+        std=[255.0 * value for value in data.std],
+        dtype=types.FLOAT,
+        output_layout="CHW",
+        **crop_or_mirror,
+    )
+
+
+def _build(pipeline: Any, batch_size: int, data: DataConfig, device_id: int | None) -> Pipeline:
+    built = pipeline(
+        batch_size=batch_size,
+        num_threads=data.num_threads,
+        device_id=device_id,
+        prefetch_queue_depth=data.prefetch_batches,
+    )
+    built.build()
+    return built

@@ -1,0 +1,98 @@
+"""Top-1, top-5 and loss over a validation set, every image counted once; and the verb `eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vit_static import mesh as mesh_module
+from vit_static import model as model_module
+from vit_static.checkpoint import load_weights
+from vit_static.config import Config
+from vit_static.data.feed import Batch, EvalFeed
+from vit_static.data.images import ImageList, list_images
+from vit_static.log import RunLog
+from vit_static.loss import Criterion
+from vit_static.mesh import Mesh
+from vit_static.step import Program, choose_precision, use_onednn
+from vit_static.weights import load_state
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Per cent, the mean loss, and how many images they are of."""
+
+    top1: float
+    top5: float
+    loss: float
+    num_images: int
+
+
+def evaluate(program: Program, feed: Iterable[Batch], mesh: Mesh) -> Evaluation:
+    """Runs every image of the feed through the program. All ranks call it together and get the same figures."""
+    sums = np.zeros(4)  # top-1 hits, top-5 hits, loss, images
+    for images, labels, weights in feed:
+        real = np.asarray(weights) > 0
+        losses, ranks = program.eval_step(images, labels)[real].astype(np.float64).T
+        sums += [(ranks < 1).sum(), (ranks < 5).sum(), losses.sum(), real.sum()]
+    top1_hits, top5_hits, loss, num_images = mesh.total(sums)
+    return Evaluation(
+        top1=100.0 * top1_hits / num_images,
+        top5=100.0 * top5_hits / num_images,
+        loss=loss / num_images,
+        num_images=int(num_images),
+    )
+
+
+def eval_batch_size(config: Config, mesh: Mesh) -> int:
+    """The evaluation's batch over all ranks: as asked for, or the training micro-batch, made divisible by the ranks."""
+    wanted = config.eval.batch_size or config.data.global_batch_size // config.parallel.grad_accum_steps
+    return max(wanted // mesh.dp_size, 1) * mesh.dp_size
+
+
+def eval_feed(config: Config, images: ImageList, mesh: Mesh) -> EvalFeed:
+    return EvalFeed(
+        images,
+        config.model.image_size,
+        eval_batch_size(config, mesh),
+        config.data,
+        config.eval,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+        device_id=mesh.device_id,
+    )
+
+
+def run(config: Config | None, checkpoint: Path, overrides: list[str]) -> None:
+    """The verb: evaluates a checkpoint, with the config that it was trained with unless another is given."""
+    loaded = load_weights(checkpoint)
+    config = config or loaded.config_with(overrides)
+    images = list_images(config.data, "val", config.model.num_classes)
+    mesh = mesh_module.start(config.parallel, config.device, config.data.global_batch_size)
+    variant = model_module.variant_of(config.model)
+    onednn = use_onednn(mesh.device, variant.width)
+    model = model_module.build(config.model, model_module.attention_for(onednn))
+    load_state(model, loaded.state, str(loaded.source))
+    program = Program(
+        model,
+        Criterion(config.loss),
+        mesh,
+        choose_precision(config.amp, mesh.device),
+        image_size=config.model.image_size,
+        eval_batch_size=eval_batch_size(config, mesh),
+        onednn=onednn,
+    )
+    result = evaluate(program, eval_feed(config, images, mesh), mesh)
+    with RunLog(None, mesh.rank) as log:
+        log.say(describe(result))
+        log.say_json(asdict(result))
+
+
+def describe(result: Evaluation) -> str:
+    return (
+        f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  loss {result.loss:.4f}  "
+        f"over {result.num_images} images"
+    )

@@ -1,0 +1,128 @@
+"""What a run says: rank 0's console, ``metrics.jsonl``, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+
+class RunLog:
+    """The log of one rank; all but rank 0's are silent. A context manager: the end closes its files.
+
+    `run_dir` None writes to the console alone.
+    """
+
+    def __init__(self, run_dir: Path | None, rank: int = 0, tensorboard: bool = True) -> None:
+        self.speaks = rank == 0
+        self._metrics: TextIO | None = None
+        self._events: Any = None
+        self._bar: tqdm[Any] | None = None
+        if run_dir is not None and self.speaks:
+            self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+            if tensorboard:
+                from tensorboardX import SummaryWriter
+
+                self._events = SummaryWriter(str(run_dir))
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close_bar()
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._events is not None:
+            self._events.close()
+
+    def say(self, text: str) -> None:
+        """A line on the console, above the bar if there is one."""
+        if not self.speaks:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+
+    def say_json(self, values: dict[str, Any]) -> None:
+        """The same for a program that reads the console: one line of JSON."""
+        self.say(json.dumps(values))
+
+    def record(self, kind: str, step: int, epoch: float, **values: Any) -> None:
+        """A line of metrics.jsonl; the numbers of it go to TensorBoard as ``kind/key``."""
+        if self._metrics is not None:
+            entry = {"kind": kind, "step": step, "epoch": round(epoch, 4), **values}
+            finite = {
+                key: None if isinstance(value, float) and not math.isfinite(value) else value
+                for key, value in entry.items()
+            }
+            self._metrics.write(json.dumps(finite) + "\n")
+            self._metrics.flush()
+        if self._events is not None:
+            for key, value in values.items():
+                if isinstance(value, (int, float)) and not isinstance(value, bool):
+                    self._events.add_scalar(f"{kind}/{key}", value, step)
+
+    def open_bar(self, total_steps: int, done_steps: int) -> None:
+        """A bar with the time left, on a terminal; elsewhere the log steps' lines are all there is."""
+        if self.speaks and sys.stdout.isatty():
+            self._bar = tqdm(total=total_steps, initial=done_steps, unit="step", dynamic_ncols=True, file=sys.stdout)
+
+    def advance_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def train_line(self, step: int, total_steps: int, values: dict[str, float], seconds_left: float) -> None:
+        """The console's view of a log step: in the bar, or a plain line."""
+        shown = (
+            f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  grad_norm {values['grad_norm']:.2f}  "
+            f"{values['images_per_s']:.0f} images/s  data_wait {values['data_wait']:.1%}"
+        )
+        if values.get("mfu") is not None:
+            shown += f"  mfu {values['mfu']:.1%}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(shown)
+        else:
+            self.say(f"step {step}/{total_steps}  {shown}  {duration(seconds_left)} left")
+
+
+def duration(seconds: float) -> str:
+    """15 s, 3 min 05 s, 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+class Meter:
+    """Images a second and the share of the time that data was waited for, between log steps."""
+
+    def __init__(self) -> None:
+        self.reset(0.0)
+
+    def reset(self, seconds_waited: float) -> None:
+        """Starts a new interval; `seconds_waited` is the feed's running total."""
+        self._started = time.perf_counter()
+        self._waited = seconds_waited
+        self._paused = 0.0
+
+    def pause(self, seconds: float) -> None:
+        """Takes time that was not training (an evaluation, a checkpoint) out of the interval."""
+        self._paused += seconds
+
+    def read(self, num_images: int, seconds_waited: float) -> tuple[float, float]:
+        """(images a second, data wait 0-1) since the last reset."""
+        seconds = max(time.perf_counter() - self._started - self._paused, 1e-9)
+        return num_images / seconds, min(max((seconds_waited - self._waited) / seconds, 0.0), 1.0)

@@ -1,0 +1,60 @@
+"""The losses, and what is counted of a batch's logits."""
+
+from __future__ import annotations
+
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+
+from vit_static.config import LossConfig
+
+
+def per_image_loss(logits: paddle.Tensor, labels: paddle.Tensor, loss: LossConfig) -> paddle.Tensor:
+    """Logits [B, K] and labels [B] (int64) to losses [B], in float32.
+
+    softmax: cross-entropy with targets y * (1 - e) + e / K. sigmoid: binary cross-entropy summed over the classes,
+    with targets y * (1 - e) + e as in the seed (its 'ViTCELoss').
+    """
+    logits = logits.astype("float32")
+    num_classes = logits.shape[-1]
+    if loss.name == "softmax" and loss.label_smoothing == 0.0:
+        return F.cross_entropy(logits, labels, reduction="none").squeeze(-1)
+    smoothing = loss.label_smoothing
+    one_hot = F.one_hot(labels, num_classes)  # [B, K]
+    if loss.name == "softmax":
+        targets = one_hot * (1.0 - smoothing) + smoothing / num_classes
+        return -(targets * F.log_softmax(logits, axis=-1)).sum(axis=-1)
+    targets = one_hot * (1.0 - smoothing) + smoothing
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(axis=-1)
+
+
+def ranks_of_labels(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
+    """How many classes come before the label, [B] float32: 0 is a top-1 hit, up to 4 a top-5 hit.
+
+    Of equal scores the lower class comes first, as `argmax` has it. Scores that are NaN hit nothing.
+    """
+    logits = logits.astype("float32")
+    num_classes = logits.shape[-1]
+    own = (F.one_hot(labels, num_classes) * logits).sum(axis=-1, keepdim=True)  # [B, 1]
+    not_lower_class = paddle.arange(num_classes).unsqueeze(0) >= labels.unsqueeze(-1)  # [B, K]
+    behind = (logits < own) | ((logits == own) & not_lower_class)
+    return num_classes - behind.astype("float32").sum(axis=-1)
+
+
+class Criterion(nn.Layer):
+    """What the program returns of a batch: training, the mean loss; evaluating, [B, 2] losses and label ranks.
+
+    The evaluation's loss is the training loss without smoothing.
+    """
+
+    def __init__(self, loss: LossConfig) -> None:
+        super().__init__()
+        self._train_loss = loss
+        self._eval_loss = loss.model_copy(update={"label_smoothing": 0.0})
+
+    def forward(self, logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
+        if self.training:
+            losses = per_image_loss(logits, labels, self._train_loss)
+            return losses.sum() / losses.shape[0]  # not `mean`, which oneDNN refuses on one dimension
+        losses = per_image_loss(logits, labels, self._eval_loss)
+        return paddle.stack([losses, ranks_of_labels(logits, labels)], axis=1)

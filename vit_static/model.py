@@ -1,0 +1,457 @@
+"""The Vision Transformer (Dosovitskiy et al., arXiv 2010.11929): architecture, variants, position embeddings.
+
+The layers know nothing of precision, meshes, checkpoints or files. Shapes in the trailing comments:
+B images, N tokens (patches, and the class token if there is one), C the width, H heads of d = C / H channels.
+
+In memory the query, key and value projections are three layers, so that tensor parallelism can split each of
+them by heads without moving anything. In files they are one matrix, ``attn.qkv``, as PLSC and timm have it:
+`fuse_qkv` and `split_qkv` go from one to the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+from paddle.nn.initializer import Constant, Normal, XavierUniform
+
+from vit_static.config import ConfigError, ModelConfig
+from vit_static.flops import Shape
+
+LAYER_NORM_EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The shape of one published ViT, the image and the head left open."""
+
+    patch_size: int
+    width: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+
+
+VARIANTS: dict[str, Variant] = {
+    "Ti/16": Variant(16, 192, 12, 3, 768),
+    "S/16": Variant(16, 384, 12, 6, 1536),
+    "S/32": Variant(32, 384, 12, 6, 1536),
+    "B/16": Variant(16, 768, 12, 12, 3072),
+    "B/32": Variant(32, 768, 12, 12, 3072),
+    "L/16": Variant(16, 1024, 24, 16, 4096),
+    "L/32": Variant(32, 1024, 24, 16, 4096),
+    "H/14": Variant(14, 1280, 32, 16, 5120),
+    "g/14": Variant(14, 1408, 40, 16, 6144),
+    "G/14": Variant(14, 1664, 48, 16, 8192),
+    "6B/14": Variant(14, 2320, 80, 16, 11495),
+}
+
+
+def variant_of(config: ModelConfig) -> Variant:
+    """The config's variant with the keys that override it. Raises ConfigError for what no ViT can be."""
+    if config.variant not in VARIANTS:
+        raise ConfigError(f"model.variant = {config.variant!r}: there are {', '.join(VARIANTS)}")
+    named = asdict(VARIANTS[config.variant])
+    variant = Variant(**{key: getattr(config, key) or value for key, value in named.items()})
+    height, width = config.image_size
+    patch = variant.patch_size
+    if height % patch or width % patch:
+        sizes = [max(round(side / patch), 1) * patch for side in (height, width)]
+        raise ConfigError(
+            f"model.image_size = {[height, width]}: patches of {patch} pixels don't tile it; {sizes} would do"
+        )
+    if variant.width % variant.num_heads:
+        raise ConfigError(
+            f"model.num_heads = {variant.num_heads}: doesn't divide the width of {variant.width}; set another"
+        )
+    if config.pos_embed == "sincos2d" and variant.width % 4:
+        raise ConfigError(f"model.pos_embed = 'sincos2d': wants a width that 4 divides, not {variant.width}")
+    return variant
+
+
+def grid_of(config: ModelConfig) -> tuple[int, int]:
+    """Rows and columns of patches."""
+    patch_size = variant_of(config).patch_size
+    return config.image_size[0] // patch_size, config.image_size[1] // patch_size
+
+
+def shape_of(config: ModelConfig) -> Shape:
+    """What the model's operations are counted from."""
+    variant, (rows, columns) = variant_of(config), grid_of(config)
+    return Shape(
+        num_tokens=rows * columns + (config.pool == "cls"),
+        patch_dim=3 * variant.patch_size**2,
+        width=variant.width,
+        depth=variant.depth,
+        mlp_dim=variant.mlp_dim,
+        num_classes=config.num_classes,
+        representation_size=config.representation_size,
+    )
+
+
+# (query, key, value [B, N, H, d], dropout probability, training) -> [B, N, H, d]
+AttentionFunction = Callable[[paddle.Tensor, paddle.Tensor, paddle.Tensor, float, bool], paddle.Tensor]
+
+
+def flash_attention(
+    query: paddle.Tensor, key: paddle.Tensor, value: paddle.Tensor, dropout_p: float, training: bool
+) -> paddle.Tensor:
+    """Paddle's fused attention: FlashAttention on a card, plain matrix products on a CPU."""
+    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, training=training)
+
+
+def attention_by_3d_matmul(
+    query: paddle.Tensor, key: paddle.Tensor, value: paddle.Tensor, dropout_p: float, training: bool
+) -> paddle.Tensor:
+    """The same attention with batch and heads folded into one dimension.
+
+    For oneDNN on CPUs, whose float32 gradient of 4-D matrix products is wrong without an error in Paddle 3.3.1
+    (tests/test_onednn.py watches it); products of three dimensions are right.
+    """
+    num_tokens, num_heads, head_dim = query.shape[1:]
+
+    def fold(x: paddle.Tensor) -> paddle.Tensor:
+        return x.transpose([0, 2, 1, 3]).reshape([-1, num_tokens, head_dim])  # [B*H, N, d]
+
+    scores = paddle.matmul(fold(query * head_dim**-0.5), fold(key), transpose_y=True)  # [B*H, N, N]
+    weights = F.dropout(F.softmax(scores, axis=-1), dropout_p, training=training)
+    out = paddle.matmul(weights, fold(value))  # [B*H, N, d]
+    return out.reshape([-1, num_heads, num_tokens, head_dim]).transpose([0, 2, 1, 3])  # [B, N, H, d]
+
+
+def attention_for(onednn: bool) -> AttentionFunction:
+    """The attention that is right with oneDNN's kernels, or without them."""
+    return attention_by_3d_matmul if onednn else flash_attention
+
+
+def patches(images: paddle.Tensor, patch_size: int) -> paddle.Tensor:
+    """Images [B, 3, height, width] cut into [B, rows * columns, 3 * patch_size**2], row by row."""
+    channels, height, width = images.shape[1:]
+    rows, columns = height // patch_size, width // patch_size
+    x = images.reshape([0, channels, rows, patch_size, columns, patch_size])
+    x = x.transpose([0, 2, 4, 1, 3, 5])  # [B, rows, columns, 3, patch, patch]
+    return x.reshape([0, rows * columns, channels * patch_size**2])
+
+
+class PatchProjection(nn.Layer):
+    """The patch embedding's weights in a convolution's layout; the convolution itself as one matrix product.
+
+    Stride and kernel are equal, so the two are the same sums; the product is quicker and can be sharded.
+    """
+
+    def __init__(self, patch_size: int, width: int) -> None:
+        super().__init__()
+        fan_in = 3 * patch_size**2
+        self.weight = self.create_parameter(
+            [width, 3, patch_size, patch_size], default_initializer=Normal(0.0, math.sqrt(2.0 / fan_in))
+        )
+        self.bias = self.create_parameter([width], is_bias=True)
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        kernel = self.weight.reshape([self.weight.shape[0], -1])  # [C, 3 * patch**2]
+        return paddle.matmul(x, kernel, transpose_y=True) + self.bias  # [B, N, C]
+
+
+class PatchEmbed(nn.Layer):
+    def __init__(self, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = PatchProjection(patch_size, width)
+
+    def forward(self, images: paddle.Tensor) -> paddle.Tensor:
+        return self.proj(patches(images, self.patch_size))  # [B, N, C]
+
+
+class DropPath(nn.Layer):
+    """Stochastic depth (arXiv 1603.09382): drops the whole branch of an image with probability `p`."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        if self.p == 0.0 or not self.training:
+            return x
+        # One draw an image, those kept scaled by 1 / (1 - p). By a dropout of ones: `F.dropout(x, axis=0)` draws a
+        # uniform of a computed shape, which the auto-parallel passes of Paddle 3.3.1 refuse.
+        return x * F.dropout(paddle.ones_like(x[:, :1, :1]), self.p, training=True)
+
+
+class LayerScale(nn.Layer):
+    """A learned factor a channel on a residual branch (CaiT, arXiv 2103.17239)."""
+
+    def __init__(self, width: int, init: float) -> None:
+        super().__init__()
+        self.gamma = self.create_parameter([width], default_initializer=Constant(init))
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return x * self.gamma
+
+
+def linear(
+    in_features: int,
+    out_features: int,
+    *,
+    bias: bool = True,
+    weight_init: Any = None,
+    bias_init: float | Normal = 0.0,
+) -> nn.Linear:
+    """A linear layer, its weight Xavier-uniform unless `weight_init` says otherwise."""
+    return nn.Linear(
+        in_features,
+        out_features,
+        weight_attr=paddle.ParamAttr(initializer=weight_init or XavierUniform()),
+        bias_attr=paddle.ParamAttr(
+            initializer=Constant(bias_init) if isinstance(bias_init, float) else bias_init
+        )
+        if bias
+        else False,
+    )
+
+
+class Attention(nn.Layer):
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        qkv_bias: bool,
+        dropout: float,
+        attention_dropout: float,
+        attention: AttentionFunction,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention_dropout = attention_dropout
+        self.attention = attention
+        # The seed draws q, k and v as one matrix of `width` rows and 3 * `width` columns: the same limits here.
+        fused = XavierUniform(fan_in=width, fan_out=3 * width)
+        self.q = linear(width, width, bias=qkv_bias, weight_init=fused)
+        self.k = linear(width, width, bias=qkv_bias, weight_init=fused)
+        self.v = linear(width, width, bias=qkv_bias, weight_init=fused)
+        self.proj = linear(width, width)
+        self.proj_drop = nn.Dropout(dropout)
+
+    def split_heads(self, x: paddle.Tensor) -> paddle.Tensor:
+        return x.reshape([0, 0, self.num_heads, x.shape[-1] // self.num_heads])  # [B, N, H, d]
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        query, key, value = self.split_heads(self.q(x)), self.split_heads(self.k(x)), self.split_heads(self.v(x))
+        x = self.attention(query, key, value, self.attention_dropout, self.training)  # [B, N, H, d]
+        return self.proj_drop(self.proj(x.flatten(2)))  # [B, N, C]
+
+
+class Mlp(nn.Layer):
+    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.fc1 = linear(width, hidden, bias_init=Normal(0.0, 1e-6))
+        self.fc2 = linear(hidden, width, bias_init=Normal(0.0, 1e-6))
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))  # [B, N, hidden], then [B, N, C]
+
+
+class Block(nn.Layer):
+    """A pre-norm Transformer block (eq. 2 and 3 of the paper)."""
+
+    def __init__(
+        self,
+        width: int,
+        mlp_dim: int,
+        attention: Attention,
+        *,
+        dropout: float,
+        drop_path_rate: float,
+        layer_scale_init: float | None,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, LAYER_NORM_EPSILON)
+        self.attn = attention
+        self.norm2 = nn.LayerNorm(width, LAYER_NORM_EPSILON)
+        self.mlp = Mlp(width, mlp_dim, dropout)
+        self.drop_path = DropPath(drop_path_rate)
+        scaled = layer_scale_init is not None
+        self.ls1 = LayerScale(width, layer_scale_init) if scaled else nn.Identity()
+        self.ls2 = LayerScale(width, layer_scale_init) if scaled else nn.Identity()
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))  # [B, N, C]
+
+
+def build(config: ModelConfig, attention: AttentionFunction = flash_attention) -> VisionTransformer:
+    """The config's model, freshly initialised. Raises ConfigError for what no ViT can be."""
+    return VisionTransformer(
+        **asdict(variant_of(config)),
+        image_size=config.image_size,
+        num_classes=config.num_classes,
+        pool=config.pool,
+        pos_embed=config.pos_embed,
+        representation_size=config.representation_size,
+        head_bias_init=config.head_bias_init,
+        qkv_bias=config.qkv_bias,
+        dropout=config.dropout,
+        attention_dropout=config.attention_dropout,
+        drop_path_rate=config.drop_path_rate,
+        layer_scale_init=config.layer_scale_init,
+        attention=attention,
+    )
+
+
+class VisionTransformer(nn.Layer):
+    """Images [B, 3, height, width], normalised, to logits [B, num_classes].
+
+    `pool` is ``cls`` (a class token, whose last state is read) or ``gap`` (no class token; the patches' mean,
+    taken after the last norm, as big_vision does). `pos_embed` is ``learn`` or ``sincos2d`` (fixed).
+    `representation_size` puts a tanh layer of that width before the head (the paper's pretraining head).
+    `drop_path_rate` is the last block's; the others' rise linearly from 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: tuple[int, int],
+        patch_size: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        mlp_dim: int,
+        num_classes: int,
+        pool: str = "cls",
+        pos_embed: str = "learn",
+        representation_size: int | None = None,
+        head_bias_init: float = 0.0,
+        qkv_bias: bool = True,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        drop_path_rate: float = 0.0,
+        layer_scale_init: float | None = None,
+        attention: AttentionFunction = flash_attention,
+    ) -> None:
+        super().__init__()
+        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.pool = pool
+        num_prefix_tokens = 1 if pool == "cls" else 0
+        num_tokens = num_prefix_tokens + self.grid[0] * self.grid[1]
+
+        self.patch_embed = PatchEmbed(patch_size, width)
+        if pool == "cls":
+            self.cls_token = self.create_parameter([1, 1, width], default_initializer=Constant(0.0))
+        if pos_embed == "learn":
+            self.pos_embed = self.create_parameter([1, num_tokens, width], default_initializer=Normal(0.0, 0.02))
+        else:
+            fixed = sincos2d_pos_embed(self.grid, width, num_prefix_tokens)
+            self.register_buffer("pos_embed", paddle.to_tensor(fixed), persistable=False)
+        self.pos_drop = nn.Dropout(dropout)
+
+        self.blocks = nn.LayerList(
+            [
+                Block(
+                    width,
+                    mlp_dim,
+                    Attention(
+                        width,
+                        num_heads,
+                        qkv_bias=qkv_bias,
+                        dropout=dropout,
+                        attention_dropout=attention_dropout,
+                        attention=attention,
+                    ),
+                    dropout=dropout,
+                    drop_path_rate=drop_path_rate * index / max(depth - 1, 1),
+                    layer_scale_init=layer_scale_init,
+                )
+                for index in range(depth)
+            ]
+        )
+        self.norm = nn.LayerNorm(width, LAYER_NORM_EPSILON)
+        if representation_size is None:
+            self.head0 = None
+            self.head = linear(width, num_classes, weight_init=Constant(0.0), bias_init=head_bias_init)
+        else:
+            self.head0 = linear(width, representation_size)
+            self.head = linear(representation_size, num_classes, bias_init=head_bias_init)
+
+    def features(self, images: paddle.Tensor) -> paddle.Tensor:
+        """The pooled state after the last norm, [B, C]."""
+        x = self.patch_embed(images)  # [B, rows * columns, C]
+        if self.pool == "cls":
+            # A broadcast sum, not `expand`: under data parallelism Paddle 3.3.1 leaves the gradient of an expanded
+            # class token unreduced, without an error.
+            x = paddle.concat([paddle.zeros_like(x[:, :1]) + self.cls_token, x], axis=1)  # [B, N, C]
+        x = self.pos_drop(x + self.pos_embed)
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        return x[:, 0] if self.pool == "cls" else x.mean(axis=1)
+
+    def forward(self, images: paddle.Tensor) -> paddle.Tensor:
+        x = self.features(images)
+        if self.head0 is not None:
+            x = F.tanh(self.head0(x))
+        return self.head(x)
+
+
+def sincos2d_pos_embed(grid: tuple[int, int], width: int, num_prefix_tokens: int = 0) -> np.ndarray:
+    """The fixed embedding of 'Better plain ViT' (arXiv 2205.01580), [1, prefix + rows * columns, width], float32.
+
+    A quarter of the channels each: sine and cosine of the column, sine and cosine of the row, at frequencies
+    1 / 10000**(i / (width / 4 - 1)). Prefix tokens get zeros. 4 must divide the width.
+    """
+    rows, columns = np.mgrid[: grid[0], : grid[1]]
+    frequencies = 10000.0 ** -(np.arange(width // 4) / (width // 4 - 1))
+    row_angles = rows.reshape(-1, 1) * frequencies  # [rows * columns, width / 4]
+    column_angles = columns.reshape(-1, 1) * frequencies
+    table = np.concatenate(
+        [np.sin(column_angles), np.cos(column_angles), np.sin(row_angles), np.cos(row_angles)], axis=1
+    )
+    return np.concatenate([np.zeros((num_prefix_tokens, width)), table])[None].astype(np.float32)
+
+
+def resample_pos_embed(
+    pos_embed: np.ndarray, old_grid: tuple[int, int], new_grid: tuple[int, int]
+) -> np.ndarray:
+    """A learned position embedding on another grid, [1, prefix + rows * columns, C] in and out.
+
+    Bicubic between half-pixel centres, without antialiasing, as the seed does it; prefix tokens (what the
+    embedding holds beyond the old grid) are kept as they are.
+    """
+    num_prefix_tokens = pos_embed.shape[1] - old_grid[0] * old_grid[1]
+    prefix, table = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
+    table = table.reshape(1, *old_grid, -1).transpose(0, 3, 1, 2).astype(np.float32)  # [1, C, rows, columns]
+    resampled = F.interpolate(
+        paddle.to_tensor(table, place=paddle.CPUPlace()), size=list(new_grid), mode="bicubic", align_corners=False
+    )
+    table = resampled.numpy().transpose(0, 2, 3, 1).reshape(1, new_grid[0] * new_grid[1], -1)
+    return np.concatenate([prefix.astype(np.float32), table], axis=1)
+
+
+def fuse_qkv(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """From the layers' names to the files': ``attn.{q,k,v}.*`` become ``attn.qkv.*``, side by side in that order."""
+    fused = {}
+    for name, value in state.items():
+        if ".attn.q." in name:
+            parts = [state[name.replace(".attn.q.", f".attn.{part}.")] for part in "qkv"]
+            fused[name.replace(".attn.q.", ".attn.qkv.")] = np.concatenate(parts, axis=-1)
+        elif ".attn.k." not in name and ".attn.v." not in name:
+            fused[name] = value
+    return fused
+
+
+def split_qkv(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """From the files' names to the layers': the inverse of `fuse_qkv`."""
+    split = {}
+    for name, value in state.items():
+        if ".attn.qkv." in name:
+            for part, columns in zip("qkv", np.split(value, 3, axis=-1), strict=True):
+                split[name.replace(".attn.qkv.", f".attn.{part}.")] = columns
+        else:
+            split[name] = value
+    return split

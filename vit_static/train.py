@@ -1,0 +1,222 @@
+"""The one training loop, for pretraining and finetuning: read it top to bottom."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from vit_static import checkpoint, flops, mesh as mesh_module, model as model_module, report
+from vit_static import config as config_module
+from vit_static.checkpoint import Progress
+from vit_static.config import Config
+from vit_static.data.feed import TrainFeed
+from vit_static.data.images import list_images
+from vit_static.evaluate import describe, eval_batch_size, eval_feed, evaluate
+from vit_static.log import Meter, RunLog, duration
+from vit_static.loss import Criterion
+from vit_static.schedule import learning_rate
+from vit_static.step import Program, choose_precision, use_onednn
+from vit_static.weights import init_from, write_pdparams
+
+
+def train(config: Config, resume: bool = True) -> bool:
+    """Trains until the end of the schedule, True, or until SIGTERM or SIGINT, whose state is saved, False.
+
+    With `resume` the run goes on from its folder's latest checkpoint, if there is one.
+    """
+    # -- what is to be done: found out, and every mistake in it, before anything is built ------------------------
+    rank, world_size = mesh_module.rank_and_world_size()
+    mesh_module.check(config.parallel, world_size, config.data.global_batch_size)
+    shape = model_module.shape_of(config.model)
+    train_images = list_images(config.data, "train", config.model.num_classes)
+    val_images = list_images(config.data, "val", config.model.num_classes)
+    batch_size = config.data.global_batch_size
+    total_steps = config_module.total_steps(config.train, len(train_images), batch_size)
+    eval_every_images = config.eval.every_epochs * len(train_images)
+
+    # -- the processes -------------------------------------------------------------------------------------------
+    mesh = mesh_module.start(config.parallel, config.device, batch_size)
+    precision = choose_precision(config.amp, mesh.device)
+    onednn = use_onednn(mesh.device, shape.width)
+
+    # -- the model, and what it starts from: this run's latest checkpoint > init.from > fresh weights ------------
+    mesh_module.seed_everything(config.seed)
+    model = model_module.build(config.model, model_module.attention_for(onednn))
+    newest = checkpoint.latest(config.run_dir) if resume else None
+    start = "fresh weights"
+    if newest is not None:
+        checkpoint.check_same_run(newest, config)
+        start = f"going on from {newest}"
+    elif config.init.from_ is not None:
+        loaded = checkpoint.load_weights(Path(config.init.from_))
+        grid = None if loaded.config is None else model_module.grid_of(loaded.config.model)
+        loading = init_from(model, loaded.state, str(loaded.source), config.init, grid)
+        start = f"{loading.used} weights of {loaded.source}; {loading.describe()}"
+
+    # -- the program ---------------------------------------------------------------------------------------------
+    program = Program(
+        model,
+        Criterion(config.loss),
+        mesh,
+        precision,
+        image_size=config.model.image_size,
+        batch_size=batch_size,
+        eval_batch_size=eval_batch_size(config, mesh),
+        optim=config.optim,
+        amp=config.amp,
+        learning_rate=lambda step: learning_rate(step, total_steps, config.optim, config.schedule),
+        grad_accum_steps=config.parallel.grad_accum_steps,
+        seed=config.seed,
+        onednn=onednn,
+    )
+    progress = Progress(step=0)
+    if newest is not None:
+        progress = checkpoint.read_progress(newest)
+        state = program.state()
+        checkpoint.restore(state, newest, mesh)
+        program.set_state(state)
+
+    # -- the data ------------------------------------------------------------------------------------------------
+    feed = TrainFeed(
+        train_images,
+        config.model.image_size,
+        config.data,
+        config.augment,
+        seed=config.seed,
+        start_step=progress.step,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+        device_id=mesh.device_id,
+    )
+    validation = eval_feed(config, val_images, mesh)
+
+    # -- the run's folder ----------------------------------------------------------------------------------------
+    if rank == 0:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        config_module.dump(config, config.run_dir / "config.yaml")
+        checkpoint.write_class_names(config.run_dir, train_images.class_names)
+    mesh.wait_for_all()
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+    train_flops = flops.train_flops(shape)
+    peak = flops.peak_flops(mesh_module.device_name(mesh), precision.dtype)
+    with RunLog(config.run_dir, rank, config.log.tensorboard) as log, stop_requests() as requests:
+        log.say(
+            f"{config.name}: ViT {config.model.variant} {shape.width} wide, {shape.depth} deep, "
+            f"{sum(math.prod(p.shape) for p in model.parameters()) / 1e6:.2f} M parameters, "
+            f"{train_flops / 1e9:.2f} GFLOP an image and step; {start}"
+        )
+        log.say(
+            f"{len(train_images)} training and {len(val_images)} validation images in {config.data.root}; "
+            f"{total_steps} steps of {batch_size} images on {world_size} x {mesh.device}, "
+            f"precision {precision.level} {precision.dtype}, oneDNN {'on' if onednn else 'off'}"
+        )
+        if newest is not None:
+            log.record("event", progress.step, progress.step * batch_size / len(train_images), event="resumed")
+        log.open_bar(total_steps, progress.step)
+        meter, started, first_step = Meter(), time.perf_counter(), progress.step
+        last_logged = progress.step
+        stopped = False
+        while progress.step < total_steps and not stopped:
+            step = progress.step
+            images, labels = next(feed)
+            loss, grad_norm = program.train_step(images, labels, step)
+            progress = replace(progress, step=step + 1)
+            epoch = progress.step * batch_size / len(train_images)
+            is_last = progress.step == total_steps
+            log.advance_bar()
+
+            is_log_step = progress.step % config.log.every_steps == 0 or is_last
+            if is_log_step:  # the one place of the loop where the device is waited for
+                mean_loss = mesh.mean(program.scalar(loss))
+                num_images = (progress.step - last_logged) * batch_size
+                images_per_s, data_wait = meter.read(num_images, feed.seconds_waited)
+                values: dict[str, Any] = {
+                    "loss": mean_loss,
+                    "lr": learning_rate(step, total_steps, config.optim, config.schedule),
+                    "grad_norm": program.norm(grad_norm),
+                    "images_per_s": images_per_s,
+                    "data_wait": data_wait,
+                    "mfu": None if peak is None else images_per_s * train_flops / (peak * world_size),
+                }
+                log.record("train", progress.step, epoch, **values)
+                seconds_left = (time.perf_counter() - started) / (progress.step - first_step)
+                log.train_line(progress.step, total_steps, values, seconds_left * (total_steps - progress.step))
+                last_logged = progress.step
+                meter.reset(feed.seconds_waited)
+
+            # Many ranks must stop at one step: they agree where that costs nothing that isn't paid anyway.
+            if world_size == 1:
+                stopped = requests.received
+            elif mesh.device == "cpu" or is_log_step:
+                stopped = mesh.any_rank(requests.received)
+
+            images_seen = progress.step * batch_size
+            passed_epoch = images_seen // eval_every_images > (images_seen - batch_size) // eval_every_images
+            is_best = False
+            aside = time.perf_counter()
+            if (passed_epoch or is_last) and not stopped:
+                result = evaluate(program, validation, mesh)
+                is_best = progress.best_top1 is None or result.top1 > progress.best_top1
+                if is_best:
+                    progress = replace(progress, best_top1=result.top1)
+                log.record("eval", progress.step, epoch, **asdict(result))
+                log.say(f"epoch {epoch:.1f}  {describe(result)}{'  (best)' if is_best else ''}")
+            every = config.checkpoint.every_steps
+            if stopped or is_last or (passed_epoch if every is None else progress.step % every == 0):
+                checkpoint.save(
+                    program.state(), progress, config, mesh, train_images.class_names, is_best=is_best
+                )
+            meter.pause(time.perf_counter() - aside)
+        log.close_bar()
+
+        # -- the end ---------------------------------------------------------------------------------------------
+        if stopped:
+            log.record("event", progress.step, epoch, event="stopped")
+            log.say(f"stopped on request at step {progress.step}, state saved; the same command goes on from there")
+        else:
+            newest = checkpoint.latest(config.run_dir)
+            assert newest is not None
+            merged = checkpoint.merge(newest, config)
+            if rank == 0:
+                write_pdparams(merged, config.run_dir / "model.pdparams")
+            log.record("event", progress.step, progress.step * batch_size / len(train_images), event="finished")
+            log.say(
+                f"done in {duration(time.perf_counter() - started)}; best top-1 {progress.best_top1:.2f} %; "
+                f"weights in {config.run_dir / 'model.pdparams'}"
+            )
+    if rank == 0:
+        report.write(config.run_dir)
+    mesh.wait_for_all()
+    return not stopped
+
+
+class StopRequests:
+    """Whether SIGTERM or SIGINT has come. A second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def receive(self, signum: int, frame: Any) -> None:
+        if self.received:
+            os._exit(128 + signum)
+        self.received = True
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequests]:
+    """While open, the two signals are noted instead of ending the process."""
+    requests = StopRequests()
+    before = {number: signal.signal(number, requests.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield requests
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
