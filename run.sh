@@ -74,13 +74,15 @@ paddle_index() {
 }
 
 pip_install() {
-    local output
+    local output status reason
     # Through a variable too: on a full disk the log is empty. Wheels only: no compiler is needed.
     output=$("$python" -m pip install --no-input --disable-pip-version-check --progress-bar off \
         --only-binary=:all: "$@" 2>&1 | tee -a -- "$log" 2> /dev/null) && return
-    output=$(grep -E '^ERROR' <<< "$output" || echo "$output")
-    output=${output##*$'\n'}
-    fail 1 "could not install: ${output#ERROR: } (all of pip's output: $log)"
+    status=$?
+    reason=$(grep -E '^ERROR: ' <<< "$output" | tail -n 1 || true)
+    reason=${reason#ERROR: }
+    [[ $output != *"Retrying ("* ]] || reason+=" (pip could not reach the package index)"
+    fail 1 "could not install: ${reason:-pip ended with exit code $status} (all of pip's output: $log)"
 }
 
 install_packages() {

@@ -64,9 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help="ten digits, or the two classes even and odd (default: digit)")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR",
                         help="default: data/digits, or data/digits_parity for --labels parity")  # fmt: skip
-    parser.add_argument(
-        "--size", type=int, default=80, help=f"pixels a side, from {MIN_SIZE} up (default: 80)"
-    )
+    parser.add_argument("--size", type=int, default=80, help=f"pixels a side, from {MIN_SIZE} up (default: 80)")
     arguments = parser.parse_args(argv)
 
     made = make_digits(arguments.out or DEFAULT_ROOTS[arguments.labels], arguments.labels, arguments.size)
@@ -134,9 +132,7 @@ def validation_mask(digits: NDArray[np.int64]) -> NDArray[np.bool_]:
     return mask
 
 
-def write_set(
-    folder: Path, images: NDArray[np.uint8], digits: NDArray[np.int64], labels: str, size: int
-) -> None:
+def write_set(folder: Path, images: NDArray[np.uint8], digits: NDArray[np.int64], labels: str, size: int) -> None:
     """Writes a whole set into the new folder `folder`."""
     for split in ("train", "val"):
         for class_folder in CLASS_NAMES[labels]:

@@ -211,9 +211,7 @@ def test_a_file_that_cannot_be_written_whole_is_an_error_and_leaves_nothing(tmp_
 def test_without_scikit_learn_the_error_says_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(
-        sys.modules, "sklearn.datasets", None
-    )  # an import now fails as if it weren't installed
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)  # an import now fails as if it weren't installed
     assert main(["digits", "--out", str(tmp_path / "digits")]) == 2
     error = capsys.readouterr().err
     assert "pip install scikit-learn" in error and error.count("\n") == 1

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
+
+from vit_static import runtime
+from vit_static.config import load
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_MISTAKE, EXIT_STOPPED = 0, 1, 2, 75
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -69,8 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb. A user's mistake is one line on stderr and exit code 2; anything else keeps its traceback."""
     try:
         arguments = make_parser().parse_args(argv)
-        quieten(arguments.verbose)
         return run(arguments)
+    except BrokenPipeError:  # what reads the output has seen enough, such as `head`
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - for what Python flushes at its end
+        return EXIT_DONE
     except ValueError as error:
         if isinstance(error, UnicodeError) or not _is_ours(error):
             traceback.print_exc()
@@ -91,38 +94,29 @@ def _is_ours(error: ValueError) -> bool:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from vit_static.config import load
-
+    if arguments.verb in ("setup", "test", "data"):
+        raise ValueError(f"{arguments.verb} is run.sh's own verb: ./run.sh {arguments.verb}")
+    given = getattr(arguments, "config", None)
+    config = None if given is None else load(given, arguments.overrides)
+    runtime.prepare(arguments.verbose)  # before what imports Paddle, which is why the verbs are imported here
     if arguments.verb in ("pretrain", "finetune"):
-        config = load(arguments.config, arguments.overrides)
         from vit_static.train import train
 
+        assert config is not None
         return EXIT_DONE if train(config, resume=arguments.resume == "auto") else EXIT_STOPPED
-    if arguments.verb == "eval":
-        config = None if arguments.config is None else load(arguments.config, arguments.overrides)
-        from vit_static import evaluate
-
-        evaluate.run(config, arguments.checkpoint, arguments.overrides)
-    elif arguments.verb == "export":
-        config = None if arguments.config is None else load(arguments.config, arguments.overrides)
-        from vit_static import export
-
-        export.run(config, arguments.checkpoint, arguments.out, arguments.overrides)
-    elif arguments.verb == "predict":
+    if arguments.verb == "predict":
         from vit_static import predict
 
         return predict.run(arguments.model, arguments.images, arguments.top_k, arguments.batch_size)
+    if arguments.verb == "eval":
+        from vit_static import evaluate
+
+        evaluate.run(config, arguments.checkpoint, arguments.overrides)
     else:
-        raise ValueError(f"{arguments.verb} is run.sh's own verb: ./run.sh {arguments.verb}")
+        from vit_static import export
+
+        export.run(config, arguments.checkpoint, arguments.out, arguments.overrides)
     return EXIT_DONE
-
-
-def quieten(verbose: bool) -> None:
-    """Keeps Paddle's dozens of start-up lines from the console. Before Paddle is imported."""
-    if not verbose:
-        os.environ.setdefault("GLOG_minloglevel", "2")
-        warnings.filterwarnings("ignore")
-        logging.disable(logging.WARNING)
 
 
 if __name__ == "__main__":

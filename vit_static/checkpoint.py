@@ -152,7 +152,9 @@ class Weights:
         """The config with ``section.key=value`` overrides. Raises ConfigError where none lies beside the weights."""
         if self.config is None:
             raise ConfigError(f"{self.source}: has no {_CONFIG} beside it; name the run's config with -c")
-        return config_module.load(self.source.parent / _CONFIG if self.source.is_file() else self.source / _CONFIG, overrides)
+        return config_module.load(
+            self.source.parent / _CONFIG if self.source.is_file() else self.source / _CONFIG, overrides
+        )
 
 
 def load_weights(path: Path) -> Weights:
@@ -195,4 +197,3 @@ def merge(path: Path, config: Config) -> State:
     state = plain.state_dict()
     dist.load_state_dict(state, str(path))
     return fuse_qkv({name: value.numpy() for name, value in state.items()})
-

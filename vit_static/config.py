@@ -218,7 +218,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: can't be read ({error.strerror}); -c takes a YAML file, such as those in configs/")
+        raise ConfigError(
+            f"{path}: can't be read ({error.strerror}); -c takes a YAML file, such as those in configs/"
+        ) from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not UTF-8 text; -c takes a YAML file") from None
     try:

@@ -93,6 +93,5 @@ def run(config: Config | None, checkpoint: Path, overrides: list[str]) -> None:
 
 def describe(result: Evaluation) -> str:
     return (
-        f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  loss {result.loss:.4f}  "
-        f"over {result.num_images} images"
+        f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  loss {result.loss:.4f}  over {result.num_images} images"
     )

@@ -96,9 +96,7 @@ def find_layout(environ: Mapping[str, str]) -> Layout:
     num_gpus = count_visible_gpus(environ)
     num_local = positive_int(environ, "NPROC", default=max(1, num_gpus))
     if 0 < num_gpus < num_local:
-        raise ValueError(
-            f"NPROC={num_local}: only {num_gpus} GPUs are visible; VIT_STATIC_DEVICE=cpu runs on the CPU"
-        )
+        raise ValueError(f"NPROC={num_local}: only {num_gpus} GPUs are visible; VIT_STATIC_DEVICE=cpu runs on the CPU")
     return Layout(num_nodes, num_local, on_gpus=num_gpus > 0)
 
 
@@ -249,9 +247,7 @@ def run_workers(argv: Sequence[str], layout: Layout, cluster: Cluster) -> int:
                 worker.process.wait()
 
 
-def start_worker(
-    argv: Sequence[str], layout: Layout, cluster: Cluster, local_rank: int, log_dir: Path
-) -> Worker:
+def start_worker(argv: Sequence[str], layout: Layout, cluster: Cluster, local_rank: int, log_dir: Path) -> Worker:
     all_endpoints = [endpoint for node in cluster.endpoints for endpoint in node]
     rank = sum(len(node) for node in cluster.endpoints[: cluster.node]) + local_rank
     environ = {

@@ -17,9 +17,8 @@ def per_image_loss(logits: paddle.Tensor, labels: paddle.Tensor, loss: LossConfi
     """
     logits = logits.astype("float32")
     num_classes = logits.shape[-1]
-    if loss.name == "softmax" and loss.label_smoothing == 0.0:
-        return F.cross_entropy(logits, labels, reduction="none").squeeze(-1)
     smoothing = loss.label_smoothing
+    # Not `F.cross_entropy`: the gradient of the squeeze that its result needs is an error in oneDNN.
     one_hot = F.one_hot(labels, num_classes)  # [B, K]
     if loss.name == "softmax":
         targets = one_hot * (1.0 - smoothing) + smoothing / num_classes

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,7 +101,8 @@ def start(parallel: ParallelConfig, device: str, global_batch_size: int) -> Mesh
         if device == "cpu":
             os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"
             cpu_collectives.install()
-        dist.init_parallel_env()
+        with redirect_stderr(io.StringIO()):  # a table of the flags that runtime.py has set
+            dist.init_parallel_env()
     process_mesh = dist.ProcessMesh(list(range(world_size)), dim_names=["dp"])
     dist.auto_parallel.set_mesh(process_mesh)
     device_id = paddle.device.cuda.current_device() if device == "gpu" else None

@@ -207,9 +207,7 @@ def linear(
         in_features,
         out_features,
         weight_attr=paddle.ParamAttr(initializer=weight_init or XavierUniform()),
-        bias_attr=paddle.ParamAttr(
-            initializer=Constant(bias_init) if isinstance(bias_init, float) else bias_init
-        )
+        bias_attr=paddle.ParamAttr(initializer=Constant(bias_init) if isinstance(bias_init, float) else bias_init)
         if bias
         else False,
     )
@@ -415,9 +413,7 @@ def sincos2d_pos_embed(grid: tuple[int, int], width: int, num_prefix_tokens: int
     return np.concatenate([np.zeros((num_prefix_tokens, width)), table])[None].astype(np.float32)
 
 
-def resample_pos_embed(
-    pos_embed: np.ndarray, old_grid: tuple[int, int], new_grid: tuple[int, int]
-) -> np.ndarray:
+def resample_pos_embed(pos_embed: np.ndarray, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> np.ndarray:
     """A learned position embedding on another grid, [1, prefix + rows * columns, C] in and out.
 
     Bicubic between half-pixel centres, without antialiasing, as the seed does it; prefix tokens (what the

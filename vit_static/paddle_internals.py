@@ -37,9 +37,7 @@ class RecordedGlobalNorm(nn.ClipGradByGlobalNorm):
 
 def input_spec(name: str, shape: list[int], dtype: str, mesh: dist.ProcessMesh, split: list[Any]) -> Any:
     """What the engine must know of an input: its global shape, and over which axes of the mesh it is split."""
-    return DistributedInputSpec.from_dtensor(
-        dist.shard_tensor(paddle.zeros(shape, dtype=dtype), mesh, split), name
-    )
+    return DistributedInputSpec.from_dtensor(dist.shard_tensor(paddle.zeros(shape, dtype=dtype), mesh, split), name)
 
 
 def set_input_specs(program: dist.DistModel, inputs: list[Any], labels: list[Any]) -> None:
@@ -80,7 +78,7 @@ def compiled_program(program: dist.DistModel) -> Any:
     return program._engine._pir_dense_main_progs[program._engine._mode]
 
 
-def optimizer_names(program: dist.DistModel) -> dict[str, str]:
+def structured_names(program: dist.DistModel) -> dict[str, str]:
     """From the layers' parameter names to the model's own: `linear_3.w_0` to `blocks.0.attn.q.weight`."""
     return dict(program._parameter_to_structured_name)
 

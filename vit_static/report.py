@@ -75,9 +75,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def points(entries: list[dict[str, Any]], kind: str, key: str) -> list[tuple[int, float]]:
     """(step, value) in the order of the steps; of a step that a resumed run did again, the last."""
     by_step = {
-        entry["step"]: float(entry[key])
-        for entry in entries
-        if entry["kind"] == kind and entry.get(key) is not None
+        entry["step"]: float(entry[key]) for entry in entries if entry["kind"] == kind and entry.get(key) is not None
     }
     return sorted(by_step.items())
 

@@ -16,7 +16,7 @@ from paddle import nn
 
 from vit_static import model as model_module
 from vit_static import paddle_internals as internals
-from vit_static.config import AmpConfig, ConfigError, ModelConfig, OptimConfig
+from vit_static.config import AmpConfig, ConfigError, OptimConfig
 from vit_static.loss import Criterion
 from vit_static.mesh import Mesh
 from vit_static.optim import make_optimizer
@@ -146,23 +146,27 @@ class Program:
 
         Weights go by the model's own names, what the optimizer keeps of each by ``name@moment``.
         """
-        names = internals.optimizer_names(self._program)
-        longest_first = sorted(names, key=len, reverse=True)  # linear_1.w_0 is no part of linear_11.w_0
-        state = {}
-        for key, tensor in self._program.state_dict("param" if weights_only else "all").items():
-            if key in names.values():
-                state[key] = tensor
-            elif not key.startswith("learning_rate"):
-                layer_name = next(name for name in longest_first if key.startswith(name))
-                kept = key[len(layer_name) :].removeprefix(".dist").strip("_")
-                state[f"{names[layer_name]}@{kept}"] = tensor
-        return state
+        return {name: tensor for name, (_, tensor) in self._named_state("param" if weights_only else "all").items()}
 
     def set_state(self, state: dict[str, paddle.Tensor]) -> None:
         """The inverse of `state`, for tensors that came from it."""
-        own = self._program.state_dict("all")
-        by_canonical = dict(zip(self.state(), (key for key in own if not key.startswith("learning_rate")), strict=True))
-        self._program.set_state_dict({by_canonical[name]: tensor for name, tensor in state.items()})
+        program_names = {name: program_name for name, (program_name, _) in self._named_state("all").items()}
+        self._program.set_state_dict({program_names[name]: tensor for name, tensor in state.items()})
+
+    def _named_state(self, which: str) -> dict[str, tuple[str, paddle.Tensor]]:
+        """By canonical name, the program's own name of each tensor and the tensor."""
+        names = internals.structured_names(self._program)
+        longest_first = sorted(names, key=len, reverse=True)  # linear_1.w_0 is no part of linear_11.w_0
+        named = {}
+        for key, tensor in self._program.state_dict(which).items():
+            layer_name = next((name for name in longest_first if key.startswith(name)), None)
+            if key in names.values():
+                named[key] = (key, tensor)
+            elif layer_name is not None:
+                kept = key[len(layer_name) :].removeprefix(".dist").strip("_")
+                named[f"{names[layer_name]}@{kept}"] = (key, tensor)
+            # What is left is computed, not trained: the learning rate, a fixed position embedding.
+        return named
 
     def weights(self) -> State:
         """The weights in the files' layout, on this rank whole."""

@@ -12,8 +12,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from vit_static import checkpoint, flops, mesh as mesh_module, model as model_module, report
+from vit_static import checkpoint, flops, report
 from vit_static import config as config_module
+from vit_static import mesh as mesh_module
+from vit_static import model as model_module
 from vit_static.checkpoint import Progress
 from vit_static.config import Config
 from vit_static.data.feed import TrainFeed
@@ -171,9 +173,7 @@ def train(config: Config, resume: bool = True) -> bool:
                 log.say(f"epoch {epoch:.1f}  {describe(result)}{'  (best)' if is_best else ''}")
             every = config.checkpoint.every_steps
             if stopped or is_last or (passed_epoch if every is None else progress.step % every == 0):
-                checkpoint.save(
-                    program.state(), progress, config, mesh, train_images.class_names, is_best=is_best
-                )
+                checkpoint.save(program.state(), progress, config, mesh, train_images.class_names, is_best=is_best)
             meter.pause(time.perf_counter() - aside)
         log.close_bar()
 

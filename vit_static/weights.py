@@ -73,8 +73,7 @@ def read_pdparams(path: Path) -> State:
 def write_pdparams(state: Mapping[str, np.ndarray], path: Path) -> None:
     """Writes a state as Paddle's own `paddle.save` does; `paddle.load` and PLSC read it."""
     tensors = {
-        name: paddle.to_tensor(np.asarray(value, np.float32), place=paddle.CPUPlace())
-        for name, value in state.items()
+        name: paddle.to_tensor(np.asarray(value, np.float32), place=paddle.CPUPlace()) for name, value in state.items()
     }
     with write_atomically(path) as temporary:
         paddle.save(tensors, str(temporary))
@@ -120,7 +119,7 @@ def init_from(
     """
     report = LoadReport()
     own = {name: value.numpy() for name, value in model.state_dict().items()}
-    given = {name: value for name, value in split_qkv(state).items()}
+    given = split_qkv(state)
     if init.head == "reset":
         given = {name: value for name, value in given.items() if not name.startswith(("head.", "head0."))}
         report.reset = [name for name in own if name.startswith(("head.", "head0."))]

@@ -65,8 +65,5 @@ def project(name: str, gradient: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """
     gradient64 = np.asarray(gradient, dtype=np.float64)
     return np.array(
-        [
-            np.sum(gradient64 * uniform(f"{name}/direction{j}", gradient64.shape))
-            for j in range(NUM_DIRECTIONS)
-        ]
+        [np.sum(gradient64 * uniform(f"{name}/direction{j}", gradient64.shape)) for j in range(NUM_DIRECTIONS)]
     )

@@ -52,9 +52,7 @@ def random_gradients(rng: np.random.Generator) -> dict[str, Array]:
     drawn = {name: rng.standard_normal((NUM_STEPS, *shape)) for name, shape in SHAPES.items()}
     squares = sum(np.square(g).reshape(NUM_STEPS, -1).sum(axis=1) for g in drawn.values())
     scale = norms / np.sqrt(squares)  # [NUM_STEPS]
-    return {
-        name: (g * scale.reshape(-1, *[1] * (g.ndim - 1))).astype(np.float32) for name, g in drawn.items()
-    }
+    return {name: (g * scale.reshape(-1, *[1] * (g.ndim - 1))).astype(np.float32) for name, g in drawn.items()}
 
 
 def run(

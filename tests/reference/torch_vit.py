@@ -126,14 +126,10 @@ def paddle_shapes(model: TorchViT) -> dict[str, tuple[int, ...]]:
 
 def load_paddle(model: TorchViT, parameters: Mapping[str, Array]) -> None:
     """Set every parameter from its value in Paddle's layout."""
-    model.load_state_dict(
-        {name: _other_layout(torch.from_numpy(value)) for name, value in parameters.items()}
-    )
+    model.load_state_dict({name: _other_layout(torch.from_numpy(value)) for name, value in parameters.items()})
 
 
-def loss_and_gradients(
-    model: TorchViT, images: Array, labels: Array
-) -> tuple[Array, Array, dict[str, Array]]:
+def loss_and_gradients(model: TorchViT, images: Array, labels: Array) -> tuple[Array, Array, dict[str, Array]]:
     """Logits [B, num_classes], mean cross-entropy [], gradients by name in Paddle's layout."""
     logits = model(torch.from_numpy(images).double())
     loss = F.cross_entropy(logits, torch.from_numpy(labels))

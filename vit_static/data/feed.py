@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import paddle
-from PIL import Image
 from paddle.utils.dlpack import from_dlpack
+from PIL import Image
 
 from vit_static.config import AugmentConfig, DataConfig, EvalConfig
 from vit_static.data.images import DataError, ImageList
@@ -99,9 +99,7 @@ class EvalFeed:
         self._images = images
         self._batch_size = batch_size // dp_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
-        self._make = lambda: eval_pipeline(
-            self._source, self._batch_size, image_size, data, evaluation, device_id
-        )
+        self._make = lambda: eval_pipeline(self._source, self._batch_size, image_size, data, evaluation, device_id)
         self._on_card = device_id is not None
 
     def __len__(self) -> int:

@@ -57,9 +57,7 @@ def list_images(data: DataConfig, split: str, num_classes: int) -> ImageList:
         paths += images
         labels += [label] * len(images)
     names = _class_names(root)
-    return ImageList(
-        paths, np.asarray(labels, np.int64), [names.get(folder.name, folder.name) for folder in folders]
-    )
+    return ImageList(paths, np.asarray(labels, np.int64), [names.get(folder.name, folder.name) for folder in folders])
 
 
 def _class_folders(root: Path, split: str) -> list[Path]:

@@ -61,7 +61,7 @@ def train_pipeline(
         flip = fn.cast(draws[22] < augment.flip_probability, dtype=types.INT32)
         return _normalised(images, data, mirror=flip), labels
 
-    return _build(pipeline, batch_size, data, device_id)
+    return _build(pipeline, batch_size, data.num_threads, data.prefetch_batches, device_id)
 
 
 def random_crop(shape: Any, draws: Any, augment: AugmentConfig) -> tuple[Any, Any]:
@@ -110,17 +110,35 @@ def eval_pipeline(
     def pipeline() -> tuple[Any, Any, Any]:
         names, labels, weights = _names_labels_and(source, ndim=0, dtype=types.FLOAT)
         encoded = fn.io.file.read(names)
-        images = fn.decoders.image(
-            encoded, adjust_orientation=False, device="cpu" if device_id is None else "mixed"
-        )
-        resize = {"interp_type": _INTERPOLATIONS[evaluation.interpolation], "antialias": evaluation.antialias}
-        if evaluation.resize == "direct":
-            images = fn.resize(images, size=list(image_size), **resize)
-            return _normalised(images, data), labels, weights
-        images = fn.resize(images, size=list(resized_before_crop(image_size, evaluation)), mode="not_smaller", **resize)
-        return _normalised(images, data, crop=list(image_size)), labels, weights
+        images = fn.decoders.image(encoded, adjust_orientation=False, device="cpu" if device_id is None else "mixed")
+        return preprocessed(images, image_size, data, evaluation), labels, weights
 
-    return _build(pipeline, batch_size, data, device_id)
+    return _build(pipeline, batch_size, data.num_threads, data.prefetch_batches, device_id)
+
+
+def pixels_pipeline(
+    batch_size: int, num_threads: int, image_size: tuple[int, int], data: DataConfig, evaluation: EvalConfig
+) -> Pipeline:
+    """The evaluation's preprocessing of images that are decoded already, on the CPU: ``run(pixels=[...])``.
+
+    Takes up to `batch_size` arrays [height, width, 3] uint8, gives images [B, 3, height, width] float32.
+    """
+
+    @pipeline_def
+    def pipeline() -> Any:
+        pixels = fn.external_source(name="pixels", batch=True, dtype=types.UINT8, ndim=3, layout="HWC")
+        return preprocessed(pixels, image_size, data, evaluation)
+
+    return _build(pipeline, batch_size, num_threads, 1, None)
+
+
+def preprocessed(images: Any, image_size: tuple[int, int], data: DataConfig, evaluation: EvalConfig) -> Any:
+    """What is done to a decoded image before the model sees it: resized, its centre cut out, normalised."""
+    resize = {"interp_type": _INTERPOLATIONS[evaluation.interpolation], "antialias": evaluation.antialias}
+    if evaluation.resize == "direct":
+        return _normalised(fn.resize(images, size=list(image_size), **resize), data)
+    images = fn.resize(images, size=list(resized_before_crop(image_size, evaluation)), mode="not_smaller", **resize)
+    return _normalised(images, data, crop=list(image_size))
 
 
 def resized_before_crop(image_size: tuple[int, int], evaluation: EvalConfig) -> tuple[int, int]:
@@ -147,12 +165,7 @@ def _normalised(images: Any, data: DataConfig, **crop_or_mirror: Any) -> Any:
     )
 
 
-def _build(pipeline: Any, batch_size: int, data: DataConfig, device_id: int | None) -> Pipeline:
-    built = pipeline(
-        batch_size=batch_size,
-        num_threads=data.num_threads,
-        device_id=device_id,
-        prefetch_queue_depth=data.prefetch_batches,
-    )
+def _build(pipeline: Any, batch_size: int, num_threads: int, prefetch: int, device_id: int | None) -> Pipeline:
+    built = pipeline(batch_size=batch_size, num_threads=num_threads, device_id=device_id, prefetch_queue_depth=prefetch)
     built.build()
     return built

@@ -1,0 +1,334 @@
+"""run.sh, the launcher behind it, and the lock. Nothing is installed here, and no network is used:
+in the environment that run.sh gets, `python -m pip` only notes what it was asked for."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from vit_static import launch
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCK = ROOT / ".requirements" / "lock.txt"
+
+# Appends pip's command line and the requirement files that it names to pip.log.
+ENVIRONMENT_PYTHON = """#!/bin/sh
+case "$*" in
+    "-m pip --version" | "-m pip uninstall"*) exit 0 ;;
+    "-m pip"*)
+        echo "$*" >> {log}
+        for argument; do case $argument in /dev/fd/*) cat "$argument" >> {log} ;; esac; done
+        [ ! -e {failure} ] || {{ cat {failure} >&2; exit 1; }}
+        exit 0 ;;
+esac
+exec {python} "$@"
+"""
+
+# A verb that tells who it is, and then does as its argument says.
+WORKER = """
+import os, signal, sys, time
+rank = os.environ.get("PADDLE_TRAINER_ID", "0")
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+deed = dict(argument.split("=") for argument in sys.argv[2:]).get("rank" + rank, "0")
+print(f"rank {rank} of {os.environ.get('PADDLE_TRAINERS_NUM', '1')} in {os.getcwd()}", flush=True)
+print(f"a word of rank {rank}", file=sys.stderr)
+if deed == "wait":
+    signal.sigwait({signal.SIGTERM})
+    deed = "75"
+sys.exit(int(deed))
+"""
+
+
+class Checkout:
+    """A copy of what setup needs, in a path with a space, with an active environment beside it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "a checkout"
+        self.pip_log = folder / "pip.log"
+        self.pip_failure = folder / "pip-failure"
+        self.environment = folder / "environment"
+        python = self.environment / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text(ENVIRONMENT_PYTHON.format(log=self.pip_log, failure=self.pip_failure, python=sys.executable))
+        python.chmod(0o755)
+        shutil.copytree(ROOT / ".requirements", self.root / ".requirements")
+        shutil.copy(ROOT / "run.sh", self.root)
+        package = self.root / "vit_static"
+        package.mkdir()
+        (package / "__init__.py").touch()
+        (package / "__main__.py").write_text(WORKER)
+        shutil.copy(ROOT / "vit_static" / "launch.py", package)
+        self.caller_folder = folder / "caller"
+        self.caller_folder.mkdir()
+
+    def start(self, *arguments: str, **environ: str) -> subprocess.Popen[str]:
+        kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+        active = {"VIRTUAL_ENV": str(self.environment), "VIT_STATIC_DEVICE": "cpu"}
+        return subprocess.Popen(
+            [str(self.root / "run.sh"), *arguments],
+            cwd=self.caller_folder,
+            env={**kept, **active, **environ},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(*arguments, **environ)
+        stdout, stderr = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+    def what_pip_did(self) -> str:
+        return self.pip_log.read_text() if self.pip_log.exists() else ""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+@pytest.fixture
+def set_up(checkout: Checkout) -> Checkout:
+    assert checkout.run("setup").returncode == 0
+    return checkout
+
+
+def fake_nvidia_smi(folder: Path, cuda: str, num_gpus: int) -> str:
+    """A PATH on which nvidia-smi answers for a driver and cards that this machine may not have."""
+    folder.mkdir()
+    tool = folder / "nvidia-smi"
+    cards = "".join(f"GPU {i}: a card (UUID: {i})\\n  MIG 1g.18gb\\n" for i in range(num_gpus))
+    table = f"| NVIDIA-SMI 555.1    Driver Version: 555.1    CUDA Version: {cuda}     |\\n"
+    tool.write_text(f'#!/bin/sh\n[ "$1" = -L ] && printf "{cards}" || printf "{table}"\n')
+    tool.chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+# run.sh setup
+
+
+def test_setup_installs_the_lock_and_the_second_call_does_nothing(checkout: Checkout) -> None:
+    first = checkout.run("setup")
+    assert first.returncode == 0
+    assert "installing" in first.stderr
+    assert "--require-hashes" in checkout.what_pip_did()
+
+    done = checkout.what_pip_did()
+    second = checkout.run("setup")
+    assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
+    assert checkout.what_pip_did() == done
+
+
+def test_setup_follows_a_changed_lock(set_up: Checkout) -> None:
+    done = set_up.what_pip_did()
+    with (set_up.root / ".requirements" / "lock.txt").open("a") as lock:
+        lock.write("# changed\n")
+    assert set_up.run("setup").returncode == 0
+    assert set_up.what_pip_did() != done
+
+
+def test_a_failed_setup_says_why_in_one_line_and_the_next_one_repairs_it(checkout: Checkout) -> None:
+    checkout.pip_failure.write_text("Collecting\nERROR: No space left on device\n")
+    failed = checkout.run("setup")
+    assert failed.returncode == 1
+    last_line = failed.stderr.splitlines()[-1]
+    assert "No space left on device" in last_line
+    log = re.search(r"output: (.*)\)", last_line)
+    assert log and "Collecting" in Path(log[1]).read_text()
+
+    checkout.pip_failure.unlink()
+    assert checkout.run("setup").returncode == 0
+    # What the failed one had half copied is not trusted.
+    assert "--force-reinstall" in checkout.what_pip_did().splitlines()[-1]
+
+
+def test_two_setups_at_once_install_once(checkout: Checkout) -> None:
+    both = [checkout.start("setup"), checkout.start("setup")]
+    for process in both:
+        process.communicate(timeout=60)
+    assert [process.returncode for process in both] == [0, 0]
+    assert checkout.what_pip_did().count("pip install") == 1
+
+
+def test_an_unknown_device_is_refused(checkout: Checkout) -> None:
+    result = checkout.run("setup", VIT_STATIC_DEVICE="tpu")
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "VIT_STATIC_DEVICE=tpu" in result.stderr
+
+
+def test_a_broken_active_environment_is_refused(checkout: Checkout) -> None:
+    result = checkout.run("setup", VIRTUAL_ENV=str(checkout.root / "nowhere"))
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_without_a_supported_python_setup_says_so(checkout: Checkout) -> None:
+    result = checkout.run("setup", VIRTUAL_ENV="", PYTHON="/bin/false")
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "PYTHON=" in result.stderr
+
+
+@pytest.mark.parametrize(("cuda", "folder"), [("12.4", "cu126"), ("12.9", "cu129"), ("13.1", "cu129")])
+def test_on_a_gpu_paddle_comes_from_its_own_index(checkout: Checkout, tmp_path: Path, cuda: str, folder: str) -> None:
+    path = fake_nvidia_smi(tmp_path / "bin", cuda, num_gpus=1)
+    assert checkout.run("setup", VIT_STATIC_DEVICE="", PATH=path).returncode == 0
+    did = checkout.what_pip_did()
+    version = pins("paddlepaddle")[0].specifier
+    assert re.search(rf"--extra-index-url \S+/{folder}/ paddlepaddle-gpu{version}", did)
+    assert "\npaddlepaddle==" not in did
+    assert "\npillow==" in did
+
+
+def test_a_driver_that_is_too_old_is_refused(checkout: Checkout, tmp_path: Path) -> None:
+    result = checkout.run("setup", VIT_STATIC_DEVICE="", PATH=fake_nvidia_smi(tmp_path / "bin", "11.8", 1))
+    assert result.returncode == 2
+    assert "CUDA 11.8" in result.stderr
+
+
+# run.sh VERB
+
+
+def test_a_verb_runs_in_the_callers_folder_through_a_link_too(set_up: Checkout) -> None:
+    link = set_up.caller_folder / "run.sh"
+    link.symlink_to(set_up.root / "run.sh")
+    set_up.root = set_up.caller_folder  # from now on, `run` calls the link
+    result = set_up.run("predict")
+    assert result.returncode == 0
+    assert result.stdout == f"rank 0 of 1 in {set_up.caller_folder}\n"
+
+
+@pytest.mark.parametrize("nproc", ["abc", "0", "-1", "1.5"])
+def test_a_number_of_processes_that_is_none_is_refused(set_up: Checkout, nproc: str) -> None:
+    result = set_up.run("pretrain", NPROC=nproc)
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [f"vit_static: NPROC={nproc}: it must be a positive integer"]
+
+
+def test_one_process_is_the_program_itself(set_up: Checkout) -> None:
+    result = set_up.run("pretrain", "rank0=75")
+    assert result.returncode == 75
+    assert "rank 0 of 1" in result.stdout
+    assert not (set_up.caller_folder / "log").exists()
+
+
+def test_of_two_processes_the_terminal_shows_rank_0(set_up: Checkout) -> None:
+    result = set_up.run("pretrain", NPROC="2")
+    assert result.returncode == 0
+    assert result.stdout == f"rank 0 of 2 in {set_up.caller_folder}\n"
+    assert result.stderr == "a word of rank 0\n"
+    (log,) = set_up.caller_folder.glob("log/*/workerlog.1")
+    assert "a word of rank 1" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("deeds", "exit_code"),
+    [
+        (["rank0=2", "rank1=2"], 2),
+        (["rank0=75", "rank1=75"], 75),
+        (["rank0=75", "rank1=1"], 1),
+        (["rank0=3", "rank1=3"], 1),
+    ],
+)
+def test_the_exit_code_is_the_workers(set_up: Checkout, deeds: list[str], exit_code: int) -> None:
+    assert set_up.run("pretrain", *deeds, NPROC="2").returncode == exit_code
+
+
+def test_the_last_words_of_a_rank_without_a_terminal_are_shown(set_up: Checkout) -> None:
+    result = set_up.run("pretrain", "rank1=2", NPROC="2")
+    assert result.returncode == 2
+    assert "a word of rank 1" in result.stderr
+
+
+def test_sigterm_reaches_every_worker_once_and_leaves_none(set_up: Checkout) -> None:
+    process = set_up.start("pretrain", "rank0=wait", "rank1=wait", NPROC="2")
+    assert process.stdout
+    process.stdout.readline()  # rank 0 is up; rank 1 is, or SIGTERM ends it just as well
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)  # ends only when no worker holds the pipe any more
+    assert process.returncode in (75, 128 + signal.SIGTERM)
+
+
+def test_two_nodes_number_their_ranks_without_being_told(set_up: Checkout) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        master = f"127.0.0.1:{free.getsockname()[1]}"
+    nodes = [set_up.start("eval", PADDLE_NNODES="2", PADDLE_MASTER=master) for _ in range(2)]
+    told = [node.communicate(timeout=60)[0] for node in nodes]
+    assert sorted(line.split(" in ")[0] for line in told) == ["rank 0 of 2", "rank 1 of 2"]
+    assert [node.returncode for node in nodes] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("environ", "num_local"),
+    [
+        ({}, 4),
+        ({"CUDA_VISIBLE_DEVICES": "0,2"}, 2),
+        ({"CUDA_VISIBLE_DEVICES": "3,-1,2"}, 1),  # as CUDA reads it: nothing after an invalid entry
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "NPROC": "1"}, 1),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "VIT_STATIC_DEVICE": "cpu"}, 1),
+        ({"CUDA_VISIBLE_DEVICES": ""}, 1),
+    ],
+)
+def test_one_process_a_visible_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], num_local: int
+) -> None:
+    monkeypatch.setenv("PATH", fake_nvidia_smi(tmp_path / "bin", "12.9", num_gpus=4))
+    assert launch.find_layout(environ).num_local == num_local
+
+
+# The lock
+
+
+def locked() -> list[Requirement]:
+    lines = LOCK.read_text().splitlines()
+    return [Requirement(line.removesuffix("\\")) for line in lines if re.match(r"[a-z0-9]", line)]
+
+
+def pins(name: str) -> list[Requirement]:
+    return [pin for pin in locked() if canonicalize_name(pin.name) == canonicalize_name(name)]
+
+
+def declared(*extras: str) -> list[Requirement]:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    texts = [config["options"]["install_requires"]]
+    texts += [config["options.extras_require"][extra] for extra in extras]
+    lines = [line for text in texts for line in text.splitlines()]
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("python", ["3.10.0", "3.11.0", "3.12.0"])
+@pytest.mark.parametrize("requirement", declared("cpu", "digits", "test", "lint"), ids=str)
+def test_the_lock_pins_what_setup_cfg_asks_for(requirement: Requirement, python: str) -> None:
+    environment = {**default_environment(), "python_full_version": python, "python_version": python[:4]}
+    chosen = [pin for pin in pins(requirement.name) if not pin.marker or pin.marker.evaluate(environment)]
+    assert len(chosen) == 1
+    (specifier,) = chosen[0].specifier
+    assert specifier.operator == "=="
+    assert requirement.specifier.contains(specifier.version)
+
+
+def test_both_builds_of_paddle_have_one_version() -> None:
+    (gpu,) = [requirement for requirement in declared("gpu") if requirement.name == "paddlepaddle-gpu"]
+    assert gpu.specifier == pins("paddlepaddle")[0].specifier
+
+
+def test_the_lock_has_a_hash_for_everything_and_names_no_host_or_folder() -> None:
+    text = LOCK.read_text()
+    requirements = re.split(r"\n(?=[a-z0-9])", text)[1:]
+    assert len(requirements) == len(locked())
+    assert all("--hash=sha256:" in requirement for requirement in requirements)
+    assert not re.search(r"://|file:|^-|\s/\w", text, flags=re.MULTILINE)

@@ -1,0 +1,100 @@
+"""Files for Paddle Inference from a trained model, and the proof that they answer as it does; the verb `export`."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import paddle
+from paddle.static import InputSpec
+
+from vit_static import model as model_module
+from vit_static.checkpoint import load_weights
+from vit_static.config import Config
+from vit_static.data.images import ImageList, list_images
+from vit_static.predict import CARD_FILE, MODEL_FILE, Card, Predictor, Preprocessing, read_pixels
+from vit_static.weights import load_state
+
+LARGEST_DIFFERENCE = 1e-4  # of a logit, in float32
+
+
+class ExportError(RuntimeError):
+    """The exported model doesn't answer as the trained one."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What comparing the two models on real images found."""
+
+    largest_difference: float
+    num_images: int
+
+
+def run(config: Config | None, checkpoint: Path, out: Path, overrides: list[str]) -> None:
+    """The verb: writes model.json, model.pdiparams and vit_static.json into `out`, once the check has passed."""
+    loaded = load_weights(checkpoint)
+    config = config or loaded.config_with(overrides)
+    images = list_images(config.data, "val", config.model.num_classes)
+    if out.exists() and any(out.iterdir()) and not (out / CARD_FILE).is_file():
+        raise ValueError(f"{out}: is not empty, and not an exported model; name another folder with --out")
+    paddle.set_device("cpu")
+    model = model_module.build(config.model)
+    load_state(model, loaded.state, str(loaded.source))
+    model.eval()
+
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        write(model, config, loaded.class_names or images.class_names, part)
+        check = compare(model, part, images, config.export.num_check_images)
+        print(
+            f"largest difference of a logit from the trained model's: {check.largest_difference:.2e}, over "
+            f"{check.num_images} validation images (bound {LARGEST_DIFFERENCE:.0e})",
+            flush=True,
+        )
+        if not check.largest_difference <= LARGEST_DIFFERENCE:
+            raise ExportError(f"the exported model differs from the trained one: nothing was written to {out}")
+        if out.exists():
+            shutil.rmtree(out)
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    print(f"{out}: {MODEL_FILE}, model.pdiparams, {CARD_FILE}; './run.sh predict --model {out} IMAGE' uses them")
+
+
+def write(model: model_module.VisionTransformer, config: Config, class_names: list[str], folder: Path) -> None:
+    """The inference program and its weights, for any batch size, and the card beside them."""
+    inputs = [InputSpec([None, 3, *config.model.image_size], "float32", "images")]
+    paddle.jit.save(model, str(folder / "model"), input_spec=inputs)
+    card = Card(
+        class_names=class_names,
+        preprocessing=Preprocessing(
+            image_size=config.model.image_size,
+            resize=config.eval.resize,
+            crop_ratio=config.eval.crop_ratio,
+            interpolation=config.eval.interpolation,
+            antialias=config.eval.antialias,
+            mean=config.data.mean,
+            std=config.data.std,
+        ),
+        activation=config.loss.name,
+        model=config.model,
+    )
+    (folder / CARD_FILE).write_text(card.model_dump_json(indent=1), encoding="utf-8")
+
+
+def compare(model: model_module.VisionTransformer, folder: Path, images: ImageList, num_images: int) -> Check:
+    """Runs the trained model, as a dynamic graph, and the exported one on images spread over the validation set."""
+    predictor = Predictor(folder)
+    chosen = np.unique(np.linspace(0, len(images) - 1, num_images).round().astype(int))
+    largest = 0.0
+    for numbers in np.array_split(chosen, max(len(chosen) // 16, 1)):
+        inputs = predictor.preprocess([read_pixels(Path(images.paths[number])) for number in numbers])
+        with paddle.no_grad():
+            trained = model(paddle.to_tensor(inputs)).numpy()
+        difference = np.abs(predictor.logits(inputs) - trained)
+        largest = max(largest, float(difference.max()) if np.isfinite(difference).all() else float("inf"))
+    return Check(largest, len(chosen))
