@@ -43,11 +43,14 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    variant: str = Field("B/16", description="a name of model.VARIANTS; the five keys after `pos_embed` override it")
+    variant: str = Field(
+        "B/16", description="a name of model.VARIANTS; the five keys after `pos_embed_init` override it"
+    )
     image_size: ImageSize = Field((224, 224), description="pixels: a number, or [height, width]")
     num_classes: Count = 1000
     pool: Literal["cls", "gap"] = "cls"
-    pos_embed: Literal["learn", "sincos2d"] = "learn"
+    pos_embed: Literal["learn", "sincos2d"] = Field("learn", description="sincos2d is fixed")
+    pos_embed_init: Literal["normal", "sincos2d"] = Field("normal", description="what a learned one begins as")
     patch_size: Pixels | None = None
     width: Count | None = None
     depth: Count | None = None
@@ -256,7 +259,7 @@ def _first_mistake(error: ValidationError) -> str:
     path = [str(part) for part in mistake["loc"][: 2 if _section(mistake["loc"][:1]) else 1]]
     key = ".".join(path)
     if mistake["type"] == "extra_forbidden":
-        siblings = [field.alias or name for name, field in _section(path[:-1], Config).model_fields.items()]
+        siblings = [field.alias or name for name, field in (_section(path[:-1]) or Config).model_fields.items()]
         nearest = difflib.get_close_matches(path[-1], siblings, n=1)
         if nearest:
             return f"{key} is not a key; did you mean {'.'.join([*path[:-1], *nearest])}?"
@@ -267,10 +270,10 @@ def _first_mistake(error: ValidationError) -> str:
     return f"{key} = {mistake['input']!r}: {problem[0].lower()}{problem[1:]}"
 
 
-def _section(path: Sequence[Any], default: type[Section] | None = None) -> type[Section]:
-    """The section that a path of at most one name leads to; `default` where it leads to none."""
+def _section(path: Sequence[Any]) -> type[Section] | None:
+    """The section that a path of one name leads to, if it is one."""
     annotation = Config.model_fields[str(path[0])].annotation if path and path[0] in Config.model_fields else None
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else default
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
 def total_steps(train: TrainConfig, num_images: int, global_batch_size: int) -> int:

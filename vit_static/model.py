@@ -19,7 +19,7 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
-from paddle.nn.initializer import Constant, Normal, XavierUniform
+from paddle.nn.initializer import Assign, Constant, Normal, XavierUniform
 
 from vit_static.config import ConfigError, ModelConfig
 from vit_static.flops import Shape
@@ -70,8 +70,8 @@ def variant_of(config: ModelConfig) -> Variant:
         raise ConfigError(
             f"model.num_heads = {variant.num_heads}: doesn't divide the width of {variant.width}; set another"
         )
-    if config.pos_embed == "sincos2d" and variant.width % 4:
-        raise ConfigError(f"model.pos_embed = 'sincos2d': wants a width that 4 divides, not {variant.width}")
+    if "sincos2d" in (config.pos_embed, config.pos_embed_init) and variant.width % 4:
+        raise ConfigError(f"model.pos_embed: sincos2d wants a width that 4 divides, not {variant.width}")
     return variant
 
 
@@ -275,9 +275,8 @@ class Block(nn.Layer):
         self.norm2 = nn.LayerNorm(width, LAYER_NORM_EPSILON)
         self.mlp = Mlp(width, mlp_dim, dropout)
         self.drop_path = DropPath(drop_path_rate)
-        scaled = layer_scale_init is not None
-        self.ls1 = LayerScale(width, layer_scale_init) if scaled else nn.Identity()
-        self.ls2 = LayerScale(width, layer_scale_init) if scaled else nn.Identity()
+        self.ls1 = nn.Identity() if layer_scale_init is None else LayerScale(width, layer_scale_init)
+        self.ls2 = nn.Identity() if layer_scale_init is None else LayerScale(width, layer_scale_init)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
@@ -292,6 +291,7 @@ def build(config: ModelConfig, attention: AttentionFunction = flash_attention) -
         num_classes=config.num_classes,
         pool=config.pool,
         pos_embed=config.pos_embed,
+        pos_embed_init=config.pos_embed_init,
         representation_size=config.representation_size,
         head_bias_init=config.head_bias_init,
         qkv_bias=config.qkv_bias,
@@ -307,7 +307,8 @@ class VisionTransformer(nn.Layer):
     """Images [B, 3, height, width], normalised, to logits [B, num_classes].
 
     `pool` is ``cls`` (a class token, whose last state is read) or ``gap`` (no class token; the patches' mean,
-    taken after the last norm, as big_vision does). `pos_embed` is ``learn`` or ``sincos2d`` (fixed).
+    taken after the last norm, as big_vision does). `pos_embed` is ``learn`` or ``sincos2d`` (fixed); a learned one
+    begins as `pos_embed_init` says.
     `representation_size` puts a tanh layer of that width before the head (the paper's pretraining head).
     `drop_path_rate` is the last block's; the others' rise linearly from 0.
     """
@@ -324,6 +325,7 @@ class VisionTransformer(nn.Layer):
         num_classes: int,
         pool: str = "cls",
         pos_embed: str = "learn",
+        pos_embed_init: str = "normal",
         representation_size: int | None = None,
         head_bias_init: float = 0.0,
         qkv_bias: bool = True,
@@ -343,7 +345,10 @@ class VisionTransformer(nn.Layer):
         if pool == "cls":
             self.cls_token = self.create_parameter([1, 1, width], default_initializer=Constant(0.0))
         if pos_embed == "learn":
-            self.pos_embed = self.create_parameter([1, num_tokens, width], default_initializer=Normal(0.0, 0.02))
+            begin = Normal(0.0, 0.02)
+            if pos_embed_init == "sincos2d":
+                begin = Assign(sincos2d_pos_embed(self.grid, width, num_prefix_tokens))
+            self.pos_embed = self.create_parameter([1, num_tokens, width], default_initializer=begin)
         else:
             fixed = sincos2d_pos_embed(self.grid, width, num_prefix_tokens)
             self.register_buffer("pos_embed", paddle.to_tensor(fixed), persistable=False)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from paddle import inference
@@ -31,9 +31,9 @@ class Preprocessing(Section):
     """How a decoded image becomes the model's input; `eval` and `data` say what the keys mean."""
 
     image_size: ImageSize
-    resize: str
+    resize: Literal["short", "direct"]
     crop_ratio: float
-    interpolation: str
+    interpolation: Literal["bilinear", "bicubic"]
     antialias: bool
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -80,9 +80,9 @@ class Predictor:
     def _pipeline(self, batch_size: int) -> Any:
         asked = self.card.preprocessing
         evaluation = EvalConfig(
-            resize=asked.resize,  # type: ignore[arg-type]
+            resize=asked.resize,
             crop_ratio=asked.crop_ratio,
-            interpolation=asked.interpolation,  # type: ignore[arg-type]
+            interpolation=asked.interpolation,
             antialias=asked.antialias,
         )
         data = DataConfig(mean=asked.mean, std=asked.std)

@@ -85,11 +85,11 @@ class Program:
         self._mode: str | None = None
         self._specs = {"eval": self._input_specs(eval_batch_size, image_size)}
         _open_in_forward(model, precision, mesh.device, onednn)
+        # The model alone: Paddle's wrapper of the optimizer takes only AdamW and SGD without momentum, and what it adds
+        # (sharding the optimizer's state) isn't asked for.
+        model, _ = dist.parallelize(model, None, config={"dp_config": {"sharding_level": 0}})
         strategy = _strategy(precision, amp or AmpConfig(), grad_accum_steps)
         if learning_rate is None or optim is None or batch_size is None:
-            # Distributes the parameters; what updates them is never run.
-            optimizer: Any = paddle.optimizer.SGD(parameters=model.parameters())
-            model, _ = dist.parallelize(model, optimizer, config=_PARALLEL)
             optimizer = None
         else:
             self._specs["train"] = self._input_specs(batch_size, image_size)
@@ -97,7 +97,6 @@ class Program:
             optimizer, self._scheduler = make_optimizer(
                 model, optim, learning_rate, grad_accum_steps=grad_accum_steps, low_precision=low_precision
             )
-            model, optimizer = dist.parallelize(model, optimizer, config=_PARALLEL)
             if low_precision:
                 model, optimizer = paddle.amp.decorate(
                     model,
@@ -196,9 +195,6 @@ class Program:
             [internals.input_spec("images", [batch_size, 3, *image_size], "float32", mesh, split)],
             [internals.input_spec("labels", [batch_size], "int64", mesh, split)],
         ]
-
-
-_PARALLEL = {"dp_config": {"sharding_level": 0}}
 
 
 def _strategy(precision: Precision, amp: AmpConfig, grad_accum_steps: int) -> dist.Strategy:

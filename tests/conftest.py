@@ -1,0 +1,71 @@
+"""What all tests share: the environment that the command line sets up, and the compiled program of a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from vit_static import runtime
+
+
+def pytest_configure() -> None:
+    """Before any test module imports Paddle; verbose, since standard output is pytest's own here."""
+    os.environ.setdefault("GLOG_minloglevel", "2")
+    runtime.prepare(verbose=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import paddle
+
+    if paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0:
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no card"))
+
+
+@pytest.fixture
+def cpu_mesh() -> Any:
+    """One process on the CPU."""
+    from vit_static import mesh
+    from vit_static.config import ParallelConfig
+
+    return mesh.start(ParallelConfig(), "cpu", 1)
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "onednn"])
+def onednn(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """A test once with Paddle's own CPU kernels, once with oneDNN's."""
+    import paddle
+
+    paddle.set_flags({"FLAGS_use_mkldnn": request.param})
+    yield request.param
+    paddle.set_flags({"FLAGS_use_mkldnn": False})
+
+
+@pytest.fixture
+def make_program(cpu_mesh: Any) -> Callable[..., Any]:
+    """make_program(model, batch_size, optim=..., ...): the compiled program of a model, as train.py builds it."""
+    from small import SMALL
+
+    from vit_static.config import LossConfig, OptimConfig
+    from vit_static.loss import Criterion
+    from vit_static.step import Precision, Program
+
+    def make(model: Any, batch_size: int, optim: OptimConfig | None = None, **changed: Any) -> Program:
+        optim = optim or OptimConfig()
+        arguments = {
+            "image_size": SMALL.image_size,
+            "batch_size": batch_size,
+            "eval_batch_size": batch_size,
+            "optim": optim,
+            "learning_rate": lambda step: optim.lr,
+        }
+        criterion = changed.pop("criterion", None) or Criterion(changed.pop("loss", LossConfig()))
+        precision = changed.pop("precision", Precision("O0", "float32"))
+        return Program(model, criterion, cpu_mesh, precision, **{**arguments, **changed})
+
+    return make

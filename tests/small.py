@@ -1,0 +1,36 @@
+"""The small model that the tests use, inputs for it, and where things lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+from vit_static.config import ModelConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = Path(__file__).resolve().parent / "reference"
+
+# Small, and nothing in it square or equal by chance: 12 x 16 pixels in patches of 4, 24 wide, 3 heads, 5 classes.
+SMALL = ModelConfig(
+    variant="Ti/16",
+    image_size=(12, 16),
+    patch_size=4,
+    width=24,
+    depth=2,
+    num_heads=3,
+    mlp_dim=48,
+    num_classes=5,
+    representation_size=24,
+    layer_scale_init=0.5,
+)
+
+
+def images_and_labels(
+    num_images: int, config: ModelConfig = SMALL, seed: int = 0
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """Normally distributed images and uniform labels."""
+    rng = np.random.default_rng(seed)
+    images = rng.standard_normal((num_images, 3, *config.image_size)).astype(np.float32)
+    return paddle.to_tensor(images), paddle.to_tensor(rng.integers(0, config.num_classes, num_images))
