@@ -5,6 +5,7 @@ From a model, a loss, an optimizer and a mesh to three callables: a training ste
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -92,7 +93,8 @@ class Program:
         if learning_rate is None or optim is None or batch_size is None:
             optimizer = None
         else:
-            self._specs["train"] = self._input_specs(batch_size, image_size)
+            # A micro-batch: the executor cuts what it is fed into as many.
+            self._specs["train"] = self._input_specs(batch_size // grad_accum_steps, image_size)
             low_precision = precision.level == "O2"
             optimizer, self._scheduler = make_optimizer(
                 model, optim, learning_rate, grad_accum_steps=grad_accum_steps, low_precision=low_precision
@@ -106,7 +108,8 @@ class Program:
                     master_weight=True,
                     master_grad=strategy.amp.use_master_grad,
                 )
-        first = next(iter(self._specs.values()))
+        self._main_mode = "eval" if optimizer is None else "train"
+        first = self._specs[self._main_mode]
         self._program = dist.to_static(model, None, criterion, optimizer, strategy=strategy, input_spec=first)
 
     def train_step(self, images: paddle.Tensor, labels: paddle.Tensor, step: int) -> tuple[Any, Any]:
@@ -154,6 +157,7 @@ class Program:
 
     def _named_state(self, which: str) -> dict[str, tuple[str, paddle.Tensor]]:
         """By canonical name, the program's own name of each tensor and the tensor."""
+        self._enter(self._main_mode)  # the evaluation's program knows nothing of the optimizer
         names = internals.structured_names(self._program)
         longest_first = sorted(names, key=len, reverse=True)  # linear_1.w_0 is no part of linear_11.w_0
         named = {}
@@ -162,7 +166,8 @@ class Program:
             if key in names.values():
                 named[key] = (key, tensor)
             elif layer_name is not None:
-                kept = key[len(layer_name) :].removeprefix(".dist").strip("_")
+                # linear_3.w_0_moment1_7, say, of which the 7 counts the programs built in this process
+                kept = re.sub(r"_\d+$", "", key[len(layer_name) + 1 :])
                 named[f"{names[layer_name]}@{kept}"] = (key, tensor)
             # What is left is computed, not trained: the learning rate, a fixed position embedding.
         return named

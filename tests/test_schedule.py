@@ -1,0 +1,93 @@
+"""The learning rate against closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from vit_static.config import OptimConfig, ScheduleConfig
+from vit_static.schedule import learning_rate
+
+PEAK = 0.4
+
+
+def rate(step: int, name: str, total_steps: int = 110, warmup_steps: int = 10, end_lr: float = 0.0) -> float:
+    schedule = ScheduleConfig(name=name, warmup_steps=warmup_steps, end_lr=end_lr)
+    return learning_rate(step, total_steps, OptimConfig(lr=PEAK), schedule)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+def test_the_warmup_rises_in_a_line_from_0_to_the_peak(name: str) -> None:
+    assert rate(0, name) == 0.0
+    assert rate(1, name) == pytest.approx(PEAK / 10, rel=1e-12)
+    assert rate(5, name) == pytest.approx(PEAK / 2, rel=1e-12)
+    assert rate(10, name) == pytest.approx(PEAK, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "quarter", "half", "last", "end"),
+    [
+        # After a warmup of 10 steps, 100 steps of decay: step 35 is a quarter of it, 60 half, 109 the last update's.
+        ("cosine", PEAK * (2 + math.sqrt(2)) / 4, PEAK / 2, PEAK * math.sin(math.pi / 200) ** 2, 0.0),
+        ("linear", 0.75 * PEAK + 0.25 * 0.1, (PEAK + 0.1) / 2, 0.01 * PEAK + 0.99 * 0.1, 0.1),
+        ("constant", PEAK, PEAK, PEAK, PEAK),
+    ],
+)
+def test_the_decay(name: str, quarter: float, half: float, last: float, end: float) -> None:
+    rates = [rate(step, name, end_lr=0.1) for step in (35, 60, 109, 110)]
+    assert rates == pytest.approx([quarter, half, last, end], rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize(("name", "end"), [("cosine", 0.0), ("linear", 0.1), ("constant", PEAK)])
+def test_past_the_end_the_last_value_holds(name: str, end: float) -> None:
+    assert [rate(step, name, end_lr=0.1) for step in (111, 10**6)] == pytest.approx([end, end], abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+def test_without_a_warmup_the_first_update_has_the_peak(name: str) -> None:
+    assert rate(0, name, warmup_steps=0) == pytest.approx(PEAK, rel=1e-12)
+
+
+def test_without_a_warmup_the_decay_takes_the_whole_run() -> None:
+    assert rate(50, "cosine", total_steps=100, warmup_steps=0) == pytest.approx(PEAK / 2, rel=1e-12)
+    assert rate(25, "linear", total_steps=100, warmup_steps=0) == pytest.approx(0.75 * PEAK, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+def test_a_warmup_longer_than_the_run_is_as_long_as_the_run(name: str) -> None:
+    """As the seed's: its scheduler cuts the warmup to the run's steps."""
+    rates = [rate(step, name, total_steps=20, warmup_steps=1000) for step in range(21)]
+    assert rates == pytest.approx([PEAK * step / 20 for step in range(21)], rel=1e-12)
+
+
+def test_a_run_of_one_step() -> None:
+    assert rate(0, "cosine", total_steps=1, warmup_steps=0) == pytest.approx(PEAK)
+    assert rate(0, "cosine", total_steps=1, warmup_steps=1) == 0.0
+
+
+NUM_IMAGES_1K, NUM_IMAGES_21K = 1_281_167, 14_197_087
+# name: (lr, decay, end, warmup steps, steps of the run)
+SEED_RECIPES = {
+    "B/16 pretrain": (3e-3, "cosine", 0.0, 10_000, 300 * NUM_IMAGES_1K // 4096),
+    "B/16 finetune": (3e-3, "cosine", 0.0, 500, 8 * NUM_IMAGES_1K // 512),
+    "L/16 pretrain on 21k": (1e-3, "linear", 1e-5, 10_000, 90 * NUM_IMAGES_21K // 4096),
+    "L/16 finetune": (1.5e-2, "cosine", 0.0, 500, 8 * NUM_IMAGES_1K // 512),
+}
+
+
+@pytest.mark.parametrize("recipe", SEED_RECIPES)
+def test_the_seeds_recipes(recipe: str) -> None:
+    """PLSC's ViTLRScheduler: progress counts from the warmup's end; the warmup's factor multiplies what is decayed."""
+    peak, name, end, warmup_steps, total_steps = SEED_RECIPES[recipe]
+    steps = np.unique(np.concatenate([np.linspace(0, warmup_steps, 7), np.linspace(0, total_steps, 15)]).astype(int))
+    assert len(steps) >= 20
+    progress = np.interp(steps, [warmup_steps, total_steps], [0.0, 1.0])
+    decayed = peak * np.cos(progress * np.pi / 2) ** 2 if name == "cosine" else np.interp(progress, [0, 1], [peak, end])
+    expected = decayed * np.interp(steps, [0, warmup_steps], [0.0, 1.0])
+
+    optim, schedule = OptimConfig(lr=peak), ScheduleConfig(name=name, warmup_steps=warmup_steps, end_lr=end)
+    rates = [learning_rate(int(step), total_steps, optim, schedule) for step in steps]
+    np.testing.assert_allclose(rates, expected, rtol=1e-9, atol=1e-15)
+    assert max(rates) == pytest.approx(peak, rel=1e-12)

@@ -1,0 +1,264 @@
+"""The compiled program: what it computes, in training and evaluation, with each optimizer and each kind of kernel."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import paddle
+import pytest
+from paddle import nn
+from small import REFERENCE, SMALL, images_and_labels
+
+from vit_static.config import AmpConfig, ConfigError, ModelConfig, OptimConfig
+from vit_static.model import attention_for, build
+from vit_static.step import Precision, choose_precision
+from vit_static.weights import file_state
+
+OPTIMIZERS = {"adamw": OptimConfig(name="adamw", weight_decay=0.1), "sgd": OptimConfig(name="sgd", lr=0.1)}
+
+
+def trained(make_program, steps: int, *, batch_size: int = 8, model_seed: int = 3, **program_arguments):
+    """(losses, weights) of a fresh small model after some steps on random images, new ones each step."""
+    config = program_arguments.pop("config", SMALL)
+    paddle.seed(model_seed)
+    model = build(config, attention_for(program_arguments.get("onednn", False)))
+    program = make_program(model, batch_size, **program_arguments)
+    losses = []
+    for step in range(steps):
+        loss, _ = program.train_step(*images_and_labels(batch_size, config, seed=step), step)
+        losses.append(program.scalar(loss))
+    return np.array(losses), program.weights()
+
+
+class GivenGradients(nn.Layer):
+    """Three parameters whose gradients are the numbers in its input: the sum of parameter x input."""
+
+    SHAPES: ClassVar = {"weight": [7, 5], "bias": [5], "kernel": [3, 2, 2]}
+
+    def __init__(self, initial: dict[str, np.ndarray]) -> None:
+        super().__init__()
+        for name, shape in self.SHAPES.items():
+            initializer = nn.initializer.Assign(initial[name])
+            self.add_parameter(name, self.create_parameter(shape, default_initializer=initializer))
+
+    def forward(self, images: paddle.Tensor) -> paddle.Tensor:
+        numbers, total, start = images.flatten(), 0.0, 0
+        for name, shape in self.SHAPES.items():
+            count = int(np.prod(shape))
+            total = total + (numbers[start : start + count].reshape(shape) * getattr(self, name)).sum()
+            start += count
+        return total
+
+
+class ItsOutput(nn.Layer):
+    def forward(self, output: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
+        return output
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_twenty_updates_are_torchs(make_program, onednn, name) -> None:
+    """With clipping that bites in half of them, decay on everything, and a rate that changes every step."""
+    golden = np.load(REFERENCE / "optimizers.npz")
+    rates = golden["learning_rates"]
+    optim = OptimConfig(
+        name=name, weight_decay={"adamw": 0.3, "sgd": 1e-4}[name], momentum=0.9, clip_norm=1.0, betas=(0.9, 0.999)
+    )
+    program = make_program(
+        GivenGradients({key: golden[f"initial/{key}"] for key in GivenGradients.SHAPES}),
+        1,
+        optim,
+        criterion=ItsOutput(),
+        image_size=(3, 6),
+        learning_rate=lambda step: float(rates[step]),
+    )
+    for step in range(20):
+        flat = np.concatenate([golden[f"grad/{key}"][step].ravel() for key in GivenGradients.SHAPES])
+        images = np.zeros((1, 3, 3, 6), np.float32)
+        images.ravel()[: len(flat)] = flat
+        _, norm = program.train_step(paddle.to_tensor(images), paddle.zeros([1], "int64"), step)
+        assert program.norm(norm) == pytest.approx(float(golden["grad_norms"][step]), rel=1e-5)
+        for key, value in program.weights().items():
+            np.testing.assert_allclose(
+                value, golden[f"{name}/{key}"][step], rtol=2e-6, atol=2e-6, err_msg=f"{key} {step}"
+            )
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("pool", ["cls", "gap"])
+def test_every_parameter_moves(make_program, onednn, name, pool) -> None:
+    """In one step, except k's bias, to which softmax is blind: it gets rounding errors or nothing."""
+    config = SMALL.model_copy(update={"pool": pool})
+    paddle.seed(3)
+    before = file_state(build(config))
+    _, after = trained(make_program, 1, config=config, optim=OPTIMIZERS[name], onednn=onednn)
+    width = 24
+    for key, old in before.items():
+        moved = after[key] != old
+        if key.endswith("attn.qkv.bias"):
+            moved = np.delete(moved, np.arange(width, 2 * width))
+        assert moved.mean() > 0.9, key
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_onednn_trains_as_without(make_program, name) -> None:
+    runs = []
+    for use in (False, True):
+        paddle.set_flags({"FLAGS_use_mkldnn": use})
+        runs.append(trained(make_program, 10, optim=OPTIMIZERS[name], onednn=use))
+    paddle.set_flags({"FLAGS_use_mkldnn": False})
+    np.testing.assert_allclose(runs[1][0], runs[0][0], rtol=1e-4)
+
+
+def test_paddles_fault_with_4d_products_in_onednn_is_still_there(make_program) -> None:
+    """If this fails, Paddle has mended it, and model.attention_by_3d_matmul can go."""
+    paddle.set_flags({"FLAGS_use_mkldnn": True})
+    config = ModelConfig(variant="S/16", depth=1, num_classes=10, image_size=64)
+    moved = {}
+    for onednn_safe in (True, False):
+        paddle.seed(0)
+        model = build(config, attention_for(onednn_safe))
+        before = file_state(model)["blocks.0.attn.qkv.weight"]
+        # A random head: with the usual one of zeros no gradient gets to the blocks in the first step.
+        model.head.weight.set_value(0.1 * np.random.default_rng(0).standard_normal((384, 10)).astype(np.float32))
+        program = make_program(
+            model,
+            4,
+            OptimConfig(name="sgd", lr=1.0, momentum=0.0, clip_norm=None),
+            image_size=(64, 64),
+            onednn=True,
+        )
+        program.train_step(*images_and_labels(4, config), 0)
+        moved[onednn_safe] = (program.weights()["blocks.0.attn.qkv.weight"] - before).ravel()
+    paddle.set_flags({"FLAGS_use_mkldnn": False})
+    cosine = moved[True] @ moved[False] / np.linalg.norm(moved[True]) / np.linalg.norm(moved[False])
+    assert cosine < 0.99
+
+
+def test_accumulated_gradients_are_the_big_batchs(make_program) -> None:
+    """The losses and weights of 4 micro-batches are those of one batch, with SGD and a clip that bites."""
+    optim = OptimConfig(name="sgd", lr=0.1, clip_norm=0.1)
+    whole = trained(make_program, 5, optim=optim)
+    parts = trained(make_program, 5, optim=optim, grad_accum_steps=4)
+    np.testing.assert_allclose(parts[0], whole[0], rtol=1e-5)
+    for name, value in whole[1].items():
+        np.testing.assert_allclose(parts[1][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_gradient_norm_is_that_before_clipping(make_program) -> None:
+    paddle.seed(3)
+    model = build(SMALL)
+    program = make_program(model, 8, OptimConfig(name="sgd", lr=0.0, clip_norm=1e-3))
+    _, clipped = program.train_step(*images_and_labels(8), 0)
+    paddle.seed(3)
+    program_without = make_program(build(SMALL), 8, OptimConfig(name="sgd", lr=0.0, clip_norm=None))
+    _, unclipped = program_without.train_step(*images_and_labels(8), 0)
+    assert program.norm(clipped) == pytest.approx(program_without.norm(unclipped), rel=1e-6)
+    assert program.norm(clipped) > 0.1
+
+
+def test_dynamic_static_and_compiled_models_agree(make_program) -> None:
+    """One input through the layers, through `to_static`, and through the distributed engine's evaluation."""
+    paddle.seed(3)
+    model = build(SMALL.model_copy(update={"dropout": 0.3, "drop_path_rate": 0.3}))
+    model.eval()
+    images, labels = images_and_labels(8)
+    dynamic = model(images).numpy().astype(np.float64)
+    static = paddle.jit.to_static(model, full_graph=True)(images).numpy()
+    np.testing.assert_allclose(static, dynamic, rtol=1e-5, atol=1e-6)
+    log_softmax = dynamic - np.log(np.exp(dynamic).sum(axis=1, keepdims=True))
+    expected = -log_softmax[np.arange(8), labels.numpy()]
+    paddle.seed(3)
+    fresh = build(SMALL.model_copy(update={"dropout": 0.3, "drop_path_rate": 0.3}))
+    program = make_program(fresh, 8, learning_rate=None)
+    np.testing.assert_allclose(program.eval_step(images, labels)[:, 0], expected, rtol=1e-5)
+
+
+def test_evaluation_between_steps_changes_nothing(make_program) -> None:
+    optim = OPTIMIZERS["adamw"]
+    losses, weights = trained(make_program, 4, optim=optim, config=SMALL.model_copy(update={"dropout": 0.1}))
+    paddle.seed(3)
+    program = make_program(build(SMALL.model_copy(update={"dropout": 0.1})), 8, optim)
+    for step in range(4):
+        loss, _ = program.train_step(*images_and_labels(8, seed=step), step)
+        assert program.scalar(loss) == losses[step]
+        program.eval_step(*images_and_labels(8, seed=100))
+    assert all(np.array_equal(program.weights()[name], weights[name]) for name in weights)
+
+
+def test_dropout_masks_are_a_function_of_seed_and_step(make_program) -> None:
+    """Two programs that begin at different steps draw the same mask at the same step, and another at another."""
+    config = SMALL.model_copy(update={"dropout": 0.3, "attention_dropout": 0.2, "drop_path_rate": 0.3})
+
+    def loss_at(step: int, warm_up: int = 0, seed: int = 0) -> float:
+        paddle.seed(3)
+        program = make_program(build(config), 8, OptimConfig(lr=0.0), seed=seed)
+        for _ in range(warm_up):
+            program.train_step(*images_and_labels(8), 0)
+        loss, _ = program.train_step(*images_and_labels(8), step)
+        return program.scalar(loss)
+
+    assert loss_at(5) == loss_at(5, warm_up=3)
+    assert loss_at(5) != loss_at(6)
+    assert loss_at(5) != loss_at(5, seed=1)
+
+
+def test_state_round_trip_goes_on_to_the_same_bits(make_program) -> None:
+    """All that training changes is in `state`: set into another program, it goes on as the first does."""
+    for name, optim in OPTIMIZERS.items():
+        paddle.seed(3)
+        first = make_program(build(SMALL), 8, optim)
+        for step in range(3):
+            first.train_step(*images_and_labels(8, seed=step), step)
+        saved = {key: np.asarray(value._local_value()).copy() for key, value in first.state().items()}
+        first_loss, _ = first.train_step(*images_and_labels(8, seed=9), 3)
+        paddle.seed(77)
+        second = make_program(build(SMALL), 8, optim)
+        state = second.state()
+        assert set(state) == set(saved), name
+        for key, value in state.items():
+            value._local_value().set_value(saved[key])
+        second.set_state(state)
+        second_loss, _ = second.train_step(*images_and_labels(8, seed=9), 3)
+        assert second.scalar(second_loss) == first.scalar(first_loss), name
+        assert all(np.array_equal(second.weights()[key], value) for key, value in first.weights().items()), name
+
+
+def test_bfloat16_autocast_multiplies_in_bfloat16_and_keeps_float32_weights(make_program) -> None:
+    paddle.seed(3)
+    program = make_program(build(SMALL), 8, precision=Precision("O1", "bfloat16"))
+    compiled = program.compiled("train")
+    dtypes = [str(op.result(0).dtype) for op in compiled.global_block().ops if op.name() == "pd_op.matmul"]
+    assert dtypes and all("bfloat16" in dtype.lower() for dtype in dtypes)
+    assert all(value.dtype == paddle.float32 for value in program.state().values())
+
+
+@pytest.mark.parametrize(
+    ("amp", "device", "chosen"),
+    [
+        (AmpConfig(), "cpu", Precision("O0", "float32")),
+        (AmpConfig(), "gpu", Precision("O2", "bfloat16")),
+        (AmpConfig(level="O1"), "cpu", Precision("O1", "bfloat16")),
+        (AmpConfig(level="O2", dtype="float16"), "gpu", Precision("O2", "float16")),
+        (AmpConfig(level="O0", dtype="float16"), "gpu", Precision("O0", "float32")),
+    ],
+)
+def test_precision_is_what_was_asked_for(amp, device, chosen) -> None:
+    assert choose_precision(amp, device) == chosen
+
+
+@pytest.mark.parametrize("amp", [AmpConfig(level="O2"), AmpConfig(level="O1", dtype="float16")])
+def test_a_precision_that_a_cpu_has_not_is_refused(amp) -> None:
+    with pytest.raises(ConfigError, match=r"set amp\.level=O1"):
+        choose_precision(amp, "cpu")
+
+
+def test_parameters_keep_their_names_in_the_state(make_program) -> None:
+    paddle.seed(3)
+    model = build(SMALL)
+    own = set(model.state_dict())
+    state = make_program(model, 8, OPTIMIZERS["adamw"]).state()
+    assert {name for name in state if "@" not in name} == own
+    assert {name.split("@")[0] for name in state} == own
+    kinds = {name.split("@")[1] for name in state if "@" in name}
+    assert kinds == {"moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc"}
