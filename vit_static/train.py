@@ -122,6 +122,8 @@ def train(config: Config, resume: bool = True) -> bool:
         )
         if newest is not None:
             log.record("event", progress.step, progress.step * batch_size / len(train_images), event="resumed")
+        if progress.step >= total_steps:
+            log.say("this run has ended already: ask for more epochs, or begin anew with --resume never")
         log.open_bar(total_steps, progress.step)
         meter, started, first_step = Meter(), time.perf_counter(), progress.step
         last_logged = progress.step

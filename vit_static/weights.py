@@ -75,6 +75,8 @@ def write_pdparams(state: Mapping[str, np.ndarray], path: Path) -> None:
     tensors = {
         name: paddle.to_tensor(np.asarray(value, np.float32), place=paddle.CPUPlace()) for name, value in state.items()
     }
+    for name, tensor in tensors.items():
+        tensor.name = name  # it is saved too, and would else differ from file to file
     with write_atomically(path) as temporary:
         paddle.save(tensors, str(temporary))
 

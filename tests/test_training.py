@@ -1,0 +1,160 @@
+"""Whole runs in this process, on a small copy of the digits: what they leave, and how they go on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from sets import small_digits  # noqa: F401 - a fixture
+
+from vit_static import checkpoint, report
+from vit_static.config import Config, ConfigError, load
+from vit_static.train import train
+from vit_static.weights import WeightsError, read_pdparams
+
+TINY = """
+model: {variant: Ti/16, image_size: 16, patch_size: 8, width: 32, depth: 2, num_heads: 2, mlp_dim: 64,
+        num_classes: 10, dropout: 0.1, drop_path_rate: 0.1}
+data: {global_batch_size: 16, num_threads: 1}
+train: {epochs: 1.5}
+checkpoint: {every_steps: 4, keep_last: 100}
+log: {every_steps: 3}
+seed: 5
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path, small_digits: Path) -> Config:  # noqa: F811
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return load(path, [f"data.root={small_digits}", f"output_dir={tmp_path / 'output'}"])
+
+
+def metrics(run_dir: Path, kind: str) -> list[dict]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def test_a_run_leaves_what_the_contract_says(config: Config) -> None:
+    assert train(config)
+    run = config.run_dir
+    # 120 images in batches of 16 for 1.5 epochs: 11 steps; evaluated after the first epoch (step 8) and at the end
+    assert load(run / "config.yaml") == config
+    lines = metrics(run, "train")
+    assert [line["step"] for line in lines] == [3, 6, 9, 11]
+    assert {"epoch", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "mfu"} <= set(lines[0])
+    assert all(0.0 <= line["data_wait"] <= 1.0 and line["images_per_s"] > 0 for line in lines)
+    evaluations = metrics(run, "eval")
+    assert [line["step"] for line in evaluations] == [8, 11]
+    assert all(line["num_images"] == 30 for line in evaluations)
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["best", "latest", "step_00000004", "step_00000008", "step_00000011"]
+    assert (run / "checkpoints" / "latest").resolve().name == "step_00000011"
+    assert list(run.glob("events.out.tfevents*")) and (run / "model.pdparams").is_file()
+    state = read_pdparams(run / "model.pdparams")
+    assert {value.dtype for value in state.values()} == {np.dtype("float32")}
+    merged = checkpoint.load_weights(run / "checkpoints" / "latest").state
+    assert all(np.array_equal(merged[name], state[name]) for name in state)
+
+
+def test_learning_rate_and_epoch_in_the_log_are_the_steps_own(config: Config) -> None:
+    train(config)
+    for line in metrics(config.run_dir, "train"):
+        done = line["step"] - 1
+        assert line["lr"] == pytest.approx(0.5 * 1e-3 * (1 + np.cos(np.pi * done / 11)), rel=1e-6)
+        assert line["epoch"] == pytest.approx(line["step"] * 16 / 120, abs=1e-4)
+
+
+def test_a_resumed_run_ends_with_the_same_bits(config: Config) -> None:
+    """From step 4, in the middle of the first epoch, with dropout, drop path, crops and flips."""
+    train(config)
+    run = config.run_dir
+    expected = read_pdparams(run / "model.pdparams")
+    losses = {line["step"]: line["loss"] for line in metrics(run, "train")}
+    for later in ("step_00000008", "step_00000011"):
+        shutil.rmtree(run / "checkpoints" / later)
+    (run / "model.pdparams").unlink()
+    assert train(config)
+    again = read_pdparams(run / "model.pdparams")
+    assert all(np.array_equal(again[name], expected[name]) for name in expected)
+    assert [event["event"] for event in metrics(run, "event")] == ["finished", "resumed", "finished"]
+    resumed = metrics(run, "train")[4:]
+    assert [line["step"] for line in resumed] == [6, 9, 11]
+    # The first line's loss is of its own step, so it must be equal too.
+    assert all(line["loss"] == losses[line["step"]] for line in resumed)
+
+
+def test_a_finished_run_is_left_as_it_is(config: Config) -> None:
+    train(config)
+    before = (config.run_dir / "model.pdparams").read_bytes()
+    assert train(config)
+    assert (config.run_dir / "model.pdparams").read_bytes() == before
+
+
+def test_never_resuming_begins_anew(config: Config) -> None:
+    train(config)
+    assert train(config, resume=False)
+    assert [line["step"] for line in metrics(config.run_dir, "train")] == [3, 6, 9, 11] * 2
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [("model.depth=3", "model.depth"), ("seed=6", "seed"), ("optim.name=sgd", "optim.name")],
+)
+def test_a_run_does_not_go_on_as_another(config: Config, tmp_path: Path, override: str, named: str) -> None:
+    train(config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 4})}))
+    changed = load(config.run_dir / "config.yaml", [override])
+    with pytest.raises(ConfigError, match=named) as error:
+        train(changed)
+    assert "\n" not in str(error.value) and "--resume never" in str(error.value)
+
+
+def test_more_epochs_may_be_asked_of_a_run(config: Config) -> None:
+    train(config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 4})}))
+    assert train(config)
+    assert (config.run_dir / "checkpoints" / "latest").resolve().name == "step_00000011"
+
+
+def test_old_checkpoints_go_but_not_the_best(config: Config) -> None:
+    kept = config.checkpoint.model_copy(update={"every_steps": 1, "keep_last": 2})
+    train(config.model_copy(update={"checkpoint": kept}))
+    folder = config.run_dir / "checkpoints"
+    names = {path.name for path in folder.glob("step_*")}
+    assert {"step_00000010", "step_00000011", (folder / "best").resolve().name} == names
+    best = max(metrics(config.run_dir, "eval"), key=lambda line: line["top1"])
+    assert (folder / "best").resolve().name == f"step_{best['step']:08d}"
+
+
+def test_a_half_written_checkpoint_is_none(config: Config) -> None:
+    train(config)
+    latest = config.run_dir / "checkpoints" / "step_00000011"
+    (latest / "meta.json").unlink()
+    found = checkpoint.latest(config.run_dir)
+    assert found is not None and found.name == "step_00000008"
+    with pytest.raises(WeightsError, match="step_00000011"):
+        checkpoint.read_progress(latest)
+
+
+def test_the_report_shows_the_runs_numbers(config: Config) -> None:
+    train(config)
+    page = (config.run_dir / "report.html").read_text()
+    for line in metrics(config.run_dir, "eval"):
+        assert f"{line['top1']:.2f}" in page
+    assert page.count("<polyline") == len(report.CURVES)
+    assert yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False).splitlines()[0] in page
+    assert "src=" not in page and "href=" not in page  # self-contained
+
+
+def test_the_reports_points_are_the_logs() -> None:
+    entries = [
+        {"kind": "train", "step": 2, "loss": 1.0},
+        {"kind": "train", "step": 1, "loss": 2.0},
+        {"kind": "eval", "step": 2, "loss": 9.0},
+        {"kind": "train", "step": 2, "loss": 0.5},  # done again after a resume
+        {"kind": "train", "step": 3, "loss": None},
+    ]
+    assert report.points(entries, "train", "loss") == [(1, 2.0), (2, 0.5)]

@@ -1,0 +1,127 @@
+"""Weights in files: Paddle's own format both ways, nothing that could run code, other models refused."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+from numpy_vit import logits as numpy_logits
+from small import SMALL, images_and_labels
+
+from vit_static.config import InitConfig
+from vit_static.model import build, resample_pos_embed
+from vit_static.weights import WeightsError, file_state, init_from, load_state, read_pdparams, write_pdparams
+
+
+def random_state(seed: int = 0, **changed: object) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    state = file_state(build(SMALL.model_copy(update=changed)))
+    return {name: (0.1 * rng.standard_normal(value.shape)).astype(np.float32) for name, value in state.items()}
+
+
+def test_what_is_written_paddle_loads_and_we_read_back(tmp_path: Path) -> None:
+    state = random_state()
+    write_pdparams(state, tmp_path / "model.pdparams")
+    loaded = paddle.load(str(tmp_path / "model.pdparams"))
+    read = read_pdparams(tmp_path / "model.pdparams")
+    assert set(loaded) == set(read) == set(state)
+    assert all(np.array_equal(loaded[name].numpy(), state[name]) for name in state)
+    assert all(np.array_equal(read[name], state[name]) for name in state)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pdparams"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_file_in_plscs_layout_gives_its_logits(tmp_path: Path, dtype: str) -> None:
+    """Saved by Paddle from layers, as PLSC saves, in half precision too; the logits are the equations'."""
+    state = {name: value.astype(dtype) for name, value in random_state().items()}
+    paddle.save({name: paddle.to_tensor(value) for name, value in state.items()}, str(tmp_path / "plsc.pdparams"))
+    model = build(SMALL)
+    load_state(model, read_pdparams(tmp_path / "plsc.pdparams"), "plsc.pdparams")
+    model.eval()
+    images, _ = images_and_labels(2)
+    expected = numpy_logits(state, images.numpy(), patch_size=4, num_heads=3)
+    np.testing.assert_allclose(model(images).numpy(), expected, rtol=1e-4, atol=1e-6)
+
+
+class Malicious:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    marker, bad = tmp_path / "ran", tmp_path / "bad.pdparams"
+    bad.write_bytes(pickle.dumps({"head.weight": Malicious(marker)}))
+    with pytest.raises(WeightsError, match=r"posix\.system"):
+        read_pdparams(bad)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not a pickle", pickle.dumps([1, 2]), pickle.dumps({}), pickle.dumps({"a": 1})],
+    ids=["empty", "text", "list", "no keys", "no arrays"],
+)
+def test_what_is_no_state_dict_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "odd.pdparams").write_bytes(content)
+    with pytest.raises(WeightsError, match=r"odd\.pdparams") as error:
+        read_pdparams(tmp_path / "odd.pdparams")
+    assert "\n" not in str(error.value)
+
+
+def test_truncated_file(tmp_path: Path) -> None:
+    write_pdparams(random_state(), tmp_path / "model.pdparams")
+    whole = (tmp_path / "model.pdparams").read_bytes()
+    (tmp_path / "model.pdparams").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(WeightsError, match="not a Paddle state dict"):
+        read_pdparams(tmp_path / "model.pdparams")
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [({"depth": 3}, "blocks.2"), ({"depth": 1}, "blocks.1"), ({"width": 36}, "36"), ({"num_classes": 7}, "head")],
+    ids=["deeper", "shallower", "wider", "more classes"],
+)
+def test_another_models_weights_are_refused(changed, named) -> None:
+    with pytest.raises(WeightsError, match="another model") as error:
+        load_state(build(SMALL), random_state(**changed), "other.pdparams")
+    assert named in str(error.value) and "other.pdparams" in str(error.value)
+
+
+def test_finetuning_starts_from_the_body_with_a_fresh_head() -> None:
+    state = random_state()
+    target = build(SMALL.model_copy(update={"num_classes": 2, "representation_size": None}))
+    report = init_from(target, state, "run", InitConfig())
+    after = file_state(target)
+    assert report.reset == ["head.weight", "head.bias"] and not report.resampled
+    assert not after["head.weight"].any()
+    body = [name for name in after if not name.startswith("head")]
+    assert all(np.array_equal(after[name], state[name]) for name in body)
+    assert report.used == len(target.state_dict()) - 2
+
+
+def test_finetuning_at_another_size_resamples_the_position_embedding() -> None:
+    state = random_state()
+    target = build(SMALL.model_copy(update={"image_size": (20, 24)}))
+    report = init_from(target, state, "run", InitConfig(head="keep"), source_grid=(3, 4))
+    assert report.resampled == ["pos_embed"] and not report.reset
+    expected = resample_pos_embed(state["pos_embed"], (3, 4), (5, 6))
+    assert np.array_equal(file_state(target)["pos_embed"], expected)
+
+
+def test_a_grid_that_cannot_be_known_is_an_error_not_a_guess() -> None:
+    target = build(SMALL.model_copy(update={"image_size": (20, 24)}))
+    with pytest.raises(WeightsError, match="pos_embed"):
+        init_from(target, random_state(), "run", InitConfig(head="keep"))  # 12 patches are no square
+
+
+def test_a_kept_head_must_fit() -> None:
+    target = build(SMALL.model_copy(update={"num_classes": 2}))
+    with pytest.raises(WeightsError, match="head"):
+        init_from(target, random_state(), "run", InitConfig(head="keep"))
