@@ -1,0 +1,336 @@
+"""The program as people run it: through run.sh, in a folder of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sets import copy_of_some, small_digits  # noqa: F401 - a fixture
+from small import ROOT
+
+from data_tools.digits import make_digits
+from vit_static.weights import read_pdparams
+
+TINY = """
+model: {variant: Ti/16, image_size: 16, patch_size: 8, width: 32, depth: 2, num_heads: 2, mlp_dim: 64,
+        num_classes: 10, dropout: 0.1}
+data: {root: digits, global_batch_size: 16, num_threads: 1}
+optim: {lr: 3e-3}
+train: {epochs: 4}
+eval: {every_epochs: 2}
+log: {every_steps: 5}
+"""
+FINETUNE = """
+model: {variant: Ti/16, image_size: [24, 32], patch_size: 8, width: 32, depth: 2, num_heads: 2, mlp_dim: 64,
+        num_classes: 2}
+data: {root: parity, global_batch_size: 16, num_threads: 1}
+train: {epochs: 1}
+init: {from: output/tiny}
+"""
+
+
+def run_sh(*arguments: object, cwd: Path, timeout: float = 240, **environ: str) -> subprocess.CompletedProcess[str]:
+    """run.sh in the environment that runs the tests, so that it installs nothing."""
+    return subprocess.run(
+        [ROOT / "run.sh", *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | environ,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def the_tests_own_environment() -> Iterator[None]:
+    """run.sh takes the active environment: this one, marked as set up, as it is where run.sh started the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not (Path(sys.prefix) / ".vit_static-setup").is_file():
+            pytest.fail("run the tests with ./run.sh test: these start run.sh, which would set this environment up")
+        if Path(sys.prefix) != ROOT / ".venv":
+            patch.setenv("VIRTUAL_ENV", sys.prefix)
+        patch.setenv("VIT_STATIC_DEVICE", os.environ.get("VIT_STATIC_DEVICE", "cpu"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with small copies of both sets and the configs, and a finished pretraining in it."""
+    folder = tmp_path_factory.mktemp("a folder with spaces")
+    for labels, name, per_class in (("digit", "digits", 12), ("parity", "parity", 40)):
+        make_digits(folder / "all" / name, labels, 80)
+        copy_of_some(folder / "all" / name, folder / name, per_class, per_class // 4)
+    (folder / "tiny.yaml").write_text(TINY)
+    (folder / "finetune.yaml").write_text(FINETUNE)
+    pretrained = run_sh("pretrain", "-c", "tiny.yaml", cwd=folder)
+    assert pretrained.returncode == 0, pretrained.stderr
+    return folder
+
+
+def test_pretrain_says_what_it_does_and_nothing_else(workplace: Path) -> None:
+    """Plain lines where the output is no terminal; not one of Paddle's or DALI's own."""
+    done = run_sh("pretrain", "-c", "tiny.yaml", "-o", "name=again", "-o", "train.max_steps=6", cwd=workplace)
+    assert done.returncode == 0 and done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("again: ViT Ti/16 32 wide, 2 deep")
+    assert any(re.match(r"step 5/6  loss [\d.]+  lr .* images/s  data_wait .* left", line) for line in lines)
+    assert re.match(r"done in .* best top-1 [\d.]+ %; weights in output/again/model.pdparams", lines[-1])
+    assert all(re.match(r"again:|120 training|step |epoch |done in ", line) for line in lines)
+
+
+@pytest.mark.slow
+def test_finetune_from_that_run_with_another_head_and_size(workplace: Path) -> None:
+    done = run_sh("finetune", "-c", "finetune.yaml", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert "resampled: pos_embed; fresh: head.weight, head.bias" in done.stdout
+    before = read_pdparams(workplace / "output/tiny/model.pdparams")
+    after = read_pdparams(workplace / "output/finetune/model.pdparams")
+    assert before["pos_embed"].shape == (1, 1 + 2 * 2, 32) and after["pos_embed"].shape == (1, 1 + 3 * 4, 32)
+    assert after["head.weight"].shape == (32, 2)
+
+
+@pytest.mark.slow
+def test_eval_export_and_predict_agree(workplace: Path) -> None:
+    """eval repeats the last evaluation of the run; the exported model, file by file, has the same top-1."""
+    last = [json.loads(line) for line in (workplace / "output/tiny/metrics.jsonl").read_text().splitlines()]
+    last_eval = [line for line in last if line["kind"] == "eval"][-1]
+    evaluated = run_sh("eval", "--checkpoint", "output/tiny", cwd=workplace)
+    assert evaluated.returncode == 0, evaluated.stderr
+    result = json.loads(evaluated.stdout.splitlines()[-1])
+    assert result["top1"] == last_eval["top1"] and result["num_images"] == 30
+    assert result["loss"] == pytest.approx(last_eval["loss"], rel=1e-6)
+
+    other = run_sh("eval", "--checkpoint", "output/tiny/checkpoints/latest", "-o", "eval.batch_size=7", cwd=workplace)
+    again = json.loads(other.stdout.splitlines()[-1])
+    assert (again["top1"], again["top5"], again["num_images"]) == (result["top1"], result["top5"], 30)
+
+    exported = run_sh("export", "--checkpoint", "output/tiny", "--out", "exported", cwd=workplace)
+    assert exported.returncode == 0, exported.stderr
+    difference = float(re.search(r"trained model's: ([\d.e+-]+), over 30", exported.stdout)[1])  # type: ignore[index]
+    assert 0 < difference < 1e-4
+    names = {path.name for path in (workplace / "exported").iterdir()}
+    assert names == {"model.json", "model.pdiparams", "vit_static.json"}
+    card = json.loads((workplace / "exported/vit_static.json").read_text())
+    assert card["class_names"][3] == "three"
+    assert card["preprocessing"]["image_size"] == [16, 16] and card["model"]["width"] == 32
+
+    for batch_size in (1, 32):
+        predicted = run_sh("predict", "--model", "exported", "--batch-size", batch_size, "digits/val", cwd=workplace)
+        assert predicted.returncode == 0, predicted.stderr
+        lines = [json.loads(line) for line in predicted.stdout.splitlines()]
+        assert len(lines) == 30
+        hits = [line["top"][0]["class"] == int(Path(line["path"]).parent.name) for line in lines]
+        assert 100.0 * np.mean(hits) == pytest.approx(result["top1"])
+        assert all(sum(entry["probability"] for entry in line["top"]) <= 1.00001 for line in lines)
+
+
+@pytest.mark.slow
+def test_predict_takes_every_kind_of_image(workplace: Path) -> None:
+    if not (workplace / "exported").exists():
+        run_sh("export", "--checkpoint", "output/tiny", "--out", "exported", cwd=workplace)
+    source = Image.open(next((workplace / "digits/val/7").iterdir()))
+    odd = workplace / "odd images"
+    odd.mkdir(exist_ok=True)
+    transparent = source.convert("RGBA")
+    transparent.putalpha(128)
+    kinds = {
+        "grey.png": source.convert("L"),
+        "palette.png": source.convert("P"),
+        "transparent.png": transparent,
+        "sixteen bit.png": Image.fromarray(np.asarray(source.convert("L")).astype(np.uint16) * 257),
+        "bilevel.png": source.convert("1"),
+        "cmyk.jpg": source.convert("CMYK"),
+        "wide.jpeg": source.resize((300, 40)),
+    }
+    for name, image in kinds.items():
+        image.save(odd / name)
+    (odd / "broken.jpg").write_bytes(b"not an image")
+    done = run_sh("predict", "--model", "exported", "--top-k", 1, odd, cwd=workplace)
+    lines = {Path(line["path"]).name: line for line in map(json.loads, done.stdout.splitlines())}
+    assert set(lines) == {*kinds, "broken.jpg"}
+    assert "can't be read" in lines["broken.jpg"]["error"] and done.returncode == 2
+    assert "1 image" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert all(len(lines[name]["top"]) == 1 for name in kinds)
+    plain = run_sh(
+        "predict", "--model", "exported", "--top-k", 1, next((workplace / "digits/val/7").iterdir()), cwd=workplace
+    )
+    expected = json.loads(plain.stdout)["top"][0]
+    for name in ("grey.png", "transparent.png", "sixteen bit.png"):
+        assert lines[name]["top"][0]["name"] == expected["name"], name
+        assert lines[name]["top"][0]["probability"] == pytest.approx(expected["probability"], abs=0.02), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_goes_on_to_the_same_bits(workplace: Path, number: signal.Signals) -> None:
+    """The signal ends the step, the state is saved, the exit code is 75; the same command ends as if never stopped."""
+    arguments = ["pretrain", "-c", "tiny.yaml", "-o", f"name=stopped{int(number)}"]
+    process = subprocess.Popen([ROOT / "run.sh", *arguments], cwd=workplace, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            process.send_signal(number)
+            break
+    rest = process.stdout.read()
+    assert process.wait(timeout=60) == 75
+    assert "state saved" in rest
+    run = workplace / f"output/stopped{int(number)}"
+    assert not (run / "model.pdparams").exists()
+    done = run_sh(*arguments, cwd=workplace)
+    assert done.returncode == 0 and "going on from" in done.stdout
+    whole, parts = (read_pdparams(path / "model.pdparams") for path in (workplace / "output/tiny", run))
+    assert all(np.array_equal(parts[name], whole[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(workplace: Path) -> None:
+    """The same images, augmentations and losses; dropout off, since its masks are a rank's own."""
+    losses, evaluations = {}, {}
+    for nproc in ("1", "2"):
+        name = f"dp{nproc}"
+        done = run_sh(
+            "pretrain", "-c", "tiny.yaml", "-o", f"name={name}", "-o", "model.dropout=0", "-o", "log.every_steps=1",
+            cwd=workplace, NPROC=nproc,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in (workplace / f"output/{name}/metrics.jsonl").read_text().splitlines()]
+        losses[nproc] = [line["loss"] for line in lines if line["kind"] == "train"]
+        evaluations[nproc] = [line for line in lines if line["kind"] == "eval"]
+    np.testing.assert_allclose(losses["2"], losses["1"], rtol=1e-4)
+    for one, two in zip(evaluations["1"], evaluations["2"], strict=True):
+        assert two["num_images"] == 30 and two["top1"] == one["top1"]
+    evaluated = [
+        json.loads(run_sh("eval", "--checkpoint", "output/dp2", cwd=workplace, NPROC=n).stdout.splitlines()[-1])
+        for n in ("1", "2")
+    ]
+    assert evaluated[0]["top1"] == evaluated[1]["top1"] and evaluated[1]["num_images"] == 30
+    assert evaluated[0]["loss"] == pytest.approx(evaluated[1]["loss"], rel=1e-6)
+
+
+def test_the_verbs_are_listed(workplace: Path) -> None:
+    done = run_sh("--help", cwd=workplace)
+    assert done.returncode == 0
+    for verb in ("setup", "test", "data", "pretrain", "finetune", "eval", "export", "predict"):
+        assert f"    {verb} " in done.stdout
+
+
+def empty_class(folder: Path) -> None:
+    shutil.copytree(folder / "digits", folder / "holes")
+    for path in (folder / "holes/train/4").iterdir():
+        path.unlink()
+
+
+MISTAKES = {
+    "misspelt key": (
+        ["pretrain", "-c", "tiny.yaml", "-o", "optim.weightdecay=1"],
+        ["optim.weightdecay", "optim.weight_decay"],
+    ),
+    "misspelt section": (["pretrain", "-c", "tiny.yaml", "-o", "optm.lr=1"], ["optm", "did you mean optim"]),
+    "wrong type": (["pretrain", "-c", "tiny.yaml", "-o", "optim.lr=fast"], ["optim.lr", "fast"]),
+    "no such config": (["pretrain", "-c", "nowhere.yaml"], ["nowhere.yaml"]),
+    "unknown verb": (["pretrian"], ["pretrian"]),
+    "unknown flag": (["pretrain", "--resum", "x"], ["--resum"]),
+    "a batch that doesn't divide": (
+        ["pretrain", "-c", "tiny.yaml", "-o", "parallel.grad_accum_steps=3"],
+        ["data.global_batch_size = 16", "15 would do"],
+    ),
+    "an image that doesn't divide": (
+        ["pretrain", "-c", "tiny.yaml", "-o", "model.image_size=30"],
+        ["model.image_size", "patches of 8", "[32, 32]"],
+    ),
+    "heads that don't divide": (["pretrain", "-c", "tiny.yaml", "-o", "model.num_heads=3"], ["model.num_heads"]),
+    "no such folder": (["pretrain", "-c", "tiny.yaml", "-o", "data.root=nowhere"], ["nowhere/train", "data.root"]),
+    "an empty class folder": (["pretrain", "-c", "tiny.yaml", "-o", "data.root=holes"], ["holes/train/4"]),
+    "another number of classes": (
+        ["pretrain", "-c", "tiny.yaml", "-o", "model.num_classes=9"],
+        ["model.num_classes", "10"],
+    ),
+    "no such weights": (["finetune", "-c", "finetune.yaml", "-o", "init.from=output/none"], ["output/none"]),
+    "another model's weights": (
+        ["finetune", "-c", "finetune.yaml", "-o", "model.depth=3", "-o", "name=deeper"],
+        ["output/tiny/model.pdparams", "blocks.2"],
+    ),
+    "another model's checkpoint": (
+        ["eval", "-c", "tiny.yaml", "-o", "model.width=64", "--checkpoint", "output/tiny"],
+        ["output/tiny/model.pdparams", "model.*"],
+    ),
+    "a resume of another model": (
+        ["pretrain", "-c", "tiny.yaml", "-o", "model.depth=3"],
+        ["model.depth", "--resume never"],
+    ),
+    "no checkpoint": (["eval", "--checkpoint", "output/none"], ["output/none"]),
+    "a card where there is none": (["pretrain", "-c", "tiny.yaml", "-o", "device=gpu"], ["device", "no card"]),
+    "float16 on a CPU": (
+        ["pretrain", "-c", "tiny.yaml", "-o", "amp.level=O2", "-o", "amp.dtype=float16"],
+        ["amp", "amp.level=O1"],
+    ),
+    "more processes than asked for": (
+        ["pretrain", "-c", "tiny.yaml", "-o", "parallel.dp=2"],
+        ["parallel.dp", "NPROC=2"],
+    ),
+    "a mesh of a later version": (["pretrain", "-c", "tiny.yaml", "-o", "parallel.mp=2"], ["parallel.mp"]),
+    "no model to predict with": (["predict", "--model", "nowhere", "digits"], ["nowhere", "export"]),
+    "a folder that isn't ours to replace": (
+        ["export", "--checkpoint", "output/tiny", "--out", "digits"],
+        ["digits", "--out"],
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_that_names_it_and_exit_code_2(workplace: Path, mistake: str) -> None:
+    if not (workplace / "holes").exists():
+        empty_class(workplace)
+    arguments, named = MISTAKES[mistake]
+    done = run_sh(*arguments, cwd=workplace)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "Traceback" not in done.stdout
+    for words in named:
+        assert words in done.stderr
+    assert (workplace / "output/tiny/model.pdparams").is_file() and (workplace / "digits/train/4").is_dir()
+
+
+@pytest.mark.slow
+def test_a_mistake_on_two_processes_is_said_once(workplace: Path) -> None:
+    done = run_sh("pretrain", "-c", "tiny.yaml", "-o", "data.global_batch_size=15", cwd=workplace, NPROC="2")
+    assert done.returncode == 2
+    assert done.stderr.count("data.global_batch_size = 15") == 1
+
+
+@pytest.mark.slow
+def test_an_unreadable_image_in_training_is_named(workplace: Path) -> None:
+    shutil.copytree(workplace / "digits", workplace / "damaged")
+    bad = sorted((workplace / "damaged/train/5").iterdir())[3]
+    bad.write_bytes(bad.read_bytes()[:300])
+    done = run_sh("pretrain", "-c", "tiny.yaml", "-o", "data.root=damaged", "-o", "name=damaged", cwd=workplace)
+    assert done.returncode == 2
+    assert bad.name in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_interrupt_before_anything_is_built_is_clean(workplace: Path) -> None:
+    process = subprocess.Popen(
+        [ROOT / "run.sh", "pretrain", "-c", "tiny.yaml", "-o", "name=early"],
+        cwd=workplace,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(0.5)  # while Python or Paddle starts
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode in (75, -signal.SIGINT, 130)
+    assert "Traceback" not in stderr
