@@ -23,8 +23,9 @@ from vit_static.data.pipeline import eval_pipeline, pixels_pipeline, random_crop
 DATA = DataConfig(num_threads=1, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 PIL_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 # Of pixels in 0-1. What is between DALI and PIL is rounding: both give 8 bits after a resize, but PIL rounds after
-# each of its two passes, DALI once. So a fifth of the pixels differ by one grey level (measured: mean differences of
-# 0.10 to 0.25 levels, none of more than 2). Half a pixel beside gives 4 to 6 levels in these images.
+# each of its two passes, DALI once. So a fifth of the values differ by a grey level (measured: means of 0.10 to 0.25
+# levels, no value by more than 2; from PIL's float resize, rounded once, DALI's is 0.02 away). The decoders agree to
+# the last bit. A crop that is one pixel beside gives 4 to 7 levels in these images.
 BOUND = 0.5 / 255
 
 SIZES = [(375, 500), (500, 375), (400, 300), (257, 301), (80, 91), (64, 64)]  # height, width
@@ -181,7 +182,8 @@ EXTREME_SHAPES = [(1, 1), (1, 2), (2, 1), (10, 1000), (1000, 10), (1, 1000), (10
 )
 def test_the_random_crop_is_torchvisions(augment: AugmentConfig) -> None:
     rng = np.random.default_rng(1)
-    sizes = np.concatenate([EXTREME_SHAPES, rng.integers(1, 700, (500 - len(EXTREME_SHAPES), 2))])
+    tiny, usual = rng.integers(1, 4, (100, 2)), rng.integers(1, 700, (400 - len(EXTREME_SHAPES), 2))
+    sizes = np.concatenate([EXTREME_SHAPES, tiny, usual])
     shapes = np.column_stack([sizes, np.full(500, 3)]).astype(np.int64)
     draws = rng.random((500, NUM_DRAWS), np.float32)
     crops = crops_of(shapes, draws, augment)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -71,7 +72,15 @@ class RunLog:
     def open_bar(self, total_steps: int, done_steps: int) -> None:
         """A bar with the time left, on a terminal; elsewhere the log steps' lines are all there is."""
         if self.speaks and sys.stdout.isatty():
-            self._bar = tqdm(total=total_steps, initial=done_steps, unit="step", dynamic_ncols=True, file=sys.stdout)
+            num_columns = os.get_terminal_size(sys.stdout.fileno()).columns
+            self._bar = tqdm(
+                total=total_steps,
+                initial=done_steps,
+                unit="step",
+                ncols=None if num_columns else 100,  # some pseudo-terminals say 0, at which tqdm shows nothing
+                dynamic_ncols=num_columns > 0,
+                file=sys.stdout,
+            )
 
     def advance_bar(self) -> None:
         if self._bar is not None:
@@ -84,16 +93,16 @@ class RunLog:
 
     def train_line(self, step: int, total_steps: int, values: dict[str, float], seconds_left: float) -> None:
         """The console's view of a log step: in the bar, or a plain line."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {values['images_per_s']:.0f} images/s")
+            return
         shown = (
             f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  grad_norm {values['grad_norm']:.2f}  "
             f"{values['images_per_s']:.0f} images/s  data_wait {values['data_wait']:.1%}"
         )
         if values.get("mfu") is not None:
             shown += f"  mfu {values['mfu']:.1%}"
-        if self._bar is not None:
-            self._bar.set_postfix_str(shown)
-        else:
-            self.say(f"step {step}/{total_steps}  {shown}  {duration(seconds_left)} left")
+        self.say(f"step {step}/{total_steps}  {shown}  {duration(seconds_left)} left")
 
 
 def duration(seconds: float) -> str:

@@ -95,7 +95,7 @@ def start(parallel: ParallelConfig, device: str, global_batch_size: int) -> Mesh
     rank, world_size = rank_and_world_size()
     dp = check(parallel, world_size, global_batch_size)
     device = choose_device(device)
-    paddle.set_device(device)
+    paddle.set_device(f"gpu:{dist.ParallelEnv().device_id}" if device == "gpu" else "cpu")
     os.environ.pop("POD_NAME", None)  # a launcher's; it would make DistModel start `fleet`, which isn't used
     if world_size > 1:
         if device == "cpu":
