@@ -257,7 +257,10 @@ MISTAKES = {
         ["pretrain", "-c", "tiny.yaml", "-o", "model.num_classes=9"],
         ["model.num_classes", "10"],
     ),
-    "no such weights": (["finetune", "-c", "finetune.yaml", "-o", "init.from=output/none", "-o", "name=other"], ["output/none"]),
+    "no such weights": (
+        ["finetune", "-c", "finetune.yaml", "-o", "init.from=output/none", "-o", "name=other"],
+        ["output/none"],
+    ),
     "another model's weights": (
         ["finetune", "-c", "finetune.yaml", "-o", "model.depth=3", "-o", "name=deeper"],
         ["output/tiny/model.pdparams", "blocks.2"],

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import NoReturn
 
 from vit_static import runtime
-from vit_static.config import load
+from vit_static.config import UserError, load
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_MISTAKE, EXIT_STOPPED = 0, 1, 2, 75
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises ValueError for a wrong argument, where argparse would print its usage above the mistake."""
+    """Raises UserError for a wrong argument, where argparse would print its usage above the mistake."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} ('./run.sh --help' lists the verbs, './run.sh VERB --help' the arguments)")
+        raise UserError(f"{message} ('./run.sh --help' lists the verbs, './run.sh VERB --help' the arguments)")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -74,10 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # what reads the output has seen enough, such as `head`
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - for what Python flushes at its end
         return EXIT_DONE
-    except ValueError as error:
-        if isinstance(error, UnicodeError) or not _is_ours(error):
-            traceback.print_exc()
-            return EXIT_FAILED
+    except UserError as error:
         print(f"vit_static: {error}", file=sys.stderr)
         return EXIT_USER_MISTAKE
     except KeyboardInterrupt:
@@ -88,14 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
 
 
-def _is_ours(error: ValueError) -> bool:
-    """Whether an error is one of this program's, raised for a user's mistake, not one from within a library."""
-    return type(error) is ValueError or type(error).__module__.startswith("vit_static")
-
-
 def run(arguments: argparse.Namespace) -> int:
     if arguments.verb in ("setup", "test", "data"):
-        raise ValueError(f"{arguments.verb} is run.sh's own verb: ./run.sh {arguments.verb}")
+        raise UserError(f"{arguments.verb} is run.sh's own verb: ./run.sh {arguments.verb}")
     given = getattr(arguments, "config", None)
     config = None if given is None else load(given, arguments.overrides)
     runtime.prepare(arguments.verbose)  # before what imports Paddle, which is why the verbs are imported here

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -24,8 +33,15 @@ Pixels = Annotated[int, Field(ge=1)]
 Interpolation = Literal["bilinear", "bicubic"]
 
 
-class ConfigError(ValueError):
-    """A user's mistake in a config file or an override."""
+class UserError(ValueError):
+    """A user's mistake: a message of one line that names the thing and the remedy, whatever a name in it holds."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+class ConfigError(UserError):
+    """A mistake in a config file or an override."""
 
 
 def _height_and_width(value: Any) -> Any:
@@ -40,6 +56,13 @@ class Section(BaseModel):
     """A part of the config: frozen, no key but those declared, no infinities."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(f"{value} is no value for this key")
+        return value
 
 
 class ModelConfig(Section):
@@ -202,13 +225,14 @@ def load(path: Path | None, overrides: Iterable[str] = ()) -> Config:
     Raises ConfigError for a file that can't be read, and for keys, types and values that aren't right.
     """
     values = {} if path is None else _read_yaml(path)
-    origin = "-o" if path is None else str(path)
     values.setdefault("name", "run" if path is None else path.stem)
-    for override in overrides:
-        _apply_override(values, override)
+    overridden = {tuple(_apply_override(values, override)): override for override in overrides}
     try:
         return Config.model_validate(values)
     except ValidationError as error:
+        place = error.errors()[0]["loc"]
+        override = next((text for key, text in overridden.items() if place[: len(key)] == key), None)
+        origin = f"-o {override}" if override is not None or path is None else path
         raise ConfigError(f"{origin}: {_first_mistake(error)}") from None
 
 
@@ -228,7 +252,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is not UTF-8 text; -c takes a YAML file") from None
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}
@@ -237,13 +261,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def _apply_override(values: dict[str, Any], override: str) -> list[str]:
+    """Sets the override's key in `values`; returns the key's path."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"-o {override}: must be section.key=value, such as -o optim.lr=3e-3")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         value = text
     *sections, last = key.strip().split(".")
     for section in sections:
@@ -251,6 +276,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise ConfigError(f"-o {override}: {section} is not a section")
     values[last] = value
+    return [*sections, last]
 
 
 def _first_mistake(error: ValidationError) -> str:

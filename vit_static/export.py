@@ -12,7 +12,7 @@ from paddle.static import InputSpec
 
 from vit_static import model as model_module
 from vit_static.checkpoint import load_weights
-from vit_static.config import Config
+from vit_static.config import Config, UserError
 from vit_static.data.images import ImageList, list_images
 from vit_static.predict import CARD_FILE, MODEL_FILE, Card, Predictor, Preprocessing, read_pixels
 from vit_static.weights import load_state
@@ -38,7 +38,7 @@ def run(config: Config | None, checkpoint: Path, out: Path, overrides: list[str]
     config = config or loaded.config_with(overrides)
     images = list_images(config.data, "val", config.model.num_classes)
     if out.exists() and any(out.iterdir()) and not (out / CARD_FILE).is_file():
-        raise ValueError(f"{out}: is not empty, and not an exported model; name another folder with --out")
+        raise UserError(f"{out}: is not empty, and not an exported model; name another folder with --out")
     paddle.set_device("cpu")
     model = model_module.build(config.model)
     load_state(model, loaded.state, str(loaded.source))

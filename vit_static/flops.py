@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the counts depend on. `num_tokens` includes the class token, if there is one."""
+    """What the counts depend on. `num_tokens` are the patches, and the class token if there is one."""
 
+    num_patches: int
     num_tokens: int
     patch_dim: int
     width: int
@@ -21,7 +23,7 @@ class Shape:
 def forward_macs(shape: Shape) -> int:
     """Multiply-adds of one image's forward pass: the matrix products, as is usual, without norms and softmax."""
     num_tokens, width = shape.num_tokens, shape.width
-    embedding = num_tokens * shape.patch_dim * width
+    embedding = shape.num_patches * shape.patch_dim * width
     projections = 4 * num_tokens * width**2  # q, k, v and the output's
     attention = 2 * num_tokens**2 * width  # the scores, and their product with the values
     mlp = 2 * num_tokens * width * shape.mlp_dim
@@ -54,6 +56,6 @@ _PEAK_FLOPS: dict[str, dict[str, float]] = {
 def peak_flops(device_name: str, dtype: str) -> float | None:
     """The card's dense peak for `dtype`, or None where it isn't known (every CPU, among others)."""
     for name, rates in _PEAK_FLOPS.items():
-        if name in device_name:
+        if re.search(rf"\b{name}\b", device_name):
             return rates.get(dtype)
     return None

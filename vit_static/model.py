@@ -85,6 +85,7 @@ def shape_of(config: ModelConfig) -> Shape:
     """What the model's operations are counted from."""
     variant, (rows, columns) = variant_of(config), grid_of(config)
     return Shape(
+        num_patches=rows * columns,
         num_tokens=rows * columns + (config.pool == "cls"),
         patch_dim=3 * variant.patch_size**2,
         width=variant.width,

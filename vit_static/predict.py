@@ -16,14 +16,14 @@ from paddle import inference
 from PIL import Image, UnidentifiedImageError
 from pydantic import ValidationError
 
-from vit_static.config import DataConfig, EvalConfig, ImageSize, ModelConfig, Section
+from vit_static.config import DataConfig, EvalConfig, ImageSize, ModelConfig, Section, UserError
 from vit_static.data.images import IMAGE_SUFFIXES
 from vit_static.data.pipeline import pixels_pipeline
 
 MODEL_FILE, WEIGHTS_FILE, CARD_FILE = "model.json", "model.pdiparams", "vit_static.json"
 
 
-class PredictError(ValueError):
+class PredictError(UserError):
     """A model folder that can't be used, or an image that can't be read."""
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from vit_static.config import InitConfig
+from vit_static.config import InitConfig, UserError
 from vit_static.files import write_atomically
 from vit_static.model import VisionTransformer, fuse_qkv, resample_pos_embed, split_qkv
 
@@ -33,7 +33,7 @@ _HARMLESS = {
 }
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """A file of weights that can't be read, or doesn't fit the model."""
 
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import paddle
 from paddle.utils.dlpack import from_dlpack
-from PIL import Image
 
 from vit_static.config import AugmentConfig, DataConfig, EvalConfig
 from vit_static.data.images import DataError, ImageList
 from vit_static.data.order import TrainOrder
-from vit_static.data.pipeline import eval_pipeline, train_pipeline
+from vit_static.data.pipeline import eval_pipeline, files_pipeline, train_pipeline
 
 Batch = tuple[paddle.Tensor, ...]
 
@@ -153,13 +152,20 @@ def _names(images: ImageList, numbers: np.ndarray) -> list[np.ndarray]:
 
 
 def _unreadable(error: RuntimeError, images: ImageList, numbers: np.ndarray) -> DataError:
-    """What to tell of a pipeline that stopped: DALI doesn't always name the file, so it is looked for."""
-    for number in numbers:
-        path = Path(images.paths[number])
+    """What to tell of a pipeline that stopped: DALI doesn't always name the file, so each is read once more."""
+    pipeline = files_pipeline()
+    for path in dict.fromkeys(images.paths[number] for number in numbers):
         try:
-            with Image.open(path) as image:
-                image.load()
-        except (OSError, SyntaxError, ValueError) as problem:
-            return DataError(f"{path}: is not an image that can be read ({problem}); mend or remove the file")
-    first_line = next((line for line in str(error).splitlines() if line.strip()), "unknown error")
-    return DataError(f"DALI could not read a batch of images: {first_line.strip()}")
+            pipeline.run(name=[np.frombuffer(path.encode(), np.uint8)])
+        except RuntimeError as problem:
+            return DataError(
+                f"{path}: is not an image that DALI can read ({_reason(problem)}); mend or remove the file"
+            )
+    return DataError(f"DALI could not read a batch of images: {_reason(error)}")
+
+
+def _reason(error: RuntimeError) -> str:
+    """What DALI says, without where in its sources it says so."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = [line for line in lines if "[/" in line or "failed" in line.lower() or "failure" in line.lower()]
+    return re.sub(r"^\[/[^]]*\] (\[[^]]*\] )?", "", (said or lines or ["no reason given"])[0])

@@ -35,7 +35,8 @@ class TrainOrder:
     def draws(self, start: int, stop: int) -> np.ndarray:
         """Uniform numbers in [0, 1) for the positions' augmentations, [stop - start, NUM_DRAWS], float32."""
         bits = np.random.Philox(key=[self.seed, _DRAWS]).advance(start * NUM_DRAWS // 4)
-        return np.random.Generator(bits).random((stop - start, NUM_DRAWS)).astype(np.float32)
+        draws = np.random.Generator(bits).random((stop - start, NUM_DRAWS)).astype(np.float32)
+        return np.minimum(draws, np.nextafter(np.float32(1), np.float32(0)))  # float32 rounds the last few to 1
 
     def _shuffle(self, epoch: int) -> np.ndarray:
         if epoch not in self._shuffles:

@@ -91,8 +91,9 @@ def random_crop(shape: Any, draws: Any, augment: AugmentConfig) -> tuple[Any, An
     crop_height += none_fits * dali_math.min(height, dali_math.floor(width / least_aspect + 0.5))
     y_share = none_fits * 0.5 + (1 - none_fits) * draws[20]
     x_share = none_fits * 0.5 + (1 - none_fits) * draws[21]
-    y = dali_math.min(dali_math.floor((height - crop_height + 1) * y_share), height - crop_height)
-    x = dali_math.min(dali_math.floor((width - crop_width + 1) * x_share), width - crop_width)
+    num_places_y, num_places_x = height - crop_height + 1 - none_fits, width - crop_width + 1 - none_fits
+    y = dali_math.min(dali_math.floor(num_places_y * y_share), height - crop_height)
+    x = dali_math.min(dali_math.floor(num_places_x * x_share), width - crop_width)
     return fn.stack(y, x), fn.stack(crop_height, crop_width)
 
 
@@ -132,13 +133,28 @@ def pixels_pipeline(
     return _build(pipeline, batch_size, num_threads, 1, None)
 
 
+def files_pipeline() -> Pipeline:
+    """Reads and decodes one file at a time, on the CPU: ``run(name=[...])``. Dead after one that can't be read."""
+
+    @pipeline_def
+    def pipeline() -> Any:
+        name = fn.external_source(name="name", batch=True, dtype=types.UINT8, ndim=1)
+        return fn.decoders.image(fn.io.file.read(name), adjust_orientation=False)
+
+    return _build(pipeline, 1, 1, 1, None)
+
+
 def preprocessed(images: Any, image_size: tuple[int, int], data: DataConfig, evaluation: EvalConfig) -> Any:
     """What is done to a decoded image before the model sees it: resized, its centre cut out, normalised."""
     resize = {"interp_type": _INTERPOLATIONS[evaluation.interpolation], "antialias": evaluation.antialias}
     if evaluation.resize == "direct":
         return _normalised(fn.resize(images, size=list(image_size), **resize), data)
-    images = fn.resize(images, size=list(resized_before_crop(image_size, evaluation)), mode="not_smaller", **resize)
-    return _normalised(images, data, crop=list(image_size))
+    # Not DALI's mode="not_smaller": the seed rounds the long side, and the centre's corner down.
+    shape = images.shape(dtype=types.FLOAT)
+    least_height, least_width = resized_before_crop(image_size, evaluation)
+    scale = dali_math.max(least_height / shape[0], least_width / shape[1])
+    images = fn.resize(images, size=dali_math.floor(shape[0:2] * scale + 0.5), **resize)
+    return _normalised(images, data, crop=list(image_size), rounding="truncate")
 
 
 def resized_before_crop(image_size: tuple[int, int], evaluation: EvalConfig) -> tuple[int, int]:
