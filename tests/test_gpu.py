@@ -42,7 +42,7 @@ def losses_on(card: mesh_module.Mesh, precision: Precision, grad_accum_steps: in
     losses = []
     for step in range(10):
         images, labels = images_and_labels(8, seed=step)
-        loss, _ = program.train_step(images.cuda(), labels.cuda(), step)
+        loss = program.train_step(images.cuda(), labels.cuda(), step)
         losses.append(program.scalar(loss))
     return losses, program
 

@@ -13,19 +13,21 @@ def per_image_loss(logits: paddle.Tensor, labels: paddle.Tensor, loss: LossConfi
     """Logits [B, K] and labels [B] (int64) to losses [B], in float32.
 
     softmax: cross-entropy with targets y * (1 - e) + e / K. sigmoid: binary cross-entropy summed over the classes,
-    with targets y * (1 - e) + e as in the seed (its 'ViTCELoss').
+    with targets y * (1 - e) + e as in the seed (its 'ViTCELoss'). On a CPU Paddle's softmax takes a logit more than 64
+    below the greatest for 64 below it, so the loss of such an image is too small; its gradient is right.
     """
     logits = logits.astype("float32")
     num_classes = logits.shape[-1]
     smoothing = loss.label_smoothing
-    # Not `F.cross_entropy`: the gradient of the squeeze that its result needs is an error in oneDNN.
+    # Of the formulas for these losses, the two whose gradients are right with oneDNN's kernels too (Paddle 3.3.1):
+    # `cross_entropy` needs a squeeze, which fails there; `logsumexp` and `binary_cross_entropy_with_logits` are wrong
+    # there without an error (tests/test_step.py compares).
     one_hot = F.one_hot(labels, num_classes)  # [B, K]
     if loss.name == "softmax":
         targets = one_hot * (1.0 - smoothing) + smoothing / num_classes
-        # Not `F.log_softmax`, which on a CPU takes everything 64 below the greatest for 64 below it.
-        return (targets * (paddle.logsumexp(logits, axis=-1, keepdim=True) - logits)).sum(axis=-1)
+        return -(targets * F.log_softmax(logits, axis=-1)).sum(axis=-1)
     targets = one_hot * (1.0 - smoothing) + smoothing
-    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(axis=-1)
+    return -(targets * F.log_sigmoid(logits) + (1.0 - targets) * F.log_sigmoid(-logits)).sum(axis=-1)
 
 
 def ranks_of_labels(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:

@@ -18,8 +18,9 @@ def make_optimizer(
     *,
     grad_accum_steps: int = 1,
     low_precision: bool = False,
-) -> tuple[paddle.optimizer.Optimizer, paddle.optimizer.lr.LRScheduler]:
-    """The optimizer over all parameters and the scheduler that feeds it: ``scheduler.step(n)`` sets update n's rate.
+) -> tuple[paddle.optimizer.Optimizer, paddle.optimizer.lr.LRScheduler, RecordedGlobalNorm]:
+    """The optimizer over all parameters, the scheduler that feeds it (``scheduler.step(n)`` sets update n's rate), and
+    its clipping, which knows the gradients' norm.
 
     adamw: arXiv 1711.05101, the decay multiplied by the learning rate and applied to every parameter, as the seed
     has it. sgd: with momentum, the decay added to the (already clipped) gradient. `low_precision` parameters get
@@ -49,4 +50,4 @@ def make_optimizer(
             grad_clip=clip,
             multi_precision=low_precision,
         )
-    return optimizer, scheduler
+    return optimizer, scheduler, clip

@@ -13,26 +13,40 @@ import paddle.distributed as dist
 from paddle import nn
 from paddle.distributed.auto_parallel.static.dist_input_spec import DistributedInputSpec
 
-GRAD_NORM = "grad_norm"
 _NO_CLIPPING = 1e30
 
 
 class RecordedGlobalNorm(nn.ClipGradByGlobalNorm):
     """Clipping by the norm of all gradients together, whose norm (before clipping) can be read after a step.
 
-    `clip_norm` None only measures. Paddle computes the norm but gives it no name in the program, so the result of
-    its square root is published here as an output.
+    `clip_norm` None only measures. Paddle computes the norm but keeps it in the program, so the result of its square
+    root is copied here into a variable that lives as long as the parameters. (Fetching it would do for a program in
+    one piece, but not with accumulated gradients: those that compute the update are then a program of their own.)
     """
 
     def __init__(self, clip_norm: float | None) -> None:
         super().__init__(_NO_CLIPPING if clip_norm is None else clip_norm)
+        self._variable: str | None = None
 
     def _pir_clip(self, params_grads: Any) -> Any:
         clipped = super()._pir_clip(params_grads)
         operations = paddle.static.default_main_program().global_block().ops
         norm = next(op for op in reversed(operations) if op.name() == "pd_op.sqrt").result(0)
-        paddle._C_ops.set_persistable_value(norm, GRAD_NORM)
+        self._variable = paddle.utils.unique_name.generate("grad_norm")
+        kept = paddle.pir.core.create_persistable_value(
+            "float32",
+            norm.shape,
+            self._variable,
+            initializer=nn.initializer.Constant(0.0),
+            dist_attr=norm.dist_attr(),
+        )
+        paddle.assign(norm, output=kept)
         return clipped
+
+    def norm(self) -> float:
+        """The last step's. Waits for the device."""
+        tensor = paddle.static.global_scope().find_var(self._variable).get_tensor()
+        return float(np.asarray(tensor).item())
 
 
 def input_spec(name: str, shape: list[int], dtype: str, mesh: dist.ProcessMesh, split: list[Any]) -> Any:
@@ -58,19 +72,6 @@ def ready_to_evaluate(program: dist.DistModel) -> None:
         engine.program_helper.init_pir(engine._pir_dist_main_progs["eval"], engine._place)
         engine._executor = paddle.static.Executor(engine._place)
         paddle.disable_static()
-
-
-def fetch_only(program: dist.DistModel, names: list[str]) -> None:
-    """What a run of the current mode returns in `program.outs` beside the loss.
-
-    The engine keeps one list for all modes, though a value belongs to one mode's program.
-    """
-    engine = program._engine
-    engine._pir_fetch_values.clear()
-    engine._pir_user_defined_fetch_names.clear()
-    compiled = compiled_program(program)
-    for name in names:
-        program._fetch_value(compiled.get_output_value_by_name(name), name)
 
 
 def compiled_program(program: dist.DistModel) -> Any:

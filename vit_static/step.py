@@ -96,7 +96,7 @@ class Program:
             # A micro-batch: the executor cuts what it is fed into as many.
             self._specs["train"] = self._input_specs(batch_size // grad_accum_steps, image_size)
             low_precision = precision.level == "O2"
-            optimizer, self._scheduler = make_optimizer(
+            optimizer, self._scheduler, self._clip = make_optimizer(
                 model, optim, learning_rate, grad_accum_steps=grad_accum_steps, low_precision=low_precision
             )
             if low_precision:
@@ -112,26 +112,22 @@ class Program:
         first = self._specs[self._main_mode]
         self._program = dist.to_static(model, None, criterion, optimizer, strategy=strategy, input_spec=first)
 
-    def train_step(self, images: paddle.Tensor, labels: paddle.Tensor, step: int) -> tuple[Any, Any]:
-        """One update, the one after `step` done ones: (this rank's mean loss, the gradients' norm before clipping).
-
-        Neither is waited for: `scalar` reads one.
-        """
+    def train_step(self, images: paddle.Tensor, labels: paddle.Tensor, step: int) -> Any:
+        """One update, the one after `step` done ones: this rank's loss, which isn't waited for (`scalar` reads it)."""
         self._enter("train")
         self._scheduler.step(step)
         # Masks are a function of the seed, the step and the rank's data, so a resumed run draws the same.
         draw = np.random.SeedSequence([self._seed, step, self._mesh.dp_rank]).generate_state(1)
         paddle.seed(int(draw[0]))
-        loss = self._program(images, labels)
-        return loss, self._program.outs[internals.GRAD_NORM]
+        return self._program(images, labels)
 
     def scalar(self, loss: Any) -> float:
         """A loss of `train_step` as a number: over its micro-batches, the mean. Waits for the device."""
         return float(np.mean(np.asarray(loss)))
 
-    def norm(self, grad_norm: Any) -> float:
-        """A gradient norm of `train_step` as a number. Waits for the device."""
-        return float(np.mean(np.asarray(grad_norm))) / self._grad_accum_steps
+    def grad_norm(self) -> float:
+        """The norm of the last update's gradients, all together and before clipping. Waits for the device."""
+        return self._clip.norm() / self._grad_accum_steps
 
     def eval_step(self, images: paddle.Tensor, labels: paddle.Tensor) -> np.ndarray:
         """Losses and label ranks of this rank's images, [B, 2]. Waits for the device."""
@@ -187,11 +183,9 @@ class Program:
         internals.set_input_specs(self._program, *self._specs[mode])
         if mode == "train":
             self._program.train()
-            internals.fetch_only(self._program, [internals.GRAD_NORM])
         else:
             self._program.eval()
             internals.ready_to_evaluate(self._program)
-            internals.fetch_only(self._program, [])
         self._mode = mode
 
     def _input_specs(self, batch_size: int, image_size: tuple[int, int]) -> list[list[Any]]:
@@ -204,7 +198,8 @@ class Program:
 
 def _strategy(precision: Precision, amp: AmpConfig, grad_accum_steps: int) -> dist.Strategy:
     strategy = dist.Strategy()
-    strategy.return_numpy = False  # reading a result is what waits for the device
+    # Reading a result is what waits for the device; those of micro-batches Paddle merges, which it does only in NumPy.
+    strategy.return_numpy = grad_accum_steps > 1
     if precision.level == "O2":
         strategy.amp.enable = True
         strategy.amp.level = "O2"

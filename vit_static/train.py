@@ -131,7 +131,7 @@ def train(config: Config, resume: bool = True) -> bool:
         while progress.step < total_steps and not stopped:
             step = progress.step
             images, labels = next(feed)
-            loss, grad_norm = program.train_step(images, labels, step)
+            loss = program.train_step(images, labels, step)
             progress = replace(progress, step=step + 1)
             epoch = progress.step * batch_size / len(train_images)
             is_last = progress.step == total_steps
@@ -145,7 +145,7 @@ def train(config: Config, resume: bool = True) -> bool:
                 values: dict[str, Any] = {
                     "loss": mean_loss,
                     "lr": learning_rate(step, total_steps, config.optim, config.schedule),
-                    "grad_norm": program.norm(grad_norm),
+                    "grad_norm": program.grad_norm(),
                     "images_per_s": images_per_s,
                     "data_wait": data_wait,
                     "mfu": None if peak is None else images_per_s * train_flops / (peak * world_size),
