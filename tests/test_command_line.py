@@ -246,6 +246,10 @@ MISTAKES = {
         ["pretrain", "-c", "tiny.yaml", "-o", "parallel.grad_accum_steps=3"],
         ["data.global_batch_size = 16", "15 would do"],
     ),
+    "accumulation with momentum": (
+        ["pretrain", "-c", "tiny.yaml", "-o", "parallel.grad_accum_steps=2", "-o", "optim.name=sgd"],
+        ["parallel.grad_accum_steps = 2", "optim.name=adamw"],
+    ),
     "an image that doesn't divide": (
         ["pretrain", "-c", "tiny.yaml", "-o", "model.image_size=30"],
         ["model.image_size", "patches of 8", "[32, 32]"],

@@ -42,7 +42,7 @@ def extreme(num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """
     logits, labels = logits_and_labels(num_classes)
     logits = np.where(logits > 0, np.float32(30), np.float32(-30))
-    logits[np.arange(BATCH_SIZE), labels] = np.repeat([50, -50], BATCH_SIZE // 2)
+    logits[np.arange(BATCH_SIZE), labels] = np.repeat([30, -30], BATCH_SIZE // 2)
     return logits, labels
 
 
@@ -60,6 +60,20 @@ def test_losses_of_images(make, num_classes: int, name: str, smoothing: float) -
     assert losses.dtype == paddle.float32
     expected = expected_losses(logits.astype(np.float64), labels, name, smoothing)
     np.testing.assert_allclose(losses.numpy(), expected, rtol=3e-5, atol=1e-5)  # float32, up to 1000 terms
+
+
+def test_a_sigmoid_loss_of_logits_of_50_is_exact() -> None:
+    logits, labels = (5 / 3) * extreme(1000)[0], extreme(1000)[1]
+    losses = per_image_loss(paddle.to_tensor(logits), paddle.to_tensor(labels), LossConfig(name="sigmoid"))
+    expected = expected_losses(logits.astype(np.float64), labels, "sigmoid", 0.0)
+    np.testing.assert_allclose(losses.numpy(), expected, rtol=3e-5)
+
+
+def test_the_gradient_of_a_softmax_loss_is_right_for_logits_too_far_apart_for_the_loss() -> None:
+    """100 apart: on a CPU the loss says 64, but the label is pulled up with all of the strength."""
+    logits = paddle.to_tensor([[50.0, -50.0, 0.0]], stop_gradient=False)
+    Criterion(LossConfig())(logits, paddle.to_tensor([1])).backward()
+    np.testing.assert_allclose(logits.grad.numpy(), [[1, -1, 0]], atol=1e-6)
 
 
 def test_known_losses() -> None:

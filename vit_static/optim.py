@@ -7,8 +7,18 @@ from collections.abc import Callable
 import paddle
 from paddle import nn
 
-from vit_static.config import OptimConfig
+from vit_static.config import ConfigError, OptimConfig
 from vit_static.paddle_internals import RecordedGlobalNorm
+
+
+def check(optim: OptimConfig, grad_accum_steps: int) -> None:
+    """Raises ConfigError for what Paddle can't do."""
+    if optim.name == "sgd" and grad_accum_steps > 1:
+        raise ConfigError(
+            f"parallel.grad_accum_steps = {grad_accum_steps}: Paddle 3.3.1's executor never returns from a step of "
+            "accumulated gradients with momentum; set parallel.grad_accum_steps=1 (the update is the same), or "
+            "optim.name=adamw"
+        )
 
 
 def make_optimizer(

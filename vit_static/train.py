@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from vit_static import checkpoint, flops, report
+from vit_static import checkpoint, flops, optim, report
 from vit_static import config as config_module
 from vit_static import mesh as mesh_module
 from vit_static import model as model_module
@@ -36,6 +36,7 @@ def train(config: Config, resume: bool = True) -> bool:
     # -- what is to be done: found out, and every mistake in it, before anything is built ------------------------
     rank, world_size = mesh_module.rank_and_world_size()
     mesh_module.check(config.parallel, world_size, config.data.global_batch_size)
+    optim.check(config.optim, config.parallel.grad_accum_steps)
     shape = model_module.shape_of(config.model)
     train_images = list_images(config.data, "train", config.model.num_classes)
     val_images = list_images(config.data, "val", config.model.num_classes)
