@@ -55,7 +55,7 @@ ImageSize = Annotated[tuple[Pixels, Pixels], BeforeValidator(_height_and_width)]
 class Section(BaseModel):
     """A part of the config: frozen, no key but those declared, no infinities."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -195,7 +195,7 @@ class ExportConfig(Section):
 class Config(Section):
     """Everything. `name` is the run's; its folder is `output_dir`/`name`."""
 
-    name: Annotated[str, Field(min_length=1, pattern=r"^[^/\\]+$")]
+    name: Annotated[str, Field(min_length=1, pattern=r"^\w[^/\\\n]*$")]
     output_dir: str = "output"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -290,6 +290,8 @@ def _first_mistake(error: ValidationError) -> str:
         if nearest:
             return f"{key} is not a key; did you mean {'.'.join([*path[:-1], *nearest])}?"
         return f"{key} is not a key; there are {', '.join(siblings)}"
+    if mistake["type"] in ("model_type", "dict_type"):
+        return f"{key} = {mistake['input']!r}: is a section, whose keys stand below it, as in -o {key}.KEY=VALUE"
     problem = mistake["msg"].removeprefix("Value error, ")
     if mistake["type"] == "value_error":
         return f"{key}: {problem}" if key else problem
@@ -304,5 +306,5 @@ def _section(path: Sequence[Any]) -> type[Section] | None:
 
 def total_steps(train: TrainConfig, num_images: int, global_batch_size: int) -> int:
     """Optimizer steps of a run: whole batches of `epochs` times the set, at least one, at most `max_steps`."""
-    steps = max(1, math.floor(train.epochs * num_images / global_batch_size))
+    steps = max(1, math.floor(train.epochs * num_images / global_batch_size + 1e-9))
     return steps if train.max_steps is None else min(steps, train.max_steps)

@@ -42,6 +42,7 @@ def train_flops(shape: Shape) -> int:
 # Dense peak in operations a second by a part of the card's name and by precision: NVIDIA's data sheets.
 _PEAK_FLOPS: dict[str, dict[str, float]] = {
     "H200": {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12},
+    "H100 NVL": {"bfloat16": 835e12, "float16": 835e12, "float32": 60e12},
     "H100 PCIe": {"bfloat16": 756e12, "float16": 756e12, "float32": 51e12},
     "H100": {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12},
     "A100": {"bfloat16": 312e12, "float16": 312e12, "float32": 19.5e12},

@@ -8,6 +8,8 @@ from paddle import nn
 
 from vit_static.config import LossConfig
 
+_NEVER_A_HIT = 1e6
+
 
 def per_image_loss(logits: paddle.Tensor, labels: paddle.Tensor, loss: LossConfig) -> paddle.Tensor:
     """Logits [B, K] and labels [B] (int64) to losses [B], in float32.
@@ -37,10 +39,11 @@ def ranks_of_labels(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tens
     """
     logits = logits.astype("float32")
     num_classes = logits.shape[-1]
-    own = (F.one_hot(labels, num_classes) * logits).sum(axis=-1, keepdim=True)  # [B, 1]
+    own = paddle.take_along_axis(logits, labels.unsqueeze(-1), axis=1)  # [B, 1]
     not_lower_class = paddle.arange(num_classes).unsqueeze(0) >= labels.unsqueeze(-1)  # [B, K]
     behind = (logits < own) | ((logits == own) & not_lower_class)
-    return num_classes - behind.astype("float32").sum(axis=-1)
+    ranks = num_classes - behind.astype("float32").sum(axis=-1)
+    return ranks + _NEVER_A_HIT * paddle.isnan(logits).astype("float32").sum(axis=-1)
 
 
 class Criterion(nn.Layer):

@@ -410,7 +410,7 @@ def sincos2d_pos_embed(grid: tuple[int, int], width: int, num_prefix_tokens: int
     1 / 10000**(i / (width / 4 - 1)). Prefix tokens get zeros. 4 must divide the width.
     """
     rows, columns = np.mgrid[: grid[0], : grid[1]]
-    frequencies = 10000.0 ** -(np.arange(width // 4) / (width // 4 - 1))
+    frequencies = 10000.0 ** -(np.arange(width // 4) / max(width // 4 - 1, 1))
     row_angles = rows.reshape(-1, 1) * frequencies  # [rows * columns, width / 4]
     column_angles = columns.reshape(-1, 1) * frequencies
     table = np.concatenate(
