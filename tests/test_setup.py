@@ -71,7 +71,7 @@ class Checkout:
         (package / "__main__.py").write_text(WORKER)
         shutil.copy(ROOT / "vit_static" / "launch.py", package)
         self.caller_folder = folder / "caller"
-        self.caller_folder.mkdir()
+        (self.caller_folder / "data" / "digits").mkdir(parents=True)  # pretrain has nothing to make first
 
     def start(self, *arguments: str, **environ: str) -> subprocess.Popen[str]:
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}

@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("vit_static: stopped on request", file=sys.stderr)
         return EXIT_STOPPED
     except Exception:
+        print(runtime.said_aside(), end="", file=sys.stderr)
         traceback.print_exc()
         return EXIT_FAILED
 

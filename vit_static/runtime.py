@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import MutableMapping
 from pathlib import Path
+from typing import IO
+
+_aside: IO[bytes] | None = None
 
 
 def prepare(verbose: bool = False, environ: MutableMapping[str, str] = os.environ) -> None:
@@ -34,6 +39,8 @@ def prepare(verbose: bool = False, environ: MutableMapping[str, str] = os.enviro
     import paddle  # noqa: F401
 
     environ["OMP_NUM_THREADS"] = num_threads
+    if not verbose:
+        faulthandler.enable(sys.stderr)  # after Paddle, whose own handler writes where it is put aside
 
 
 def _cores_a_process(environ: MutableMapping[str, str]) -> int:
@@ -42,15 +49,30 @@ def _cores_a_process(environ: MutableMapping[str, str]) -> int:
 
 
 def _silence_libraries() -> None:
-    """Python keeps standard output; what C++ libraries print there (oneDNN's checks in Paddle, say) goes nowhere.
+    """Python keeps the console; what C++ libraries print there goes nowhere, or aside until a failure asks for it.
 
-    Errors, which they write to standard error, stay.
+    (oneDNN's checks in Paddle come on standard output, a decoder's complaints of a bad file on standard error.)
     """
+    global _aside
     sys.stdout.flush()
-    ours = os.dup(1)
-    with open(os.devnull, "w") as nowhere:  # noqa: PTH123 - a device, not a path
-        os.dup2(nowhere.fileno(), 1)
-    sys.stdout = os.fdopen(ours, "w", encoding=sys.stdout.encoding, buffering=1)
+    sys.stderr.flush()
+    sys.stdout, sys.stderr = (
+        os.fdopen(os.dup(stream.fileno()), "w", encoding=stream.encoding, errors=stream.errors, buffering=1)
+        for stream in (sys.stdout, sys.stderr)
+    )
+    _aside = tempfile.TemporaryFile()  # noqa: SIM115 - open until the process ends
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    os.dup2(_aside.fileno(), 2)
+
+
+def said_aside() -> str:
+    """What libraries have printed on standard error so far, where `prepare` has put it aside."""
+    if _aside is None:
+        return ""
+    _aside.seek(0)
+    return _aside.read().decode(errors="replace")
 
 
 def _amd_with_avx2(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
