@@ -144,7 +144,9 @@ class _Outputs:
             if len(self._in_use) > 2:
                 self._in_use.popleft()[0].synchronize()
         self._last = self._pipeline.run()
-        return tuple(from_dlpack(output.as_tensor()) for output in self._last)
+        batch = tuple(from_dlpack(output.as_tensor()) for output in self._last)
+        # Labels and weights come from the host; the program on a card takes all of its inputs there.
+        return tuple(part.cuda() for part in batch) if self._on_card else batch
 
 
 def _names(images: ImageList, numbers: np.ndarray) -> list[np.ndarray]:
