@@ -328,6 +328,10 @@ def test_an_unreadable_image_in_training_is_named(workplace: Path) -> None:
     assert bad.name in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
+def heed_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupt_before_anything_is_built_is_clean(workplace: Path) -> None:
     process = subprocess.Popen(
         [ROOT / "run.sh", "pretrain", "-c", "tiny.yaml", "-o", "name=early"],
@@ -335,6 +339,8 @@ def test_interrupt_before_anything_is_built_is_clean(workplace: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Tests that a script has put into the background inherit an ignored Ctrl-C.
+        preexec_fn=heed_ctrl_c,
     )
     time.sleep(0.5)  # while Python or Paddle starts
     process.send_signal(signal.SIGINT)
