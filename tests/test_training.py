@@ -97,8 +97,13 @@ def test_a_finished_run_is_left_as_it_is(config: Config) -> None:
 
 def test_never_resuming_begins_anew(config: Config) -> None:
     train(config)
-    assert train(config, resume=False)
-    assert [line["step"] for line in metrics(config.run_dir, "train")] == [3, 6, 9, 11] * 2
+    shorter = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 6}), "seed": 9})
+    assert train(shorter, resume=False)
+    assert [line["step"] for line in metrics(config.run_dir, "train")] == [3, 6, 9, 11, 3, 6]
+    merged = checkpoint.load_weights(config.run_dir / "checkpoints" / "step_00000006").state
+    state = read_pdparams(config.run_dir / "model.pdparams")
+    assert all(np.array_equal(merged[name], state[name]) for name in state)
+    assert (config.run_dir / "checkpoints_before_1" / "step_00000011").is_dir()  # the first run's are kept
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,14 @@ def latest(run_dir: Path) -> Path | None:
     return complete[-1].parent if complete else None
 
 
+def set_aside(run_dir: Path) -> None:
+    """Moves a run's checkpoints out of the way of one that begins anew in the same folder; nothing is deleted."""
+    checkpoints = run_dir / "checkpoints"
+    if checkpoints.exists():
+        number = 1 + len(list(run_dir.glob("checkpoints_before_*")))
+        checkpoints.rename(run_dir / f"checkpoints_before_{number}")
+
+
 def read_progress(path: Path) -> Progress:
     """Raises WeightsError for what is not a checkpoint of this version's."""
     try:

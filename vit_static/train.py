@@ -103,6 +103,8 @@ def train(config: Config, resume: bool = True) -> bool:
     # -- the run's folder ----------------------------------------------------------------------------------------
     if rank == 0:
         config.run_dir.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            checkpoint.set_aside(config.run_dir)
         config_module.dump(config, config.run_dir / "config.yaml")
         checkpoint.write_class_names(config.run_dir, train_images.class_names)
     mesh.wait_for_all()
@@ -163,6 +165,8 @@ def train(config: Config, resume: bool = True) -> bool:
             elif mesh.device == "cpu" or is_log_step:
                 stopped = mesh.any_rank(requests.received)
 
+            stopped = stopped and not is_last  # nothing is left to go on with
+
             images_seen = progress.step * batch_size
             passed_epoch = images_seen // eval_every_images > (images_seen - batch_size) // eval_every_images
             is_best = False
@@ -175,7 +179,7 @@ def train(config: Config, resume: bool = True) -> bool:
                 log.record("eval", progress.step, epoch, **asdict(result))
                 log.say(f"epoch {epoch:.1f}  {describe(result)}{'  (best)' if is_best else ''}")
             every = config.checkpoint.every_steps
-            if stopped or is_last or (passed_epoch if every is None else progress.step % every == 0):
+            if stopped or is_last or is_best or (passed_epoch if every is None else progress.step % every == 0):
                 checkpoint.save(program.state(), progress, config, mesh, train_images.class_names, is_best=is_best)
             meter.pause(time.perf_counter() - aside)
         log.close_bar()
@@ -185,9 +189,7 @@ def train(config: Config, resume: bool = True) -> bool:
             log.record("event", progress.step, epoch, event="stopped")
             log.say(f"stopped on request at step {progress.step}, state saved; the same command goes on from there")
         else:
-            newest = checkpoint.latest(config.run_dir)
-            assert newest is not None
-            merged = checkpoint.merge(newest, config)
+            merged = checkpoint.merge(checkpoint.folder(config.run_dir, progress.step), config)
             if rank == 0:
                 write_pdparams(merged, config.run_dir / "model.pdparams")
             log.record("event", progress.step, progress.step * batch_size / len(train_images), event="finished")
