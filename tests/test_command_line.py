@@ -212,8 +212,8 @@ def test_two_processes_train_as_one(workplace: Path) -> None:
     for one, two in zip(evaluations["1"], evaluations["2"], strict=True):
         assert two["num_images"] == 30 and two["top1"] == one["top1"]
     evaluated = [
-        json.loads(run_sh("eval", "--checkpoint", "output/dp2", cwd=workplace, NPROC=n).stdout.splitlines()[-1])
-        for n in ("1", "2")
+        json.loads(run_sh("eval", "--checkpoint", path, cwd=workplace, NPROC=n).stdout.splitlines()[-1])
+        for n, path in (("1", "output/dp2"), ("2", "output/dp2/checkpoints/latest"))
     ]
     assert evaluated[0]["top1"] == evaluated[1]["top1"] and evaluated[1]["num_images"] == 30
     assert evaluated[0]["loss"] == pytest.approx(evaluated[1]["loss"], rel=1e-6)

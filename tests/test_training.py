@@ -163,3 +163,22 @@ def test_the_reports_points_are_the_logs() -> None:
         {"kind": "train", "step": 3, "loss": None},
     ]
     assert report.points(entries, "train", "loss") == [(1, 2.0), (2, 0.5)]
+
+
+def test_a_line_that_a_killed_run_left_unfinished_spoils_no_other(config: Config) -> None:
+    train(config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 4})}))
+    path = config.run_dir / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"kind": "train", "st')
+    train(config)
+    entries = report.read_metrics(path)
+    assert [entry["event"] for entry in entries if entry["kind"] == "event"] == ["finished", "resumed", "finished"]
+    assert len(entries) == len(path.read_text().splitlines()) - 1
+
+
+def test_a_shorter_schedule_than_what_is_done_ends_the_run(config: Config) -> None:
+    """Its checkpoint may never have been evaluated."""
+    train(config)
+    for name in ("step_00000008", "step_00000011"):
+        shutil.rmtree(config.run_dir / "checkpoints" / name)
+    assert train(config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 2})}))
+    assert (config.run_dir / "model.pdparams").is_file()

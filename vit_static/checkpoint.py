@@ -27,6 +27,7 @@ from vit_static.weights import State, WeightsError, read_pdparams
 
 FORMAT = 1
 _META, _CONFIG, _CLASS_NAMES = "meta.json", "config.yaml", "class_names.txt"
+_MERGED = "model.pdparams"
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,15 @@ def latest(run_dir: Path) -> Path | None:
 
 
 def set_aside(run_dir: Path) -> None:
-    """Moves a run's checkpoints out of the way of one that begins anew in the same folder; nothing is deleted."""
-    checkpoints = run_dir / "checkpoints"
-    if checkpoints.exists():
-        number = 1 + len(list(run_dir.glob("checkpoints_before_*")))
-        checkpoints.rename(run_dir / f"checkpoints_before_{number}")
+    """Moves a run's checkpoints and merged weights out of the way of one that begins anew; nothing is deleted."""
+    number = 1
+    while (aside := run_dir / f"checkpoints_before_{number}").exists():
+        number += 1
+    if (run_dir / "checkpoints").exists():
+        (run_dir / "checkpoints").rename(aside)
+    if (run_dir / _MERGED).exists():
+        aside.mkdir(exist_ok=True)
+        (run_dir / _MERGED).rename(aside / _MERGED)
 
 
 def read_progress(path: Path) -> Progress:
@@ -174,8 +179,8 @@ def load_weights(path: Path) -> Weights:
         beside = path.parent / _CONFIG
         config = config_module.load(beside) if beside.is_file() else None
         return Weights(read_pdparams(path), config, _read_class_names(path.parent), path)
-    if (path / "model.pdparams").is_file():
-        return load_weights(path / "model.pdparams")
+    if (path / _MERGED).is_file():
+        return load_weights(path / _MERGED)
     if (path / _META).is_file():
         read_progress(path)
         config = config_module.load(path / _CONFIG)
@@ -184,8 +189,9 @@ def load_weights(path: Path) -> Weights:
     if newest is not None:
         return load_weights(newest)
     raise WeightsError(
-        f"{path}: {'holds no weights' if path.is_dir() else 'no such file or folder'}; "
-        "name a run's folder, a checkpoint (checkpoints/step_*) or a .pdparams file"
+        f"{path}: {'holds no weights' if path.is_dir() else 'no such file or folder'}; train first "
+        "('./run.sh pretrain' makes output/quickstart), or name a run's folder, "
+        "a checkpoint (checkpoints/step_*) or a .pdparams file"
     )
 
 

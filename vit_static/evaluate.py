@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from vit_static import config as config_module
 from vit_static import mesh as mesh_module
 from vit_static import model as model_module
 from vit_static.checkpoint import load_weights
-from vit_static.config import Config
+from vit_static.config import Config, ParallelConfig
 from vit_static.data.feed import Batch, EvalFeed
 from vit_static.data.images import ImageList, list_images
 from vit_static.log import RunLog
@@ -68,10 +69,13 @@ def eval_feed(config: Config, images: ImageList, mesh: Mesh) -> EvalFeed:
 
 def run(config: Config | None, checkpoint: Path, overrides: list[str]) -> None:
     """The verb: evaluates a checkpoint, with the config that it was trained with unless another is given."""
+    # Every rank evaluates the whole model on its part, whatever mesh trained it and whatever batch it trained with.
+    # The processes come first: a sharded checkpoint is read by all of them together.
+    device = (config or config_module.load(None, overrides)).device
+    mesh = mesh_module.start(ParallelConfig(), device, mesh_module.rank_and_world_size()[1])
     loaded = load_weights(checkpoint)
     config = config or loaded.config_with(overrides)
     images = list_images(config.data, "val", config.model.num_classes)
-    mesh = mesh_module.start(config.parallel, config.device, config.data.global_batch_size)
     variant = model_module.variant_of(config.model)
     onednn = use_onednn(mesh.device, variant.width)
     model = model_module.build(config.model, model_module.attention_for(onednn))

@@ -37,6 +37,9 @@ def run(config: Config | None, checkpoint: Path, out: Path, overrides: list[str]
     loaded = load_weights(checkpoint)
     config = config or loaded.config_with(overrides)
     images = list_images(config.data, "val", config.model.num_classes)
+    out = out.resolve()
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; --out takes a folder")
     if out.exists() and any(out.iterdir()) and not (out / CARD_FILE).is_file():
         raise UserError(f"{out}: is not empty, and not an exported model; name another folder with --out")
     paddle.set_device("cpu")
@@ -57,9 +60,12 @@ def run(config: Config | None, checkpoint: Path, out: Path, overrides: list[str]
         )
         if not check.largest_difference <= LARGEST_DIFFERENCE:
             raise ExportError(f"the exported model differs from the trained one: nothing was written to {out}")
+        before = out.with_name(f".{out.name}.before")
+        shutil.rmtree(before, ignore_errors=True)
         if out.exists():
-            shutil.rmtree(out)
+            out.rename(before)
         part.rename(out)
+        shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     print(f"{out}: {MODEL_FILE}, model.pdiparams, {CARD_FILE}; './run.sh predict --model {out} IMAGE' uses them")

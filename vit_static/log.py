@@ -25,7 +25,11 @@ class RunLog:
         self._events: Any = None
         self._bar: tqdm[Any] | None = None
         if run_dir is not None and self.speaks:
-            self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+            path = run_dir / "metrics.jsonl"
+            unfinished = path.exists() and not path.read_bytes().endswith(b"\n")
+            self._metrics = path.open("a", encoding="utf-8")
+            if unfinished and path.stat().st_size:
+                self._metrics.write("\n")  # a killed run left half a line: what follows must not join it
             if tensorboard:
                 from tensorboardX import SummaryWriter
 

@@ -46,6 +46,10 @@ def choose_precision(amp: AmpConfig, device: str) -> Precision:
             f"amp = {level} in {dtype}: a CPU has bfloat16 autocast alone; "
             "set amp.level=O1 with amp.dtype=bfloat16, or amp.level=O0 (or auto)"
         )
+    if level == "O1" and dtype == "float16":
+        raise ConfigError(
+            "amp = O1 in float16: its loss would go unscaled in this version; set amp.dtype=bfloat16, or amp.level=O2"
+        )
     return Precision(level, dtype)
 
 

@@ -105,6 +105,9 @@ def train(config: Config, resume: bool = True) -> bool:
         config.run_dir.mkdir(parents=True, exist_ok=True)
         if not resume:
             checkpoint.set_aside(config.run_dir)
+        elif progress.step < total_steps:
+            # Those of a shorter run that goes on: until its end the latest checkpoint holds the weights.
+            (config.run_dir / "model.pdparams").unlink(missing_ok=True)
         config_module.dump(config, config.run_dir / "config.yaml")
         checkpoint.write_class_names(config.run_dir, train_images.class_names)
     mesh.wait_for_all()
@@ -194,7 +197,8 @@ def train(config: Config, resume: bool = True) -> bool:
                 write_pdparams(merged, config.run_dir / "model.pdparams")
             log.record("event", progress.step, progress.step * batch_size / len(train_images), event="finished")
             log.say(
-                f"done in {duration(time.perf_counter() - started)}; best top-1 {progress.best_top1:.2f} %; "
+                f"done in {duration(time.perf_counter() - started)}; best top-1 "
+                f"{'not evaluated' if progress.best_top1 is None else f'{progress.best_top1:.2f} %'}; "
                 f"weights in {config.run_dir / 'model.pdparams'}"
             )
     if rank == 0:

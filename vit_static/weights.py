@@ -126,7 +126,12 @@ def init_from(
         given = {name: value for name, value in given.items() if not name.startswith(("head.", "head0."))}
         report.reset = [name for name in own if name.startswith(("head.", "head0."))]
         given.update({name: own[name] for name in report.reset})
-    if "pos_embed" in given and "pos_embed" in own and given["pos_embed"].shape != own["pos_embed"].shape:
+    same_grid = source_grid in (None, model.grid)
+    if (
+        "pos_embed" in given
+        and "pos_embed" in own
+        and not (same_grid and given["pos_embed"].shape == own["pos_embed"].shape)
+    ):
         num_prefix_tokens = own["pos_embed"].shape[1] - model.grid[0] * model.grid[1]
         side = round((given["pos_embed"].shape[1] - num_prefix_tokens) ** 0.5)
         old_grid = source_grid or (side, side)

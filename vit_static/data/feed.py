@@ -54,14 +54,13 @@ class TrainFeed:
         return self
 
     def __next__(self) -> Batch:
-        started = time.perf_counter()
         try:
             batch = self._outputs.next()
         except RuntimeError as error:
             in_flight = [self._numbers(n) for n in range(self._num_taken, self._num_taken + 3)]
             raise _unreadable(error, self._images, np.concatenate(in_flight)) from None
         self._num_taken += 1
-        self.seconds_waited += time.perf_counter() - started
+        self.seconds_waited = self._outputs.seconds_waited
         return batch
 
     def _positions(self, n: int) -> tuple[int, int]:
@@ -129,6 +128,7 @@ class _Outputs:
     """A pipeline's outputs as Paddle tensors that share DALI's memory, which is held as long as it can be read."""
 
     def __init__(self, pipeline: Any, on_card: bool) -> None:
+        self.seconds_waited = 0.0  # for the pipeline alone, not for the card
         self._pipeline = pipeline
         self._on_card = on_card
         self._in_use: deque[tuple[Any, Any]] = deque()
@@ -143,7 +143,9 @@ class _Outputs:
             self._in_use.append((event, self._last))
             if len(self._in_use) > 2:
                 self._in_use.popleft()[0].synchronize()
+        started = time.perf_counter()
         self._last = self._pipeline.run()
+        self.seconds_waited += time.perf_counter() - started
         batch = tuple(from_dlpack(output.as_tensor()) for output in self._last)
         # Labels and weights come from the host; the program on a card takes all of its inputs there.
         return tuple(part.cuda() for part in batch) if self._on_card else batch
