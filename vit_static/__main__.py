@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,6 +16,8 @@ from vit_static import runtime
 from vit_static.config import UserError, load
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_MISTAKE, EXIT_STOPPED = 0, 1, 2, 75
+# How the system refuses a path that the user should not have given; a full disk, say, is no such mistake.
+USER_ERRNOS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG})
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -68,6 +72,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb. A user's mistake is one line on stderr and exit code 2; anything else keeps its traceback."""
+    # Until the training loop, which saves its state first, SIGTERM ends a verb as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         arguments = make_parser().parse_args(argv)
         return run(arguments)
@@ -76,6 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_DONE
     except UserError as error:
         print(f"vit_static: {error}", file=sys.stderr)
+        return EXIT_USER_MISTAKE
+    except OSError as error:
+        if error.errno not in USER_ERRNOS:
+            print(runtime.said_aside(), end="", file=sys.stderr)
+            traceback.print_exc()
+            return EXIT_FAILED
+        print(f"vit_static: {error.filename}: {error.strerror}; name another path, or mend this one", file=sys.stderr)
         return EXIT_USER_MISTAKE
     except KeyboardInterrupt:
         print("vit_static: stopped on request", file=sys.stderr)

@@ -24,6 +24,8 @@ from pydantic import (
     model_validator,
 )
 
+from vit_static.files import write_atomically
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -238,7 +240,8 @@ def load(path: Path | None, overrides: Iterable[str] = ()) -> Config:
 
 def dump(config: Config, path: Path) -> None:
     """Writes the resolved config, every key of it, so that `load` gives it back."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False))
+    with write_atomically(path) as temporary:
+        temporary.write_text(yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
