@@ -31,9 +31,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def cpu_mesh() -> Any:
     """One process on the CPU."""
     from vit_static import mesh
-    from vit_static.config import ParallelConfig
 
-    return mesh.start(ParallelConfig(), "cpu", 1)
+    return mesh.start(mesh.Sizes(1, 1, 1), "cpu")
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "onednn"])

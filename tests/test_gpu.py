@@ -11,7 +11,7 @@ from sets import small_digits  # noqa: F401 - a fixture
 from small import SMALL, images_and_labels
 
 from vit_static import mesh as mesh_module
-from vit_static.config import AmpConfig, AugmentConfig, DataConfig, EvalConfig, LossConfig, OptimConfig, ParallelConfig
+from vit_static.config import AmpConfig, AugmentConfig, DataConfig, EvalConfig, LossConfig, OptimConfig
 from vit_static.loss import Criterion
 from vit_static.model import build
 from vit_static.step import Precision, Program
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture
 def card() -> mesh_module.Mesh:
-    return mesh_module.start(ParallelConfig(), "gpu", 8)
+    return mesh_module.start(mesh_module.Sizes(1, 1, 1), "gpu")
 
 
 def losses_on(card: mesh_module.Mesh, precision: Precision, grad_accum_steps: int = 1) -> tuple[list[float], Program]:

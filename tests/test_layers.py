@@ -11,7 +11,7 @@ from small import ROOT
 LAYERS = [
     {"__init__", "config", "schedule", "log", "flops", "files", "report", "runtime"},
     {"model", "loss", "data", "data.images", "data.order", "data.pipeline", "data.feed", "mesh"}
-    | {"cpu_collectives", "paddle_internals"},
+    | {"placement", "cpu_collectives", "paddle_internals"},
     {"optim", "weights", "checkpoint"},
     {"step"},
     {"train", "evaluate", "export", "predict"},

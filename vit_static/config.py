@@ -150,11 +150,16 @@ class TrainConfig(Section):
 
 class ParallelConfig(Section):
     dp: Count | Literal["auto"] = Field("auto", description="data-parallel ranks; auto: what is left of the world")
-    mp: Count = 1
-    pp: Count = 1
-    sharding_stage: Annotated[int, Field(ge=0, le=3)] = 0
-    grad_accum_steps: Count = 1
-    recompute: Literal["none", "block"] = "none"
+    mp: Count = Field(1, description="tensor parallel: ranks that share each layer")
+    pp: Count = Field(1, description="pipeline parallel: stages of consecutive blocks")
+    pp_schedule: Literal["1F1B", "FThenB"] = Field("1F1B", description="1F1B holds fewer micro-batches at a time")
+    sharding_stage: Annotated[int, Field(ge=0, le=3)] = Field(
+        0, description="ZeRO over the data-parallel ranks: 1 optimizer state, 2 and gradients, 3 and parameters"
+    )
+    grad_accum_steps: Count = Field(1, description="micro-batches of a step; a pipeline's too, where 1 means pp")
+    recompute: Literal["none", "block"] | Count = Field(
+        "none", description="block: each block's activations are computed again in the backward; n: every n-th block's"
+    )
 
 
 class AmpConfig(Section):

@@ -12,12 +12,12 @@ from vit_static import config as config_module
 from vit_static import mesh as mesh_module
 from vit_static import model as model_module
 from vit_static.checkpoint import load_weights
-from vit_static.config import Config, ParallelConfig
+from vit_static.config import Config
 from vit_static.data.feed import Batch, EvalFeed
 from vit_static.data.images import ImageList, list_images
 from vit_static.log import RunLog
 from vit_static.loss import Criterion
-from vit_static.mesh import Mesh
+from vit_static.mesh import Mesh, Sizes
 from vit_static.step import Program, choose_precision, use_onednn
 from vit_static.weights import load_state
 
@@ -50,7 +50,7 @@ def evaluate(program: Program, feed: Iterable[Batch], mesh: Mesh) -> Evaluation:
 
 def eval_batch_size(config: Config, mesh: Mesh) -> int:
     """The evaluation's batch over all ranks: as asked for, or the training micro-batch, made divisible by the ranks."""
-    wanted = config.eval.batch_size or config.data.global_batch_size // config.parallel.grad_accum_steps
+    wanted = config.eval.batch_size or config.data.global_batch_size // mesh_module.num_micro_batches(config.parallel)
     return max(wanted // mesh.dp_size, 1) * mesh.dp_size
 
 
@@ -72,7 +72,7 @@ def run(config: Config | None, checkpoint: Path, overrides: list[str]) -> None:
     # Every rank evaluates the whole model on its part, whatever mesh trained it and whatever batch it trained with.
     # The processes come first: a sharded checkpoint is read by all of them together.
     device = (config or config_module.load(None, overrides)).device
-    mesh = mesh_module.start(ParallelConfig(), device, mesh_module.rank_and_world_size()[1])
+    mesh = mesh_module.start(Sizes(dp=mesh_module.rank_and_world_size()[1], mp=1, pp=1), device)
     loaded = load_weights(checkpoint)
     config = config or loaded.config_with(overrides)
     images = list_images(config.data, "val", config.model.num_classes)

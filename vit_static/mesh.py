@@ -1,10 +1,14 @@
-"""The processes of a run and how they share the work. The only reader of Paddle's PADDLE_* variables."""
+"""The processes of a run and how they share the work: which meshes can be, the start, this process's place.
+
+Of `PADDLE_*` it reads what a launcher tells a process (launch.py writes these; runtime.py reads one).
+"""
 
 from __future__ import annotations
 
 import io
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 
@@ -14,25 +18,86 @@ import paddle.distributed as dist
 
 from vit_static import cpu_collectives
 from vit_static.config import ConfigError, ParallelConfig
+from vit_static.model import Variant
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many ranks stand along each axis of the mesh."""
+
+    dp: int
+    mp: int
+    pp: int
+
+    @property
+    def world(self) -> int:
+        return self.dp * self.mp * self.pp
+
+    def __str__(self) -> str:
+        return ", ".join(f"{axis}={size}" for axis, size in (("dp", self.dp), ("mp", self.mp), ("pp", self.pp)))
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process among the others. Data-parallel rank r of n takes the r-th of n equal parts of a batch."""
+    """This process among the others.
+
+    Ranks are numbered along mp first, then dp, then pp, so that tensor parallelism stays within a machine.
+    Data-parallel rank r of n takes the r-th of n equal parts of a batch; ranks that differ in mp or pp alone take the
+    same part.
+    """
 
     rank: int
-    world_size: int
+    sizes: Sizes
     device: str  # cpu or gpu
     device_id: int | None  # the card's number; None on a CPU
-    dp_rank: int
-    dp_size: int
-    process_mesh: dist.ProcessMesh
+    process_mesh: dist.ProcessMesh  # all ranks; its axes are dp, and of pp and mp those of more than one rank
+
+    @property
+    def world_size(self) -> int:
+        return self.sizes.world
+
+    @property
+    def dp_size(self) -> int:
+        return self.sizes.dp
+
+    @property
+    def mp_rank(self) -> int:
+        return self.rank % self.sizes.mp
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.sizes.mp % self.sizes.dp
+
+    @property
+    def pp_rank(self) -> int:
+        return self.rank // (self.sizes.mp * self.sizes.dp)
+
+    @property
+    def axes(self) -> list[str]:
+        """Those of a pipeline stage's mesh, in its order."""
+        return [axis for axis in self.process_mesh.dim_names if axis != "pp"]
+
+    def stage(self, index: int) -> dist.ProcessMesh:
+        """The mesh of one pipeline stage; without a pipeline there is one, 0, of all ranks."""
+        return self.process_mesh if self.sizes.pp == 1 else self.process_mesh.get_mesh_with_dim("pp", index)
+
+    @property
+    def first_stage(self) -> dist.ProcessMesh:
+        return self.stage(0)
+
+    @property
+    def last_stage(self) -> dist.ProcessMesh:
+        return self.stage(self.sizes.pp - 1)
 
     def total(self, values: np.ndarray) -> np.ndarray:
-        """The element-wise sum over the data-parallel ranks, float64 in and out. Waits for all ranks."""
+        """The element-wise sum over the data-parallel ranks, float64 in and out. Waits for all ranks.
+
+        Of ranks that share their images the one counts that computes the loss: mp's first of pp's last.
+        """
         if self.world_size == 1:
             return values
-        tensor = paddle.to_tensor(values, dtype="float64")
+        counts = self.mp_rank == 0 and self.pp_rank == self.sizes.pp - 1
+        tensor = paddle.to_tensor(values if counts else np.zeros_like(values), dtype="float64")
         dist.all_reduce(tensor)
         return tensor.numpy()
 
@@ -42,11 +107,15 @@ class Mesh:
 
     def any_rank(self, flag: bool) -> bool:
         """Whether `flag` is set on any rank: what all of them must act on together. Waits for all ranks."""
-        return bool(self.total(np.array([float(flag)]))[0] > 0)
+        if self.world_size == 1:
+            return flag
+        tensor = paddle.to_tensor([float(flag)], dtype="float64")
+        dist.all_reduce(tensor)
+        return bool(tensor.numpy()[0] > 0)
 
     def wait_for_all(self) -> None:
         """Returns when every rank has come here."""
-        self.total(np.zeros(1))
+        self.any_rank(False)
 
 
 def rank_and_world_size(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
@@ -67,33 +136,90 @@ def choose_device(device: str) -> str:
     return device
 
 
-def check(parallel: ParallelConfig, world_size: int, global_batch_size: int) -> int:
-    """The number of data-parallel ranks. Raises ConfigError, before anything is built, for what can't be."""
-    for key, default in (("mp", 1), ("pp", 1), ("sharding_stage", 0), ("recompute", "none")):
-        value = getattr(parallel, key)
-        if value != default:
-            raise ConfigError(
-                f"parallel.{key} = {value!r}: this version trains data-parallel alone; set parallel.{key}={default}"
-            )
-    dp = world_size if parallel.dp == "auto" else parallel.dp
-    if dp != world_size:
-        raise ConfigError(
-            f"parallel.dp = {dp}: there are {world_size} processes; set parallel.dp=auto, or start {dp} (NPROC={dp})"
-        )
-    parts = dp * parallel.grad_accum_steps
+def num_micro_batches(parallel: ParallelConfig) -> int:
+    """The parts that a rank's batch is computed in, one after the other: what `grad_accum_steps` says, but a pipeline
+    gets at least one for each of its stages."""
+    return parallel.grad_accum_steps if parallel.grad_accum_steps > 1 else parallel.pp
+
+
+def check(parallel: ParallelConfig, world_size: int, global_batch_size: int, variant: Variant) -> Sizes:
+    """The mesh's sizes. Raises ConfigError, before anything is built, with the reason and the nearest that can be."""
+    rest = parallel.mp * parallel.pp
+    dp = max(world_size // rest, 1) if parallel.dp == "auto" else parallel.dp
+    sizes = Sizes(dp, parallel.mp, parallel.pp)
+    reason = obstacle(parallel, sizes, world_size, global_batch_size, variant)
+    if reason is None:
+        return sizes
+    raise ConfigError(f"{reason}; {_remedy(parallel, sizes, world_size, global_batch_size, variant)}")
+
+
+def obstacle(
+    parallel: ParallelConfig, sizes: Sizes, world_size: int, global_batch_size: int, variant: Variant
+) -> str | None:
+    """Why these sizes can't be, or None where they can."""
+    if sizes.world != world_size:
+        return f"parallel: {sizes} is a mesh of {sizes.world} processes, and there are {world_size}"
+    for name, size in (("num_heads", variant.num_heads), ("mlp_dim", variant.mlp_dim)):
+        if size % sizes.mp:
+            return f"parallel.mp = {sizes.mp}: doesn't divide the model's {name} of {size}"
+    if sizes.pp > variant.depth:
+        return f"parallel.pp = {sizes.pp}: the model has only {variant.depth} blocks"
+    if sizes.pp > 1 and parallel.sharding_stage > 0:
+        return f"parallel.sharding_stage = {parallel.sharding_stage}: not in a pipeline (parallel.pp = {sizes.pp})"
+    micro_batches = num_micro_batches(parallel.model_copy(update={"pp": sizes.pp}))
+    parts = sizes.dp * micro_batches
     if global_batch_size % parts:
-        nearest = max(parts, round(global_batch_size / parts) * parts)
-        raise ConfigError(
-            f"data.global_batch_size = {global_batch_size}: {dp} data-parallel ranks x "
-            f"{parallel.grad_accum_steps} micro-batches don't divide it; {nearest} would do"
+        return (
+            f"data.global_batch_size = {global_batch_size}: {sizes.dp} data-parallel ranks x {micro_batches} "
+            "micro-batches don't divide it"
         )
-    return dp
+    return None
 
 
-def start(parallel: ParallelConfig, device: str, global_batch_size: int) -> Mesh:
-    """Joins the other processes, if there are any: NCCL on cards, gloo on CPUs."""
+def all_sizes(world_size: int) -> Iterator[Sizes]:
+    """Every way to write the world as dp x mp x pp."""
+    divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    for mp in divisors:
+        for pp in divisors:
+            if world_size % (mp * pp) == 0:
+                yield Sizes(world_size // (mp * pp), mp, pp)
+
+
+def nearest(
+    parallel: ParallelConfig, wanted: Sizes, world_size: int, global_batch_size: int, variant: Variant
+) -> Sizes | None:
+    """Of the meshes that can be, the one whose mp and pp are nearest, by their ratios, to the wanted ones."""
+
+    def distance(sizes: Sizes) -> float:
+        return abs(math.log(sizes.mp / wanted.mp)) + abs(math.log(sizes.pp / wanted.pp))
+
+    can_be = [
+        sizes
+        for sizes in all_sizes(world_size)
+        if obstacle(parallel, sizes, world_size, global_batch_size, variant) is None
+    ]
+    return min(can_be, key=distance, default=None)
+
+
+def _remedy(
+    parallel: ParallelConfig, wanted: Sizes, world_size: int, global_batch_size: int, variant: Variant
+) -> str:
+    if parallel.dp != "auto" and wanted.world != world_size:
+        start = f"set parallel.dp=auto, or start {wanted.world} (NPROC={wanted.world})"
+        return start
+    near = nearest(parallel, wanted, world_size, global_batch_size, variant)
+    parts = wanted.dp * num_micro_batches(parallel)
+    batch = max(parts, round(global_batch_size / parts) * parts)
+    if wanted.world == world_size and obstacle(parallel, wanted, world_size, batch, variant) is None:
+        return f"data.global_batch_size={batch} would do" + (f", or the mesh {near}" if near else "")
+    if near is None:
+        return f"no mesh of {world_size} processes can be; try another number of processes"
+    return f"the nearest mesh that can be is {near}"
+
+
+def start(sizes: Sizes, device: str) -> Mesh:
+    """Joins the other processes, if there are any: NCCL on cards, gloo on CPUs. `sizes` are of the whole world."""
     rank, world_size = rank_and_world_size()
-    dp = check(parallel, world_size, global_batch_size)
     device = choose_device(device)
     paddle.set_device(f"gpu:{dist.ParallelEnv().device_id}" if device == "gpu" else "cpu")
     os.environ.pop("POD_NAME", None)  # a launcher's; it would make DistModel start `fleet`, which isn't used
@@ -103,10 +229,18 @@ def start(parallel: ParallelConfig, device: str, global_batch_size: int) -> Mesh
             cpu_collectives.install()
         with redirect_stderr(io.StringIO()):  # a table of the flags that runtime.py has set
             dist.init_parallel_env()
-    process_mesh = dist.ProcessMesh(list(range(world_size)), dim_names=["dp"])
-    dist.auto_parallel.set_mesh(process_mesh)
     device_id = paddle.device.cuda.current_device() if device == "gpu" else None
-    return Mesh(rank, world_size, device, device_id, rank, dp, process_mesh)
+    return make(rank, sizes, device, device_id)
+
+
+def make(rank: int, sizes: Sizes, device: str, device_id: int | None = None) -> Mesh:
+    """The mesh of these sizes, and Paddle told of it; connects nothing."""
+    axes = {"pp": sizes.pp, "dp": sizes.dp, "mp": sizes.mp}
+    kept = {axis: size for axis, size in axes.items() if size > 1 or axis == "dp"}
+    ranks = np.arange(sizes.world).reshape(list(kept.values()))
+    process_mesh = dist.ProcessMesh(ranks.tolist(), dim_names=list(kept))
+    dist.auto_parallel.set_mesh(process_mesh)
+    return Mesh(rank, sizes, device, device_id, process_mesh)
 
 
 def seed_everything(seed: int) -> None:

@@ -96,24 +96,55 @@ def shape_of(config: ModelConfig) -> Shape:
     )
 
 
-# (query, key, value [B, N, H, d], dropout probability, training) -> [B, N, H, d]
-AttentionFunction = Callable[[paddle.Tensor, paddle.Tensor, paddle.Tensor, float, bool], paddle.Tensor]
+# F.dropout's first arguments and `training`
+DropoutFunction = Callable[..., paddle.Tensor]
+
+
+class Dropout(nn.Layer):
+    """Sets elements to 0 with probability `p`, and scales the others by 1 / (1 - p).
+
+    `function` draws the mask; step.py puts one in F.dropout's place whose masks follow the mesh. Each use of dropout is
+    a layer of its own.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.function: DropoutFunction = F.dropout
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return self.function(x, self.p, training=True) if self.p > 0.0 and self.training else x
+
+
+# (query, key, value [B, N, H, d], the dropout of the attention's weights) -> [B, N, H, d]
+AttentionFunction = Callable[[paddle.Tensor, paddle.Tensor, paddle.Tensor, Dropout], paddle.Tensor]
 
 
 def flash_attention(
-    query: paddle.Tensor, key: paddle.Tensor, value: paddle.Tensor, dropout_p: float, training: bool
+    query: paddle.Tensor, key: paddle.Tensor, value: paddle.Tensor, dropout: Dropout
 ) -> paddle.Tensor:
-    """Paddle's fused attention: FlashAttention on a card, plain matrix products on a CPU."""
-    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, training=training)
+    """Paddle's fused attention: FlashAttention on a card, plain matrix products on a CPU. Draws its own masks."""
+    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout.p, training=dropout.training)
+
+
+def attention_by_matmul(
+    query: paddle.Tensor, key: paddle.Tensor, value: paddle.Tensor, dropout: Dropout
+) -> paddle.Tensor:
+    """The same attention in plain products, its masks drawn by `dropout`."""
+    query, key, value = (x.transpose([0, 2, 1, 3]) for x in (query, key, value))  # [B, H, N, d]
+    scores = paddle.matmul(query * query.shape[-1] ** -0.5, key, transpose_y=True)  # [B, H, N, N]
+    out = paddle.matmul(dropout(F.softmax(scores, axis=-1)), value)  # [B, H, N, d]
+    return out.transpose([0, 2, 1, 3])  # [B, N, H, d]
 
 
 def attention_by_3d_matmul(
-    query: paddle.Tensor, key: paddle.Tensor, value: paddle.Tensor, dropout_p: float, training: bool
+    query: paddle.Tensor, key: paddle.Tensor, value: paddle.Tensor, dropout: Dropout
 ) -> paddle.Tensor:
-    """The same attention with batch and heads folded into one dimension.
+    """The same with batch and heads folded into one dimension.
 
     For oneDNN on CPUs, whose float32 gradient of 4-D matrix products is wrong without an error in Paddle 3.3.1
-    (tests/test_onednn.py watches it); products of three dimensions are right.
+    (tests/test_step.py watches it); products of three dimensions are right. Not for tensor parallelism: of two folded
+    dimensions only one can stay split.
     """
     num_tokens, num_heads, head_dim = query.shape[1:]
 
@@ -121,14 +152,15 @@ def attention_by_3d_matmul(
         return x.transpose([0, 2, 1, 3]).reshape([-1, num_tokens, head_dim])  # [B*H, N, d]
 
     scores = paddle.matmul(fold(query * head_dim**-0.5), fold(key), transpose_y=True)  # [B*H, N, N]
-    weights = F.dropout(F.softmax(scores, axis=-1), dropout_p, training=training)
-    out = paddle.matmul(weights, fold(value))  # [B*H, N, d]
+    out = paddle.matmul(dropout(F.softmax(scores, axis=-1)), fold(value))  # [B*H, N, d]
     return out.reshape([-1, num_heads, num_tokens, head_dim]).transpose([0, 2, 1, 3])  # [B, N, H, d]
 
 
-def attention_for(onednn: bool) -> AttentionFunction:
-    """The attention that is right with oneDNN's kernels, or without them."""
-    return attention_by_3d_matmul if onednn else flash_attention
+def attention_for(onednn: bool, own_masks: bool = False) -> AttentionFunction:
+    """The attention that is right with oneDNN's kernels, or without them; `own_masks`: whose masks `Dropout` draws."""
+    if onednn:
+        return attention_by_3d_matmul
+    return attention_by_matmul if own_masks else flash_attention
 
 
 def patches(images: paddle.Tensor, patch_size: int) -> paddle.Tensor:
@@ -174,14 +206,15 @@ class DropPath(nn.Layer):
 
     def __init__(self, p: float) -> None:
         super().__init__()
-        self.p = p
+        self.drop = Dropout(p)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        if self.p == 0.0 or not self.training:
+        if self.drop.p == 0.0 or not self.training:
             return x
-        # One draw an image, those kept scaled by 1 / (1 - p). By a dropout of ones: `F.dropout(x, axis=0)` draws a
-        # uniform of a computed shape, which the auto-parallel passes of Paddle 3.3.1 refuse.
-        return x * F.dropout(paddle.ones_like(x[:, :1, :1]), self.p, training=True)
+        # One draw an image, by a dropout of ones: `F.dropout(x, axis=0)` draws a uniform of a computed shape, which
+        # the auto-parallel passes of Paddle 3.3.1 refuse. The ones are those of the whole batch on every rank, which
+        # takes its part of the result: so each image's draw is the same on any mesh.
+        return x * self.drop(paddle.ones([x.shape[0], 1, 1], dtype=x.dtype))
 
 
 class LayerScale(nn.Layer):
@@ -227,7 +260,7 @@ class Attention(nn.Layer):
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.attention_dropout = attention_dropout
+        self.attention_drop = Dropout(attention_dropout)
         self.attention = attention
         # The seed draws q, k and v as one matrix of `width` rows and 3 * `width` columns: the same limits here.
         fused = XavierUniform(fan_in=width, fan_out=3 * width)
@@ -235,14 +268,14 @@ class Attention(nn.Layer):
         self.k = linear(width, width, bias=qkv_bias, weight_init=fused)
         self.v = linear(width, width, bias=qkv_bias, weight_init=fused)
         self.proj = linear(width, width)
-        self.proj_drop = nn.Dropout(dropout)
+        self.proj_drop = Dropout(dropout)
 
     def split_heads(self, x: paddle.Tensor) -> paddle.Tensor:
         return x.reshape([0, 0, self.num_heads, x.shape[-1] // self.num_heads])  # [B, N, H, d]
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         query, key, value = self.split_heads(self.q(x)), self.split_heads(self.k(x)), self.split_heads(self.v(x))
-        x = self.attention(query, key, value, self.attention_dropout, self.training)  # [B, N, H, d]
+        x = self.attention(query, key, value, self.attention_drop)  # [B, N, H, d]
         return self.proj_drop(self.proj(x.flatten(2)))  # [B, N, C]
 
 
@@ -251,10 +284,11 @@ class Mlp(nn.Layer):
         super().__init__()
         self.fc1 = linear(width, hidden, bias_init=Normal(0.0, 1e-6))
         self.fc2 = linear(hidden, width, bias_init=Normal(0.0, 1e-6))
-        self.drop = nn.Dropout(dropout)
+        self.drop1 = Dropout(dropout)
+        self.drop2 = Dropout(dropout)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))  # [B, N, hidden], then [B, N, C]
+        return self.drop2(self.fc2(self.drop1(F.gelu(self.fc1(x)))))  # [B, N, hidden], then [B, N, C]
 
 
 class Block(nn.Layer):
@@ -275,13 +309,14 @@ class Block(nn.Layer):
         self.attn = attention
         self.norm2 = nn.LayerNorm(width, LAYER_NORM_EPSILON)
         self.mlp = Mlp(width, mlp_dim, dropout)
-        self.drop_path = DropPath(drop_path_rate)
+        self.drop_path1 = DropPath(drop_path_rate)
+        self.drop_path2 = DropPath(drop_path_rate)
         self.ls1 = nn.Identity() if layer_scale_init is None else LayerScale(width, layer_scale_init)
         self.ls2 = nn.Identity() if layer_scale_init is None else LayerScale(width, layer_scale_init)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))  # [B, N, C]
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))  # [B, N, C]
 
 
 def build(config: ModelConfig, attention: AttentionFunction = flash_attention) -> VisionTransformer:
@@ -353,7 +388,7 @@ class VisionTransformer(nn.Layer):
         else:
             fixed = sincos2d_pos_embed(self.grid, width, num_prefix_tokens)
             self.register_buffer("pos_embed", paddle.to_tensor(fixed), persistable=False)
-        self.pos_drop = nn.Dropout(dropout)
+        self.pos_drop = Dropout(dropout)
 
         self.blocks = nn.LayerList(
             [

@@ -5,13 +5,20 @@ Written for Paddle 3.3.1; the one place, with cpu_collectives.py, to look at whe
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
+import paddle.nn.functional as F
 from paddle import nn
+from paddle.distributed.auto_parallel.placement_type import to_dim_map
+from paddle.distributed.auto_parallel.static import engine as engine_module
 from paddle.distributed.auto_parallel.static.dist_input_spec import DistributedInputSpec
+from paddle.distributed.passes import auto_parallel_gradient_merge as gradient_merge
 
 _NO_CLIPPING = 1e30
 
@@ -45,8 +52,92 @@ class RecordedGlobalNorm(nn.ClipGradByGlobalNorm):
 
     def norm(self) -> float:
         """The last step's. Waits for the device."""
-        tensor = paddle.static.global_scope().find_var(self._variable).get_tensor()
-        return float(np.asarray(tensor).item())
+        variable = paddle.static.global_scope().find_var(self._variable)
+        if variable is None or not variable.get_tensor()._is_initialized():
+            return math.nan  # a pipeline's later stages don't compute it
+        return float(np.asarray(variable.get_tensor()).item())
+
+
+class ShardedState:
+    """For an optimizer to inherit first: what it keeps of each parameter may be split over ranks (ZeRO), and gradients
+    may come in micro-batches.
+
+    Paddle's own wrapper, `dist.shard_optimizer`, takes only its AdamW and its SGD without momentum, splits along axes
+    that don't divide, which then fails, and in a static program never scatters the gradients.
+    """
+
+    _state_placements: Any = None
+    _num_micro_batches = 1
+
+    def average_over(self, num_micro_batches: int) -> None:
+        """Gradients come as the sum over so many micro-batches.
+
+        The engine's own averaging comes after the clipping, and, where the update is not one operator named sgd or
+        adam, puts a scaling of every gradient before every operator of the backward.
+        """
+        self._num_micro_batches = num_micro_batches
+
+    def shard_state(self, placements_of: Any, scatter_gradients: bool) -> None:
+        """`placements_of` a parameter are those of its moments and its master copy.
+
+        With `scatter_gradients` each rank gets the sum of its own part of a gradient alone, else of the whole.
+        """
+        self._state_placements, self._scatter_gradients = placements_of, scatter_gradients
+
+    def _apply_optimize(self, loss: Any, startup_program: Any, params_grads: Any, param_group_idx: int = 0) -> Any:
+        # Without a gradient: variables of the program that aren't trained, such as the seeds of dropout.
+        params_grads = [(parameter, gradient) for parameter, gradient in params_grads if gradient is not None]
+        if self._state_placements is not None:
+            params_grads = [(parameter, self._part_of_sum(parameter, gradient)) for parameter, gradient in params_grads]
+        if self._num_micro_batches > 1:
+            share = 1.0 / self._num_micro_batches
+            params_grads = [(parameter, paddle.scale(gradient, share)) for parameter, gradient in params_grads]
+        return super()._apply_optimize(loss, startup_program, params_grads, param_group_idx)  # type: ignore[misc]
+
+    def _part_of_sum(self, parameter: Any, gradient: Any) -> Any:
+        if not self._scatter_gradients:
+            gradient = reshard(gradient, parameter.placements)
+        return reshard(gradient, self._state_placements(parameter))
+
+    def _create_accumulators(self, block: Any, parameters: Any) -> None:
+        super()._create_accumulators(block, parameters)  # type: ignore[misc]
+        if self._state_placements is None:
+            return
+        for parameter in parameters:
+            placements = self._state_placements(parameter)
+            master = self._master_weights.get(parameter.name)  # type: ignore[attr-defined]
+            weight = parameter if master is None else master
+            kept = [values[weight.name] for values in self._accumulators.values()]  # type: ignore[attr-defined]
+            for value in [*kept, *([] if master is None else [master])]:
+                if list(value.shape) == list(parameter.shape):  # not the powers of beta, which are numbers
+                    _place_variable(value, parameter.process_mesh, placements)
+
+
+def _place_variable(value: Any, mesh: dist.ProcessMesh, placements: list[Any]) -> None:
+    """Says of a persistable variable, before the program is cut, how it is split."""
+    libpir = paddle.base.libpaddle.pir
+    dim_map, partial = to_dim_map(placements, len(value.shape))
+    attributes = libpir.create_tensor_dist_attribute(mesh, dim_map, partial)
+    value.set_type(libpir.cvt_to_dist_type(value.type(), attributes))
+    value.get_defining_op().dist_attr = libpir.create_op_dist_attribute(mesh, [], [attributes])
+
+
+def reshard(value: Any, placements: list[Any]) -> Any:
+    """A value of the program, placed otherwise on the same mesh."""
+    return value if value.placements == placements else dist.reshard(value, value.process_mesh, placements)
+
+
+def everywhere(value: Any, mesh: dist.ProcessMesh) -> Any:
+    """A value, placed nowhere yet or on all ranks, whole on every rank of a mesh."""
+    if not value.is_dist():
+        world = dist.auto_parallel.get_mesh()
+        value = dist.shard_tensor(value, world, [dist.Replicate()] * world.ndim)
+    return value if value.process_mesh == mesh else dist.reshard(value, mesh, [dist.Replicate()] * mesh.ndim)
+
+
+def write_to(variable: Any, value: Any) -> None:
+    """Stores a value in a persistable variable of the program."""
+    paddle.assign(value, output=variable)
 
 
 def input_spec(name: str, shape: list[int], dtype: str, mesh: dist.ProcessMesh, split: list[Any]) -> Any:
@@ -61,17 +152,172 @@ def set_input_specs(program: dist.DistModel, inputs: list[Any], labels: list[Any
     program._feed_name_list = {}
 
 
-def ready_to_evaluate(program: dist.DistModel) -> None:
-    """Gives the program its parameters and an executor where it was never built for training.
+def build(program: dist.DistModel, mode: str, change: Callable[[Any], None]) -> tuple[Any, Any]:
+    """Builds the program of `mode`, train or eval; what `use` needs to run it.
 
-    The engine does both for the mode 'train' alone.
+    `change` gets the program as the engine has cut it for this rank, before it is split into jobs.
+
+    The engine has one executor and one schedule of micro-batches for all modes, and gives parameters and an executor
+    only to the mode 'train'. Here each mode has its own, and evaluation none of the schedule: one batch goes through
+    all stages of a pipeline at once.
     """
     engine = program._engine
-    if engine._executor is None:
+    engine._executor, engine._job_plan = None, None
+    if mode == "train":
+        with _changing(change):
+            program.train()
+    else:
+        pipeline, engine._strategy.pipeline.enable = engine._strategy.pipeline.enable, False
+        with _changing(change):
+            program.eval()
+        engine._strategy.pipeline.enable = pipeline
         paddle.enable_static()
-        engine.program_helper.init_pir(engine._pir_dist_main_progs["eval"], engine._place)
+        if not engine._has_prepared["train"]:
+            engine.program_helper.init_pir(engine._pir_dist_main_progs["eval"], engine._place)
         engine._executor = paddle.static.Executor(engine._place)
         paddle.disable_static()
+    return engine._executor, engine._job_plan
+
+
+@contextmanager
+def _changing(change: Callable[[Any], None]) -> Iterator[None]:
+    """Inside, `change` sees every program after the first of the engine's passes over it: the one that removes what
+    groups of one rank would exchange."""
+    cleaned = engine_module.remove_unuseful_comm_op_pass
+
+    def clean_and_change(program: Any) -> None:
+        cleaned(program)
+        change(program)
+
+    average = gradient_merge._pir_append_scale_op
+    engine_module.remove_unuseful_comm_op_pass = clean_and_change
+    gradient_merge._pir_append_scale_op = lambda *_: None  # ShardedState.average_over
+    try:
+        yield
+    finally:
+        engine_module.remove_unuseful_comm_op_pass = cleaned
+        gradient_merge._pir_append_scale_op = average
+
+
+def use(program: dist.DistModel, mode: str, built: tuple[Any, Any]) -> None:
+    """Makes a mode that was built the current one."""
+    engine = program._engine
+    engine._executor, engine._job_plan = built
+    if mode == "train":
+        program.train()
+    else:
+        program.eval()
+
+
+def recompute(layer: nn.Layer, segment: int) -> None:
+    """Has a layer's forward computed again in the backward, in place of keeping what it computed.
+
+    Marks its operators, as they are traced, for Paddle's pass. Segments must have different numbers.
+    """
+    operations_before: list[int] = []
+
+    def before(layer: Any, inputs: Any) -> None:
+        operations_before.append(len(paddle.static.default_main_program().global_block().ops))
+
+    def after(layer: Any, inputs: Any, output: Any) -> None:
+        operations = paddle.static.default_main_program().global_block().ops
+        for index in range(operations_before.pop(), len(operations)):
+            operations[index].set_int_attr("fwd_recompute_id", segment)
+
+    layer.register_forward_pre_hook(before)
+    layer.register_forward_post_hook(after)
+
+
+class SeededDropout:
+    """Dropout whose masks follow the data: the same on ranks that hold the same activations, others on others.
+
+    Each dropout of the program has a seed of its own, an element of a variable that is set before each step; so a
+    block that is computed again draws its mask again. Micro-batches count up from it. (Paddle's dropout takes the next
+    numbers of the rank's one generator: the halves of a split activation would get the same mask, and a recomputed
+    block another than before, without an error.)
+
+    The seeds are put in when the program is cut for this rank: Paddle's rule for how a dropout is split wants none.
+    """
+
+    def __init__(self, seed: int, rank: int, meshes: list[dist.ProcessMesh], stages: list[int]) -> None:
+        """`meshes` are those of the pipeline's stages, `stages` that of each dropout."""
+        self._seed, self._rank, self._meshes, self._stages = seed, rank, meshes, stages
+        self._names: dict[int, tuple[str, str]] = {}  # of a stage's variables: the seeds, the micro-batches done
+        self._split_axes: list[tuple[str, ...]] = [()] * len(stages)  # over which each dropout's activation is split
+
+    def begin(self) -> None:
+        """Called first of all in the forward, outside of all that is computed again."""
+        for stage in set(self._stages):
+            seeds = _variable("dropout_seeds", [len(self._stages)], "int32", self._meshes[stage])
+            done = _variable("dropout_micro_batches", [1], "int32", self._meshes[stage])
+            self._names[stage] = (seeds.name, done.name)
+            current = seeds + done
+            for index, stage_of_dropout in enumerate(self._stages):
+                if stage_of_dropout == stage:
+                    current[index : index + 1].get_defining_op().set_int_attr(_SEED_OF_DROPOUT, index)
+            write_to(done, done + 1)
+
+    def function(self, index: int) -> Any:
+        """F.dropout(x, p) for the `index`-th dropout."""
+
+        def dropout(x: Any, p: float, training: bool = True) -> Any:
+            mesh = self._meshes[self._stages[index]]
+            if not x.is_dist():  # a constant: the same on all ranks
+                x = everywhere(x, mesh)
+            self._split_axes[index] = tuple(
+                axis for axis, placement in zip(mesh.dim_names, x.placements, strict=True) if placement.is_shard()
+            )
+            out = F.dropout(x, p, training=True)
+            out.get_defining_op().set_int_attr(_DROPOUT, index)
+            return out
+
+        return dropout
+
+    def set_step(self, step: int) -> None:
+        """Sets the seeds for the step after `step` done ones: functions of the seed, the step, the dropout, and this
+        rank's place along the axes over which the activation is split."""
+        coordinates = dict(zip(*self._place(), strict=True))
+        scope = paddle.static.global_scope()
+        for stage, names in self._names.items():
+            if self._rank not in self._meshes[stage].process_ids:
+                continue
+            seeds = np.array([self._seed_of(index, step, coordinates) for index in range(len(self._stages))], np.int32)
+            for name, value in zip(names, (seeds, np.zeros(1, np.int32)), strict=True):
+                scope.find_var(name).get_tensor().set(value, paddle.framework._current_expected_place_())
+
+    def _seed_of(self, index: int, step: int, coordinates: dict[str, int]) -> int:
+        place = [coordinates[axis] if axis in self._split_axes[index] else 0 for axis in ("dp", "mp")]
+        drawn = np.random.SeedSequence([self._seed, step, index, *place]).generate_state(1)
+        return int(drawn[0] % 2**30) + 1  # 0 would mean none, and micro-batches are added
+
+    def _place(self) -> tuple[list[str], list[int]]:
+        """The axes of a stage's mesh and this rank's place along them."""
+        mesh = next(mesh for mesh in self._meshes if self._rank in mesh.process_ids)
+        return mesh.dim_names, [int(np.argwhere(mesh.mesh == self._rank)[0][axis]) for axis in range(mesh.ndim)]
+
+
+_DROPOUT, _SEED_OF_DROPOUT = "vit_static_dropout", "vit_static_seed_of_dropout"  # attributes of operators
+
+
+def seed_dropouts(program: Any) -> None:
+    """Gives every marked dropout of a program its seed, those that are computed again too."""
+    operations = list(program.global_block().ops)
+    seeds = {op.attrs()[_SEED_OF_DROPOUT]: op.result(0) for op in operations if op.has_attr(_SEED_OF_DROPOUT)}
+    for operation in operations:
+        if operation.name() == "pd_op.dropout" and operation.has_attr(_DROPOUT):
+            operation.operand(1).set_source(seeds[operation.attrs()[_DROPOUT]])
+
+
+def _variable(name: str, shape: list[int], dtype: str, mesh: dist.ProcessMesh) -> Any:
+    """A variable of the program being traced that outlives a step, whole on every rank of `mesh`; 0 at first."""
+    dim_map, partial = to_dim_map([dist.Replicate()] * mesh.ndim, len(shape))
+    return paddle.pir.core.create_persistable_value(
+        dtype,
+        shape,
+        paddle.utils.unique_name.generate(name),
+        initializer=nn.initializer.Constant(0),
+        dist_attr=paddle.base.libpaddle.pir.create_tensor_dist_attribute(mesh, dim_map, partial),
+    )
 
 
 def compiled_program(program: dist.DistModel) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,13 @@ import paddle
 import paddle.distributed as dist
 from paddle import nn
 
+from vit_static import cpu_collectives, placement
 from vit_static import model as model_module
 from vit_static import paddle_internals as internals
-from vit_static.config import AmpConfig, ConfigError, OptimConfig
+from vit_static.config import AmpConfig, ConfigError, ModelConfig, OptimConfig, ParallelConfig
 from vit_static.loss import Criterion
-from vit_static.mesh import Mesh
+from vit_static.mesh import Mesh, num_micro_batches
+from vit_static.model import AttentionFunction, Dropout
 from vit_static.optim import make_optimizer
 from vit_static.weights import State, fuse_qkv
 
@@ -53,11 +56,26 @@ def choose_precision(amp: AmpConfig, device: str) -> Precision:
     return Precision(level, dtype)
 
 
-def use_onednn(device: str, width: int) -> bool:
-    """Whether to run oneDNN's kernels; sets Paddle's flag for this process, before anything is built."""
-    use = device == "cpu" and width >= ONEDNN_LEAST_WIDTH
+def use_onednn(device: str, width: int, mp: int = 1) -> bool:
+    """Whether to run oneDNN's kernels; sets Paddle's flag for this process, before anything is built.
+
+    Not under tensor parallelism: the attention that is right there can't stay split (model.attention_by_3d_matmul).
+    """
+    use = device == "cpu" and width >= ONEDNN_LEAST_WIDTH and mp == 1
     paddle.set_flags({"FLAGS_use_mkldnn": use})
     return use
+
+
+def choose_attention(config: ModelConfig, parallel: ParallelConfig, device: str, onednn: bool) -> AttentionFunction:
+    """The attention for a run: fused where that draws no masks that must follow the mesh."""
+    own_masks = config.attention_dropout > 0.0 and _seeds_dropout(parallel, device)
+    return model_module.attention_for(onednn, own_masks)
+
+
+def _seeds_dropout(parallel: ParallelConfig, device: str) -> bool:
+    """Whether masks are drawn from seeds of their own. On a card only where nothing else is right: reading a seed there
+    makes the host wait."""
+    return device == "cpu" or parallel.mp > 1 or parallel.recompute != "none"
 
 
 class Program:
@@ -80,28 +98,38 @@ class Program:
         optim: OptimConfig | None = None,
         amp: AmpConfig | None = None,
         learning_rate: Callable[[int], float] | None = None,
-        grad_accum_steps: int = 1,
+        parallel: ParallelConfig | None = None,
         seed: int = 0,
         onednn: bool = False,
     ) -> None:
+        parallel = parallel or ParallelConfig()
         self._model, self._criterion, self._mesh = model, criterion, mesh
-        self._grad_accum_steps = grad_accum_steps
+        self._num_micro_batches = num_micro_batches(parallel)
         self._seed = seed
         self._mode: str | None = None
+        self._built: dict[str, Any] = {}
         self._specs = {"eval": self._input_specs(eval_batch_size, image_size)}
-        _open_in_forward(model, precision, mesh.device, onednn)
-        # The model alone: Paddle's wrapper of the optimizer takes only AdamW and SGD without momentum, and what it adds
-        # (sharding the optimizer's state) isn't asked for.
-        model, _ = dist.parallelize(model, None, config={"dp_config": {"sharding_level": 0}})
-        strategy = _strategy(precision, amp or AmpConfig(), grad_accum_steps)
+        stages = placement.split(model, mesh, parallel.sharding_stage)
+        self._dropout = None
+        if learning_rate is not None and _seeds_dropout(parallel, mesh.device):
+            self._dropout = _seed_dropout(model, mesh, seed, stages)
+        _recompute_blocks(model, parallel.recompute)
+        _open_in_forward(model, precision, mesh.device, onednn, self._dropout)
+        strategy = _strategy(precision, amp or AmpConfig(), parallel, batch_size or eval_batch_size)
         if learning_rate is None or optim is None or batch_size is None:
             optimizer = None
         else:
             # A micro-batch: the executor cuts what it is fed into as many.
-            self._specs["train"] = self._input_specs(batch_size // grad_accum_steps, image_size)
+            self._specs["train"] = self._input_specs(batch_size // self._num_micro_batches, image_size)
             low_precision = precision.level == "O2"
             optimizer, self._scheduler, self._clip = make_optimizer(
-                model, optim, learning_rate, grad_accum_steps=grad_accum_steps, low_precision=low_precision
+                model,
+                optim,
+                learning_rate,
+                num_micro_batches=self._num_micro_batches,
+                low_precision=low_precision,
+                sharding_stage=parallel.sharding_stage,
+                state_placements=partial(placement.of_state, mesh),
             )
             if low_precision:
                 model, optimizer = paddle.amp.decorate(
@@ -121,22 +149,35 @@ class Program:
         self._enter("train")
         self._scheduler.step(step)
         # Masks are a function of the seed, the step and the rank's data, so a resumed run draws the same.
-        draw = np.random.SeedSequence([self._seed, step, self._mesh.dp_rank]).generate_state(1)
-        paddle.seed(int(draw[0]))
+        if self._dropout is not None:
+            self._dropout.set_step(step)
+        else:
+            draw = np.random.SeedSequence([self._seed, step, self._mesh.dp_rank]).generate_state(1)
+            paddle.seed(int(draw[0]))
         return self._program(images, labels)
 
     def scalar(self, loss: Any) -> float:
-        """A loss of `train_step` as a number: over its micro-batches, the mean. Waits for the device."""
-        return float(np.mean(np.asarray(loss)))
+        """A loss of `train_step` as a number: over its micro-batches, the mean. Waits for the device.
+
+        0 on a rank of a pipeline's earlier stages, which has no loss (Mesh.mean doesn't count it).
+        """
+        return 0.0 if loss is None else float(np.mean(np.asarray(loss)))
 
     def grad_norm(self) -> float:
-        """The norm of the last update's gradients, all together and before clipping. Waits for the device."""
-        return self._clip.norm() / self._grad_accum_steps
+        """The norm of the last update's gradients, all together and before clipping. Waits for the device.
+
+        NaN on a rank of a pipeline's later stages, which doesn't know it.
+        """
+        return self._clip.norm()
 
     def eval_step(self, images: paddle.Tensor, labels: paddle.Tensor) -> np.ndarray:
-        """Losses and label ranks of this rank's images, [B, 2]. Waits for the device."""
+        """Losses and label ranks of this rank's images, [B, 2]. Waits for the device.
+
+        Zeros on a rank of a pipeline's earlier stages, which has neither (Mesh.total doesn't count them).
+        """
         self._enter("eval")
-        return np.asarray(self._program(images, labels))
+        found = self._program(images, labels)
+        return np.zeros((images.shape[0], 2), np.float32) if found is None else np.asarray(found)
 
     def compiled(self, mode: str) -> Any:
         """The program of `train` or `eval` as this rank executes it, for looking at."""
@@ -184,26 +225,32 @@ class Program:
             return
         for layer in (self._model, self._criterion):
             layer.train() if mode == "train" else layer.eval()
-        internals.set_input_specs(self._program, *self._specs[mode])
-        if mode == "train":
-            self._program.train()
-        else:
-            self._program.eval()
-            internals.ready_to_evaluate(self._program)
+        if mode not in self._built:
+            internals.set_input_specs(self._program, *self._specs[mode])
+            self._built[mode] = internals.build(self._program, mode, self._change)
+        internals.use(self._program, mode, self._built[mode])
         self._mode = mode
 
+    def _change(self, compiled: Any) -> None:
+        """What Paddle's passes leave to be done in a program of this rank."""
+        internals.seed_dropouts(compiled)
+        if self._mesh.device == "cpu" and self._mesh.world_size > 1:
+            cpu_collectives.replace_collectives(compiled)
+
     def _input_specs(self, batch_size: int, image_size: tuple[int, int]) -> list[list[Any]]:
-        mesh, split = self._mesh.process_mesh, [dist.Shard(0)]
+        mesh = self._mesh
+        split = placement.of_batch(mesh)
         return [
-            [internals.input_spec("images", [batch_size, 3, *image_size], "float32", mesh, split)],
-            [internals.input_spec("labels", [batch_size], "int64", mesh, split)],
+            [internals.input_spec("images", [batch_size, 3, *image_size], "float32", mesh.first_stage, split)],
+            [internals.input_spec("labels", [batch_size], "int64", mesh.last_stage, split)],
         ]
 
 
-def _strategy(precision: Precision, amp: AmpConfig, grad_accum_steps: int) -> dist.Strategy:
+def _strategy(precision: Precision, amp: AmpConfig, parallel: ParallelConfig, batch_size: int) -> dist.Strategy:
     strategy = dist.Strategy()
+    micro_batches = num_micro_batches(parallel)
     # Reading a result is what waits for the device; those of micro-batches Paddle merges, which it does only in NumPy.
-    strategy.return_numpy = grad_accum_steps > 1
+    strategy.return_numpy = micro_batches > 1
     if precision.level == "O2":
         strategy.amp.enable = True
         strategy.amp.level = "O2"
@@ -212,14 +259,46 @@ def _strategy(precision: Precision, amp: AmpConfig, grad_accum_steps: int) -> di
         strategy.amp.use_dynamic_loss_scaling = precision.dtype == "float16"
         strategy.amp.use_master_grad = amp.master_grad
         strategy.amp.use_promote = True
-    if grad_accum_steps > 1:
+    if parallel.pp > 1:
+        strategy.pipeline.enable = True
+        strategy.pipeline.schedule_mode = parallel.pp_schedule
+        strategy.pipeline.pp_degree = parallel.pp
+        strategy.pipeline.accumulate_steps = micro_batches
+        strategy.pipeline.micro_batch_size = batch_size // micro_batches
+    elif micro_batches > 1:
         strategy.gradient_merge.enable = True
-        strategy.gradient_merge.k_steps = grad_accum_steps
-        strategy.gradient_merge.avg = True
+        strategy.gradient_merge.k_steps = micro_batches
+    strategy._recompute.enable = parallel.recompute != "none"
     return strategy
 
 
-def _open_in_forward(model: nn.Layer, precision: Precision, device: str, onednn: bool) -> None:
+def _recompute_blocks(model: model_module.VisionTransformer, recompute: str | int) -> None:
+    """Marks every block, or every n-th, for being computed again in the backward."""
+    if recompute == "none":
+        return
+    every = 1 if recompute == "block" else int(recompute)
+    for segment, block in enumerate(model.blocks):
+        if segment % every == 0:
+            internals.recompute(block, segment)
+
+
+def _seed_dropout(
+    model: nn.Layer, mesh: Mesh, seed: int, stages: dict[str, int]
+) -> internals.SeededDropout | None:
+    """Has every dropout of the model draw its masks from a seed of its own; None where it has none."""
+    dropouts = [(layer, stages[name]) for name, layer in model.named_sublayers() if isinstance(layer, Dropout)]
+    if not any(layer.p > 0.0 for layer, _ in dropouts):
+        return None
+    meshes = [mesh.stage(stage) for stage in range(mesh.sizes.pp)]
+    seeded = internals.SeededDropout(seed, mesh.rank, meshes, [stage for _, stage in dropouts])
+    for index, (layer, _) in enumerate(dropouts):
+        layer.function = seeded.function(index)
+    return seeded
+
+
+def _open_in_forward(
+    model: nn.Layer, precision: Precision, device: str, onednn: bool, dropout: internals.SeededDropout | None
+) -> None:
     """Wraps the model's forward in what must be open while it is traced.
 
     On a CPU, Paddle refuses an auto_cast that is opened before the tracing, as the engine does from its strategy;
@@ -232,8 +311,10 @@ def _open_in_forward(model: nn.Layer, precision: Precision, device: str, onednn:
     def traced(images: paddle.Tensor) -> paddle.Tensor:
         if onednn:
             images.stop_gradient = False
+        if dropout is not None and model.training:
+            dropout.begin()
         with paddle.amp.auto_cast(enable=autocast, level="O1", dtype=precision.dtype if autocast else "float16"):
             return forward(images)
 
-    if onednn or autocast:
+    if onednn or autocast or dropout is not None:
         model.forward = traced

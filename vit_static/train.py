@@ -12,10 +12,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from vit_static import checkpoint, flops, optim, report
+from vit_static import checkpoint, flops, report
 from vit_static import config as config_module
 from vit_static import mesh as mesh_module
 from vit_static import model as model_module
+from vit_static import step as step_module
 from vit_static.checkpoint import Progress
 from vit_static.config import Config
 from vit_static.data.feed import TrainFeed
@@ -35,8 +36,8 @@ def train(config: Config, resume: bool = True) -> bool:
     """
     # -- what is to be done: found out, and every mistake in it, before anything is built ------------------------
     rank, world_size = mesh_module.rank_and_world_size()
-    mesh_module.check(config.parallel, world_size, config.data.global_batch_size)
-    optim.check(config.optim, config.parallel.grad_accum_steps)
+    variant = model_module.variant_of(config.model)
+    sizes = mesh_module.check(config.parallel, world_size, config.data.global_batch_size, variant)
     shape = model_module.shape_of(config.model)
     train_images = list_images(config.data, "train", config.model.num_classes)
     val_images = list_images(config.data, "val", config.model.num_classes)
@@ -45,13 +46,15 @@ def train(config: Config, resume: bool = True) -> bool:
     eval_every_images = config.eval.every_epochs * len(train_images)
 
     # -- the processes -------------------------------------------------------------------------------------------
-    mesh = mesh_module.start(config.parallel, config.device, batch_size)
+    mesh = mesh_module.start(sizes, config.device)
     precision = choose_precision(config.amp, mesh.device)
-    onednn = use_onednn(mesh.device, shape.width)
+    onednn = use_onednn(mesh.device, shape.width, sizes.mp)
 
     # -- the model, and what it starts from: this run's latest checkpoint > init.from > fresh weights ------------
     mesh_module.seed_everything(config.seed)
-    model = model_module.build(config.model, model_module.attention_for(onednn))
+    model = model_module.build(
+        config.model, step_module.choose_attention(config.model, config.parallel, mesh.device, onednn)
+    )
     newest = checkpoint.latest(config.run_dir) if resume else None
     start = "fresh weights"
     if newest is not None:
@@ -75,7 +78,7 @@ def train(config: Config, resume: bool = True) -> bool:
         optim=config.optim,
         amp=config.amp,
         learning_rate=lambda step: learning_rate(step, total_steps, config.optim, config.schedule),
-        grad_accum_steps=config.parallel.grad_accum_steps,
+        parallel=config.parallel,
         seed=config.seed,
         onednn=onednn,
     )
