@@ -9,12 +9,12 @@ from small import ROOT
 
 # As the architecture has it; a new module must be given its place.
 LAYERS = [
-    {"__init__", "config", "schedule", "log", "flops", "files", "report", "runtime"},
+    {"__init__", "config", "schedule", "log", "flops", "devices", "files", "report", "runtime"},
     {"model", "loss", "data", "data.images", "data.order", "data.pipeline", "data.feed", "mesh"}
-    | {"placement", "cpu_collectives", "paddle_internals"},
+    | {"costs", "placement", "cpu_collectives", "paddle_internals"},
     {"optim", "weights", "checkpoint"},
     {"step"},
-    {"train", "evaluate", "export", "predict"},
+    {"train", "evaluate", "export", "predict", "plan"},
     {"__main__", "launch"},
 ]
 WITHOUT_PADDLE = LAYERS[0] - {"runtime"} | {"data", "data.images", "data.order", "launch"}

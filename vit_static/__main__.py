@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from vit_static import runtime
 from vit_static.config import UserError, load
+from vit_static.devices import CARDS_A_NODE, DEVICES, INTERCONNECTS
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_MISTAKE, EXIT_STOPPED = 0, 1, 2, 75
 # How the system refuses a path that the user should not have given; a full disk, say, is no such mistake.
@@ -67,6 +68,22 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--top-k", type=int, default=5)
     verb.add_argument("--batch-size", type=int, default=32)
     verb.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
+    verb = add("plan", "what a run will cost on a mesh of cards, found without them")
+    add_config(verb, CONFIGS / "quickstart.yaml")
+    verb.add_argument(
+        "--mesh",
+        metavar="dp=8,mp=2,sharding=1",
+        help="in place of the config's: dp, mp, pp, sharding (stage), accum (grad_accum_steps), recompute",
+    )
+    verb.add_argument("--world", type=int, metavar="N", help="number of cards (default: as many as the mesh has)")
+    verb.add_argument("--device", default="a100-80g", choices=list(DEVICES), help="the card (default: a100-80g)")
+    verb.add_argument(
+        "--interconnect", default="ib-hdr", choices=list(INTERCONNECTS), help="between nodes (default: ib-hdr)"
+    )
+    verb.add_argument("--cards-per-node", type=int, default=CARDS_A_NODE, metavar="N")
+    verb.add_argument("--rank", type=int, default=0, help="whose part to compile (default: 0, the first stage)")
+    verb.add_argument("--search", action="store_true", help="rank every mesh of --world cards that can be")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the plan there too")
     return parser
 
 
@@ -118,6 +135,12 @@ def run(arguments: argparse.Namespace) -> int:
         from vit_static import evaluate
 
         evaluate.run(config, arguments.checkpoint, arguments.overrides)
+    elif arguments.verb == "plan":
+        from vit_static import plan
+
+        assert config is not None
+        place = plan.Place(arguments.device, arguments.interconnect, arguments.cards_per_node)
+        plan.run(config, arguments.mesh, arguments.world, place, arguments.rank, arguments.search, arguments.json)
     else:
         from vit_static import export
 

@@ -201,9 +201,7 @@ def nearest(
     return min(can_be, key=distance, default=None)
 
 
-def _remedy(
-    parallel: ParallelConfig, wanted: Sizes, world_size: int, global_batch_size: int, variant: Variant
-) -> str:
+def _remedy(parallel: ParallelConfig, wanted: Sizes, world_size: int, global_batch_size: int, variant: Variant) -> str:
     if parallel.dp != "auto" and wanted.world != world_size:
         start = f"set parallel.dp=auto, or start {wanted.world} (NPROC={wanted.world})"
         return start

@@ -120,9 +120,7 @@ class Dropout(nn.Layer):
 AttentionFunction = Callable[[paddle.Tensor, paddle.Tensor, paddle.Tensor, Dropout], paddle.Tensor]
 
 
-def flash_attention(
-    query: paddle.Tensor, key: paddle.Tensor, value: paddle.Tensor, dropout: Dropout
-) -> paddle.Tensor:
+def flash_attention(query: paddle.Tensor, key: paddle.Tensor, value: paddle.Tensor, dropout: Dropout) -> paddle.Tensor:
     """Paddle's fused attention: FlashAttention on a card, plain matrix products on a CPU. Draws its own masks."""
     return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout.p, training=dropout.training)
 

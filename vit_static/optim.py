@@ -47,7 +47,9 @@ class SGDMomentum(ShardedState, paddle.optimizer.Optimizer):
         velocity = self._get_accumulator("velocity", weight)
         moved = self._momentum * velocity + reshard(gradient.astype("float32"), velocity.placements)
         if self._rate is None:
-            self._rate = everywhere(paddle.assign(self._create_param_lr((parameter, gradient))), dist.auto_parallel.get_mesh())
+            self._rate = everywhere(
+                paddle.assign(self._create_param_lr((parameter, gradient))), dist.auto_parallel.get_mesh()
+            )
         rate = everywhere(self._rate, parameter.process_mesh)
         updated = reshard(weight, velocity.placements) - paddle.scale(moved, rate)  # oneDNN multiplies by no 0-D tensor
         write_to(velocity, moved)

@@ -6,6 +6,7 @@ Written for Paddle 3.3.1; the one place, with cpu_collectives.py, to look at whe
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,8 +16,10 @@ import paddle
 import paddle.distributed as dist
 import paddle.nn.functional as F
 from paddle import nn
+from paddle.distributed import collective
 from paddle.distributed.auto_parallel.placement_type import to_dim_map
 from paddle.distributed.auto_parallel.static import engine as engine_module
+from paddle.distributed.auto_parallel.static import process_group
 from paddle.distributed.auto_parallel.static.dist_input_spec import DistributedInputSpec
 from paddle.distributed.passes import auto_parallel_gradient_merge as gradient_merge
 
@@ -140,9 +143,43 @@ def write_to(variable: Any, value: Any) -> None:
     paddle.assign(value, output=variable)
 
 
-def input_spec(name: str, shape: list[int], dtype: str, mesh: dist.ProcessMesh, split: list[Any]) -> Any:
+def input_spec(name: str, shape: list[int], dtype: Any, mesh: dist.ProcessMesh, placements: list[Any]) -> Any:
     """What the engine must know of an input: its global shape, and over which axes of the mesh it is split."""
-    return DistributedInputSpec.from_dtensor(dist.shard_tensor(paddle.zeros(shape, dtype=dtype), mesh, split), name)
+    local_shape = list(shape)
+    for size, placement in zip(mesh.shape, placements, strict=True):
+        if placement.is_shard():
+            local_shape[placement.get_dim()] //= size
+    return DistributedInputSpec(shape, dtype, name, True, mesh, placements, local_shape)
+
+
+@contextmanager
+def pretended_world(rank: int, world_size: int) -> Iterator[None]:
+    """Inside, programs are built as this rank of a world that isn't there: nothing is connected, nothing can be run."""
+    endpoints = [f"127.0.0.1:{6170 + other}" for other in range(world_size)]
+    pretended = {
+        "PADDLE_TRAINER_ID": str(rank),
+        "PADDLE_TRAINERS_NUM": str(world_size),
+        "PADDLE_TRAINER_ENDPOINTS": ",".join(endpoints),
+        "PADDLE_CURRENT_ENDPOINT": endpoints[rank],
+    }
+    before = {name: os.environ.get(name) for name in pretended}
+    instantiate, initialize = process_group.ProcessGroup.instantiate, engine_module.Engine._initialize
+    try:
+        os.environ.update(pretended)
+        collective._global_env, dist.parallel._global_parallel_env = None, None
+        process_group.ProcessGroup.instantiate = lambda self: None
+        engine_module.Engine._initialize = lambda self, mode, init_parameters=True: None
+        yield
+    finally:
+        process_group.ProcessGroup.instantiate = instantiate
+        engine_module.Engine._initialize = initialize
+        process_group.clear_all_process_groups()
+        collective._global_env, dist.parallel._global_parallel_env = None, None
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def set_input_specs(program: dist.DistModel, inputs: list[Any], labels: list[Any]) -> None:
@@ -228,6 +265,20 @@ def recompute(layer: nn.Layer, segment: int) -> None:
     layer.register_forward_post_hook(after)
 
 
+def placed_dropout(mesh: dist.ProcessMesh) -> Any:
+    """F.dropout(x, p), its masks from the rank's one generator."""
+
+    def dropout(x: Any, p: float, training: bool = True) -> Any:
+        return F.dropout(_placed(x, mesh), p, training=True)
+
+    return dropout
+
+
+def _placed(x: Any, mesh: dist.ProcessMesh) -> Any:
+    """A constant, which isn't placed yet, the same on all ranks of a stage."""
+    return x if x.is_dist() else dist.shard_tensor(x, mesh, [dist.Replicate()] * mesh.ndim)
+
+
 class SeededDropout:
     """Dropout whose masks follow the data: the same on ranks that hold the same activations, others on others.
 
@@ -262,8 +313,7 @@ class SeededDropout:
 
         def dropout(x: Any, p: float, training: bool = True) -> Any:
             mesh = self._meshes[self._stages[index]]
-            if not x.is_dist():  # a constant: the same on all ranks
-                x = everywhere(x, mesh)
+            x = _placed(x, mesh)
             self._split_axes[index] = tuple(
                 axis for axis, placement in zip(mesh.dim_names, x.placements, strict=True) if placement.is_shard()
             )

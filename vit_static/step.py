@@ -16,10 +16,11 @@ import paddle
 import paddle.distributed as dist
 from paddle import nn
 
-from vit_static import cpu_collectives, placement
+from vit_static import costs, cpu_collectives, placement
 from vit_static import model as model_module
 from vit_static import paddle_internals as internals
 from vit_static.config import AmpConfig, ConfigError, ModelConfig, OptimConfig, ParallelConfig
+from vit_static.costs import Costs, Counting
 from vit_static.loss import Criterion
 from vit_static.mesh import Mesh, num_micro_batches
 from vit_static.model import AttentionFunction, Dropout
@@ -82,7 +83,7 @@ class Program:
     """The model as a static program of this rank, compiled for training and evaluation.
 
     `learning_rate` gives the rate of the n-th update; without it the program only evaluates. `batch_size` and
-    `eval_batch_size` are global. Batches are this rank's part.
+    `eval_batch_size` are global. Batches are this rank's part. `counting`: how `costs` counts.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Program:
         parallel: ParallelConfig | None = None,
         seed: int = 0,
         onednn: bool = False,
+        counting: Counting = Counting(),
     ) -> None:
         parallel = parallel or ParallelConfig()
         self._model, self._criterion, self._mesh = model, criterion, mesh
@@ -108,13 +110,15 @@ class Program:
         self._seed = seed
         self._mode: str | None = None
         self._built: dict[str, Any] = {}
+        self._costs: Costs | None = None
+        self._counting = counting
         self._specs = {"eval": self._input_specs(eval_batch_size, image_size)}
         stages = placement.split(model, mesh, parallel.sharding_stage)
         self._dropout = None
-        if learning_rate is not None and _seeds_dropout(parallel, mesh.device):
-            self._dropout = _seed_dropout(model, mesh, seed, stages)
+        if learning_rate is not None:
+            self._dropout = _place_dropouts(model, mesh, seed, stages, _seeds_dropout(parallel, mesh.device))
         _recompute_blocks(model, parallel.recompute)
-        _open_in_forward(model, precision, mesh.device, onednn, self._dropout)
+        _open_in_forward(model, precision, onednn, self._dropout)
         strategy = _strategy(precision, amp or AmpConfig(), parallel, batch_size or eval_batch_size)
         if learning_rate is None or optim is None or batch_size is None:
             optimizer = None
@@ -226,14 +230,23 @@ class Program:
         for layer in (self._model, self._criterion):
             layer.train() if mode == "train" else layer.eval()
         if mode not in self._built:
+            self._entering = mode
             internals.set_input_specs(self._program, *self._specs[mode])
             self._built[mode] = internals.build(self._program, mode, self._change)
         internals.use(self._program, mode, self._built[mode])
         self._mode = mode
 
+    def costs(self) -> Costs:
+        """What a training step costs this rank."""
+        self._enter("train")
+        assert self._costs is not None
+        return self._costs
+
     def _change(self, compiled: Any) -> None:
         """What Paddle's passes leave to be done in a program of this rank."""
         internals.seed_dropouts(compiled)
+        if self._entering == "train" and self._costs is None:
+            self._costs = costs.of_program(compiled, internals.structured_names(self._program), self._counting)
         if self._mesh.device == "cpu" and self._mesh.world_size > 1:
             cpu_collectives.replace_collectives(compiled)
 
@@ -241,8 +254,8 @@ class Program:
         mesh = self._mesh
         split = placement.of_batch(mesh)
         return [
-            [internals.input_spec("images", [batch_size, 3, *image_size], "float32", mesh.first_stage, split)],
-            [internals.input_spec("labels", [batch_size], "int64", mesh.last_stage, split)],
+            [internals.input_spec("images", [batch_size, 3, *image_size], paddle.float32, mesh.first_stage, split)],
+            [internals.input_spec("labels", [batch_size], paddle.int64, mesh.last_stage, split)],
         ]
 
 
@@ -282,22 +295,22 @@ def _recompute_blocks(model: model_module.VisionTransformer, recompute: str | in
             internals.recompute(block, segment)
 
 
-def _seed_dropout(
-    model: nn.Layer, mesh: Mesh, seed: int, stages: dict[str, int]
+def _place_dropouts(
+    model: nn.Layer, mesh: Mesh, seed: int, stages: dict[str, int], seeded: bool
 ) -> internals.SeededDropout | None:
-    """Has every dropout of the model draw its masks from a seed of its own; None where it has none."""
+    """Has every dropout of the model draw its masks on its stage, from a seed of its own where `seeded`."""
     dropouts = [(layer, stages[name]) for name, layer in model.named_sublayers() if isinstance(layer, Dropout)]
     if not any(layer.p > 0.0 for layer, _ in dropouts):
         return None
     meshes = [mesh.stage(stage) for stage in range(mesh.sizes.pp)]
-    seeded = internals.SeededDropout(seed, mesh.rank, meshes, [stage for _, stage in dropouts])
-    for index, (layer, _) in enumerate(dropouts):
-        layer.function = seeded.function(index)
-    return seeded
+    seeds = internals.SeededDropout(seed, mesh.rank, meshes, [stage for _, stage in dropouts])
+    for index, (layer, stage) in enumerate(dropouts):
+        layer.function = seeds.function(index) if seeded else internals.placed_dropout(meshes[stage])
+    return seeds if seeded else None
 
 
 def _open_in_forward(
-    model: nn.Layer, precision: Precision, device: str, onednn: bool, dropout: internals.SeededDropout | None
+    model: nn.Layer, precision: Precision, onednn: bool, dropout: internals.SeededDropout | None
 ) -> None:
     """Wraps the model's forward in what must be open while it is traced.
 
@@ -307,13 +320,14 @@ def _open_in_forward(
     """
     forward = model.forward
     autocast = precision.level == "O1"
+    dtype = precision.dtype if autocast else "float16"  # one that auto_cast takes; O0 has float32
 
     def traced(images: paddle.Tensor) -> paddle.Tensor:
         if onednn:
             images.stop_gradient = False
         if dropout is not None and model.training:
             dropout.begin()
-        with paddle.amp.auto_cast(enable=autocast, level="O1", dtype=precision.dtype if autocast else "float16"):
+        with paddle.amp.auto_cast(enable=autocast, level="O1", dtype=dtype):
             return forward(images)
 
     if onednn or autocast or dropout is not None:

@@ -1,0 +1,254 @@
+"""What a compiled program costs the rank that executes it: collectives, memory, operations. Read off its operators.
+
+The sizes of parameters, gradients, optimizer state and collectives are the program's own and exact. The peak of the
+activations is an estimate: every result lives from its operator to the last that reads it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from paddle.distributed.auto_parallel.static.process_group import get_process_group
+
+_ROLES = {0: "forward", 1: "backward", 2: "update"}
+_KINDS = {
+    "pd_op.all_reduce": "all_reduce",
+    "pd_op.all_reduce_": "all_reduce",
+    "pd_op.all_gather": "all_gather",
+    "pd_op.reduce_scatter": "reduce_scatter",
+    "pd_op.send_v2": "send",
+    "pd_op.recv_v2": "receive",
+}
+_ITEM_SIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
+# What gives its operand another shape, or holds several together, and takes no memory of its own.
+_ALIASES = {
+    *("pd_op.reshape", "pd_op.reshape_grad", "pd_op.flatten", "pd_op.flatten_grad", "pd_op.squeeze"),
+    *("pd_op.unsqueeze", "pd_op.unsqueeze_grad", "pd_op.assign", "builtin.combine", "builtin.split"),
+    *("builtin.shadow_output", "pd_op.share_data_"),
+}
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One exchange with other ranks. `num_bytes` is what this rank puts in; of a receive, what it gets."""
+
+    kind: str  # all_reduce, all_gather, reduce_scatter, send, receive
+    role: str  # forward, backward (both once a micro-batch), update (once a step)
+    ranks: tuple[int, ...]
+    num_bytes: int
+
+    def bytes_on_the_wire(self) -> float:
+        """What this rank sends in a ring's algorithm, which is the least: of n ranks, 2 (n-1)/n of an all-reduce."""
+        n = len(self.ranks)
+        share = {"all_reduce": 2 * (n - 1) / n, "all_gather": n - 1, "reduce_scatter": (n - 1) / n}
+        return share.get(self.kind, 1) * self.num_bytes
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What an operator of the program moves and multiplies, in bytes and in operations."""
+
+    role: str
+    num_bytes: int
+    num_flops: int
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one rank. Bytes; `forward_kept` is what a micro-batch's forward leaves for its backward."""
+
+    parameters: int
+    gradients: int
+    optimizer_state: int
+    activations: int  # of one micro-batch at the peak, without gradients and what else is counted above
+    forward_kept: int
+    collectives: tuple[Collective, ...]
+    operators: tuple[Operator, ...]
+
+    def flops(self, num_micro_batches: int) -> int:
+        return sum(op.num_flops * times(op.role, num_micro_batches) for op in self.operators)
+
+    def activations_at_once(self, num_in_flight: int) -> int:
+        """Of so many micro-batches in flight: all but one hold only what their forward has kept."""
+        return self.activations + (num_in_flight - 1) * self.forward_kept
+
+
+def times(role: str, num_micro_batches: int) -> int:
+    """How often in a step an operator of this role runs."""
+    return 1 if role == "update" else num_micro_batches
+
+
+@dataclass(frozen=True)
+class Counting:
+    """How a float32 program is counted for the precision that it would run in.
+
+    `item_size`: of what O2 keeps in half precision: parameters, activations, their gradients. The master copies are
+    then added to the optimizer's state. `master_gradients`: gradients are summed and clipped in float32 nevertheless.
+    `fused_tokens`: attention's scores, [.., tokens, tokens], are taken as a fused kernel has them (FlashAttention, arXiv
+    2205.14135): never in memory, and multiplied once more in the backward.
+    """
+
+    item_size: int = 4
+    master_gradients: bool = True
+    fused_tokens: int | None = None
+
+    def gradient_size(self) -> int:
+        return 4 if self.master_gradients else self.item_size
+
+    def num_bytes(self, value: Any, item_size: int) -> int:
+        """Of the part that this rank holds, floats of `item_size`."""
+        if value.type().as_vec_type() or self.are_fused_scores(value):
+            return 0
+        dtype = str(value.dtype).rsplit(".", 1)[-1].lower()
+        size = item_size if dtype == "float32" else _ITEM_SIZES[dtype]
+        return math.prod(abs(length) for length in value.shape) * size
+
+    def are_fused_scores(self, value: Any) -> bool:
+        if self.fused_tokens is None or value.type().as_vec_type() or len(value.shape) != 4:
+            return False
+        return list(value.shape[-2:]) == [self.fused_tokens, self.fused_tokens]
+
+
+def collectives(program: Any, counting: Counting = Counting()) -> list[Collective]:  # noqa: B008 - frozen
+    """Those of a program of this rank, in its order; before cpu_collectives.py has replaced them."""
+    found = []
+    for op in program.global_block().ops:
+        kind = _KINDS.get(op.name())
+        if kind is not None:
+            ranks = tuple(get_process_group(op.attrs()["ring_id"]).ranks)
+            moved = op.result(0) if kind == "receive" else op.operand_source(0)
+            # In the update parameters are gathered, all else are gradients and their norms.
+            is_gradient = _role(op) == "update" and kind != "all_gather"
+            size = counting.gradient_size() if is_gradient else counting.item_size
+            found.append(Collective(kind, _role(op), ranks, counting.num_bytes(moved, size)))
+    return found
+
+
+def of_program(program: Any, parameter_names: Iterable[str], counting: Counting = Counting()) -> Costs:  # noqa: B008
+    """The costs of a training program of this rank; `parameter_names` are the layers' own (structured_names)."""
+    ops = list(program.global_block().ops)
+    names = set(parameter_names)
+    stored = {op.result(0).name: op.result(0) for op in ops if _is_stored(op)}
+    parameters = [value for name, value in stored.items() if name in names]
+    state = [
+        value
+        for name, value in stored.items()
+        if name not in names and "@GRAD" not in name and any(name.startswith(f"{own}_") for own in names)
+    ]
+    optimizer_state = sum(counting.num_bytes(value, 4) for value in state)
+    if counting.item_size < 4:  # a master copy of each, split as its moment is
+        optimizer_state += sum(counting.num_bytes(v, 4) for v in state if re.search("_(moment1|velocity)_", v.name))
+    # The norm that clips them reads every gradient just before the update.
+    gradients = {
+        _identity(op.operand_source(0)): op.operand_source(0) for op in ops if op.name() == "pd_op.squared_l2_norm"
+    }
+    peak, kept = _activations(ops, set(gradients), counting)
+    return Costs(
+        sum(counting.num_bytes(value, counting.item_size) for value in parameters),
+        sum(counting.num_bytes(value, counting.gradient_size()) for value in gradients.values()),
+        optimizer_state,
+        peak,
+        kept,
+        tuple(collectives(program, counting)),
+        tuple(
+            Operator(_role(op), _bytes_moved(op, counting), _flops(op, counting))
+            for op in ops
+            if op.name() not in _ALIASES
+        ),
+    )
+
+
+def by_kind(found: Iterable[Collective], num_micro_batches: int) -> dict[tuple[str, str, tuple[int, ...]], list[int]]:
+    """Count and bytes a step, by kind, role and group."""
+    table: dict[tuple[str, str, tuple[int, ...]], list[int]] = {}
+    for collective in found:
+        row = table.setdefault((collective.kind, collective.role, collective.ranks), [0, 0])
+        repeated = times(collective.role, num_micro_batches)
+        row[0] += repeated
+        row[1] += repeated * collective.num_bytes
+    return table
+
+
+def _activations(ops: list[Any], gradients: set[int], counting: Counting) -> tuple[int, int]:
+    """The peak of the temporaries through forward and backward, and what of them is alive between the two."""
+    owner: dict[int, int] = {}  # an alias's memory is its operand's
+    sizes: dict[int, int] = {}
+    born: dict[int, int] = {}
+    last_read: dict[int, int] = {}
+    first_backward = next((i for i, op in enumerate(ops) if _role(op) == "backward"), len(ops))
+    first_update = next((i for i, op in enumerate(ops) if _role(op) == "update"), len(ops))
+    for index, op in enumerate(ops):
+        operands = [_identity(value) for value in _operands(op)]
+        for operand in operands:
+            last_read[owner.get(operand, operand)] = index
+        in_place = op.name().endswith("_") or op.name() in _ALIASES
+        for value in op.results():
+            if not value.initialized():
+                continue
+            identity = _identity(value)
+            if in_place and operands:
+                owner[identity] = owner.get(operands[0], operands[0])
+            elif not _is_stored(op) and not value.type().as_vec_type():
+                sizes[identity], born[identity] = counting.num_bytes(value, counting.item_size), index
+    change = [0] * (len(ops) + 1)
+    kept = 0
+    for identity, size in sizes.items():
+        if identity in gradients:
+            continue
+        last = last_read.get(identity, born[identity])
+        if born[identity] < first_update:
+            change[born[identity]] += size
+            change[last + 1] -= size
+        if born[identity] < first_backward <= last:
+            kept += size
+    alive = peak = 0
+    for index in range(first_update):
+        alive += change[index]
+        peak = max(peak, alive)
+    return peak, kept
+
+
+def _is_stored(op: Any) -> bool:
+    return op.name() == "builtin.parameter" or (op.name() == "pd_op.data" and op.result(0).persistable)
+
+
+def _role(op: Any) -> str:
+    return _ROLES.get(op.op_role, "forward")
+
+
+def _operands(op: Any) -> list[Any]:
+    values = (op.operand_source(index) for index in range(op.num_operands()))
+    return [value for value in values if value is not None and value.initialized()]
+
+
+def _identity(value: Any) -> int:
+    return int(value.id, 16)
+
+
+def _bytes_moved(op: Any, counting: Counting) -> int:
+    if op.name() in _KINDS or op.name() in ("pd_op.data", "builtin.parameter"):
+        return 0
+    values = [*_operands(op), *(value for value in op.results() if value.initialized())]
+    size = 4 if _role(op) == "update" else counting.item_size
+    return sum(counting.num_bytes(value, size) for value in values)
+
+
+def _flops(op: Any, counting: Counting) -> int:
+    """Of matrix products, the multiply-adds counted as two; the rest takes no longer than what it moves."""
+    name = op.name()
+    if name == "pd_op.matmul":
+        return _product_flops(op.operand_source(0), op.result(0), bool(op.attrs().get("transpose_x")))
+    if name == "pd_op.matmul_grad":
+        # For each gradient that is asked for, a product of the same size as the forward's.
+        out = op.operand_source(2)
+        forward = _product_flops(op.operand_source(0), out, bool(op.attrs().get("transpose_x")))
+        return forward * (counting.are_fused_scores(out) + sum(1 for value in op.results() if value.initialized()))
+    return 0
+
+
+def _product_flops(left: Any, out: Any, transpose_left: bool) -> int:
+    return 2 * math.prod(out.shape) * left.shape[-2 if transpose_left else -1]

@@ -1,0 +1,368 @@
+"""What a run would cost on a mesh of cards that need not be there; the verb `plan`.
+
+The run's own program is compiled for one rank of the mesh, and its operators are counted. It is compiled in float32,
+since Paddle's CPU build has no operators of half precision; what the run's precision keeps in two bytes counts two
+(costs.Counting). Times are a roofline's: no operator quicker than the card's peak rate and its memory allow, no collective
+quicker than its links. So images/s and MFU are bounds from above.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import paddle
+
+from vit_static import costs, flops
+from vit_static import mesh as mesh_module
+from vit_static import model as model_module
+from vit_static import paddle_internals as internals
+from vit_static.config import Config, ConfigError, ParallelConfig
+from vit_static.config import load as load_config
+from vit_static.costs import Collective, Costs
+from vit_static.devices import CARDS_A_NODE, DEVICES, INTERCONNECTS, RESERVED_BYTES
+from vit_static.files import write_atomically
+from vit_static.loss import Criterion
+from vit_static.mesh import Sizes, num_micro_batches
+from vit_static.step import Precision, Program, choose_attention, choose_precision
+
+_MESH_KEYS = {
+    "dp": "dp",
+    "mp": "mp",
+    "pp": "pp",
+    "sharding": "sharding_stage",
+    "accum": "grad_accum_steps",
+    "recompute": "recompute",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the mesh would stand on."""
+
+    device: str  # a name of devices.DEVICES
+    interconnect: str  # of devices.INTERCONNECTS
+    cards_a_node: int = CARDS_A_NODE
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of one rank. Bytes, seconds, operations."""
+
+    sizes: Sizes
+    sharding_stage: int
+    recompute: str
+    num_micro_batches: int
+    rank: int
+    costs: Costs
+    num_in_flight: int  # micro-batches that this rank holds at once
+    place: Place
+    dtype: str
+    global_batch_size: int
+    model_flops: int  # of the whole step, in closed form
+
+    @property
+    def activations(self) -> int:
+        return self.costs.activations_at_once(self.num_in_flight)
+
+    @property
+    def memory(self) -> int:
+        found = self.costs
+        return found.parameters + found.gradients + found.optimizer_state + self.activations
+
+    @property
+    def fits(self) -> bool:
+        return self.memory + RESERVED_BYTES <= DEVICES[self.place.device].memory
+
+    @property
+    def peak_flops(self) -> float:
+        """Of one card, in the precision's dtype."""
+        peak = flops.peak_flops(DEVICES[self.place.device].card, self.dtype)
+        assert peak is not None
+        return peak
+
+    @property
+    def compute_seconds(self) -> float:
+        """Of a step: every operator by the slower of its products and its memory; a pipeline's filling and draining."""
+        device = DEVICES[self.place.device]
+        busy = sum(
+            costs.times(op.role, self.num_micro_batches)
+            * max(op.num_flops / self.peak_flops, op.num_bytes / device.memory_bandwidth)
+            for op in self.costs.operators
+        )
+        return busy * (self.num_micro_batches + self.sizes.pp - 1) / self.num_micro_batches
+
+    def link(self, ranks: tuple[int, ...]) -> float:
+        """Bytes a second between a group's ranks: within a node, or through the network."""
+        one_node = len({rank // self.place.cards_a_node for rank in ranks}) == 1
+        return DEVICES[self.place.device].link_bandwidth if one_node else INTERCONNECTS[self.place.interconnect]
+
+    def seconds_of(self, collective: Collective) -> float:
+        repeated = costs.times(collective.role, self.num_micro_batches)
+        return repeated * collective.bytes_on_the_wire() / self.link(collective.ranks)
+
+    @property
+    def communication_seconds(self) -> float:
+        return sum(self.seconds_of(collective) for collective in self.costs.collectives)
+
+    @property
+    def step_seconds(self) -> float:
+        """At best: what tensor parallelism exchanges is waited for, all else is hidden behind the computing."""
+        waited = sum(self.seconds_of(found) for found in self.costs.collectives if self._is_waited_for(found))
+        return max(self.compute_seconds + waited, self.communication_seconds)
+
+    def _is_waited_for(self, collective: Collective) -> bool:
+        adjacent = collective.ranks[1] - collective.ranks[0] == 1 if len(collective.ranks) > 1 else False
+        return self.sizes.mp > 1 and adjacent and len(collective.ranks) == self.sizes.mp
+
+    @property
+    def images_per_s(self) -> float:
+        return self.global_batch_size / self.step_seconds
+
+    @property
+    def mfu(self) -> float:
+        """The share of all cards' peak that the model's own operations are; what is computed again doesn't count."""
+        return self.model_flops / self.step_seconds / (self.peak_flops * self.sizes.world)
+
+    def as_json(self) -> dict[str, Any]:
+        found = self.costs
+        table = costs.by_kind(found.collectives, self.num_micro_batches)
+        return {
+            "mesh": asdict(self.sizes),
+            "world_size": self.sizes.world,
+            "rank": self.rank,
+            "sharding_stage": self.sharding_stage,
+            "recompute": self.recompute,
+            "micro_batches": self.num_micro_batches,
+            "micro_batches_in_flight": self.num_in_flight,
+            "global_batch_size": self.global_batch_size,
+            "dtype": self.dtype,
+            **asdict(self.place),
+            "bytes": {
+                "parameters": found.parameters,
+                "gradients": found.gradients,
+                "optimizer_state": found.optimizer_state,
+                "activations_peak_estimate": self.activations,
+                "total": self.memory,
+                "reserved": int(RESERVED_BYTES),
+                "device": int(DEVICES[self.place.device].memory),
+            },
+            "fits": self.fits,
+            "collectives": [
+                {"kind": kind, "role": role, "ranks": list(ranks), "count": count, "bytes": num_bytes}
+                for (kind, role, ranks), (count, num_bytes) in table.items()
+            ],
+            "flops": {"program": found.flops(self.num_micro_batches), "model": self.model_flops},
+            "seconds": {
+                "compute": self.compute_seconds,
+                "communication": self.communication_seconds,
+                "step_at_best": self.step_seconds,
+            },
+            "images_per_s_at_most": self.images_per_s,
+            "mfu_at_most": self.mfu,
+        }
+
+
+def run(
+    config: Config,
+    mesh_text: str | None,
+    world_size: int | None,
+    place: Place,
+    rank: int,
+    search: bool,
+    out: Path | None,
+) -> None:
+    """The verb: prints the plan of one mesh, or ranks those that can be; writes it as JSON where `out` says."""
+    parallel = with_mesh(config.parallel, mesh_text)
+    if search:
+        found = search_meshes(config, parallel, _world(parallel, world_size), place)
+        print("\n".join(describe_search(found)))
+        written: Any = [plan.as_json() for plan in found]
+    else:
+        plan = make(config, parallel, _world(parallel, world_size), place, rank)
+        print("\n".join(describe(plan)))
+        written = plan.as_json()
+    if out is not None:
+        with write_atomically(out) as temporary:
+            temporary.write_text(json.dumps(written, indent=1) + "\n")
+
+
+def with_mesh(parallel: ParallelConfig, text: str | None) -> ParallelConfig:
+    """The config's section with a ``--mesh dp=8,mp=2,sharding=1`` on top. Raises ConfigError for what it can't be."""
+    if text is None:
+        return parallel
+    overrides = []
+    for part in text.split(","):
+        key, separator, value = part.strip().partition("=")
+        if not separator or key not in _MESH_KEYS:
+            raise ConfigError(f"--mesh {text}: {part!r} is not one of {', '.join(f'{key}=N' for key in _MESH_KEYS)}")
+        overrides.append(f"parallel.{_MESH_KEYS[key]}={value}")
+    given = [f"parallel.{key}={value}" for key, value in parallel.model_dump(mode="json").items()]
+    return load_config(None, [*given, *overrides]).parallel
+
+
+def _world(parallel: ParallelConfig, world_size: int | None) -> int:
+    rest = parallel.mp * parallel.pp
+    if world_size is not None:
+        return world_size
+    return rest if parallel.dp == "auto" else parallel.dp * rest
+
+
+def make(config: Config, parallel: ParallelConfig, world_size: int, place: Place, rank: int = 0) -> Plan:
+    """Compiles the run's program for one rank. Raises ConfigError for a mesh that can't be."""
+    variant = model_module.variant_of(config.model)
+    batch_size = config.data.global_batch_size
+    sizes = mesh_module.check(parallel, world_size, batch_size, variant)
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"--rank {rank}: the mesh has the ranks 0 to {world_size - 1}")
+    precision = choose_precision(config.amp, "gpu")
+    micro_batches = num_micro_batches(parallel)
+    with internals.pretended_world(rank, world_size):
+        mesh = mesh_module.make(rank, sizes, "gpu")
+        program = _compile(config, parallel, mesh, precision)
+        found = program.costs()
+    return Plan(
+        sizes=sizes,
+        sharding_stage=parallel.sharding_stage,
+        recompute=str(parallel.recompute),
+        num_micro_batches=micro_batches,
+        rank=rank,
+        costs=found,
+        num_in_flight=_in_flight(parallel, mesh, micro_batches),
+        place=place,
+        dtype=precision.dtype,
+        global_batch_size=batch_size,
+        model_flops=flops.train_flops(model_module.shape_of(config.model)) * batch_size,
+    )
+
+
+def _compile(config: Config, parallel: ParallelConfig, mesh: mesh_module.Mesh, precision: Precision) -> Program:
+    """The program of this rank, of parameters that take no memory."""
+    attention = choose_attention(config.model, parallel, "gpu", onednn=False)
+    is_fused = attention is model_module.flash_attention and precision.dtype != "float32"
+    with paddle.LazyGuard():
+        model = model_module.build(config.model, attention)
+    counting = costs.Counting(
+        item_size=2 if precision.level == "O2" else 4,
+        master_gradients=config.amp.master_grad,
+        fused_tokens=model_module.shape_of(config.model).num_tokens if is_fused else None,
+    )
+    batch_size = config.data.global_batch_size
+    return Program(
+        model,
+        Criterion(config.loss),
+        mesh,
+        Precision("O0", "float32"),
+        image_size=config.model.image_size,
+        batch_size=batch_size,
+        eval_batch_size=mesh.dp_size,
+        optim=config.optim,
+        amp=config.amp,
+        learning_rate=lambda step: config.optim.lr,
+        parallel=parallel,
+        counting=counting,
+    )
+
+
+def _in_flight(parallel: ParallelConfig, mesh: mesh_module.Mesh, micro_batches: int) -> int:
+    """How many micro-batches' activations a rank holds at once: one, but in a pipeline those that are under way."""
+    if mesh.sizes.pp == 1:
+        return 1
+    return micro_batches if parallel.pp_schedule == "FThenB" else min(micro_batches, mesh.sizes.pp - mesh.pp_rank)
+
+
+def search_meshes(config: Config, parallel: ParallelConfig, world_size: int, place: Place) -> list[Plan]:
+    """Plans of every mesh that can be, those that fit first, the quickest first.
+
+    Tensor parallelism within a node; ZeRO in stages 0, 2 and 3 where there is data parallelism and no pipeline.
+    Raises ConfigError where none can be.
+    """
+    variant = model_module.variant_of(config.model)
+    plans = []
+    for sizes in mesh_module.all_sizes(world_size):
+        if sizes.mp > place.cards_a_node:
+            continue
+        for stage in (0, 2, 3) if sizes.dp > 1 and sizes.pp == 1 else (0,):
+            tried = parallel.model_copy(
+                update={"dp": sizes.dp, "mp": sizes.mp, "pp": sizes.pp, "sharding_stage": stage}
+            )
+            if mesh_module.obstacle(tried, sizes, world_size, config.data.global_batch_size, variant) is None:
+                plans.append(make(config, tried, world_size, place))
+    if not plans:
+        mesh_module.check(parallel, world_size, config.data.global_batch_size, variant)
+    return sorted(plans, key=lambda plan: (not plan.fits, plan.step_seconds, plan.memory))
+
+
+def describe(plan: Plan) -> list[str]:
+    found, device = plan.costs, DEVICES[plan.place.device]
+    stage = f", pipeline stage {plan.rank // (plan.sizes.mp * plan.sizes.dp)}" if plan.sizes.pp > 1 else ""
+    lines = [
+        f"rank {plan.rank} of {plan.sizes.world}{stage}: {plan.sizes}, sharding stage {plan.sharding_stage}, recompute "
+        f"{plan.recompute}; {plan.global_batch_size} images a step in {plan.num_micro_batches} micro-batches, "
+        f"{plan.dtype} on {plan.place.device}, {plan.place.interconnect} between nodes of {plan.place.cards_a_node}",
+        "",
+        "memory",
+        f"  parameters           {_size(found.parameters)}",
+        f"  gradients            {_size(found.gradients)}",
+        f"  optimizer state      {_size(found.optimizer_state)}",
+        f"  activations' peak   ~{_size(plan.activations)}   an estimate: {_size(found.activations).strip()} of one "
+        "micro-batch, each result from its operator to its last reader"
+        + (
+            f", + {plan.num_in_flight - 1} x {_size(found.forward_kept).strip()} kept by those in flight"
+            if plan.num_in_flight > 1
+            else ""
+        ),
+        f"  all                 ~{_size(plan.memory)}   {'fits' if plan.fits else 'DOES NOT FIT'} in "
+        f"{_size(device.memory).strip()} less {_size(RESERVED_BYTES).strip()} for context, NCCL and workspaces",
+        "",
+        "collectives a step",
+        "  kind             role       ranks                  count         bytes    at best",
+    ]
+    for (kind, role, ranks), (count, num_bytes) in costs.by_kind(found.collectives, plan.num_micro_batches).items():
+        seconds = sum(
+            plan.seconds_of(one) for one in found.collectives if (one.kind, one.role, one.ranks) == (kind, role, ranks)
+        )
+        lines.append(
+            f"  {kind:<16} {role:<10} {_ranks(ranks):<20} {count:>7} {_size(num_bytes):>13} {seconds * 1e3:>7.2f} ms"
+        )
+    if not found.collectives:
+        lines.append("  none")
+    lines += [
+        "",
+        f"operations a step    {found.flops(plan.num_micro_batches) / 1e12:.3f} TFLOP on this rank, "
+        f"{plan.model_flops / 1e12:.3f} TFLOP the model's on all",
+        f"compute              {plan.compute_seconds * 1e3:.2f} ms at least",
+        f"communication        {plan.communication_seconds * 1e3:.2f} ms at least",
+        f"a step               {plan.step_seconds * 1e3:.2f} ms at least, so at most {plan.images_per_s:,.0f} images/s "
+        f"and {100 * plan.mfu:.1f} % MFU",
+    ]
+    return lines
+
+
+def describe_search(plans: list[Plan]) -> list[str]:
+    lines = [
+        f"{len(plans)} meshes of {plans[0].sizes.world} {plans[0].place.device} can be; the best first",
+        "  mesh                     sharding   memory a rank         step at least   images/s at most   MFU at most",
+    ]
+    for plan in plans:
+        lines.append(
+            f"  {str(plan.sizes):<24} {plan.sharding_stage:>8} {_size(plan.memory):>15} "
+            f"{'fits' if plan.fits else 'TOO BIG':<8} {plan.step_seconds * 1e3:>11.2f} ms {plan.images_per_s:>18,.0f} "
+            f"{100 * plan.mfu:>11.1f} %"
+        )
+    return lines
+
+
+def _size(num_bytes: float) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:>8.2f} {unit}"
+    return f"{num_bytes:>8.0f} B "
+
+
+def _ranks(ranks: tuple[int, ...]) -> str:
+    if len(ranks) <= 4:
+        return ",".join(map(str, ranks))
+    return f"{ranks[0]},{ranks[1]},..,{ranks[-1]} ({len(ranks)})"
