@@ -88,8 +88,8 @@ class Counting:
 
     `item_size`: of what O2 keeps in half precision: parameters, activations, their gradients. The master copies are
     then added to the optimizer's state. `master_gradients`: gradients are summed and clipped in float32 nevertheless.
-    `fused_tokens`: attention's scores, [.., tokens, tokens], are taken as a fused kernel has them (FlashAttention, arXiv
-    2205.14135): never in memory, and multiplied once more in the backward.
+    `fused_tokens`: attention's scores, [.., tokens, tokens], are taken as a fused kernel has them (FlashAttention,
+    arXiv 2205.14135): never in memory, and multiplied once more in the backward.
     """
 
     item_size: int = 4
@@ -113,7 +113,10 @@ class Counting:
         return list(value.shape[-2:]) == [self.fused_tokens, self.fused_tokens]
 
 
-def collectives(program: Any, counting: Counting = Counting()) -> list[Collective]:  # noqa: B008 - frozen
+FLOAT32 = Counting()
+
+
+def collectives(program: Any, counting: Counting = Counting()) -> list[Collective]:
     """Those of a program of this rank, in its order; before cpu_collectives.py has replaced them."""
     found = []
     for op in program.global_block().ops:
@@ -128,7 +131,7 @@ def collectives(program: Any, counting: Counting = Counting()) -> list[Collectiv
     return found
 
 
-def of_program(program: Any, parameter_names: Iterable[str], counting: Counting = Counting()) -> Costs:  # noqa: B008
+def of_program(program: Any, parameter_names: Iterable[str], counting: Counting = Counting()) -> Costs:
     """The costs of a training program of this rank; `parameter_names` are the layers' own (structured_names)."""
     ops = list(program.global_block().ops)
     names = set(parameter_names)

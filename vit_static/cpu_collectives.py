@@ -43,7 +43,7 @@ def install() -> None:
     _paddles["_new_process_group_impl"] = collective._new_process_group_impl
     process_group.ProcessGroup.instantiate = _instantiate
     paddle._legacy_C_ops.barrier = _barrier
-    core.reshard = _reshard
+    core.reshard = _reshard  # type: ignore[assignment]
     collective._new_process_group_impl = _new_process_group
     collective.new_group = dist.new_group = _new_group
     # `dist.load_state_dict` stages every tensor through `.cuda()`, on builds without CUDA too.
@@ -144,11 +144,8 @@ def _replace(operation: Any, function: Callable[..., Any]) -> None:
     is_send, is_receive = function is send, function is receive
     pir.set_insertion_point(operation)
     result = None if is_send else operation.result(0)
-    if is_receive:
-        given = paddle.full([1], 0, "float32")
-    else:
-        # An operator of Paddle's before ours: it gets tensors out of oneDNN's layout, ours don't.
-        given = paddle._C_ops.assign(operation.operand_source(0))
+    # An operator of Paddle's before ours: it gets tensors out of oneDNN's layout, ours don't.
+    given = paddle.full([1], 0, "float32") if is_receive else paddle._C_ops.assign(operation.operand_source(0))
     given.get_defining_op().op_role = operation.op_role
     shape, dtype = ([1], given.dtype) if result is None else (result.shape, result.dtype)
     option = attributes["peer"] if is_send or is_receive else attributes.get("reduce_type", dist.ReduceOp.SUM)
@@ -167,7 +164,7 @@ def _meta(x: Any, shape: tuple[int, ...], dtype: Any, ring: int, option: int) ->
 def _operator(function: Callable[..., Any]) -> Callable[..., Any]:
     name = f"vit_static_{function.__name__}"
     register = register_op(name=name, infer_meta=_meta, input_names=["x"], output_names=["out"])
-    return register(function)  # type: ignore[no-any-return]
+    return register(function)
 
 
 def _count(kind: str, ring: int, x: paddle.Tensor) -> None:

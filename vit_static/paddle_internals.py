@@ -15,7 +15,7 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 import paddle.nn.functional as F
-from paddle import nn
+from paddle import nn, pir
 from paddle.distributed import collective
 from paddle.distributed.auto_parallel.placement_type import to_dim_map
 from paddle.distributed.auto_parallel.static import engine as engine_module
@@ -29,9 +29,10 @@ _NO_CLIPPING = 1e30
 class RecordedGlobalNorm(nn.ClipGradByGlobalNorm):
     """Clipping by the norm of all gradients together, whose norm (before clipping) can be read after a step.
 
-    `clip_norm` None only measures. Paddle computes the norm but keeps it in the program, so the result of its square
-    root is copied here into a variable that lives as long as the parameters. (Fetching it would do for a program in
-    one piece, but not with accumulated gradients: those that compute the update are then a program of their own.)
+    `clip_norm` None only measures. Paddle computes the norm but keeps it in the program; here it is copied into a
+    variable that lives as long as the parameters. (Fetching it would do for a program in one piece, but not with
+    accumulated gradients: those that compute the update are then a program of their own.) And Paddle sums each split
+    gradient's square over the ranks by itself, a number at a time; here those of one split are added up first.
     """
 
     def __init__(self, clip_norm: float | None) -> None:
@@ -39,9 +40,8 @@ class RecordedGlobalNorm(nn.ClipGradByGlobalNorm):
         self._variable: str | None = None
 
     def _pir_clip(self, params_grads: Any) -> Any:
-        clipped = super()._pir_clip(params_grads)
-        operations = paddle.static.default_main_program().global_block().ops
-        norm = next(op for op in reversed(operations) if op.name() == "pd_op.sqrt").result(0)
+        params_grads = [(parameter, gradient) for parameter, gradient in params_grads if gradient is not None]
+        norm = paddle.sqrt(_total([_square(gradient) for _, gradient in params_grads]))
         self._variable = paddle.utils.unique_name.generate("grad_norm")
         kept = paddle.pir.core.create_persistable_value(
             "float32",
@@ -50,8 +50,13 @@ class RecordedGlobalNorm(nn.ClipGradByGlobalNorm):
             initializer=nn.initializer.Constant(0.0),
             dist_attr=norm.dist_attr(),
         )
-        paddle.assign(norm, output=kept)
-        return clipped
+        write_to(kept, norm)
+        bound = paddle.full([1], self.clip_norm, "float32")
+        factor = bound / paddle.maximum(norm, bound)
+        return [
+            (parameter, gradient * everywhere(factor, gradient.process_mesh).astype(gradient.dtype))
+            for parameter, gradient in params_grads
+        ]
 
     def norm(self) -> float:
         """The last step's. Waits for the device."""
@@ -59,6 +64,23 @@ class RecordedGlobalNorm(nn.ClipGradByGlobalNorm):
         if variable is None or not variable.get_tensor()._is_initialized():
             return math.nan  # a pipeline's later stages don't compute it
         return float(np.asarray(variable.get_tensor()).item())
+
+
+def _square(gradient: Any) -> Any:
+    """The sum of a gradient's squares, [1], float32; of a split gradient what each rank has of it."""
+    return paddle._C_ops.squared_l2_norm(gradient.astype("float32"))
+
+
+def _total(squares: list[Any]) -> Any:
+    """Their sum, on the first stage of a pipeline; each rank's parts are added up before they are exchanged."""
+    alike: dict[str, list[Any]] = {}
+    for square in squares:
+        alike.setdefault(f"{square.process_mesh.process_ids} {square.placements}", []).append(square)
+    # `add_n` keeps partial sums partial, where other sums would exchange each of them.
+    sums = [paddle.add_n(group) for group in alike.values()]
+    first = min((total.process_mesh for total in sums), key=lambda mesh: min(mesh.process_ids))
+    whole = [dist.Replicate()] * first.ndim
+    return paddle.add_n([everywhere(reshard(total, whole), first) for total in sums])
 
 
 class ShardedState:
@@ -344,6 +366,59 @@ class SeededDropout:
         """The axes of a stage's mesh and this rank's place along them."""
         mesh = next(mesh for mesh in self._meshes if self._rank in mesh.process_ids)
         return mesh.dim_names, [int(np.argwhere(mesh.mesh == self._rank)[0][axis]) for axis in range(mesh.ndim)]
+
+
+_FORWARD, _BACKWARD = 0, 1  # roles of operators
+_GATHERING = {"pd_op.all_gather", "pd_op.concat", "pd_op.split", "pd_op.split_with_num", "pd_op.transpose"} | {
+    *("pd_op.cast", "pd_op.assign", "pd_op.full", "pd_op.full_int_array", "builtin.split", "builtin.combine"),
+}
+
+
+def gather_again(program: Any) -> None:
+    """Has the backward gather split parameters once more, so that between its layers' forward and backward none is
+    whole: what ZeRO's third stage is for. Paddle gathers each once and keeps it for the backward.
+    """
+    operations = list(program.global_block().ops)
+    gathering: dict[str, list[Any]] = {}  # by a value's id, the operators that make it of parameters alone, in order
+    for operation in operations:
+        if operation.op_role != _FORWARD and operation.name() != "builtin.parameter":
+            continue
+        operands = [operation.operand_source(index) for index in range(operation.num_operands())]
+        if operation.name() in _GATHERING and all(operand.id in gathering for operand in operands):
+            chain = [op for operand in operands for op in gathering[operand.id]] + [operation]
+        elif operation.name() == "builtin.parameter" or (
+            operation.name() == "pd_op.data" and operation.result(0).persistable
+        ):
+            chain = []
+        else:
+            continue
+        gathering.update({value.id: chain for value in operation.results()})
+    backward = {operation.id() for operation in operations if operation.op_role == _BACKWARD}
+    for operation in operations:
+        for value in operation.results():
+            chain = gathering.get(value.id, [])
+            if not any(op.name() == "pd_op.all_gather" for op in chain):
+                continue
+            readers = [op for op in value.all_used_ops() if op.id() in backward]
+            if readers:
+                _clone_before(chain, value, readers, operations)
+
+
+def _clone_before(chain: list[Any], value: Any, readers: list[Any], operations: list[Any]) -> None:
+    """Puts a copy of the operators that make a value before the first of its readers, which read the copy's."""
+    numbers = {reader.id() for reader in readers}
+    pir.set_insertion_point(next(operation for operation in operations if operation.id() in numbers))
+    copies = pir.IrMapping()
+    made = {operation.id(): operation for operation in chain}
+    for operation in chain:
+        for index in range(operation.num_operands()):
+            source = operation.operand_source(index)
+            if source.get_defining_op().id() not in made:  # the parameter
+                copies.add(source, source)
+    for operation in made.values():
+        copy = operation.clone(copies, pir.CloneOptions(False, True, True))
+        copy.op_role = _BACKWARD
+    value.replace_grad_users_with(copies.look_up(value), set(readers))
 
 
 _DROPOUT, _SEED_OF_DROPOUT = "vit_static_dropout", "vit_static_seed_of_dropout"  # attributes of operators

@@ -2,8 +2,8 @@
 
 The run's own program is compiled for one rank of the mesh, and its operators are counted. It is compiled in float32,
 since Paddle's CPU build has no operators of half precision; what the run's precision keeps in two bytes counts two
-(costs.Counting). Times are a roofline's: no operator quicker than the card's peak rate and its memory allow, no collective
-quicker than its links. So images/s and MFU are bounds from above.
+(costs.Counting). Times are a roofline's: no operator is quicker than the card's peak rate and its memory allow, no
+collective than its links. So images/s and MFU are bounds from above.
 """
 
 from __future__ import annotations
@@ -348,7 +348,7 @@ def describe_search(plans: list[Plan]) -> list[str]:
     ]
     for plan in plans:
         lines.append(
-            f"  {str(plan.sizes):<24} {plan.sharding_stage:>8} {_size(plan.memory):>15} "
+            f"  {plan.sizes!s:<24} {plan.sharding_stage:>8} {_size(plan.memory):>15} "
             f"{'fits' if plan.fits else 'TOO BIG':<8} {plan.step_seconds * 1e3:>11.2f} ms {plan.images_per_s:>18,.0f} "
             f"{100 * plan.mfu:>11.1f} %"
         )

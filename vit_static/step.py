@@ -102,7 +102,7 @@ class Program:
         parallel: ParallelConfig | None = None,
         seed: int = 0,
         onednn: bool = False,
-        counting: Counting = Counting(),
+        counting: Counting = costs.FLOAT32,
     ) -> None:
         parallel = parallel or ParallelConfig()
         self._model, self._criterion, self._mesh = model, criterion, mesh
@@ -112,6 +112,7 @@ class Program:
         self._built: dict[str, Any] = {}
         self._costs: Costs | None = None
         self._counting = counting
+        self._sharding_stage = parallel.sharding_stage
         self._specs = {"eval": self._input_specs(eval_batch_size, image_size)}
         stages = placement.split(model, mesh, parallel.sharding_stage)
         self._dropout = None
@@ -245,6 +246,8 @@ class Program:
     def _change(self, compiled: Any) -> None:
         """What Paddle's passes leave to be done in a program of this rank."""
         internals.seed_dropouts(compiled)
+        if self._sharding_stage == 3:
+            internals.gather_again(compiled)
         if self._entering == "train" and self._costs is None:
             self._costs = costs.of_program(compiled, internals.structured_names(self._program), self._counting)
         if self._mesh.device == "cpu" and self._mesh.world_size > 1:
