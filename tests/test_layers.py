@@ -14,7 +14,7 @@ LAYERS = [
     | {"costs", "placement", "cpu_collectives", "paddle_internals"},
     {"optim", "weights", "checkpoint"},
     {"step"},
-    {"train", "evaluate", "export", "predict", "plan"},
+    {"train", "evaluate", "export", "predict", "plan", "bench"},
     {"__main__", "launch"},
 ]
 WITHOUT_PADDLE = LAYERS[0] - {"runtime"} | {"data", "data.images", "data.order", "launch"}

@@ -84,6 +84,21 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--rank", type=int, default=0, help="whose part to compile (default: 0, the first stage)")
     verb.add_argument("--search", action="store_true", help="rank every mesh of --world cards that can be")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the plan there too")
+    benches = add("bench", "speeds, as ratios measured in one run").add_subparsers(
+        dest="bench", required=True, metavar="WHAT", parser_class=_Parser
+    )
+    for name, help_text in (("train", "training"), ("step", "this layout's training step, as a line of JSON")):
+        verb = benches.add_parser(name, help=help_text)
+        add_config(verb, CONFIGS / "quickstart.yaml")
+        verb.add_argument("--seconds", type=float, default=10.0, help="to measure each for (default: 10)")
+        if name == "train":
+            verb.add_argument(
+                "--scaling",
+                action="store_true",
+                required=True,
+                help="the same batch on one process and on several, data- and tensor-parallel",
+            )
+            verb.add_argument("--rounds", type=int, default=3, help="of all layouts in turn (default: 3)")
     return parser
 
 
@@ -141,6 +156,14 @@ def run(arguments: argparse.Namespace) -> int:
         assert config is not None
         place = plan.Place(arguments.device, arguments.interconnect, arguments.cards_per_node)
         plan.run(config, arguments.mesh, arguments.world, place, arguments.rank, arguments.search, arguments.json)
+    elif arguments.verb == "bench":
+        from vit_static import bench
+
+        assert config is not None
+        if arguments.bench == "train":
+            bench.run_scaling(arguments.config, arguments.overrides, arguments.rounds, arguments.seconds)
+        else:
+            bench.run_step(config, arguments.seconds)
     else:
         from vit_static import export
 

@@ -156,6 +156,9 @@ class ParallelConfig(Section):
     sharding_stage: Annotated[int, Field(ge=0, le=3)] = Field(
         0, description="ZeRO over the data-parallel ranks: 1 optimizer state, 2 and gradients, 3 and parameters"
     )
+    bucket_mb: NotNegative = Field(
+        64.0, description="gradients that ranks add up together, in MB; 0: each parameter's by itself"
+    )
     grad_accum_steps: Count = Field(1, description="micro-batches of a step; a pipeline's too, where 1 means pp")
     recompute: Literal["none", "block"] | Count = Field(
         "none", description="block: each block's activations are computed again in the backward; n: every n-th block's"

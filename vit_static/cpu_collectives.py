@@ -7,10 +7,10 @@ Paddle's own NCCL path runs untouched.
 from __future__ import annotations
 
 import socket
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import paddle
@@ -32,6 +32,7 @@ _members_of_new_group: list[list[int]] = []
 _paddles: dict[str, Any] = {}  # what `install` has replaced
 moved_bytes: Counter[tuple[str, int]] = Counter()  # by kind and ring: what this rank has put into collectives
 num_calls: Counter[tuple[str, int]] = Counter()
+seconds_spent = 0.0  # in all of them, waiting for the others included
 
 
 def install() -> None:
@@ -162,9 +163,17 @@ def _meta(x: Any, shape: tuple[int, ...], dtype: Any, ring: int, option: int) ->
 
 
 def _operator(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Its parameters by name: Paddle binds the constant ones.
+    def timed(x: paddle.Tensor, shape: tuple[int, ...], dtype: Any, ring: int, option: int) -> paddle.Tensor:
+        global seconds_spent
+        started = time.perf_counter()
+        result: paddle.Tensor = function(x, shape, dtype, ring, option)
+        seconds_spent += time.perf_counter() - started
+        return result
+
     name = f"vit_static_{function.__name__}"
     register = register_op(name=name, infer_meta=_meta, input_names=["x"], output_names=["out"])
-    return register(function)
+    return register(timed)
 
 
 def _count(kind: str, ring: int, x: paddle.Tensor) -> None:
@@ -222,11 +231,3 @@ def receive(x: paddle.Tensor, shape: tuple[int, ...], dtype: Any, ring: int, opt
     _groups[ring].recv(received, option, True).wait()
     _count("receive", ring, received)
     return received
-
-
-@contextmanager
-def counted() -> Any:
-    """Inside, `moved_bytes` and `num_calls` count from 0: what this rank has put into collectives."""
-    moved_bytes.clear()
-    num_calls.clear()
-    yield

@@ -203,8 +203,7 @@ def nearest(
 
 def _remedy(parallel: ParallelConfig, wanted: Sizes, world_size: int, global_batch_size: int, variant: Variant) -> str:
     if parallel.dp != "auto" and wanted.world != world_size:
-        start = f"set parallel.dp=auto, or start {wanted.world} (NPROC={wanted.world})"
-        return start
+        return f"set parallel.dp=auto, or start {wanted.world} (NPROC={wanted.world} on one machine)"
     near = nearest(parallel, wanted, world_size, global_batch_size, variant)
     parts = wanted.dp * num_micro_batches(parallel)
     batch = max(parts, round(global_batch_size / parts) * parts)

@@ -368,7 +368,7 @@ class SeededDropout:
         return mesh.dim_names, [int(np.argwhere(mesh.mesh == self._rank)[0][axis]) for axis in range(mesh.ndim)]
 
 
-_FORWARD, _BACKWARD = 0, 1  # roles of operators
+_FORWARD, _BACKWARD, _UPDATE = 0, 1, 2  # roles of operators
 _GATHERING = {"pd_op.all_gather", "pd_op.concat", "pd_op.split", "pd_op.split_with_num", "pd_op.transpose"} | {
     *("pd_op.cast", "pd_op.assign", "pd_op.full", "pd_op.full_int_array", "builtin.split", "builtin.combine"),
 }
@@ -419,6 +419,57 @@ def _clone_before(chain: list[Any], value: Any, readers: list[Any], operations: 
         copy = operation.clone(copies, pir.CloneOptions(False, True, True))
         copy.op_role = _BACKWARD
     value.replace_grad_users_with(copies.look_up(value), set(readers))
+
+
+def fuse_all_reduces(program: Any, bucket_bytes: int) -> None:
+    """Sums gradients over the ranks together, in buckets of so many bytes, where Paddle sums them one by one."""
+    operations = list(program.global_block().ops)
+    index_of = {operation.id(): index for index, operation in enumerate(operations)}
+    buckets: dict[tuple[Any, ...], list[Any]] = {}  # the open one of each kind
+    full = []
+    for index, operation in enumerate(operations):
+        if operation.name() not in ("pd_op.all_reduce", "pd_op.all_reduce_") or operation.op_role != _UPDATE:
+            continue
+        given, value = operation.attrs(), operation.operand_source(0)
+        kind = (given["ring_id"], given["reduce_type"], str(value.dtype))
+        bucket = buckets.setdefault(kind, [])
+        source = value.get_defining_op()
+        # What is summed must be there where the bucket's first is summed.
+        too_late = bucket and source is not None and index_of[source.id()] > index_of[bucket[0].id()]
+        size = sum(math.prod(op.operand_source(0).shape) for op in bucket) + math.prod(value.shape)
+        if too_late or (bucket and size * value.element_size() > bucket_bytes):
+            full.append(bucket)
+            bucket = buckets[kind] = []
+        bucket.append(operation)
+    with paddle.static.program_guard(program), _role(_UPDATE):
+        for bucket in [*full, *buckets.values()]:
+            if len(bucket) > 1:
+                _sum_together(bucket)
+
+
+def _sum_together(all_reduces: list[Any]) -> None:
+    given = all_reduces[0].attrs()
+    values = [operation.operand_source(0) for operation in all_reduces]
+    shapes = [[int(length) for length in value.shape] for value in values]
+    pir.set_insertion_point(all_reduces[0])
+    flat = paddle.concat([value.reshape([-1]) for value in values])
+    total = paddle._C_ops.all_reduce(flat, given["ring_id"], given["reduce_type"])
+    parts = paddle.split(total, [math.prod(shape) for shape in shapes])
+    parts = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+    for operation, part in zip(all_reduces, parts, strict=True):  # the insertion point goes with the first
+        operation.result(0).replace_all_uses_with(part)
+        operation.erase()
+
+
+@contextmanager
+def _role(role: int) -> Iterator[None]:
+    """Inside, operators that are added get this role."""
+    before = pir.get_op_role()
+    pir.set_op_role(role)
+    try:
+        yield
+    finally:
+        pir.set_op_role(before)
 
 
 _DROPOUT, _SEED_OF_DROPOUT = "vit_static_dropout", "vit_static_seed_of_dropout"  # attributes of operators

@@ -5,10 +5,12 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -36,11 +38,27 @@ def prepare(verbose: bool = False, environ: MutableMapping[str, str] = os.enviro
         _silence_libraries()
     # Paddle warns of more than one thread when it is imported, though the threads start, and read this, later.
     environ["OMP_NUM_THREADS"] = "1"
-    import paddle  # noqa: F401
+    with _requests_held_back():
+        import paddle  # noqa: F401
 
     environ["OMP_NUM_THREADS"] = num_threads
     if not verbose:
         faulthandler.enable(sys.stderr)  # after Paddle, whose own handler writes where it is put aside
+
+
+@contextmanager
+def _requests_held_back() -> Iterator[None]:
+    """SIGTERM and SIGINT inside come after it: half-way an import fails with another error, and Paddle's library puts
+    its own handler of SIGTERM in the place of ours."""
+    requests = {signal.SIGTERM, signal.SIGINT}
+    handlers = {number: signal.getsignal(number) for number in requests}
+    signal.pthread_sigmask(signal.SIG_BLOCK, requests)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, requests)
 
 
 def _cores_a_process(environ: MutableMapping[str, str]) -> int:

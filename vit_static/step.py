@@ -113,6 +113,7 @@ class Program:
         self._costs: Costs | None = None
         self._counting = counting
         self._sharding_stage = parallel.sharding_stage
+        self._bucket_bytes = int(parallel.bucket_mb * 1e6)
         self._specs = {"eval": self._input_specs(eval_batch_size, image_size)}
         stages = placement.split(model, mesh, parallel.sharding_stage)
         self._dropout = None
@@ -248,6 +249,8 @@ class Program:
         internals.seed_dropouts(compiled)
         if self._sharding_stage == 3:
             internals.gather_again(compiled)
+        if self._entering == "train" and self._bucket_bytes > 0:
+            internals.fuse_all_reduces(compiled, self._bucket_bytes)
         if self._entering == "train" and self._costs is None:
             self._costs = costs.of_program(compiled, internals.structured_names(self._program), self._counting)
         if self._mesh.device == "cpu" and self._mesh.world_size > 1:

@@ -211,15 +211,18 @@ def train(config: Config, resume: bool = True) -> bool:
 
 
 class StopRequests:
-    """Whether SIGTERM or SIGINT has come. A second one ends the process at once."""
+    """Whether SIGTERM or SIGINT has come. A second one ends the process at once, but not one within a second: a
+    scheduler and a launcher may both pass the same request on."""
 
     def __init__(self) -> None:
         self.received = False
+        self._first = 0.0
 
     def receive(self, signum: int, frame: Any) -> None:
-        if self.received:
+        if not self.received:
+            self.received, self._first = True, time.monotonic()
+        elif time.monotonic() - self._first > 1.0:
             os._exit(128 + signum)
-        self.received = True
 
 
 @contextmanager

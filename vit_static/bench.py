@@ -1,0 +1,128 @@
+"""How quick training is, as ratios that one run has measured; the verb `bench`."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+from vit_static import cpu_collectives
+from vit_static import mesh as mesh_module
+from vit_static import model as model_module
+from vit_static.config import Config
+from vit_static.loss import Criterion
+from vit_static.step import Program, choose_attention, choose_precision, use_onednn
+
+_WARM_UP_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one layout: images a second over all ranks; the share of the time that rank 0 spent in collectives, where it
+    can be told (on CPUs)."""
+
+    images_per_s: float
+    in_collectives: float | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to train the same global batch on the same cores."""
+
+    name: str
+    num_processes: int
+    overrides: tuple[str, ...] = ()
+
+
+def scaling_layouts(num_cores: int) -> list[Layout]:
+    """One process with all cores, and as many processes of one core: data-parallel, and two of them tensor-parallel."""
+    each = f"{num_cores} processes, a core each"
+    return [
+        Layout(f"1 process, {num_cores} threads", 1),
+        Layout(f"dp {num_cores}: {each}", num_cores),
+        Layout(f"mp 2: {each}", num_cores, ("parallel.mp=2",)),
+    ]
+
+
+def run_scaling(config_path: Path, overrides: Sequence[str], rounds: int, seconds: float) -> None:
+    """`bench train --scaling`: every layout in turn, several times over, and the ratios of their medians."""
+    layouts = scaling_layouts(len(os.sched_getaffinity(0)))
+    found: dict[str, list[Speed]] = {layout.name: [] for layout in layouts}
+    for number in range(rounds):
+        for layout in layouts:
+            speed = _measure_in_processes(layout, config_path, overrides, seconds)
+            found[layout.name].append(speed)
+            print(f"round {number + 1}  {layout.name:<36} {speed.images_per_s:8.1f} images/s", flush=True)
+    print(f"\n{'median of ' + str(rounds) + ' rounds':<44} images/s   ratio to the first   in collectives")
+    first = statistics.median(speed.images_per_s for speed in found[layouts[0].name])
+    for name, speeds in found.items():
+        images_per_s = statistics.median(speed.images_per_s for speed in speeds)
+        shares = [speed.in_collectives for speed in speeds if speed.in_collectives is not None]
+        share = f"{100 * statistics.median(shares):.1f} %" if shares else "not known"
+        print(f"{name:<44} {images_per_s:8.1f} {images_per_s / first:20.2f} {share:>16}")
+
+
+def _measure_in_processes(layout: Layout, config_path: Path, overrides: Sequence[str], seconds: float) -> Speed:
+    given = [argument for override in (*overrides, *layout.overrides) for argument in ("-o", override)]
+    command = [sys.executable, "-m", "vit_static.launch", "bench", "step", "-c", str(config_path), *given]
+    environ = {**os.environ, "NPROC": str(layout.num_processes)}
+    environ.pop("OMP_NUM_THREADS", None)  # of this process; the launcher shares out the cores
+    finished = subprocess.run(
+        [*command, "--seconds", str(seconds)], env=environ, stdout=subprocess.PIPE, text=True, check=False
+    )
+    if finished.returncode != 0:
+        raise RuntimeError(f"{layout.name}: the measuring processes ended with exit code {finished.returncode}")
+    return Speed(**json.loads(finished.stdout.strip().splitlines()[-1]))
+
+
+def run_step(config: Config, seconds: float) -> None:
+    """`bench step`: rank 0 prints the speed of the run's training step, on images of noise, as a line of JSON."""
+    rank, world_size = mesh_module.rank_and_world_size()
+    variant = model_module.variant_of(config.model)
+    batch_size = config.data.global_batch_size
+    sizes = mesh_module.check(config.parallel, world_size, batch_size, variant)
+    mesh = mesh_module.start(sizes, config.device)
+    onednn = use_onednn(mesh.device, variant.width, sizes.mp)
+    mesh_module.seed_everything(config.seed)
+    program = Program(
+        model_module.build(config.model, choose_attention(config.model, config.parallel, mesh.device, onednn)),
+        Criterion(config.loss),
+        mesh,
+        choose_precision(config.amp, mesh.device),
+        image_size=config.model.image_size,
+        batch_size=batch_size,
+        eval_batch_size=mesh.dp_size,
+        optim=config.optim,
+        amp=config.amp,
+        learning_rate=lambda step: config.optim.lr,
+        parallel=config.parallel,
+        seed=config.seed,
+        onednn=onednn,
+    )
+    rng = np.random.default_rng(mesh.dp_rank)
+    part = batch_size // mesh.dp_size
+    images = paddle.to_tensor(rng.standard_normal((part, 3, *config.model.image_size)).astype(np.float32))
+    labels = paddle.to_tensor(rng.integers(0, config.model.num_classes, part))
+    step = 0
+    for step in range(_WARM_UP_STEPS):
+        program.scalar(program.train_step(images, labels, step))
+    mesh.wait_for_all()
+    cpu_collectives.seconds_spent = 0.0
+    started, first, enough = time.perf_counter(), step, False
+    while not enough:
+        step += 1
+        program.scalar(program.train_step(images, labels, step))
+        enough = mesh.any_rank(time.perf_counter() - started > seconds)
+    elapsed = time.perf_counter() - started
+    share = cpu_collectives.seconds_spent / elapsed if mesh.device == "cpu" else None
+    if rank == 0:
+        print(json.dumps(asdict(Speed((step - first) * batch_size / elapsed, share))), flush=True)
