@@ -222,7 +222,7 @@ def test_two_processes_train_as_one(workplace: Path) -> None:
 def test_the_verbs_are_listed(workplace: Path) -> None:
     done = run_sh("--help", cwd=workplace)
     assert done.returncode == 0
-    for verb in ("setup", "test", "data", "pretrain", "finetune", "eval", "export", "predict"):
+    for verb in ("setup", "test", "data", "pretrain", "finetune", "eval", "export", "predict", "plan", "bench"):
         assert f"    {verb} " in done.stdout
 
 
@@ -245,10 +245,6 @@ MISTAKES = {
     "a batch that doesn't divide": (
         ["pretrain", "-c", "tiny.yaml", "-o", "parallel.grad_accum_steps=3"],
         ["data.global_batch_size = 16", "15 would do"],
-    ),
-    "accumulation with momentum": (
-        ["pretrain", "-c", "tiny.yaml", "-o", "parallel.grad_accum_steps=2", "-o", "optim.name=sgd"],
-        ["parallel.grad_accum_steps = 2", "optim.name=adamw"],
     ),
     "an image that doesn't divide": (
         ["pretrain", "-c", "tiny.yaml", "-o", "model.image_size=30"],
@@ -287,7 +283,12 @@ MISTAKES = {
         ["pretrain", "-c", "tiny.yaml", "-o", "parallel.dp=2"],
         ["parallel.dp", "NPROC=2"],
     ),
-    "a mesh of a later version": (["pretrain", "-c", "tiny.yaml", "-o", "parallel.mp=2"], ["parallel.mp"]),
+    "a mesh of more processes": (
+        ["pretrain", "-c", "tiny.yaml", "-o", "parallel.mp=2"],
+        ["mp=2", "NPROC=2", "nearest", "dp=1, mp=1, pp=1"],
+    ),
+    "a mesh of cards that can't be": (["plan", "-c", "tiny.yaml", "--mesh", "dp=3"], ["3 data-parallel", "15 would"]),
+    "no such card": (["plan", "-c", "tiny.yaml", "--device", "b9000"], ["b9000", "h200"]),
     "no model to predict with": (["predict", "--model", "nowhere", "digits"], ["nowhere", "export"]),
     "a folder that isn't ours to replace": (
         ["export", "--checkpoint", "output/tiny", "--out", "digits"],

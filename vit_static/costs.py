@@ -145,14 +145,16 @@ def of_program(program: Any, parameter_names: Iterable[str], counting: Counting 
     optimizer_state = sum(counting.num_bytes(value, 4) for value in state)
     if counting.item_size < 4:  # a master copy of each, split as its moment is
         optimizer_state += sum(counting.num_bytes(v, 4) for v in state if re.search("_(moment1|velocity)_", v.name))
-    # The norm that clips them reads every gradient just before the update.
-    gradients = {
-        _identity(op.operand_source(0)): op.operand_source(0) for op in ops if op.name() == "pd_op.squared_l2_norm"
-    }
-    peak, kept = _activations(ops, set(gradients), counting)
+    block = program.global_block()
+    merged = sum(
+        counting.num_bytes(value, counting.gradient_size())
+        for name, value in block.kwargs().items()
+        if name.endswith("@GRAD@MERGE")
+    )
+    handed_over, peak, kept = _temporaries(ops, counting)
     return Costs(
         sum(counting.num_bytes(value, counting.item_size) for value in parameters),
-        sum(counting.num_bytes(value, counting.gradient_size()) for value in gradients.values()),
+        max(merged, handed_over),
         optimizer_state,
         peak,
         kept,
@@ -176,10 +178,11 @@ def by_kind(found: Iterable[Collective], num_micro_batches: int) -> dict[tuple[s
     return table
 
 
-def _activations(ops: list[Any], gradients: set[int], counting: Counting) -> tuple[int, int]:
-    """The peak of the temporaries through forward and backward, and what of them is alive between the two."""
+def _temporaries(ops: list[Any], counting: Counting) -> tuple[int, int, int]:
+    """Bytes of the gradients that the backward hands over to the update; of the activations, the peak through forward
+    and backward, and what of them is alive between the two."""
     owner: dict[int, int] = {}  # an alias's memory is its operand's
-    sizes: dict[int, int] = {}
+    values: dict[int, Any] = {}
     born: dict[int, int] = {}
     last_read: dict[int, int] = {}
     first_backward = next((i for i, op in enumerate(ops) if _role(op) == "backward"), len(ops))
@@ -194,25 +197,27 @@ def _activations(ops: list[Any], gradients: set[int], counting: Counting) -> tup
                 continue
             identity = _identity(value)
             if in_place and operands:
-                owner[identity] = owner.get(operands[0], operands[0])
-            elif not _is_stored(op) and not value.type().as_vec_type():
-                sizes[identity], born[identity] = counting.num_bytes(value, counting.item_size), index
+                whose = operands[-1 if op.name().endswith("_grad") else 0]
+                owner[identity] = owner.get(whose, whose)
+            elif index < first_update and not _is_stored(op) and not value.type().as_vec_type():
+                values[identity], born[identity] = value, index
     change = [0] * (len(ops) + 1)
-    kept = 0
-    for identity, size in sizes.items():
-        if identity in gradients:
-            continue
+    gradients = kept = 0
+    for identity, value in values.items():
         last = last_read.get(identity, born[identity])
-        if born[identity] < first_update:
-            change[born[identity]] += size
-            change[last + 1] -= size
+        if first_backward <= born[identity] and first_update <= last:
+            gradients += counting.num_bytes(value, counting.gradient_size())
+            continue
+        size = counting.num_bytes(value, counting.item_size)
+        change[born[identity]] += size
+        change[last + 1] -= size
         if born[identity] < first_backward <= last:
             kept += size
     alive = peak = 0
     for index in range(first_update):
         alive += change[index]
         peak = max(peak, alive)
-    return peak, kept
+    return gradients, peak, kept
 
 
 def _is_stored(op: Any) -> bool:

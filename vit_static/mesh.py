@@ -164,8 +164,6 @@ def obstacle(
             return f"parallel.mp = {sizes.mp}: doesn't divide the model's {name} of {size}"
     if sizes.pp > variant.depth:
         return f"parallel.pp = {sizes.pp}: the model has only {variant.depth} blocks"
-    if sizes.pp > 1 and parallel.sharding_stage > 0:
-        return f"parallel.sharding_stage = {parallel.sharding_stage}: not in a pipeline (parallel.pp = {sizes.pp})"
     micro_batches = num_micro_batches(parallel.model_copy(update={"pp": sizes.pp}))
     parts = sizes.dp * micro_batches
     if global_batch_size % parts:
@@ -202,9 +200,10 @@ def nearest(
 
 
 def _remedy(parallel: ParallelConfig, wanted: Sizes, world_size: int, global_batch_size: int, variant: Variant) -> str:
-    if parallel.dp != "auto" and wanted.world != world_size:
-        return f"set parallel.dp=auto, or start {wanted.world} (NPROC={wanted.world} on one machine)"
     near = nearest(parallel, wanted, world_size, global_batch_size, variant)
+    if wanted.world != world_size and obstacle(parallel, wanted, wanted.world, global_batch_size, variant) is None:
+        start = f"start {wanted.world} (NPROC={wanted.world} on one machine)"
+        return f"{start}, or take the nearest mesh of {world_size}: {near}" if near else start
     parts = wanted.dp * num_micro_batches(parallel)
     batch = max(parts, round(global_batch_size / parts) * parts)
     if wanted.world == world_size and obstacle(parallel, wanted, world_size, batch, variant) is None:

@@ -370,7 +370,15 @@ class SeededDropout:
 
 _FORWARD, _BACKWARD, _UPDATE = 0, 1, 2  # roles of operators
 _GATHERING = {"pd_op.all_gather", "pd_op.concat", "pd_op.split", "pd_op.split_with_num", "pd_op.transpose"} | {
-    *("pd_op.cast", "pd_op.assign", "pd_op.full", "pd_op.full_int_array", "builtin.split", "builtin.combine"),
+    *(
+        "pd_op.cast",
+        "pd_op.assign",
+        "pd_op.reshape",
+        "pd_op.full",
+        "pd_op.full_int_array",
+        "builtin.split",
+        "builtin.combine",
+    ),
 }
 
 
@@ -427,7 +435,7 @@ def fuse_all_reduces(program: Any, bucket_bytes: int) -> None:
     index_of = {operation.id(): index for index, operation in enumerate(operations)}
     buckets: dict[tuple[Any, ...], list[Any]] = {}  # the open one of each kind
     full = []
-    for index, operation in enumerate(operations):
+    for operation in operations:
         if operation.name() not in ("pd_op.all_reduce", "pd_op.all_reduce_") or operation.op_role != _UPDATE:
             continue
         given, value = operation.attrs(), operation.operand_source(0)

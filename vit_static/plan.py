@@ -206,6 +206,8 @@ def with_mesh(parallel: ParallelConfig, text: str | None) -> ParallelConfig:
 def _world(parallel: ParallelConfig, world_size: int | None) -> int:
     rest = parallel.mp * parallel.pp
     if world_size is not None:
+        if world_size < 1:
+            raise ConfigError(f"--world {world_size}: must be at least 1")
         return world_size
     return rest if parallel.dp == "auto" else parallel.dp * rest
 
@@ -276,7 +278,7 @@ def _in_flight(parallel: ParallelConfig, mesh: mesh_module.Mesh, micro_batches: 
 def search_meshes(config: Config, parallel: ParallelConfig, world_size: int, place: Place) -> list[Plan]:
     """Plans of every mesh that can be, those that fit first, the quickest first.
 
-    Tensor parallelism within a node; ZeRO in stages 0, 2 and 3 where there is data parallelism and no pipeline.
+    Tensor parallelism within a node; ZeRO in stages 0, 2 and 3 where there is data parallelism.
     Raises ConfigError where none can be.
     """
     variant = model_module.variant_of(config.model)
@@ -284,7 +286,7 @@ def search_meshes(config: Config, parallel: ParallelConfig, world_size: int, pla
     for sizes in mesh_module.all_sizes(world_size):
         if sizes.mp > place.cards_a_node:
             continue
-        for stage in (0, 2, 3) if sizes.dp > 1 and sizes.pp == 1 else (0,):
+        for stage in (0, 2, 3) if sizes.dp > 1 else (0,):
             tried = parallel.model_copy(
                 update={"dp": sizes.dp, "mp": sizes.mp, "pp": sizes.pp, "sharding_stage": stage}
             )

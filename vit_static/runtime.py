@@ -57,7 +57,8 @@ def _requests_held_back() -> Iterator[None]:
         yield
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            if handler is not None:  # one that isn't Python's
+                signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, requests)
 
 
