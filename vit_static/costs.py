@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from paddle.distributed.auto_parallel.static.process_group import get_process_group
@@ -29,6 +30,14 @@ _ALIASES = {
     *("pd_op.reshape", "pd_op.reshape_grad", "pd_op.flatten", "pd_op.flatten_grad", "pd_op.squeeze"),
     *("pd_op.unsqueeze", "pd_op.unsqueeze_grad", "pd_op.assign", "builtin.combine", "builtin.split"),
     *("builtin.shadow_output", "pd_op.share_data_"),
+}
+
+# Whose operands, these many from the first, are there for their shape: nothing keeps what they held.
+_SHAPE_ONLY = {
+    **dict.fromkeys(("pd_op.add_grad", "pd_op.subtract_grad"), 2),
+    **dict.fromkeys(("pd_op.reshape_grad", "pd_op.flatten_grad", "pd_op.unsqueeze_grad", "pd_op.slice_grad"), 1),
+    **dict.fromkeys(("pd_op.concat_grad", "pd_op.sum_grad", "pd_op.mean_grad", "pd_op.expand_grad"), 1),
+    **dict.fromkeys(("pd_op.full_like", "pd_op.shape"), 1),
 }
 
 
@@ -66,6 +75,7 @@ class Costs:
     optimizer_state: int
     activations: int  # of one micro-batch at the peak, without gradients and what else is counted above
     forward_kept: int
+    peak_of_a_step: int  # of all but parameters and optimizer state: gradients and activations as they come and go
     collectives: tuple[Collective, ...]
     operators: tuple[Operator, ...]
 
@@ -75,6 +85,10 @@ class Costs:
     def activations_at_once(self, num_in_flight: int) -> int:
         """Of so many micro-batches in flight: all but one hold only what their forward has kept."""
         return self.activations + (num_in_flight - 1) * self.forward_kept
+
+    def memory(self, num_in_flight: int) -> int:
+        """Of all at the peak: what is kept between steps, and what a step adds to it."""
+        return self.parameters + self.optimizer_state + self.peak_of_a_step + (num_in_flight - 1) * self.forward_kept
 
 
 def times(role: str, num_micro_batches: int) -> int:
@@ -151,13 +165,14 @@ def of_program(program: Any, parameter_names: Iterable[str], counting: Counting 
         for name, value in block.kwargs().items()
         if name.endswith("@GRAD@MERGE")
     )
-    handed_over, peak, kept = _temporaries(ops, counting)
+    found = _temporaries(ops, counting)
     return Costs(
         sum(counting.num_bytes(value, counting.item_size) for value in parameters),
-        max(merged, handed_over),
+        max(merged, found.gradients),
         optimizer_state,
-        peak,
-        kept,
+        found.activations,
+        found.forward_kept,
+        merged + found.peak,
         tuple(collectives(program, counting)),
         tuple(
             Operator(_role(op), _bytes_moved(op, counting), _flops(op, counting))
@@ -178,9 +193,17 @@ def by_kind(found: Iterable[Collective], num_micro_batches: int) -> dict[tuple[s
     return table
 
 
-def _temporaries(ops: list[Any], counting: Counting) -> tuple[int, int, int]:
-    """Bytes of the gradients that the backward hands over to the update; of the activations, the peak through forward
-    and backward, and what of them is alive between the two."""
+@dataclass(frozen=True)
+class _Temporaries:
+    """Bytes alive at a time, of a micro-batch and the update after it."""
+
+    gradients: int  # what the backward hands over to the update
+    activations: int  # the peak of the rest, through forward and backward
+    forward_kept: int  # of it, what is alive between the two
+    peak: int  # of all together
+
+
+def _temporaries(ops: list[Any], counting: Counting) -> _Temporaries:
     owner: dict[int, int] = {}  # an alias's memory is its operand's
     values: dict[int, Any] = {}
     born: dict[int, int] = {}
@@ -189,7 +212,7 @@ def _temporaries(ops: list[Any], counting: Counting) -> tuple[int, int, int]:
     first_update = next((i for i, op in enumerate(ops) if _role(op) == "update"), len(ops))
     for index, op in enumerate(ops):
         operands = [_identity(value) for value in _operands(op)]
-        for operand in operands:
+        for operand in operands[_SHAPE_ONLY.get(op.name(), 0) :]:
             last_read[owner.get(operand, operand)] = index
         in_place = op.name().endswith("_") or op.name() in _ALIASES
         for value in op.results():
@@ -199,25 +222,22 @@ def _temporaries(ops: list[Any], counting: Counting) -> tuple[int, int, int]:
             if in_place and operands:
                 whose = operands[-1 if op.name().endswith("_grad") else 0]
                 owner[identity] = owner.get(whose, whose)
-            elif index < first_update and not _is_stored(op) and not value.type().as_vec_type():
+            elif not _is_stored(op) and not value.type().as_vec_type():
                 values[identity], born[identity] = value, index
-    change = [0] * (len(ops) + 1)
+    change_of_all, change_of_activations = [0] * (len(ops) + 1), [0] * (len(ops) + 1)
     gradients = kept = 0
     for identity, value in values.items():
-        last = last_read.get(identity, born[identity])
-        if first_backward <= born[identity] and first_update <= last:
-            gradients += counting.num_bytes(value, counting.gradient_size())
-            continue
-        size = counting.num_bytes(value, counting.item_size)
-        change[born[identity]] += size
-        change[last + 1] -= size
-        if born[identity] < first_backward <= last:
-            kept += size
-    alive = peak = 0
-    for index in range(first_update):
-        alive += change[index]
-        peak = max(peak, alive)
-    return gradients, peak, kept
+        first, last = born[identity], last_read.get(identity, born[identity])
+        is_gradient = first_backward <= first < first_update <= last
+        in_update = first >= first_update
+        size = counting.num_bytes(value, counting.gradient_size() if is_gradient or in_update else counting.item_size)
+        changes = [change_of_all] if is_gradient or in_update else [change_of_all, change_of_activations]
+        for change in changes:
+            change[first] += size
+            change[last + 1] -= size
+        gradients += size if is_gradient else 0
+        kept += size if first < first_backward <= last else 0
+    return _Temporaries(gradients, max(accumulate(change_of_activations)), kept, max(accumulate(change_of_all)))
 
 
 def _is_stored(op: Any) -> bool:

@@ -369,16 +369,9 @@ class SeededDropout:
 
 
 _FORWARD, _BACKWARD, _UPDATE = 0, 1, 2  # roles of operators
-_GATHERING = {"pd_op.all_gather", "pd_op.concat", "pd_op.split", "pd_op.split_with_num", "pd_op.transpose"} | {
-    *(
-        "pd_op.cast",
-        "pd_op.assign",
-        "pd_op.reshape",
-        "pd_op.full",
-        "pd_op.full_int_array",
-        "builtin.split",
-        "builtin.combine",
-    ),
+_GATHERING = {
+    *("pd_op.all_gather", "pd_op.concat", "pd_op.split", "pd_op.split_with_num", "pd_op.transpose", "pd_op.reshape"),
+    *("pd_op.cast", "pd_op.assign", "pd_op.full", "pd_op.full_int_array", "builtin.split", "builtin.combine"),
 }
 
 

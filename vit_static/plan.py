@@ -69,8 +69,7 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        found = self.costs
-        return found.parameters + found.gradients + found.optimizer_state + self.activations
+        return self.costs.memory(self.num_in_flight)
 
     @property
     def fits(self) -> bool:
@@ -316,7 +315,7 @@ def describe(plan: Plan) -> list[str]:
             if plan.num_in_flight > 1
             else ""
         ),
-        f"  all                 ~{_size(plan.memory)}   {'fits' if plan.fits else 'DOES NOT FIT'} in "
+        f"  all at the peak     ~{_size(plan.memory)}   {'fits' if plan.fits else 'DOES NOT FIT'} in "
         f"{_size(device.memory).strip()} less {_size(RESERVED_BYTES).strip()} for context, NCCL and workspaces",
         "",
         "collectives a step",
