@@ -219,6 +219,38 @@ def test_two_processes_train_as_one(workplace: Path) -> None:
     assert evaluated[0]["loss"] == pytest.approx(evaluated[1]["loss"], rel=1e-6)
 
 
+MESHES = {"parallel.mp=2": "tensor", "parallel.pp=2": "stages", "parallel.sharding_stage=3": "zero"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("override", MESHES)
+def test_a_run_goes_on_on_another_mesh(workplace: Path, override: str) -> None:
+    """From the checkpoint of a mesh to one process, and back: the losses of the run that was never interrupted."""
+    common = ["-c", "tiny.yaml", "-o", "model.dropout=0", "-o", "log.every_steps=1", "-o", "checkpoint.every_steps=4"]
+
+    def train(name: str, steps: int, nproc: str, *overrides: str) -> dict[int, float]:
+        given = [
+            argument for other in (f"name={name}", f"train.max_steps={steps}", *overrides) for argument in ("-o", other)
+        ]
+        constant = ["-o", "schedule.name=constant"]  # the rate does not depend on where a run ends
+        done = run_sh("pretrain", *common, *constant, *given, cwd=workplace, NPROC=nproc)
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in (workplace / f"output/{name}/metrics.jsonl").read_text().splitlines()]
+        return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+
+    expected = train("unbroken", 12, "1")
+    name = MESHES[override]
+    train(name, 4, "2", override)
+    train(name, 8, "1")
+    found = train(name, 12, "2", override)
+    assert found.keys() == expected.keys()
+    np.testing.assert_allclose([found[step] for step in expected], list(expected.values()), rtol=1e-5)
+    run = workplace / "output" / name
+    assert {p.name for p in (run / "checkpoints").glob("step_*")} == {"step_00000008", "step_00000012"}
+    weights, whole = read_pdparams(run / "model.pdparams"), read_pdparams(workplace / "output/unbroken/model.pdparams")
+    assert {key: value.shape for key, value in weights.items()} == {key: value.shape for key, value in whole.items()}
+
+
 def test_the_verbs_are_listed(workplace: Path) -> None:
     done = run_sh("--help", cwd=workplace)
     assert done.returncode == 0

@@ -158,7 +158,9 @@ def obstacle(
 ) -> str | None:
     """Why these sizes can't be, or None where they can."""
     if sizes.world != world_size:
-        return f"parallel: {sizes} is a mesh of {sizes.world} processes, and there are {world_size}"
+        key = "dp" if parallel.dp != "auto" else "mp" if sizes.mp > 1 else "pp"
+        size = getattr(sizes, key)
+        return f"parallel.{key} = {size}: {sizes} is a mesh of {sizes.world} processes, and there are {world_size}"
     for name, size in (("num_heads", variant.num_heads), ("mlp_dim", variant.mlp_dim)):
         if size % sizes.mp:
             return f"parallel.mp = {sizes.mp}: doesn't divide the model's {name} of {size}"
