@@ -7,15 +7,19 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import paddle
 import pytest
-from small import ROOT
+from paddle.base import core
+from small import ROOT, images_and_labels
 
 from vit_static import costs, flops, mesh, plan
 from vit_static import model as model_module
 from vit_static.__main__ import main
 from vit_static.config import Config, ConfigError, ParallelConfig, load
 from vit_static.costs import Collective, Costs, Operator
+from vit_static.loss import Criterion
 from vit_static.mesh import Sizes
+from vit_static.step import Precision, Program
 
 CONFIGS = ROOT / "configs"
 A100 = plan.Place("a100-80g", "ib-hdr")
@@ -56,6 +60,38 @@ def test_memory_of_one_rank_is_counted_by_hand(alone: plan.Plan) -> None:
     assert alone.costs.parameters == alone.costs.gradients == 4 * count
     assert alone.costs.optimizer_state == 8 * count + 8 * tensors
     assert alone.costs.collectives == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("override", ["recompute=none", "recompute=block", "grad_accum_steps=2"])
+def test_a_step_allocates_what_is_planned(cpu_mesh: mesh.Mesh, override: str) -> None:
+    """Within 15 %, of a model whose activations are some 100 MB: what Paddle says it has had allocated at a time."""
+    model = ["model.variant=S/16", "model.image_size=96", "model.depth=6", "data.global_batch_size=16"]
+    quickstarts = [f"model.{key}=null" for key in ("patch_size", "width", "num_heads", "mlp_dim")]
+    config = small_config(*quickstarts, *model, f"parallel.{override}")
+    paddle.set_flags({"FLAGS_use_mkldnn": False})
+    program = Program(
+        model_module.build(config.model),
+        Criterion(config.loss),
+        cpu_mesh,
+        Precision("O0", "float32"),
+        image_size=config.model.image_size,
+        batch_size=16,
+        eval_batch_size=16,
+        optim=config.optim,
+        learning_rate=lambda step: 1e-3,
+        parallel=config.parallel,
+    )
+    for step in range(3):  # the first steps allocate what is kept, accumulated gradients among it
+        before = core.host_memory_stat_current_value("Allocated", 0)
+        core.host_memory_stat_reset_peak_value("Allocated", 0)
+        program.scalar(program.train_step(*images_and_labels(16, config.model), step))
+    measured = core.host_memory_stat_peak_value("Allocated", 0) - before
+    found = program.costs()
+    kept = found.gradients if config.parallel.grad_accum_steps > 1 else 0
+    assert found.peak_of_a_step - kept == pytest.approx(measured, rel=0.15)
+    # And the plan, compiled without a run, is the program's own.
+    assert planned(config).costs.peak_of_a_step == found.peak_of_a_step
 
 
 def test_half_precision_keeps_two_bytes_and_a_master_copy(alone: plan.Plan) -> None:
