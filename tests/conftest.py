@@ -28,11 +28,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def cpu_mesh() -> Any:
-    """One process on the CPU."""
+def cpu_mesh() -> Iterator[Any]:
+    """One process on the CPU, the variables of whose programs end with the test.
+
+    Paddle gives the variables of every program alike names; accumulated gradients would meet those of an earlier one.
+    """
+    import paddle
+
     from vit_static import mesh
 
-    return mesh.start(mesh.Sizes(1, 1, 1), "cpu")
+    with paddle.static.scope_guard(paddle.static.Scope()):
+        yield mesh.start(mesh.Sizes(1, 1, 1), "cpu")
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "onednn"])
