@@ -255,7 +255,9 @@ def test_the_verb_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--world", "8", "--mesh", "mp=8"], ["num_heads", "nearest", "mp=4"]),
         (["--mesh", "tp=2"], ["tp=2", "mp=N"]),
         (["--mesh", "dp=2", "--rank", "2"], ["--rank 2", "0 to 1"]),
-        (["--world", "0"], ["--world 0"]),
+        (["--world", "0"], ["--world", "at least 1"]),
+        (["--cards-per-node", "0"], ["--cards-per-node", "at least 1"]),
+        (["--device", "v100-32g"], ["v100-32g", "bfloat16", "amp.dtype=float16"]),
         (["--device", "b9000"], ["b9000", "h200"]),
     ],
 )

@@ -29,6 +29,21 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} ('./run.sh --help' lists the verbs, './run.sh VERB --help' the arguments)")
 
 
+def _at_least_one(text: str) -> int:
+    """An argument that counts something."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return number
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0.0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be more than 0")
+    return number
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="./run.sh", description="Vision Transformers: train, evaluate, export, predict.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
@@ -75,12 +90,14 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="dp=8,mp=2,sharding=1",
         help="in place of the config's: dp, mp, pp, sharding (stage), accum (grad_accum_steps), recompute",
     )
-    verb.add_argument("--world", type=int, metavar="N", help="number of cards (default: as many as the mesh has)")
+    verb.add_argument(
+        "--world", type=_at_least_one, metavar="N", help="number of cards (default: as many as the mesh has)"
+    )
     verb.add_argument("--device", default="a100-80g", choices=list(DEVICES), help="the card (default: a100-80g)")
     verb.add_argument(
         "--interconnect", default="ib-hdr", choices=list(INTERCONNECTS), help="between nodes (default: ib-hdr)"
     )
-    verb.add_argument("--cards-per-node", type=int, default=CARDS_A_NODE, metavar="N")
+    verb.add_argument("--cards-per-node", type=_at_least_one, default=CARDS_A_NODE, metavar="N")
     verb.add_argument("--rank", type=int, default=0, help="whose part to compile (default: 0, the first stage)")
     verb.add_argument("--search", action="store_true", help="rank every mesh of --world cards that can be")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the plan there too")
@@ -90,7 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name, help_text in (("train", "training"), ("step", "this layout's training step, as a line of JSON")):
         verb = benches.add_parser(name, help=help_text)
         add_config(verb, CONFIGS / "quickstart.yaml")
-        verb.add_argument("--seconds", type=float, default=10.0, help="to measure each for (default: 10)")
+        verb.add_argument("--seconds", type=_seconds, default=10.0, help="to measure each for (default: 10)")
         if name == "train":
             verb.add_argument(
                 "--scaling",
@@ -98,7 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
                 required=True,
                 help="the same batch on one process and on several, data- and tensor-parallel",
             )
-            verb.add_argument("--rounds", type=int, default=3, help="of all layouts in turn (default: 3)")
+            verb.add_argument("--rounds", type=_at_least_one, default=3, help="of all layouts in turn (default: 3)")
     return parser
 
 

@@ -205,8 +205,6 @@ def with_mesh(parallel: ParallelConfig, text: str | None) -> ParallelConfig:
 def _world(parallel: ParallelConfig, world_size: int | None) -> int:
     rest = parallel.mp * parallel.pp
     if world_size is not None:
-        if world_size < 1:
-            raise ConfigError(f"--world {world_size}: must be at least 1")
         return world_size
     return rest if parallel.dp == "auto" else parallel.dp * rest
 
@@ -219,6 +217,8 @@ def make(config: Config, parallel: ParallelConfig, world_size: int, place: Place
     if not 0 <= rank < world_size:
         raise ConfigError(f"--rank {rank}: the mesh has the ranks 0 to {world_size - 1}")
     precision = choose_precision(config.amp, "gpu")
+    if flops.peak_flops(DEVICES[place.device].card, precision.dtype) is None:
+        raise ConfigError(f"--device {place.device}: has no {precision.dtype}; set amp.dtype=float16, or amp.level=O0")
     micro_batches = num_micro_batches(parallel)
     with internals.pretended_world(rank, world_size):
         mesh = mesh_module.make(rank, sizes, "gpu")
