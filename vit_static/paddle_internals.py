@@ -110,6 +110,15 @@ class ShardedState:
         self._state_placements, self._scatter_gradients = placements_of, scatter_gradients
 
     def _apply_optimize(self, loss: Any, startup_program: Any, params_grads: Any, param_group_idx: int = 0) -> Any:
+        """What the engine calls."""
+        summed = self._averages(params_grads)
+        return super()._apply_optimize(loss, startup_program, summed, param_group_idx)  # type: ignore[misc]
+
+    def apply_gradients(self, params_grads: Any) -> Any:
+        """What mixed precision, O2, calls instead: with gradients that are unscaled, and in float32 if so asked for."""
+        return super().apply_gradients(self._averages(params_grads))  # type: ignore[misc]
+
+    def _averages(self, params_grads: Any) -> Any:
         # Without a gradient: variables of the program that aren't trained, such as the seeds of dropout.
         params_grads = [(parameter, gradient) for parameter, gradient in params_grads if gradient is not None]
         if self._state_placements is not None:
@@ -117,7 +126,7 @@ class ShardedState:
         if self._num_micro_batches > 1:
             share = 1.0 / self._num_micro_batches
             params_grads = [(parameter, paddle.scale(gradient, share)) for parameter, gradient in params_grads]
-        return super()._apply_optimize(loss, startup_program, params_grads, param_group_idx)  # type: ignore[misc]
+        return params_grads
 
     def _part_of_sum(self, parameter: Any, gradient: Any) -> Any:
         if not self._scatter_gradients:

@@ -274,7 +274,7 @@ def _strategy(precision: Precision, amp: AmpConfig, parallel: ParallelConfig, ba
         strategy.amp.enable = True
         strategy.amp.level = "O2"
         strategy.amp.dtype = precision.dtype
-        strategy.amp.init_loss_scaling = amp.init_loss_scaling
+        strategy.amp.init_loss_scaling = amp.init_loss_scaling if precision.dtype == "float16" else 1.0
         strategy.amp.use_dynamic_loss_scaling = precision.dtype == "float16"
         strategy.amp.use_master_grad = amp.master_grad
         strategy.amp.use_promote = True
