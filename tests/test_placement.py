@@ -127,9 +127,9 @@ def test_every_remedy_that_is_named_would_do(dp: int | str, mp: int, pp: int) ->
         except ConfigError as error:
             remedies = str(error).partition("; ")[2]
             assert "=" in remedies or "no mesh" in remedies
-            for sizes in re.findall(r"dp=(\d+), mp=(\d+), pp=(\d+)", remedies):
+            for *sizes, other_world in re.findall(r"dp=(\d+), mp=(\d+), pp=(\d+)(?: of (\d+) proc)?", remedies):
                 named = ParallelConfig(**others, **dict(zip(("dp", "mp", "pp"), map(int, sizes), strict=True)))
-                check(named, world_size, batch_size, SMALL)
+                check(named, int(other_world or world_size), batch_size, SMALL)
             for number in re.findall(r"NPROC=(\d+)", remedies):
                 check(config, int(number), batch_size, SMALL)
             for number in re.findall(r"data\.global_batch_size=(\d+)", remedies):

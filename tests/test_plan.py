@@ -211,7 +211,7 @@ def test_times_are_a_rooflines() -> None:
     assert found.memory == 77e9 and found.fits
     assert not replace(found, num_in_flight=2).fits
     two_nodes = replace(found, place=replace(A100, cards_a_node=4))
-    assert two_nodes.communication_seconds == pytest.approx(2 * 7 / 8 * 8e9 / 25e9)
+    assert two_nodes.communication_seconds == pytest.approx(2 * 7 / 8 * 8e9 / 100e9)  # four adapters of 25 GB/s a node
 
 
 def test_a_rank_puts_on_the_wire_what_a_ring_needs() -> None:
@@ -250,7 +250,7 @@ def test_the_verb_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--mesh", "mp=3"], ["num_heads of 4", "no mesh of 3"]),
+        (["--mesh", "mp=3"], ["num_heads of 4", "no mesh of 3", "mp=2", "mp=4"]),
         (["--mesh", "dp=3"], ["global_batch_size = 64", "63"]),
         (["--world", "8", "--mesh", "mp=8"], ["num_heads", "nearest", "mp=4"]),
         (["--mesh", "tp=2"], ["tp=2", "mp=N"]),
@@ -258,6 +258,9 @@ def test_the_verb_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--world", "0"], ["--world", "at least 1"]),
         (["--cards-per-node", "0"], ["--cards-per-node", "at least 1"]),
         (["--device", "v100-32g"], ["v100-32g", "bfloat16", "amp.dtype=float16"]),
+        (["--world", "100000000000"], ["--world", "65536"]),
+        (["--json", "."], ["--json .", "folder"]),
+        (["--search", "--world", "4", "--mesh", "mp=2"], ["--search", "--mesh"]),
         (["--device", "b9000"], ["b9000", "h200"]),
     ],
 )

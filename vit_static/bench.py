@@ -18,7 +18,7 @@ import paddle
 from vit_static import cpu_collectives
 from vit_static import mesh as mesh_module
 from vit_static import model as model_module
-from vit_static.config import Config
+from vit_static.config import Config, ConfigError, load
 from vit_static.loss import Criterion
 from vit_static.step import Program, choose_attention, choose_precision, use_onednn
 
@@ -44,18 +44,25 @@ class Layout:
 
 
 def scaling_layouts(num_cores: int) -> list[Layout]:
-    """One process with all cores, and as many processes of one core: data-parallel, and two of them tensor-parallel."""
-    each = f"{num_cores} processes, a core each"
-    return [
-        Layout(f"1 process, {num_cores} threads", 1),
-        Layout(f"dp {num_cores}: {each}", num_cores),
-        Layout(f"mp 2: {each}", num_cores, ("parallel.mp=2",)),
-    ]
+    """One process with all cores, and as many processes of one core: data-parallel, and in tensor-parallel pairs."""
+    layouts = [Layout(f"1 process, {num_cores} threads", 1)]
+    if num_cores > 1:
+        layouts.append(Layout(f"dp {num_cores}: {num_cores} processes, a core each", num_cores))
+    if num_cores > 1 and num_cores % 2 == 0:
+        pairs = "mp 2" if num_cores == 2 else f"dp {num_cores // 2} x mp 2"
+        layouts.append(Layout(f"{pairs}: {num_cores} processes, a core each", num_cores, ("parallel.mp=2",)))
+    return layouts
 
 
 def run_scaling(config_path: Path, overrides: Sequence[str], rounds: int, seconds: float) -> None:
     """`bench train --scaling`: every layout in turn, several times over, and the ratios of their medians."""
     layouts = scaling_layouts(len(os.sched_getaffinity(0)))
+    for layout in layouts:  # before any is measured
+        tried = load(config_path, [*overrides, *layout.overrides])
+        if mesh_module.choose_device(tried.device) == "gpu":
+            raise ConfigError("bench train --scaling: measures CPU processes; set VIT_STATIC_DEVICE=cpu and device=cpu")
+        variant = model_module.variant_of(tried.model)
+        mesh_module.check(tried.parallel, layout.num_processes, tried.data.global_batch_size, variant)
     found: dict[str, list[Speed]] = {layout.name: [] for layout in layouts}
     for number in range(rounds):
         for layout in layouts:

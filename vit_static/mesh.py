@@ -211,8 +211,28 @@ def _remedy(parallel: ParallelConfig, wanted: Sizes, world_size: int, global_bat
     if wanted.world == world_size and obstacle(parallel, wanted, world_size, batch, variant) is None:
         return f"data.global_batch_size={batch} would do" + (f", or the mesh {near}" if near else "")
     if near is None:
-        return f"no mesh of {world_size} processes can be; try another number of processes"
+        others = _others(parallel, wanted, global_batch_size, variant)
+        of_others = "; ".join(f"{sizes} of {sizes.world} processes" for sizes in others)
+        none = f"no mesh of {world_size} processes can be"
+        return f"{none}, but {of_others}" if others else f"{none}; change the batch or the model"
     return f"the nearest mesh that can be is {near}"
+
+
+def _others(parallel: ParallelConfig, wanted: Sizes, global_batch_size: int, variant: Variant) -> list[Sizes]:
+    """The three meshes nearest to the wanted one that other numbers of processes could be."""
+
+    def distance(sizes: Sizes) -> float:
+        pairs = ((sizes.dp, wanted.dp), (sizes.mp, wanted.mp), (sizes.pp, wanted.pp))
+        return sum(abs(math.log(size / other)) for size, other in pairs)
+
+    tried = [
+        Sizes(dp, mp, pp)
+        for dp in {wanted.dp, max(wanted.dp - 1, 1), wanted.dp + 1}
+        for mp in range(1, 2 * wanted.mp + 1)
+        for pp in range(1, 2 * wanted.pp + 1)
+    ]
+    can_be = [sizes for sizes in tried if obstacle(parallel, sizes, sizes.world, global_batch_size, variant) is None]
+    return sorted(can_be, key=distance)[:3]
 
 
 def start(sizes: Sizes, device: str) -> Mesh:

@@ -3,12 +3,13 @@
 The run's own program is compiled for one rank of the mesh, and its operators are counted. It is compiled in float32,
 since Paddle's CPU build has no operators of half precision; what the run's precision keeps in two bytes counts two
 (costs.Counting). Times are a roofline's: no operator is quicker than the card's peak rate and its memory allow, no
-collective than its links. So images/s and MFU are bounds from above.
+collective than a ring over its links (without reduction in the network). So images/s and MFU are bounds from above.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ _MESH_KEYS = {
     "accum": "grad_accum_steps",
     "recompute": "recompute",
 }
+_LARGEST_WORLD = 2**16
 
 
 @dataclass(frozen=True)
@@ -86,21 +88,26 @@ class Plan:
     def compute_seconds(self) -> float:
         """Of a step: every operator by the slower of its products and its memory; a pipeline's filling and draining."""
         device = DEVICES[self.place.device]
-        busy = sum(
+        filling = (self.num_micro_batches + self.sizes.pp - 1) / self.num_micro_batches
+        return sum(
             costs.times(op.role, self.num_micro_batches)
             * max(op.num_flops / self.peak_flops, op.num_bytes / device.memory_bandwidth)
+            * (1.0 if op.role == "update" else filling)
             for op in self.costs.operators
         )
-        return busy * (self.num_micro_batches + self.sizes.pp - 1) / self.num_micro_batches
 
-    def link(self, ranks: tuple[int, ...]) -> float:
-        """Bytes a second between a group's ranks: within a node, or through the network."""
-        one_node = len({rank // self.place.cards_a_node for rank in ranks}) == 1
-        return DEVICES[self.place.device].link_bandwidth if one_node else INTERCONNECTS[self.place.interconnect]
+    def link(self, collective: Collective) -> float:
+        """Bytes a second that a rank's part of an exchange goes at: within a node, or through the network, where a
+        group's ranks of a node have an adapter each, and share them."""
+        within, between = DEVICES[self.place.device].link_bandwidth, INTERCONNECTS[self.place.interconnect]
+        on_nodes = Counter(rank // self.place.cards_a_node for rank in collective.ranks)
+        if len(on_nodes) == 1:
+            return within
+        return between if collective.kind in ("send", "receive") else min(within, between * min(on_nodes.values()))
 
     def seconds_of(self, collective: Collective) -> float:
         repeated = costs.times(collective.role, self.num_micro_batches)
-        return repeated * collective.bytes_on_the_wire() / self.link(collective.ranks)
+        return repeated * collective.bytes_on_the_wire() / self.link(collective)
 
     @property
     def communication_seconds(self) -> float:
@@ -174,6 +181,10 @@ def run(
     out: Path | None,
 ) -> None:
     """The verb: prints the plan of one mesh, or ranks those that can be; writes it as JSON where `out` says."""
+    if out is not None and out.is_dir():
+        raise ConfigError(f"--json {out}: is a folder; name a file")
+    if search and (mesh_text is not None or rank != 0):
+        raise ConfigError("--search tries every mesh: give it --world, not --mesh or --rank")
     parallel = with_mesh(config.parallel, mesh_text)
     if search:
         found = search_meshes(config, parallel, _world(parallel, world_size), place)
@@ -205,6 +216,8 @@ def with_mesh(parallel: ParallelConfig, text: str | None) -> ParallelConfig:
 def _world(parallel: ParallelConfig, world_size: int | None) -> int:
     rest = parallel.mp * parallel.pp
     if world_size is not None:
+        if world_size > _LARGEST_WORLD:
+            raise ConfigError(f"--world {world_size}: at most {_LARGEST_WORLD}")
         return world_size
     return rest if parallel.dp == "auto" else parallel.dp * rest
 
@@ -290,10 +303,17 @@ def search_meshes(config: Config, parallel: ParallelConfig, world_size: int, pla
                 update={"dp": sizes.dp, "mp": sizes.mp, "pp": sizes.pp, "sharding_stage": stage}
             )
             if mesh_module.obstacle(tried, sizes, world_size, config.data.global_batch_size, variant) is None:
-                plans.append(make(config, tried, world_size, place))
+                plans.append(_worst_stage(config, tried, world_size, place))
     if not plans:
         mesh_module.check(parallel, world_size, config.data.global_batch_size, variant)
     return sorted(plans, key=lambda plan: (not plan.fits, plan.step_seconds, plan.memory))
+
+
+def _worst_stage(config: Config, parallel: ParallelConfig, world_size: int, place: Place) -> Plan:
+    """Of a pipeline's first and last stage, which has the head, the one that doesn't fit or is the slower."""
+    ranks = [0] if parallel.pp == 1 else [0, world_size - 1]
+    plans = [make(config, parallel, world_size, place, rank) for rank in ranks]
+    return max(plans, key=lambda plan: (not plan.fits, plan.step_seconds))
 
 
 def describe(plan: Plan) -> list[str]:

@@ -158,7 +158,7 @@ class Program:
         if self._dropout is not None:
             self._dropout.set_step(step)
         else:
-            draw = np.random.SeedSequence([self._seed, step, self._mesh.dp_rank]).generate_state(1)
+            draw = np.random.SeedSequence([self._seed, step, self._mesh.dp_rank, self._mesh.pp_rank]).generate_state(1)
             paddle.seed(int(draw[0]))
         return self._program(images, labels)
 
