@@ -41,14 +41,12 @@ def cpu_mesh() -> Iterator[Any]:
         yield mesh.start(mesh.Sizes(1, 1, 1), "cpu")
 
 
-@pytest.fixture(params=[False, True], ids=["plain", "onednn"])
-def onednn(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """A test once with Paddle's own CPU kernels, once with oneDNN's."""
-    import paddle
+@pytest.fixture(params=[False, True], ids=["paddle", "onednn"])
+def kernels(request: pytest.FixtureRequest) -> Any:
+    """A test once with Paddle's own CPU kernels, once with ours of oneDNN."""
+    from vit_static.config import KernelsConfig
 
-    paddle.set_flags({"FLAGS_use_mkldnn": request.param})
-    yield request.param
-    paddle.set_flags({"FLAGS_use_mkldnn": False})
+    return KernelsConfig(onednn=request.param)
 
 
 @pytest.fixture

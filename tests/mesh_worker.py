@@ -22,7 +22,15 @@ from small import images_and_labels
 
 from vit_static import cpu_collectives
 from vit_static import mesh as mesh_module
-from vit_static.config import DataConfig, EvalConfig, LossConfig, ModelConfig, OptimConfig, ParallelConfig
+from vit_static.config import (
+    DataConfig,
+    EvalConfig,
+    KernelsConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+)
 from vit_static.costs import Collective
 from vit_static.data.feed import EvalFeed
 from vit_static.data.images import list_images
@@ -30,7 +38,7 @@ from vit_static.evaluate import Evaluation, evaluate
 from vit_static.loss import Criterion
 from vit_static.mesh import Mesh, Sizes
 from vit_static.model import build, variant_of
-from vit_static.step import Precision, Program, choose_attention, use_onednn
+from vit_static.step import Precision, Program, choose_attention
 
 BATCH_SIZE = 20
 EVAL_BATCH_SIZE = 8
@@ -106,8 +114,7 @@ def record(x: paddle.Tensor, dropout: int) -> paddle.Tensor:
 
 def run(case: Case, mesh: Mesh, images_root: Path) -> Outcome:
     paddle.seed(3)
-    onednn = use_onednn("cpu", variant_of(case.model).width, mesh.sizes.mp)
-    model = build(case.model, choose_attention(case.model, case.parallel, "cpu", onednn))
+    model = build(case.model, choose_attention(case.model, case.parallel, KernelsConfig(), "cpu"))
     program = (RecordingProgram if case.records_masks else Program)(
         model,
         Criterion(LossConfig()),
@@ -120,7 +127,6 @@ def run(case: Case, mesh: Mesh, images_root: Path) -> Outcome:
         learning_rate=lambda step: case.optim.lr,
         parallel=case.parallel,
         seed=5,
-        onednn=onednn,
     )
     outcome = Outcome()
     size = BATCH_SIZE // mesh.dp_size

@@ -10,7 +10,7 @@ from small import SMALL, images_and_labels
 
 from vit_static.config import ModelConfig
 from vit_static.flops import forward_macs, peak_flops, train_flops
-from vit_static.model import PatchProjection, attention_by_3d_matmul, build, shape_of
+from vit_static.model import PatchProjection, attention_by_matmul, build, shape_of
 
 
 @pytest.mark.parametrize(("side", "published"), [(224, 17.58), (384, 55.54)])
@@ -36,7 +36,7 @@ def counted_while_running(config: ModelConfig) -> int:
         _, num_queries, num_heads, head_dim = query.shape
         products.append((num_heads * num_queries, head_dim, key.shape[1]))
         products.append((num_heads * num_queries, value.shape[1], head_dim))
-        return attention_by_3d_matmul(query, key, value, *rest)
+        return attention_by_matmul(query, key, value, *rest)
 
     def record(layer: paddle.nn.Layer, inputs: tuple[paddle.Tensor, ...], output: paddle.Tensor) -> None:
         inner = inputs[0].shape[-1]

@@ -11,7 +11,8 @@ from small import ROOT
 LAYERS = [
     {"__init__", "config", "schedule", "log", "flops", "devices", "files", "report", "runtime"},
     {"model", "loss", "data", "data.images", "data.order", "data.pipeline", "data.feed", "mesh"}
-    | {"costs", "placement", "cpu_collectives", "paddle_internals"},
+    | {"costs", "placement", "cpu_collectives", "cpu_kernels", "cpu_patterns", "onednn"}
+    | {"dropout", "paddle_internals", "passes"},
     {"optim", "weights", "checkpoint"},
     {"step"},
     {"train", "evaluate", "export", "predict", "plan", "bench"},

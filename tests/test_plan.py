@@ -7,7 +7,6 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import paddle
 import pytest
 from paddle.base import core
 from small import ROOT, images_and_labels
@@ -69,7 +68,6 @@ def test_a_step_allocates_what_is_planned(cpu_mesh: mesh.Mesh, override: str) ->
     model = ["model.variant=S/16", "model.image_size=96", "model.depth=6", "data.global_batch_size=16"]
     quickstarts = [f"model.{key}=null" for key in ("patch_size", "width", "num_heads", "mlp_dim")]
     config = small_config(*quickstarts, *model, f"parallel.{override}")
-    paddle.set_flags({"FLAGS_use_mkldnn": False})
     program = Program(
         model_module.build(config.model),
         Criterion(config.loss),

@@ -20,7 +20,7 @@ from vit_static import mesh as mesh_module
 from vit_static import model as model_module
 from vit_static.config import Config, ConfigError, load
 from vit_static.loss import Criterion
-from vit_static.step import Program, choose_attention, choose_precision, use_onednn
+from vit_static.step import Program, choose_attention, choose_precision
 
 _WARM_UP_STEPS = 3
 
@@ -98,13 +98,12 @@ def run_step(config: Config, seconds: float) -> None:
     batch_size = config.data.global_batch_size
     sizes = mesh_module.check(config.parallel, world_size, batch_size, variant)
     mesh = mesh_module.start(sizes, config.device)
-    onednn = use_onednn(mesh.device, variant.width, sizes.mp)
     mesh_module.seed_everything(config.seed)
     program = Program(
-        model_module.build(config.model, choose_attention(config.model, config.parallel, mesh.device, onednn)),
+        model_module.build(config.model, choose_attention(config.model, config.parallel, config.kernels, mesh.device)),
         Criterion(config.loss),
         mesh,
-        choose_precision(config.amp, mesh.device),
+        choose_precision(config.amp, mesh.device, config.kernels),
         image_size=config.model.image_size,
         batch_size=batch_size,
         eval_batch_size=mesh.dp_size,
@@ -113,7 +112,7 @@ def run_step(config: Config, seconds: float) -> None:
         learning_rate=lambda step: config.optim.lr,
         parallel=config.parallel,
         seed=config.seed,
-        onednn=onednn,
+        kernels=config.kernels,
     )
     rng = np.random.default_rng(mesh.dp_rank)
     part = batch_size // mesh.dp_size

@@ -166,10 +166,23 @@ class ParallelConfig(Section):
 
 
 class AmpConfig(Section):
-    level: Literal["auto", "O0", "O1", "O2"] = Field("auto", description="auto: O0 on a CPU, O2 on a card")
+    level: Literal["auto", "O0", "O1", "O2"] = Field(
+        "auto", description="auto: O2 on a card; on a CPU O1 if it multiplies bfloat16 (AVX512-BF16, AMX), else O0"
+    )
     dtype: Literal["auto", "bfloat16", "float16"] = Field("auto", description="auto: bfloat16")
-    init_loss_scaling: Positive = Field(65536.0, description="float16's; bfloat16 needs none")
+    init_loss_scaling: Positive = Field(65536.0, description="float16's, which then follows; bfloat16 needs none")
     master_grad: bool = Field(True, description="O2: gradients in float32 for the update")
+    white_list: tuple[str, ...] = Field(
+        (), description="operators, by Paddle's names, in low precision besides its own"
+    )
+    black_list: tuple[str, ...] = Field((), description="operators that stay in float32 besides Paddle's own list")
+
+
+class KernelsConfig(Section):
+    """What computes the model, where Paddle's plain operators are not the quickest."""
+
+    onednn: bool = Field(True, description="CPUs: products, attention, GELU, softmax, LayerNorm (cpu_kernels.py)")
+    flash_attention: bool = Field(True, description="cards: F.scaled_dot_product_attention")
 
 
 class InitConfig(Section):
@@ -218,6 +231,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     parallel: ParallelConfig = ParallelConfig()
     amp: AmpConfig = AmpConfig()
+    kernels: KernelsConfig = KernelsConfig()
     init: InitConfig = InitConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

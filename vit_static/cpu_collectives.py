@@ -145,9 +145,11 @@ def _replace(operation: Any, function: Callable[..., Any]) -> None:
     is_send, is_receive = function is send, function is receive
     pir.set_insertion_point(operation)
     result = None if is_send else operation.result(0)
-    # An operator of Paddle's before ours: it gets tensors out of oneDNN's layout, ours don't.
-    given = paddle.full([1], 0, "float32") if is_receive else paddle._C_ops.assign(operation.operand_source(0))
-    given.get_defining_op().op_role = operation.op_role
+    if is_receive:
+        given = paddle.full([1], 0, "float32")
+        given.get_defining_op().op_role = operation.op_role
+    else:
+        given = operation.operand_source(0)
     shape, dtype = ([1], given.dtype) if result is None else (result.shape, result.dtype)
     option = attributes["peer"] if is_send or is_receive else attributes.get("reduce_type", dist.ReduceOp.SUM)
     made = function(given, tuple(shape), dtype, attributes["ring_id"], int(option))

@@ -18,7 +18,7 @@ from vit_static.data.images import ImageList, list_images
 from vit_static.log import RunLog
 from vit_static.loss import Criterion
 from vit_static.mesh import Mesh, Sizes
-from vit_static.step import Program, choose_precision, use_onednn
+from vit_static.step import Program, choose_attention, choose_precision
 from vit_static.weights import load_state
 
 
@@ -76,18 +76,17 @@ def run(config: Config | None, checkpoint: Path, overrides: list[str]) -> None:
     loaded = load_weights(checkpoint)
     config = config or loaded.config_with(overrides)
     images = list_images(config.data, "val", config.model.num_classes)
-    variant = model_module.variant_of(config.model)
-    onednn = use_onednn(mesh.device, variant.width)
-    model = model_module.build(config.model, model_module.attention_for(onednn))
+    attention = choose_attention(config.model, config.parallel, config.kernels, mesh.device)
+    model = model_module.build(config.model, attention)
     load_state(model, loaded.state, str(loaded.source))
     program = Program(
         model,
         Criterion(config.loss),
         mesh,
-        choose_precision(config.amp, mesh.device),
+        choose_precision(config.amp, mesh.device, config.kernels),
         image_size=config.model.image_size,
         eval_batch_size=eval_batch_size(config, mesh),
-        onednn=onednn,
+        kernels=config.kernels,
     )
     result = evaluate(program, eval_feed(config, images, mesh), mesh)
     with RunLog(None, mesh.rank) as log:

@@ -21,9 +21,6 @@ def per_image_loss(logits: paddle.Tensor, labels: paddle.Tensor, loss: LossConfi
     logits = logits.astype("float32")
     num_classes = logits.shape[-1]
     smoothing = loss.label_smoothing
-    # Of the formulas for these losses, the two whose gradients are right with oneDNN's kernels too (Paddle 3.3.1):
-    # `cross_entropy` needs a squeeze, which fails there; `logsumexp` and `binary_cross_entropy_with_logits` are wrong
-    # there without an error (tests/test_step.py compares).
     one_hot = F.one_hot(labels, num_classes)  # [B, K]
     if loss.name == "softmax":
         targets = one_hot * (1.0 - smoothing) + smoothing / num_classes
@@ -60,6 +57,6 @@ class Criterion(nn.Layer):
     def forward(self, logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
         if self.training:
             losses = per_image_loss(logits, labels, self._train_loss)
-            return losses.sum() / losses.shape[0]  # not `mean`, which oneDNN refuses on one dimension
+            return losses.mean()
         losses = per_image_loss(logits, labels, self._eval_loss)
         return paddle.stack([losses, ranks_of_labels(logits, labels)], axis=1)

@@ -121,7 +121,7 @@ AttentionFunction = Callable[[paddle.Tensor, paddle.Tensor, paddle.Tensor, Dropo
 
 
 def flash_attention(query: paddle.Tensor, key: paddle.Tensor, value: paddle.Tensor, dropout: Dropout) -> paddle.Tensor:
-    """Paddle's fused attention: FlashAttention on a card, plain matrix products on a CPU. Draws its own masks."""
+    """Paddle's fused attention: FlashAttention on a card, plain products on a CPU. Draws its own masks."""
     return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout.p, training=dropout.training)
 
 
@@ -129,36 +129,11 @@ def attention_by_matmul(
     query: paddle.Tensor, key: paddle.Tensor, value: paddle.Tensor, dropout: Dropout
 ) -> paddle.Tensor:
     """The same attention in plain products, its masks drawn by `dropout`."""
+    query = query * query.shape[-1] ** -0.5
     query, key, value = (x.transpose([0, 2, 1, 3]) for x in (query, key, value))  # [B, H, N, d]
-    scores = paddle.matmul(query * query.shape[-1] ** -0.5, key, transpose_y=True)  # [B, H, N, N]
+    scores = paddle.matmul(query, key, transpose_y=True)  # [B, H, N, N]
     out = paddle.matmul(dropout(F.softmax(scores, axis=-1)), value)  # [B, H, N, d]
     return out.transpose([0, 2, 1, 3])  # [B, N, H, d]
-
-
-def attention_by_3d_matmul(
-    query: paddle.Tensor, key: paddle.Tensor, value: paddle.Tensor, dropout: Dropout
-) -> paddle.Tensor:
-    """The same with batch and heads folded into one dimension.
-
-    For oneDNN on CPUs, whose float32 gradient of 4-D matrix products is wrong without an error in Paddle 3.3.1
-    (tests/test_step.py watches it); products of three dimensions are right. Not for tensor parallelism: of two folded
-    dimensions only one can stay split.
-    """
-    num_tokens, num_heads, head_dim = query.shape[1:]
-
-    def fold(x: paddle.Tensor) -> paddle.Tensor:
-        return x.transpose([0, 2, 1, 3]).reshape([-1, num_tokens, head_dim])  # [B*H, N, d]
-
-    scores = paddle.matmul(fold(query * head_dim**-0.5), fold(key), transpose_y=True)  # [B*H, N, N]
-    out = paddle.matmul(dropout(F.softmax(scores, axis=-1)), fold(value))  # [B*H, N, d]
-    return out.reshape([-1, num_heads, num_tokens, head_dim]).transpose([0, 2, 1, 3])  # [B, N, H, d]
-
-
-def attention_for(onednn: bool, own_masks: bool = False) -> AttentionFunction:
-    """The attention that is right with oneDNN's kernels, or without them; `own_masks`: whose masks `Dropout` draws."""
-    if onednn:
-        return attention_by_3d_matmul
-    return attention_by_matmul if own_masks else flash_attention
 
 
 def patches(images: paddle.Tensor, patch_size: int) -> paddle.Tensor:

@@ -51,7 +51,7 @@ class SGDMomentum(ShardedState, paddle.optimizer.Optimizer):
                 paddle.assign(self._create_param_lr((parameter, gradient))), dist.auto_parallel.get_mesh()
             )
         rate = everywhere(self._rate, parameter.process_mesh)
-        change = paddle.scale(moved, rate)  # not a product: oneDNN multiplies by no 0-D tensor
+        change = rate * moved
         overflow = self._get_auxiliary_var("found_inf")  # of float16's scaled gradients: then nothing is to change
         if overflow is not None:
             sound = 1.0 - overflow.astype("float32")

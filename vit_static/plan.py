@@ -254,7 +254,7 @@ def make(config: Config, parallel: ParallelConfig, world_size: int, place: Place
 
 def _compile(config: Config, parallel: ParallelConfig, mesh: mesh_module.Mesh, precision: Precision) -> Program:
     """The program of this rank, of parameters that take no memory."""
-    attention = choose_attention(config.model, parallel, "gpu", onednn=False)
+    attention = choose_attention(config.model, parallel, config.kernels, "gpu")
     is_fused = attention is model_module.flash_attention and precision.dtype != "float32"
     with paddle.LazyGuard():
         model = model_module.build(config.model, attention)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+_CPUINFO = Path("/proc/cpuinfo")
 _aside: IO[bytes] | None = None
 
 
@@ -94,9 +95,18 @@ def said_aside() -> str:
     return _aside.read().decode(errors="replace")
 
 
-def _amd_with_avx2(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+def cpu_has_bfloat16(cpuinfo: Path = _CPUINFO) -> bool:
+    """Whether the CPU multiplies bfloat16: AVX512-BF16 or AMX."""
+    return bool({"avx512_bf16", "amx_bf16"} & set(_cpu_description(cpuinfo).split()))
+
+
+def _amd_with_avx2(cpuinfo: Path = _CPUINFO) -> bool:
+    words = _cpu_description(cpuinfo).split()
+    return "AuthenticAMD" in words and "avx2" in words
+
+
+def _cpu_description(cpuinfo: Path) -> str:
     try:
-        text = cpuinfo.read_text()
+        return cpuinfo.read_text()
     except OSError:
-        return False
-    return "AuthenticAMD" in text and " avx2" in text
+        return ""

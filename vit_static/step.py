@@ -16,19 +16,16 @@ import paddle
 import paddle.distributed as dist
 from paddle import nn
 
-from vit_static import costs, cpu_collectives, placement
+from vit_static import costs, cpu_collectives, cpu_kernels, dropout, passes, placement, runtime
 from vit_static import model as model_module
 from vit_static import paddle_internals as internals
-from vit_static.config import AmpConfig, ConfigError, ModelConfig, OptimConfig, ParallelConfig
+from vit_static.config import AmpConfig, ConfigError, KernelsConfig, ModelConfig, OptimConfig, ParallelConfig
 from vit_static.costs import Costs, Counting
 from vit_static.loss import Criterion
 from vit_static.mesh import Mesh, num_micro_batches
 from vit_static.model import AttentionFunction, Dropout
 from vit_static.optim import make_optimizer
 from vit_static.weights import State, fuse_qkv
-
-# Below this width Paddle's own CPU kernels are quicker than oneDNN's, whose calls cost more than they save.
-ONEDNN_LEAST_WIDTH = 256
 
 
 @dataclass(frozen=True)
@@ -39,16 +36,33 @@ class Precision:
     dtype: str
 
 
-def choose_precision(amp: AmpConfig, device: str) -> Precision:
-    """Raises ConfigError for what the device can't do: nothing becomes another precision by itself."""
-    level = {"gpu": "O2", "cpu": "O0"}[device] if amp.level == "auto" else amp.level
+def choose_precision(
+    amp: AmpConfig, device: str, kernels: KernelsConfig | None = None, *, cpu_has_bfloat16: bool | None = None
+) -> Precision:
+    """Raises ConfigError for what the device can't do: nothing becomes another precision by itself.
+
+    `cpu_has_bfloat16` None: this machine's.
+    """
+    if cpu_has_bfloat16 is None:
+        cpu_has_bfloat16 = runtime.cpu_has_bfloat16()
+    has_kernels = kernels is None or kernels.onednn
+    dtype = "bfloat16" if amp.dtype == "auto" else amp.dtype
+    on_cpu = "O0" if dtype == "bfloat16" and not (cpu_has_bfloat16 and has_kernels) else "O1"
+    level: str = {"gpu": "O2", "cpu": on_cpu}[device] if amp.level == "auto" else amp.level
     if level == "O0":
         return Precision("O0", "float32")
-    dtype = "bfloat16" if amp.dtype == "auto" else amp.dtype
     if device == "cpu" and (level == "O2" or dtype == "float16"):
         raise ConfigError(
             f"amp = {level} in {dtype}: a CPU has bfloat16 autocast alone; "
             "set amp.level=O1 with amp.dtype=bfloat16, or amp.level=O0 (or auto)"
+        )
+    if device == "cpu" and not has_kernels:
+        raise ConfigError(
+            "amp.level = O1: on a CPU oneDNN multiplies bfloat16; set kernels.onednn=true, or amp.level=O0 (or auto)"
+        )
+    if device == "cpu" and not cpu_has_bfloat16:
+        raise ConfigError(
+            "amp.level = O1: this CPU doesn't multiply bfloat16 (no AVX512-BF16, no AMX); set amp.level=O0 (or auto)"
         )
     if level == "O1" and dtype == "float16":
         raise ConfigError(
@@ -57,20 +71,15 @@ def choose_precision(amp: AmpConfig, device: str) -> Precision:
     return Precision(level, dtype)
 
 
-def use_onednn(device: str, width: int, mp: int = 1) -> bool:
-    """Whether to run oneDNN's kernels; sets Paddle's flag for this process, before anything is built.
-
-    Not under tensor parallelism: the attention that is right there can't stay split (model.attention_by_3d_matmul).
-    """
-    use = device == "cpu" and width >= ONEDNN_LEAST_WIDTH and mp == 1
-    paddle.set_flags({"FLAGS_use_mkldnn": use})
-    return use
-
-
-def choose_attention(config: ModelConfig, parallel: ParallelConfig, device: str, onednn: bool) -> AttentionFunction:
-    """The attention for a run: fused where that draws no masks that must follow the mesh."""
+def choose_attention(
+    config: ModelConfig, parallel: ParallelConfig, kernels: KernelsConfig, device: str
+) -> AttentionFunction:
+    """The attention for a run: on a card the fused one, unless its masks must follow the mesh. On a CPU plain products,
+    which cpu_kernels.py fuses."""
     own_masks = config.attention_dropout > 0.0 and _seeds_dropout(parallel, device)
-    return model_module.attention_for(onednn, own_masks)
+    if device == "gpu" and kernels.flash_attention and not own_masks:
+        return model_module.flash_attention
+    return model_module.attention_by_matmul
 
 
 def _seeds_dropout(parallel: ParallelConfig, device: str) -> bool:
@@ -101,10 +110,10 @@ class Program:
         learning_rate: Callable[[int], float] | None = None,
         parallel: ParallelConfig | None = None,
         seed: int = 0,
-        onednn: bool = False,
+        kernels: KernelsConfig | None = None,
         counting: Counting = costs.FLOAT32,
     ) -> None:
-        parallel = parallel or ParallelConfig()
+        parallel, kernels = parallel or ParallelConfig(), kernels or KernelsConfig()
         self._model, self._criterion, self._mesh = model, criterion, mesh
         self._num_micro_batches = num_micro_batches(parallel)
         self._seed = seed
@@ -114,14 +123,16 @@ class Program:
         self._counting = counting
         self._sharding_stage = parallel.sharding_stage
         self._bucket_bytes = int(parallel.bucket_mb * 1e6)
+        self._lowers = mesh.device == "cpu" and kernels.onednn
         self._specs = {"eval": self._input_specs(eval_batch_size, image_size)}
         stages = placement.split(model, mesh, parallel.sharding_stage)
         self._dropout = None
         if learning_rate is not None:
             self._dropout = _place_dropouts(model, mesh, seed, stages, _seeds_dropout(parallel, mesh.device))
         _recompute_blocks(model, parallel.recompute)
-        _open_in_forward(model, precision, onednn, self._dropout)
-        strategy = _strategy(precision, amp or AmpConfig(), parallel, batch_size or eval_batch_size)
+        amp = amp or AmpConfig()
+        _open_in_forward(model, precision, amp, self._dropout)
+        strategy = _strategy(precision, amp, parallel, batch_size or eval_batch_size)
         if learning_rate is None or optim is None or batch_size is None:
             optimizer = None
         else:
@@ -246,15 +257,17 @@ class Program:
 
     def _change(self, compiled: Any) -> None:
         """What Paddle's passes leave to be done in a program of this rank."""
-        internals.seed_dropouts(compiled)
+        dropout.seed_dropouts(compiled)
         if self._sharding_stage == 3:
-            internals.gather_again(compiled)
+            passes.gather_again(compiled)
         if self._entering == "train" and self._bucket_bytes > 0:
-            internals.fuse_all_reduces(compiled, self._bucket_bytes)
+            passes.fuse_all_reduces(compiled, self._bucket_bytes)
         if self._entering == "train" and self._costs is None:
             self._costs = costs.of_program(compiled, internals.structured_names(self._program), self._counting)
         if self._mesh.device == "cpu" and self._mesh.world_size > 1:
             cpu_collectives.replace_collectives(compiled)
+        if self._lowers:
+            cpu_kernels.lower(compiled)
 
     def _input_specs(self, batch_size: int, image_size: tuple[int, int]) -> list[list[Any]]:
         mesh = self._mesh
@@ -278,6 +291,8 @@ def _strategy(precision: Precision, amp: AmpConfig, parallel: ParallelConfig, ba
         strategy.amp.use_dynamic_loss_scaling = precision.dtype == "float16"
         strategy.amp.use_master_grad = amp.master_grad
         strategy.amp.use_promote = True
+        strategy.amp.custom_white_list = list(amp.white_list)
+        strategy.amp.custom_black_list = list(amp.black_list)
     if parallel.pp > 1:
         strategy.pipeline.enable = True
         strategy.pipeline.schedule_mode = parallel.pp_schedule
@@ -303,38 +318,41 @@ def _recompute_blocks(model: model_module.VisionTransformer, recompute: str | in
 
 def _place_dropouts(
     model: nn.Layer, mesh: Mesh, seed: int, stages: dict[str, int], seeded: bool
-) -> internals.SeededDropout | None:
+) -> dropout.SeededDropout | None:
     """Has every dropout of the model draw its masks on its stage, from a seed of its own where `seeded`."""
     dropouts = [(layer, stages[name]) for name, layer in model.named_sublayers() if isinstance(layer, Dropout)]
     if not any(layer.p > 0.0 for layer, _ in dropouts):
         return None
     meshes = [mesh.stage(stage) for stage in range(mesh.sizes.pp)]
-    seeds = internals.SeededDropout(seed, mesh.rank, meshes, [stage for _, stage in dropouts])
+    seeds = dropout.SeededDropout(seed, mesh.rank, meshes, [stage for _, stage in dropouts])
     for index, (layer, stage) in enumerate(dropouts):
-        layer.function = seeds.function(index) if seeded else internals.placed_dropout(meshes[stage])
+        layer.function = seeds.function(index) if seeded else dropout.placed_dropout(meshes[stage])
     return seeds if seeded else None
 
 
 def _open_in_forward(
-    model: nn.Layer, precision: Precision, onednn: bool, dropout: internals.SeededDropout | None
+    model: nn.Layer, precision: Precision, amp: AmpConfig, seeds: dropout.SeededDropout | None
 ) -> None:
     """Wraps the model's forward in what must be open while it is traced.
 
     On a CPU, Paddle refuses an auto_cast that is opened before the tracing, as the engine does from its strategy;
-    on a card the engine's is used for O2, and O1 shares these lines. oneDNN's gradient of a product crashes where
-    the first operand, here the images, asks for none.
+    on a card the engine's is used for O2, and O1 shares these lines.
     """
     forward = model.forward
     autocast = precision.level == "O1"
     dtype = precision.dtype if autocast else "float16"  # one that auto_cast takes; O0 has float32
 
     def traced(images: paddle.Tensor) -> paddle.Tensor:
-        if onednn:
-            images.stop_gradient = False
-        if dropout is not None and model.training:
-            dropout.begin()
-        with paddle.amp.auto_cast(enable=autocast, level="O1", dtype=dtype):
+        if seeds is not None and model.training:
+            seeds.begin()
+        with paddle.amp.auto_cast(
+            enable=autocast,
+            level="O1",
+            dtype=dtype,
+            custom_white_list=set(amp.white_list),
+            custom_black_list=set(amp.black_list),
+        ):
             return forward(images)
 
-    if onednn or autocast or dropout is not None:
+    if autocast or seeds is not None:
         model.forward = traced

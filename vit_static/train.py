@@ -25,7 +25,7 @@ from vit_static.evaluate import describe, eval_batch_size, eval_feed, evaluate
 from vit_static.log import Meter, RunLog, duration
 from vit_static.loss import Criterion
 from vit_static.schedule import learning_rate
-from vit_static.step import Program, choose_precision, use_onednn
+from vit_static.step import Program, choose_precision
 from vit_static.weights import init_from, write_pdparams
 
 
@@ -47,13 +47,12 @@ def train(config: Config, resume: bool = True) -> bool:
 
     # -- the processes -------------------------------------------------------------------------------------------
     mesh = mesh_module.start(sizes, config.device)
-    precision = choose_precision(config.amp, mesh.device)
-    onednn = use_onednn(mesh.device, shape.width, sizes.mp)
+    precision = choose_precision(config.amp, mesh.device, config.kernels)
 
     # -- the model, and what it starts from: this run's latest checkpoint > init.from > fresh weights ------------
     mesh_module.seed_everything(config.seed)
     model = model_module.build(
-        config.model, step_module.choose_attention(config.model, config.parallel, mesh.device, onednn)
+        config.model, step_module.choose_attention(config.model, config.parallel, config.kernels, mesh.device)
     )
     newest = checkpoint.latest(config.run_dir) if resume else None
     start = "fresh weights"
@@ -80,7 +79,7 @@ def train(config: Config, resume: bool = True) -> bool:
         learning_rate=lambda step: learning_rate(step, total_steps, config.optim, config.schedule),
         parallel=config.parallel,
         seed=config.seed,
-        onednn=onednn,
+        kernels=config.kernels,
     )
     progress = Progress(step=0)
     if newest is not None:
@@ -127,7 +126,7 @@ def train(config: Config, resume: bool = True) -> bool:
         log.say(
             f"{len(train_images)} training and {len(val_images)} validation images in {config.data.root}; "
             f"{total_steps} steps of {batch_size} images on {world_size} x {mesh.device}, "
-            f"precision {precision.level} {precision.dtype}, oneDNN {'on' if onednn else 'off'}"
+            f"precision {precision.level} {precision.dtype}"
         )
         if newest is not None:
             log.record("event", progress.step, progress.step * batch_size / len(train_images), event="resumed")
