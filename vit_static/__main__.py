@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vit_static import runtime
-from vit_static.config import UserError, load
+from vit_static.config import Config, UserError, load
 from vit_static.devices import CARDS_A_NODE, DEVICES, INTERCONNECTS
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_MISTAKE, EXIT_STOPPED = 0, 1, 2, 75
@@ -104,18 +104,29 @@ def make_parser() -> argparse.ArgumentParser:
     benches = add("bench", "speeds, as ratios measured in one run").add_subparsers(
         dest="bench", required=True, metavar="WHAT", parser_class=_Parser
     )
-    for name, help_text in (("train", "training"), ("step", "this layout's training step, as a line of JSON")):
-        verb = benches.add_parser(name, help=help_text)
-        add_config(verb, CONFIGS / "quickstart.yaml")
-        verb.add_argument("--seconds", type=_seconds, default=10.0, help="to measure each for (default: 10)")
-        if name == "train":
-            verb.add_argument(
-                "--scaling",
-                action="store_true",
-                required=True,
-                help="the same batch on one process and on several, data- and tensor-parallel",
-            )
-            verb.add_argument("--rounds", type=_at_least_one, default=3, help="of all layouts in turn (default: 3)")
+
+    def add_bench(name: str, help_text: str, config: str) -> argparse.ArgumentParser:
+        verb = benches.add_parser(name, help=help_text, description=help_text)
+        add_config(verb, CONFIGS / config)
+        verb.add_argument("-v", "--verbose", action="store_true", help="Paddle's and DALI's own messages too")
+        return verb
+
+    def add_rounds(verb: argparse.ArgumentParser, rounds: int) -> None:
+        verb.add_argument("--rounds", type=_at_least_one, default=rounds, help=f"of all in turn (default: {rounds})")
+        verb.add_argument("--seconds", type=_seconds, default=8.0, help="of each in a round (default: 8)")
+        verb.add_argument("--json", type=Path, metavar="FILE", help="write what was found there too")
+
+    verb = add_bench("train", "the training step against PyTorch and a dynamic-graph Paddle loop", "bench_s16.yaml")
+    add_rounds(verb, 5)
+    verb.add_argument(
+        "--scaling", action="store_true", help="instead: one process against several, data- and tensor-parallel"
+    )
+    verb = add_bench("profile", "where a training step's time goes, by operator", "bench_s16.yaml")
+    verb.add_argument("--steps", type=_at_least_one, default=3, help="to average over (default: 3)")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write what was found there too")
+    verb = add_bench("step", "this layout's training step, as a line of JSON", "quickstart.yaml")
+    verb.add_argument("--seconds", type=_seconds, default=10.0, help="to measure for (default: 10)")
+    verb.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # for bench train's own use
     return parser
 
 
@@ -174,18 +185,33 @@ def run(arguments: argparse.Namespace) -> int:
         place = plan.Place(arguments.device, arguments.interconnect, arguments.cards_per_node)
         plan.run(config, arguments.mesh, arguments.world, place, arguments.rank, arguments.search, arguments.json)
     elif arguments.verb == "bench":
-        from vit_static import bench
-
         assert config is not None
-        if arguments.bench == "train":
-            bench.run_scaling(arguments.config, arguments.overrides, arguments.rounds, arguments.seconds)
-        else:
-            bench.run_step(config, arguments.seconds)
+        _bench(arguments, config)
     else:
         from vit_static import export
 
         export.run(config, arguments.checkpoint, arguments.out, arguments.overrides)
     return EXIT_DONE
+
+
+def _bench(arguments: argparse.Namespace, config: Config) -> None:
+    given = arguments.config, arguments.overrides
+    if arguments.bench == "train" and arguments.scaling:
+        from vit_static.bench import scaling
+
+        scaling.run(*given, arguments.rounds, arguments.seconds)
+    elif arguments.bench == "train":
+        from vit_static.bench import train
+
+        train.run(config, *given, arguments.rounds, arguments.seconds, arguments.json)
+    elif arguments.bench == "profile":
+        from vit_static.bench import profile
+
+        profile.run(config, arguments.steps, arguments.json)
+    else:
+        from vit_static.bench import step
+
+        step.serve(config) if arguments.serve else step.run(config, arguments.seconds)
 
 
 if __name__ == "__main__":

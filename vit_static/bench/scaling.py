@@ -1,4 +1,4 @@
-"""How quick training is, as ratios that one run has measured; the verb `bench`."""
+"""`bench train --scaling`: the same batch on one process and on several, as ratios that one run has measured."""
 
 from __future__ import annotations
 
@@ -7,31 +7,14 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import paddle
-
-from vit_static import cpu_collectives
 from vit_static import mesh as mesh_module
 from vit_static import model as model_module
-from vit_static.config import Config, ConfigError, load
-from vit_static.loss import Criterion
-from vit_static.step import Program, choose_attention, choose_precision
-
-_WARM_UP_STEPS = 3
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Of one layout: images a second over all ranks; the share of the time that rank 0 spent in collectives, where it
-    can be told (on CPUs)."""
-
-    images_per_s: float
-    in_collectives: float | None
+from vit_static.bench.step import Speed
+from vit_static.config import ConfigError, load
 
 
 @dataclass(frozen=True)
@@ -54,7 +37,7 @@ def scaling_layouts(num_cores: int) -> list[Layout]:
     return layouts
 
 
-def run_scaling(config_path: Path, overrides: Sequence[str], rounds: int, seconds: float) -> None:
+def run(config_path: Path, overrides: Sequence[str], rounds: int, seconds: float) -> None:
     """`bench train --scaling`: every layout in turn, several times over, and the ratios of their medians."""
     layouts = scaling_layouts(len(os.sched_getaffinity(0)))
     for layout in layouts:  # before any is measured
@@ -89,46 +72,3 @@ def _measure_in_processes(layout: Layout, config_path: Path, overrides: Sequence
     if finished.returncode != 0:
         raise RuntimeError(f"{layout.name}: the measuring processes ended with exit code {finished.returncode}")
     return Speed(**json.loads(finished.stdout.strip().splitlines()[-1]))
-
-
-def run_step(config: Config, seconds: float) -> None:
-    """`bench step`: rank 0 prints the speed of the run's training step, on images of noise, as a line of JSON."""
-    rank, world_size = mesh_module.rank_and_world_size()
-    variant = model_module.variant_of(config.model)
-    batch_size = config.data.global_batch_size
-    sizes = mesh_module.check(config.parallel, world_size, batch_size, variant)
-    mesh = mesh_module.start(sizes, config.device)
-    mesh_module.seed_everything(config.seed)
-    program = Program(
-        model_module.build(config.model, choose_attention(config.model, config.parallel, config.kernels, mesh.device)),
-        Criterion(config.loss),
-        mesh,
-        choose_precision(config.amp, mesh.device, config.kernels),
-        image_size=config.model.image_size,
-        batch_size=batch_size,
-        eval_batch_size=mesh.dp_size,
-        optim=config.optim,
-        amp=config.amp,
-        learning_rate=lambda step: config.optim.lr,
-        parallel=config.parallel,
-        seed=config.seed,
-        kernels=config.kernels,
-    )
-    rng = np.random.default_rng(mesh.dp_rank)
-    part = batch_size // mesh.dp_size
-    images = paddle.to_tensor(rng.standard_normal((part, 3, *config.model.image_size)).astype(np.float32))
-    labels = paddle.to_tensor(rng.integers(0, config.model.num_classes, part))
-    step = 0
-    for step in range(_WARM_UP_STEPS):
-        program.scalar(program.train_step(images, labels, step))
-    mesh.wait_for_all()
-    cpu_collectives.seconds_spent = 0.0
-    started, first, enough = time.perf_counter(), step, False
-    while not enough:
-        step += 1
-        program.scalar(program.train_step(images, labels, step))
-        enough = mesh.any_rank(time.perf_counter() - started > seconds)
-    elapsed = time.perf_counter() - started
-    share = cpu_collectives.seconds_spent / elapsed if mesh.device == "cpu" else None
-    if rank == 0:
-        print(json.dumps(asdict(Speed((step - first) * batch_size / elapsed, share))), flush=True)

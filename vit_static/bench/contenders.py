@@ -1,0 +1,175 @@
+"""Contenders that take turns: each a process that stays, so that what is compared has met the same machine.
+
+Speeds on a shared machine change from minute to minute; a ratio is only worth something between neighbours in time. So
+all contenders are made ready first, then each works for some seconds, in turn, round after round, and a ratio is the
+median of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import venv
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vit_static.config import UserError
+from vit_static.files import write_atomically
+
+ROOT = Path(__file__).resolve().parents[2]
+PEERS = Path(__file__).resolve().parent / "peers"
+ENVIRONMENT = ROOT / ".venv-bench"
+REQUIREMENTS = ROOT / ".requirements" / "bench.txt"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to do the same work. `command` starts a process that speaks as peers/protocol.py does."""
+
+    name: str
+    title: str
+    command: tuple[str, ...]
+    environ: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Result:
+    """What a contender did: images a second in each round, and the most memory that its process had."""
+
+    title: str
+    version: str = ""
+    images_per_s: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.images_per_s)
+
+
+def peers_python() -> str:
+    """The interpreter of the peers' environment, which is made where it is missing: none of it is a dependency of the
+    program. Raises UserError if it can't be installed."""
+    python, stamp = ENVIRONMENT / "bin" / "python", ENVIRONMENT / "bench.txt"
+    wanted = REQUIREMENTS.read_text()
+    if not stamp.is_file() or stamp.read_text() != wanted:
+        print(f"installing the peers ({REQUIREMENTS.relative_to(ROOT)}) into {ENVIRONMENT.name} ...", flush=True)
+        venv.create(ENVIRONMENT, with_pip=True, clear=True)
+        install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"]
+        finished = subprocess.run([*install, str(REQUIREMENTS)], capture_output=True, text=True, check=False)
+        if finished.returncode != 0:
+            reason = (finished.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+            raise UserError(f"{REQUIREMENTS}: can't be installed ({reason}); the benchmark measures against these")
+        stamp.write_text(wanted)
+    return str(python)
+
+
+def our_python() -> str:
+    return sys.executable
+
+
+def take_turns(contenders: Sequence[Contender], rounds: int, seconds: float) -> dict[str, Result]:
+    """By name, what each contender did in all rounds. Raises RuntimeError if one of them fails."""
+    results = {contender.name: Result(contender.title) for contender in contenders}
+    with contextlib.ExitStack() as stack:
+        running = {}
+        for contender in contenders:
+            process = running[contender.name] = stack.enter_context(_started(contender))
+            known = _hear(process, contender)
+            results[contender.name].version = str(known.get("version", ""))
+        for number in range(rounds):
+            for contender in contenders:
+                process = running[contender.name]
+                assert process.stdin is not None
+                print(seconds, file=process.stdin, flush=True)
+                done = _hear(process, contender)
+                speed = done["num_images"] / done["seconds"]
+                results[contender.name].images_per_s.append(speed)
+                print(f"round {number + 1}  {contender.title:<44} {speed:9.2f} images/s", flush=True)
+        for contender in contenders:
+            process = running[contender.name]
+            assert process.stdin is not None
+            process.stdin.close()
+            results[contender.name].peak_bytes = int(_hear(process, contender)["peak_bytes"])
+    return results
+
+
+@contextlib.contextmanager
+def _started(contender: Contender) -> Iterator[subprocess.Popen[str]]:
+    environ = {**os.environ, "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), **contender.environ}
+    process = subprocess.Popen(
+        contender.command,
+        env=environ,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _hear(process: subprocess.Popen[str], contender: Contender) -> dict[str, Any]:
+    """The next thing that a contender says; what libraries print in between is passed over."""
+    assert process.stdout is not None and process.stderr is not None
+    for line in process.stdout:
+        if line.startswith("{"):
+            said: dict[str, Any] = json.loads(line)
+            return said
+    raise RuntimeError(f"{contender.title}: its process has ended:\n{process.stderr.read()[-4000:]}")
+
+
+def ratio(ours: Result, theirs: Result) -> float:
+    """The median of the rounds' ratios of speeds."""
+    return statistics.median(a / b for a, b in zip(ours.images_per_s, theirs.images_per_s, strict=True))
+
+
+def print_table(results: Mapping[str, Result], rounds: int) -> None:
+    print(f"\n{f'median of {rounds} rounds':<46}{'images/s':>10}{'least':>9}{'most':>9}{'peak memory':>14}")
+    for result in results.values():
+        title = f"{result.title} {result.version}".strip()
+        least, most = min(result.images_per_s), max(result.images_per_s)
+        print(f"{title:<46}{result.median:10.2f}{least:9.2f}{most:9.2f}{result.peak_bytes / 1e6:11.0f} MB")
+
+
+def print_ratios(ratios: Mapping[str, float], targets: Mapping[str, float] | None = None) -> None:
+    """`targets`: what a ratio should be at least, or at most where it is of memory."""
+    print(f"\n{'ratio, ours over theirs':<46}{'measured':>10}{'target':>9}")
+    for name, value in ratios.items():
+        target = (targets or {}).get(name)
+        print(f"{name:<46}{value:10.2f}{'' if target is None else f'{target:.1f}':>9}")
+
+
+def write_json(path: Path | None, ratios: Mapping[str, float], results: Mapping[str, Result]) -> None:
+    if path is None:
+        return
+    found = {
+        "ratios": dict(ratios),
+        "contenders": {
+            name: {
+                "title": result.title,
+                "version": result.version,
+                "images_per_s": result.images_per_s,
+                "median_images_per_s": result.median,
+                "peak_bytes": result.peak_bytes,
+            }
+            for name, result in results.items()
+        },
+    }
+    with write_atomically(path) as temporary:
+        temporary.write_text(json.dumps(found, indent=1))
+
+
+def check_writable(path: Path | None) -> None:
+    """Raises UserError, before anything is measured, for a file that could not be written at the end."""
+    if path is not None and not path.parent.is_dir():
+        raise UserError(f"--json {path}: there is no folder {path.parent}; make it, or name another file")

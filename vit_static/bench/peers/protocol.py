@@ -1,0 +1,32 @@
+"""How a contender takes its turns: a process that gets ready, and then works for as long as each line tells it to.
+
+For peers' scripts, which run in an environment of their own: this imports nothing but Python's own library.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def serve(work: Callable[[], int], **known: Any) -> None:
+    """Says that it is ready, with what is `known`; for each line of standard input, a number of seconds, repeats
+    `work`, which returns the number of images that it has done, for at least as long, and says how it went. At the end
+    of the input, says the most memory that the process has had."""
+    _say(ready=True, **known)
+    for line in sys.stdin:
+        enough, num_images, started = float(line), 0, time.perf_counter()
+        elapsed = 0.0
+        while elapsed < enough or num_images == 0:
+            num_images += work()
+            elapsed = time.perf_counter() - started
+        _say(num_images=num_images, seconds=elapsed)
+    _say(peak_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def _say(**what: Any) -> None:
+    print(json.dumps(what), flush=True)

@@ -1,0 +1,103 @@
+"""The run's training step on images of noise: what the benchmarks repeat; `bench step` measures it by itself."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import paddle
+
+from vit_static import cpu_collectives, flops
+from vit_static import mesh as mesh_module
+from vit_static import model as model_module
+from vit_static.bench.peers import protocol
+from vit_static.config import Config
+from vit_static.loss import Criterion
+from vit_static.step import Program, choose_attention, choose_precision
+
+_WARM_UP_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one layout: images a second over all ranks; the share of the time that rank 0 spent in collectives, where it
+    can be told (on CPUs); of a card the share of its peak, where that is known, and the most memory in bytes."""
+
+    images_per_s: float
+    in_collectives: float | None
+    mfu: float | None = None
+    peak_bytes: int | None = None
+
+
+class NoiseStep:
+    """A config's program on this rank, compiled and warm; each call is a step, waited for."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        _, world_size = mesh_module.rank_and_world_size()
+        variant = model_module.variant_of(config.model)
+        self.batch_size = config.data.global_batch_size
+        sizes = mesh_module.check(config.parallel, world_size, self.batch_size, variant)
+        self.mesh = mesh_module.start(sizes, config.device)
+        self.precision = choose_precision(config.amp, self.mesh.device, config.kernels)
+        mesh_module.seed_everything(config.seed)
+        attention = choose_attention(config.model, config.parallel, config.kernels, self.mesh.device)
+        self.program = Program(
+            model_module.build(config.model, attention),
+            Criterion(config.loss),
+            self.mesh,
+            self.precision,
+            image_size=config.model.image_size,
+            batch_size=self.batch_size,
+            eval_batch_size=self.mesh.dp_size,
+            optim=config.optim,
+            amp=config.amp,
+            learning_rate=lambda step: config.optim.lr,
+            parallel=config.parallel,
+            seed=config.seed,
+            kernels=config.kernels,
+        )
+        rng = np.random.default_rng(self.mesh.dp_rank)
+        part = self.batch_size // self.mesh.dp_size
+        self._images = paddle.to_tensor(rng.standard_normal((part, 3, *config.model.image_size)).astype(np.float32))
+        self._labels = paddle.to_tensor(rng.integers(0, config.model.num_classes, part))
+        self._num_done = 0
+        for _ in range(_WARM_UP_STEPS):
+            self()
+
+    def __call__(self) -> int:
+        """The number of images that the step took, over all ranks."""
+        loss = self.program.train_step(self._images, self._labels, self._num_done)
+        self.program.scalar(loss)
+        self._num_done += 1
+        return self.batch_size
+
+
+def serve(config: Config) -> None:
+    """`bench step --serve`: a contender of bench/contenders.py."""
+    protocol.serve(NoiseStep(config))
+
+
+def run(config: Config, seconds: float) -> None:
+    """`bench step`: rank 0 prints the speed as a line of JSON."""
+    step = NoiseStep(config)
+    mesh = step.mesh
+    mesh.wait_for_all()
+    cpu_collectives.seconds_spent = 0.0
+    started, num_images, enough = time.perf_counter(), 0, False
+    while not enough:
+        num_images += step()
+        enough = mesh.any_rank(time.perf_counter() - started > seconds)
+    elapsed = time.perf_counter() - started
+    if mesh.rank == 0:
+        print(json.dumps(asdict(_speed(step, num_images / elapsed, elapsed))), flush=True)
+
+
+def _speed(step: NoiseStep, images_per_s: float, elapsed: float) -> Speed:
+    if step.mesh.device == "cpu":
+        return Speed(images_per_s, cpu_collectives.seconds_spent / elapsed)
+    peak = flops.peak_flops(mesh_module.device_name(step.mesh), step.precision.dtype)
+    done = images_per_s * flops.train_flops(model_module.shape_of(step.config.model)) / step.mesh.world_size
+    return Speed(images_per_s, None, None if peak is None else done / peak, paddle.device.cuda.max_memory_allocated())

@@ -1,0 +1,89 @@
+"""`bench train`: the training step against PyTorch's, and against a dynamic-graph Paddle loop as PLSC has it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from vit_static import model as model_module
+from vit_static import runtime
+from vit_static.bench.contenders import (
+    PEERS,
+    Contender,
+    check_writable,
+    our_python,
+    peers_python,
+    print_ratios,
+    print_table,
+    ratio,
+    take_turns,
+    write_json,
+)
+from vit_static.config import Config, ConfigError
+
+TARGETS = {
+    "fp32_vs_pytorch": 1.3,
+    "bf16_vs_pytorch": 1.0,
+    "bf16_vs_dynamic_fp32": 6.0,
+    "memory_vs_pytorch": 1.0,
+}
+
+
+def run(
+    config: Config, config_path: Path, overrides: Sequence[str], rounds: int, seconds: float, json_path: Path | None
+) -> None:
+    """Prints speeds and their ratios, and writes them to `json_path`. On a CPU without bfloat16, float32 alone."""
+    check_writable(json_path)
+    contenders = contenders_for(config, config_path, overrides)
+    results = take_turns(contenders, rounds, seconds)
+    ratios = {"fp32_vs_pytorch": ratio(results["ours_fp32"], results["pytorch_fp32"])}
+    memory = [results["ours_fp32"].peak_bytes / results["pytorch_fp32"].peak_bytes]
+    if "ours_bf16" in results:
+        ratios["bf16_vs_pytorch"] = ratio(results["ours_bf16"], results["pytorch_bf16"])
+        ratios["bf16_vs_dynamic_fp32"] = ratio(results["ours_bf16"], results["dynamic_fp32"])
+        memory.append(results["ours_bf16"].peak_bytes / results["pytorch_bf16"].peak_bytes)
+    ratios["memory_vs_pytorch"] = max(memory)
+    print_table(results, rounds)
+    print_ratios(ratios, TARGETS)
+    print("(memory: the greater of the two precisions' ratios)")
+    write_json(json_path, ratios, results)
+
+
+def contenders_for(config: Config, config_path: Path, overrides: Sequence[str]) -> list[Contender]:
+    """Ours, PyTorch's and the dynamic loop, on the same model, batch and optimizer, each on all cores."""
+    variant = model_module.variant_of(config.model)
+    height, width = config.model.image_size
+    if height != width or config.model.pool != "cls" or config.optim.name != "adamw":
+        raise ConfigError("bench train: the peers have square images, a class token and AdamW; set those")
+    spec = {
+        "model": {
+            "image_size": height,
+            "patch_size": variant.patch_size,
+            "width": variant.width,
+            "depth": variant.depth,
+            "num_heads": variant.num_heads,
+            "mlp_dim": variant.mlp_dim,
+            "num_classes": config.model.num_classes,
+        },
+        "batch_size": config.data.global_batch_size,
+        "lr": config.optim.lr,
+        "weight_decay": config.optim.weight_decay,
+        "clip_norm": config.optim.clip_norm or float("inf"),
+    }
+    given = [argument for override in overrides for argument in ("-o", override)]
+    ours = (our_python(), "-m", "vit_static", "bench", "step", "--serve", "-c", str(config_path), *given)
+    peers = peers_python()
+    contenders = []
+    for precision, level in (("fp32", "O0"), ("bf16", "O1")):
+        if precision == "bf16" and not runtime.cpu_has_bfloat16():
+            print("this CPU multiplies no bfloat16: float32 alone is measured")
+            continue
+        dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
+        theirs = (peers, str(PEERS / "pytorch_train.py"), json.dumps({**spec, "precision": dtype}))
+        contenders += [
+            Contender(f"ours_{precision}", f"vit_static {precision}", (*ours, "-o", f"amp.level={level}")),
+            Contender(f"pytorch_{precision}", f"PyTorch {precision}", theirs),
+        ]
+    dynamic = (our_python(), str(PEERS / "plsc_like.py"), json.dumps(spec))
+    return [*contenders, Contender("dynamic_fp32", "dynamic-graph Paddle fp32", dynamic)]
