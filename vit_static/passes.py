@@ -13,7 +13,7 @@ from typing import Any
 import paddle
 from paddle import pir
 
-_FORWARD, _BACKWARD, _UPDATE = 0, 1, 2  # roles of operators
+FORWARD, BACKWARD, UPDATE = 0, 1, 2  # roles of operators
 _GATHERING = {
     *("pd_op.all_gather", "pd_op.concat", "pd_op.split", "pd_op.split_with_num", "pd_op.transpose", "pd_op.reshape"),
     *("pd_op.cast", "pd_op.assign", "pd_op.full", "pd_op.full_int_array", "builtin.split", "builtin.combine"),
@@ -27,7 +27,7 @@ def gather_again(program: Any) -> None:
     operations = list(program.global_block().ops)
     gathering: dict[str, list[Any]] = {}  # by a value's id, the operators that make it of parameters alone, in order
     for operation in operations:
-        if operation.op_role != _FORWARD and operation.name() != "builtin.parameter":
+        if operation.op_role != FORWARD and operation.name() != "builtin.parameter":
             continue
         operands = [operation.operand_source(index) for index in range(operation.num_operands())]
         if operation.name() in _GATHERING and all(operand.id in gathering for operand in operands):
@@ -39,7 +39,7 @@ def gather_again(program: Any) -> None:
         else:
             continue
         gathering.update({value.id: chain for value in operation.results()})
-    backward = {operation.id() for operation in operations if operation.op_role == _BACKWARD}
+    backward = {operation.id() for operation in operations if operation.op_role == BACKWARD}
     for operation in operations:
         for value in operation.results():
             chain = gathering.get(value.id, [])
@@ -47,10 +47,10 @@ def gather_again(program: Any) -> None:
                 continue
             readers = [op for op in value.all_used_ops() if op.id() in backward]
             if readers:
-                _clone_before(chain, value, readers, operations)
+                clone_before(chain, value, readers, operations)
 
 
-def _clone_before(chain: list[Any], value: Any, readers: list[Any], operations: list[Any]) -> None:
+def clone_before(chain: list[Any], value: Any, readers: list[Any], operations: list[Any]) -> None:
     """Puts a copy of the operators that make a value before the first of its readers, which read the copy's."""
     numbers = {reader.id() for reader in readers}
     pir.set_insertion_point(next(operation for operation in operations if operation.id() in numbers))
@@ -63,7 +63,7 @@ def _clone_before(chain: list[Any], value: Any, readers: list[Any], operations: 
                 copies.add(source, source)
     for operation in made.values():
         copy = operation.clone(copies, pir.CloneOptions(False, True, True))
-        copy.op_role = _BACKWARD
+        copy.op_role = BACKWARD
     value.replace_grad_users_with(copies.look_up(value), set(readers))
 
 
@@ -74,7 +74,7 @@ def fuse_all_reduces(program: Any, bucket_bytes: int) -> None:
     buckets: dict[tuple[Any, ...], list[Any]] = {}  # the open one of each kind
     full = []
     for operation in operations:
-        if operation.name() not in ("pd_op.all_reduce", "pd_op.all_reduce_") or operation.op_role != _UPDATE:
+        if operation.name() not in ("pd_op.all_reduce", "pd_op.all_reduce_") or operation.op_role != UPDATE:
             continue
         given, value = operation.attrs(), operation.operand_source(0)
         kind = (given["ring_id"], given["reduce_type"], str(value.dtype))
@@ -87,7 +87,7 @@ def fuse_all_reduces(program: Any, bucket_bytes: int) -> None:
             full.append(bucket)
             bucket = buckets[kind] = []
         bucket.append(operation)
-    with paddle.static.program_guard(program), role(_UPDATE):
+    with paddle.static.program_guard(program), role(UPDATE):
         for bucket in [*full, *buckets.values()]:
             if len(bucket) > 1:
                 _sum_together(bucket)

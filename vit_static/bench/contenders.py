@@ -13,8 +13,9 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import venv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,59 +74,76 @@ def our_python() -> str:
     return sys.executable
 
 
+def peer(name: str, title: str, python: str, script: str, spec: Mapping[str, Any]) -> Contender:
+    """A script of `peers`, which gets its `spec` as JSON."""
+    return Contender(name, title, (python, str(PEERS / script), json.dumps(spec)), {"PYTHONPATH": str(PEERS)})
+
+
 def take_turns(contenders: Sequence[Contender], rounds: int, seconds: float) -> dict[str, Result]:
     """By name, what each contender did in all rounds. Raises RuntimeError if one of them fails."""
     results = {contender.name: Result(contender.title) for contender in contenders}
     with contextlib.ExitStack() as stack:
-        running = {}
+        running: dict[str, _Running] = {}
         for contender in contenders:
-            process = running[contender.name] = stack.enter_context(_started(contender))
-            known = _hear(process, contender)
+            process = running[contender.name] = stack.enter_context(_Running(contender))
+            known = process.hear()
             results[contender.name].version = str(known.get("version", ""))
         for number in range(rounds):
             for contender in contenders:
-                process = running[contender.name]
-                assert process.stdin is not None
-                print(seconds, file=process.stdin, flush=True)
-                done = _hear(process, contender)
+                done = running[contender.name].work(seconds)
                 speed = done["num_images"] / done["seconds"]
                 results[contender.name].images_per_s.append(speed)
                 print(f"round {number + 1}  {contender.title:<44} {speed:9.2f} images/s", flush=True)
         for contender in contenders:
-            process = running[contender.name]
-            assert process.stdin is not None
-            process.stdin.close()
-            results[contender.name].peak_bytes = int(_hear(process, contender)["peak_bytes"])
+            results[contender.name].peak_bytes = int(running[contender.name].end()["peak_bytes"])
     return results
 
 
-@contextlib.contextmanager
-def _started(contender: Contender) -> Iterator[subprocess.Popen[str]]:
-    environ = {**os.environ, "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), **contender.environ}
-    process = subprocess.Popen(
-        contender.command,
-        env=environ,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        bufsize=1,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+class _Running:
+    """A contender's process, until the end of the block."""
 
+    def __init__(self, contender: Contender) -> None:
+        self._title = contender.title
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
+        self._process = subprocess.Popen(
+            contender.command,
+            env={**os.environ, "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), **contender.environ},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
 
-def _hear(process: subprocess.Popen[str], contender: Contender) -> dict[str, Any]:
-    """The next thing that a contender says; what libraries print in between is passed over."""
-    assert process.stdout is not None and process.stderr is not None
-    for line in process.stdout:
-        if line.startswith("{"):
-            said: dict[str, Any] = json.loads(line)
-            return said
-    raise RuntimeError(f"{contender.title}: its process has ended:\n{process.stderr.read()[-4000:]}")
+    def __enter__(self) -> _Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout, self._errors):
+            if pipe is not None:
+                pipe.close()
+
+    def work(self, seconds: float) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # then `hear` says why
+            print(seconds, file=self._process.stdin, flush=True)
+        return self.hear()
+
+    def end(self) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        return self.hear()
+
+    def hear(self) -> dict[str, Any]:
+        """The next thing that the contender says; what libraries print in between is passed over."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                said: dict[str, Any] = json.loads(line)
+                return said
+        self._errors.seek(0)
+        raise RuntimeError(f"{self._title}: its process has ended:\n{self._errors.read()[-4000:]}")
 
 
 def ratio(ours: Result, theirs: Result) -> float:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from vit_static import model as model_module
 from vit_static import runtime
 from vit_static.bench.contenders import (
-    PEERS,
     Contender,
     check_writable,
     our_python,
+    peer,
     peers_python,
     print_ratios,
     print_table,
@@ -80,10 +79,14 @@ def contenders_for(config: Config, config_path: Path, overrides: Sequence[str]) 
             print("this CPU multiplies no bfloat16: float32 alone is measured")
             continue
         dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
-        theirs = (peers, str(PEERS / "pytorch_train.py"), json.dumps({**spec, "precision": dtype}))
         contenders += [
             Contender(f"ours_{precision}", f"vit_static {precision}", (*ours, "-o", f"amp.level={level}")),
-            Contender(f"pytorch_{precision}", f"PyTorch {precision}", theirs),
+            peer(
+                f"pytorch_{precision}",
+                f"PyTorch {precision}",
+                peers,
+                "pytorch_train.py",
+                {**spec, "precision": dtype},
+            ),
         ]
-    dynamic = (our_python(), str(PEERS / "plsc_like.py"), json.dumps(spec))
-    return [*contenders, Contender("dynamic_fp32", "dynamic-graph Paddle fp32", dynamic)]
+    return [*contenders, peer("dynamic_fp32", "dynamic-graph Paddle fp32", our_python(), "plsc_like.py", spec)]
