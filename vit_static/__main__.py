@@ -121,6 +121,12 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--scaling", action="store_true", help="instead: one process against several, data- and tensor-parallel"
     )
+    verb = add_bench("data", "DALI's training images against PIL's; how long training waits for them", "bench_s16.yaml")
+    add_rounds(verb, 5)
+    verb.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # for its own use
+    verb = add_bench("infer", "the exported model against PyTorch and ONNX Runtime, at batch 1 and 8", "bench_s16.yaml")
+    add_rounds(verb, 5)
+    verb.add_argument("--serve", metavar="SPEC", help=argparse.SUPPRESS)  # for its own use
     verb = add_bench("profile", "where a training step's time goes, by operator", "bench_s16.yaml")
     verb.add_argument("--steps", type=_at_least_one, default=3, help="to average over (default: 3)")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write what was found there too")
@@ -204,6 +210,20 @@ def _bench(arguments: argparse.Namespace, config: Config) -> None:
         from vit_static.bench import train
 
         train.run(config, *given, arguments.rounds, arguments.seconds, arguments.json)
+    elif arguments.bench == "data":
+        from vit_static.bench import data
+
+        if arguments.serve:
+            data.serve(config)
+        else:
+            data.run(config, *given, arguments.rounds, arguments.seconds, arguments.json)
+    elif arguments.bench == "infer":
+        from vit_static.bench import infer
+
+        if arguments.serve:
+            infer.serve(arguments.serve)
+        else:
+            infer.run(config, arguments.rounds, arguments.seconds, arguments.json)
     elif arguments.bench == "profile":
         from vit_static.bench import profile
 

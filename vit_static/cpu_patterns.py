@@ -15,12 +15,22 @@ import paddle
 from vit_static.onednn import Layout, dense
 
 CONVERT = "py_op.vit_static_convert"  # of our operators' names, that which changes nothing but the dtype
+ATTENTION = "py_op.vit_static_attention"  # those of attention, which takes the products' dtype
 MOVES = ("pd_op.transpose", "pd_op.reshape", "pd_op.flatten")
 
 
 def dtype_of(value: Any) -> str:
     """float32 or bfloat16; empty for what no kernel takes."""
     return {paddle.float32: "float32", paddle.bfloat16: "bfloat16"}.get(value.dtype, "")
+
+
+def is_cast(operation: Any) -> bool:
+    """Between the dtypes that kernels take."""
+    if operation.name().startswith(CONVERT):
+        return True
+    return operation.name() == "pd_op.cast" and bool(
+        dtype_of(operation.operand_source(0)) and dtype_of(operation.result(0))
+    )
 
 
 def is_read(value: Any) -> bool:
@@ -65,7 +75,7 @@ def view_of(value: Any) -> View:
     """Where a value is to be had without the casts and moves that made it."""
     operation = value.get_defining_op()
     name = operation.name()
-    if (name == "pd_op.cast" and dtype_of(operation.operand_source(0))) or name.startswith(CONVERT):
+    if is_cast(operation):
         return view_of(operation.operand_source(0))
     if name in MOVES and dtype_of(value):
         moved = view_of(operation.operand_source(0))
@@ -79,14 +89,14 @@ def view_of(value: Any) -> View:
 
 def through_casts(value: Any) -> Any:
     operation = value.get_defining_op()
-    return through_casts(operation.operand_source(0)) if operation.name() == "pd_op.cast" else value
+    return through_casts(operation.operand_source(0)) if is_cast(operation) else value
 
 
 def readers_of(value: Any) -> list[Any]:
     """The operators that read a value, or a cast of it."""
     readers = []
     for reader in value.all_used_ops():
-        readers.extend(readers_of(reader.result(0)) if reader.name() == "pd_op.cast" else [reader])
+        readers.extend(readers_of(reader.result(0)) if is_cast(reader) else [reader])
     return readers
 
 
@@ -154,7 +164,7 @@ def _with_only_reader(writing: Writing, role: int) -> Writing | None:
     (reader,) = readers
     name = reader.name()
     made = replace(writing, value=reader.result(0)) if reader.num_results() == 1 else writing
-    if name == "pd_op.cast" and dtype_of(made.value):
+    if is_cast(reader):
         return made
     if name in MOVES:
         return replace(made, moves=(*writing.moves, reader))
@@ -184,13 +194,15 @@ def _what_readers_take(value: Any, is_asked_for: bool) -> tuple[bool, bool]:
     is_low, can_all = dtype_of(value) == "bfloat16", True
     for reader in value.all_used_ops():
         name = reader.name()
-        if name == "pd_op.cast" and dtype_of(reader.result(0)) == "bfloat16":
+        if is_cast(reader) and dtype_of(reader.result(0)) == "bfloat16":
             is_asked_for = True
         elif name in ("pd_op.matmul", "pd_op.matmul_grad"):
             can_all = can_all and is_low
-        elif name in MOVES or name == "pd_op.cast":
+        elif name in MOVES or is_cast(reader):
             is_asked_for, can = _what_readers_take(reader.result(0), is_asked_for)
-            can_all = can_all and can and bool(dtype_of(reader.result(0)))
+            can_all = can_all and can
+        elif name.startswith(ATTENTION):
+            can_all = can_all and is_low
         elif name == "pd_op.layer_norm_grad":
             can_all = can_all and reader.operand_source(reader.num_operands() - 1).is_same(value)
         elif name == "pd_op.sum":

@@ -167,11 +167,18 @@ def print_ratios(ratios: Mapping[str, float], targets: Mapping[str, float] | Non
         print(f"{name:<46}{value:10.2f}{'' if target is None else f'{target:.1f}':>9}")
 
 
-def write_json(path: Path | None, ratios: Mapping[str, float], results: Mapping[str, Result]) -> None:
+def write_json(
+    path: Path | None,
+    ratios: Mapping[str, float],
+    results: Mapping[str, Result],
+    others: Mapping[str, float] | None = None,
+) -> None:
+    """`others`: what was found besides ratios, by name."""
     if path is None:
         return
     found = {
         "ratios": dict(ratios),
+        **(others or {}),
         "contenders": {
             name: {
                 "title": result.title,

@@ -51,20 +51,10 @@ def run(
 
 def contenders_for(config: Config, config_path: Path, overrides: Sequence[str]) -> list[Contender]:
     """Ours, PyTorch's and the dynamic loop, on the same model, batch and optimizer, each on all cores."""
-    variant = model_module.variant_of(config.model)
-    height, width = config.model.image_size
-    if height != width or config.model.pool != "cls" or config.optim.name != "adamw":
-        raise ConfigError("bench train: the peers have square images, a class token and AdamW; set those")
+    if config.optim.name != "adamw":
+        raise ConfigError("bench train: the peers have AdamW; set optim.name=adamw")
     spec = {
-        "model": {
-            "image_size": height,
-            "patch_size": variant.patch_size,
-            "width": variant.width,
-            "depth": variant.depth,
-            "num_heads": variant.num_heads,
-            "mlp_dim": variant.mlp_dim,
-            "num_classes": config.model.num_classes,
-        },
+        "model": peers_model(config),
         "batch_size": config.data.global_batch_size,
         "lr": config.optim.lr,
         "weight_decay": config.optim.weight_decay,
@@ -90,3 +80,20 @@ def contenders_for(config: Config, config_path: Path, overrides: Sequence[str]) 
             ),
         ]
     return [*contenders, peer("dynamic_fp32", "dynamic-graph Paddle fp32", our_python(), "plsc_like.py", spec)]
+
+
+def peers_model(config: Config) -> dict[str, int]:
+    """The sizes of the peers' ViT. Raises ConfigError for a model that they don't have."""
+    variant = model_module.variant_of(config.model)
+    height, width = config.model.image_size
+    if height != width or config.model.pool != "cls":
+        raise ConfigError("bench: the peers have square images and a class token; set model.image_size and model.pool")
+    return {
+        "image_size": height,
+        "patch_size": variant.patch_size,
+        "width": variant.width,
+        "depth": variant.depth,
+        "num_heads": variant.num_heads,
+        "mlp_dim": variant.mlp_dim,
+        "num_classes": config.model.num_classes,
+    }

@@ -1,0 +1,111 @@
+"""What becomes of a compiled program's operators on a CPU: the same numbers, by fewer and quicker operators."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import paddle
+import pytest
+from small import SMALL, images_and_labels
+
+from vit_static.bench.profile import plain
+from vit_static.config import KernelsConfig, ModelConfig, OptimConfig, ParallelConfig
+from vit_static.model import attention_by_matmul, build
+from vit_static.runtime import cpu_has_bfloat16
+from vit_static.step import Precision
+
+PLAIN = SMALL.model_copy(update={"layer_scale_init": None, "representation_size": None})
+VARIATIONS: dict[str, ModelConfig] = {
+    "plain": PLAIN,
+    "layer scale, representation": SMALL,
+    "pooled": PLAIN.model_copy(update={"pool": "gap"}),
+    "no bias in q, k, v": PLAIN.model_copy(update={"qkv_bias": False}),
+    "fixed positions": PLAIN.model_copy(update={"pos_embed": "sincos2d"}),
+    "dropout": PLAIN.model_copy(update={"dropout": 0.2, "attention_dropout": 0.2, "drop_path_rate": 0.2}),
+    "dropout outside attention": PLAIN.model_copy(update={"dropout": 0.2}),
+}
+PARALLEL = {
+    "": ParallelConfig(),
+    "micro-batches": ParallelConfig(grad_accum_steps=2),
+    "recompute": ParallelConfig(recompute="block"),
+}
+
+
+def trained(make_program, config: ModelConfig, onednn: bool, **arguments):
+    """(losses, weights, an evaluation) of a few steps."""
+    paddle.seed(3)
+    kernels = KernelsConfig(onednn=onednn)
+    optim = OptimConfig(name="sgd", lr=0.1, clip_norm=0.5)
+    program = make_program(build(config, attention_by_matmul), 8, optim, kernels=kernels, **arguments)
+    losses = [program.scalar(program.train_step(*images_and_labels(8, config, seed=n), n)) for n in range(5)]
+    return np.array(losses), program.weights(), program.eval_step(*images_and_labels(8, config, seed=9))
+
+
+def operators(program, mode: str = "train") -> Counter[str]:
+    return Counter(plain(op.name()) for op in program.compiled(mode).global_block().ops)
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
+@pytest.mark.parametrize("variation", VARIATIONS)
+def test_training_and_evaluation_are_those_of_paddles_kernels(make_program, variation, parallel) -> None:
+    runs = [
+        trained(make_program, VARIATIONS[variation], onednn, parallel=PARALLEL[parallel]) for onednn in (False, True)
+    ]
+    for expected, found in zip(*((losses, evaluation) for losses, _, evaluation in runs), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=2e-5)
+    for name, weight in runs[0][1].items():
+        np.testing.assert_allclose(runs[1][1][name], weight, rtol=1e-4, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU multiplies no bfloat16")
+@pytest.mark.parametrize("variation", VARIATIONS)
+def test_the_first_ten_losses_in_bfloat16_are_float32s_within_a_hundredth(make_program, variation) -> None:
+    losses = {}
+    for precision in (Precision("O0", "float32"), Precision("O1", "bfloat16")):
+        paddle.seed(3)
+        config = VARIATIONS[variation]
+        program = make_program(build(config, attention_by_matmul), 8, precision=precision)
+        losses[precision.level] = [
+            program.scalar(program.train_step(*images_and_labels(8, config, seed=n), n)) for n in range(10)
+        ]
+    np.testing.assert_allclose(losses["O1"], losses["O0"], rtol=1e-2)
+
+
+def test_what_a_block_is_made_of(make_program) -> None:
+    """Six products forward, twelve backward, and attention; no transposition, cast, bias or residual by itself."""
+    paddle.seed(3)
+    program = make_program(build(PLAIN, attention_by_matmul), 8)
+    found, depth = operators(program), 2
+    in_blocks = 6 * depth  # q, k, v, the projection, fc1, fc2
+    beside = 2  # the patches' embedding, whose images need no gradient, and the head
+    assert found["matmul_float32"] == 3 * in_blocks + 3 * beside - 1
+    assert found["attention_float32"] == found["attention_backward_float32"] == depth
+    assert found["gelu_float32"] == 2 * depth and found["gelu_backward_float32"] == depth
+    assert found["layer_norm_float32"] == found["layer_norm_backward_float32"] == 2 * depth + 1
+    # Biases, and the two that are repeated for every image: the class token and the positions.
+    assert found["column_sum_float32"] == in_blocks + beside + 2
+    assert found["transpose"] == 1  # the images, into patches
+    gone = {"matmul", "matmul_grad", "softmax", "softmax_grad", "add_grad", "transpose_grad", "reshape_grad", "cast"}
+    assert not gone & set(found)
+
+
+def test_mixed_precision_casts_weights_and_the_residuals_gradient_alone(make_program) -> None:
+    if not cpu_has_bfloat16():
+        pytest.skip("this CPU multiplies no bfloat16")
+    paddle.seed(3)
+    program = make_program(build(PLAIN, attention_by_matmul), 8, precision=Precision("O1", "bfloat16"))
+    found, depth = operators(program), 2
+    weights = 6 * depth + 2
+    residual_gradients = 2 * depth
+    beside = 4  # the patches, the class token's state before the head, and the gradients of the two
+    assert found["convert"] == weights + residual_gradients + beside
+    assert found["cast"] == 0
+
+
+def test_evaluation_keeps_nothing_for_a_backward(make_program) -> None:
+    paddle.seed(3)
+    program = make_program(build(PLAIN, attention_by_matmul), 8, learning_rate=None)
+    found = operators(program, "eval")
+    assert found["attention_float32"] == 2 and found["matmul_float32"] == 14
+    assert not {"matmul", "softmax", "gelu", "layer_norm", "attention_backward_float32"} & set(found)
