@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import paddle
@@ -11,10 +12,19 @@ from sets import small_digits  # noqa: F401 - a fixture
 from small import SMALL, images_and_labels
 
 from vit_static import mesh as mesh_module
-from vit_static.config import AmpConfig, AugmentConfig, DataConfig, EvalConfig, LossConfig, OptimConfig
+from vit_static.config import (
+    AmpConfig,
+    AugmentConfig,
+    DataConfig,
+    EvalConfig,
+    KernelsConfig,
+    LossConfig,
+    OptimConfig,
+    ParallelConfig,
+)
 from vit_static.loss import Criterion
 from vit_static.model import build
-from vit_static.step import Precision, Program
+from vit_static.step import Precision, Program, choose_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -24,49 +34,109 @@ def card() -> mesh_module.Mesh:
     return mesh_module.start(mesh_module.Sizes(1, 1, 1), "gpu")
 
 
-def losses_on(card: mesh_module.Mesh, precision: Precision, grad_accum_steps: int = 1) -> tuple[list[float], Program]:
+CONFIG = SMALL.model_copy(update={"width": 48})  # heads of 16 channels, which flash attention takes
+
+
+def program_on(card: mesh_module.Mesh, precision: Precision, **changed: Any) -> Program:
     paddle.seed(3)
-    program = Program(
-        build(SMALL.model_copy(update={"width": 48})),  # heads of 16 channels, which flash attention takes
-        Criterion(LossConfig()),
+    kernels = changed.pop("kernels", KernelsConfig())
+    parallel = changed.pop("parallel", ParallelConfig())
+    config = changed.pop("config", CONFIG)
+    return Program(
+        build(config, choose_attention(config, parallel, kernels, "gpu")),
+        Criterion(LossConfig(name=changed.pop("loss", "softmax"))),
         card,
         precision,
-        image_size=SMALL.image_size,
+        image_size=config.image_size,
         batch_size=8,
         eval_batch_size=8,
         optim=OptimConfig(weight_decay=0.1),
         amp=AmpConfig(),
         learning_rate=lambda step: 1e-3,
-        grad_accum_steps=grad_accum_steps,
+        parallel=parallel,
+        kernels=kernels,
     )
+
+
+def train(program: Program, steps: range = range(10)) -> list[float]:
     losses = []
-    for step in range(10):
-        images, labels = images_and_labels(8, seed=step)
-        loss = program.train_step(images.cuda(), labels.cuda(), step)
-        losses.append(program.scalar(loss))
-    return losses, program
+    for step in steps:
+        images, labels = images_and_labels(8, CONFIG, seed=step)
+        losses.append(program.scalar(program.train_step(images.cuda(), labels.cuda(), step)))
+    return losses
+
+
+def operators(program: Program) -> list[Any]:
+    return list(program.compiled("train").global_block().ops)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_o2_trains_as_float32_does(card: mesh_module.Mesh, dtype: str) -> None:
-    expected, _ = losses_on(card, Precision("O0", "float32"))
-    got, _ = losses_on(card, Precision("O2", dtype))
-    np.testing.assert_allclose(got, expected, rtol=3e-2)
+    expected = train(program_on(card, Precision("O0", "float32")))
+    found = train(program_on(card, Precision("O2", dtype)))
+    np.testing.assert_allclose(found, expected, rtol=3e-2)
 
 
-def test_o2_keeps_float32_masters_and_scales_the_loss(card: mesh_module.Mesh) -> None:
-    _, program = losses_on(card, Precision("O2", "float16"))
-    names = {op.name() for op in program.compiled("train").global_block().ops}
-    assert any("check_finite_and_unscale" in name for name in names)
-    assert any("update_loss_scaling" in name for name in names)
-    assert any("flash_attn" in name for name in names)
-    kept = {name.split("@")[1] for name in program.state() if "@" in name}
-    assert any("master" in name for name in kept)
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_o2_computes_products_in_low_precision_and_the_loss_in_float32(
+    card: mesh_module.Mesh, dtype: str, loss: str
+) -> None:
+    found = operators(program_on(card, Precision("O2", dtype), loss=loss, kernels=KernelsConfig(fused_linear=False)))
+    dtypes = {
+        name: {str(op.operand_source(0).dtype) for op in found if op.name() == f"pd_op.{name}"}
+        for name in ("matmul", "flash_attn", "log_softmax", "logsigmoid", "sum")
+    }
+    assert dtypes["matmul"] == dtypes["flash_attn"] == {f"paddle.{dtype}"}
+    assert dtypes["log_softmax" if loss == "softmax" else "logsigmoid"] == dtypes["sum"] == {"paddle.float32"}
+
+
+def test_o2_keeps_float32_masters_and_scales_float16s_loss(card: mesh_module.Mesh) -> None:
+    for dtype, is_scaled in (("float16", True), ("bfloat16", False)):
+        program = program_on(card, Precision("O2", dtype))
+        names = {op.name() for op in operators(program)}
+        assert any("check_finite_and_unscale" in name for name in names) == is_scaled, dtype
+        assert any("update_loss_scaling" in name for name in names) == is_scaled, dtype
+        state = program.state()
+        masters = {name: value for name, value in state.items() if "master" in name}
+        moments = {name: value for name, value in state.items() if "@moment" in name}
+        assert masters and all(value.dtype == paddle.float32 for value in [*masters.values(), *moments.values()])
+
+
+def test_fused_kernels_are_used(card: mesh_module.Mesh) -> None:
+    names = [op.name() for op in operators(program_on(card, Precision("O2", "bfloat16")))]
+    depth = CONFIG.depth or 0
+    assert names.count("pd_op.flash_attn") == depth
+    assert names.count("pd_op.fused_gemm_epilogue") == 6 * depth + 3  # patches, the tanh layer and the head
+    config = CONFIG.model_copy(update={"dropout": 0.1, "layer_scale_init": None})
+    names = [op.name() for op in operators(program_on(card, Precision("O2", "bfloat16"), config=config))]
+    assert names.count("pd_op.fused_dropout_add") == 2 * depth
+
+
+def test_fused_kernels_compute_the_same(card: mesh_module.Mesh) -> None:
+    plain = KernelsConfig(flash_attention=False, fused_linear=False, fused_dropout=False)
+    expected = train(program_on(card, Precision("O2", "bfloat16"), kernels=plain))
+    np.testing.assert_allclose(train(program_on(card, Precision("O2", "bfloat16"))), expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize("precision", [Precision("O0", "float32"), Precision("O2", "float16")], ids=["O0", "O2"])
+def test_training_goes_on_from_a_state_to_the_same_losses(card: mesh_module.Mesh, precision: Precision) -> None:
+    first = program_on(card, precision)
+    train(first, range(3))
+    saved = {name: np.asarray(value._local_value().astype("float32")).copy() for name, value in first.state().items()}
+    expected = train(first, range(3, 6))
+    second = program_on(card, precision)
+    state = second.state()
+    for name, value in state.items():
+        local = value._local_value()
+        local.set_value(paddle.to_tensor(saved[name]).astype(local.dtype))
+    second.set_state(state)
+    assert train(second, range(3, 6)) == expected
 
 
 def test_accumulation_on_the_card(card: mesh_module.Mesh) -> None:
-    whole, _ = losses_on(card, Precision("O0", "float32"))
-    parts, _ = losses_on(card, Precision("O0", "float32"), grad_accum_steps=2)
+    whole = train(program_on(card, Precision("O0", "float32")))
+    parts = train(program_on(card, Precision("O0", "float32"), parallel=ParallelConfig(grad_accum_steps=2)))
     np.testing.assert_allclose(parts, whole, rtol=1e-3)
 
 

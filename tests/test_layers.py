@@ -7,15 +7,18 @@ from graphlib import TopologicalSorter
 
 from small import ROOT
 
+PEERS = ROOT / "vit_static" / "bench" / "peers"  # scripts, which import nothing of the package
 # As the architecture has it; a new module must be given its place.
 LAYERS = [
     {"__init__", "config", "schedule", "log", "flops", "devices", "files", "report", "runtime"},
     {"model", "loss", "data", "data.images", "data.order", "data.pipeline", "data.feed", "mesh"}
     | {"costs", "placement", "cpu_collectives", "cpu_kernels", "cpu_patterns", "onednn"}
-    | {"dropout", "paddle_internals", "passes"},
+    | {"buckets", "dropout", "paddle_internals", "passes"},
     {"optim", "weights", "checkpoint"},
     {"step"},
-    {"train", "evaluate", "export", "predict", "plan", "bench"},
+    {"train", "evaluate", "export", "predict", "plan"},
+    {"bench", *(f"bench.{name}" for name in ("contenders", "step", "train", "scaling", "profile", "data", "infer"))}
+    | {"bench.peers", *(f"bench.peers.{path.stem}" for path in PEERS.glob("[a-z]*.py"))},
     {"__main__", "launch"},
 ]
 WITHOUT_PADDLE = LAYERS[0] - {"runtime"} | {"data", "data.images", "data.order", "launch"}

@@ -291,6 +291,62 @@ def test_bfloat16_by_name_is_refused_where_nothing_multiplies_it() -> None:
         choose_precision(AmpConfig(level="O1"), "cpu", KernelsConfig(onednn=False), cpu_has_bfloat16=True)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scaling"), [("float16", (True, 1024.0)), ("bfloat16", (False, 1.0))], ids=["float16", "bfloat16"]
+)
+def test_what_a_card_is_given_for_o2(make_program, monkeypatch, dtype, scaling) -> None:
+    """The program itself can't be compiled on a CPU: every field of the strategy, and what `decorate` gets."""
+    decorated: list[dict] = []
+    monkeypatch.setattr(
+        paddle.amp, "decorate", lambda model, optimizer, **given: decorated.append(given) or (model, optimizer)
+    )
+    amp = AmpConfig(level="O2", dtype=dtype, init_loss_scaling=1024.0, white_list=("softmax",), black_list=("tanh",))
+    paddle.seed(3)
+    program = make_program(build(SMALL, attention_by_matmul), 8, precision=choose_precision(amp, "gpu"), amp=amp)
+    given = program._program._engine._strategy.amp.to_dict()
+    in_float32 = set(given.pop("custom_black_list"))
+    assert {"tanh", "log_softmax", "logsigmoid", "reduce_sum", "reduce_mean", "exp", "log"} <= in_float32
+    assert not {"softmax", "layer_norm", "matmul_v2", "gelu"} & in_float32
+    assert given == {
+        "enable": True,
+        "dtype": dtype,
+        "level": "O2",
+        "init_loss_scaling": scaling[1],
+        "use_dynamic_loss_scaling": scaling[0],
+        "incr_every_n_steps": 1000,
+        "incr_ratio": 2.0,
+        "decr_every_n_nan_or_inf": 2,
+        "decr_ratio": 0.8,
+        "custom_white_list": ["softmax"],
+        "custom_black_varnames": [],
+        "use_fp16_guard": False,
+        "use_bf16_guard": False,
+        "use_master_grad": True,
+        "use_promote": True,
+    }
+    assert decorated == [{"level": "O2", "dtype": dtype, "master_weight": True, "master_grad": True}]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_low_precision_parameters_get_float32_masters_and_moments(cpu_mesh, name) -> None:
+    """Of the optimizer alone, on parameters in bfloat16."""
+    from vit_static.optim import make_optimizer
+
+    layer = nn.Linear(3, 4)
+    layer.to(dtype="bfloat16")
+    optimizer, _, _ = make_optimizer(layer, OPTIMIZERS[name], lambda step: 1e-3, low_precision=True)
+    main, startup = paddle.static.Program(), paddle.static.Program()
+    assert optimizer._multi_precision
+    with paddle.pir_utils.IrGuard(), paddle.static.program_guard(main, startup):
+        parameter = paddle.pir.core.create_parameter(
+            "bfloat16", [3, 4], name="low", initializer=nn.initializer.Constant(0.0)
+        )
+        optimizer._create_accumulators(main.global_block(), [parameter])
+    kept = [*optimizer._master_weights.values()]
+    kept += [value for values in optimizer._accumulators.values() for value in values.values()]
+    assert len(kept) >= 2 and all(value.dtype == paddle.float32 for value in kept)
+
+
 def test_parameters_keep_their_names_in_the_state(make_program) -> None:
     paddle.seed(3)
     model = build(SMALL)

@@ -157,7 +157,11 @@ class ParallelConfig(Section):
         0, description="ZeRO over the data-parallel ranks: 1 optimizer state, 2 and gradients, 3 and parameters"
     )
     bucket_mb: NotNegative = Field(
-        64.0, description="gradients that ranks add up together, in MB; 0: each parameter's by itself"
+        64.0, description="what ranks exchange together in the update, in MB; 0: each parameter's by itself"
+    )
+    overlap_gradients: bool = Field(True, description="begin those exchanges in the backward; needs bucket_mb > 0")
+    reduce_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="gradients' on their way between ranks; needs bucket_mb > 0"
     )
     grad_accum_steps: Count = Field(1, description="micro-batches of a step; a pipeline's too, where 1 means pp")
     recompute: Literal["none", "block"] | Count = Field(
@@ -182,7 +186,10 @@ class KernelsConfig(Section):
     """What computes the model, where Paddle's plain operators are not the quickest."""
 
     onednn: bool = Field(True, description="CPUs: products, attention, GELU, softmax, LayerNorm (cpu_kernels.py)")
-    flash_attention: bool = Field(True, description="cards: F.scaled_dot_product_attention")
+    flash_attention: bool = Field(True, description="cards: F.scaled_dot_product_attention, pd_op.flash_attn")
+    fused_linear: bool = Field(True, description="cards, O1 and O2: bias in the product; fused_gemm_epilogue_pass")
+    fused_gelu: bool = Field(False, description="with its activation, by the tanh approximation")
+    fused_dropout: bool = Field(True, description="cards: dropout and residual at once; fused_dropout_add_pass")
 
 
 class InitConfig(Section):
@@ -237,6 +244,18 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     export: ExportConfig = ExportConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        parallel = self.parallel
+        if parallel.reduce_dtype != "float32" and parallel.bucket_mb == 0.0:
+            raise ValueError("parallel.reduce_dtype: is for exchanges in buckets; set parallel.bucket_mb above 0")
+        if parallel.reduce_dtype == "float16" and self.amp.dtype == "float16":
+            raise ValueError(
+                "parallel.reduce_dtype = 'float16': a sum that overflows would pass float16's check of the scaled "
+                "gradients, which comes before; set float32 or bfloat16"
+            )
+        return self
 
     @property
     def run_dir(self) -> Path:

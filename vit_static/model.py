@@ -288,8 +288,8 @@ class Block(nn.Layer):
         self.ls2 = nn.Identity() if layer_scale_init is None else LayerScale(width, layer_scale_init)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))  # [B, N, C]
+        x = self.drop_path1(self.ls1(self.attn(self.norm1(x)))) + x
+        return self.drop_path2(self.ls2(self.mlp(self.norm2(x)))) + x  # [B, N, C]
 
 
 def build(config: ModelConfig, attention: AttentionFunction = flash_attention) -> VisionTransformer:

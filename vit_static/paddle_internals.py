@@ -251,10 +251,13 @@ def _changing(change: Callable[[Any], None]) -> Iterator[None]:
     """Inside, `change` sees every program after the first of the engine's passes over it: the one that removes what
     groups of one rank would exchange."""
     cleaned = engine_module.remove_unuseful_comm_op_pass
+    changed: list[Any] = []  # the engine calls that pass on a program twice
 
     def clean_and_change(program: Any) -> None:
         cleaned(program)
-        change(program)
+        if not any(program is other for other in changed):
+            changed.append(program)
+            change(program)
 
     average = gradient_merge._pir_append_scale_op
     engine_module.remove_unuseful_comm_op_pass = clean_and_change

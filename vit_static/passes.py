@@ -5,7 +5,6 @@ Written for Paddle 3.3.1, on its intermediate representation (paddle.pir), which
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -67,44 +66,36 @@ def clone_before(chain: list[Any], value: Any, readers: list[Any], operations: l
     value.replace_grad_users_with(copies.look_up(value), set(readers))
 
 
-def fuse_all_reduces(program: Any, bucket_bytes: int) -> None:
-    """Sums gradients over the ranks together, in buckets of so many bytes, where Paddle sums them one by one."""
-    operations = list(program.global_block().ops)
-    index_of = {operation.id(): index for index, operation in enumerate(operations)}
-    buckets: dict[tuple[Any, ...], list[Any]] = {}  # the open one of each kind
-    full = []
-    for operation in operations:
-        if operation.name() not in ("pd_op.all_reduce", "pd_op.all_reduce_") or operation.op_role != UPDATE:
-            continue
-        given, value = operation.attrs(), operation.operand_source(0)
-        kind = (given["ring_id"], given["reduce_type"], str(value.dtype))
-        bucket = buckets.setdefault(kind, [])
-        source = value.get_defining_op()
-        # What is summed must be there where the bucket's first is summed.
-        too_late = bucket and source is not None and index_of[source.id()] > index_of[bucket[0].id()]
-        size = sum(math.prod(op.operand_source(0).shape) for op in bucket) + math.prod(value.shape)
-        if too_late or (bucket and size * value.element_size() > bucket_bytes):
-            full.append(bucket)
-            bucket = buckets[kind] = []
-        bucket.append(operation)
-    with paddle.static.program_guard(program), role(UPDATE):
-        for bucket in [*full, *buckets.values()]:
-            if len(bucket) > 1:
-                _sum_together(bucket)
+def fuse_linears(program: Any, with_gelu: bool) -> None:
+    """Has cards add a linear layer's bias while they write its product, and sum its gradient while they write the
+    weight's: Paddle's pass fused_gemm_epilogue_pass, which takes products in low precision alone.
+
+    `with_gelu` also fuses an MLP's activation, which cuBLASLt computes by the tanh approximation, in training alone.
+    """
+    readers = []
+    if not with_gelu:  # a second reader keeps the pass off what the activation reads
+        with paddle.static.program_guard(program):
+            for operation in [op for op in program.global_block().ops if op.name() == "pd_op.gelu"]:
+                pir.set_insertion_point_after(operation)
+                with role(operation.op_role):
+                    readers.append(paddle._C_ops.assign(operation.operand_source(0)).get_defining_op())
+    _run_pass(program, "fused_gemm_epilogue_pass")
+    for reader in readers:
+        reader.erase()
 
 
-def _sum_together(all_reduces: list[Any]) -> None:
-    given = all_reduces[0].attrs()
-    values = [operation.operand_source(0) for operation in all_reduces]
-    shapes = [[int(length) for length in value.shape] for value in values]
-    pir.set_insertion_point(all_reduces[0])
-    flat = paddle.concat([value.reshape([-1]) for value in values])
-    total = paddle._C_ops.all_reduce(flat, given["ring_id"], given["reduce_type"])
-    parts = paddle.split(total, [math.prod(shape) for shape in shapes])
-    parts = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
-    for operation, part in zip(all_reduces, parts, strict=True):  # the insertion point goes with the first
-        operation.result(0).replace_all_uses_with(part)
-        operation.erase()
+def fuse_dropouts(program: Any) -> None:
+    """Has cards add a residual to a dropout's output while they write it: Paddle's fused_dropout_add_pass."""
+    _run_pass(program, "fused_dropout_add_pass")
+
+
+def _run_pass(program: Any, name: str) -> None:
+    manager = pir.PassManager()
+    manager.add_pass(name, {})
+    manager.run(program)
+    for operation in program.global_block().ops:
+        if operation.op_role < 0 and operation.name().startswith("pd_op.fused_"):  # the pass gives them none
+            operation.op_role = BACKWARD if operation.name().endswith("_grad") else FORWARD
 
 
 @contextmanager

@@ -20,6 +20,8 @@ from vit_static.config import DataConfig, EvalConfig, ImageSize, ModelConfig, Se
 from vit_static.data.images import IMAGE_SUFFIXES
 from vit_static.data.pipeline import pixels_pipeline
 
+Precision = Literal["float32", "bfloat16"]
+
 MODEL_FILE, WEIGHTS_FILE, CARD_FILE = "model.json", "model.pdiparams", "vit_static.json"
 
 
@@ -51,11 +53,17 @@ class Card(Section):
 class Predictor:
     """An exported model and its preprocessing. Not for use from several threads at once."""
 
-    def __init__(self, folder: Path, num_threads: int | None = None, onednn: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        num_threads: int | None = None,
+        onednn: bool = True,
+        precision: Precision = "float32",
+    ) -> None:
         """Raises PredictError where `folder` is not what `export` wrote."""
         self.card = read_card(folder)
         self._num_threads = num_threads or len(os.sched_getaffinity(0))
-        self._session = open_session(folder, self._num_threads, onednn)
+        self._session = open_session(folder, self._num_threads, onednn, precision)
         self._pipelines: dict[int, Any] = {}
 
     def preprocess(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
@@ -101,8 +109,11 @@ def read_card(folder: Path) -> Card:
         raise PredictError(f"{folder / CARD_FILE}: is not a card of an exported model ({first_line})") from None
 
 
-def open_session(folder: Path, num_threads: int, onednn: bool = True) -> Any:
-    """A Paddle Inference predictor of the folder's model, on the CPU."""
+def open_session(folder: Path, num_threads: int, onednn: bool = True, precision: Precision = "float32") -> Any:
+    """A Paddle Inference predictor of the folder's model, on the CPU.
+
+    In bfloat16 oneDNN computes its operators so; inputs, outputs and the files' weights are float32 all the same.
+    """
     config = inference.Config(str(folder / MODEL_FILE), str(folder / WEIGHTS_FILE))
     config.disable_glog_info()
     config.set_cpu_math_library_num_threads(num_threads)
@@ -110,6 +121,8 @@ def open_session(folder: Path, num_threads: int, onednn: bool = True) -> Any:
         config.enable_mkldnn()
     else:
         config.disable_mkldnn()
+    if precision == "bfloat16":
+        config.enable_mkldnn_bfloat16()
     return inference.create_predictor(config)
 
 

@@ -24,11 +24,14 @@ def prepare(verbose: bool = False, environ: MutableMapping[str, str] = os.enviro
     - OMP_NUM_THREADS: Paddle's own default is one thread. All cores, shared by the processes of this machine.
     - MKL_DEBUG_CPU_TYPE: the MKLML in Paddle's wheel looks at the CPU's maker and leaves an AMD's AVX2 unused; told
       the type (5 is AVX2), its matrix products are about three times as quick.
+    - FLAGS_use_legacy_linear: without it a CUDA build's linear layer is one operator, for whose gradient the
+      auto-parallel engine has no rule: it would gather activations in the backward of every mesh.
     - FLAGS_enable_pir_in_executor_trace_run: one operator after another, each on all threads; without it the
       executor runs several at once, whose threads get into each other's way. (On cards it changes nothing: the
       operators are queued.)
     """
     num_threads = environ.get("OMP_NUM_THREADS") or str(_cores_a_process(environ))
+    environ.setdefault("FLAGS_use_legacy_linear", "1")
     environ.setdefault("FLAGS_enable_pir_in_executor_trace_run", "1")
     if _amd_with_avx2():
         environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")

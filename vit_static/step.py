@@ -16,9 +16,10 @@ import paddle
 import paddle.distributed as dist
 from paddle import nn
 
-from vit_static import costs, cpu_collectives, cpu_kernels, dropout, passes, placement, runtime
+from vit_static import buckets, costs, cpu_collectives, cpu_kernels, dropout, passes, placement, runtime
 from vit_static import model as model_module
 from vit_static import paddle_internals as internals
+from vit_static.buckets import Exchange
 from vit_static.config import AmpConfig, ConfigError, KernelsConfig, ModelConfig, OptimConfig, ParallelConfig
 from vit_static.costs import Costs, Counting
 from vit_static.loss import Criterion
@@ -122,8 +123,8 @@ class Program:
         self._costs: Costs | None = None
         self._counting = counting
         self._sharding_stage = parallel.sharding_stage
-        self._bucket_bytes = int(parallel.bucket_mb * 1e6)
-        self._lowers = mesh.device == "cpu" and kernels.onednn
+        self._exchange = _exchange(parallel, mesh)
+        self._kernels = kernels
         self._specs = {"eval": self._input_specs(eval_batch_size, image_size)}
         stages = placement.split(model, mesh, parallel.sharding_stage)
         self._dropout = None
@@ -260,14 +261,18 @@ class Program:
         dropout.seed_dropouts(compiled)
         if self._sharding_stage == 3:
             passes.gather_again(compiled)
-        if self._entering == "train" and self._bucket_bytes > 0:
-            passes.fuse_all_reduces(compiled, self._bucket_bytes)
+        if self._entering == "train" and self._exchange.bucket_bytes > 0:
+            buckets.fuse_exchanges(compiled, self._exchange)
         if self._entering == "train" and self._costs is None:
             self._costs = costs.of_program(compiled, internals.structured_names(self._program), self._counting)
         if self._mesh.device == "cpu" and self._mesh.world_size > 1:
             cpu_collectives.replace_collectives(compiled)
-        if self._lowers:
+        if self._mesh.device == "cpu" and self._kernels.onednn:
             cpu_kernels.lower(compiled)
+        if self._mesh.device == "gpu" and self._kernels.fused_linear:
+            passes.fuse_linears(compiled, self._kernels.fused_gelu)
+        if self._mesh.device == "gpu" and self._kernels.fused_dropout:
+            passes.fuse_dropouts(compiled)
 
     def _input_specs(self, batch_size: int, image_size: tuple[int, int]) -> list[list[Any]]:
         mesh = self._mesh
@@ -276,6 +281,15 @@ class Program:
             [internals.input_spec("images", [batch_size, 3, *image_size], paddle.float32, mesh.first_stage, split)],
             [internals.input_spec("labels", [batch_size], paddle.int64, mesh.last_stage, split)],
         ]
+
+
+def _exchange(parallel: ParallelConfig, mesh: Mesh) -> Exchange:
+    if parallel.reduce_dtype == "bfloat16" and mesh.device == "cpu" and mesh.world_size > 1:
+        raise ConfigError(
+            "parallel.reduce_dtype = bfloat16: Paddle's CPU build sums none between processes; set float32 or float16"
+        )
+    dtype = "" if parallel.reduce_dtype == "float32" else parallel.reduce_dtype
+    return Exchange(int(parallel.bucket_mb * 1e6), parallel.overlap_gradients, dtype)
 
 
 def _strategy(precision: Precision, amp: AmpConfig, parallel: ParallelConfig, batch_size: int) -> dist.Strategy:
@@ -292,7 +306,10 @@ def _strategy(precision: Precision, amp: AmpConfig, parallel: ParallelConfig, ba
         strategy.amp.use_master_grad = amp.master_grad
         strategy.amp.use_promote = True
         strategy.amp.custom_white_list = list(amp.white_list)
-        strategy.amp.custom_black_list = list(amp.black_list)
+        # Paddle's own list for O2 leaves softmax, the loss and sums in low precision; that for O1 doesn't. LayerNorm's
+        # kernel computes in float32 whatever it reads.
+        in_float32 = paddle.amp.amp_lists.black_list()[precision.dtype]["O1"] | {"logsigmoid", *amp.black_list}
+        strategy.amp.custom_black_list = sorted(in_float32 - {"layer_norm", *amp.white_list})
     if parallel.pp > 1:
         strategy.pipeline.enable = True
         strategy.pipeline.schedule_mode = parallel.pp_schedule

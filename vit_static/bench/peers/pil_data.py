@@ -76,9 +76,7 @@ class Loader:
         self._workers = []
         for number in range(spec["num_processes"]):
             ours, theirs = processes.Pipe()
-            worker = processes.Process(
-                target=work, args=(number, spec, self._shape, self._memory, theirs), daemon=True
-            )
+            worker = processes.Process(target=work, args=(number, spec, self._shape, self._memory, theirs), daemon=True)
             worker.start()
             theirs.close()
             self._workers.append(ours)

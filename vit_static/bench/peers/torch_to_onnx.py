@@ -1,0 +1,28 @@
+"""PyTorch's model as an ONNX file for any batch size: `python torch_to_onnx.py SPEC`, which bench/infer.py runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+from torch_vit import TorchViT
+
+
+def main() -> None:
+    spec = json.loads(sys.argv[1])
+    torch.manual_seed(0)
+    size = spec["model"]["image_size"]
+    torch.onnx.export(
+        TorchViT(**spec["model"]).eval(),
+        (torch.randn(2, 3, size, size),),
+        spec["onnx"],
+        dynamo=False,  # the other exporter needs onnxscript
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
+    )
+
+
+if __name__ == "__main__":
+    main()
