@@ -203,3 +203,27 @@ def test_pil_normalises_to_channels_first(pil_data: Any, tmp_path: Path) -> None
     out = np.empty((3, 8, 12), np.float32)
     pil_data.load(str(tmp_path / "plain.png"), spec, np.random.default_rng(0), out)
     np.testing.assert_allclose(out, np.broadcast_to([[[1.0]], [[0.0]], [[0.0]]], out.shape), atol=1e-6)
+
+
+def test_a_card_gets_the_micro_batch_that_the_seeds_configs_give_each() -> None:
+    """4,096 images in 2 parts on 8 cards are 256 each; on 4 nodes of 8 as many of the whole batch."""
+    from vit_static.bench.cards import PLSC, own_batch
+    from vit_static.bench.contenders import ROOT
+    from vit_static.config import load
+
+    assert own_batch("ViT_base_patch16_224_in1k_1n8c_dp_fp16o2.yaml", 3) == [
+        "data.global_batch_size=768",
+        "parallel.grad_accum_steps=1",
+    ]
+    for name in PLSC:
+        load(ROOT / "configs" / name, own_batch(name, 1))
+
+
+def test_the_cards_benchmark_wants_a_card(capsys: pytest.CaptureFixture[str]) -> None:
+    paddle = pytest.importorskip("paddle")
+    if paddle.is_compiled_with_cuda():
+        pytest.skip("there may be one")
+    from vit_static.__main__ import main
+
+    assert main(["bench", "train", "--device", "gpu", "-v"]) == 2
+    assert "no card" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from sets import copy_of_some, small_digits  # noqa: F401 - a fixture
 from small import ROOT
 
 from data_tools.digits import make_digits
+from vit_static.runtime import cpu_has_bfloat16
 from vit_static.weights import read_pdparams
 
 TINY = """
@@ -134,6 +135,27 @@ def test_eval_export_and_predict_agree(workplace: Path) -> None:
         hits = [line["top"][0]["class"] == int(Path(line["path"]).parent.name) for line in lines]
         assert 100.0 * np.mean(hits) == pytest.approx(result["top1"])
         assert all(sum(entry["probability"] for entry in line["top"]) <= 1.00001 for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU multiplies no bfloat16")
+def test_an_export_says_the_precision_that_it_is_run_in(workplace: Path) -> None:
+    """bfloat16 on this CPU, compared with the trained model in float32; float16 needs a card."""
+    export = ["export", "--checkpoint", "output/tiny", "--out"]
+    low = run_sh(*export, "exported_low", "-o", "export.precision=bfloat16", cwd=workplace)
+    assert low.returncode == 0, low.stderr
+    assert json.loads((workplace / "exported_low/vit_static.json").read_text())["precision"] == "bfloat16"
+    assert run_sh(*export, "exported_again", cwd=workplace).returncode == 0
+    probabilities = []
+    for folder in ("exported_again", "exported_low"):
+        predicted = run_sh("predict", "--model", folder, "--top-k", "10", "digits/val", cwd=workplace)
+        lines = [json.loads(line) for line in predicted.stdout.splitlines()]
+        probabilities.append([[one["probability"] for one in line["top"]] for line in lines])
+    np.testing.assert_allclose(probabilities[1], probabilities[0], atol=0.02)
+    assert probabilities[1] != probabilities[0]
+    half = run_sh(*export, "exported_half", "-o", "export.precision=float16", cwd=workplace)
+    assert half.returncode == 2 and "needs a card" in half.stderr
+    assert not (workplace / "exported_half").exists()
 
 
 @pytest.mark.slow

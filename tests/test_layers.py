@@ -17,7 +17,10 @@ LAYERS = [
     {"optim", "weights", "checkpoint"},
     {"step"},
     {"train", "evaluate", "export", "predict", "plan"},
-    {"bench", *(f"bench.{name}" for name in ("contenders", "step", "train", "scaling", "profile", "data", "infer"))}
+    {
+        "bench",
+        *(f"bench.{name}" for name in ("contenders", "step", "train", "scaling", "profile", "data", "infer", "cards")),
+    }
     | {"bench.peers", *(f"bench.peers.{path.stem}" for path in PEERS.glob("[a-z]*.py"))},
     {"__main__", "launch"},
 ]

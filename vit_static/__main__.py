@@ -119,6 +119,9 @@ def make_parser() -> argparse.ArgumentParser:
     verb = add_bench("train", "the training step against PyTorch and a dynamic-graph Paddle loop", "bench_s16.yaml")
     add_rounds(verb, 5)
     verb.add_argument(
+        "--device", choices=["cpu", "gpu"], default="cpu", help="gpu: the seed's four configs on this machine's cards"
+    )
+    verb.add_argument(
         "--scaling", action="store_true", help="instead: one process against several, data- and tensor-parallel"
     )
     verb = add_bench("data", "DALI's training images against PIL's; how long training waits for them", "bench_s16.yaml")
@@ -132,6 +135,7 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", type=Path, metavar="FILE", help="write what was found there too")
     verb = add_bench("step", "this layout's training step, as a line of JSON", "quickstart.yaml")
     verb.add_argument("--seconds", type=_seconds, default=10.0, help="to measure for (default: 10)")
+    verb.add_argument("--fed", action="store_true", help="on images of data.root, not on noise")
     verb.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # for bench train's own use
     return parser
 
@@ -206,6 +210,10 @@ def _bench(arguments: argparse.Namespace, config: Config) -> None:
         from vit_static.bench import scaling
 
         scaling.run(*given, arguments.rounds, arguments.seconds)
+    elif arguments.bench == "train" and arguments.device == "gpu":
+        from vit_static.bench import cards
+
+        cards.run(arguments.overrides, arguments.seconds, arguments.json)
     elif arguments.bench == "train":
         from vit_static.bench import train
 
@@ -231,7 +239,7 @@ def _bench(arguments: argparse.Namespace, config: Config) -> None:
     else:
         from vit_static.bench import step
 
-        step.serve(config) if arguments.serve else step.run(config, arguments.seconds)
+        step.serve(config) if arguments.serve else step.run(config, arguments.seconds, arguments.fed)
 
 
 if __name__ == "__main__":

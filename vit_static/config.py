@@ -218,7 +218,13 @@ class LogConfig(Section):
     tensorboard: bool = True
 
 
+InferencePrecision = Literal["float32", "bfloat16", "float16"]
+
+
 class ExportConfig(Section):
+    precision: InferencePrecision = Field(
+        "float32", description="what the model is run in; bfloat16 on a CPU that multiplies it, float16 on a card"
+    )
     num_check_images: Count = Field(64, description="validation images that the export is compared on")
 
 

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import paddle
 from paddle import inference
 from PIL import Image, UnidentifiedImageError
 from pydantic import ValidationError
 
-from vit_static.config import DataConfig, EvalConfig, ImageSize, ModelConfig, Section, UserError
+from vit_static import runtime
+from vit_static.config import DataConfig, EvalConfig, ImageSize, InferencePrecision, ModelConfig, Section, UserError
 from vit_static.data.images import IMAGE_SUFFIXES
 from vit_static.data.pipeline import pixels_pipeline
 
-Precision = Literal["float32", "bfloat16"]
-
+_GPU_POOL_MB = 256
 MODEL_FILE, WEIGHTS_FILE, CARD_FILE = "model.json", "model.pdiparams", "vit_static.json"
 
 
@@ -48,6 +49,7 @@ class Card(Section):
     preprocessing: Preprocessing
     activation: str
     model: ModelConfig
+    precision: InferencePrecision = "float32"
 
 
 class Predictor:
@@ -58,12 +60,12 @@ class Predictor:
         folder: Path,
         num_threads: int | None = None,
         onednn: bool = True,
-        precision: Precision = "float32",
+        precision: InferencePrecision | None = None,
     ) -> None:
-        """Raises PredictError where `folder` is not what `export` wrote."""
+        """Raises PredictError where `folder` is not what `export` wrote. `precision` None: that of the export."""
         self.card = read_card(folder)
         self._num_threads = num_threads or len(os.sched_getaffinity(0))
-        self._session = open_session(folder, self._num_threads, onednn, precision)
+        self._session = open_session(folder, self._num_threads, onednn, precision or self.card.precision)
         self._pipelines: dict[int, Any] = {}
 
     def preprocess(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
@@ -109,19 +111,26 @@ def read_card(folder: Path) -> Card:
         raise PredictError(f"{folder / CARD_FILE}: is not a card of an exported model ({first_line})") from None
 
 
-def open_session(folder: Path, num_threads: int, onednn: bool = True, precision: Precision = "float32") -> Any:
-    """A Paddle Inference predictor of the folder's model, on the CPU.
+def open_session(folder: Path, num_threads: int, onednn: bool = True, precision: InferencePrecision = "float32") -> Any:
+    """A Paddle Inference predictor of the folder's model: on the CPU, in float16 on a card.
 
-    In bfloat16 oneDNN computes its operators so; inputs, outputs and the files' weights are float32 all the same.
+    Inputs, outputs and the files' weights are float32 in every precision, which is what operators compute in. Raises
+    PredictError for a precision that this machine has not.
     """
     config = inference.Config(str(folder / MODEL_FILE), str(folder / WEIGHTS_FILE))
     config.disable_glog_info()
     config.set_cpu_math_library_num_threads(num_threads)
-    if onednn:
+    if precision == "float16":
+        if not paddle.is_compiled_with_cuda():
+            raise PredictError("float16: needs a card and the GPU build of Paddle; set export.precision=bfloat16")
+        config.enable_use_gpu(_GPU_POOL_MB, 0, inference.PrecisionType.Half)
+    elif onednn:
         config.enable_mkldnn()
     else:
         config.disable_mkldnn()
     if precision == "bfloat16":
+        if not runtime.cpu_has_bfloat16():
+            raise PredictError("bfloat16: this CPU doesn't multiply it; set export.precision=float32")
         config.enable_mkldnn_bfloat16()
     return inference.create_predictor(config)
 

@@ -16,6 +16,7 @@ from typing import IO
 
 _CPUINFO = Path("/proc/cpuinfo")
 _aside: IO[bytes] | None = None
+_given: dict[str, str] | None = None  # the environment before `prepare`
 
 
 def prepare(verbose: bool = False, environ: MutableMapping[str, str] = os.environ) -> None:
@@ -30,6 +31,8 @@ def prepare(verbose: bool = False, environ: MutableMapping[str, str] = os.enviro
       executor runs several at once, whose threads get into each other's way. (On cards it changes nothing: the
       operators are queued.)
     """
+    global _given
+    _given = dict(environ)
     num_threads = environ.get("OMP_NUM_THREADS") or str(_cores_a_process(environ))
     environ.setdefault("FLAGS_use_legacy_linear", "1")
     environ.setdefault("FLAGS_enable_pir_in_executor_trace_run", "1")
@@ -48,6 +51,11 @@ def prepare(verbose: bool = False, environ: MutableMapping[str, str] = os.enviro
     environ["OMP_NUM_THREADS"] = num_threads
     if not verbose:
         faulthandler.enable(sys.stderr)  # after Paddle, whose own handler writes where it is put aside
+
+
+def given_environ() -> dict[str, str]:
+    """The environment that the user gave, without what `prepare` has set: for programs that aren't ours."""
+    return dict(os.environ if _given is None else _given)
 
 
 @contextmanager

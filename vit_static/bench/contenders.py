@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vit_static import runtime
 from vit_static.config import UserError
 from vit_static.files import write_atomically
 
@@ -107,7 +108,7 @@ class _Running:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
         self._process = subprocess.Popen(
             contender.command,
-            env={**os.environ, "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), **contender.environ},
+            env={**runtime.given_environ(), "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), **contender.environ},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

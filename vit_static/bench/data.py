@@ -27,9 +27,8 @@ from vit_static.bench.contenders import (
     write_json,
 )
 from vit_static.bench.peers import protocol
-from vit_static.bench.step import NoiseStep
+from vit_static.bench.step import MeasuredStep, feed_of
 from vit_static.config import Config, ConfigError, UserError, load
-from vit_static.data.feed import TrainFeed
 from vit_static.data.images import IMAGE_SUFFIXES, list_images
 
 TARGETS = {"dali_vs_pil": 1.0}
@@ -94,7 +93,7 @@ def contenders_for(config: Config, config_path: Path, overrides: Sequence[str]) 
 
 def serve(config: Config) -> None:
     """`bench data --serve`: training's images, as a contender of bench/contenders.py."""
-    feed = make_feed(config)
+    feed = feed_of(config, mesh_module.start(mesh_module.Sizes(1, 1, 1), "cpu"))
 
     def batch() -> int:
         images, _ = next(feed)
@@ -105,35 +104,14 @@ def serve(config: Config) -> None:
     protocol.serve(batch, version=dali.__version__)
 
 
-def make_feed(config: Config) -> TrainFeed:
-    """All of each batch, on the CPU."""
-    return TrainFeed(
-        list_images(config.data, "train", config.model.num_classes),
-        config.model.image_size,
-        config.data,
-        config.augment,
-        seed=config.seed,
-        start_step=0,
-        dp_rank=0,
-        dp_size=1,
-        device_id=None,
-    )
-
-
 def data_wait(config: Config, seconds: float) -> float:
     """The share of its time that the training loop waits for DALI, 0 to 1, after a few steps, over `seconds`."""
-    program, feed = NoiseStep(config).program, make_feed(config)
-
-    def step(number: int) -> None:
-        images, labels = next(feed)
-        program.scalar(program.train_step(images, labels, number))
-
-    step(0)
-    waited, started, num_steps = feed.seconds_waited, time.perf_counter(), 1
-    while time.perf_counter() - started < seconds:
-        step(num_steps)
-        num_steps += 1
-    return (feed.seconds_waited - waited) / (time.perf_counter() - started)
+    step = MeasuredStep(config, fed=True)
+    assert step.feed is not None
+    waited, started = step.feed.seconds_waited, time.perf_counter()
+    while (elapsed := time.perf_counter() - started) < seconds:
+        step()
+    return (step.feed.seconds_waited - waited) / elapsed
 
 
 def write_photographs(root: Path) -> str:

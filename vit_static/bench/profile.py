@@ -12,7 +12,7 @@ from pathlib import Path
 import paddle
 
 from vit_static.bench.contenders import check_writable
-from vit_static.bench.step import NoiseStep
+from vit_static.bench.step import MeasuredStep
 from vit_static.config import Config
 from vit_static.files import write_atomically
 
@@ -35,7 +35,7 @@ def run(config: Config, num_steps: int, json_path: Path | None) -> None:
     card that is the host's time, not the card's.
     """
     check_writable(json_path)
-    step = NoiseStep(config)
+    step = MeasuredStep(config)
     seconds, shares = profile(step, num_steps)
     print(
         f"{config.model.variant}, {config.model.image_size[0]} px, batch {step.batch_size}, {step.precision.level} "
@@ -60,7 +60,7 @@ def run(config: Config, num_steps: int, json_path: Path | None) -> None:
             temporary.write_text(json.dumps(found, indent=1))
 
 
-def profile(step: NoiseStep, num_steps: int) -> tuple[float, list[Share]]:
+def profile(step: MeasuredStep, num_steps: int) -> tuple[float, list[Share]]:
     """Seconds of a step, and of each operator in it, the longest first."""
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"

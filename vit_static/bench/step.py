@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import paddle
@@ -31,10 +32,13 @@ class Speed:
     peak_bytes: int | None = None
 
 
-class NoiseStep:
-    """A config's program on this rank, compiled and warm; each call is a step, waited for."""
+class MeasuredStep:
+    """A config's program on this rank, compiled and warm; each call is a step, waited for.
 
-    def __init__(self, config: Config) -> None:
+    On images of noise, always the same, or where it is `fed` on those of data.root.
+    """
+
+    def __init__(self, config: Config, fed: bool = False) -> None:
         self.config = config
         _, world_size = mesh_module.rank_and_world_size()
         variant = model_module.variant_of(config.model)
@@ -59,6 +63,7 @@ class NoiseStep:
             seed=config.seed,
             kernels=config.kernels,
         )
+        self.feed = feed_of(config, self.mesh) if fed else None
         rng = np.random.default_rng(self.mesh.dp_rank)
         part = self.batch_size // self.mesh.dp_size
         self._images = paddle.to_tensor(rng.standard_normal((part, 3, *config.model.image_size)).astype(np.float32))
@@ -69,20 +74,39 @@ class NoiseStep:
 
     def __call__(self) -> int:
         """The number of images that the step took, over all ranks."""
-        loss = self.program.train_step(self._images, self._labels, self._num_done)
+        images, labels = (self._images, self._labels) if self.feed is None else next(self.feed)
+        loss = self.program.train_step(images, labels, self._num_done)
         self.program.scalar(loss)
         self._num_done += 1
         return self.batch_size
 
 
+def feed_of(config: Config, mesh: mesh_module.Mesh) -> Any:
+    """Training's images, this rank's part of each batch."""
+    from vit_static.data.feed import TrainFeed  # DALI, whose memory is no part of a step on noise
+    from vit_static.data.images import list_images
+
+    return TrainFeed(
+        list_images(config.data, "train", config.model.num_classes),
+        config.model.image_size,
+        config.data,
+        config.augment,
+        seed=config.seed,
+        start_step=0,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+        device_id=mesh.device_id,
+    )
+
+
 def serve(config: Config) -> None:
     """`bench step --serve`: a contender of bench/contenders.py."""
-    protocol.serve(NoiseStep(config))
+    protocol.serve(MeasuredStep(config))
 
 
-def run(config: Config, seconds: float) -> None:
+def run(config: Config, seconds: float, fed: bool) -> None:
     """`bench step`: rank 0 prints the speed as a line of JSON."""
-    step = NoiseStep(config)
+    step = MeasuredStep(config, fed)
     mesh = step.mesh
     mesh.wait_for_all()
     cpu_collectives.seconds_spent = 0.0
@@ -95,7 +119,7 @@ def run(config: Config, seconds: float) -> None:
         print(json.dumps(asdict(_speed(step, num_images / elapsed, elapsed))), flush=True)
 
 
-def _speed(step: NoiseStep, images_per_s: float, elapsed: float) -> Speed:
+def _speed(step: MeasuredStep, images_per_s: float, elapsed: float) -> Speed:
     if step.mesh.device == "cpu":
         return Speed(images_per_s, cpu_collectives.seconds_spent / elapsed)
     peak = flops.peak_flops(mesh_module.device_name(step.mesh), step.precision.dtype)
