@@ -121,6 +121,19 @@ def test_buckets_sum_gradients_together() -> None:
     assert counts[64] <= 5
 
 
+def test_gradients_that_are_scattered_during_the_backward_are_held_in_parts() -> None:
+    """ZeRO's second stage: with exchanges after the backward each rank holds all of them at its end."""
+    held = {}
+    for overlap in (True, False):
+        config = small_config("parallel.bucket_mb=0.2", f"parallel.overlap_gradients={str(overlap).lower()}")
+        for mesh_text in ("dp=4", "dp=4,sharding=2"):
+            held[mesh_text, overlap] = planned(config, mesh_text).costs.gradients
+    all_of_them = 4 * num_parameters(small_config())
+    assert held["dp=4", True] == held["dp=4", False] == held["dp=4,sharding=2", False] == all_of_them
+    # The last bucket's are whole at the backward's end, and biases' are small.
+    assert all_of_them / 4 <= held["dp=4,sharding=2", True] < all_of_them / 4 + 0.4e6
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_sharding_splits_the_state(alone: plan.Plan, stage: int) -> None:
     found = planned(small_config(), f"dp=2,sharding={stage}").costs

@@ -209,7 +209,8 @@ def _temporaries(ops: list[Any], counting: Counting) -> _Temporaries:
     born: dict[int, int] = {}
     last_read: dict[int, int] = {}
     first_backward = next((i for i, op in enumerate(ops) if _role(op) == "backward"), len(ops))
-    first_update = next((i for i, op in enumerate(ops) if _role(op) == "update"), len(ops))
+    # Not where the update's first operator stands: exchanges of gradients may begin earlier (buckets.py).
+    after_backward = 1 + max((i for i, op in enumerate(ops) if _role(op) == "backward"), default=len(ops))
     for index, op in enumerate(ops):
         operands = [_identity(value) for value in _operands(op)]
         for operand in operands[_SHAPE_ONLY.get(op.name(), 0) :]:
@@ -228,8 +229,8 @@ def _temporaries(ops: list[Any], counting: Counting) -> _Temporaries:
     gradients = kept = 0
     for identity, value in values.items():
         first, last = born[identity], last_read.get(identity, born[identity])
-        is_gradient = first_backward <= first < first_update <= last
-        in_update = first >= first_update
+        is_gradient = first_backward <= first < after_backward <= last
+        in_update = _role(ops[first]) == "update"
         size = counting.num_bytes(value, counting.gradient_size() if is_gradient or in_update else counting.item_size)
         changes = [change_of_all] if is_gradient or in_update else [change_of_all, change_of_activations]
         for change in changes:
