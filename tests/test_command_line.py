@@ -241,6 +241,31 @@ def test_two_processes_train_as_one(workplace: Path) -> None:
     assert evaluated[0]["loss"] == pytest.approx(evaluated[1]["loss"], rel=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "tolerance"),
+    [
+        (["amp.level=O0", "parallel.reduce_dtype=float16"], 2e-3),
+        (["parallel.sharding_stage=2"], 2e-2),
+        (["parallel.mp=2"], 2e-2),
+        (["parallel.sharding_stage=3"], 2e-2),
+    ],
+    ids=["gradients in float16", "ZeRO 2 in the default precision", "mp 2 in it", "ZeRO 3 in it"],
+)
+def test_two_processes_in_low_precision(workplace: Path, overrides: list[str], tolerance: float) -> None:
+    """As one process in float32, within what rounding leaves."""
+    common = ["-c", "tiny.yaml", "-o", "model.dropout=0", "-o", "log.every_steps=1", "-o", "train.max_steps=10"]
+    common += ["-o", "schedule.name=constant", "--resume", "never"]
+    losses = []
+    for name, nproc, own in (("low_1", "1", ["amp.level=O0"]), ("low_2", "2", overrides)):
+        given = [argument for override in (f"name={name}", *own) for argument in ("-o", override)]
+        done = run_sh("pretrain", *common, *given, cwd=workplace, NPROC=nproc)
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in (workplace / f"output/{name}/metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in lines if line["kind"] == "train"][-10:])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=tolerance)
+
+
 MESHES = {"parallel.mp=2": "tensor", "parallel.pp=2": "stages", "parallel.sharding_stage=3": "zero"}
 
 

@@ -10,7 +10,8 @@ import pytest
 from small import SMALL, images_and_labels
 
 from vit_static.bench.profile import plain
-from vit_static.config import KernelsConfig, ModelConfig, OptimConfig, ParallelConfig
+from vit_static.config import KernelsConfig, LossConfig, ModelConfig, OptimConfig, ParallelConfig
+from vit_static.loss import Criterion
 from vit_static.model import attention_by_matmul, build
 from vit_static.runtime import cpu_has_bfloat16
 from vit_static.step import Precision
@@ -22,6 +23,9 @@ VARIATIONS: dict[str, ModelConfig] = {
     "pooled": PLAIN.model_copy(update={"pool": "gap"}),
     "no bias in q, k, v": PLAIN.model_copy(update={"qkv_bias": False}),
     "fixed positions": PLAIN.model_copy(update={"pos_embed": "sincos2d"}),
+    "one class": PLAIN.model_copy(update={"num_classes": 1}),
+    "one head": PLAIN.model_copy(update={"num_heads": 1}),
+    "one patch": PLAIN.model_copy(update={"patch_size": 4, "image_size": (4, 4), "pool": "gap"}),
     "dropout": PLAIN.model_copy(update={"dropout": 0.2, "attention_dropout": 0.2, "drop_path_rate": 0.2}),
     "dropout outside attention": PLAIN.model_copy(update={"dropout": 0.2}),
 }
@@ -37,7 +41,16 @@ def trained(make_program, config: ModelConfig, onednn: bool, **arguments):
     paddle.seed(3)
     kernels = KernelsConfig(onednn=onednn)
     optim = OptimConfig(name="sgd", lr=0.1, clip_norm=0.5)
-    program = make_program(build(config, attention_by_matmul), 8, optim, kernels=kernels, **arguments)
+    loss = Criterion(LossConfig(name="sigmoid" if config.num_classes == 1 else "softmax"))
+    program = make_program(
+        build(config, attention_by_matmul),
+        8,
+        optim,
+        kernels=kernels,
+        criterion=loss,
+        image_size=config.image_size,
+        **arguments,
+    )
     losses = [program.scalar(program.train_step(*images_and_labels(8, config, seed=n), n)) for n in range(5)]
     return np.array(losses), program.weights(), program.eval_step(*images_and_labels(8, config, seed=9))
 
@@ -65,7 +78,7 @@ def test_the_first_ten_losses_in_bfloat16_are_float32s_within_a_hundredth(make_p
     for precision in (Precision("O0", "float32"), Precision("O1", "bfloat16")):
         paddle.seed(3)
         config = VARIATIONS[variation]
-        program = make_program(build(config, attention_by_matmul), 8, precision=precision)
+        program = make_program(build(config, attention_by_matmul), 8, precision=precision, image_size=config.image_size)
         losses[precision.level] = [
             program.scalar(program.train_step(*images_and_labels(8, config, seed=n), n)) for n in range(10)
         ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -65,6 +67,27 @@ def test_product_with_bias_factor_and_residual(dtype: str, transposed: bool) -> 
     )
     product(*map(address, (a_memory, b_memory, bias_memory, added_memory, out)))
     close(out, (a @ (b.T if transposed else b) + bias) * 0.25 + added, "float32" if dtype == "float32" else dtype)
+
+
+def test_products_of_length_one() -> None:
+    """In a process of its own: oneDNN keeps the kernels that it has once chosen."""
+    script = """
+import numpy as np
+from vit_static import runtime
+runtime.prepare(verbose=True)
+from vit_static import onednn
+from vit_static.onednn import dense
+for rows, columns in ((3, 24), (16, 384), (1, 5)):
+    a, b = np.random.default_rng(0).standard_normal((2, 400)).astype(np.float32)
+    out = np.full((rows, columns), np.nan, np.float32)
+    product = onednn.matmul(
+        dense("float32", rows, 1), dense("float32", columns, 1).transposed, dense("float32", rows, columns)
+    )
+    product(a.ctypes.data, b.ctypes.data, out.ctypes.data)
+    np.testing.assert_allclose(out, np.outer(a[:rows], b[:columns]), rtol=1e-6)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -284,6 +284,15 @@ def test_a_precision_that_no_cpu_has_is_refused(amp, has_bfloat16) -> None:
         choose_precision(amp, "cpu", cpu_has_bfloat16=has_bfloat16)
 
 
+def test_split_parameters_are_float32_on_a_cpu() -> None:
+    """Paddle's CPU build gathers none in bfloat16."""
+    third = ParallelConfig(sharding_stage=3)
+    assert choose_precision(AmpConfig(), "cpu", None, third, cpu_has_bfloat16=True) == Precision("O0", "float32")
+    with pytest.raises(ConfigError, match="sharding_stage below 3"):
+        choose_precision(AmpConfig(level="O1"), "cpu", None, third, cpu_has_bfloat16=True)
+    assert choose_precision(AmpConfig(), "gpu", None, third).level == "O2"
+
+
 def test_bfloat16_by_name_is_refused_where_nothing_multiplies_it() -> None:
     with pytest.raises(ConfigError, match=r"set amp\.level=O0"):
         choose_precision(AmpConfig(level="O1"), "cpu", cpu_has_bfloat16=False)

@@ -95,7 +95,8 @@ def _buckets(
     filling: dict[tuple[Any, ...], Bucket] = {}
     for operation in operations:
         value = operation.operand_source(0)
-        kind = (operation.attrs()["ring_id"], str(value.dtype), _is_number(value))
+        given = operation.attrs()
+        kind = (given["ring_id"], given.get("reduce_type"), str(value.dtype), _is_number(value))
         bucket = filling.setdefault(kind, [])
         size = sum(math.prod(op.operand_source(0).shape) for op in [*bucket, operation]) * value.element_size()
         if bucket and (size > bucket_bytes or apart(bucket, operation)):

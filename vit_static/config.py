@@ -181,6 +181,13 @@ class AmpConfig(Section):
     )
     black_list: tuple[str, ...] = Field((), description="operators that stay in float32 besides Paddle's own list")
 
+    @model_validator(mode="after")
+    def _one_list_each(self) -> AmpConfig:
+        both = sorted(set(self.white_list) & set(self.black_list))
+        if both:
+            raise ValueError(f"white_list and black_list both name {', '.join(both)}; take it out of one")
+        return self
+
 
 class KernelsConfig(Section):
     """What computes the model, where Paddle's plain operators are not the quickest."""

@@ -16,6 +16,7 @@ LayerNorm's inputs and the gradients of parameters are float32.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import cache
@@ -60,18 +61,18 @@ _PURE = {
 def lower(program: Any) -> None:
     """Puts a program's expensive operators on oneDNN's kernels."""
     with paddle.static.program_guard(program):
-        lowering = _Lowering()
         _simplify(program)
         _compute_gelu_again(program)
-        lowering.fuse_attention(program)
+        _Lowering().fuse_attention(program)
         _remove_unread(program)
-        lowering.lower_each(program)
+        _Lowering().lower_each(program)
         _remove_unread(program)
 
 
 # -- operators of ours -----------------------------------------------------------------------------------------------
 
 _names: dict[Hashable, str] = {}
+_one_at_a_time = threading.Lock()
 
 
 def _operator(
@@ -86,7 +87,8 @@ def _operator(
     def call(*tensors: paddle.Tensor) -> Any:
         with paddle.base.dygraph.base.guard():
             made = [paddle.empty(shape, dtype) for dtype, shape in outputs]
-            run(*(tensor.data_ptr() for tensor in (*tensors, *made)))
+            with _one_at_a_time:  # kernels keep their operands' addresses, and share memory to work in
+                run(*(tensor.data_ptr() for tensor in (*tensors, *made)))
         return made[0] if len(made) == 1 else tuple(made)
 
     def infer(*_: Any) -> Any:
@@ -268,11 +270,12 @@ class _Lowering:
         operands = [(found.scores, 0), (found.scores, 1), (found.mix, 1)]
         inputs = [self._as(dtype, view_of(operation.operand_source(index))) for operation, index in operands]
         writing, layout = _written_alone(found.mix.result(0), found.mix.op_role, dtype)
-        layouts = (*(view.layout for view in inputs), layout)
+        q, k, v = (view.layout for view in inputs)
+        run = onednn.Attention(q, k, v, layout, writing.factor)
         with before(found.mix):
             made = [(layout.dtype, tuple(writing.value.shape))]
             bases = [view.base for view in inputs]
-            (value,) = _operator(f"attention_{dtype}", layouts, onednn.Attention(*layouts), bases, made)
+            (value,) = _operator(f"attention_{dtype}", (q, k, v, layout, writing.factor), run, bases, made)
             _stand_in(writing.value, value)
 
     def _attention_grad(self, found: AttentionPattern) -> None:
@@ -298,14 +301,17 @@ class _Lowering:
 
     def _matmul(self, operation: Any) -> None:
         a, b = _factors(operation)
-        self._product(operation, a.as_rows if len(b.layout.shape) == 2 else a, b, operation.result(0))
+        a = self._folded(a, b, operation, 0)
+        if _are_alike(a, b):
+            self._product(operation, a, b, operation.result(0))
 
     def _matmul_grad(self, operation: Any) -> None:
         """Of out = a @ b, a's gradient is out's @ b^T, b's a^T @ out's; transposed where it was."""
         a, b = _factors(operation)
         gradient = view_of(operation.operand_source(2))
-        if len(b.layout.shape) == 2:
-            a, gradient = a.as_rows, gradient.as_rows
+        a, gradient = self._folded(a, b, operation, 0), self._folded(gradient, b, operation, 2)
+        if not (_are_alike(a, b) and _are_alike(gradient, b)):
+            return
         of_a, of_b = operation.results()
         transposed_a, transposed_b = operation.attrs()["transpose_x"], operation.attrs()["transpose_y"]
         if is_read(of_a):
@@ -314,6 +320,13 @@ class _Lowering:
         if is_read(of_b):
             factors = (gradient.transposed, a) if transposed_b else (a.transposed, gradient)
             self._product(operation, *factors, of_b)
+
+    def _folded(self, view: View, b: View, operation: Any, index: int) -> View:
+        """What is multiplied with a matrix as rows, its operand if its own strides don't allow that."""
+        if len(b.layout.shape) != 2 or len(view.layout.shape) <= 2:
+            return view
+        is_transposed = index == 0 and operation.attrs()["transpose_x"]
+        return view.as_rows if is_transposed or len(view.as_rows.layout.shape) == 2 else self._rows(operation, index)
 
     def _product(self, operation: Any, a: View, b: View, result: Any) -> None:
         """Makes `result`, and what its only readers make of it, by one product of `a` and `b`."""
@@ -403,6 +416,11 @@ def _has_operands(operation: Any, number: int) -> bool:
     return operation.num_operands() == number and all(
         operation.operand_source(index).initialized() for index in range(number)
     )
+
+
+def _are_alike(a: View, b: View) -> bool:
+    """Whether both are matrices, or stacks of as many: what is broadcast is left to Paddle."""
+    return len(b.layout.shape) >= 2 and a.layout.shape[:-2] == b.layout.shape[:-2] and len(a.layout.shape) >= 2
 
 
 def _factors(operation: Any) -> tuple[View, View]:

@@ -231,6 +231,8 @@ def attention_around(softmax: Any) -> AttentionPattern | None:
     dropout."""
     scores, weights = through_casts(softmax.operand_source(0)), softmax.result(0)
     product = scores.get_defining_op()
+    if not is_over_last(softmax.attrs()["axis"], weights):
+        return None
     if product.name() != "pd_op.matmul" or len(scores.shape) != 4 or len(readers_of(scores)) != 1:
         return None
     if product.attrs()["transpose_x"] or not product.attrs()["transpose_y"]:

@@ -110,6 +110,13 @@ class _Library:
 
     def description(self, layout: Layout) -> ctypes.c_void_p:
         """A memory descriptor."""
+        # Strides of dimensions of length 1 mean nothing, but choose a kernel: with others than a dense tensor's a
+        # product of [M, 1] and [1, N] writes nothing, without an error.
+        strides, following = list(layout.strides), 1
+        for axis in reversed(range(len(strides))):
+            if layout.shape[axis] == 1:
+                strides[axis] = following
+            following = layout.shape[axis] * strides[axis]
         sizes = ctypes.c_int64 * _MAX_DIMENSIONS
         made = ctypes.c_void_p()
         self.call(
@@ -118,7 +125,7 @@ class _Library:
             ctypes.c_int(len(layout.shape)),
             sizes(*layout.shape),
             ctypes.c_int(_DATA_TYPES[layout.dtype]),
-            sizes(*layout.strides),
+            sizes(*strides),
         )
         return made
 
@@ -342,17 +349,18 @@ def convert(x: Layout, out: Layout) -> Primitive:
 
 
 class Attention:
-    """softmax(q k^T) v of [B, H, N, d], a few images and heads at a time; called with the addresses of q, k, v, out.
+    """softmax(q k^T) v, times a factor, of [B, H, N, d], a few images and heads at a time; called with the addresses of
+    q, k, v and out.
 
     The scores are in float32, the weights in the operands' dtype. None of them outlives its part of the batch.
     """
 
-    def __init__(self, q: Layout, k: Layout, v: Layout, out: Layout) -> None:
+    def __init__(self, q: Layout, k: Layout, v: Layout, out: Layout, factor: float = 1.0) -> None:
         self._operands = (q, k, v, out)
         self._tile = _Tile(q, k)
         q, k, v, out = (layout.first(*self._tile.lengths) for layout in self._operands)
         self._scores, self._weights = self._tile.score_kernels(q, k)
-        self._mix = matmul(self._tile.weights, v, out)
+        self._mix = matmul(self._tile.weights, v, out, factor=factor)
 
     def __call__(self, *addresses: int) -> None:
         scores, weights, _ = self._tile.memory()

@@ -38,7 +38,12 @@ class Precision:
 
 
 def choose_precision(
-    amp: AmpConfig, device: str, kernels: KernelsConfig | None = None, *, cpu_has_bfloat16: bool | None = None
+    amp: AmpConfig,
+    device: str,
+    kernels: KernelsConfig | None = None,
+    parallel: ParallelConfig | None = None,
+    *,
+    cpu_has_bfloat16: bool | None = None,
 ) -> Precision:
     """Raises ConfigError for what the device can't do: nothing becomes another precision by itself.
 
@@ -47,15 +52,21 @@ def choose_precision(
     if cpu_has_bfloat16 is None:
         cpu_has_bfloat16 = runtime.cpu_has_bfloat16()
     has_kernels = kernels is None or kernels.onednn
+    splits_parameters = parallel is not None and parallel.sharding_stage == 3
     dtype = "bfloat16" if amp.dtype == "auto" else amp.dtype
-    on_cpu = "O0" if dtype == "bfloat16" and not (cpu_has_bfloat16 and has_kernels) else "O1"
+    on_cpu = "O0" if dtype == "bfloat16" and not (cpu_has_bfloat16 and has_kernels and not splits_parameters) else "O1"
     level: str = {"gpu": "O2", "cpu": on_cpu}[device] if amp.level == "auto" else amp.level
     if level == "O0":
         return Precision("O0", "float32")
     if device == "cpu" and (level == "O2" or dtype == "float16"):
         raise ConfigError(
             f"amp = {level} in {dtype}: a CPU has bfloat16 autocast alone; "
-            "set amp.level=O1 with amp.dtype=bfloat16, or amp.level=O0 (or auto)"
+            "set amp.level=O1 with amp.dtype=bfloat16, or amp.level=O0 (or both auto)"
+        )
+    if device == "cpu" and splits_parameters:
+        raise ConfigError(
+            "amp.level = O1: Paddle's CPU build gathers no parameters in bfloat16; set amp.level=O0 (or auto), or "
+            "parallel.sharding_stage below 3"
         )
     if device == "cpu" and not has_kernels:
         raise ConfigError(
@@ -286,7 +297,7 @@ class Program:
 def _exchange(parallel: ParallelConfig, mesh: Mesh) -> Exchange:
     if parallel.reduce_dtype == "bfloat16" and mesh.device == "cpu" and mesh.world_size > 1:
         raise ConfigError(
-            "parallel.reduce_dtype = bfloat16: Paddle's CPU build sums none between processes; set float32 or float16"
+            "parallel.reduce_dtype = bfloat16: Paddle's CPU build compiles no exchange of it; set float32 or float16"
         )
     dtype = "" if parallel.reduce_dtype == "float32" else parallel.reduce_dtype
     return Exchange(int(parallel.bucket_mb * 1e6), parallel.overlap_gradients, dtype)
@@ -357,15 +368,15 @@ def _open_in_forward(
     """
     forward = model.forward
     autocast = precision.level == "O1"
-    dtype = precision.dtype if autocast else "float16"  # one that auto_cast takes; O0 has float32
 
     def traced(images: paddle.Tensor) -> paddle.Tensor:
         if seeds is not None and model.training:
             seeds.begin()
+        if not autocast:  # nor one that is off: that would switch O2's off, which the engine has opened
+            return forward(images)
         with paddle.amp.auto_cast(
-            enable=autocast,
             level="O1",
-            dtype=dtype,
+            dtype=precision.dtype,
             custom_white_list=set(amp.white_list),
             custom_black_list=set(amp.black_list),
         ):

@@ -47,7 +47,7 @@ def train(config: Config, resume: bool = True) -> bool:
 
     # -- the processes -------------------------------------------------------------------------------------------
     mesh = mesh_module.start(sizes, config.device)
-    precision = choose_precision(config.amp, mesh.device, config.kernels)
+    precision = choose_precision(config.amp, mesh.device, config.kernels, config.parallel)
 
     # -- the model, and what it starts from: this run's latest checkpoint > init.from > fresh weights ------------
     mesh_module.seed_everything(config.seed)

@@ -45,7 +45,7 @@ class MeasuredStep:
         self.batch_size = config.data.global_batch_size
         sizes = mesh_module.check(config.parallel, world_size, self.batch_size, variant)
         self.mesh = mesh_module.start(sizes, config.device)
-        self.precision = choose_precision(config.amp, self.mesh.device, config.kernels)
+        self.precision = choose_precision(config.amp, self.mesh.device, config.kernels, config.parallel)
         mesh_module.seed_everything(config.seed)
         attention = choose_attention(config.model, config.parallel, config.kernels, self.mesh.device)
         self.program = Program(
