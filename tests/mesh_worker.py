@@ -23,6 +23,7 @@ from small import images_and_labels
 from vit_static import cpu_collectives
 from vit_static import mesh as mesh_module
 from vit_static.config import (
+    AugmentConfig,
     DataConfig,
     EvalConfig,
     KernelsConfig,
@@ -33,10 +34,11 @@ from vit_static.config import (
 )
 from vit_static.costs import Collective
 from vit_static.data.feed import EvalFeed
-from vit_static.data.images import list_images
+from vit_static.data.images import open_set
 from vit_static.evaluate import Evaluation, evaluate
 from vit_static.loss import Criterion
 from vit_static.mesh import Mesh, Sizes
+from vit_static.mixing import Mixer
 from vit_static.model import build, variant_of
 from vit_static.step import Precision, Program, choose_attention
 
@@ -54,6 +56,7 @@ class Case(BaseModel):
     steps: list[int] = list(range(10))  # what `train_step` gets
     evaluates: bool = False  # after the last step
     records_masks: bool = False
+    mixes: bool = False  # images with each other, and so has targets in place of labels
 
     @property
     def world_size(self) -> int:
@@ -127,7 +130,9 @@ def run(case: Case, mesh: Mesh, images_root: Path) -> Outcome:
         learning_rate=lambda step: case.optim.lr,
         parallel=case.parallel,
         seed=5,
+        train_targets=case.model.num_classes if case.mixes else None,
     )
+    mixer = Mixer(AugmentConfig(mixup_alpha=0.8, cutmix_alpha=1.0) if case.mixes else AugmentConfig(), 6, seed=5)
     outcome = Outcome()
     size = BATCH_SIZE // mesh.dp_size
     own = slice(mesh.dp_rank * size, (mesh.dp_rank + 1) * size)
@@ -136,7 +141,8 @@ def run(case: Case, mesh: Mesh, images_root: Path) -> Outcome:
         masks.clear()
         cpu_collectives.moved_bytes.clear()
         cpu_collectives.num_calls.clear()
-        loss = program.scalar(program.train_step(images[own], labels[own], step))
+        batch = mixer.mixed((images[own], labels[own]), step)
+        loss = program.scalar(program.train_step(*batch, step))
         outcome.moved = what_moved()
         outcome.losses.append(mesh.mean(loss))
         outcome.grad_norms.append(program.grad_norm())
@@ -159,7 +165,7 @@ def what_moved() -> dict[str, tuple[int, int]]:
 def eval_feed(case: Case, mesh: Mesh, images_root: Path) -> EvalFeed:
     data = DataConfig(root=str(images_root), num_threads=1)
     return EvalFeed(
-        list_images(data, "val", case.model.num_classes),
+        open_set(data, "val", case.model.num_classes),
         case.model.image_size,
         EVAL_BATCH_SIZE,
         data,

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sets import copy_of_some, small_digits  # noqa: F401 - a fixture
+from sets import copy_of_some
 from small import ROOT
 
 from data_tools.digits import make_digits

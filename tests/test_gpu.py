@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
-from sets import small_digits  # noqa: F401 - a fixture
 from small import SMALL, images_and_labels
 
 from vit_static import mesh as mesh_module
@@ -140,7 +139,7 @@ def test_accumulation_on_the_card(card: mesh_module.Mesh) -> None:
     np.testing.assert_allclose(parts, whole, rtol=1e-3)
 
 
-def test_the_cards_pixels_are_the_cpus(small_digits: Path) -> None:  # noqa: F811
+def test_the_cards_pixels_are_the_cpus(small_digits: Path) -> None:
     """Other decoders, the same operations: a mean difference below 2 of 255 levels."""
     from vit_static.data.feed import EvalFeed, TrainFeed
     from vit_static.data.images import list_images

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sets import small_digits  # noqa: F401 - a fixture
 from small import ROOT
 
 from vit_static import launch
@@ -43,7 +42,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
 class Job:
     """Launches that make up one job, in a folder of their own."""
 
-    def __init__(self, folder: Path, small_digits: Path) -> None:  # noqa: F811
+    def __init__(self, folder: Path, small_digits: Path) -> None:
         self.folder = folder
         self.launches: list[subprocess.Popen[str]] = []
         self.name = f"{folder}-{os.getpid()}"  # found again in the environment of all its processes
@@ -116,7 +115,7 @@ class Job:
 
 
 @pytest.fixture
-def job(tmp_path: Path, small_digits: Path) -> Iterator[Job]:  # noqa: F811
+def job(tmp_path: Path, small_digits: Path) -> Iterator[Job]:
     job = Job(tmp_path, small_digits)
     yield job
     for number in job.processes():
@@ -124,7 +123,7 @@ def job(tmp_path: Path, small_digits: Path) -> Iterator[Job]:  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def losses_of_one_launch(tmp_path_factory: pytest.TempPathFactory, small_digits: Path) -> list[float]:  # noqa: F811
+def losses_of_one_launch(tmp_path_factory: pytest.TempPathFactory, small_digits: Path) -> list[float]:
     job = Job(tmp_path_factory.mktemp("one launch"), small_digits)
     job.start(NPROC="2")
     ((code, _, stderr),) = job.end()

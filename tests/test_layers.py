@@ -11,7 +11,9 @@ PEERS = ROOT / "vit_static" / "bench" / "peers"  # scripts, which import nothing
 # As the architecture has it; a new module must be given its place.
 LAYERS = [
     {"__init__", "config", "schedule", "log", "flops", "devices", "files", "report", "runtime"},
-    {"model", "loss", "data", "data.images", "data.order", "data.pipeline", "data.feed", "mesh"}
+    {"model", "loss", "data", "mesh", "agreement", "mixing"}
+    | {f"data.{name}" for name in ("lists", "images", "shards", "order", "augment", "operations", "pipeline")}
+    | {"data.reader", "data.feed"}
     | {"costs", "placement", "cpu_collectives", "cpu_kernels", "cpu_patterns", "onednn"}
     | {"buckets", "dropout", "paddle_internals", "passes"},
     {"optim", "weights", "checkpoint"},
@@ -19,12 +21,14 @@ LAYERS = [
     {"train", "evaluate", "export", "predict", "plan"},
     {
         "bench",
-        *(f"bench.{name}" for name in ("contenders", "step", "train", "scaling", "profile", "data", "infer", "cards")),
+        *(f"bench.{name}" for name in ("contenders", "step", "train", "scaling", "profile", "infer", "cards")),
+        *(f"bench.{name}" for name in ("data", "data_scale", "data_cards", "photographs")),
     }
     | {"bench.peers", *(f"bench.peers.{path.stem}" for path in PEERS.glob("[a-z]*.py"))},
     {"__main__", "launch"},
 ]
-WITHOUT_PADDLE = LAYERS[0] - {"runtime"} | {"data", "data.images", "data.order", "launch"}
+WITHOUT_PADDLE = LAYERS[0] - {"runtime"} | {"data", "launch"}
+WITHOUT_PADDLE |= {f"data.{name}" for name in ("lists", "images", "shards", "order", "augment", "reader")}
 
 
 def modules() -> dict[str, set[str]]:

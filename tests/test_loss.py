@@ -168,3 +168,41 @@ def test_evaluating_it_gives_each_images_loss_without_smoothing_and_rank(name: s
         out.numpy()[:, 0], expected_losses(logits.astype(np.float64), labels, name, 0.0), rtol=1e-5
     )
     np.testing.assert_array_equal(out.numpy()[:, 1], ranks(logits, labels))
+
+
+@pytest.mark.parametrize(("name", "smoothing"), [("softmax", 0.1), ("sigmoid", 1e-4), ("sigmoid", 0.0)])
+def test_targets_of_several_classes(name: str, smoothing: float) -> None:
+    """Shares of two classes, as mixup has them, and three whole labels, as ImageNet-21k has them."""
+    logits, labels = logits_and_labels(5)
+    targets = np.eye(5)[labels] * 0.7 + np.eye(5)[labels[::-1]] * 0.3
+    targets[0] = [1, 0, 1, 1, 0]
+    losses = per_image_loss(
+        paddle.to_tensor(logits),
+        paddle.to_tensor(targets.astype(np.float32)),
+        LossConfig(name=name, label_smoothing=smoothing),
+    )
+    logits = logits.astype(np.float64)
+    smooth = targets * (1 - smoothing) + (smoothing / 5 if name == "softmax" else smoothing)
+    expected = (
+        -(smooth * log_softmax(logits)).sum(axis=1)
+        if name == "softmax"
+        else (smooth * np.logaddexp(0, -logits) + (1 - smooth) * np.logaddexp(0, logits)).sum(axis=1)
+    )
+    np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("levels", [None, 3, 1])
+def test_of_several_labels_the_one_that_comes_first_counts(levels: int | None) -> None:
+    logits, _ = logits_and_labels(9)
+    if levels is not None:
+        logits = np.floor(np.abs(logits)) % levels
+    targets = np.random.default_rng(0).random((BATCH_SIZE, 9)) < 0.3
+    targets[:, 4] = True  # at least one
+    places = np.argsort(np.argsort(-logits, axis=1, kind="stable"), axis=1)
+    expected = np.where(targets, places, 99).min(axis=1)
+    np.testing.assert_array_equal(ranks(logits, targets.astype(np.float32)), expected)
+
+
+def test_one_hot_targets_rank_as_labels_do() -> None:
+    logits, labels = logits_and_labels(1000)
+    np.testing.assert_array_equal(ranks(logits, np.eye(1000, dtype=np.float32)[labels]), ranks(logits, labels))

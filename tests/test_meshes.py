@@ -94,6 +94,14 @@ DROPPING_PATHS = {
     "paths_dp2_mp2": (mesh(dp=2, mp=2), "paths_one"),
     "paths_pp2": (mesh(pp=2), "paths_accum2"),
 }
+# with images mixed with each other
+MIXED = {
+    "mixed_dp2": mesh(dp=2),
+    "mixed_mp2": mesh(mp=2),
+    "mixed_pp2": mesh(pp=2),
+    "mixed_accum2": mesh(grad_accum_steps=2),
+    "mixed_dp2_sharding3": mesh(dp=2, sharding_stage=3),
+}
 # with all kinds of dropout, for a few steps, one of them twice
 DROPPING = {
     "dropout_one": mesh(),
@@ -121,6 +129,8 @@ def all_cases() -> list[Case]:
         named.append((name, MODELS["dropped_paths"], OPTIMIZERS["adamw"], parallel, {}))
     for name, (parallel, _) in DROPPING_PATHS.items():
         named.append((name, MODELS["dropped_paths"], OPTIMIZERS["adamw"], parallel, {}))
+    for name, parallel in {"mixed_one": mesh(), **MIXED}.items():
+        named.append((name, MODEL, OPTIMIZERS["sgd"], parallel, {"mixes": True}))
     for name, parallel in DROPPING.items():
         recorded = {"steps": SAME_STEP_TWICE, "records_masks": True}
         named.append((name, MODELS["dropout"], OPTIMIZERS["sgd"], parallel, recorded))
@@ -271,6 +281,15 @@ def test_a_mesh_trains_as_one_process(runs: Runs, name: str, optimizer: str) -> 
         assert min(one.grad_norms) > OPTIMIZERS["sgd"].clip_norm
         for key, value in expected.items():
             np.testing.assert_allclose(weights[key], value, rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_mixed_images_are_those_of_one_process(runs: Runs, name: str) -> None:
+    one, outcomes = runs.one("mixed_one"), runs(name)
+    for outcome in outcomes:
+        np.testing.assert_allclose(outcome.losses, one.losses, rtol=1e-5)
+    assert np.abs(np.subtract(one.losses, runs.one("one_cls_sgd").losses)).max() > 1e-2
+    whole(outcomes)
 
 
 @pytest.mark.parametrize("name", [name for name in MESHES if "sharding" in name])

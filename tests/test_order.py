@@ -11,7 +11,7 @@ from PIL import Image
 
 from vit_static.config import AugmentConfig, DataConfig
 from vit_static.data.feed import TrainFeed
-from vit_static.data.images import ImageList
+from vit_static.data.images import ImageSet, open_set
 from vit_static.data.order import NUM_DRAWS, TrainOrder
 
 
@@ -99,17 +99,46 @@ def test_no_draw_is_rounded_up_to_1() -> None:
     assert TrainOrder(1, seed=2).draws(1_416_165, 1_416_166).max() < 1
 
 
+@pytest.mark.parametrize("num_images", [6, 13, 100])
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_repeated_images_come_together_and_an_epoch_has_fewer(num_images: int, repeats: int) -> None:
+    line = TrainOrder(num_images, seed=3, repeats=repeats).images(0, 4 * num_images).reshape(4, num_images)
+    once = TrainOrder(num_images, seed=3).images(0, 4 * num_images).reshape(4, num_images)
+    for epoch, shuffle in zip(line, once, strict=True):
+        images, counts = np.unique(epoch, return_counts=True)
+        assert counts.max() == repeats
+        assert (counts < repeats).sum() <= 2  # those that the end of the epoch cuts off
+        assert set(images) == set(shuffle[: len(images)])
+        for image in images:
+            places = np.flatnonzero(epoch == image)
+            assert places[-1] - places[0] <= 2 * (repeats - 1)
+        assert (epoch[1:] != epoch[:-1]).all()  # what is mixed with each other
+
+
+def test_repeats_of_1_are_the_usual_order() -> None:
+    np.testing.assert_array_equal(TrainOrder(13, seed=3, repeats=1).images(0, 50), TrainOrder(13, seed=3).images(0, 50))
+
+
+def test_augmentations_have_draws_of_their_own() -> None:
+    order = TrainOrder(7, seed=2)
+    draws = order.augmentation_draws(0, 50, 24)
+    assert not np.isin(draws, order.draws(0, 50)).any()
+    np.testing.assert_array_equal(order.augmentation_draws(20, 30, 24), draws[20:30])
+    assert len(np.unique(order.augmentation_draws(0, 1000, 12), axis=0)) == 1000
+
+
 @pytest.fixture(scope="module")
-def numbered_images(tmp_path_factory: pytest.TempPathFactory) -> ImageList:
+def numbered_images(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
     """Ten images, each of a class of its own: a batch's labels tell its images."""
     root = tmp_path_factory.mktemp("numbered")
     for number in range(10):
-        Image.new("RGB", (8, 8), (number, number, number)).save(root / f"{number}.png")
-    return ImageList([str(root / f"{n}.png") for n in range(10)], np.arange(10), [str(n) for n in range(10)])
+        (root / "train" / str(number)).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (number, number, number)).save(root / "train" / str(number) / "image.png")
+    return open_set(DataConfig(root=str(root)), "train", 10)
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 4])
-def test_the_ranks_batches_together_are_the_global_batch(numbered_images: ImageList, dp_size: int) -> None:
+def test_the_ranks_batches_together_are_the_global_batch(numbered_images: ImageSet, dp_size: int) -> None:
     """Batches of 8 of 10 images, from the fourth step on."""
     feeds = [
         TrainFeed(
@@ -132,10 +161,11 @@ def test_the_ranks_batches_together_are_the_global_batch(numbered_images: ImageL
 
 
 def test_image_paths_may_hold_any_character(tmp_path: Path) -> None:
-    path = tmp_path / "ein Bild, größer (1).png"
+    path = tmp_path / "train/ein Ordner, größer" / "ein Bild (1).png"
+    path.parent.mkdir(parents=True)
     Image.new("RGB", (8, 8), (255, 0, 0)).save(path)
     feed = TrainFeed(
-        ImageList([str(path)], np.zeros(1, np.int64), ["a"]),
+        open_set(DataConfig(root=str(tmp_path)), "train", 1),
         (8, 8),
         DataConfig(global_batch_size=1, num_threads=1),
         AugmentConfig(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
+from sets import photo, thirteen
 
 from data_tools.digits import make_digits
 from vit_static.config import AugmentConfig, DataConfig, EvalConfig
 from vit_static.data.feed import EvalFeed, TrainFeed
-from vit_static.data.images import DataError, ImageList, list_images
+from vit_static.data.images import ImageSet, open_set
+from vit_static.data.lists import DataError
 from vit_static.data.order import NUM_DRAWS, TrainOrder
 from vit_static.data.pipeline import eval_pipeline, pixels_pipeline, random_crop, train_pipeline
 
@@ -31,16 +33,6 @@ BOUND = 0.5 / 255
 SIZES = [(375, 500), (500, 375), (400, 300), (257, 301), (80, 91), (64, 64)]  # height, width
 
 
-def photo(height: int, width: int, seed: int = 0) -> Image.Image:
-    """Smooth colours, an edge, and noise as of a camera."""
-    y, x = np.mgrid[:height, :width]
-    waves = [np.sin(7 * x / width + c) + np.cos(5 * y / height + 2 * c) + np.sin((x + y) / 23 + c) for c in range(3)]
-    pixels = 128 + 35 * np.stack(waves, axis=-1)
-    pixels[height // 3 :, : width // 4] *= 0.5
-    pixels += np.random.default_rng(seed).normal(0, 12, pixels.shape)
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-
-
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Six photographs of our own making and twenty of scikit-learn's digits, as JPEG files."""
@@ -51,15 +43,15 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return sorted(root.glob("*.jpeg")) + sorted(root.glob("digits/val/*/*.jpeg"))[:340:17]
 
 
-def names_of(paths: Sequence[Path]) -> list[np.ndarray]:
-    return [np.frombuffer(str(path).encode(), np.uint8) for path in paths]
+def encoded_of(paths: Sequence[Path]) -> list[np.ndarray]:
+    return [np.frombuffer(path.read_bytes(), np.uint8) for path in paths]
 
 
 def evaluated(paths: Sequence[Path], image_size: tuple[int, int], evaluation: EvalConfig) -> np.ndarray:
     """The evaluation pipeline's images, [num_images, 3, height, width]."""
     zeros, ones = np.zeros(len(paths), np.int64), np.ones(len(paths), np.float32)
     pipeline = eval_pipeline(
-        lambda n: (names_of(paths), zeros, ones), len(paths), image_size, DATA, evaluation, device_id=None
+        lambda n: (encoded_of(paths), zeros, ones), len(paths), image_size, DATA, evaluation, device_id=None
     )
     return pipeline.run()[0].as_array()
 
@@ -70,7 +62,7 @@ def trained(
     """The training pipeline's images for the draws [num_images, NUM_DRAWS]."""
     zeros = np.zeros(len(paths), np.int64)
     pipeline = train_pipeline(
-        lambda n: (names_of(paths), zeros, draws), len(paths), image_size, DATA, augment, device_id=None
+        lambda n: (encoded_of(paths), zeros, draws), len(paths), image_size, DATA, augment, device_id=None
     )
     return pipeline.run()[0].as_array()
 
@@ -238,28 +230,7 @@ def test_flips_come_never_always_or_as_often_as_asked_for(photos: list[Path]) ->
     np.testing.assert_array_equal(sometimes[~flipped], never[~flipped])
 
 
-@pytest.fixture
-def make_set(tmp_path: Path) -> Callable[..., DataConfig]:
-    """make_set({"train/cat/1.jpeg": photo(...)}, {"train/cat/2.jpeg": b"junk"}): a set's config."""
-
-    def make(*files: dict[str, Image.Image | bytes], **data: Any) -> DataConfig:
-        for path, content in {path: content for part in files for path, content in part.items()}.items():
-            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, bytes):
-                (tmp_path / path).write_bytes(content)
-            else:
-                content.save(tmp_path / path)
-        return DataConfig(**{"root": str(tmp_path), "global_batch_size": 4, "num_threads": 1, **data})
-
-    return make
-
-
-def thirteen(split: str = "train", num_classes: int = 1) -> dict[str, Image.Image | bytes]:
-    """Files of 13 images of different sizes, dealt out to class folders."""
-    return {f"{split}/c{n % num_classes}/{n:02d}.jpeg": photo(40 + n, 60 - n, seed=n) for n in range(13)}
-
-
-def train_feed(images: ImageList, data: DataConfig, start_step: int = 0, rank: int = 0, size: int = 1) -> TrainFeed:
+def train_feed(images: ImageSet, data: DataConfig, start_step: int = 0, rank: int = 0, size: int = 1) -> TrainFeed:
     return TrainFeed(
         images,
         (32, 32),
@@ -273,7 +244,7 @@ def train_feed(images: ImageList, data: DataConfig, start_step: int = 0, rank: i
     )
 
 
-def eval_feed(images: ImageList, data: DataConfig, batch_size: int = 4, rank: int = 0, size: int = 1) -> EvalFeed:
+def eval_feed(images: ImageSet, data: DataConfig, batch_size: int = 4, rank: int = 0, size: int = 1) -> EvalFeed:
     return EvalFeed(images, (32, 32), batch_size, data, EvalConfig(), dp_rank=rank, dp_size=size, device_id=None)
 
 
@@ -283,7 +254,7 @@ def taken(feed: TrainFeed, num_batches: int) -> list[tuple[np.ndarray, ...]]:
 
 def test_a_position_has_the_same_pixels_whatever_the_threads_the_start_and_the_ranks(make_set) -> None:
     data = make_set(thirteen(num_classes=3))
-    images = list_images(data, "train", 3)
+    images = open_set(data, "train", 3)
     batches = taken(train_feed(images, data), 6)
     two_threads = taken(train_feed(images, data.model_copy(update={"num_threads": 2})), 6)
     for (pixels, labels), (other_pixels, other_labels) in zip(batches, two_threads, strict=True):
@@ -306,18 +277,16 @@ def test_a_position_has_the_same_pixels_whatever_the_threads_the_start_and_the_r
 
 def test_an_image_is_cropped_otherwise_every_epoch(make_set) -> None:
     data = make_set({"train/c0/0.jpeg": photo(50, 60)}, global_batch_size=1)
-    (first, _), (second, _) = taken(train_feed(list_images(data, "train", 1), data), 2)
+    (first, _), (second, _) = taken(train_feed(open_set(data, "train", 1), data), 2)
     assert not np.array_equal(first, second)
 
 
 def test_a_batch_stays_as_it_is_while_later_ones_are_read(make_set) -> None:
     """The tensors share DALI's memory, which must not be written anew under them."""
     data = make_set(thirteen())
-    feed = train_feed(list_images(data, "train", 1), data)
+    feed = train_feed(open_set(data, "train", 1), data)
     batches = [next(feed) for _ in range(8)]
-    for (pixels, _), (copied, _) in zip(
-        batches, taken(train_feed(list_images(data, "train", 1), data), 8), strict=True
-    ):
+    for (pixels, _), (copied, _) in zip(batches, taken(train_feed(open_set(data, "train", 1), data), 8), strict=True):
         np.testing.assert_array_equal(pixels.numpy(), copied)
 
 
@@ -325,7 +294,7 @@ def test_a_batch_stays_as_it_is_while_later_ones_are_read(make_set) -> None:
 def test_evaluation_has_every_image_once_with_weight_1(make_set, batch_size: int, dp_size: int) -> None:
     """13 images, each of a class of its own, over the ranks together; the pixels are those of one batch of all."""
     data = make_set(thirteen("val", num_classes=13))
-    images = list_images(data, "val", 13)
+    images = open_set(data, "val", 13)
     (everything,) = [batch[0].numpy().copy() for batch in eval_feed(images, data, batch_size=13)]
     seen: list[int] = []
     num_batches = set()
@@ -345,7 +314,7 @@ def test_evaluation_has_every_image_once_with_weight_1(make_set, batch_size: int
 
 def test_an_evaluation_can_be_done_again(make_set) -> None:
     data = make_set(thirteen("val"))
-    feed = eval_feed(list_images(data, "val", 1), data)
+    feed = eval_feed(open_set(data, "val", 1), data)
     first, second = ([batch[0].numpy().copy() for batch in feed] for _ in range(2))
     np.testing.assert_array_equal(np.concatenate(first), np.concatenate(second))
 
@@ -368,7 +337,7 @@ def test_a_file_that_is_no_readable_image_is_named(make_set, tmp_path: Path, wha
         "gone": whole,
     }[what]
     data = make_set(thirteen(), {"train/c0/broken.jpeg": content})
-    images = list_images(data, "train", 1)
+    images = open_set(data, "train", 1)
     if what == "gone":
         (tmp_path / "train/c0/broken.jpeg").unlink()
     with pytest.raises(DataError) as error:
@@ -400,88 +369,11 @@ def test_images_of_all_kinds_pass_with_the_pixels_that_pil_reads(make_set, tmp_p
         for name, (mode, file_format) in IMAGES_OF_OTHER_KINDS.items()
     }
     data = make_set(files)
-    images = list_images(data, "train", 1)
-    assert sorted(Path(path).name for path in images.paths) == sorted(IMAGES_OF_OTHER_KINDS)
+    images = open_set(data, "train", 1)
+    paths = [Path(images.name(number)) for number in range(len(images))]
+    assert sorted(path.name for path in paths) == sorted(IMAGES_OF_OTHER_KINDS)
     evaluation = EvalConfig(resize="direct")
-    paths = [Path(path) for path in images.paths]
     for path, ours in zip(paths, evaluated(paths, (60, 80), evaluation), strict=True):
         assert difference(ours, evaluated_by_pil(path, (60, 80), evaluation)) < BOUND, path.name
     for pixels, _ in taken(train_feed(images, data), 3):
         assert np.isfinite(pixels).all()
-
-
-def test_the_list_is_in_the_order_of_folders_and_names(make_set) -> None:
-    picture = photo(8, 8)
-    data = make_set({f"train/{name}": picture for name in ("b/2.png", "b/10.png", "a/z.jpeg", "B/1.jpg", "c/0.png")})
-    images = list_images(data, "train", 4)
-    names = [str(Path(path).relative_to(data.root)) for path in images.paths]
-    assert names == ["train/B/1.jpg", "train/a/z.jpeg", "train/b/10.png", "train/b/2.png", "train/c/0.png"]
-    assert images.labels.tolist() == [0, 1, 2, 2, 3]
-    assert images.labels.dtype == np.int64
-    assert images.class_names == ["B", "a", "b", "c"]
-    assert len(images) == 5
-
-
-def test_class_names_come_from_the_sets_own_file(make_set) -> None:
-    names = "n02 tench, Tinca tinca\n\nn01\tkitten\nn99 of no folder\nlonely\n"
-    data = make_set({f"train/{name}/1.png": photo(8, 8) for name in ("n01", "n02", "n03")})
-    (Path(data.root) / "class_names.txt").write_text(names)
-    assert list_images(data, "train", 3).class_names == ["kitten", "tench, Tinca tinca", "n03"]
-
-
-def test_files_that_are_no_images_are_left_out(make_set) -> None:
-    junk = {
-        "train/a/.DS_Store": b"junk",
-        "train/a/notes.txt": b"notes",
-        "train/a/archive.tar": b"tar",
-        "train/a/._1.png": b"what macOS puts beside 1.png in an archive",
-        "train/list.txt": b"a file beside the class folders",
-        "train/.cache/1.png": b"a hidden folder",
-        "train/a/folder.png/inner.png": b"in a folder below a class",
-    }
-    data = make_set({"train/a/1.png": photo(8, 8)}, junk)
-    images = list_images(data, "train", 1)
-    assert [Path(path).name for path in images.paths] == ["1.png"]
-    assert images.class_names == ["a"]
-
-
-def listing_mistake(data: DataConfig, split: str, num_classes: int) -> str:
-    with pytest.raises(DataError) as error:
-        list_images(data, split, num_classes)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def test_a_missing_root_or_split_is_named(make_set, tmp_path: Path) -> None:
-    message = listing_mistake(DataConfig(root=str(tmp_path / "nowhere")), "train", 1)
-    assert str(tmp_path / "nowhere/train") in message
-    message = listing_mistake(make_set({"train/a/1.png": photo(8, 8)}), "val", 1)
-    assert str(tmp_path / "val") in message
-    message = listing_mistake(make_set({"test": b"a file, no folder"}), "test", 1)
-    assert str(tmp_path / "test") in message
-
-
-def test_a_split_without_class_folders_is_named(make_set, tmp_path: Path) -> None:
-    message = listing_mistake(make_set({"train/1.png": photo(8, 8)}), "train", 1)
-    assert str(tmp_path / "train") in message
-    assert "class folders" in message
-
-
-def test_an_empty_class_folder_is_named(make_set, tmp_path: Path) -> None:
-    data = make_set({"train/a/1.png": photo(8, 8), "train/b/notes.txt": b"no image"})
-    assert str(tmp_path / "train/b") in listing_mistake(data, "train", 2)
-
-
-def test_another_number_of_classes_is_told_with_both_and_the_key(make_set) -> None:
-    data = make_set({"train/a/1.png": photo(8, 8), "train/b/1.png": photo(8, 8)})
-    message = listing_mistake(data, "train", 10)
-    assert "10" in message
-    assert "model.num_classes=2" in message
-
-
-def test_a_class_of_one_split_alone_is_named(make_set) -> None:
-    picture = photo(8, 8)
-    data = make_set({f"{name}/1.png": picture for name in ("train/cat", "train/dog", "val/cat", "val/cow")})
-    assert len(list_images(data, "train", 2)) == 2
-    message = listing_mistake(data, "val", 2)
-    assert "'cow'" in message or "'dog'" in message

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from sets import small_digits  # noqa: F401 - a fixture
 
 from vit_static import checkpoint, report
 from vit_static.config import Config, ConfigError, load
@@ -28,7 +27,7 @@ seed: 5
 
 
 @pytest.fixture
-def config(tmp_path: Path, small_digits: Path) -> Config:  # noqa: F811
+def config(tmp_path: Path, small_digits: Path) -> Config:
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY)
     return load(path, [f"data.root={small_digits}", f"output_dir={tmp_path / 'output'}"])

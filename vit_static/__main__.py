@@ -126,6 +126,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     verb = add_bench("data", "DALI's training images against PIL's; how long training waits for them", "bench_s16.yaml")
     add_rounds(verb, 5)
+    verb.add_argument(
+        "--device", choices=["cpu", "gpu"], default="cpu", help="gpu: a card's pixels and speed against the CPU's"
+    )
+    verb.add_argument("--scale", action="store_true", help="instead: what lists of 1.28 and 14.2 million images cost")
     verb.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # for its own use
     verb = add_bench("infer", "the exported model against PyTorch and ONNX Runtime, at batch 1 and 8", "bench_s16.yaml")
     add_rounds(verb, 5)
@@ -218,6 +222,14 @@ def _bench(arguments: argparse.Namespace, config: Config) -> None:
         from vit_static.bench import train
 
         train.run(config, *given, arguments.rounds, arguments.seconds, arguments.json)
+    elif arguments.bench == "data" and arguments.device == "gpu":
+        from vit_static.bench import data_cards
+
+        data_cards.run(config, arguments.seconds, arguments.json)
+    elif arguments.bench == "data" and arguments.scale:
+        from vit_static.bench import data_scale
+
+        data_scale.run(config, arguments.json)
     elif arguments.bench == "data":
         from vit_static.bench import data
 

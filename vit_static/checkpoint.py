@@ -25,7 +25,7 @@ from vit_static.mesh import Mesh
 from vit_static.model import fuse_qkv
 from vit_static.weights import State, WeightsError, read_pdparams
 
-FORMAT = 1
+FORMAT = 2
 _META, _CONFIG, _CLASS_NAMES = "meta.json", "config.yaml", "class_names.txt"
 _MERGED = "model.pdparams"
 
@@ -35,7 +35,22 @@ class Progress:
     """Where a run stands; all else that it needs to go on follows from the step, the seed and the config."""
 
     step: int  # optimizer steps done
+    evaluated_step: int = 0  # after how many of them the last evaluation was
     best_top1: float | None = None
+
+
+@dataclass(frozen=True)
+class DataPosition:
+    """Where a run stands in its images: the next one's position in the line of data/order.py, and what the line is of.
+
+    That is all: which images come, in which order, and how each is augmented, are functions of these numbers.
+    """
+
+    position: int
+    num_images: int
+    images: str  # ImageSet.digest
+    seed: int
+    repeats: int
 
 
 def folder(run_dir: Path, step: int) -> Path:
@@ -45,6 +60,7 @@ def folder(run_dir: Path, step: int) -> Path:
 def save(
     state: Mapping[str, paddle.Tensor],
     progress: Progress,
+    data: DataPosition,
     config: Config,
     mesh: Mesh,
     class_names: list[str],
@@ -69,6 +85,7 @@ def save(
         meta = {
             "format": FORMAT,
             "progress": asdict(progress),
+            "data": asdict(data),
             "versions": {"vit_static": vit_static.__version__, "paddle": paddle.__version__},
         }
         (part / _META).write_text(json.dumps(meta, indent=1))
@@ -112,15 +129,31 @@ def set_aside(run_dir: Path) -> None:
         (run_dir / _MERGED).rename(aside / _MERGED)
 
 
-def read_progress(path: Path) -> Progress:
+def read_progress(path: Path) -> tuple[Progress, DataPosition]:
     """Raises WeightsError for what is not a checkpoint of this version's."""
     try:
         meta = json.loads((path / _META).read_text())
         if meta["format"] != FORMAT:
             raise WeightsError(f"{path}: is a checkpoint of format {meta['format']}, and this version reads {FORMAT}")
-        return Progress(**meta["progress"])
+        return Progress(**meta["progress"]), DataPosition(**meta["data"])
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise WeightsError(f"{path}: is not a whole checkpoint ({error})") from None
+
+
+def check_same_images(path: Path, saved: DataPosition, now: DataPosition) -> None:
+    """Raises ConfigError where the images that a checkpoint's run was in the midst of are not those there now."""
+    if saved == now:
+        return
+    differs = next(name for name, value in asdict(saved).items() if asdict(now)[name] != value)
+    what = {
+        "position": f"stands at image {saved.position} of its order, and this run would go on at {now.position}",
+        "num_images": f"was trained on {saved.num_images} images, and there are {now.num_images}",
+        "images": f"was trained on as many images ({saved.num_images}) of other names or labels",
+    }.get(differs, f"has {differs} = {getattr(saved, differs)}, not {getattr(now, differs)}")
+    raise ConfigError(
+        f"{path}: {what}; an order can't be gone on with on other terms: bring back what was, or start from these "
+        f"weights with -o init.from={path} -o init.head=keep -o name=..."
+    )
 
 
 def check_same_run(path: Path, config: Config) -> None:
@@ -137,7 +170,11 @@ def check_same_run(path: Path, config: Config) -> None:
 def _fixed_values(config: Config) -> dict[str, Any]:
     """What must not change within a run: the model, the optimizer's kind, and the order of the images."""
     model = {f"model.{key}": value for key, value in config.model.model_dump(mode="json").items()}
-    order = {"seed": config.seed, "data.global_batch_size": config.data.global_batch_size}
+    order = {
+        "seed": config.seed,
+        "data.global_batch_size": config.data.global_batch_size,
+        "augment.repeats": config.augment.repeats,
+    }
     return {**model, "optim.name": config.optim.name, **order}
 
 

@@ -91,26 +91,51 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    root: str = Field("data/imagenet", description="folder with train/CLASS/* and val/CLASS/*")
+    root: str = Field("data/imagenet", description="folder that `train` and `val` lie in")
+    train: str = Field("train", description="below root: class folders, a list file, or a folder of WebDataset shards")
+    val: str = "val"
+    multi_label: bool = Field(False, description="images may have several labels; needs loss.name = sigmoid")
+    on_bad_image: Literal["stop", "skip"] = Field(
+        "stop", description="skip: leave out what `data check` has listed; a file that can't be decoded always stops"
+    )
     global_batch_size: Count = Field(1024, description="images an optimizer step, over all ranks and micro-batches")
     num_threads: Count = Field(4, description="DALI's CPU threads a rank")
+    num_readers: Count = Field(4, description="threads a rank that read files, ahead of DALI")
     prefetch_batches: Count = 2
+    read_timeout_s: Positive = Field(120.0, description="seconds after which a read that gives nothing is an error")
     mean: tuple[float, float, float] = Field((0.5, 0.5, 0.5), description="of pixels in 0-1, RGB")
     std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)
 
 
 class AugmentConfig(Section):
-    """Training images: a random crop of an area and an aspect ratio, resized; a flip."""
+    """Training images: a random crop of an area and an aspect ratio, resized; a flip; a policy's operations and colour
+    jitter (data/augment.py); erasing; and images mixed with each other in the step (mixing.py)."""
 
     crop_area: tuple[Fraction, Fraction] = Field((0.08, 1.0), description="share of the image, least and most")
     crop_aspect: tuple[Positive, Positive] = Field((3 / 4, 4 / 3), description="width / height, least and most")
     interpolation: Interpolation = "bicubic"
     antialias: bool = True
     flip_probability: Fraction = 0.5
+    policy: Literal["none", "randaugment", "trivialaugment", "three_augment"] = "none"
+    num_ops: Count = Field(2, description="randaugment's n: operations one after the other")
+    magnitude: Annotated[float, Field(ge=0.0, le=10.0)] = Field(9.0, description="randaugment's m, of 10")
+    magnitude_std: NotNegative = Field(0.0, description="of a normal distribution about it; 0.5 in DeiT's recipe")
+    op_probability: Fraction = Field(1.0, description="that an operation of randaugment is done; timm's is 0.5")
+    op_set: Literal["google", "timm"] = Field("google", description="randaugment's operations and their ranges")
+    color_jitter: Fraction = Field(0.0, description="c: brightness, contrast, saturation times 1 - c to 1 + c")
+    erase_probability: Fraction = 0.0
+    erase_area: tuple[Fraction, Fraction] = Field((0.02, 1 / 3), description="share of the image, least and most")
+    erase_aspect: tuple[Positive, Positive] = Field((0.3, 3.3), description="height / width, least and most")
+    erase_with: Literal["noise", "mean"] = "noise"
+    mixup_alpha: NotNegative = Field(0.0, description="of the Beta distribution that shares are drawn from; 0: none")
+    cutmix_alpha: NotNegative = 0.0
+    mix_probability: Fraction = Field(1.0, description="that a batch is mixed at all")
+    mix_switch: Fraction = Field(0.5, description="that cutmix is chosen where both are on")
+    repeats: Count = Field(1, description="how often an image comes at a time; an epoch then has so many times fewer")
 
     @model_validator(mode="after")
     def _ordered(self) -> AugmentConfig:
-        for name in ("crop_area", "crop_aspect"):
+        for name in ("crop_area", "crop_aspect", "erase_area", "erase_aspect"):
             least, most = getattr(self, name)
             if not 0.0 < least <= most:
                 raise ValueError(f"{name}: [{least}, {most}] must be [least, most], both above 0")
@@ -268,7 +293,29 @@ class Config(Section):
                 "parallel.reduce_dtype = 'float16': a sum that overflows would pass float16's check of the scaled "
                 "gradients, which comes before; set float32 or bfloat16"
             )
+        if self.data.multi_label and self.loss.name != "sigmoid":
+            raise ValueError("data.multi_label: an image of several labels has no softmax; set loss.name=sigmoid")
+        if self.mixes and self.data.global_batch_size % 2:
+            raise ValueError(
+                f"data.global_batch_size = {self.data.global_batch_size}: augment.mixup_alpha and cutmix_alpha mix "
+                "images in pairs; set an even one"
+            )
         return self
+
+    @property
+    def mixes(self) -> bool:
+        """Whether training images are mixed with each other, and so have shares of several classes."""
+        return self.augment.mixup_alpha > 0.0 or self.augment.cutmix_alpha > 0.0
+
+    @property
+    def train_targets(self) -> int | None:
+        """The number of classes where the training step takes targets [B, num_classes], None where labels [B]."""
+        return self.model.num_classes if self.mixes or self.data.multi_label else None
+
+    @property
+    def eval_targets(self) -> int | None:
+        """The same for the evaluation, which mixes nothing."""
+        return self.model.num_classes if self.data.multi_label else None
 
     @property
     def run_dir(self) -> Path:

@@ -14,7 +14,8 @@ from vit_static import model as model_module
 from vit_static.checkpoint import load_weights
 from vit_static.config import Config
 from vit_static.data.feed import Batch, EvalFeed
-from vit_static.data.images import ImageList, list_images
+from vit_static.data.images import ImageSet, open_set
+from vit_static.data.lists import DataError
 from vit_static.log import RunLog
 from vit_static.loss import Criterion
 from vit_static.mesh import Mesh, Sizes
@@ -33,12 +34,20 @@ class Evaluation:
 
 
 def evaluate(program: Program, feed: Iterable[Batch], mesh: Mesh) -> Evaluation:
-    """Runs every image of the feed through the program. All ranks call it together and get the same figures."""
+    """Runs every image of the feed through the program. All ranks call it together and get the same figures, or the
+    same DataError where one of them meets an image that can't be read."""
     sums = np.zeros(4)  # top-1 hits, top-5 hits, loss, images
-    for images, labels, weights in feed:
-        real = np.asarray(weights) > 0
-        losses, ranks = program.eval_step(images, labels)[real].astype(np.float64).T
-        sums += [(ranks < 1).sum(), (ranks < 5).sum(), losses.sum(), real.sum()]
+    problem = None
+    try:
+        for images, labels, weights in feed:
+            real = np.asarray(weights) > 0
+            losses, ranks = program.eval_step(images, labels)[real].astype(np.float64).T
+            sums += [(ranks < 1).sum(), (ranks < 5).sum(), losses.sum(), real.sum()]
+    except DataError as error:
+        problem = str(error)
+    problem = mesh.first_reason(problem)
+    if problem is not None:
+        raise DataError(problem)
     top1_hits, top5_hits, loss, num_images = mesh.total(sums)
     return Evaluation(
         top1=100.0 * top1_hits / num_images,
@@ -54,7 +63,7 @@ def eval_batch_size(config: Config, mesh: Mesh) -> int:
     return max(wanted // mesh.dp_size, 1) * mesh.dp_size
 
 
-def eval_feed(config: Config, images: ImageList, mesh: Mesh) -> EvalFeed:
+def eval_feed(config: Config, images: ImageSet, mesh: Mesh) -> EvalFeed:
     return EvalFeed(
         images,
         config.model.image_size,
@@ -75,7 +84,7 @@ def run(config: Config | None, checkpoint: Path, overrides: list[str]) -> None:
     mesh = mesh_module.start(Sizes(dp=mesh_module.rank_and_world_size()[1], mp=1, pp=1), device)
     loaded = load_weights(checkpoint)
     config = config or loaded.config_with(overrides)
-    images = list_images(config.data, "val", config.model.num_classes)
+    images = open_set(config.data, "val", config.model.num_classes)
     attention = choose_attention(config.model, config.parallel, config.kernels, mesh.device)
     model = model_module.build(config.model, attention)
     load_state(model, loaded.state, str(loaded.source))
@@ -87,6 +96,7 @@ def run(config: Config | None, checkpoint: Path, overrides: list[str]) -> None:
         image_size=config.model.image_size,
         eval_batch_size=eval_batch_size(config, mesh),
         kernels=config.kernels,
+        eval_targets=config.eval_targets,
     )
     result = evaluate(program, eval_feed(config, images, mesh), mesh)
     with RunLog(None, mesh.rank) as log:

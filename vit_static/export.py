@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from paddle.static import InputSpec
 from vit_static import model as model_module
 from vit_static.checkpoint import load_weights
 from vit_static.config import Config, UserError
-from vit_static.data.images import ImageList, list_images
+from vit_static.data.images import ImageSet, open_set
 from vit_static.predict import CARD_FILE, MODEL_FILE, Card, Predictor, Preprocessing, read_pixels
 from vit_static.weights import load_state
 
@@ -38,7 +39,7 @@ def run(config: Config | None, checkpoint: Path, out: Path, overrides: list[str]
     """The verb: writes model.json, model.pdiparams and vit_static.json into `out`, once the check has passed."""
     loaded = load_weights(checkpoint)
     config = config or loaded.config_with(overrides)
-    images = list_images(config.data, "val", config.model.num_classes)
+    images = open_set(config.data, "val", config.model.num_classes)
     out = out.resolve()
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; --out takes a folder")
@@ -95,13 +96,14 @@ def write(model: model_module.VisionTransformer, config: Config, class_names: li
     (folder / CARD_FILE).write_text(card.model_dump_json(indent=1), encoding="utf-8")
 
 
-def compare(model: model_module.VisionTransformer, folder: Path, images: ImageList, num_images: int) -> Check:
+def compare(model: model_module.VisionTransformer, folder: Path, images: ImageSet, num_images: int) -> Check:
     """Runs the trained model, as a dynamic graph, and the exported one on images spread over the validation set."""
     predictor = Predictor(folder)
     chosen = np.unique(np.linspace(0, len(images) - 1, num_images).round().astype(int))
     largest, variances, precision = 0.0, [], predictor.card.precision
     for numbers in np.array_split(chosen, max(len(chosen) // 16, 1)):
-        inputs = predictor.preprocess([read_pixels(Path(images.paths[number])) for number in numbers])
+        encoded = [(io.BytesIO(images.read(number)[0].tobytes()), images.name(number)) for number in numbers.tolist()]
+        inputs = predictor.preprocess([read_pixels(*image) for image in encoded])
         with paddle.no_grad():
             trained = model(paddle.to_tensor(inputs)).numpy()
         variances.append(trained.var())

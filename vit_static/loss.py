@@ -12,7 +12,7 @@ _NEVER_A_HIT = 1e6
 
 
 def per_image_loss(logits: paddle.Tensor, labels: paddle.Tensor, loss: LossConfig) -> paddle.Tensor:
-    """Logits [B, K] and labels [B] (int64) to losses [B], in float32.
+    """Logits [B, K] and labels [B] (int64), or targets y [B, K] (0 to 1, float32), to losses [B], in float32.
 
     softmax: cross-entropy with targets y * (1 - e) + e / K. sigmoid: binary cross-entropy summed over the classes,
     with targets y * (1 - e) + e as in the seed (its 'ViTCELoss'). On a CPU Paddle's softmax takes a logit more than 64
@@ -21,24 +21,31 @@ def per_image_loss(logits: paddle.Tensor, labels: paddle.Tensor, loss: LossConfi
     logits = logits.astype("float32")
     num_classes = logits.shape[-1]
     smoothing = loss.label_smoothing
-    one_hot = F.one_hot(labels, num_classes)  # [B, K]
+    y = F.one_hot(labels, num_classes) if labels.ndim == 1 else labels  # [B, K]
     if loss.name == "softmax":
-        targets = one_hot * (1.0 - smoothing) + smoothing / num_classes
+        targets = y * (1.0 - smoothing) + smoothing / num_classes
         return -(targets * F.log_softmax(logits, axis=-1)).sum(axis=-1)
-    targets = one_hot * (1.0 - smoothing) + smoothing
+    targets = y * (1.0 - smoothing) + smoothing
     return -(targets * F.log_sigmoid(logits) + (1.0 - targets) * F.log_sigmoid(-logits)).sum(axis=-1)
 
 
 def ranks_of_labels(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
     """How many classes come before the label, [B] float32: 0 is a top-1 hit, up to 4 a top-5 hit.
 
-    Of equal scores the lower class comes first, as `argmax` has it. Scores that are NaN hit nothing.
+    Of several labels, given as [B, K] of zeros and ones, the one that comes first counts. Of equal scores the lower
+    class comes first, as `argmax` has it. Scores that are NaN hit nothing.
     """
     logits = logits.astype("float32")
     num_classes = logits.shape[-1]
-    own = paddle.take_along_axis(logits, labels.unsqueeze(-1), axis=1)  # [B, 1]
-    not_lower_class = paddle.arange(num_classes).unsqueeze(0) >= labels.unsqueeze(-1)  # [B, K]
-    behind = (logits < own) | ((logits == own) & not_lower_class)
+    classes = paddle.arange(num_classes).unsqueeze(0)  # [1, K]
+    if labels.ndim == 1:
+        own, label = paddle.take_along_axis(logits, labels.unsqueeze(-1), axis=1), labels.unsqueeze(-1)  # [B, 1]
+    else:
+        is_label = labels > 0.5
+        own = paddle.where(is_label, logits, paddle.full_like(logits, -float("inf"))).max(axis=-1, keepdim=True)
+        is_best = is_label & (logits == own)
+        label = paddle.where(is_best, classes, paddle.full_like(classes, num_classes)).min(axis=-1, keepdim=True)
+    behind = (logits < own) | ((logits == own) & (classes >= label))
     ranks = num_classes - behind.astype("float32").sum(axis=-1)
     return ranks + _NEVER_A_HIT * paddle.isnan(logits).astype("float32").sum(axis=-1)
 

@@ -10,13 +10,14 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
 
 from vit_static import cpu_collectives
+from vit_static.agreement import Agreement
 from vit_static.config import ConfigError, ParallelConfig
 from vit_static.model import Variant
 
@@ -51,6 +52,7 @@ class Mesh:
     device: str  # cpu or gpu
     device_id: int | None  # the card's number; None on a CPU
     process_mesh: dist.ProcessMesh  # all ranks; its axes are dp, and of pp and mp those of more than one rank
+    _agreement: Agreement = field(default=Agreement(), compare=False)
 
     @property
     def world_size(self) -> int:
@@ -112,6 +114,13 @@ class Mesh:
         tensor = paddle.to_tensor([float(flag)], dtype="float64")
         dist.all_reduce(tensor)
         return bool(tensor.numpy()[0] > 0)
+
+    def first_reason(self, reason: str | None) -> str | None:
+        """Of the reasons to stop that ranks have, one, the same on all of them; None where none has any.
+
+        Waits for all ranks, but not for the device, and for ranks that are late as long as they take.
+        """
+        return self._agreement.first_reason(reason, self.world_size)
 
     def wait_for_all(self) -> None:
         """Returns when every rank has come here."""

@@ -276,6 +276,7 @@ def _compile(config: Config, parallel: ParallelConfig, mesh: mesh_module.Mesh, p
         amp=config.amp,
         learning_rate=lambda step: config.optim.lr,
         parallel=parallel,
+        train_targets=config.train_targets,
         counting=counting,
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import paddle
@@ -144,19 +144,20 @@ def run_session(session: Any, images: np.ndarray) -> np.ndarray:
     return session.get_output_handle(session.get_output_names()[0]).copy_to_cpu()
 
 
-def read_pixels(path: Path) -> np.ndarray:
-    """An image file as [height, width, 3] uint8, RGB. Raises PredictError where it can't be read.
+def read_pixels(source: Path | BinaryIO, name: str = "") -> np.ndarray:
+    """An image file as [height, width, 3] uint8, RGB. Raises PredictError, with its path or its `name`, where it can't
+    be read.
 
     Grey, palette and CMYK are converted; transparency is left out, as the training's decoder does; 16-bit grey is
     scaled to 8. The orientation in a photo's EXIF data is not applied, as in training.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             if image.mode.startswith("I"):
                 image = Image.fromarray((np.asarray(image, np.float64) / 257.0).clip(0, 255).astype(np.uint8))
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise PredictError(f"{path}: can't be read as an image ({error})") from None
+        raise PredictError(f"{name or source}: can't be read as an image ({error})") from None
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:

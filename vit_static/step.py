@@ -104,7 +104,8 @@ class Program:
     """The model as a static program of this rank, compiled for training and evaluation.
 
     `learning_rate` gives the rate of the n-th update; without it the program only evaluates. `batch_size` and
-    `eval_batch_size` are global. Batches are this rank's part. `counting`: how `costs` counts.
+    `eval_batch_size` are global. Batches are this rank's part. `train_targets`, `eval_targets`: None where labels are
+    [B], the number of classes where they are targets [B, num_classes] (loss.py). `counting`: how `costs` counts.
     """
 
     def __init__(
@@ -123,6 +124,8 @@ class Program:
         parallel: ParallelConfig | None = None,
         seed: int = 0,
         kernels: KernelsConfig | None = None,
+        train_targets: int | None = None,
+        eval_targets: int | None = None,
         counting: Counting = costs.FLOAT32,
     ) -> None:
         parallel, kernels = parallel or ParallelConfig(), kernels or KernelsConfig()
@@ -136,7 +139,7 @@ class Program:
         self._sharding_stage = parallel.sharding_stage
         self._exchange = _exchange(parallel, mesh)
         self._kernels = kernels
-        self._specs = {"eval": self._input_specs(eval_batch_size, image_size)}
+        self._specs = {"eval": self._input_specs(eval_batch_size, image_size, eval_targets)}
         stages = placement.split(model, mesh, parallel.sharding_stage)
         self._dropout = None
         if learning_rate is not None:
@@ -149,7 +152,8 @@ class Program:
             optimizer = None
         else:
             # A micro-batch: the executor cuts what it is fed into as many.
-            self._specs["train"] = self._input_specs(batch_size // self._num_micro_batches, image_size)
+            micro_batch_size = batch_size // self._num_micro_batches
+            self._specs["train"] = self._input_specs(micro_batch_size, image_size, train_targets)
             low_precision = precision.level == "O2"
             optimizer, self._scheduler, self._clip = make_optimizer(
                 model,
@@ -183,7 +187,7 @@ class Program:
         else:
             draw = np.random.SeedSequence([self._seed, step, self._mesh.dp_rank, self._mesh.pp_rank]).generate_state(1)
             paddle.seed(int(draw[0]))
-        return self._program(images, labels)
+        return self._program(images, _as_input(labels))
 
     def scalar(self, loss: Any) -> float:
         """A loss of `train_step` as a number: over its micro-batches, the mean. Waits for the device.
@@ -205,7 +209,7 @@ class Program:
         Zeros on a rank of a pipeline's earlier stages, which has neither (Mesh.total doesn't count them).
         """
         self._enter("eval")
-        found = self._program(images, labels)
+        found = self._program(images, _as_input(labels))
         return np.zeros((images.shape[0], 2), np.float32) if found is None else np.asarray(found)
 
     def compiled(self, mode: str) -> Any:
@@ -285,13 +289,19 @@ class Program:
         if self._mesh.device == "gpu" and self._kernels.fused_dropout:
             passes.fuse_dropouts(compiled)
 
-    def _input_specs(self, batch_size: int, image_size: tuple[int, int]) -> list[list[Any]]:
+    def _input_specs(self, batch_size: int, image_size: tuple[int, int], targets: int | None) -> list[list[Any]]:
         mesh = self._mesh
         split = placement.of_batch(mesh)
+        shape, dtype = ([batch_size], paddle.int64) if targets is None else ([batch_size, targets], paddle.float32)
         return [
             [internals.input_spec("images", [batch_size, 3, *image_size], paddle.float32, mesh.first_stage, split)],
-            [internals.input_spec("labels", [batch_size], paddle.int64, mesh.last_stage, split)],
+            [internals.input_spec("labels", shape, dtype, mesh.last_stage, split)],
         ]
+
+
+def _as_input(labels: paddle.Tensor) -> paddle.Tensor:
+    """Labels as they are, zeros and ones of any type as float32."""
+    return labels if labels.ndim == 1 else labels.astype("float32")
 
 
 def _exchange(parallel: ParallelConfig, mesh: Mesh) -> Exchange:

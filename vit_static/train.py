@@ -17,13 +17,15 @@ from vit_static import config as config_module
 from vit_static import mesh as mesh_module
 from vit_static import model as model_module
 from vit_static import step as step_module
-from vit_static.checkpoint import Progress
-from vit_static.config import Config
-from vit_static.data.feed import TrainFeed
-from vit_static.data.images import list_images
+from vit_static.checkpoint import DataPosition, Progress
+from vit_static.config import Config, ConfigError
+from vit_static.data.feed import Batch, TrainFeed
+from vit_static.data.images import open_set
+from vit_static.data.lists import DataError
 from vit_static.evaluate import describe, eval_batch_size, eval_feed, evaluate
 from vit_static.log import Meter, RunLog, duration
 from vit_static.loss import Criterion
+from vit_static.mixing import Mixer
 from vit_static.schedule import learning_rate
 from vit_static.step import Program, choose_precision
 from vit_static.weights import init_from, write_pdparams
@@ -32,15 +34,22 @@ from vit_static.weights import init_from, write_pdparams
 def train(config: Config, resume: bool = True) -> bool:
     """Trains until the end of the schedule, True, or until SIGTERM or SIGINT, whose state is saved, False.
 
-    With `resume` the run goes on from its folder's latest checkpoint, if there is one.
+    With `resume` the run goes on from its folder's latest checkpoint, if there is one. Raises DataError, on all ranks
+    and with the state saved, when one of them meets an image that can't be read.
     """
     # -- what is to be done: found out, and every mistake in it, before anything is built ------------------------
     rank, world_size = mesh_module.rank_and_world_size()
     variant = model_module.variant_of(config.model)
     sizes = mesh_module.check(config.parallel, world_size, config.data.global_batch_size, variant)
+    if config.mixes and config.data.global_batch_size // sizes.dp % 2:
+        raise ConfigError(
+            f"data.global_batch_size = {config.data.global_batch_size}: each of {sizes.dp} ranks gets an odd number "
+            "of images each, and augment.mixup_alpha and cutmix_alpha mix images in pairs; set a multiple of "
+            f"{2 * sizes.dp}"
+        )
     shape = model_module.shape_of(config.model)
-    train_images = list_images(config.data, "train", config.model.num_classes)
-    val_images = list_images(config.data, "val", config.model.num_classes)
+    train_images = open_set(config.data, "train", config.model.num_classes)
+    val_images = open_set(config.data, "val", config.model.num_classes)
     batch_size = config.data.global_batch_size
     total_steps = config_module.total_steps(config.train, len(train_images), batch_size)
     eval_every_images = config.eval.every_epochs * len(train_images)
@@ -80,10 +89,15 @@ def train(config: Config, resume: bool = True) -> bool:
         parallel=config.parallel,
         seed=config.seed,
         kernels=config.kernels,
+        train_targets=config.train_targets,
+        eval_targets=config.eval_targets,
     )
     progress = Progress(step=0)
+    position = DataPosition(0, len(train_images), train_images.digest(), config.seed, config.augment.repeats)
     if newest is not None:
-        progress = checkpoint.read_progress(newest)
+        progress, saved_position = checkpoint.read_progress(newest)
+        position = replace(position, position=progress.step * batch_size)
+        checkpoint.check_same_images(newest, saved_position, position)
         state = program.state()
         checkpoint.restore(state, newest, mesh)
         program.set_state(state)
@@ -100,6 +114,7 @@ def train(config: Config, resume: bool = True) -> bool:
         dp_size=mesh.dp_size,
         device_id=mesh.device_id,
     )
+    mixer = Mixer(config.augment, config.model.num_classes, config.seed)
     validation = eval_feed(config, val_images, mesh)
 
     # -- the run's folder ----------------------------------------------------------------------------------------
@@ -130,23 +145,58 @@ def train(config: Config, resume: bool = True) -> bool:
         )
         if newest is not None:
             log.record("event", progress.step, progress.step * batch_size / len(train_images), event="resumed")
-        if progress.step >= total_steps:
+        has_ended = progress.step >= total_steps and progress.evaluated_step == progress.step
+        if has_ended:
             log.say("this run has ended already: ask for more epochs, or begin anew with --resume never")
         log.open_bar(total_steps, progress.step)
         meter, started, first_step = Meter(), time.perf_counter(), progress.step
-        last_logged = progress.step
-        stopped = False
-        while progress.step < total_steps and not stopped:
-            step = progress.step
-            images, labels = next(feed)
-            loss = program.train_step(images, labels, step)
-            progress = replace(progress, step=step + 1)
+        last_logged, last_saved = progress.step, progress
+        batch, problem = (None, None) if progress.step >= total_steps else take(feed)
+        reason = mesh.first_reason(problem)  # to stop; a rank that has no batch keeps all of them from the step
+        while True:
+            # What is due after so many steps; also after a resume, if the run was stopped before it was done.
             epoch = progress.step * batch_size / len(train_images)
-            is_last = progress.step == total_steps
+            is_last = progress.step >= total_steps
+            images_seen = progress.step * batch_size
+            passed_epoch = images_seen // eval_every_images > max(images_seen - batch_size, 0) // eval_every_images
+            is_best = False
+            aside = time.perf_counter()
+            if (passed_epoch or is_last) and progress.evaluated_step < progress.step and reason is None:
+                try:
+                    result = evaluate(program, validation, mesh)
+                except DataError as error:
+                    reason = str(error)
+                else:
+                    is_best = progress.best_top1 is None or result.top1 > progress.best_top1
+                    best_top1 = result.top1 if is_best else progress.best_top1
+                    progress = replace(progress, evaluated_step=progress.step, best_top1=best_top1)
+                    log.record("eval", progress.step, epoch, **asdict(result))
+                    log.say(f"epoch {epoch:.1f}  {describe(result)}{'  (best)' if is_best else ''}")
+            every = config.checkpoint.every_steps
+            is_due = passed_epoch if every is None else progress.step % every == 0
+            if (reason or is_last or is_best or is_due) and progress != last_saved:
+                position = replace(position, position=images_seen)
+                checkpoint.save(
+                    program.state(), progress, position, config, mesh, train_images.class_names, is_best=is_best
+                )
+                last_saved = progress
+            meter.pause(time.perf_counter() - aside)
+            if reason is not None or is_last:
+                break
+
+            assert batch is not None
+            step = progress.step
+            loss = program.train_step(*mixer.mixed(batch, step), step)
+            progress = replace(progress, step=step + 1)
             log.advance_bar()
 
-            is_log_step = progress.step % config.log.every_steps == 0 or is_last
-            if is_log_step:  # the one place of the loop where the device is waited for
+            # The device isn't waited for here, but what comes next, and whether a rank must stop.
+            is_last = progress.step == total_steps
+            batch, problem = (None, None) if is_last else take(feed)
+            if not is_last:
+                reason = mesh.first_reason(problem or (ON_REQUEST if requests.received else None))
+
+            if progress.step % config.log.every_steps == 0 or is_last:  # the one place where the device is waited for
                 mean_loss = mesh.mean(program.scalar(loss))
                 num_images = (progress.step - last_logged) * batch_size
                 images_per_s, data_wait = meter.read(num_images, feed.seconds_waited)
@@ -158,46 +208,24 @@ def train(config: Config, resume: bool = True) -> bool:
                     "data_wait": data_wait,
                     "mfu": None if peak is None else images_per_s * train_flops / (peak * world_size),
                 }
-                log.record("train", progress.step, epoch, **values)
+                log.record("train", progress.step, progress.step * batch_size / len(train_images), **values)
                 seconds_left = (time.perf_counter() - started) / (progress.step - first_step)
                 log.train_line(progress.step, total_steps, values, seconds_left * (total_steps - progress.step))
                 last_logged = progress.step
                 meter.reset(feed.seconds_waited)
-
-            # Many ranks must stop at one step: they agree where that costs nothing that isn't paid anyway.
-            if world_size == 1:
-                stopped = requests.received
-            elif mesh.device == "cpu" or is_log_step:
-                stopped = mesh.any_rank(requests.received)
-
-            stopped = stopped and not is_last  # nothing is left to go on with
-
-            images_seen = progress.step * batch_size
-            passed_epoch = images_seen // eval_every_images > (images_seen - batch_size) // eval_every_images
-            is_best = False
-            aside = time.perf_counter()
-            if (passed_epoch or is_last) and not stopped:
-                result = evaluate(program, validation, mesh)
-                is_best = progress.best_top1 is None or result.top1 > progress.best_top1
-                if is_best:
-                    progress = replace(progress, best_top1=result.top1)
-                log.record("eval", progress.step, epoch, **asdict(result))
-                log.say(f"epoch {epoch:.1f}  {describe(result)}{'  (best)' if is_best else ''}")
-            every = config.checkpoint.every_steps
-            if stopped or is_last or is_best or (passed_epoch if every is None else progress.step % every == 0):
-                checkpoint.save(program.state(), progress, config, mesh, train_images.class_names, is_best=is_best)
-            meter.pause(time.perf_counter() - aside)
         log.close_bar()
 
         # -- the end ---------------------------------------------------------------------------------------------
-        if stopped:
+        if reason == ON_REQUEST:
             log.record("event", progress.step, epoch, event="stopped")
             log.say(f"stopped on request at step {progress.step}, state saved; the same command goes on from there")
+        elif reason is not None:
+            log.record("event", progress.step, epoch, event="bad image", problem=reason)
         else:
             merged = checkpoint.merge(checkpoint.folder(config.run_dir, progress.step), config)
             if rank == 0:
                 write_pdparams(merged, config.run_dir / "model.pdparams")
-            log.record("event", progress.step, progress.step * batch_size / len(train_images), event="finished")
+            log.record("event", progress.step, epoch, event="finished")
             log.say(
                 f"done in {duration(time.perf_counter() - started)}; best top-1 "
                 f"{'not evaluated' if progress.best_top1 is None else f'{progress.best_top1:.2f} %'}; "
@@ -206,7 +234,23 @@ def train(config: Config, resume: bool = True) -> bool:
     if rank == 0:
         report.write(config.run_dir)
     mesh.wait_for_all()
-    return not stopped
+    if reason not in (None, ON_REQUEST):
+        raise DataError(
+            f"{reason}. Stopped at step {progress.step}, from which the same command goes on; "
+            f"'./run.sh data check {config.data.root}' finds all such files"
+        )
+    return reason is None
+
+
+def take(feed: TrainFeed) -> tuple[Batch | None, str | None]:
+    """The next batch, or why there is none: what DataError says of an image."""
+    try:
+        return next(feed), None
+    except DataError as error:
+        return None, str(error)
+
+
+ON_REQUEST = "stopped on request"
 
 
 class StopRequests:

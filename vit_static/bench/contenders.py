@@ -32,12 +32,14 @@ REQUIREMENTS = ROOT / ".requirements" / "bench.txt"
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to do the same work. `command` starts a process that speaks as peers/protocol.py does."""
+    """A way to do the same work. `command` starts a process that speaks as peers/protocol.py does, and that has the
+    first `cores` of this process's, or all."""
 
     name: str
     title: str
     command: tuple[str, ...]
     environ: Mapping[str, str] = field(default_factory=dict)
+    cores: int | None = None
 
 
 @dataclass
@@ -75,9 +77,11 @@ def our_python() -> str:
     return sys.executable
 
 
-def peer(name: str, title: str, python: str, script: str, spec: Mapping[str, Any]) -> Contender:
+def peer(
+    name: str, title: str, python: str, script: str, spec: Mapping[str, Any], cores: int | None = None
+) -> Contender:
     """A script of `peers`, which gets its `spec` as JSON."""
-    return Contender(name, title, (python, str(PEERS / script), json.dumps(spec)), {"PYTHONPATH": str(PEERS)})
+    return Contender(name, title, (python, str(PEERS / script), json.dumps(spec)), {"PYTHONPATH": str(PEERS)}, cores)
 
 
 def take_turns(contenders: Sequence[Contender], rounds: int, seconds: float) -> dict[str, Result]:
@@ -106,9 +110,11 @@ class _Running:
     def __init__(self, contender: Contender) -> None:
         self._title = contender.title
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
+        cores = sorted(os.sched_getaffinity(0))[: contender.cores]
         self._process = subprocess.Popen(
             contender.command,
-            env={**runtime.given_environ(), "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), **contender.environ},
+            env={**runtime.given_environ(), "OMP_NUM_THREADS": str(len(cores)), **contender.environ},
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -172,7 +178,7 @@ def write_json(
     path: Path | None,
     ratios: Mapping[str, float],
     results: Mapping[str, Result],
-    others: Mapping[str, float] | None = None,
+    others: Mapping[str, Any] | None = None,
 ) -> None:
     """`others`: what was found besides ratios, by name."""
     if path is None:

@@ -1,150 +1,229 @@
-"""`bench data`: DALI's training images against PIL's, and how much of its time training waits for them."""
+"""`bench data`: DALI's training images against PIL's, by stage, by source; how long training waits for them.
+
+`--scale` (data_scale.py) measures lists of millions, `--device gpu` (data_cards.py) a card.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import os
+import statistics
+import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 from nvidia import dali
-from PIL import Image
 
 from vit_static import mesh as mesh_module
-from vit_static.bench.contenders import (
-    Contender,
-    check_writable,
-    our_python,
-    peer,
-    peers_python,
-    print_ratios,
-    print_table,
-    ratio,
-    take_turns,
-    write_json,
-)
+from vit_static.bench import contenders
+from vit_static.bench.contenders import Contender
 from vit_static.bench.peers import protocol
+from vit_static.bench.photographs import NUM_PHOTOGRAPH_CLASSES, write_photographs
 from vit_static.bench.step import MeasuredStep, feed_of
-from vit_static.config import Config, ConfigError, UserError, load
-from vit_static.data.images import IMAGE_SUFFIXES, list_images
+from vit_static.config import Config, ConfigError, load
+from vit_static.data import augment as augment_module
+from vit_static.data.images import IMAGE_SUFFIXES, ImageSet, open_set
+from vit_static.data.order import TrainOrder
+from vit_static.data.pipeline import train_pipeline
+from vit_static.data.reader import Reader
 
 TARGETS = {"dali_vs_pil": 1.0}
-NUM_PHOTOGRAPHS, NUM_PHOTOGRAPH_CLASSES = 256, 2
-PHOTOGRAPH_SIZE, JPEG_QUALITY = (500, 375), 97  # ImageNet's commonest width and height; files of 95 kB
 _WARM_UP_BATCHES = 8
+
+Stage = Literal["read", "decode", "resize", "augment", "normalise"]
+Work = Callable[[], int]  # does a batch, returns its number of images
 
 
 def run(
     config: Config, config_path: Path, overrides: Sequence[str], rounds: int, seconds: float, json_path: Path | None
 ) -> None:
-    """Prints images a second and their ratio, then the share of its time that training waits for images.
+    """Prints images a second and ratios, and the share of its time that training waits for images.
 
     The images are those of data.root; where no override names it and there is none, photographs made for the occasion.
     """
-    check_writable(json_path)
+    contenders.check_writable(json_path)
     if mesh_module.choose_device(config.device) == "gpu":
-        raise ConfigError("bench data: PIL has no card; set device=cpu")
+        raise ConfigError("bench data: PIL has no card; set device=cpu, or measure the card alone with --device gpu")
     if not config.augment.antialias:
         raise ConfigError("bench data: PIL always antialiases; set augment.antialias=true")
-    with contextlib.ExitStack() as stack:
-        changed = [f"data.num_threads={_num_cores()}", *overrides]
+    with tempfile.TemporaryDirectory() as folder:
+        changed = [f"data.num_threads={num_cores()}", *overrides]
         is_named = any(override.startswith("data.root=") for override in overrides)
+        photographs = Path(folder) / "photographs"
+        print(f"{write_photographs(photographs)}", flush=True)
         if not is_named and not Path(config.data.root).is_dir():
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            print(f"no {config.data.root}: {write_photographs(Path(folder))}", flush=True)
-            changed += [f"data.root={folder}", f"model.num_classes={NUM_PHOTOGRAPH_CLASSES}"]
+            changed += [f"data.root={photographs}", f"model.num_classes={NUM_PHOTOGRAPH_CLASSES}"]
         config = load(config_path, changed)
-        list_images(config.data, "train", config.model.num_classes)
-        results = take_turns(contenders_for(config, config_path, changed), rounds, seconds)
-        ratios = {"dali_vs_pil": ratio(results["dali"], results["pil"])}
-        print_table(results, rounds)
+        images = open_set(config.data, "train", config.model.num_classes)
+        print(f"images of {config.data.root}\n", flush=True)
+        results = contenders.take_turns(contenders_for(config, config_path, changed), rounds, seconds)
+        ratios = {
+            f"dali_vs_pil_{cores}_cores": contenders.ratio(results[f"dali_{cores}"], results[f"pil_{cores}"])
+            for cores in core_counts()
+        }
+        contenders.print_table(results, rounds)
         print("(memory: PIL's without its worker processes)")
-        print_ratios(ratios, TARGETS)
-        waited = data_wait(config, rounds * seconds)
-    print(f"\ntraining {config.model.variant}, batch {config.data.global_batch_size}: data_wait {waited:.2%}")
-    write_json(json_path, ratios, results, {"data_wait": waited})
+        contenders.print_ratios(ratios, dict.fromkeys(ratios, TARGETS["dali_vs_pil"]))
+        stages = {threads: by_stage(config, images, threads, rounds, seconds / 4) for threads in core_counts()}
+        print_stages(stages)
+        sources = by_source(config, photographs, rounds, seconds / 4)
+        waited, step_speed = data_wait(config, rounds * seconds)
+    fed = results[f"dali_{num_cores()}"].median
+    print(
+        f"\ntraining {config.model.variant}, batch {config.data.global_batch_size}: {step_speed:.1f} images/s, "
+        f"{step_speed / fed:.1%} of what DALI gives on {num_cores()} cores; data_wait {waited:.2%}"
+    )
+    others: dict[str, Any] = {
+        "data_wait": waited,
+        "share_needed": step_speed / fed,
+        "stages": stages,
+        "sources": sources,
+    }
+    contenders.write_json(json_path, ratios, results, others)
+
+
+def core_counts() -> list[int]:
+    """One core, and all of them."""
+    return sorted({1, num_cores()})
 
 
 def contenders_for(config: Config, config_path: Path, overrides: Sequence[str]) -> list[Contender]:
-    """DALI's pipeline as training has it, and the same operations by PIL, on as many cores."""
-    given = [argument for override in overrides for argument in ("-o", override)]
-    ours = (our_python(), "-m", "vit_static", "bench", "data", "--serve", "-c", str(config_path), *given)
-    augment = config.augment.model_dump(include={"crop_area", "crop_aspect", "interpolation", "flip_probability"})
-    spec = {
-        "folder": str(Path(config.data.root) / "train"),
-        "suffixes": sorted(IMAGE_SUFFIXES),
-        "batch_size": config.data.global_batch_size,
-        "image_size": config.model.image_size,
-        **augment,
-        "mean": config.data.mean,
-        "std": config.data.std,
-        "num_processes": _num_cores(),
-        "seed": config.seed,
-    }
-    pil_title = f"PIL, {_num_cores()} processes,"
-    return [
-        Contender("dali", "vit_static, DALI", ours),
-        peer("pil", pil_title, peers_python(), "pil_data.py", spec),
-    ]
+    """DALI's pipeline as training has it, and the same operations by PIL, on as many cores: on one, and on all."""
+    found = []
+    for cores in core_counts():
+        given = [argument for override in overrides for argument in ("-o", override)]
+        given += ["-o", f"data.num_threads={cores}"]
+        ours = (contenders.our_python(), "-m", "vit_static", "bench", "data", "--serve", "-c", str(config_path), *given)
+        augment = config.augment.model_dump(include={"crop_area", "crop_aspect", "interpolation", "flip_probability"})
+        spec = {
+            "folder": str(Path(config.data.root) / config.data.train),
+            "suffixes": sorted(IMAGE_SUFFIXES),
+            "batch_size": config.data.global_batch_size,
+            "image_size": config.model.image_size,
+            **augment,
+            "mean": config.data.mean,
+            "std": config.data.std,
+            "num_processes": cores,
+            "seed": config.seed,
+        }
+        of = f"{cores} core{'s' if cores > 1 else ''},"
+        found += [
+            Contender(f"dali_{cores}", f"vit_static, {of} DALI", ours, cores=cores),
+            contenders.peer(f"pil_{cores}", f"PIL, {of}", contenders.peers_python(), "pil_data.py", spec, cores=cores),
+        ]
+    return found
 
 
 def serve(config: Config) -> None:
     """`bench data --serve`: training's images, as a contender of bench/contenders.py."""
+    batch = fed_batches(config)
+    for _ in range(_WARM_UP_BATCHES):
+        batch()
+    protocol.serve(batch, version=dali.__version__)
+
+
+def fed_batches(config: Config) -> Work:
+    """Training's batches, as the training loop gets them."""
     feed = feed_of(config, mesh_module.start(mesh_module.Sizes(1, 1, 1), "cpu"))
 
     def batch() -> int:
         images, _ = next(feed)
         return len(images)
 
-    for _ in range(_WARM_UP_BATCHES):
-        batch()
-    protocol.serve(batch, version=dali.__version__)
+    return batch
 
 
-def data_wait(config: Config, seconds: float) -> float:
-    """The share of its time that the training loop waits for DALI, 0 to 1, after a few steps, over `seconds`."""
+def by_stage(config: Config, images: ImageSet, num_threads: int, rounds: int, seconds: float) -> dict[str, float]:
+    """Images a second of the pipeline up to each stage, the median of the rounds."""
+    data = config.data.model_copy(update={"num_threads": num_threads})
+    works = {stage: stage_work(config.model_copy(update={"data": data}), images, stage) for stage in get_args(Stage)}
+    return medians_in_turns(works, rounds, seconds)
+
+
+def stage_work(config: Config, images: ImageSet, last_stage: Stage) -> Work:
+    """A pipeline that ends with a stage, on the CPU."""
+    augment, batch_size, image_size = config.augment, config.data.global_batch_size, config.model.image_size
+    order = TrainOrder(len(images), config.seed, augment.repeats)
+    reader = Reader(images, lambda n: order.images(n * batch_size, (n + 1) * batch_size), config.data)
+    num_draws = augment_module.num_draws(augment)
+    if last_stage == "read":
+        numbers = iter(range(1 << 62))
+        return lambda: len(reader.batch(next(numbers)).encoded)
+
+    def source(n: int) -> tuple[Any, ...]:
+        positions = n * batch_size, (n + 1) * batch_size
+        draws = order.augmentation_draws(*positions, num_draws) if num_draws else None
+        values = () if draws is None else augment_module.parameters(draws, augment, image_size).values()
+        return reader.batch(n).encoded, np.zeros(batch_size, np.int64), order.draws(*positions), *values
+
+    data = config.data.model_copy(update={"multi_label": False})  # labels don't matter here
+    pipeline = train_pipeline(source, batch_size, image_size, data, augment, None, last_stage)
+
+    def batch() -> int:
+        return len(pipeline.run()[0])
+
+    return batch
+
+
+def print_stages(stages: Mapping[int, Mapping[str, float]]) -> None:
+    titles = [f"{f'{threads} thread(s), images/s':>26}{'ms an image':>14}" for threads in stages]
+    print(f"\n{'up to and with':<22}" + "".join(titles))
+    for index, stage in enumerate(get_args(Stage)):
+        line = f"{stage:<22}"
+        for speeds in stages.values():
+            before = 0.0 if index < 2 else 1e3 / speeds[get_args(Stage)[index - 1]]
+            line += f"{speeds[stage]:26.1f}{1e3 / speeds[stage] - before:14.3f}"
+        print(line)
+    print("(a stage's own time is what it adds; files are read beside the rest)")
+
+
+def by_source(config: Config, photographs: Path, rounds: int, seconds: float) -> dict[str, float]:
+    """Images a second from class folders, a list and shards of the same photographs; prints them."""
+    pack = [contenders.our_python(), "-m", "data_tools", "shards", "--root", str(photographs), "--out"]
+    subprocess.run([*pack, str(photographs / "shards")], check=True, capture_output=True, cwd=contenders.ROOT)
+    folders = open_set(config.data.model_copy(update={"root": str(photographs)}), "train", NUM_PHOTOGRAPH_CLASSES)
+    lines = [f"{folders.name(n)} {folders.read(n)[1][0]}\n" for n in range(len(folders))]
+    (photographs / "list.txt").write_text("".join(lines))
+    works = {}
+    for name, train in {"class folders": "train", "list file": "list.txt", "shards": "shards/train"}.items():
+        data = config.data.model_copy(update={"root": str(photographs), "train": train})
+        model = config.model.model_copy(update={"num_classes": NUM_PHOTOGRAPH_CLASSES})
+        works[name] = fed_batches(config.model_copy(update={"data": data, "model": model}))
+    speeds = medians_in_turns(works, rounds, seconds)
+    print(f"\n{'source':<22}{'images/s':>10}")
+    for name, speed in speeds.items():
+        print(f"{name:<22}{speed:10.1f}")
+    return speeds
+
+
+def medians_in_turns(works: Mapping[str, Work], rounds: int, seconds: float) -> dict[str, float]:
+    """Images a second of each, which take turns: the medians of the rounds."""
+    for work in works.values():
+        for _ in range(_WARM_UP_BATCHES):
+            work()
+    speeds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            started, num_images = time.perf_counter(), 0
+            while (elapsed := time.perf_counter() - started) < seconds:
+                num_images += work()
+            speeds[name].append(num_images / elapsed)
+    return {name: statistics.median(found) for name, found in speeds.items()}
+
+
+def data_wait(config: Config, seconds: float) -> tuple[float, float]:
+    """The share of its time that the training loop waits for DALI, 0 to 1, after a few steps, over `seconds`; and
+    training's images a second."""
     step = MeasuredStep(config, fed=True)
     assert step.feed is not None
-    waited, started = step.feed.seconds_waited, time.perf_counter()
+    waited, num_images, started = step.feed.seconds_waited, 0, time.perf_counter()
     while (elapsed := time.perf_counter() - started) < seconds:
-        step()
-    return (step.feed.seconds_waited - waited) / elapsed
+        num_images += step()
+    return (step.feed.seconds_waited - waited) / elapsed, num_images / elapsed
 
 
-def write_photographs(root: Path) -> str:
-    """A training set of crops from scikit-learn's two sample photographs, a class each; returns what it is."""
-    try:
-        from sklearn.datasets import load_sample_images
-    except ImportError:
-        raise UserError(
-            f"bench data: no images in data.root, and no scikit-learn to make some of ({our_python()} -m pip install "
-            "scikit-learn); name a folder with -o data.root=ROOT"
-        ) from None
-    photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]  # 640 wide, 427 high
-    width, height = PHOTOGRAPH_SIZE
-    rng = np.random.default_rng(0)
-    num_bytes = 0
-    for number in range(NUM_PHOTOGRAPHS):
-        label = number % NUM_PHOTOGRAPH_CLASSES
-        photograph = photographs[label]
-        crop_height = int(photograph.height * rng.uniform(0.75, 1.0))
-        crop_width = crop_height * width // height
-        left = int(rng.integers(photograph.width - crop_width + 1))
-        upper = int(rng.integers(photograph.height - crop_height + 1))
-        image = photograph.crop((left, upper, left + crop_width, upper + crop_height))
-        image = image.resize(PHOTOGRAPH_SIZE, Image.Resampling.BICUBIC)
-        if rng.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        path = root / "train" / str(label) / f"{number:04d}.jpeg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path, quality=JPEG_QUALITY)
-        num_bytes += path.stat().st_size
-    kilobytes = num_bytes / NUM_PHOTOGRAPHS / 1e3
-    return f"{NUM_PHOTOGRAPHS} JPEG files of {width}x{height} pixels, {kilobytes:.0f} kB each, made for this run"
-
-
-def _num_cores() -> int:
+def num_cores() -> int:
     return len(os.sched_getaffinity(0))

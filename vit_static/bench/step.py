@@ -16,6 +16,7 @@ from vit_static import model as model_module
 from vit_static.bench.peers import protocol
 from vit_static.config import Config
 from vit_static.loss import Criterion
+from vit_static.mixing import Mixer
 from vit_static.step import Program, choose_attention, choose_precision
 
 _WARM_UP_STEPS = 3
@@ -62,7 +63,9 @@ class MeasuredStep:
             parallel=config.parallel,
             seed=config.seed,
             kernels=config.kernels,
+            train_targets=config.train_targets,
         )
+        self._mixer = Mixer(config.augment, config.model.num_classes, config.seed)
         self.feed = feed_of(config, self.mesh) if fed else None
         rng = np.random.default_rng(self.mesh.dp_rank)
         part = self.batch_size // self.mesh.dp_size
@@ -74,8 +77,8 @@ class MeasuredStep:
 
     def __call__(self) -> int:
         """The number of images that the step took, over all ranks."""
-        images, labels = (self._images, self._labels) if self.feed is None else next(self.feed)
-        loss = self.program.train_step(images, labels, self._num_done)
+        batch = (self._images, self._labels) if self.feed is None else next(self.feed)
+        loss = self.program.train_step(*self._mixer.mixed(batch, self._num_done), self._num_done)
         self.program.scalar(loss)
         self._num_done += 1
         return self.batch_size
@@ -84,10 +87,10 @@ class MeasuredStep:
 def feed_of(config: Config, mesh: mesh_module.Mesh) -> Any:
     """Training's images, this rank's part of each batch."""
     from vit_static.data.feed import TrainFeed  # DALI, whose memory is no part of a step on noise
-    from vit_static.data.images import list_images
+    from vit_static.data.images import open_set
 
     return TrainFeed(
-        list_images(config.data, "train", config.model.num_classes),
+        open_set(config.data, "train", config.model.num_classes),
         config.model.image_size,
         config.data,
         config.augment,

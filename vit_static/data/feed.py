@@ -14,9 +14,12 @@ import paddle
 from paddle.utils.dlpack import from_dlpack
 
 from vit_static.config import AugmentConfig, DataConfig, EvalConfig
-from vit_static.data.images import DataError, ImageList
+from vit_static.data import augment as augment_module
+from vit_static.data.images import ImageSet
+from vit_static.data.lists import DataError
 from vit_static.data.order import TrainOrder
-from vit_static.data.pipeline import eval_pipeline, files_pipeline, train_pipeline
+from vit_static.data.pipeline import decoding_pipeline, eval_pipeline, train_pipeline
+from vit_static.data.reader import ReadBatch, Reader
 
 Batch = tuple[paddle.Tensor, ...]
 
@@ -24,12 +27,14 @@ Batch = tuple[paddle.Tensor, ...]
 class TrainFeed:
     """An endless iterator of (images [B, 3, height, width], labels [B]): this rank's part of each global batch.
 
-    It starts behind `start_step` whole batches. `seconds_waited` adds up how long batches were waited for.
+    It starts behind `start_step` whole batches. With `data.multi_label`, labels are [B, num_classes] uint8, 1 for those
+    that an image has. `seconds_waited` adds up how long batches were waited for. After a DataError, which names the
+    image, the feed is at its end.
     """
 
     def __init__(
         self,
-        images: ImageList,
+        images: ImageSet,
         image_size: tuple[int, int],
         data: DataConfig,
         augment: AugmentConfig,
@@ -41,25 +46,22 @@ class TrainFeed:
         device_id: int | None,
     ) -> None:
         self.seconds_waited = 0.0
-        self._images = images
-        self._order = TrainOrder(len(images), seed)
+        self._images, self._image_size, self._augment = images, image_size, augment
+        self._multi_hot = len(images.class_names) if data.multi_label else None
+        self._order = TrainOrder(len(images), seed, augment.repeats)
+        self._num_draws = augment_module.num_draws(augment)
         self._global_batch_size = data.global_batch_size
         self._batch_size = data.global_batch_size // dp_size
         self._first_position = start_step * data.global_batch_size + dp_rank * self._batch_size
-        self._num_taken = 0
+        self._reader = Reader(images, lambda n: self._order.images(*self._positions(n)), data)
         pipeline = train_pipeline(self._source, self._batch_size, image_size, data, augment, device_id)
-        self._outputs = _Outputs(pipeline, on_card=device_id is not None)
+        self._outputs = _Outputs(pipeline, images, self._reader, data.prefetch_batches, device_id)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        try:
-            batch = self._outputs.next()
-        except RuntimeError as error:
-            in_flight = [self._numbers(n) for n in range(self._num_taken, self._num_taken + 3)]
-            raise _unreadable(error, self._images, np.concatenate(in_flight)) from None
-        self._num_taken += 1
+        batch = self._outputs.next()
         self.seconds_waited = self._outputs.seconds_waited
         return batch
 
@@ -67,16 +69,18 @@ class TrainFeed:
         start = self._first_position + n * self._global_batch_size
         return start, start + self._batch_size
 
-    def _numbers(self, n: int) -> np.ndarray:
-        return self._order.images(*self._positions(n))
-
-    def _source(self, n: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        numbers = self._numbers(n)
-        return _names(self._images, numbers), self._images.labels[numbers], self._order.draws(*self._positions(n))
+    def _source(self, n: int) -> tuple[Any, ...]:
+        batch = self._outputs.read(n)
+        positions = self._positions(n)
+        values: tuple[np.ndarray, ...] = ()
+        if self._num_draws:
+            draws = self._order.augmentation_draws(*positions, self._num_draws)
+            values = tuple(augment_module.parameters(draws, self._augment, self._image_size).values())
+        return batch.encoded, _labels(batch, self._multi_hot), self._order.draws(*positions), *values
 
 
 class EvalFeed:
-    """One pass over a set, each image once: an iterable of (images, labels [B], weights [B]) of this rank's part.
+    """One pass over a set, each image once: an iterable of (images, labels, weights [B]) of this rank's part.
 
     The images are dealt out in whole batches of `batch_size` over all ranks; the last is filled up with copies
     of the first image, of weight 0. Every pass builds a pipeline of its own, so none is held while training.
@@ -84,7 +88,7 @@ class EvalFeed:
 
     def __init__(
         self,
-        images: ImageList,
+        images: ImageSet,
         image_size: tuple[int, int],
         batch_size: int,
         data: DataConfig,
@@ -94,23 +98,32 @@ class EvalFeed:
         dp_size: int,
         device_id: int | None,
     ) -> None:
-        self._images = images
+        self._images, self._image_size = images, image_size
+        self._data, self._evaluation = data, evaluation
         self._batch_size = batch_size // dp_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
-        self._make = lambda: eval_pipeline(self._source, self._batch_size, image_size, data, evaluation, device_id)
-        self._on_card = device_id is not None
+        self._device_id = device_id
+        self._multi_hot = len(images.class_names) if data.multi_label else None
 
     def __len__(self) -> int:
         return math.ceil(len(self._images) / (self._batch_size * self._dp_size))
 
     def __iter__(self) -> Iterator[Batch]:
-        outputs = _Outputs(self._make(), on_card=self._on_card)
-        for n in range(len(self)):
-            try:
+        def source(n: int) -> tuple[Any, ...]:
+            n = min(n, len(self) - 1)  # DALI asks for batches beyond the last
+            batch = outputs.read(n)
+            return batch.encoded, _labels(batch, self._multi_hot), self._numbers(n)[1].astype(np.float32)
+
+        reader = Reader(self._images, lambda n: self._numbers(n)[0], self._data)
+        pipeline = eval_pipeline(
+            source, self._batch_size, self._image_size, self._data, self._evaluation, self._device_id
+        )
+        outputs = _Outputs(pipeline, self._images, reader, self._data.prefetch_batches, self._device_id)
+        try:
+            for _ in range(len(self)):
                 yield outputs.next()
-            except RuntimeError as error:
-                in_flight = [self._numbers(n + ahead)[0] for ahead in range(3)]
-                raise _unreadable(error, self._images, np.concatenate(in_flight)) from None
+        finally:
+            reader.close()
 
     def _numbers(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """The n-th batch's images, and which of them are there for the first time."""
@@ -119,23 +132,32 @@ class EvalFeed:
         real = numbers < len(self._images)
         return np.where(real, numbers, 0), real
 
-    def _source(self, n: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        numbers, real = self._numbers(n)
-        return _names(self._images, numbers), self._images.labels[numbers], real.astype(np.float32)
-
 
 class _Outputs:
     """A pipeline's outputs as Paddle tensors that share DALI's memory, which is held as long as it can be read."""
 
-    def __init__(self, pipeline: Any, on_card: bool) -> None:
+    def __init__(self, pipeline: Any, images: ImageSet, reader: Reader, num_ahead: int, device_id: int | None) -> None:
         self.seconds_waited = 0.0  # for the pipeline alone, not for the card
         self._pipeline = pipeline
-        self._on_card = on_card
+        self._images, self._reader = images, reader
+        self._device_id = device_id
         self._in_use: deque[tuple[Any, Any]] = deque()
         self._last: Any = None
+        self._in_flight: deque[np.ndarray] = deque(maxlen=num_ahead + 1)  # images that DALI may be at
+        self._failure: DataError | None = None
+
+    def read(self, n: int) -> ReadBatch:
+        """What the pipeline's source gets its images from."""
+        try:
+            batch = self._reader.batch(n)
+        except DataError as error:
+            self._failure = error  # DALI may hide it in one of its own
+            raise
+        self._in_flight.append(batch.numbers)
+        return batch
 
     def next(self) -> Batch:
-        if self._on_card and self._last is not None:
+        if self._device_id is not None and self._last is not None:
             # The card may still be reading earlier batches. Work queued so far includes the last batch's step;
             # waiting for the one before it keeps the host at most two steps ahead.
             event = paddle.device.Event()
@@ -144,28 +166,48 @@ class _Outputs:
             if len(self._in_use) > 2:
                 self._in_use.popleft()[0].synchronize()
         started = time.perf_counter()
-        self._last = self._pipeline.run()
+        try:
+            self._last = self._pipeline.run()
+        except (DataError, RuntimeError) as error:
+            raise self._explained(error) from None
         self.seconds_waited += time.perf_counter() - started
         batch = tuple(from_dlpack(output.as_tensor()) for output in self._last)
         # Labels and weights come from the host; the program on a card takes all of its inputs there.
-        return tuple(part.cuda() for part in batch) if self._on_card else batch
+        return batch if self._device_id is None else tuple(part.cuda() for part in batch)
+
+    def _explained(self, error: Exception) -> Exception:
+        """What to tell of a pipeline that stopped. DALI doesn't always name the file, so each is decoded once more."""
+        if self._failure is not None:
+            return self._failure
+        for number in dict.fromkeys(np.concatenate([np.empty(0, np.int64), *self._in_flight]).tolist()):
+            problem = why_undecodable(self._images, number, self._device_id)
+            if problem is not None:
+                return problem
+        return error
 
 
-def _names(images: ImageList, numbers: np.ndarray) -> list[np.ndarray]:
-    return [np.frombuffer(images.paths[number].encode(), np.uint8) for number in numbers]
+def why_undecodable(images: ImageSet, number: int, device_id: int | None = None) -> DataError | None:
+    """What keeps training from reading an image, or None where nothing does."""
+    try:
+        encoded, _ = images.read(number)
+        decoding_pipeline(1, 1, device_id).run(encoded=[encoded])
+    except DataError as problem:
+        return problem
+    except RuntimeError as problem:
+        return DataError(
+            f"{images.name(number)}: is not an image that DALI can decode ({_reason(problem)}); mend or remove the file"
+        )
+    return None
 
 
-def _unreadable(error: RuntimeError, images: ImageList, numbers: np.ndarray) -> DataError:
-    """What to tell of a pipeline that stopped: DALI doesn't always name the file, so each is read once more."""
-    pipeline = files_pipeline()
-    for path in dict.fromkeys(images.paths[number] for number in numbers):
-        try:
-            pipeline.run(name=[np.frombuffer(path.encode(), np.uint8)])
-        except RuntimeError as problem:
-            return DataError(
-                f"{path}: is not an image that DALI can read ({_reason(problem)}); mend or remove the file"
-            )
-    return DataError(f"DALI could not read a batch of images: {_reason(error)}")
+def _labels(batch: ReadBatch, multi_hot: int | None) -> np.ndarray:
+    """[B] int64, or [B, multi_hot] uint8 of zeros and, for the labels that an image has, ones."""
+    if multi_hot is None:
+        return np.concatenate(batch.labels).astype(np.int64)
+    rows = np.zeros((len(batch.labels), multi_hot), np.uint8)
+    for row, labels in zip(rows, batch.labels, strict=True):
+        row[labels] = 1
+    return rows
 
 
 def _reason(error: RuntimeError) -> str:

@@ -1,92 +1,237 @@
-"""The list of a set's images: what is in the class folders, with labels and class names."""
+"""A set's images: class folders, a list file, or WebDataset shards, whichever `data.train` and `data.val` name."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from vit_static.config import DataConfig, UserError
+from vit_static.config import DataConfig
+from vit_static.data.lists import DataError, Labels, Lines, read_list
 
 # What DALI's and Pillow's decoders both read. Other files in a class folder (.DS_Store, notes) are no images.
 IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 CLASS_NAMES_FILE = "class_names.txt"
+CHECK_FILE = "data_check.json"  # what `./run.sh data check ROOT` writes into ROOT
 
 
-class DataError(UserError):
-    """A data set that can't be used as it is."""
+class ImageSet(ABC):
+    """Images in a fixed order, by number: what is in their files, and their labels, 0 to num_classes - 1.
+
+    Reading is all that touches an image's file, so that the set of a network disk is there at once. From any thread.
+    """
+
+    def __init__(self, class_names: list[str]) -> None:
+        self.class_names = class_names
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def name(self, number: int) -> str:
+        """Where the image is, for people: its path, or SHARD.tar/MEMBER."""
+
+    def read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The encoded image, [num_bytes] uint8, and its labels, [num_labels] int32. Raises DataError with its name."""
+        try:
+            return self._read(number)
+        except OSError as error:
+            raise DataError(f"{self.name(number)}: can't be read ({error.strerror})") from None
+
+    @abstractmethod
+    def _read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same, but may raise OSError, too."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """In hexadecimal: the same for the same names and labels in the same order, wherever their root is."""
+
+    @abstractmethod
+    def without(self, names: Collection[str]) -> ImageSet:
+        """The set without the images that have these names, relative to data.root."""
 
 
-@dataclass(frozen=True)
-class ImageList:
-    """Images in a fixed order (by class folder, then by name) and their labels, 0 to num_classes - 1."""
+class FileSet(ImageSet):
+    """Images that are files below a root: those of class folders or of a list."""
 
-    paths: list[str]
-    labels: np.ndarray  # [num_images], int64
-    class_names: list[str]
+    def __init__(self, root: Path, lines: Lines, class_names: list[str]) -> None:
+        super().__init__(class_names)
+        self._root, self.lines = os.fsencode(root), lines
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.lines)
+
+    def name(self, number: int) -> str:
+        return os.fsdecode(self._path(number))
+
+    def _read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        return read_whole(self._path(number)), self.lines.labels.of(number)
+
+    def digest(self) -> str:
+        lines = self.lines
+        found = hashlib.blake2b(digest_size=16)
+        for array in (lines.text, lines.starts, lines.stops, lines.labels.values, lines.labels.offsets):
+            if array is not None:
+                found.update(array.data)
+        return found.hexdigest()
+
+    def without(self, names: Collection[str]) -> FileSet:
+        left_out = {os.fsencode(name) for name in names}
+        kept = np.fromiter((self.lines.path(n) not in left_out for n in range(len(self))), bool, len(self))
+        return FileSet(Path(os.fsdecode(self._root)), self.lines.where(kept), self.class_names)
+
+    def _path(self, number: int) -> bytes:
+        return os.path.join(self._root, self.lines.path(number))  # noqa: PTH118 - a Path for each image is slow
 
 
-def list_images(data: DataConfig, split: str, num_classes: int) -> ImageList:
-    """The images of ``root/split/CLASS/*``; folders in sorted order are the labels.
+def open_set(data: DataConfig, split: str, num_classes: int) -> ImageSet:
+    """The images of `train` or `val`: what `data.train` or `data.val` names below `data.root`.
 
-    Raises DataError, with the remedy, where a folder is missing or empty, where train and val have different
-    classes, or where there are not `num_classes` of them.
+    A folder with class folders (in sorted order they are the labels), a list file, or a folder of WebDataset shards.
+    Raises DataError, with the remedy, where something is missing or empty, where train and val have different classes,
+    where there are not `num_classes` of them, and where an image has several labels without `data.multi_label`.
     """
     root = Path(data.root)
-    folders = _class_folders(root, split)
+    place = root / {"train": data.train, "val": data.val}[split]
+    images = _open(place, root, data, split, num_classes)
+    if data.on_bad_image == "skip":
+        images = images.without(_bad_images(root))
+        if not len(images):
+            raise DataError(f"{place}: all of its images are bad ones by {root / CHECK_FILE}")
+    return images
+
+
+def _open(place: Path, root: Path, data: DataConfig, split: str, num_classes: int) -> ImageSet:
+    if place.is_file():
+        lines = read_list(place)
+        _check_labels(lines.labels, place, data, num_classes)
+        return FileSet(root, lines, _names_by_label(root, num_classes))
+    if place.is_dir() and any(place.glob("*.tar")):
+        from vit_static.data.shards import open_shards
+
+        return open_shards(place, root, _names_by_label(root, num_classes), data.multi_label)
+    return _open_folders(place, root, data, split, num_classes)
+
+
+def _open_folders(place: Path, root: Path, data: DataConfig, split: str, num_classes: int) -> FileSet:
+    folders = _class_folders(place)
     if len(folders) != num_classes:
         raise DataError(
-            f"{root / split}: has {len(folders)} class folders where model.num_classes is {num_classes}; "
+            f"{place}: has {len(folders)} class folders where model.num_classes is {num_classes}; "
             f"set model.num_classes={len(folders)} or another data.root"
         )
-    if split != "train" and (root / "train").is_dir():
-        known = [folder.name for folder in _class_folders(root, "train")]
-        odd = sorted(set(known) ^ {folder.name for folder in folders})
+    train = root / data.train
+    if split != "train" and train.is_dir() and not any(train.glob("*.tar")):
+        odd = sorted(set(map(os.path.basename, _class_folders(train))) ^ set(map(os.path.basename, folders)))
         if odd:
             raise DataError(f"{root}: train and {split} must have the same class folders, but differ in {odd[0]!r}")
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, folder in enumerate(folders):
+    paths: list[bytes] = []
+    counts = []
+    for folder in folders:
+        below = os.fsencode(os.path.relpath(folder, root))
         images = sorted(_images_in(folder))
         if not images:
             raise DataError(f"{folder}: this class folder has no image; put images in, or remove it from every split")
-        paths += images
-        labels += [label] * len(images)
-    names = _class_names(root)
-    return ImageList(paths, np.asarray(labels, np.int64), [names.get(folder.name, folder.name) for folder in folders])
+        paths += [below + b"/" + name for name in images]
+        counts.append(len(images))
+    lengths = np.fromiter(map(len, paths), np.int64, len(paths))
+    stops = np.cumsum(lengths)
+    labels = np.repeat(np.arange(len(folders), dtype=np.int32), counts)
+    lines = Lines(np.frombuffer(b"".join(paths), np.uint8), stops - lengths, stops, Labels(labels))
+    names = dict(_class_names(root))
+    return FileSet(root, lines, [names.get(folder.name, folder.name) for folder in folders])
 
 
-def _images_in(folder: Path) -> Iterator[str]:
-    with os.scandir(folder) as entries:  # which, unlike a Path, knows a file without asking the disk
+def _images_in(folder: Path) -> Iterator[bytes]:
+    with os.scandir(os.fsencode(folder)) as entries:  # which, unlike a Path, knows a file without asking the disk
         for entry in entries:
-            is_hidden = entry.name.startswith(".")
-            if not is_hidden and Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and entry.is_file():
-                yield entry.path
+            is_hidden = entry.name.startswith(b".")
+            suffix = os.path.splitext(entry.name)[1].decode("ascii", "replace").lower()  # noqa: PTH122 - bytes
+            if not is_hidden and suffix in IMAGE_SUFFIXES and entry.is_file():
+                yield entry.name
 
 
-def _class_folders(root: Path, split: str) -> list[Path]:
-    folder = root / split
+def _class_folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(
-            f"{folder}: no such folder; data.root must hold train/CLASS/* and val/CLASS/* "
-            "('./run.sh data digits' makes a small set, the README says how to lay out ImageNet)"
+            f"{folder}: no such folder or list; data.root must hold what data.train and data.val name: class folders "
+            "in a folder, a list file, or a folder of shards ('./run.sh data digits' makes a small set, the README "
+            "says how to lay out ImageNet)"
         )
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
-        raise DataError(f"{folder}: has no class folders; images belong in {folder}/CLASS/")
+        raise DataError(f"{folder}: has neither class folders nor shards; images belong in {folder}/CLASS/")
     return folders
 
 
-def _class_names(root: Path) -> dict[str, str]:
-    """Folder to name, from the set's class_names.txt (a line each: the folder, a space, the name), if there is one."""
+def _check_labels(labels: Labels, place: Path, data: DataConfig, num_classes: int) -> None:
+    if labels.offsets is not None and not data.multi_label:
+        image = int(np.argmax(np.diff(labels.offsets) > 1))
+        raise DataError(
+            f"{place}: image {image + 1} has several labels; set data.multi_label=true (and loss.name=sigmoid)"
+        )
+    highest = int(labels.values.max())
+    if highest >= num_classes:
+        raise DataError(
+            f"{place}: has a label {highest}, where model.num_classes is {num_classes} and labels begin at 0; "
+            f"set model.num_classes={highest + 1} or another list"
+        )
+
+
+def _class_names(root: Path) -> list[tuple[str, str]]:
+    """The set's class_names.txt (a line a class, in label order: its folder, a blank, its name), if there is one."""
     path = root / CLASS_NAMES_FILE
     if not path.is_file():
-        return {}
+        return []
     lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {line[0]: line[1].strip() for line in lines if len(line) == 2}
+    return [(line[0], line[1].strip()) for line in lines if len(line) == 2]
+
+
+def _names_by_label(root: Path, num_classes: int) -> list[str]:
+    """The names of a set that has labels in place of folders: those of class_names.txt if it has one a class."""
+    names = [name for _, name in _class_names(root)]
+    return names if len(names) == num_classes else [str(label) for label in range(num_classes)]
+
+
+def _bad_images(root: Path) -> list[str]:
+    path = root / CHECK_FILE
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        return [problem["path"] for problem in report["problems"] if problem["stops_training"]]
+    except OSError as error:
+        raise DataError(
+            f"{path}: can't be read ({error.strerror}), and data.on_bad_image=skip leaves out what it lists; "
+            f"make it with './run.sh data check {root}'"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise DataError(
+            f"{path}: is no report of 'data check'; make it anew with './run.sh data check {root}'"
+        ) from None
+
+
+def read_whole(path: bytes) -> np.ndarray:
+    """A file's bytes, [num_bytes] uint8. Raises OSError, and DataError for an empty one."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return read_at(descriptor, 0, os.fstat(descriptor).st_size, os.fsdecode(path))
+    finally:
+        os.close(descriptor)
+
+
+def read_at(descriptor: int, offset: int, size: int, name: str) -> np.ndarray:
+    """`size` bytes of a file from `offset` on, [size] uint8. Raises DataError where there are fewer, or none at all."""
+    content = np.empty(size, np.uint8)
+    done = 0
+    while done < size:
+        count = os.preadv(descriptor, [content[done:].data], offset + done)
+        if count == 0:
+            raise DataError(f"{name}: ends after {done} of {size} bytes")
+        done += count
+    if size == 0:
+        raise DataError(f"{name}: is empty")
+    return content

@@ -1,14 +1,14 @@
 """DALI's pipelines: the operations in the order in which they are executed, for CPU and GPU from the same lines.
 
-Both take from Python only which files come next (their names, and the random numbers for their augmentation), so
-they hold no random state and no position of their own: DALI's threads read, decode and transform.
+They get from Python the encoded images that come next, and the random numbers for their augmentation, and hold no
+random state and no position of their own: DALI's threads decode and transform.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 import nvidia.dali.math as dali_math
@@ -16,12 +16,16 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
 from vit_static.config import AugmentConfig, DataConfig, EvalConfig
+from vit_static.data import augment as augment_module
+from vit_static.data.operations import augmented, erased
+from vit_static.data.order import NUM_DRAWS
 
 NUM_CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop
 _INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
-# (names of files as bytes, each [length], labels [B] int64, one more array of a row an image) for the n-th batch
-BatchSource = Callable[[int], tuple[Sequence[np.ndarray], np.ndarray, np.ndarray]]
+# For the n-th batch: a list of the encoded images, [num_bytes] uint8 each; labels [B] int64 or [B, num_classes] uint8;
+# and as many more arrays of a row an image as the pipeline wants.
+BatchSource = Callable[[int], tuple[Any, ...]]
 
 
 def train_pipeline(
@@ -31,18 +35,23 @@ def train_pipeline(
     data: DataConfig,
     augment: AugmentConfig,
     device_id: int | None,
+    last_stage: Literal["decode", "resize", "augment", "normalise"] = "normalise",
 ) -> Pipeline:
-    """Images [B, 3, height, width] float32 and labels [B]; `source` gives uniform draws [B, NUM_DRAWS] with the names.
+    """Images [B, 3, height, width] float32 and their labels; of an earlier `last_stage`, images as it leaves them.
 
+    `source` gives with the images and labels uniform draws [B, NUM_DRAWS], and then augment.parameters's arrays.
     `device_id` None is a pipeline on the CPU; a number decodes and transforms on that card.
     """
+    num_draws = augment_module.num_draws(augment)
+    examples = augment_module.parameters(np.zeros((1, num_draws), np.float32), augment, image_size) if num_draws else {}
 
-    @pipeline_def
+    @pipeline_def(enable_conditionals=num_draws > 0)
     def pipeline() -> tuple[Any, Any]:
-        names, labels, draws = _names_labels_and(source, ndim=1, dtype=types.FLOAT)
-        encoded = fn.io.file.read(names)
+        crop_draws = np.zeros((1, NUM_DRAWS), np.float32)
+        encoded, labels, draws, *values = _inputs(source, data, crop_draws, *examples.values())
+        parameters = dict(zip(examples, values))  # noqa: B905 - DALI puts its own zip in place, without `strict`
         start, shape = random_crop(fn.peek_image_shape(encoded, adjust_orientation=False), draws, augment)
-        images = fn.decoders.image_slice(
+        decoded = fn.decoders.image_slice(
             encoded,
             start,
             shape,
@@ -52,14 +61,18 @@ def train_pipeline(
             adjust_orientation=False,
             device="cpu" if device_id is None else "mixed",
         )
-        images = fn.resize(
-            images,
+        resized = fn.resize(
+            decoded,
             size=list(image_size),
             interp_type=_INTERPOLATIONS[augment.interpolation],
             antialias=augment.antialias,
         )
+        changed = augmented(resized, parameters, augment)
         flip = fn.cast(draws[22] < augment.flip_probability, dtype=types.INT32)
-        return _normalised(images, data, mirror=flip), labels
+        normalised = erased(_normalised(changed, data, mirror=flip), parameters, augment, image_size)
+        # DALI leaves out what comes after the stage that is asked for.
+        stages = {"decode": decoded, "resize": resized, "augment": changed, "normalise": normalised}
+        return stages[last_stage], labels
 
     return _build(pipeline, batch_size, data.num_threads, data.prefetch_batches, device_id)
 
@@ -105,12 +118,11 @@ def eval_pipeline(
     evaluation: EvalConfig,
     device_id: int | None,
 ) -> Pipeline:
-    """Images [B, 3, height, width] float32, labels [B] and `source`'s weights [B] (0 for what fills a batch up)."""
+    """Images [B, 3, height, width] float32, labels and `source`'s weights [B] (0 for what fills a batch up)."""
 
     @pipeline_def
     def pipeline() -> tuple[Any, Any, Any]:
-        names, labels, weights = _names_labels_and(source, ndim=0, dtype=types.FLOAT)
-        encoded = fn.io.file.read(names)
+        encoded, labels, weights = _inputs(source, data, np.zeros(1, np.float32))
         images = fn.decoders.image(encoded, adjust_orientation=False, device="cpu" if device_id is None else "mixed")
         return preprocessed(images, image_size, data, evaluation), labels, weights
 
@@ -133,15 +145,18 @@ def pixels_pipeline(
     return _build(pipeline, batch_size, num_threads, 1, None)
 
 
-def files_pipeline() -> Pipeline:
-    """Reads and decodes one file at a time, on the CPU: ``run(name=[...])``. Dead after one that can't be read."""
+def decoding_pipeline(batch_size: int, num_threads: int, device_id: int | None) -> Pipeline:
+    """Decodes as training does: ``run(encoded=[...])``, up to `batch_size` arrays [num_bytes] uint8.
+
+    Dead after an image that can't be decoded.
+    """
 
     @pipeline_def
     def pipeline() -> Any:
-        name = fn.external_source(name="name", batch=True, dtype=types.UINT8, ndim=1)
-        return fn.decoders.image(fn.io.file.read(name), adjust_orientation=False)
+        encoded = fn.external_source(name="encoded", batch=True, dtype=types.UINT8, ndim=1)
+        return fn.decoders.image(encoded, adjust_orientation=False, device="cpu" if device_id is None else "mixed")
 
-    return _build(pipeline, 1, 1, 1, None)
+    return _build(pipeline, batch_size, num_threads, 1, device_id)
 
 
 def preprocessed(images: Any, image_size: tuple[int, int], data: DataConfig, evaluation: EvalConfig) -> Any:
@@ -162,11 +177,19 @@ def resized_before_crop(image_size: tuple[int, int], evaluation: EvalConfig) -> 
     return (round(image_size[0] / evaluation.crop_ratio), round(image_size[1] / evaluation.crop_ratio))
 
 
-def _names_labels_and(source: BatchSource, ndim: int, dtype: Any) -> tuple[Any, Any, Any]:
-    names, labels, rows = fn.external_source(
-        source=source, num_outputs=3, batch=True, dtype=[types.UINT8, types.INT64, dtype], ndim=[1, 0, ndim]
+def _inputs(source: BatchSource, data: DataConfig, *examples: np.ndarray) -> list[Any]:
+    """What `source` gives: encoded images, labels, and arrays of the kinds of the `examples`, of a row an image."""
+    labels = np.zeros((1, 1), np.uint8) if data.multi_label else np.zeros(1, np.int64)
+    kinds = [np.zeros((1, 1), np.uint8), labels, *examples]
+    return list(
+        fn.external_source(
+            source=source,
+            num_outputs=len(kinds),
+            batch=True,
+            dtype=[types.to_dali_type(kind.dtype) for kind in kinds],
+            ndim=[kind.ndim - 1 for kind in kinds],
+        )
     )
-    return names, labels, rows
 
 
 def _normalised(images: Any, data: DataConfig, **crop_or_mirror: Any) -> Any:
