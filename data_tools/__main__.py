@@ -10,6 +10,12 @@ from collections.abc import Sequence
 # name: (module, what it does); a module is imported only when its tool runs, and has main(argv) -> exit code
 TOOLS = {
     "digits": ("data_tools.digits", "scikit-learn's 1,797 handwritten digits as a tree of JPEG files"),
+    "imagenet": ("data_tools.imagenet", "ImageNet-1k's archives as class folders and lists"),
+    "imagenet21k": ("data_tools.imagenet21k", "ImageNet-21k's list, an image with all of its labels"),
+    "folder": ("data_tools.folder", "lists of your own images: a folder for each class"),
+    "cifar10": ("data_tools.cifar10", "CIFAR-10's archive as class folders"),
+    "check": ("data_tools.check", "reads every image of a set; finds what would stop training"),
+    "shards": ("data_tools.shards", "WebDataset shards of a set, for network disks"),
 }
 
 # How the system refuses a path that the user should not have given; a full disk, say, is no such mistake.

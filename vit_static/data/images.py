@@ -42,10 +42,12 @@ class ImageSet(ABC):
             return self._read(number)
         except OSError as error:
             raise DataError(f"{self.name(number)}: can't be read ({error.strerror})") from None
+        except DataError as error:
+            raise DataError(f"{self.name(number)}: {error}") from None
 
     @abstractmethod
     def _read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """The same, but may raise OSError, too."""
+        """The same; may raise OSError, too, and a DataError without the name."""
 
     @abstractmethod
     def digest(self) -> str:
@@ -68,6 +70,10 @@ class FileSet(ImageSet):
 
     def name(self, number: int) -> str:
         return os.fsdecode(self._path(number))
+
+    def relative_name(self, number: int) -> str:
+        """The path as `data.root` has it."""
+        return os.fsdecode(self.lines.path(number))
 
     def _read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         return read_whole(self._path(number)), self.lines.labels.of(number)
@@ -169,6 +175,12 @@ def _class_folders(folder: Path) -> list[Path]:
     return folders
 
 
+def num_classes_of(data: DataConfig, split: str) -> int:
+    """How many classes a set of class folders has, or a list by its highest label."""
+    place = Path(data.root) / {"train": data.train, "val": data.val}[split]
+    return 1 + int(read_list(place).labels.values.max()) if place.is_file() else len(_class_folders(place))
+
+
 def _check_labels(labels: Labels, place: Path, data: DataConfig, num_classes: int) -> None:
     if labels.offsets is not None and not data.multi_label:
         image = int(np.argmax(np.diff(labels.offsets) > 1))
@@ -215,23 +227,23 @@ def _bad_images(root: Path) -> list[str]:
 
 
 def read_whole(path: bytes) -> np.ndarray:
-    """A file's bytes, [num_bytes] uint8. Raises OSError, and DataError for an empty one."""
+    """A file's bytes, [num_bytes] uint8. Raises OSError, and DataError (without the path) for an empty one."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        return read_at(descriptor, 0, os.fstat(descriptor).st_size, os.fsdecode(path))
+        return read_at(descriptor, 0, os.fstat(descriptor).st_size)
     finally:
         os.close(descriptor)
 
 
-def read_at(descriptor: int, offset: int, size: int, name: str) -> np.ndarray:
+def read_at(descriptor: int, offset: int, size: int) -> np.ndarray:
     """`size` bytes of a file from `offset` on, [size] uint8. Raises DataError where there are fewer, or none at all."""
     content = np.empty(size, np.uint8)
     done = 0
     while done < size:
         count = os.preadv(descriptor, [content[done:].data], offset + done)
         if count == 0:
-            raise DataError(f"{name}: ends after {done} of {size} bytes")
+            raise DataError(f"ends after {done} of {size} bytes")
         done += count
     if size == 0:
-        raise DataError(f"{name}: is empty")
+        raise DataError("is empty")
     return content
