@@ -1,0 +1,144 @@
+"""CIFAR-10 from its Python archive (https://www.cs.toronto.edu/~kriz/cifar.html) as class folders of PNG files.
+
+    OUT/train/airplane/00000.png   50,000 images of 32x32 pixels; the number is the image's place in the archive
+    OUT/val/airplane/00010.png     10,000
+    OUT/class_names.txt, OUT/source.json
+
+The classes' names are in alphabetical order in the archive, so the folders' labels are CIFAR-10's own.
+"""
+
+import io
+import json
+import pickle
+import shutil
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from data_tools.arguments import ToolParser
+from vit_static.data.images import CLASS_NAMES_FILE
+
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+BATCHES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "val": ["test_batch"]}
+IMAGES_A_BATCH = 10_000
+SOURCE = {"source": "CIFAR-10, python version", "num_train": 50_000, "num_val": 10_000}
+# What the archive's pickles are made of; nothing else is looked up, so that nothing can be run.
+_ALLOWED = {
+    ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+    ("numpy._core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Knows arrays, and Python's own lists, dictionaries, numbers and strings."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _ALLOWED:
+            return _ALLOWED[module, name]
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
+            return lambda text, encoding: text.encode("latin-1")
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no archive of CIFAR-10 does")
+
+    def persistent_load(self, pid: Any) -> NoReturn:
+        raise pickle.UnpicklingError("it refers to something outside")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Raises ValueError for a wrong argument or archive."""
+    parser = ToolParser(prog="vit_static data cifar10", description="CIFAR-10 as class folders.")
+    parser.add_argument("--archive", type=Path, metavar="TAR_GZ", required=True, help="cifar-10-python.tar.gz")
+    parser.add_argument("--out", type=Path, metavar="DIR", required=True)
+    arguments = parser.parse_args(argv)
+    was_there = unpack(arguments.archive, arguments.out)
+    print(
+        f"cifar10: 50000 training and 10000 validation images {'are already' if was_there else 'written'} in "
+        f"{arguments.out}; to train on them set -o data.root={arguments.out} -o model.num_classes=10"
+    )
+    return 0
+
+
+def unpack(archive: Path, out: Path, images_a_batch: int = IMAGES_A_BATCH) -> bool:
+    """Writes the set to `out`, complete or not at all; True where it is there already."""
+    if read_source(out) == SOURCE:
+        return True
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: is there, and not CIFAR-10; name another folder with --out")
+    batches = read_archive(archive, images_a_batch)
+    part = out.parent / f".{out.resolve().name}.part"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(part, ignore_errors=True)  # a killed run's
+    total = images_a_batch * sum(map(len, BATCHES.values()))
+    try:
+        with tqdm(total=total, unit="image", disable=None) as bar:
+            for split, names in BATCHES.items():
+                for name in CLASSES:
+                    (part / split / name).mkdir(parents=True)
+                for batch, name in enumerate(names):
+                    pixels, labels = batches[name]
+                    for place, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+                        number = batch * images_a_batch + place
+                        Image.fromarray(image).save(part / split / CLASSES[label] / f"{number:05d}.png")
+                        bar.update()
+        (part / CLASS_NAMES_FILE).write_text("".join(f"{name} {name}\n" for name in CLASSES))
+        (part / "source.json").write_text(json.dumps(SOURCE, indent=1) + "\n")
+        part.rename(out)  # in the place of nothing, or of an empty folder
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return False
+
+
+def read_archive(archive: Path, images_a_batch: int) -> dict[str, tuple[np.ndarray, list[int]]]:
+    """By batch, pixels [images, 32, 32, 3] uint8 and labels. Raises ValueError for what is not CIFAR-10's archive."""
+    try:
+        with tarfile.open(archive, "r:*") as tar:
+            members = {Path(member.name).name: member for member in tar if member.isreg()}
+            contents = {name: content_of(tar, members[name]) for names in BATCHES.values() for name in names}
+            names = [name.decode() for name in content_of(tar, members["batches.meta"])[b"label_names"]]
+        if names != CLASSES:
+            raise ValueError(f"its classes are {names}")
+        return {name: batch_of(content, images_a_batch) for name, content in contents.items()}
+    except (
+        tarfile.TarError,
+        EOFError,
+        pickle.UnpicklingError,
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        raise ValueError(
+            f"{archive}: is not CIFAR-10's Python archive, or is damaged ({error}); fetch it again"
+        ) from None
+
+
+def content_of(tar: tarfile.TarFile, member: tarfile.TarInfo) -> dict[bytes, Any]:
+    file = tar.extractfile(member)
+    assert file is not None
+    content = _ArrayUnpickler(io.BytesIO(file.read()), encoding="bytes").load()
+    if not isinstance(content, dict):
+        raise ValueError(f"{member.name} holds no dictionary")
+    return content
+
+
+def batch_of(content: dict[bytes, Any], num_images: int) -> tuple[np.ndarray, list[int]]:
+    """A batch's rows, red, green and blue one after the other, as images."""
+    rows, labels = np.asarray(content[b"data"]), [int(label) for label in content[b"labels"]]
+    if rows.shape != (num_images, 3 * 32 * 32) or rows.dtype != np.uint8 or len(labels) != num_images:
+        raise ValueError(f"a batch has {rows.shape} {rows.dtype} and {len(labels)} labels")
+    if min(labels) < 0 or max(labels) >= len(CLASSES):
+        raise ValueError(f"labels go from {min(labels)} to {max(labels)}")
+    return rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
+
+
+def read_source(out: Path) -> Any:
+    try:
+        return json.loads((out / "source.json").read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
