@@ -58,7 +58,7 @@ def print_tools() -> None:
 
 
 def fail(prefix: str, message: str, code: int = EXIT_USER_MISTAKE) -> int:
-    print(f"{prefix}: {message}", file=sys.stderr)
+    print(f"{prefix}: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from vit_static.data import augment as augment_module
 from vit_static.data.images import ImageSet
 from vit_static.data.lists import DataError
 from vit_static.data.order import TrainOrder
-from vit_static.data.pipeline import decoding_pipeline, eval_pipeline, train_pipeline
+from vit_static.data.pipeline import decoders_words, decoding_pipeline, eval_pipeline, train_pipeline
 from vit_static.data.reader import ReadBatch, Reader
 
 Batch = tuple[paddle.Tensor, ...]
@@ -194,9 +193,8 @@ def why_undecodable(images: ImageSet, number: int, device_id: int | None = None)
     except DataError as problem:
         return problem
     except RuntimeError as problem:
-        return DataError(
-            f"{images.name(number)}: is not an image that DALI can decode ({_reason(problem)}); mend or remove the file"
-        )
+        said = f"is not an image that DALI can decode ({decoders_words(problem)}); mend or remove the file"
+        return DataError(f"{images.name(number)}: {said}")
     return None
 
 
@@ -208,10 +206,3 @@ def _labels(batch: ReadBatch, multi_hot: int | None) -> np.ndarray:
     for row, labels in zip(rows, batch.labels, strict=True):
         row[labels] = 1
     return rows
-
-
-def _reason(error: RuntimeError) -> str:
-    """What DALI says, without where in its sources it says so."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = [line for line in lines if "[/" in line or "failed" in line.lower() or "failure" in line.lower()]
-    return re.sub(r"^\[/[^]]*\] (\[[^]]*\] )?", "", (said or lines or ["no reason given"])[0])

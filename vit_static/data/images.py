@@ -26,24 +26,29 @@ class ImageSet(ABC):
     Reading is all that touches an image's file, so that the set of a network disk is there at once. From any thread.
     """
 
-    def __init__(self, class_names: list[str]) -> None:
-        self.class_names = class_names
+    def __init__(self, root: Path, class_names: list[str]) -> None:
+        self.root, self.class_names = root, class_names
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
+    def relative_name(self, number: int) -> str:
+        """Where the image is below the root: its path, or SHARD.tar/MEMBER."""
+
     def name(self, number: int) -> str:
-        """Where the image is, for people: its path, or SHARD.tar/MEMBER."""
+        """The same with the root, for people."""
+        return os.path.join(self.root, self.relative_name(number))  # noqa: PTH118 - one that is absolute stays so
 
     def read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The encoded image, [num_bytes] uint8, and its labels, [num_labels] int32. Raises DataError with its name."""
         try:
             return self._read(number)
         except OSError as error:
-            raise DataError(f"{self.name(number)}: can't be read ({error.strerror})") from None
+            kind = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
+            raise DataError(f"{self.name(number)}: can't be read ({error.strerror})", kind) from None
         except DataError as error:
-            raise DataError(f"{self.name(number)}: {error}") from None
+            raise DataError(f"{self.name(number)}: {error}", error.kind) from None
 
     @abstractmethod
     def _read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -62,21 +67,18 @@ class FileSet(ImageSet):
     """Images that are files below a root: those of class folders or of a list."""
 
     def __init__(self, root: Path, lines: Lines, class_names: list[str]) -> None:
-        super().__init__(class_names)
-        self._root, self.lines = os.fsencode(root), lines
+        super().__init__(root, class_names)
+        self._folder, self.lines = os.fsencode(root), lines
 
     def __len__(self) -> int:
         return len(self.lines)
 
-    def name(self, number: int) -> str:
-        return os.fsdecode(self._path(number))
-
     def relative_name(self, number: int) -> str:
-        """The path as `data.root` has it."""
         return os.fsdecode(self.lines.path(number))
 
     def _read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        return read_whole(self._path(number)), self.lines.labels.of(number)
+        path = os.path.join(self._folder, self.lines.path(number))  # noqa: PTH118 - a Path for each image is slow
+        return read_whole(path), self.lines.labels.of(number)
 
     def digest(self) -> str:
         lines = self.lines
@@ -89,10 +91,7 @@ class FileSet(ImageSet):
     def without(self, names: Collection[str]) -> FileSet:
         left_out = {os.fsencode(name) for name in names}
         kept = np.fromiter((self.lines.path(n) not in left_out for n in range(len(self))), bool, len(self))
-        return FileSet(Path(os.fsdecode(self._root)), self.lines.where(kept), self.class_names)
-
-    def _path(self, number: int) -> bytes:
-        return os.path.join(self._root, self.lines.path(number))  # noqa: PTH118 - a Path for each image is slow
+        return FileSet(self.root, self.lines.where(kept), self.class_names)
 
 
 def open_set(data: DataConfig, split: str, num_classes: int) -> ImageSet:
@@ -125,7 +124,7 @@ def _open(place: Path, root: Path, data: DataConfig, split: str, num_classes: in
 
 
 def _open_folders(place: Path, root: Path, data: DataConfig, split: str, num_classes: int) -> FileSet:
-    folders = _class_folders(place)
+    folders = class_folders(place)
     if len(folders) != num_classes:
         raise DataError(
             f"{place}: has {len(folders)} class folders where model.num_classes is {num_classes}; "
@@ -133,24 +132,30 @@ def _open_folders(place: Path, root: Path, data: DataConfig, split: str, num_cla
         )
     train = root / data.train
     if split != "train" and train.is_dir() and not any(train.glob("*.tar")):
-        odd = sorted(set(map(os.path.basename, _class_folders(train))) ^ set(map(os.path.basename, folders)))
+        odd = sorted(set(map(os.path.basename, class_folders(train))) ^ set(map(os.path.basename, folders)))
         if odd:
             raise DataError(f"{root}: train and {split} must have the same class folders, but differ in {odd[0]!r}")
+    lines, counts = list_folders(folders, root)
+    if not counts.all():
+        empty = folders[int(np.argmin(counts))]
+        raise DataError(f"{empty}: this class folder has no image; put images in, or remove it from every split")
+    names = dict(_class_names(root))
+    return FileSet(root, lines, [names.get(folder.name, folder.name) for folder in folders])
+
+
+def list_folders(folders: list[Path], root: Path) -> tuple[Lines, np.ndarray]:
+    """The images of class folders by folder and name, the folders' numbers as labels; how many are in each folder."""
     paths: list[bytes] = []
-    counts = []
-    for folder in folders:
+    counts = np.zeros(len(folders), np.int64)
+    for label, folder in enumerate(folders):
         below = os.fsencode(os.path.relpath(folder, root))
         images = sorted(_images_in(folder))
-        if not images:
-            raise DataError(f"{folder}: this class folder has no image; put images in, or remove it from every split")
         paths += [below + b"/" + name for name in images]
-        counts.append(len(images))
+        counts[label] = len(images)
     lengths = np.fromiter(map(len, paths), np.int64, len(paths))
     stops = np.cumsum(lengths)
     labels = np.repeat(np.arange(len(folders), dtype=np.int32), counts)
-    lines = Lines(np.frombuffer(b"".join(paths), np.uint8), stops - lengths, stops, Labels(labels))
-    names = dict(_class_names(root))
-    return FileSet(root, lines, [names.get(folder.name, folder.name) for folder in folders])
+    return Lines(np.frombuffer(b"".join(paths), np.uint8), stops - lengths, stops, Labels(labels)), counts
 
 
 def _images_in(folder: Path) -> Iterator[bytes]:
@@ -162,7 +167,7 @@ def _images_in(folder: Path) -> Iterator[bytes]:
                 yield entry.name
 
 
-def _class_folders(folder: Path) -> list[Path]:
+def class_folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(
             f"{folder}: no such folder or list; data.root must hold what data.train and data.val name: class folders "
@@ -178,7 +183,7 @@ def _class_folders(folder: Path) -> list[Path]:
 def num_classes_of(data: DataConfig, split: str) -> int:
     """How many classes a set of class folders has, or a list by its highest label."""
     place = Path(data.root) / {"train": data.train, "val": data.val}[split]
-    return 1 + int(read_list(place).labels.values.max()) if place.is_file() else len(_class_folders(place))
+    return 1 + int(read_list(place).labels.values.max()) if place.is_file() else len(class_folders(place))
 
 
 def _check_labels(labels: Labels, place: Path, data: DataConfig, num_classes: int) -> None:
@@ -245,5 +250,5 @@ def read_at(descriptor: int, offset: int, size: int) -> np.ndarray:
             raise DataError(f"ends after {done} of {size} bytes")
         done += count
     if size == 0:
-        raise DataError("is empty")
+        raise DataError("is empty", "empty")
     return content

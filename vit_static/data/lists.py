@@ -20,7 +20,11 @@ _PIECE_BYTES = 1 << 25
 
 
 class DataError(UserError):
-    """A data set that can't be used as it is."""
+    """A data set that can't be used as it is. `kind` is data_tools.check's word for an image that can't be read."""
+
+    def __init__(self, message: str, kind: str = "unreadable") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 @dataclass(frozen=True)

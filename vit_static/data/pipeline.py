@@ -7,6 +7,7 @@ random state and no position of their own: DALI's threads decode and transform.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -157,6 +158,13 @@ def decoding_pipeline(batch_size: int, num_threads: int, device_id: int | None) 
         return fn.decoders.image(encoded, adjust_orientation=False, device="cpu" if device_id is None else "mixed")
 
     return _build(pipeline, batch_size, num_threads, 1, device_id)
+
+
+def decoders_words(error: RuntimeError) -> str:
+    """What DALI says of an image that it can't decode, without where in its sources it says so."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = [line for line in lines if "[/" in line or "failed" in line.lower() or "failure" in line.lower()]
+    return re.sub(r"^\[/[^]]*\] (\[[^]]*\] )?", "", (said or lines or ["no reason given"])[0])
 
 
 def preprocessed(images: Any, image_size: tuple[int, int], data: DataConfig, evaluation: EvalConfig) -> Any:

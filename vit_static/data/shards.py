@@ -49,8 +49,8 @@ class ShardSet(ImageSet):
         multi_label: bool,
         kept: np.ndarray | None = None,
     ) -> None:
-        super().__init__(class_names)
-        self._shards, self._indexes, self._root, self._multi_label = shards, indexes, root, multi_label
+        super().__init__(root, class_names)
+        self._shards, self._indexes, self._multi_label = shards, indexes, multi_label
         counts = [len(index.image_sizes) for index in indexes]
         self._starts = np.concatenate([[0], np.cumsum(counts)])
         self._kept = kept  # the numbers of those that are in the set, where not all are
@@ -61,8 +61,13 @@ class ShardSet(ImageSet):
     def __len__(self) -> int:
         return int(self._starts[-1]) if self._kept is None else len(self._kept)
 
-    def name(self, number: int) -> str:
-        return str(self._root / self._relative_name(number))
+    def relative_name(self, number: int) -> str:
+        shard, place = self._place(number)
+        known, names = self._names
+        if known != shard:
+            names = _member_names(self._shards[shard])
+            self._names = shard, names
+        return f"{os.path.relpath(self._shards[shard], self.root)}/{names[place]}"
 
     def _read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         shard, place = self._place(number)
@@ -76,7 +81,7 @@ class ShardSet(ImageSet):
         else:
             encoded, text = (read_at(descriptor, offset, size) for offset, size in (image, label))
         if not len(encoded):
-            raise DataError("is empty")
+            raise DataError("is empty", "empty")
         return encoded, self._labels(text.tobytes())
 
     def digest(self) -> str:
@@ -91,9 +96,9 @@ class ShardSet(ImageSet):
 
     def without(self, names: Collection[str]) -> ShardSet:
         left_out = set(names)
-        kept = np.array([number for number in range(len(self)) if self._relative_name(number) not in left_out], int)
+        kept = np.array([number for number in range(len(self)) if self.relative_name(number) not in left_out], int)
         numbers = kept if self._kept is None else self._kept[kept]
-        return ShardSet(self._shards, self._indexes, self._root, self.class_names, self._multi_label, numbers)
+        return ShardSet(self._shards, self._indexes, self.root, self.class_names, self._multi_label, numbers)
 
     def _place(self, number: int) -> tuple[int, int]:
         """The shard, and the place in it."""
@@ -101,14 +106,6 @@ class ShardSet(ImageSet):
             number = int(self._kept[number])
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
         return shard, number - int(self._starts[shard])
-
-    def _relative_name(self, number: int) -> str:
-        shard, place = self._place(number)
-        known, names = self._names
-        if known != shard:
-            names = _member_names(self._shards[shard])
-            self._names = shard, names
-        return f"{os.path.relpath(self._shards[shard], self._root)}/{names[place]}"
 
     def _descriptor(self, shard: int) -> int:
         with self._lock:
@@ -120,13 +117,14 @@ class ShardSet(ImageSet):
         try:
             labels = np.array([int(label) for label in text.split(b",")], np.int32)
         except ValueError:
-            raise DataError(f"its label is {text[:40].decode('utf-8', 'replace')!r}, no number") from None
+            raise DataError(f"its label is {text[:40].decode('utf-8', 'replace')!r}, no number", "label") from None
         if len(labels) > 1 and not self._multi_label:
-            raise DataError("has several labels; set data.multi_label=true (and loss.name=sigmoid)")
+            raise DataError("has several labels; set data.multi_label=true (and loss.name=sigmoid)", "label")
         if labels.min() < 0 or labels.max() >= len(self.class_names):
             raise DataError(
                 f"has the label {labels.max()}, where model.num_classes is {len(self.class_names)} and labels "
-                "begin at 0; set model.num_classes higher"
+                "begin at 0; set model.num_classes higher",
+                "label",
             )
         return labels
 
