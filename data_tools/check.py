@@ -29,16 +29,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_tools.arguments import ToolParser
-from vit_static.data.images import (
-    CHECK_FILE,
-    CLASS_NAMES_FILE,
-    FileSet,
-    ImageSet,
-    class_folders,
-    list_folders,
-)
+from vit_static.data.images import FileSet, ImageSet
 from vit_static.data.lists import DataError, read_list
 from vit_static.data.pipeline import decoders_words, decoding_pipeline
+from vit_static.data.sets import CHECK_FILE, CLASS_NAMES_FILE, class_folders, list_folders
 from vit_static.data.shards import open_shards
 from vit_static.files import write_atomically
 

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from data_tools.arguments import ToolParser
 from vit_static.config import DataConfig
-from vit_static.data.images import CLASS_NAMES_FILE, FileSet, num_classes_of, open_set
+from vit_static.data.images import FileSet
+from vit_static.data.sets import CLASS_NAMES_FILE, num_classes_of, open_set
 from vit_static.files import write_atomically
 
 SPLIT_FILE = "split.json"

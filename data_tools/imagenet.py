@@ -26,7 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data_tools.arguments import ToolParser
-from vit_static.data.images import CLASS_NAMES_FILE
+from vit_static.data.sets import CLASS_NAMES_FILE
 from vit_static.files import write_atomically
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"

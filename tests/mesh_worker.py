@@ -34,7 +34,7 @@ from vit_static.config import (
 )
 from vit_static.costs import Collective
 from vit_static.data.feed import EvalFeed
-from vit_static.data.images import open_set
+from vit_static.data.sets import open_set
 from vit_static.evaluate import Evaluation, evaluate
 from vit_static.loss import Criterion
 from vit_static.mesh import Mesh, Sizes

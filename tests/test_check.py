@@ -21,8 +21,9 @@ from data_tools import check as tool
 from data_tools.__main__ import main
 from vit_static.config import DataConfig
 from vit_static.data.feed import why_undecodable
-from vit_static.data.images import ImageSet, open_set
+from vit_static.data.images import ImageSet
 from vit_static.data.lists import DataError
+from vit_static.data.sets import open_set
 
 
 def encoded(image: Image.Image, file_format: str = "JPEG", **options: Any) -> bytes:

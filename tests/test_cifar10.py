@@ -16,7 +16,7 @@ from PIL import Image
 from data_tools import cifar10 as tool
 from data_tools.__main__ import main
 from vit_static.config import DataConfig
-from vit_static.data.images import open_set
+from vit_static.data.sets import open_set
 
 NUM_IMAGES = 30  # a batch
 

@@ -15,9 +15,9 @@ from test_training import TINY
 
 from vit_static import checkpoint
 from vit_static.config import Config, ConfigError, load
-from vit_static.data.images import open_set
 from vit_static.data.lists import DataError
 from vit_static.data.order import TrainOrder
+from vit_static.data.sets import open_set
 from vit_static.train import train
 from vit_static.weights import read_pdparams
 

@@ -10,7 +10,7 @@ from sets import photo
 
 from data_tools.__main__ import main
 from vit_static.config import DataConfig
-from vit_static.data.images import open_set
+from vit_static.data.sets import open_set
 
 KINDS = {"cats": 40, "big dogs": 60, "red_deer": 3}
 

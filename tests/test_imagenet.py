@@ -19,7 +19,7 @@ from small import ROOT
 
 from data_tools.__main__ import main
 from vit_static.config import DataConfig
-from vit_static.data.images import open_set
+from vit_static.data.sets import open_set
 
 WNIDS = ["n01440764", "n02105855", "n03000001", "n03999999"]
 IDS = {1: "n03000001", 2: "n01440764", 3: "n03999999", 4: "n02105855"}  # in no order

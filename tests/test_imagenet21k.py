@@ -18,7 +18,7 @@ from small import ROOT
 from data_tools import imagenet21k as tool
 from data_tools.__main__ import main
 from vit_static.config import DataConfig
-from vit_static.data.images import open_set
+from vit_static.data.sets import open_set
 
 CLASSES = ["n00004475", "n00005787", "n02087122", "n12492682"]
 

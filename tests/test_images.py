@@ -9,8 +9,9 @@ import pytest
 from sets import photo
 
 from vit_static.config import DataConfig
-from vit_static.data.images import CHECK_FILE, ImageSet, open_set
+from vit_static.data.images import ImageSet
 from vit_static.data.lists import DataError
+from vit_static.data.sets import CHECK_FILE, open_set
 
 
 def test_the_list_is_in_the_order_of_folders_and_names(make_set) -> None:

@@ -12,7 +12,7 @@ PEERS = ROOT / "vit_static" / "bench" / "peers"  # scripts, which import nothing
 LAYERS = [
     {"__init__", "config", "schedule", "log", "flops", "devices", "files", "report", "runtime"},
     {"model", "loss", "data", "mesh", "agreement", "mixing"}
-    | {f"data.{name}" for name in ("lists", "images", "shards", "order", "augment", "operations", "pipeline")}
+    | {f"data.{name}" for name in ("lists", "images", "shards", "sets", "order", "augment", "operations", "pipeline")}
     | {"data.reader", "data.feed"}
     | {"costs", "placement", "cpu_collectives", "cpu_kernels", "cpu_patterns", "onednn"}
     | {"buckets", "dropout", "paddle_internals", "passes"},
@@ -28,7 +28,7 @@ LAYERS = [
     {"__main__", "launch"},
 ]
 WITHOUT_PADDLE = LAYERS[0] - {"runtime"} | {"data", "launch"}
-WITHOUT_PADDLE |= {f"data.{name}" for name in ("lists", "images", "shards", "order", "augment", "reader")}
+WITHOUT_PADDLE |= {f"data.{name}" for name in ("lists", "images", "shards", "sets", "order", "augment", "reader")}
 
 
 def modules() -> dict[str, set[str]]:

@@ -11,8 +11,9 @@ from PIL import Image
 
 from vit_static.config import AugmentConfig, DataConfig
 from vit_static.data.feed import TrainFeed
-from vit_static.data.images import ImageSet, open_set
+from vit_static.data.images import ImageSet
 from vit_static.data.order import NUM_DRAWS, TrainOrder
+from vit_static.data.sets import open_set
 
 
 def in_chunks(read, stop: int, size: int) -> np.ndarray:

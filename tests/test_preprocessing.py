@@ -16,10 +16,11 @@ from sets import photo, thirteen
 from data_tools.digits import make_digits
 from vit_static.config import AugmentConfig, DataConfig, EvalConfig
 from vit_static.data.feed import EvalFeed, TrainFeed
-from vit_static.data.images import ImageSet, open_set
+from vit_static.data.images import ImageSet
 from vit_static.data.lists import DataError
 from vit_static.data.order import NUM_DRAWS, TrainOrder
 from vit_static.data.pipeline import eval_pipeline, pixels_pipeline, random_crop, train_pipeline
+from vit_static.data.sets import open_set
 
 # ImageNet's: so that a mix-up of the channels' means and deviations would show
 DATA = DataConfig(num_threads=1, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))

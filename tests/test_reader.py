@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from vit_static.config import DataConfig
-from vit_static.data.images import FileSet, open_set
+from vit_static.data.images import FileSet
 from vit_static.data.lists import DataError
 from vit_static.data.reader import Reader
+from vit_static.data.sets import open_set
 
 
 @pytest.fixture

@@ -19,8 +19,9 @@ from data_tools import shards as tool
 from data_tools.__main__ import main
 from vit_static.config import AugmentConfig, DataConfig
 from vit_static.data.feed import TrainFeed
-from vit_static.data.images import ImageSet, open_set
+from vit_static.data.images import ImageSet
 from vit_static.data.lists import DataError
+from vit_static.data.sets import open_set
 
 NUM_IMAGES, NUM_CLASSES = 23, 3
 

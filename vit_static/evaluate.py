@@ -14,8 +14,9 @@ from vit_static import model as model_module
 from vit_static.checkpoint import load_weights
 from vit_static.config import Config
 from vit_static.data.feed import Batch, EvalFeed
-from vit_static.data.images import ImageSet, open_set
+from vit_static.data.images import ImageSet
 from vit_static.data.lists import DataError
+from vit_static.data.sets import open_set
 from vit_static.log import RunLog
 from vit_static.loss import Criterion
 from vit_static.mesh import Mesh, Sizes

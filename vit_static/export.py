@@ -14,7 +14,8 @@ from paddle.static import InputSpec
 from vit_static import model as model_module
 from vit_static.checkpoint import load_weights
 from vit_static.config import Config, UserError
-from vit_static.data.images import ImageSet, open_set
+from vit_static.data.images import ImageSet
+from vit_static.data.sets import open_set
 from vit_static.predict import CARD_FILE, MODEL_FILE, Card, Predictor, Preprocessing, read_pixels
 from vit_static.weights import load_state
 

@@ -20,8 +20,8 @@ from vit_static import step as step_module
 from vit_static.checkpoint import DataPosition, Progress
 from vit_static.config import Config, ConfigError
 from vit_static.data.feed import Batch, TrainFeed
-from vit_static.data.images import open_set
 from vit_static.data.lists import DataError
+from vit_static.data.sets import open_set
 from vit_static.evaluate import describe, eval_batch_size, eval_feed, evaluate
 from vit_static.log import Meter, RunLog, duration
 from vit_static.loss import Criterion

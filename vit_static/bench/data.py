@@ -25,10 +25,11 @@ from vit_static.bench.photographs import NUM_PHOTOGRAPH_CLASSES, write_photograp
 from vit_static.bench.step import MeasuredStep, feed_of
 from vit_static.config import Config, ConfigError, load
 from vit_static.data import augment as augment_module
-from vit_static.data.images import IMAGE_SUFFIXES, ImageSet, open_set
+from vit_static.data.images import IMAGE_SUFFIXES, ImageSet
 from vit_static.data.order import TrainOrder
 from vit_static.data.pipeline import train_pipeline
 from vit_static.data.reader import Reader
+from vit_static.data.sets import open_set
 
 TARGETS = {"dali_vs_pil": 1.0}
 _WARM_UP_BATCHES = 8

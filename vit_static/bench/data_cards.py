@@ -18,9 +18,10 @@ from vit_static.bench import contenders
 from vit_static.bench.photographs import NUM_PHOTOGRAPH_CLASSES, write_photographs
 from vit_static.config import AugmentConfig, Config, DataConfig, UserError
 from vit_static.data import augment as augment_module
-from vit_static.data.images import ImageSet, open_set
+from vit_static.data.images import ImageSet
 from vit_static.data.order import TrainOrder
 from vit_static.data.pipeline import eval_pipeline, train_pipeline
+from vit_static.data.sets import open_set
 
 # Of a batch's pixels, in grey levels: a card's JPEG decoder and its arithmetic round otherwise.
 LARGEST_MEAN_DIFFERENCE = 1.5

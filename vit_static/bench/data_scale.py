@@ -20,8 +20,8 @@ from vit_static.bench.photographs import write_photographs
 from vit_static.checkpoint import DataPosition
 from vit_static.config import Config, DataConfig
 from vit_static.data.feed import TrainFeed
-from vit_static.data.images import open_set
 from vit_static.data.order import TrainOrder
+from vit_static.data.sets import open_set
 
 SIZES = {"ImageNet-1k": 1_281_167, "ImageNet-21k": 14_197_122}
 NUM_CLASSES = 1000

@@ -87,7 +87,7 @@ class MeasuredStep:
 def feed_of(config: Config, mesh: mesh_module.Mesh) -> Any:
     """Training's images, this rank's part of each batch."""
     from vit_static.data.feed import TrainFeed  # DALI, whose memory is no part of a step on noise
-    from vit_static.data.images import open_set
+    from vit_static.data.sets import open_set
 
     return TrainFeed(
         open_set(config.data, "train", config.model.num_classes),
