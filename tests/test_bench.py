@@ -227,3 +227,68 @@ def test_the_cards_benchmark_wants_a_card(capsys: pytest.CaptureFixture[str]) ->
 
     assert main(["bench", "train", "--device", "gpu", "-v"]) == 2
     assert "no card" in capsys.readouterr().err
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """Sixteen of two classes."""
+    from sets import photo
+
+    for number in range(16):
+        folder = tmp_path / "train" / str(number % 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        photo(50, 60, seed=number).save(folder / f"{number}.jpeg")
+    return tmp_path
+
+
+def data_config(root: Path, *overrides: str) -> Any:
+    from vit_static.bench.contenders import ROOT
+    from vit_static.config import load
+
+    given = [f"data.root={root}", "data.global_batch_size=4", "model.image_size=32", "model.num_classes=2", *overrides]
+    return load(ROOT / "configs" / "bench_s16.yaml", given)
+
+
+def test_every_stage_and_every_source_is_measured(photographs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from vit_static.bench import data
+    from vit_static.data.sets import open_set
+
+    config = data.with_a_policy(data_config(photographs))
+    assert config.augment.policy == "randaugment"
+    images = open_set(config.data, "train", 2)
+    stages = {1: data.by_stage(config, images, 1, rounds=1, seconds=0.02)}
+    assert list(stages[1]) == ["read", "decode", "resize", "augment", "normalise"]
+    assert min(stages[1].values()) > 0
+    data.print_stages(stages, config)
+    sources = data.by_source(config, photographs, rounds=1, seconds=0.02)
+    assert list(sources) == ["class folders", "list file", "shards"] and min(sources.values()) > 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in (*stages[1], *sources))
+
+
+def test_a_long_lists_costs_are_measured(photographs: Path) -> None:
+    import time
+
+    from vit_static.bench import data_scale
+
+    data_scale.write_list(photographs, 5000)
+    lines = (photographs / "list.txt").read_text().splitlines()
+    assert len(lines) == 5000 and all((photographs / line.rsplit(" ", 1)[0]).is_file() for line in lines[:50])
+    assert 36 <= len(lines[0].rsplit(" ", 1)[0]) <= 38
+    cost = data_scale.measure(photographs, 5000, data_config(photographs), time.time())
+    assert cost.list_bytes == (photographs / "list.txt").stat().st_size
+    assert 50 < cost.position_bytes < 300
+    assert min(cost.list_s, cost.first_batch_s, cost.shuffle_s, cost.resume_s) > 0
+
+
+def test_the_cards_data_benchmark_does_without_paddle_and_wants_a_card() -> None:
+    """On a machine whose card Paddle's build can't use, DALI's pipelines are compared all the same."""
+    script = (
+        "import sys; sys.modules['paddle'] = None; from vit_static.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", script, "bench", "data", "--device", "gpu", "--seconds", "0.1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        assert "all within a mean of" in done.stdout
+    else:
+        assert done.returncode == 2 and "not run" in done.stderr, done.stderr

@@ -35,7 +35,8 @@ def config(tmp_path: Path, small_digits: Path) -> Config:
 def image_at(config: Config, position: int) -> Path:
     """The training image at a position of the run's order."""
     images = open_set(config.data, "train", config.model.num_classes)
-    return Path(images.name(int(TrainOrder(len(images), config.seed).images(position, position + 1)[0])))
+    order = TrainOrder(len(images), config.seed, config.augment.repeats)
+    return Path(images.name(int(order.images(position, position + 1)[0])))
 
 
 def as_gif(path: Path) -> bytes:
@@ -86,6 +87,31 @@ def test_a_bad_image_stops_the_run_which_then_goes_on_to_the_same_bits(config: C
     image.write_bytes(content)
     assert train(config)
     ours, theirs = (read_pdparams(run.run_dir / "model.pdparams") for run in (config, whole))
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_an_augmented_and_mixed_run_goes_on_to_the_same_bits(config: Config, tmp_path: Path) -> None:
+    """From the middle of an epoch, with everything on that draws random numbers."""
+    augmented = [
+        "augment.policy=randaugment",
+        "augment.magnitude_std=0.5",
+        "augment.color_jitter=0.3",
+        "augment.erase_probability=0.5",
+        "augment.mixup_alpha=0.8",
+        "augment.cutmix_alpha=1.0",
+        "augment.repeats=3",
+    ]
+    common = [*augmented, f"data.root={config.data.root}"]
+    whole = load(tmp_path / "tiny.yaml", [*common, f"output_dir={tmp_path}/whole"])
+    assert train(whole)
+    stopped = load(tmp_path / "tiny.yaml", [*common, f"output_dir={tmp_path}/stopped"])
+    image = image_at(stopped, 5 * BATCH_SIZE)
+    content = image.read_bytes()
+    HARMS["text"](image)
+    assert 1 <= stopped_by(stopped, image) <= 5
+    image.write_bytes(content)
+    assert train(stopped)
+    ours, theirs = (read_pdparams(run.run_dir / "model.pdparams") for run in (stopped, whole))
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
 
 

@@ -13,7 +13,6 @@ from small import SMALL, images_and_labels
 from vit_static import mesh as mesh_module
 from vit_static.config import (
     AmpConfig,
-    AugmentConfig,
     DataConfig,
     EvalConfig,
     KernelsConfig,
@@ -139,17 +138,19 @@ def test_accumulation_on_the_card(card: mesh_module.Mesh) -> None:
     np.testing.assert_allclose(parts, whole, rtol=1e-3)
 
 
-def test_the_cards_pixels_are_the_cpus(small_digits: Path) -> None:
+@pytest.mark.parametrize("policy", ["crop and flip", "randaugment", "trivialaugment", "three_augment", "erasing"])
+def test_the_cards_pixels_are_the_cpus(small_digits: Path, policy: str) -> None:
     """Other decoders, the same operations: a mean difference below 2 of 255 levels."""
+    from vit_static.bench.data_cards import POLICIES
     from vit_static.data.feed import EvalFeed, TrainFeed
-    from vit_static.data.images import list_images
+    from vit_static.data.sets import open_set
 
     data = DataConfig(root=str(small_digits), global_batch_size=16)
-    images = list_images(data, "train", 10)
+    images = open_set(data, "train", 10)
     batches = {}
     for device_id in (None, 0):
         feed = TrainFeed(
-            images, (32, 32), data, AugmentConfig(), seed=0, start_step=0, dp_rank=0, dp_size=1, device_id=device_id
+            images, (32, 32), data, POLICIES[policy], seed=0, start_step=0, dp_rank=0, dp_size=1, device_id=device_id
         )
         evaluation = EvalFeed(images, (32, 32), 16, data, EvalConfig(), dp_rank=0, dp_size=1, device_id=device_id)
         batches[device_id] = [next(feed)[0].numpy(), next(iter(evaluation))[0].numpy()]

@@ -181,3 +181,34 @@ def test_a_shorter_schedule_than_what_is_done_ends_the_run(config: Config) -> No
         shutil.rmtree(config.run_dir / "checkpoints" / name)
     assert train(config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 2})}))
     assert (config.run_dir / "model.pdparams").is_file()
+
+
+def test_images_of_several_labels_train_and_are_evaluated(config: Config, tmp_path: Path) -> None:
+    """Every digit is also of the class 10 or 11, by whether it is even."""
+    root = Path(config.data.root)
+    for split in ("train", "val"):
+        lines = [
+            f"{path} {path.parent.name},{10 + int(path.parent.name) % 2}\n"
+            for path in sorted(root.glob(f"{split}/*/*"))
+        ]
+        (tmp_path / f"{split}.txt").write_text("".join(lines))
+    several = load(
+        tmp_path / "tiny.yaml",
+        [f"data.root={tmp_path}", "data.train=train.txt", "data.val=val.txt", "data.multi_label=true",
+         "loss.name=sigmoid", "model.num_classes=12", "model.head_bias_init=-2.0", f"output_dir={tmp_path}/output",
+         "optim.lr=3e-3", "train.epochs=12"],
+    )  # fmt: skip
+    assert train(several)
+    evaluations = metrics(several.run_dir, "eval")
+    # By chance 2 of 12 hit; whether it is even is soon learned, or which of the two is commoner.
+    assert evaluations[-1]["top1"] > 40 and evaluations[-1]["num_images"] == 30
+    assert evaluations[-1]["loss"] < evaluations[0]["loss"]
+
+
+def test_several_labels_and_odd_batches_are_refused_where_they_cant_be(config: Config, tmp_path: Path) -> None:
+    for overrides, named in (
+        (["data.multi_label=true"], "loss.name=sigmoid"),
+        (["augment.mixup_alpha=0.2", "data.global_batch_size=15"], "data.global_batch_size = 15"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            load(tmp_path / "tiny.yaml", overrides)

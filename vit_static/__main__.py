@@ -178,6 +178,18 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"{arguments.verb} is run.sh's own verb: ./run.sh {arguments.verb}")
     given = getattr(arguments, "config", None)
     config = None if given is None else load(given, arguments.overrides)
+    if (arguments.verb, getattr(arguments, "bench", None), getattr(arguments, "device", None)) == (
+        "bench",
+        "data",
+        "gpu",
+    ):
+        from vit_static.bench import data_cards
+
+        assert config is not None
+        data_cards.run(
+            config, arguments.seconds, arguments.json
+        )  # DALI alone, on machines where Paddle's build can't run
+        return EXIT_DONE
     runtime.prepare(arguments.verbose)  # before what imports Paddle, which is why the verbs are imported here
     if arguments.verb in ("pretrain", "finetune"):
         from vit_static.train import train
@@ -222,10 +234,6 @@ def _bench(arguments: argparse.Namespace, config: Config) -> None:
         from vit_static.bench import train
 
         train.run(config, *given, arguments.rounds, arguments.seconds, arguments.json)
-    elif arguments.bench == "data" and arguments.device == "gpu":
-        from vit_static.bench import data_cards
-
-        data_cards.run(config, arguments.seconds, arguments.json)
     elif arguments.bench == "data" and arguments.scale:
         from vit_static.bench import data_scale
 

@@ -68,8 +68,9 @@ def run(
         contenders.print_table(results, rounds)
         print("(memory: PIL's without its worker processes)")
         contenders.print_ratios(ratios, dict.fromkeys(ratios, TARGETS["dali_vs_pil"]))
-        stages = {threads: by_stage(config, images, threads, rounds, seconds / 4) for threads in core_counts()}
-        print_stages(stages)
+        augmented = with_a_policy(config)
+        stages = {threads: by_stage(augmented, images, threads, rounds, seconds / 4) for threads in core_counts()}
+        print_stages(stages, augmented)
         sources = by_source(config, photographs, rounds, seconds / 4)
         waited, step_speed = data_wait(config, rounds * seconds)
     fed = results[f"dali_{num_cores()}"].median
@@ -137,6 +138,13 @@ def fed_batches(config: Config) -> Work:
     return batch
 
 
+def with_a_policy(config: Config) -> Config:
+    """The config; where its augmentation ends with the crop, with RandAugment, so that there is a stage to measure."""
+    if config.augment.policy != "none":
+        return config
+    return config.model_copy(update={"augment": config.augment.model_copy(update={"policy": "randaugment"})})
+
+
 def by_stage(config: Config, images: ImageSet, num_threads: int, rounds: int, seconds: float) -> dict[str, float]:
     """Images a second of the pipeline up to each stage, the median of the rounds."""
     data = config.data.model_copy(update={"num_threads": num_threads})
@@ -169,7 +177,7 @@ def stage_work(config: Config, images: ImageSet, last_stage: Stage) -> Work:
     return batch
 
 
-def print_stages(stages: Mapping[int, Mapping[str, float]]) -> None:
+def print_stages(stages: Mapping[int, Mapping[str, float]], config: Config) -> None:
     titles = [f"{f'{threads} thread(s), images/s':>26}{'ms an image':>14}" for threads in stages]
     print(f"\n{'up to and with':<22}" + "".join(titles))
     for index, stage in enumerate(get_args(Stage)):
@@ -178,7 +186,7 @@ def print_stages(stages: Mapping[int, Mapping[str, float]]) -> None:
             before = 0.0 if index < 2 else 1e3 / speeds[get_args(Stage)[index - 1]]
             line += f"{speeds[stage]:26.1f}{1e3 / speeds[stage] - before:14.3f}"
         print(line)
-    print("(a stage's own time is what it adds; files are read beside the rest)")
+    print(f"(a stage's own time is what it adds; files are read beside the rest; augment: {config.augment.policy})")
 
 
 def by_source(config: Config, photographs: Path, rounds: int, seconds: float) -> dict[str, float]:

@@ -28,9 +28,9 @@ LARGEST_MEAN_DIFFERENCE = 1.5
 NUM_COMPARED = 64
 POLICIES = {
     "crop and flip": AugmentConfig(),
-    "RandAugment(2, 10)": AugmentConfig(policy="randaugment", magnitude=10.0),
-    "TrivialAugment": AugmentConfig(policy="trivialaugment"),
-    "3-Augment": AugmentConfig(policy="three_augment", color_jitter=0.3),
+    "randaugment": AugmentConfig(policy="randaugment", magnitude=10.0),
+    "trivialaugment": AugmentConfig(policy="trivialaugment"),
+    "three_augment": AugmentConfig(policy="three_augment", color_jitter=0.3),
     "erasing": AugmentConfig(erase_probability=1.0),
 }
 
