@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import paddle
@@ -20,6 +20,8 @@ from vit_static import cpu_collectives
 from vit_static.agreement import Agreement
 from vit_static.config import ConfigError, ParallelConfig
 from vit_static.model import Variant
+
+_agreement = Agreement()  # of this process with the others; no part of a mesh, which Paddle copies
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,6 @@ class Mesh:
     device: str  # cpu or gpu
     device_id: int | None  # the card's number; None on a CPU
     process_mesh: dist.ProcessMesh  # all ranks; its axes are dp, and of pp and mp those of more than one rank
-    _agreement: Agreement = field(default=Agreement(), compare=False)
 
     @property
     def world_size(self) -> int:
@@ -120,7 +121,7 @@ class Mesh:
 
         Waits for all ranks, but not for the device, and for ranks that are late as long as they take.
         """
-        return self._agreement.first_reason(reason, self.world_size)
+        return _agreement.first_reason(reason, self.world_size)
 
     def wait_for_all(self) -> None:
         """Returns when every rank has come here."""
