@@ -32,7 +32,7 @@ from data_tools.arguments import ToolParser
 from vit_static.data.images import FileSet, ImageSet
 from vit_static.data.lists import DataError, read_list
 from vit_static.data.pipeline import decoders_words, decoding_pipeline
-from vit_static.data.sets import CHECK_FILE, CLASS_NAMES_FILE, class_folders, list_folders
+from vit_static.data.sets import CHECK_FILE, CLASS_NAMES_FILE, class_folders, is_of_shards, list_folders
 from vit_static.data.shards import open_shards
 from vit_static.files import write_atomically
 
@@ -131,7 +131,7 @@ def open_sets(root: Path, places: dict[str, Path]) -> tuple[dict[str, ImageSet],
     for split, place in places.items():
         if place.is_file():
             sets[split] = FileSet(root, read_list(place), [])
-        elif any(place.glob("*.tar")):
+        elif is_of_shards(place):
             # Labels are checked as the images are read.
             sets[split] = open_shards(place, root, [""] * (num_names(root) or MOST_CLASSES), True)
         else:

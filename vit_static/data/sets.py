@@ -12,7 +12,7 @@ import numpy as np
 from vit_static.config import DataConfig
 from vit_static.data.images import IMAGE_SUFFIXES, FileSet, ImageSet
 from vit_static.data.lists import DataError, Labels, Lines, read_list
-from vit_static.data.shards import open_shards
+from vit_static.data.shards import UNFINISHED_FILE, open_shards
 
 CLASS_NAMES_FILE = "class_names.txt"
 CHECK_FILE = "data_check.json"  # what `./run.sh data check ROOT` writes into ROOT
@@ -40,9 +40,14 @@ def _open(place: Path, root: Path, data: DataConfig, split: str, num_classes: in
         lines = read_list(place)
         _check_labels(lines.labels, place, data, num_classes)
         return FileSet(root, lines, _names_by_label(root, num_classes))
-    if place.is_dir() and any(place.glob("*.tar")):
+    if is_of_shards(place):
         return open_shards(place, root, _names_by_label(root, num_classes), data.multi_label)
     return _open_folders(place, root, data, split, num_classes)
+
+
+def is_of_shards(place: Path) -> bool:
+    """Whether a folder holds shards, or will when `data shards` has finished."""
+    return place.is_dir() and (any(place.glob("*.tar")) or (place / UNFINISHED_FILE).exists())
 
 
 def _open_folders(place: Path, root: Path, data: DataConfig, split: str, num_classes: int) -> FileSet:
@@ -53,7 +58,7 @@ def _open_folders(place: Path, root: Path, data: DataConfig, split: str, num_cla
             f"set model.num_classes={len(folders)} or another data.root"
         )
     train = root / data.train
-    if split != "train" and train.is_dir() and not any(train.glob("*.tar")):
+    if split != "train" and train.is_dir() and not is_of_shards(train):
         odd = sorted(set(map(os.path.basename, class_folders(train))) ^ set(map(os.path.basename, folders)))
         if odd:
             raise DataError(f"{root}: train and {split} must have the same class folders, but differ in {odd[0]!r}")
