@@ -6,18 +6,24 @@
     OUT/train_list.txt, val_list.txt    'train/n01440764/n01440764_10026.JPEG 0' a line
     OUT/source.json               what it was made from; written last
 
-The archives are read where they lie, tars within the tar included: nothing is unpacked twice. A class's folder, and a
-validation image, appears under its name when it is whole, so the same command goes on where it was stopped; what is
-there is compared with the archive by names and sizes, so that what a power cut has spoilt is done again.
+The archives are read where they lie, tars within the tar included: nothing is unpacked twice. An image appears under
+its name when it is whole, and one that is there with the archive's size is passed over: so the same command goes on
+where it was stopped. It does again what a power cut has left short; ext4, XFS and btrfs, as they are by default,
+lengthen a file only once its content is on the disk. Nothing that the archive doesn't hold is removed or written over,
+and what is counted is what is in the folders at the end.
 """
 
+import fcntl
+import gzip
+import hashlib
 import io
 import json
 import os
 import re
 import shutil
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +32,16 @@ from typing import Any
 from tqdm import tqdm
 
 from data_tools.arguments import ToolParser
-from vit_static.data.sets import CLASS_NAMES_FILE
+from vit_static.data.sets import CLASS_NAMES_FILE, class_folders, list_folders
 from vit_static.files import write_atomically
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+SOURCE = "ILSVRC2012"
 SOURCE_FILE, UNFINISHED_FILE = "source.json", ".unfinished.json"
 NUM_CLASSES, NUM_TRAIN, NUM_VAL = 1000, 1_281_167, 50_000
+MD5 = {"train": "1d675b47d978889d74fa0da5fadfb00e", "val": "29b22e2961454d5413ddabcf34fc5622"}  # of the archives
+_SHOWN_CLASSES = 5  # of those with other numbers than the devkit's
 _WNID = re.compile(r"n\d{8}")
-_TRAIN_IMAGE = re.compile(r"n\d{8}_\d+\.JPEG")
 _VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 
 
@@ -65,63 +73,111 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-classes", type=int, default=NUM_CLASSES, help="of a part of it (default: 1,000)")
     parser.add_argument("--num-train", type=int, default=NUM_TRAIN, help="the same (default: 1,281,167)")
     parser.add_argument("--num-val", type=int, default=NUM_VAL, help="the same (default: 50,000)")
+    parser.add_argument("--check-md5", action="store_true", help="first see that the archives are whole, by MD5 sum")
     arguments = parser.parse_args(argv)
     if arguments.train is None and arguments.val is None:
         raise ValueError("--train or --val is needed: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar")
-    archives = [path for path in (arguments.train, arguments.val) if path is not None]
-    for archive in archives:
-        if not tarfile.is_tarfile(archive):  # FileNotFoundError where there is none
-            raise ValueError(f"{archive}: is not a tar archive; name ILSVRC2012's own, as they were downloaded")
+    archives = {split: path for split, path in (("train", arguments.train), ("val", arguments.val)) if path is not None}
+    for archive in archives.values():
+        check_is_tar(archive)
     expected = Expected(arguments.num_classes, arguments.num_train, arguments.num_val)
     devkit = find_devkit(arguments.devkit, arguments.train, arguments.val, expected)
-    out = arguments.out
-    begin(out, archives)
-    found = read_json(out / SOURCE_FILE) or {}
-    if arguments.train is not None:
-        counts = unpack_train(arguments.train, out / "train", expected)
-        check_train(arguments.train, counts, devkit, expected)
-        write_list(out, "train")
-        found["train"] = {"archive": arguments.train.name, "num_images": sum(counts.values())}
-    if arguments.val is not None:
-        assert devkit is not None
-        num_images = unpack_val(arguments.val, out / "val", devkit)
-        if num_images != expected.val:
-            raise ValueError(
-                f"{arguments.val}: has {num_images} images, not {expected.val}: it is cut off, or another archive; "
-                "fetch it again (what is unpacked stays)"
-            )
-        write_list(out, "val")
-        found["val"] = {"archive": arguments.val.name, "num_images": num_images}
-    write_class_names(out, devkit)
-    os.sync()  # the images, before what says that they are there
-    with write_atomically(out / SOURCE_FILE) as temporary:
-        temporary.write_text(json.dumps({"source": "ILSVRC2012", **found}, indent=1) + "\n")
-    (out / UNFINISHED_FILE).unlink(missing_ok=True)
-    print(f"imagenet: {describe(found)} in {out}; to train on it set -o data.root={out}")
+    begin(arguments.out, archives)
+    for split, archive in archives.items() if arguments.check_md5 else ():
+        check_md5(archive, MD5[split])
+    with alone(arguments.out):
+        done = make(arguments.out, archives, devkit, expected)
+    print(f"imagenet: {describe(done)} in {arguments.out}; to train on it set -o data.root={arguments.out}")
     return 0
 
 
-def describe(found: dict[str, Any]) -> str:
-    parts = {"train": "training", "val": "validation"}
-    return (
-        " and ".join(f"{found[part]['num_images']} {name}" for part, name in parts.items() if part in found) + " images"
-    )
+def describe(done: Mapping[str, Any]) -> str:
+    names = {"train": "training", "val": "validation"}
+    return " and ".join(f"{done[split]['num_images']} {names[split]}" for split in names if split in done) + " images"
 
 
-def begin(out: Path, archives: list[Path]) -> None:
-    """Makes the folder, or sees that it is ours, and that there is room. Raises ValueError where not."""
-    is_ours = (out / UNFINISHED_FILE).exists() or (out / SOURCE_FILE).exists()
-    if out.is_dir() and any(out.iterdir()) and not is_ours:
+def begin(out: Path, archives: Mapping[str, Path]) -> None:
+    """Makes the folder, or sees that it is ours; before that, that there is room. Raises ValueError where not."""
+    is_ours = any(read_source(out / name) for name in (SOURCE_FILE, UNFINISHED_FILE))
+    if out.is_dir() and not is_ours and any(not path.name.endswith(".part") for path in out.iterdir()):
         raise ValueError(f"{out}: is not empty, and not this tool's; name another folder with --out")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / UNFINISHED_FILE).touch()
-    there = sum(file.stat().st_size for part in ("train", "val") for file in (out / part).rglob("*.JPEG"))
-    needed = sum(archive.stat().st_size for archive in archives) - there
-    free = shutil.disk_usage(out).free
+    needed = sum(max(0, archive.stat().st_size - bytes_in(out / split)) for split, archive in archives.items())
+    free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())).free
     if free < needed:
         raise ValueError(
             f"{out}: needs {needed / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB left; name another --out"
         )
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / UNFINISHED_FILE).exists():
+        write_source(out / UNFINISHED_FILE, {})
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Keeps a second run out of the folder; the kernel forgets a lock with its process, also one that is killed."""
+    with (out / UNFINISHED_FILE).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{out}: another run is filling it; wait until it has ended") from None
+        except OSError:
+            pass  # some network disks have no locks
+        yield
+
+
+def make(out: Path, archives: Mapping[str, Path], devkit: Devkit | None, expected: Expected) -> dict[str, Any]:
+    """The splits that have an archive, their lists and the class names; what source.json then says is whole."""
+    for half_written in out.glob(".*.part"):  # by a run that was killed
+        half_written.unlink()
+    found = read_source(out / SOURCE_FILE)
+    done: dict[str, Any] = {
+        split: found[split] for split in ("train", "val") if split in found and split not in archives
+    }
+    if done:  # a split that is begun anew is not whole until it has been looked through
+        write_source(out / SOURCE_FILE, done)
+    else:
+        (out / SOURCE_FILE).unlink(missing_ok=True)
+    for split, archive in archives.items():
+        if split == "train":
+            unpack_train(archive, out / "train", expected)
+            of_class = devkit.num_train if devkit is not None else None
+        else:
+            assert devkit is not None
+            unpack_val(archive, out / "val", devkit)
+            of_class = Counter(devkit.truth)
+        num_images = {"train": expected.train, "val": expected.val}[split]
+        list_split(archive, out, split, of_class, expected.classes, num_images)
+        done[split] = {"archive": archive.name, "num_images": num_images}
+    write_class_names(out, devkit)
+    os.sync()  # the images, before what says that they are there
+    write_source(out / SOURCE_FILE, done)
+    (out / UNFINISHED_FILE).unlink()
+    return done
+
+
+def check_is_tar(archive: Path) -> None:
+    """Raises ValueError for what isn't, and FileNotFoundError where there is none."""
+    try:
+        tarfile.open(archive, "r:").close()
+    except tarfile.TarError:
+        raise ValueError(
+            f"{archive}: is not a tar archive, or is compressed; name {SOURCE}'s own, as they were downloaded"
+        ) from None
+
+
+def check_md5(archive: Path, expected: str) -> None:
+    """Raises ValueError where the archive's sum is another. A tar has none of its own: damage within an image, of
+    whose bytes none is lost, is seen only here, and by `data check` where it doesn't decode."""
+    found = hashlib.md5(usedforsecurity=False)
+    with (
+        archive.open("rb") as file,
+        tqdm(total=archive.stat().st_size, unit="B", unit_scale=True, desc=archive.name, disable=None) as bar,
+    ):
+        while piece := file.read(1 << 24):
+            found.update(piece)
+            bar.update(len(piece))
+    if found.hexdigest() != expected:
+        raise ValueError(f"{archive}: its MD5 sum is {found.hexdigest()}, and {SOURCE}'s is {expected}; fetch it again")
 
 
 def find_devkit(given: Path | None, train: Path | None, val: Path | None, expected: Expected) -> Devkit | None:
@@ -139,30 +195,32 @@ def read_devkit(path: Path, expected: Expected) -> Devkit:
     """Raises ValueError where a part is missing or isn't what it should be."""
     try:
         from scipy.io import loadmat
-        from scipy.io.matlab import MatReadError
     except ModuleNotFoundError as error:
         raise ValueError(f"{error}: ./run.sh setup, or pip install scipy") from error
     try:
-        with tarfile.open(path, "r:gz") as tar:
+        with gzip.open(path) as packed:
+            content = packed.read()  # to its end, where its checksum is: SciPy can crash on damaged bytes
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
             members = {Path(member.name).name: member for member in tar if member.isreg()}
             meta = _content(tar, members.get("meta.mat"))
             truth = _content(tar, members.get("ILSVRC2012_validation_ground_truth.txt"))
         synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
-        leaves = [synset for synset in synsets if int(synset["num_children"]) == 0]
-        wnid_of = {int(leaf["ILSVRC2012_ID"]): str(leaf["WNID"]) for leaf in leaves}
+        leaves = {str(synset["WNID"]): synset for synset in synsets if int(synset["num_children"]) == 0}
+        wnid_of = {int(leaf["ILSVRC2012_ID"]): wnid for wnid, leaf in leaves.items()}
         kit = Devkit(
-            names={str(leaf["WNID"]): str(leaf["words"]) for leaf in leaves},
-            num_train={str(leaf["WNID"]): int(leaf["num_train_images"]) for leaf in leaves},
+            names={wnid: " ".join(str(leaf["words"]).split()) for wnid, leaf in leaves.items()},
+            num_train={wnid: int(leaf["num_train_images"]) for wnid, leaf in leaves.items()},
             truth=[wnid_of[int(number)] for number in truth.split()],
         )
-    except (tarfile.TarError, EOFError, MatReadError, KeyError, ValueError, TypeError, OSError) as error:
-        if isinstance(error, FileNotFoundError):
+    except Exception as error:  # for what isn't a devkit gzip, tarfile and, above all, SciPy raise almost anything
+        if isinstance(error, OSError) and error.errno is not None:
             raise
         raise ValueError(f"{path}: can't be read as {DEVKIT} ({error!r}); fetch it again") from None
-    if (len(kit.names), len(kit.truth)) != (expected.classes, expected.val):
+    found = Expected(len(kit.names), sum(kit.num_train.values()), len(kit.truth))
+    if found != expected or not all(map(_WNID.fullmatch, kit.names)):
         raise ValueError(
-            f"{path}: tells of {len(kit.names)} classes and {len(kit.truth)} validation images, not of "
-            f"{expected.classes} and {expected.val}; it is not ILSVRC2012's"
+            f"{path}: tells of {found.classes} classes, {found.train} training and {found.val} validation images, not "
+            f"of {expected.classes}, {expected.train} and {expected.val}, or names them otherwise; it is not {SOURCE}'s"
         )
     return kit
 
@@ -175,10 +233,8 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo | None) -> bytes:
     return file.read()
 
 
-def unpack_train(archive: Path, folder: Path, expected: Expected) -> dict[str, int]:
-    """A folder for each tar in the archive; how many images each class has. Passes over classes that are there."""
-    counts: dict[str, int] = {}
-    folder.mkdir(exist_ok=True)
+def unpack_train(archive: Path, folder: Path, expected: Expected) -> None:
+    """The images of each tar in the archive into a folder of its name."""
     with (
         reading(archive),
         tarfile.open(archive, "r:") as outer,
@@ -188,36 +244,22 @@ def unpack_train(archive: Path, folder: Path, expected: Expected) -> dict[str, i
             wnid = Path(member.name).stem
             if not member.isreg() or not _WNID.fullmatch(wnid) or Path(member.name).suffix != ".tar":
                 raise ValueError(f"{archive}: holds {member.name!r}, where there should be nothing but n########.tar")
+            (folder / wnid).mkdir(parents=True, exist_ok=True)
+            image_name = re.compile(rf"{wnid}_\d+\.JPEG")
             with reading(archive, member.name), tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
-                counts[wnid] = unpack_class(archive, inner, folder / wnid, bar)
-    return counts
+                for image in inner:
+                    if not image.isreg() or not image_name.fullmatch(image.name):
+                        raise ValueError(f"{archive}: holds {image.name!r} in {wnid}.tar, which is no image of it")
+                    unpack_image(inner, image, folder / wnid / image.name)
+                    bar.update()
+        if not outer.getmembers():
+            raise tarfile.ReadError("it is empty")
 
 
-def unpack_class(archive: Path, inner: tarfile.TarFile, folder: Path, bar: Any) -> int:
-    """The images of one class, whose folder appears when they are all there; their number."""
-    members = list(inner)
-    for member in members:
-        if not member.isreg() or not _TRAIN_IMAGE.fullmatch(member.name):
-            raise ValueError(f"{archive}: holds {member.name!r} in {folder.name}.tar, which is no image of it")
-    if sizes_in(folder) == {member.name: member.size for member in members}:
-        bar.update(len(members))
-        return len(members)
-    part = folder.with_name(f".{folder.name}.part")
-    for spoilt in (part, folder):
-        shutil.rmtree(spoilt, ignore_errors=True)
-    part.mkdir()
-    for member in members:
-        copy(inner, member, part / member.name)
-        bar.update()
-    part.rename(folder)
-    return len(members)
-
-
-def unpack_val(archive: Path, folder: Path, devkit: Devkit) -> int:
-    """The validation images, each in its class's folder; their number. Passes over those that are there."""
+def unpack_val(archive: Path, folder: Path, devkit: Devkit) -> None:
+    """The validation images, each into its class's folder."""
     for wnid in devkit.names:
         (folder / wnid).mkdir(parents=True, exist_ok=True)
-    num_images = 0
     with (
         reading(archive),
         tarfile.open(archive, "r:") as tar,
@@ -227,25 +269,33 @@ def unpack_val(archive: Path, folder: Path, devkit: Devkit) -> int:
             match = _VAL_IMAGE.fullmatch(member.name)
             if not member.isreg() or match is None or not 1 <= int(match[1]) <= len(devkit.truth):
                 raise ValueError(f"{archive}: holds {member.name!r}, which is none of its {len(devkit.truth)} images")
-            path = folder / devkit.truth[int(match[1]) - 1] / member.name
-            if not path.exists() or path.stat().st_size != member.size:
-                with reading(archive, member.name):
-                    part = path.with_name(f".{path.name}.part")
-                    copy(tar, member, part)
-                    part.replace(path)
-            num_images += 1
+            with reading(archive, member.name):
+                unpack_image(tar, member, folder / devkit.truth[int(match[1]) - 1] / member.name)
             bar.update()
-    return num_images
 
 
-def copy(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
-    """Raises ReadError where the archive ends within the member."""
+def unpack_image(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
+    """Passes over one that is there. tarfile raises ReadError where the archive ends within the member.
+
+    An fsync for each of a million files would take hours: what a power cut leaves of them, the next run sees by size.
+    """
+    try:
+        if path.stat().st_size == member.size:
+            return
+    except FileNotFoundError:
+        pass
     source = tar.extractfile(member)
     assert source is not None
     content = source.read()
-    if len(content) != member.size:
-        raise tarfile.ReadError("unexpected end of data")
-    path.write_bytes(content)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError as error:  # which names no file where the disk is full
+        error.filename = str(path)
+        raise
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -261,53 +311,63 @@ def reading(archive: Path, member: str | None = None) -> Iterator[None]:
         ) from None
 
 
-def check_train(archive: Path, counts: dict[str, int], devkit: Devkit | None, expected: Expected) -> None:
-    """Raises ValueError where classes or images are missing."""
-    if devkit is not None:
-        for wnid, number in sorted(devkit.num_train.items()):
-            if counts.get(wnid, 0) != number:
-                raise ValueError(
-                    f"{archive}: has {counts.get(wnid, 0)} images of {wnid}, and the devkit says {number}; it is cut "
-                    "off, or another archive; fetch it again (what is unpacked stays)"
-                )
-    total = sum(counts.values())
-    if (len(counts), total) != (expected.classes, expected.train):
+def list_split(
+    archive: Path, out: Path, split: str, of_class: Mapping[str, int] | None, num_classes: int, num_images: int
+) -> None:
+    """The seed's list of a split, of what training would find in its folders.
+
+    Raises ValueError where that is too few or too many, by class where `of_class` says how many each must have.
+    """
+    folders = class_folders(out / split)
+    lines, counts = list_folders(folders, out)
+    found = {folder.name: int(count) for folder, count in zip(folders, counts, strict=True)}
+    wanted = found if of_class is None else of_class
+    wrong = [
+        f"{wnid} has {found.get(wnid, 0)} of {wanted.get(wnid, 0)}"
+        for wnid in sorted(found.keys() | wanted.keys())
+        if found.get(wnid, 0) != wanted.get(wnid, 0)
+    ]
+    if wrong or (len(found), len(lines)) != (num_classes, num_images):
+        more = f" and {len(wrong) - _SHOWN_CLASSES} more classes" if len(wrong) > _SHOWN_CLASSES else ""
+        classes = f" ({', '.join(wrong[:_SHOWN_CLASSES])}{more})" if wrong else ""
         raise ValueError(
-            f"{archive}: has {len(counts)} classes and {total} images, not {expected.classes} and {expected.train}; it "
-            "is cut off, or another archive; fetch it again (what is unpacked stays)"
+            f"{out / split}: {len(lines)} images in {len(found)} classes, not {num_images} in {num_classes}{classes}; "
+            f"where images lack, {archive} is cut off or another archive: fetch it again (what is unpacked stays); "
+            "where there are too many, move away those that aren't the archive's"
         )
+    with write_atomically(out / f"{split}_list.txt") as temporary, temporary.open("wb") as file:
+        for number, label in enumerate(lines.labels.values.tolist()):
+            file.write(b"%s %d\n" % (lines.path(number), label))
 
 
-def sizes_in(folder: Path) -> dict[str, int]:
-    """The files of a folder, and their sizes in bytes; of none, nothing."""
-    try:
-        with os.scandir(folder) as entries:
-            return {entry.name: entry.stat().st_size for entry in entries}
-    except FileNotFoundError:
-        return {}
-
-
-def write_list(out: Path, split: str) -> None:
-    """The seed's list of a split, in the order in which training lists class folders."""
-    with write_atomically(out / f"{split}_list.txt") as temporary, temporary.open("w") as file:
-        for label, folder in enumerate(sorted(path for path in (out / split).iterdir() if _WNID.fullmatch(path.name))):
-            file.writelines(f"{split}/{folder.name}/{name} {label}\n" for name in sorted(sizes_in(folder)))
+def bytes_in(folder: Path) -> int:
+    """What the images below a folder take; 0 where there is none."""
+    return sum(
+        (Path(below) / name).stat().st_size
+        for below, _, names in os.walk(folder)
+        for name in names
+        if name.endswith(".JPEG")
+    )
 
 
 def write_class_names(out: Path, devkit: Devkit | None) -> None:
     """Without a devkit, a class is called by its WNID, unless the names are there."""
     if devkit is None and (out / CLASS_NAMES_FILE).exists():
         return
-    folders = sorted(path.name for path in (out / "train").iterdir()) if devkit is None else sorted(devkit.names)
+    names = devkit.names if devkit is not None else {path.name: path.name for path in class_folders(out / "train")}
     with write_atomically(out / CLASS_NAMES_FILE) as temporary:
-        temporary.write_text(
-            "".join(f"{wnid} {wnid if devkit is None else devkit.names[wnid]}\n" for wnid in folders), encoding="utf-8"
-        )
+        temporary.write_text("".join(f"{wnid} {names[wnid]}\n" for wnid in sorted(names)), encoding="utf-8")
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_source(path: Path) -> dict[str, Any]:
+    """What this tool has written there; nothing where it hasn't."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
-    except (FileNotFoundError, ValueError):
-        return None
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and found.get("source") == SOURCE else {}
+
+
+def write_source(path: Path, splits: Mapping[str, Any]) -> None:
+    with write_atomically(path) as temporary:
+        temporary.write_text(json.dumps({"source": SOURCE, **splits}, indent=1) + "\n", encoding="utf-8")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import gzip
+import hashlib
 import io
 import json
+import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -17,6 +22,7 @@ from scipy.io import savemat
 from sets import photo
 from small import ROOT
 
+from data_tools import imagenet
 from data_tools.__main__ import main
 from vit_static.config import DataConfig
 from vit_static.data.sets import open_set
@@ -69,8 +75,8 @@ def write_val(path: Path, images: dict[str, bytes] = VAL) -> None:
             add(tar, name, content)
 
 
-def write_devkit(path: Path, truth: list[int] = TRUTH) -> None:
-    """With an inner node, 5, above the four leaves, as the real one has."""
+def meta(ids: dict[int, str] = IDS) -> bytes:
+    """The devkit's meta.mat, with an inner node, 5, above the four leaves, as the real one has."""
     fields = [
         "ILSVRC2012_ID",
         "WNID",
@@ -81,14 +87,18 @@ def write_devkit(path: Path, truth: list[int] = TRUTH) -> None:
         "wordnet_height",
         "num_train_images",
     ]
-    rows = [(n, w, NAMES[w], "a gloss", 0, np.zeros(0), 0, len(TRAIN[w])) for n, w in IDS.items()]
+    rows = [(n, w, NAMES[IDS[n]], "a gloss", 0, np.zeros(0), 0, len(TRAIN[IDS[n]])) for n, w in ids.items()]
     rows.append((5, "n00001740", "entity", "what is", 4, np.arange(1, 5), 1, 0))
     synsets = np.array([tuple(row) for row in rows], dtype=[(name, object) for name in fields])[:, None]
     mat = io.BytesIO()
     savemat(mat, {"synsets": synsets})
+    return mat.getvalue()
+
+
+def write_devkit(path: Path, mat: bytes | None = None) -> None:
     with tarfile.open(path, "w:gz") as tar:
-        add(tar, "ILSVRC2012_devkit_t12/data/meta.mat", mat.getvalue())
-        lines = "".join(f"{number}\n" for number in truth)
+        add(tar, "ILSVRC2012_devkit_t12/data/meta.mat", meta() if mat is None else mat)
+        lines = "".join(f"{number}\n" for number in TRUTH)
         add(tar, "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt", lines.encode())
 
 
@@ -162,7 +172,8 @@ def test_training_images_need_no_devkit(archives: Path, tmp_path: Path) -> None:
     assert (out / "class_names.txt").read_text() == "".join(f"{wnid} {wnid}\n" for wnid in WNIDS)
     assert main([*arguments(archives, out, "val"), "--devkit", str(tmp_path / "kit.tar.gz")]) == 0
     assert_whole(out)
-    assert "tench" in (out / "class_names.txt").read_text()
+    assert main(arguments(archives, out, "train")) == 0
+    assert "tench" in (out / "class_names.txt").read_text(encoding="utf-8")  # names that are there are kept
 
 
 def test_a_second_run_writes_nothing_again(archives: Path, tmp_path: Path) -> None:
@@ -176,11 +187,50 @@ def test_a_second_run_writes_nothing_again(archives: Path, tmp_path: Path) -> No
 def test_what_a_power_cut_has_spoilt_is_done_again(archives: Path, tmp_path: Path) -> None:
     out = tmp_path / "imagenet"
     assert main(arguments(archives, out)) == 0
-    (out / "source.json").unlink()
-    (out / ".unfinished.json").touch()
+    (out / "source.json").rename(out / ".unfinished.json")
+    (out / ".source.json.12345.part").touch()
     next((out / "train/n02105855").iterdir()).write_bytes(b"")
     next((out / "val/n02105855").iterdir()).write_bytes(b"")
     next((out / "train/n03000001").iterdir()).unlink()
+    assert main(arguments(archives, out)) == 0
+    assert_whole(out)
+
+
+def test_nothing_of_a_whole_set_is_lost_to_a_wrong_archive(archives: Path, tmp_path: Path, capsys) -> None:
+    """Images that it lacks stay, a damaged one replaces none; the set isn't called whole until it was seen to be."""
+    out = tmp_path / "imagenet"
+    assert main(arguments(archives, out)) == 0
+    (out / "train/n03000001/notes.txt").write_text("one's own")
+    before = {path: path.read_bytes() for path in out.rglob("*.*")}
+    del before[out / "source.json"]
+    whole = (archives / "train.tar").read_bytes()
+    (archives / "train.tar").write_bytes(whole[: len(whole) // 2])
+    failed(capsys, *arguments(archives, out))
+    assert not (out / "source.json").exists()
+    write_train(archives / "train.tar", {"n01440764": TRAIN["n01440764"]})
+    assert main(arguments(archives, out)) == 0  # the others are there, from the first run
+    write_train(archives / "train.tar", {"n01440764": {"n01440764_1.JPEG": jpeg(1)}})
+    assert "(n01440764 has 5 of 4)" in failed(capsys, *arguments(archives, out, "train"))
+    assert {path: path.read_bytes() for path in before} == before
+    assert set(json.loads((out / "source.json").read_text())) == {"source", "val"}
+
+
+def test_archives_of_another_md5_sum_are_told_if_asked(archives: Path, tmp_path: Path, capsys) -> None:
+    archive, out = archives / "val.tar", tmp_path / "imagenet"
+    found = hashlib.md5(archive.read_bytes()).hexdigest()
+    error = failed(capsys, *arguments(archives, out, "val"), "--check-md5")
+    assert str(archive) in error and found in error and imagenet.MD5["val"] in error
+    assert not list(out.rglob("*.JPEG"))
+    imagenet.check_md5(archive, found)
+
+
+def test_two_runs_at_once_are_refused(archives: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "imagenet"
+    assert main(arguments(archives, out)) == 0
+    (out / "source.json").rename(out / ".unfinished.json")
+    with (out / ".unfinished.json").open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        assert "another run is filling it" in failed(capsys, *arguments(archives, out))
     assert main(arguments(archives, out)) == 0
     assert_whole(out)
 
@@ -241,21 +291,95 @@ def test_a_cut_off_archive_is_named_and_gone_on_with(archives: Path, tmp_path: P
     assert_whole(out)
 
 
+def test_an_image_at_which_the_archive_ends_is_not_taken_for_whole(archives: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "imagenet"
+    with tarfile.open(archives / "val.tar") as tar:
+        member = tar.getmembers()[9]
+    with (archives / "val.tar").open("r+b") as file:
+        file.truncate(member.offset_data + member.size // 2)
+    assert member.name in failed(capsys, *arguments(archives, out, "val"))
+    assert {path.name: path.read_bytes() for path in out.rglob("*.JPEG")} == dict(list(VAL.items())[:9])
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits another process's files: Linux only")
+def test_a_full_disk_is_told_with_the_file_and_gone_on_with(archives: Path, tmp_path: Path) -> None:
+    out = tmp_path / "imagenet"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "data_tools", *arguments(archives, out)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},  # the limit would cut it short, too
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (512, 512))  # bytes; stands in for a full disk
+    error = process.communicate()[1]
+    assert process.returncode == 1
+    assert "train/n01440764/n01440764_3.JPEG: File too large" in error and len(error.splitlines()) == 1
+    assert not list(out.glob("train/*/*")) and not list(out.glob("train/*/.*"))
+    assert main(arguments(archives, out)) == 0
+    assert_whole(out)
+
+
 def test_other_numbers_than_the_devkits_are_told(archives: Path, tmp_path: Path, capsys) -> None:
     fewer = {wnid: dict(files) for wnid, files in TRAIN.items()}
     fewer["n03000001"].popitem()
+    del fewer["n03999999"]
     write_train(archives / "train.tar", fewer)
     error = failed(capsys, *arguments(archives, tmp_path / "a"))
-    assert "5 images of n03000001, and the devkit says 6" in error
+    assert "14 images in 3 classes, not 22 in 4 (n03000001 has 5 of 6, n03999999 has 0 of 7)" in error
+    assert not (tmp_path / "a/source.json").exists()
+    moved = {wnid: dict(files) for wnid, files in TRAIN.items()}
+    moved["n03000001"].popitem()
+    moved["n01440764"]["n01440764_1.JPEG"] = jpeg(1)
+    write_train(archives / "train.tar", moved)
+    error = failed(capsys, *arguments(archives, tmp_path / "moved"))
+    assert "not 22 in 4 (n01440764 has 5 of 4, n03000001 has 5 of 6)" in error
     write_train(archives / "train.tar")
     write_val(archives / "val.tar", dict(list(VAL.items())[:-1]))
-    assert "has 17 images, not 18" in failed(capsys, *arguments(archives, tmp_path / "b"))
+    assert "17 images in 4 classes, not 18 in 4" in failed(capsys, *arguments(archives, tmp_path / "b"))
     real = [item for item in arguments(archives, tmp_path / "c") if item not in COUNTS]
-    assert "4 classes and 18 validation images, not of 1000 and 50000" in failed(capsys, *real)
+    error = failed(capsys, *real)
+    assert "4 classes, 22 training and 18 validation images, not of 1000, 1281167 and 50000" in error
     assert not (tmp_path / "c").exists()
     train_alone = ["imagenet", "--train", str(archives / "train.tar"), "--out", str(tmp_path / "d")]
     (archives / "ILSVRC2012_devkit_t12.tar.gz").unlink()
-    assert "4 classes and 22 images, not 1000 and 1281167" in failed(capsys, *train_alone)
+    assert "22 images in 4 classes, not 1281167 in 1000" in failed(capsys, *train_alone)
+
+
+def test_an_image_that_comes_twice_stands_for_no_other(archives: Path, tmp_path: Path, capsys) -> None:
+    with tarfile.open(archives / "val.tar", "w") as tar:
+        for name, content in [*list(VAL.items())[1:], list(VAL.items())[-1]]:
+            add(tar, name, content)
+    assert "17 images in 4 classes, not 18 in 4" in failed(capsys, *arguments(archives, tmp_path / "imagenet"))
+
+
+def test_what_one_puts_into_a_class_is_counted_as_training_would(archives: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "imagenet"
+    assert main(arguments(archives, out)) == 0
+    (out / "train/n03000001/holiday.jpg").write_bytes(jpeg(1))
+    assert "n03000001 has 7 of 6" in failed(capsys, *arguments(archives, out))
+
+
+def test_a_damaged_devkit_is_told_by_its_checksum(archives: Path, tmp_path: Path, capsys) -> None:
+    """Before SciPy reads it, which some damage crashes."""
+    rng, kit = random.Random(0), archives / "ILSVRC2012_devkit_t12.tar.gz"
+    whole = kit.read_bytes()
+    for turn in range(60):
+        damaged = bytearray(whole)
+        place = rng.randrange(64, len(whole))  # behind gzip's header, whose time and name matter to nobody
+        damaged[place] ^= rng.randrange(1, 256)
+        kit.write_bytes(damaged if turn % 2 else whole[:place])
+        error = failed(capsys, *arguments(archives, tmp_path / "imagenet"))
+        assert str(kit) in error and "fetch it again" in error
+    assert not (tmp_path / "imagenet").exists()
+
+
+def test_a_devkit_without_synsets_is_told(archives: Path, tmp_path: Path, capsys) -> None:
+    others = io.BytesIO()
+    savemat(others, {"others": np.zeros(3)})
+    for mat in (b"", b"no MATLAB file" * 20, others.getvalue()):
+        write_devkit(archives / "ILSVRC2012_devkit_t12.tar.gz", mat)
+        assert "can't be read as" in failed(capsys, *arguments(archives, tmp_path / "imagenet"))
 
 
 def evil(path: Path, name: str, kind: bytes = tarfile.REGTYPE) -> None:
@@ -270,12 +394,23 @@ def evil(path: Path, name: str, kind: bytes = tarfile.REGTYPE) -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("../../evil.JPEG", tarfile.REGTYPE), ("/tmp/evil.JPEG", tarfile.REGTYPE), ("n01440764_1.JPEG", tarfile.SYMTYPE)],
+    [
+        ("../../evil.JPEG", tarfile.REGTYPE),
+        ("/tmp/evil.JPEG", tarfile.REGTYPE),
+        ("n01440764_1.JPEG", tarfile.SYMTYPE),
+        ("n02105855_1.JPEG", tarfile.REGTYPE),  # of another class
+    ],
 )
 def test_nothing_is_written_beside_the_folder(archives: Path, tmp_path: Path, capsys, name: str, kind: bytes) -> None:
     evil(archives / "train.tar", name, kind)
     assert repr(name) in failed(capsys, *arguments(archives, tmp_path / "imagenet", "train"))
-    assert not list(tmp_path.rglob("*evil*")) and not list((tmp_path / "imagenet/train").glob("n*"))
+    assert not list(tmp_path.rglob("*evil*")) and not list(tmp_path.rglob("*.JPEG"))
+
+
+def test_a_devkit_names_no_folder_outside(archives: Path, tmp_path: Path, capsys) -> None:
+    write_devkit(archives / "ILSVRC2012_devkit_t12.tar.gz", meta({**IDS, 3: "../../evil"}))
+    assert "or names them otherwise" in failed(capsys, *arguments(archives, tmp_path / "imagenet", "val"))
+    assert not list(tmp_path.rglob("*evil*"))
 
 
 def test_mistakes_are_named_before_anything_is_written(archives: Path, tmp_path: Path, capsys) -> None:
@@ -287,6 +422,9 @@ def test_mistakes_are_named_before_anything_is_written(archives: Path, tmp_path:
     (archives / "text.tar").write_text("not a tar")
     text = ["imagenet", "--train", str(archives / "text.tar"), "--out", str(tmp_path / "b")]
     assert "not a tar archive" in failed(capsys, *text)
+    (archives / "packed.tar").write_bytes(gzip.compress((archives / "train.tar").read_bytes()))
+    packed = ["imagenet", "--train", str(archives / "packed.tar"), "--out", str(tmp_path / "b")]
+    assert "is compressed" in failed(capsys, *packed)
     (archives / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(b"junk")
     assert "fetch it again" in failed(capsys, *arguments(archives, tmp_path / "c"))
     (archives / "ILSVRC2012_devkit_t12.tar.gz").unlink()
@@ -295,9 +433,22 @@ def test_mistakes_are_named_before_anything_is_written(archives: Path, tmp_path:
     (tmp_path / "mine/thesis.txt").write_text("precious")
     assert "not empty" in failed(capsys, *arguments(archives, tmp_path / "mine", "train"))
     assert (tmp_path / "mine/thesis.txt").read_text() == "precious"
+    (tmp_path / "mine/thesis.txt").unlink()
+    (tmp_path / "mine/source.json").write_text('{"source": "digits"}')  # other tools' folders have one, too
+    assert "not this tool's" in failed(capsys, *arguments(archives, tmp_path / "mine", "train"))
 
 
-def test_too_little_room_is_told_at_once(archives: Path, tmp_path: Path, capsys) -> None:
-    with (archives / "train.tar").open("ab") as file:
-        file.truncate(1 << 43)  # 9 TB, of which the disk holds nothing
-    assert "GB left" in failed(capsys, *arguments(archives, tmp_path / "imagenet", "train"))
+def test_too_little_room_is_told_before_anything_is_written(archives: Path, tmp_path: Path, capsys) -> None:
+    """What is there of one split makes no room for the other."""
+    out = tmp_path / "imagenet"
+    for name in ("train.tar", "val.tar"):
+        with (archives / name).open("ab") as file:
+            file.truncate(1 << 43)  # 9 TB, of which the disk holds nothing
+    assert "needs 8796.1 GB" in failed(capsys, *arguments(archives, out, "train"))
+    assert not out.exists()
+    write_train(archives / "train.tar")
+    assert main(arguments(archives, out, "train")) == 0
+    with (out / "train/n01440764/n01440764_3.JPEG").open("r+b") as file:
+        file.truncate(1 << 43)
+    assert "GB left" in failed(capsys, *arguments(archives, out, "val"))
+    assert not (out / "val").exists()
