@@ -121,7 +121,7 @@ class Mesh:
 
         Waits for all ranks, but not for the device, and for ranks that are late as long as they take.
         """
-        return _agreement.first_reason(reason, self.world_size)
+        return _agreement.first_reason(reason, self.rank, self.world_size)
 
     def wait_for_all(self) -> None:
         """Returns when every rank has come here."""
