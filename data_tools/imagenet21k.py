@@ -4,18 +4,22 @@
     ROOT/image_all_list.txt           a line a distinct image: 'images/n00004475/n00004475_54295.JPEG 0,17'
     ROOT/image_dummy_val_list.txt     of each class the first 20 images that have no other label
     ROOT/.digests.sqlite              what is known of the files, so that they are read once
+    ROOT/class_names.txt              with --words, unless there is one
 
 Many images stand in several class folders, byte for byte: such an image has several labels, those of all its folders
 (sorted folders are the classes), and is listed once, by its first path. There is no official validation set; the dummy
-one, whose images are trained on, too, shows no more than whether training works.
+one, whose images are trained on, too, shows no more than whether training works. Empty files are left out: by their
+digest they would all be one image, of every class that has one.
 """
 
 import hashlib
 import os
+import shlex
 import sqlite3
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +27,9 @@ import numpy as np
 from tqdm import tqdm
 
 from data_tools.arguments import ToolParser
-from vit_static.data.images import IMAGE_SUFFIXES
+from vit_static.data.images import IMAGE_SUFFIXES, read_whole
+from vit_static.data.lists import DataError
+from vit_static.data.sets import CLASS_NAMES_FILE
 from vit_static.files import write_atomically
 
 ALL_LIST, DUMMY_LIST, CACHE_FILE = "image_all_list.txt", "image_dummy_val_list.txt", ".digests.sqlite"
@@ -36,22 +42,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = ToolParser(prog="vit_static data imagenet21k", description="ImageNet-21k's list, with several labels.")
     parser.add_argument("--root", type=Path, metavar="DIR", required=True, help="holds images/CLASS/*.JPEG")
     parser.add_argument("--num-classes", type=int, default=NUM_CLASSES, help="of a part of it (default: 21,841)")
+    parser.add_argument("--words", type=Path, metavar="FILE", help="WordNet's words.txt, for class_names.txt")
     arguments = parser.parse_args(argv)
-    root = arguments.root
+    root: Path = arguments.root
+    if arguments.num_classes < 1:
+        raise ValueError(f"--num-classes {arguments.num_classes}: must be at least 1")
     folders = class_folders(root / "images", arguments.num_classes)
-    with closing(open_cache(root / CACHE_FILE)) as cache:
-        counts = read_new_files(cache, folders)
+    class_names = None if arguments.words is None else named(folders, arguments.words)
+    with opened_cache(root / CACHE_FILE) as cache:
+        counts, left_out = read_new_files(cache, folders)
         digests = all_digests(cache, folders, counts)
         labels = np.repeat(np.arange(len(folders), dtype=np.int32), counts)
         images = distinct(digests, labels)
         write_lists(cache, root, folders, images)
+    if class_names is not None and not (root / CLASS_NAMES_FILE).exists():
+        with write_atomically(root / CLASS_NAMES_FILE) as temporary:
+            temporary.write_text(class_names, encoding="utf-8")
+    elif class_names is not None:
+        print(f"imagenet21k: {root / CLASS_NAMES_FILE} is there, and is left as it is", file=sys.stderr)
+    if left_out:
+        print(
+            f"imagenet21k: {len(left_out)} files left out, empty or no images, such as {left_out[0]!r}", file=sys.stderr
+        )
     several = int((np.diff(images.offsets) > 1).sum())
     most = int(np.diff(images.offsets).max())
     print(
         f"imagenet21k: {len(labels)} files, {len(images.first)} distinct images, {several} with several labels (at "
         f"most {most}), {len(folders)} classes\n"
-        f"imagenet21k: to train on it set -o data.root={root} -o data.train={ALL_LIST} -o data.val={DUMMY_LIST} "
-        f"-o data.multi_label=true -o model.num_classes={len(folders)} -o loss.name=sigmoid"
+        f"imagenet21k: to train on it set -o {shlex.quote(f'data.root={root}')} -o data.train={ALL_LIST} "
+        f"-o data.val={DUMMY_LIST} -o data.multi_label=true -o model.num_classes={len(folders)} -o loss.name=sigmoid"
     )
     return 0
 
@@ -64,8 +83,8 @@ def class_folders(images: Path, num_classes: int) -> list[Path]:
     tars = [path for path in entries if path.suffix == ".tar"]
     if tars:
         raise ValueError(
-            f"{tars[0]}: is packed; unpack all of them: cd {images} && for t in *.tar; do mkdir -p ${{t%.tar}} && "
-            "tar xf $t -C ${t%.tar} && rm $t; done"
+            f"{tars[0]}: is packed; unpack all of them: cd {shlex.quote(str(images))} && for t in *.tar; do "
+            "mkdir -p ${t%.tar} && tar xf $t -C ${t%.tar} && rm $t; done"
         )
     folders = [path for path in entries if path.is_dir()]
     if len(folders) != num_classes:
@@ -73,33 +92,61 @@ def class_folders(images: Path, num_classes: int) -> list[Path]:
             f"{images}: has {len(folders)} class folders, not {num_classes}; complete it, or say --num-classes "
             f"{len(folders)} if it is a part on purpose"
         )
+    for folder in folders:
+        check_name(folder.name, folder)
     return folders
 
 
-def open_cache(path: Path) -> sqlite3.Connection:
-    """Raises ValueError for a file that is no cache of ours."""
-    cache = sqlite3.connect(path, isolation_level=None)
+def check_name(name: str, path: Path | str) -> None:
+    """Raises ValueError for a name that would be two lines of a list."""
+    if "\n" in name or "\r" in name:
+        raise ValueError(f"{str(path)!r}: its name breaks a list's lines; rename it")
+
+
+def named(folders: list[Path], words: Path) -> str:
+    """class_names.txt, from WordNet's `n00001740<tab>entity` a line. ValueError where a class has no name there."""
+    lines = words.read_text(encoding="utf-8", errors="replace").splitlines()
+    names = {wnid: name.strip() for wnid, _, name in (line.partition("\t") for line in lines)}
+    for folder in folders:
+        if not names.get(folder.name):
+            raise ValueError(f"{words}: has no name for {folder.name}; give WordNet's words.txt, or leave out --words")
+    return "".join(f"{folder.name} {names[folder.name]}\n" for folder in folders)
+
+
+@contextmanager
+def opened_cache(path: Path) -> Iterator[sqlite3.Connection]:
+    """Raises ValueError for a file that is no cache of ours and for one that another run has open, else OSError."""
+    path.open("ab").close()  # of a folder that can't be written to, this says more than SQLite does
     try:
-        cache.execute("PRAGMA journal_mode = WAL")  # a killed run's last folder is missing, and nothing else
-        cache.execute(
-            "CREATE TABLE IF NOT EXISTS files (folder BLOB, name BLOB, size INTEGER, changed_ns INTEGER, digest BLOB, "
-            "PRIMARY KEY (folder, name)) WITHOUT ROWID"
-        )
+        with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as cache:
+            # Held until the end: one run at a time, and no shared memory, which network disks lack.
+            cache.execute("PRAGMA locking_mode = EXCLUSIVE")
+            cache.execute("PRAGMA journal_mode = WAL")  # a killed run's last folder is missing, and nothing else
+            cache.execute(
+                "CREATE TABLE IF NOT EXISTS files (folder BLOB, name BLOB, size INTEGER, changed_ns INTEGER, "
+                "digest BLOB, PRIMARY KEY (folder, name)) WITHOUT ROWID"
+            )
+            yield cache
+    except sqlite3.OperationalError as error:
+        if "locked" in str(error):
+            raise ValueError(f"{path}: another run is using it; wait until that has ended") from None
+        raise OSError(f"{path}: {error}") from None  # a full disk, say: what is in the cache is still good
     except sqlite3.DatabaseError as error:
-        cache.close()
-        raise ValueError(f"{path}: can't be used ({error}); remove it, and the files will be read anew") from None
-    return cache
+        raise ValueError(f"{path}: is no cache or damaged ({error}); remove it, all files are then read anew") from None
 
 
-def read_new_files(cache: sqlite3.Connection, folders: list[Path]) -> list[int]:
-    """Brings the cache up to date, reading what is new on all cores; the number of files in each folder."""
-    counts = []
+def read_new_files(cache: sqlite3.Connection, folders: list[Path]) -> tuple[list[int], list[str]]:
+    """Brings the cache up to date, reading what is new on all cores; how many images each folder has, and what is none.
+
+    Threads do: on files of 100 kB they are as quick as processes.
+    """
+    counts, left_out = [], []
     with (
         ThreadPoolExecutor(len(os.sched_getaffinity(0)) + 2) as threads,
         tqdm(unit="image", desc="reading", disable=None) as bar,
     ):
         for folder in folders:
-            files = dict(image_files(folder))
+            files, others = files_of(folder)
             if not files:
                 raise ValueError(f"{folder}: this class folder has no image; put its images in, or remove it")
             key = os.fsencode(folder.name)
@@ -115,26 +162,41 @@ def read_new_files(cache: sqlite3.Connection, folders: list[Path]) -> list[int]:
                 cache.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", rows_to_add)
                 cache.execute("COMMIT")
             counts.append(len(files))
+            left_out += others
             bar.update(len(files))
-    return counts
+    return counts, left_out
 
 
-def image_files(folder: Path) -> Iterator[tuple[bytes, tuple[int, int]]]:
-    """The images of a folder by name, with their size in bytes and when they were changed. ValueError for a newline."""
+def files_of(folder: Path) -> tuple[dict[bytes, tuple[int, int]], list[str]]:
+    """A class's images by name, with size in bytes and when they were changed, and whatever else is in its folder.
+
+    Hidden files are neither. Raises ValueError for a name that would be two lines of a list.
+    """
+    files: dict[bytes, tuple[int, int]] = {}
+    others = []
     with os.scandir(os.fsencode(folder)) as entries:
         for entry in entries:
-            suffix = os.path.splitext(entry.name)[1].decode("ascii", "replace").lower()  # noqa: PTH122 - bytes
-            if entry.name.startswith(b".") or suffix not in IMAGE_SUFFIXES or not entry.is_file():
+            if entry.name.startswith(b"."):
                 continue
-            if b"\n" in entry.name or b"\r" in entry.name:
-                raise ValueError(f"{folder}/{entry.name!r}: its name breaks a list's lines; rename the file")
-            state = entry.stat()
-            yield entry.name, (state.st_size, state.st_mtime_ns)
+            name, path = os.fsdecode(entry.name), os.fsdecode(entry.path)
+            is_image = os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and entry.is_file()  # noqa: PTH122
+            if is_image and (state := entry.stat()).st_size:
+                check_name(name, path)
+                files[entry.name] = (state.st_size, state.st_mtime_ns)
+            else:
+                others.append(path)
+    return files, others
 
 
 def digest_of(path: bytes) -> bytes:
-    with open(path, "rb") as file:  # noqa: PTH123 - bytes
-        return hashlib.blake2b(file.read(), digest_size=_DIGEST_BYTES).digest()
+    """Raises OSError, and ValueError for a file that became shorter as it was read."""
+    try:
+        content = read_whole(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fsdecode(path)) from None
+    except DataError as error:
+        raise ValueError(f"{os.fsdecode(path)}: {error}; it was changed meanwhile: give the command again") from None
+    return hashlib.blake2b(content.data, digest_size=_DIGEST_BYTES).digest()
 
 
 def all_digests(cache: sqlite3.Connection, folders: list[Path], counts: list[int]) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -131,6 +132,78 @@ tool.main(sys.argv[2:])
     assert lists(root) == by_hand(root)
 
 
+def test_empty_files_and_what_is_no_image_are_left_out_and_named(root: Path, capsys) -> None:
+    expected = by_hand(root)
+    for label in (0, 1, 3):
+        (root / "images" / CLASSES[label] / "empty.JPEG").touch()
+    (root / "images" / CLASSES[2] / "notes.txt").write_text("notes")
+    (root / "images" / CLASSES[2] / ".hidden.JPEG").write_bytes(b"hidden")
+    assert run(root) == 0
+    assert lists(root) == expected
+    assert f"4 files left out, empty or no images, such as '{root}/images/n00004475/empty.JPEG'" in (
+        capsys.readouterr().err
+    )
+
+
+def test_words_give_the_classes_names(root: Path, tmp_path: Path, capsys) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("".join(f"{wnid}\tname of {wnid}, its other\n" for wnid in ["n00000001", *CLASSES]))
+    assert run(root, "--words", str(words)) == 0
+    names = open_set(DataConfig(root=str(root), val=tool.DUMMY_LIST), "val", 4).class_names
+    assert names == [f"name of {wnid}, its other" for wnid in CLASSES]
+    (root / "class_names.txt").write_text("my own")
+    assert run(root, "--words", str(words)) == 0
+    assert (root / "class_names.txt").read_text() == "my own"
+    assert "is left as it is" in capsys.readouterr().err
+    words.write_text(f"{CLASSES[0]}\tone\n")
+    assert f"{words}: has no name for {CLASSES[1]}" in failed(
+        capsys, "imagenet21k", "--root", str(root), "--num-classes", "4", "--words", str(words)
+    )
+
+
+def test_two_at_once_are_one_too_many(root: Path, capsys) -> None:
+    assert run(root) == 0
+    capsys.readouterr()
+    with tool.opened_cache(root / tool.CACHE_FILE):
+        error = failed(capsys, "imagenet21k", "--root", str(root), "--num-classes", "4")
+    assert "another run is using it" in error and "remove" not in error
+    assert run(root) == 0
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits another process's files: Linux only")
+def test_a_full_disk_is_an_error_and_what_was_read_stays(root: Path) -> None:
+    limited = """
+import resource, sys
+from data_tools.__main__ import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (24576, 24576))  # bytes; stands in for a full disk
+sys.exit(main(sys.argv[1:]))
+"""
+    for number in range(400):
+        (root / "images" / CLASSES[3] / f"{number}.JPEG").write_bytes(b"%d" % number)
+    done = subprocess.run(
+        [sys.executable, "-c", limited, "imagenet21k", "--root", str(root), "--num-classes", "4"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert tool.CACHE_FILE in done.stderr and len(done.stderr.splitlines()) == 1 and "remove" not in done.stderr
+    assert not (root / tool.ALL_LIST).exists()
+    assert run(root) == 0
+    assert lists(root) == by_hand(root)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as missing:
+        tool.digest_of(os.fsencode(tmp_path / "gone.JPEG"))
+    assert missing.value.filename == str(tmp_path / "gone.JPEG")
+    (tmp_path / "cut.JPEG").touch()
+    with pytest.raises(ValueError, match=r"cut\.JPEG: is empty; it was changed meanwhile"):
+        tool.digest_of(os.fsencode(tmp_path / "cut.JPEG"))
+
+
 def failed(capsys, *command: str) -> str:
     assert main(list(command)) == 2
     error = capsys.readouterr().err
@@ -141,6 +214,7 @@ def failed(capsys, *command: str) -> str:
 def test_mistakes_are_named(root: Path, tmp_path: Path, capsys) -> None:
     named = ["imagenet21k", "--root", str(root)]
     assert "4 class folders, not 21841" in failed(capsys, *named)
+    assert "at least 1" in failed(capsys, *named, "--num-classes", "0")
     assert "images: no such folder" in failed(capsys, "imagenet21k", "--root", str(tmp_path / "nowhere"))
     (root / "images/n00000001").mkdir()
     assert f"{root}/images/n00000001: this class folder has no image" in failed(capsys, *named, "--num-classes", "5")
@@ -148,8 +222,8 @@ def test_mistakes_are_named(root: Path, tmp_path: Path, capsys) -> None:
     assert "tar xf" in failed(capsys, *named)
     (root / "images/n00000001.tar").unlink()
     (root / "images/n00000001").rmdir()
-    (root / "images/n00004475/two\nlines.JPEG").touch()
-    assert "rename the file" in failed(capsys, *named, "--num-classes", "4")
+    (root / "images/n00004475/two\nlines.JPEG").write_bytes(b"image")
+    assert "rename it" in failed(capsys, *named, "--num-classes", "4")
     (root / "images/n00004475/two\nlines.JPEG").unlink()
     (root / tool.CACHE_FILE).unlink(missing_ok=True)
     (root / tool.CACHE_FILE).write_bytes(b"no database at all" * 100)
