@@ -21,7 +21,7 @@ from vit_static.checkpoint import DataPosition, Progress
 from vit_static.config import Config, ConfigError
 from vit_static.data.feed import Batch, TrainFeed
 from vit_static.data.lists import DataError
-from vit_static.data.sets import open_set
+from vit_static.data.sets import check_command, open_set
 from vit_static.evaluate import describe, eval_batch_size, eval_feed, evaluate
 from vit_static.log import Meter, RunLog, duration
 from vit_static.loss import Criterion
@@ -237,7 +237,7 @@ def train(config: Config, resume: bool = True) -> bool:
     if reason not in (None, ON_REQUEST):
         raise DataError(
             f"{reason}. Stopped at step {progress.step}, from which the same command goes on; "
-            f"'./run.sh data check {config.data.root}' finds all such files"
+            f"'{check_command(config.data)}' finds all such files"
         )
     return reason is None
 

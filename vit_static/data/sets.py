@@ -29,7 +29,7 @@ def open_set(data: DataConfig, split: str, num_classes: int) -> ImageSet:
     place = root / {"train": data.train, "val": data.val}[split]
     images = _open(place, root, data, split, num_classes)
     if data.on_bad_image == "skip":
-        images = images.without(_bad_images(root))
+        images = images.without(_bad_images(data))
         if not len(images):
             raise DataError(f"{place}: all of its images are bad ones by {root / CHECK_FILE}")
     return images
@@ -142,17 +142,21 @@ def _names_by_label(root: Path, num_classes: int) -> list[str]:
     return names if len(names) == num_classes else [str(label) for label in range(num_classes)]
 
 
-def _bad_images(root: Path) -> list[str]:
-    path = root / CHECK_FILE
+def check_command(data: DataConfig) -> str:
+    """What reads all of a set's images."""
+    options = [f" --{split} {place}" for split, place in (("train", data.train), ("val", data.val)) if place != split]
+    return f"./run.sh data check {data.root}{''.join(options)}"
+
+
+def _bad_images(data: DataConfig) -> list[str]:
+    path = Path(data.root) / CHECK_FILE
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         return [problem["path"] for problem in report["problems"] if problem["stops_training"]]
     except OSError as error:
         raise DataError(
             f"{path}: can't be read ({error.strerror}), and data.on_bad_image=skip leaves out what it lists; "
-            f"make it with './run.sh data check {root}'"
+            f"make it with '{check_command(data)}'"
         ) from None
     except (ValueError, KeyError, TypeError):
-        raise DataError(
-            f"{path}: is no report of 'data check'; make it anew with './run.sh data check {root}'"
-        ) from None
+        raise DataError(f"{path}: is no report of 'data check'; make it anew with '{check_command(data)}'") from None
