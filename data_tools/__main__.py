@@ -3,6 +3,7 @@
 import difflib
 import errno
 import importlib
+import io
 import signal
 import sys
 from collections.abc import Sequence
@@ -65,4 +66,7 @@ def fail(prefix: str, message: str, code: int = EXIT_USER_MISTAKE) -> int:
 if __name__ == "__main__":
     # SIGTERM unwinds like Ctrl-C, so that a tool's temporary files go with it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files that are no text
     sys.exit(main())

@@ -9,8 +9,8 @@
     duplicate                        a validation image that is a training image, too
 
 A report is printed, and written as JSON to ROOT/data_check.json, which data.on_bad_image=skip reads. Exit code 1 where
-something would stop training. What has been read is kept in ROOT/.data_check.journal until the end, so that the same
-command goes on where it was stopped; files that were changed meanwhile are read again.
+something would stop training. What has been read is kept beside it, in .data_check.journal, until the end, so that the
+same command goes on where it was stopped; files that were changed meanwhile are read again.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,8 @@ from vit_static.data.lists import DataError, read_list
 from vit_static.data.pipeline import decoders_words, decoding_pipeline
 from vit_static.data.sets import CHECK_FILE, CLASS_NAMES_FILE, class_folders, is_of_shards, list_folders
 from vit_static.data.shards import open_shards
-from vit_static.files import write_atomically
+from vit_static.files import lock, write_atomically
 
-JOURNAL_FILE = ".data_check.journal"
 STOPPING = frozenset({
     "missing", "empty", "unreadable", "truncated", "not_an_image", "class_folders", "empty_class", "label",
 })  # fmt: skip
@@ -91,11 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     sets, problems = open_sets(root, {split: place for split, place in places.items() if place.exists()})
     if arguments.fix is not None and not all(isinstance(images, FileSet) for images in sets.values()):
         raise ValueError("--fix writes lists of files, and these are shards: set data.on_bad_image=skip instead")
-    journal = Journal(root / JOURNAL_FILE, sets)
+    path = arguments.json or root / CHECK_FILE
     digests = {}
-    for split, images in sets.items():
-        digests[split], found = check_set(images, split, journal)
-        problems += found
+    with open_journal(path.with_name(f".{path.stem}.journal"), sets) as journal:
+        for split, images in sets.items():
+            digests[split], found = check_set(images, split, journal)
+            problems += found
     problems += duplicates(sets, digests)
     problems.sort(key=lambda problem: (problem.split, problem.kind, problem.path, problem.detail))
     report = {
@@ -106,9 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "num_copies_within": {split: num_copies(found) for split, found in digests.items()},
         "problems": [asdict(problem) for problem in problems],
     }
-    path = arguments.json or root / CHECK_FILE
     with write_atomically(path) as temporary:
-        temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     journal.remove()
     print_report(report, problems, path)
     if arguments.fix is not None:
@@ -182,15 +182,13 @@ class Journal:
     def __init__(self, path: Path, sets: dict[str, ImageSet]) -> None:
         self._path = path
         digests = {split: images.digest() for split, images in sets.items()}
-        self._known: dict[tuple[str, int], dict[str, Any]] = {}
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        entries = [entry for line in lines if (entry := _parsed(line)) is not None]
+        entries = [entry for line in path.read_bytes().splitlines() if (entry := _parsed(line)) is not None]
         if not entries or entries[0] != digests:
             entries = [digests]
-            with write_atomically(path) as temporary:
-                temporary.write_text(json.dumps(digests) + "\n")
-        for entry in entries[1:]:
-            self._known[entry["split"], entry["start"]] = entry
+            path.write_text(json.dumps(digests), encoding="utf-8")
+        self._known: dict[tuple[str, int], dict[str, Any]] = {
+            (entry["split"], entry["start"]): entry for entry in entries[1:]
+        }
         self._file = path.open("a", encoding="utf-8")
         self._file.write("\n")  # a killed run may have left half a line
 
@@ -206,12 +204,26 @@ class Journal:
         self._file.write(json.dumps({**entry, "problems": [asdict(found) for found in checked.problems]}) + "\n")
         self._file.flush()
 
-    def remove(self) -> None:
+    def close(self) -> None:
         self._file.close()
-        self._path.unlink()
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
+@contextmanager
+def open_journal(path: Path, sets: dict[str, ImageSet]) -> Iterator[Journal]:
+    """Raises ValueError while another check writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    with (
+        lock(path, f"{path}: another check is writing it; wait until it has ended, or give this one its own --json"),
+        closing(Journal(path, sets)) as journal,
+    ):
+        yield journal
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         entry = json.loads(line)
     except ValueError:

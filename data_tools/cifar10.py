@@ -7,7 +7,6 @@
 The classes' names are in alphabetical order in the archive, so the folders' labels are CIFAR-10's own.
 """
 
-import fcntl
 import gzip
 import io
 import json
@@ -27,6 +26,7 @@ from tqdm import tqdm
 
 from data_tools.arguments import ToolParser
 from vit_static.data.sets import CLASS_NAMES_FILE
+from vit_static.files import lock
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 BATCHES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "val": ["test_batch"]}
@@ -94,22 +94,15 @@ def unpack(archive: Path, out: Path, images_a_batch: int = IMAGES_A_BATCH) -> bo
 def claimed(part: Path, out: Path) -> Iterator[Path]:
     """An empty folder of this run's own, which goes away at the end. Raises ValueError while another run has it.
 
-    The lock is gone with its process, however that ends, and what a killed run left is removed here.
+    What a killed run left is removed here.
     """
     part.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(part, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out}: another run is writing it; wait until that has ended") from None
+    with lock(part, f"{out}: another run is writing it; wait until that has ended"):
         try:
             shutil.rmtree(part / "set", ignore_errors=True)
             yield part
         finally:
             shutil.rmtree(part, ignore_errors=True)
-    finally:
-        os.close(descriptor)
 
 
 def write_set(folder: Path, batches: dict[str, tuple[np.ndarray, list[int]]], images_a_batch: int) -> None:

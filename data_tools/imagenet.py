@@ -13,7 +13,6 @@ lengthen a file only once its content is on the disk. Nothing that the archive d
 and what is counted is what is in the folders at the end.
 """
 
-import fcntl
 import gzip
 import hashlib
 import io
@@ -33,7 +32,7 @@ from tqdm import tqdm
 
 from data_tools.arguments import ToolParser
 from vit_static.data.sets import CLASS_NAMES_FILE, class_folders, list_folders
-from vit_static.files import write_atomically
+from vit_static.files import lock, write_atomically
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 SOURCE = "ILSVRC2012"
@@ -85,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     begin(arguments.out, archives)
     for split, archive in archives.items() if arguments.check_md5 else ():
         check_md5(archive, MD5[split])
-    with alone(arguments.out):
+    refusal = f"{arguments.out}: another run is filling it; wait until it has ended"
+    with lock(arguments.out / UNFINISHED_FILE, refusal):
         done = make(arguments.out, archives, devkit, expected)
     print(f"imagenet: {describe(done)} in {arguments.out}; to train on it set -o data.root={arguments.out}")
     return 0
@@ -110,19 +110,6 @@ def begin(out: Path, archives: Mapping[str, Path]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if not (out / UNFINISHED_FILE).exists():
         write_source(out / UNFINISHED_FILE, {})
-
-
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Keeps a second run out of the folder; the kernel forgets a lock with its process, also one that is killed."""
-    with (out / UNFINISHED_FILE).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out}: another run is filling it; wait until it has ended") from None
-        except OSError:
-            pass  # some network disks have no locks
-        yield
 
 
 def make(out: Path, archives: Mapping[str, Path], devkit: Devkit | None, expected: Expected) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from vit_static.config import DataConfig
 from vit_static.data.images import FileSet
 from vit_static.data.sets import CLASS_NAMES_FILE, num_classes_of, open_set
 from vit_static.data.shards import LABEL_EXTENSION, UNFINISHED_FILE
-from vit_static.files import write_atomically
+from vit_static.files import lock, write_atomically
 
 MANIFEST_FILE, CONTENTS_FILE = "shards.json", "contents.txt"
 _BLOCK = 512  # tar's
@@ -91,16 +91,25 @@ def pack(images: FileSet, folder: Path, shard_mb: float, seed: int | None) -> No
     if _read_json(folder / MANIFEST_FILE) == manifest:
         print(f"shards: the {len(images)} images are already in {folder}")
         return
-    half_written = set(folder.glob(".*.part"))  # by a run that was killed
+    half_written = set(folder.glob(".*.part"))  # by a run that was killed, or is at it
     if folder.is_dir() and set(folder.iterdir()) - half_written and _read_json(unfinished) != manifest:
         raise ValueError(
             f"{folder}: holds something else, or shards of another set, --shard-mb or --seed; name another --out, or "
             "remove it"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    for path in half_written:
-        path.unlink()
-    _write_json(unfinished, manifest)
+    with lock(folder, f"{folder}: another run is writing it; wait until that has ended"):
+        for path in half_written:
+            path.unlink(missing_ok=True)
+        _write_json(unfinished, manifest)
+        num_shards = write_shards(images, folder, shard_mb, seed, sizes)
+        _write_json(folder / MANIFEST_FILE, manifest)
+        unfinished.unlink()
+    print(f"shards: {len(images)} images written in {num_shards} shards in {folder}")
+
+
+def write_shards(images: FileSet, folder: Path, shard_mb: float, seed: int | None, sizes: np.ndarray) -> int:
+    """Those that aren't there yet, and the list of what is in all of them; how many there are. `sizes` are in bytes."""
     order = (
         np.arange(len(images)) if seed is None else np.random.Generator(np.random.Philox(seed)).permutation(len(images))
     )
@@ -118,15 +127,15 @@ def pack(images: FileSet, folder: Path, shard_mb: float, seed: int | None) -> No
         except BaseException:
             threads.shutdown(wait=True, cancel_futures=True)
             raise
-    with write_atomically(folder / CONTENTS_FILE) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with write_atomically(folder / CONTENTS_FILE) as temporary, temporary.open("wb") as file:
         for shard in shards:
             file.writelines(
-                f"{shard.path.name}/{member_name(images, shard, place)} {images.relative_name(int(number))}\n"
+                f"{shard.path.name}/{member_name(images, shard, place)} ".encode()
+                + os.fsencode(images.relative_name(int(number)))
+                + b"\n"
                 for place, number in enumerate(shard.numbers)
             )
-    _write_json(folder / MANIFEST_FILE, manifest)
-    unfinished.unlink()
-    print(f"shards: {len(images)} images written in {len(shards)} shards in {folder}")
+    return len(shards)
 
 
 def plan(folder: Path, order: np.ndarray, sizes: np.ndarray, shard_mb: float) -> list[Shard]:

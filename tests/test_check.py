@@ -24,6 +24,7 @@ from vit_static.data.feed import why_undecodable
 from vit_static.data.images import ImageSet
 from vit_static.data.lists import DataError
 from vit_static.data.sets import open_set
+from vit_static.files import lock
 
 
 def encoded(image: Image.Image, file_format: str = "JPEG", **options: Any) -> bytes:
@@ -86,7 +87,7 @@ def test_a_good_set_passes(tmp_path: Path, capsys) -> None:
     assert (code, report["problems"]) == (0, [])
     assert report["num_images"] == {"train": 10, "val": 4}
     assert "nothing would stop training" in capsys.readouterr().out
-    assert not (tmp_path / tool.JOURNAL_FILE).exists()
+    assert not (tmp_path / ".data_check.journal").exists()
 
 
 def test_every_kind_is_found_and_only_some_stop_training(root: Path, capsys) -> None:
@@ -234,7 +235,7 @@ tool.main(sys.argv[2:])
     code, report = checked(tmp_path)
     assert code == 1 and kinds(report) == {"0.jpeg": "not_an_image"}
     assert read[:2] == [0, 40]  # of the first five stretches only the one with the changed file
-    assert not (tmp_path / tool.JOURNAL_FILE).exists()
+    assert not (tmp_path / ".data_check.journal").exists()
 
 
 def test_a_report_is_the_same_every_time(root: Path, tmp_path: Path) -> None:
@@ -261,3 +262,29 @@ def test_a_file_without_permission_is_unreadable(tmp_path: Path) -> None:
     good(tmp_path)
     (tmp_path / "train/cat/0.jpeg").chmod(0)
     assert kinds(checked(tmp_path)[1]) == {"0.jpeg": "unreadable"}
+
+
+def test_two_checks_at_once_do_not_write_one_report(root: Path, tmp_path: Path, capsys) -> None:
+    journal = root / ".data_check.journal"
+    journal.touch()
+    with lock(journal, "not here"):
+        assert main(["check", str(root)]) == 2
+        assert "another check" in capsys.readouterr().err
+        assert main(["check", str(root), "--json", str(tmp_path / "mine/report.json")]) == 1
+    assert list((tmp_path / "mine").iterdir()) == [tmp_path / "mine/report.json"]
+    assert not (root / "data_check.json").exists()
+
+
+def test_names_that_are_no_text_are_checked_and_skipped(tmp_path: Path) -> None:
+    good(tmp_path)
+    name = os.fsdecode(b"\xe9t\xe9.jpeg")  # as Latin-1 has it
+    (tmp_path / "train/cat" / name).write_bytes(b"nothing")
+    command = [sys.executable, "-m", "data_tools", "check", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONUTF8": "1"}, capture_output=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert b"\\udce9t\\udce9.jpeg" in done.stdout
+    (found,) = json.loads((tmp_path / "data_check.json").read_text(encoding="utf-8"))["problems"]
+    assert found["path"] == f"train/cat/{name}"
+    data = DataConfig(root=str(tmp_path), on_bad_image="skip")
+    before = sum(1 for _ in (tmp_path / "train").glob("*/*"))
+    assert len(open_set(data, "train", 2)) == before - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from vit_static.data.feed import TrainFeed
 from vit_static.data.images import ImageSet
 from vit_static.data.lists import DataError
 from vit_static.data.sets import open_set
+from vit_static.files import lock
 
 NUM_IMAGES, NUM_CLASSES = 23, 3
 
@@ -265,3 +267,20 @@ def test_shards_have_the_size_that_was_asked_for(source: Path, tmp_path: Path) -
     one = opened(pack(source, tmp_path / "one", "--shard-mb", "0.000001"))
     assert len(one) == NUM_IMAGES and len(list((tmp_path / "one/train").glob("*.tar"))) == NUM_IMAGES
     assert tool.MANIFEST_FILE in {path.name for path in (root / "train").iterdir()}
+
+
+def test_two_runs_at_once_are_refused(source: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "packed"
+    (out / "train").mkdir(parents=True)
+    with lock(out / "train", "not here"):
+        assert main(["shards", "--root", str(source), "--out", str(out)]) == 2
+        assert "another run is writing it" in capsys.readouterr().err
+    pack(source, out)
+
+
+def test_names_that_are_no_text_are_packed_and_listed(source: Path, tmp_path: Path) -> None:
+    name = os.fsdecode(b"\xe9t\xe9.jpeg")
+    next((source / "train/c0").glob("*.jpeg")).rename(source / "train/c0" / name)
+    root = pack(source, tmp_path / "packed")
+    assert sorted(contents(opened(root))) == sorted(contents(opened(source)))
+    assert b" train/c0/\xe9t\xe9.jpeg\n" in (root / "train/contents.txt").read_bytes()

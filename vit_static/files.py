@@ -1,7 +1,8 @@
-"""Writing files so that a run that is killed leaves the last good one."""
+"""Writing files so that a run that is killed leaves the last good one, and two runs don't write the same."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,5 +35,25 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def lock(path: Path, refusal: str) -> Iterator[None]:
+    """Holds an existing file or folder against every other run. Raises ValueError(refusal) while another has it.
+
+    The kernel forgets a lock with its process, also one that is killed. Some network disks have no locks: nobody is
+    kept out there.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(refusal) from None
+        except OSError:
+            pass
+        yield
     finally:
         os.close(descriptor)
