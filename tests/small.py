@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 
+from vit_static import formats
 from vit_static.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,3 +35,8 @@ def images_and_labels(
     rng = np.random.default_rng(seed)
     images = rng.standard_normal((num_images, 3, *config.image_size)).astype(np.float32)
     return paddle.to_tensor(images), paddle.to_tensor(rng.integers(0, config.num_classes, num_images))
+
+
+def read_state(path: Path) -> formats.State:
+    """The arrays of a file of weights."""
+    return formats.read(path).state

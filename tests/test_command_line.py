@@ -17,11 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from sets import copy_of_some
-from small import ROOT
+from small import ROOT, read_state
 
 from data_tools.digits import make_digits
 from vit_static.runtime import cpu_has_bfloat16
-from vit_static.weights import read_pdparams
 
 TINY = """
 model: {variant: Ti/16, image_size: 16, patch_size: 8, width: 32, depth: 2, num_heads: 2, mlp_dim: 64,
@@ -96,8 +95,8 @@ def test_finetune_from_that_run_with_another_head_and_size(workplace: Path) -> N
     done = run_sh("finetune", "-c", "finetune.yaml", cwd=workplace)
     assert done.returncode == 0, done.stderr
     assert "resampled: pos_embed; fresh: head.weight, head.bias" in done.stdout
-    before = read_pdparams(workplace / "output/tiny/model.pdparams")
-    after = read_pdparams(workplace / "output/finetune/model.pdparams")
+    before = read_state(workplace / "output/tiny/model.pdparams")
+    after = read_state(workplace / "output/finetune/model.pdparams")
     assert before["pos_embed"].shape == (1, 1 + 2 * 2, 32) and after["pos_embed"].shape == (1, 1 + 3 * 4, 32)
     assert after["head.weight"].shape == (32, 2)
 
@@ -212,7 +211,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(workplace: Path, number: signal.
     assert not (run / "model.pdparams").exists()
     done = run_sh(*arguments, cwd=workplace)
     assert done.returncode == 0 and "going on from" in done.stdout
-    whole, parts = (read_pdparams(path / "model.pdparams") for path in (workplace / "output/tiny", run))
+    whole, parts = (read_state(path / "model.pdparams") for path in (workplace / "output/tiny", run))
     assert all(np.array_equal(parts[name], whole[name]) for name in whole)
 
 
@@ -295,7 +294,7 @@ def test_a_run_goes_on_on_another_mesh(workplace: Path, override: str) -> None:
     np.testing.assert_allclose([found[step] for step in expected], list(expected.values()), rtol=1e-5)
     run = workplace / "output" / name
     assert {p.name for p in (run / "checkpoints").glob("step_*")} == {"step_00000008", "step_00000012"}
-    weights, whole = read_pdparams(run / "model.pdparams"), read_pdparams(workplace / "output/unbroken/model.pdparams")
+    weights, whole = read_state(run / "model.pdparams"), read_state(workplace / "output/unbroken/model.pdparams")
     assert {key: value.shape for key, value in weights.items()} == {key: value.shape for key, value in whole.items()}
 
 

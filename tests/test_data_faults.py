@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from small import read_state
 from test_command_line import run_sh
 from test_training import TINY
 
@@ -19,7 +20,6 @@ from vit_static.data.lists import DataError
 from vit_static.data.order import TrainOrder
 from vit_static.data.sets import open_set
 from vit_static.train import train
-from vit_static.weights import read_pdparams
 
 BATCH_SIZE, BAD_POSITION = 16, 50  # in the fourth batch
 
@@ -86,7 +86,7 @@ def test_a_bad_image_stops_the_run_which_then_goes_on_to_the_same_bits(config: C
     assert 1 <= step <= BAD_POSITION // BATCH_SIZE
     image.write_bytes(content)
     assert train(config)
-    ours, theirs = (read_pdparams(run.run_dir / "model.pdparams") for run in (config, whole))
+    ours, theirs = (read_state(run.run_dir / "model.pdparams") for run in (config, whole))
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -111,7 +111,7 @@ def test_an_augmented_and_mixed_run_goes_on_to_the_same_bits(config: Config, tmp
     assert 1 <= stopped_by(stopped, image) <= 5
     image.write_bytes(content)
     assert train(stopped)
-    ours, theirs = (read_pdparams(run.run_dir / "model.pdparams") for run in (stopped, whole))
+    ours, theirs = (read_state(run.run_dir / "model.pdparams") for run in (stopped, whole))
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
 
 

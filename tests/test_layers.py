@@ -10,7 +10,19 @@ from small import ROOT
 PEERS = ROOT / "vit_static" / "bench" / "peers"  # scripts, which import nothing of the package
 # As the architecture has it; a new module must be given its place.
 LAYERS = [
-    {"__init__", "config", "schedule", "log", "flops", "devices", "files", "report", "runtime"},
+    {
+        "__init__",
+        "config",
+        "schedule",
+        "log",
+        "flops",
+        "devices",
+        "files",
+        "report",
+        "runtime",
+        "resampling",
+        "formats",
+    },
     {"model", "loss", "data", "mesh", "agreement", "mixing"}
     | {f"data.{name}" for name in ("lists", "images", "shards", "sets", "order", "augment", "operations", "pipeline")}
     | {"data.reader", "data.feed"}

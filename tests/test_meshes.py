@@ -52,6 +52,7 @@ MODELS = {
     "gap": changed(pool="gap", pos_embed="sincos2d", representation_size=24),
     "seven": changed(num_classes=7, qkv_bias=False, layer_scale_init=None),  # no 2 ranks can split its head
     "dropped_paths": changed(pool="gap", drop_path_rate=0.3),
+    "tokens": changed(pool="cls_gap", register_tokens=2, class_position=False),
     "dropout": changed(dropout=0.1, attention_dropout=0.1, drop_path_rate=0.3),
 }
 OPTIMIZERS = {
@@ -86,6 +87,22 @@ MESHES = {
     "dp2_mp2_sharding1": (mesh(dp=2, mp=2, sharding_stage=1), "cls"),
 }
 EVALUATED = ["one_cls_sgd", "dp2_sgd", "mp2_sgd", "pp2_1F1B_sgd", "dp4_sgd", "mp2_pp2_sgd", "dp2_sharding1_sgd"]
+# the recipes' optimizers, with all that they may be given, for a few steps
+RECIPES = {
+    "adamw": OptimConfig(weight_decay=0.1, no_decay=("bias", "norm"), layer_decay=0.7, ema_decay=0.9),
+    "lamb": OptimConfig(name="lamb", epsilon=1e-3, weight_decay=0.1, no_decay=("bias",), ema_decay=0.9),
+    "lion": OptimConfig(name="lion", lr=1e-4, betas=(0.9, 0.99), weight_decay=0.1, decay_times_lr=False),
+    "adafactor": OptimConfig(name="adafactor", betas=(0.9, 0.99), weight_decay=0.1, ema_decay=0.9),
+}
+RECIPES_MESHES = {
+    "dp2": mesh(dp=2),
+    "mp2": mesh(mp=2),
+    "pp2": mesh(pp=2),
+    "accum2": mesh(grad_accum_steps=2),
+    "dp2_sharding2": mesh(dp=2, sharding_stage=2),
+    "dp2_sharding3": mesh(dp=2, sharding_stage=3),
+    "dp2_mp2_sharding1": mesh(dp=2, mp=2, sharding_stage=1),
+}
 # with drop path alone, and the run in one process that draws the same
 DROPPING_PATHS = {
     "paths_dp2": (mesh(dp=2), "paths_one"),
@@ -131,6 +148,9 @@ def all_cases() -> list[Case]:
         named.append((name, MODELS["dropped_paths"], OPTIMIZERS["adamw"], parallel, {}))
     for name, parallel in {"mixed_one": mesh(), **MIXED}.items():
         named.append((name, MODEL, OPTIMIZERS["sgd"], parallel, {"mixes": True}))
+    for optimizer, optim in RECIPES.items():
+        for name, parallel in {"one": mesh(), **RECIPES_MESHES}.items():
+            named.append((f"recipe_{name}_{optimizer}", MODELS["tokens"], optim, parallel, {"steps": list(range(4))}))
     for name, parallel in DROPPING.items():
         recorded = {"steps": SAME_STEP_TWICE, "records_masks": True}
         named.append((name, MODELS["dropout"], OPTIMIZERS["sgd"], parallel, recorded))
@@ -281,6 +301,30 @@ def test_a_mesh_trains_as_one_process(runs: Runs, name: str, optimizer: str) -> 
         assert min(one.grad_norms) > OPTIMIZERS["sgd"].clip_norm
         for key, value in expected.items():
             np.testing.assert_allclose(weights[key], value, rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("optimizer", RECIPES)
+@pytest.mark.parametrize("name", RECIPES_MESHES)
+def test_a_recipes_optimizer_updates_as_in_one_process(runs: Runs, name: str, optimizer: str) -> None:
+    """What it keeps, and the weights' average, too; but where a gradient is rounding errors, which k's bias has, and
+    of Lion, which goes by signs."""
+    one, outcomes = runs.one(f"recipe_one_{optimizer}"), runs(f"recipe_{name}_{optimizer}")
+    for outcome in outcomes:
+        np.testing.assert_allclose(outcome.losses, one.losses, rtol=1e-5)
+    state, expected = whole(outcomes), whole([one])
+    assert state.keys() == expected.keys()
+    assert sum(key.endswith("@ema") for key in state) == (0 if optimizer == "lion" else len(one_of_each(state)))
+    if optimizer == "adafactor":
+        assert expected["blocks.0.attn.q.weight@row_moment2"].shape == (32,)
+    for key, value in expected.items():
+        assert state[key].shape == value.shape, key
+        if optimizer in ("adamw", "lamb") and ".attn.k.bias" not in key:
+            np.testing.assert_allclose(state[key], value, rtol=1e-3, atol=2e-5, err_msg=key)
+
+
+def one_of_each(state: dict[str, np.ndarray]) -> list[str]:
+    """The weights' names."""
+    return [key for key in state if "@" not in key]
 
 
 @pytest.mark.parametrize("name", MIXED)

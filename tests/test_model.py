@@ -9,16 +9,15 @@ from numpy_vit import logits as numpy_logits
 from small import REFERENCE, SMALL, images_and_labels
 
 from vit_static.config import KernelsConfig, ModelConfig, OptimConfig
+from vit_static.formats import fuse_qkv, split_qkv
 from vit_static.model import (
     VARIANTS,
     attention_by_matmul,
     build,
-    fuse_qkv,
-    resample_pos_embed,
     sincos2d_pos_embed,
-    split_qkv,
     variant_of,
 )
+from vit_static.resampling import resample_pos_embed
 from vit_static.step import Precision
 from vit_static.weights import file_state, load_state
 

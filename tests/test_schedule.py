@@ -30,7 +30,13 @@ def test_the_warmup_rises_in_a_line_from_0_to_the_peak(name: str) -> None:
     ("name", "quarter", "half", "last", "end"),
     [
         # After a warmup of 10 steps, 100 steps of decay: step 35 is a quarter of it, 60 half, 109 the last update's.
-        ("cosine", PEAK * (2 + math.sqrt(2)) / 4, PEAK / 2, PEAK * math.sin(math.pi / 200) ** 2, 0.0),
+        (
+            "cosine",
+            0.1 + (PEAK - 0.1) * (2 + math.sqrt(2)) / 4,
+            (PEAK + 0.1) / 2,
+            0.1 + (PEAK - 0.1) * math.sin(math.pi / 200) ** 2,
+            0.1,
+        ),
         ("linear", 0.75 * PEAK + 0.25 * 0.1, (PEAK + 0.1) / 2, 0.01 * PEAK + 0.99 * 0.1, 0.1),
         ("constant", PEAK, PEAK, PEAK, PEAK),
     ],
@@ -40,7 +46,7 @@ def test_the_decay(name: str, quarter: float, half: float, last: float, end: flo
     assert rates == pytest.approx([quarter, half, last, end], rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize(("name", "end"), [("cosine", 0.0), ("linear", 0.1), ("constant", PEAK)])
+@pytest.mark.parametrize(("name", "end"), [("cosine", 0.1), ("linear", 0.1), ("constant", PEAK)])
 def test_past_the_end_the_last_value_holds(name: str, end: float) -> None:
     assert [rate(step, name, end_lr=0.1) for step in (111, 10**6)] == pytest.approx([end, end], abs=1e-12)
 

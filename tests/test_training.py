@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from small import read_state
 
 from vit_static import checkpoint, report
 from vit_static.config import Config, ConfigError, load
+from vit_static.formats import WeightsError
 from vit_static.train import train
-from vit_static.weights import WeightsError, read_pdparams
 
 TINY = """
 model: {variant: Ti/16, image_size: 16, patch_size: 8, width: 32, depth: 2, num_heads: 2, mlp_dim: 64,
@@ -54,7 +55,7 @@ def test_a_run_leaves_what_the_contract_says(config: Config) -> None:
     assert names == ["best", "latest", "step_00000004", "step_00000008", "step_00000011"]
     assert (run / "checkpoints" / "latest").resolve().name == "step_00000011"
     assert list(run.glob("events.out.tfevents*")) and (run / "model.pdparams").is_file()
-    state = read_pdparams(run / "model.pdparams")
+    state = read_state(run / "model.pdparams")
     assert {value.dtype for value in state.values()} == {np.dtype("float32")}
     merged = checkpoint.load_weights(run / "checkpoints" / "latest").state
     assert all(np.array_equal(merged[name], state[name]) for name in state)
@@ -72,13 +73,13 @@ def test_a_resumed_run_ends_with_the_same_bits(config: Config) -> None:
     """From step 4, in the middle of the first epoch, with dropout, drop path, crops and flips."""
     train(config)
     run = config.run_dir
-    expected = read_pdparams(run / "model.pdparams")
+    expected = read_state(run / "model.pdparams")
     losses = {line["step"]: line["loss"] for line in metrics(run, "train")}
     for later in ("step_00000008", "step_00000011"):
         shutil.rmtree(run / "checkpoints" / later)
     (run / "model.pdparams").unlink()
     assert train(config)
-    again = read_pdparams(run / "model.pdparams")
+    again = read_state(run / "model.pdparams")
     assert all(np.array_equal(again[name], expected[name]) for name in expected)
     assert [event["event"] for event in metrics(run, "event")] == ["finished", "resumed", "finished"]
     resumed = metrics(run, "train")[4:]
@@ -100,7 +101,7 @@ def test_never_resuming_begins_anew(config: Config) -> None:
     assert train(shorter, resume=False)
     assert [line["step"] for line in metrics(config.run_dir, "train")] == [3, 6, 9, 11, 3, 6]
     merged = checkpoint.load_weights(config.run_dir / "checkpoints" / "step_00000006").state
-    state = read_pdparams(config.run_dir / "model.pdparams")
+    state = read_state(config.run_dir / "model.pdparams")
     assert all(np.array_equal(merged[name], state[name]) for name in state)
     assert (config.run_dir / "checkpoints_before_1" / "step_00000011").is_dir()  # the first run's are kept
 

@@ -18,16 +18,17 @@ import paddle.distributed as dist
 
 import vit_static
 from vit_static import config as config_module
+from vit_static import formats
 from vit_static import model as model_module
 from vit_static.config import Config, ConfigError
 from vit_static.files import point_to, sync
+from vit_static.formats import Foreign, State, WeightsError, fuse_qkv
 from vit_static.mesh import Mesh
-from vit_static.model import fuse_qkv
-from vit_static.weights import State, WeightsError, read_pdparams
+from vit_static.optim import EMA
 
 FORMAT = 2
 _META, _CONFIG, _CLASS_NAMES = "meta.json", "config.yaml", "class_names.txt"
-_MERGED = "model.pdparams"
+MERGED, MERGED_AVERAGE = "model.pdparams", "model_ema.pdparams"
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,10 @@ def set_aside(run_dir: Path) -> None:
         number += 1
     if (run_dir / "checkpoints").exists():
         (run_dir / "checkpoints").rename(aside)
-    if (run_dir / _MERGED).exists():
-        aside.mkdir(exist_ok=True)
-        (run_dir / _MERGED).rename(aside / _MERGED)
+    for merged in (MERGED, MERGED_AVERAGE):
+        if (run_dir / merged).exists():
+            aside.mkdir(exist_ok=True)
+            (run_dir / merged).rename(aside / merged)
 
 
 def read_progress(path: Path) -> tuple[Progress, DataPosition]:
@@ -175,7 +177,12 @@ def _fixed_values(config: Config) -> dict[str, Any]:
         "data.global_batch_size": config.data.global_batch_size,
         "augment.repeats": config.augment.repeats,
     }
-    return {**model, "optim.name": config.optim.name, **order}
+    training = {
+        "optim.name": config.optim.name,
+        "optim.ema_decay > 0": config.optim.ema_decay > 0.0,
+        "train.frozen": config.train.frozen,
+    }
+    return {**model, **training, **order}
 
 
 def restore(state: dict[str, paddle.Tensor], path: Path, mesh: Mesh) -> None:
@@ -191,12 +198,21 @@ def _local(tensor: paddle.Tensor) -> paddle.Tensor:
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights in the files' layout, and the config that they were trained with, where it is known."""
+    """What a file or a checkpoint holds, and the config that it was trained with, where it is known."""
 
-    state: State
+    found: Foreign
     config: Config | None
     class_names: list[str] | None
     source: Path
+
+    @property
+    def state(self) -> State:
+        return self.found.state
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Of the patches that the weights were trained on."""
+        return None if self.config is None else model_module.grid_of(self.config.model)
 
     def config_with(self, overrides: Iterable[str]) -> Config:
         """The config with ``section.key=value`` overrides. Raises ConfigError where none lies beside the weights."""
@@ -207,29 +223,43 @@ class Weights:
         )
 
 
-def load_weights(path: Path) -> Weights:
-    """Weights from a run's folder (its merged weights, or else its latest checkpoint), a checkpoint, a .pdparams file.
+def load_weights(path: Path, *, averaged: bool = False) -> Weights:
+    """Weights from a run's folder (its merged weights, or else its latest checkpoint), a checkpoint, or a file of any
+    format that `formats.read` knows. `averaged`: of a run or checkpoint of ours the moving average.
 
     Raises WeightsError where there are none.
     """
     if path.is_file():
         beside = path.parent / _CONFIG
         config = config_module.load(beside) if beside.is_file() else None
-        return Weights(read_pdparams(path), config, _read_class_names(path.parent), path)
-    if (path / _MERGED).is_file():
-        return load_weights(path / _MERGED)
+        return Weights(formats.read(path), config, _read_class_names(path.parent), path)
+    merged = path / (MERGED_AVERAGE if averaged else MERGED)
+    if merged.is_file():
+        return load_weights(merged)
     if (path / _META).is_file():
         read_progress(path)
         config = config_module.load(path / _CONFIG)
-        return Weights(merge(path, config), config, _read_class_names(path), path)
+        if averaged and config.optim.ema_decay == 0.0:
+            raise WeightsError(f"{path}: has no moving average of the weights (optim.ema_decay is 0)")
+        found = Foreign(merge(path, config, averaged=averaged), "this program's checkpoint", _facts(config))
+        return Weights(found, config, _read_class_names(path), path)
     newest = latest(path)
     if newest is not None:
-        return load_weights(newest)
+        return load_weights(newest, averaged=averaged)
     raise WeightsError(
         f"{path}: {'holds no weights' if path.is_dir() else 'no such file or folder'}; train first "
         "('./run.sh pretrain' makes output/quickstart), or name a run's folder, "
-        "a checkpoint (checkpoints/step_*) or a .pdparams file"
+        "a checkpoint (checkpoints/step_*) or a file of weights (.pdparams, .npz, .safetensors)"
     )
+
+
+def _facts(config: Config) -> dict[str, Any]:
+    model = config.model
+    return {
+        "num_heads": model_module.variant_of(model).num_heads,
+        "class_position": model.class_position,
+        **{key: getattr(model, key) for key in ("gelu", "layer_norm_epsilon", "pool", "norm_after_pool")},
+    }
 
 
 def write_class_names(folder_path: Path, class_names: Iterable[str]) -> None:
@@ -242,9 +272,10 @@ def _read_class_names(folder_path: Path) -> list[str] | None:
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else None
 
 
-def merge(path: Path, config: Config) -> State:
-    """A sharded checkpoint's weights, whole, in the files' layout."""
+def merge(path: Path, config: Config, *, averaged: bool = False) -> State:
+    """A sharded checkpoint's weights, or their moving average, whole, in the files' layout."""
     plain = model_module.build(config.model)
-    state = plain.state_dict()
+    suffix = f"@{EMA}" if averaged else ""
+    state = {f"{name}{suffix}": value for name, value in plain.state_dict().items()}
     dist.load_state_dict(state, str(path))
-    return fuse_qkv({name: value.numpy() for name, value in state.items()})
+    return fuse_qkv({name.removesuffix(suffix): value.numpy() for name, value in state.items()})

@@ -33,6 +33,7 @@ NotNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Pixels = Annotated[int, Field(ge=1)]
 Interpolation = Literal["bilinear", "bicubic"]
+PosEmbedResampling = Literal["bicubic", "bilinear", "antialias"]
 
 
 class UserError(ValueError):
@@ -68,12 +69,18 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    variant: str = Field(
-        "B/16", description="a name of model.VARIANTS; the five keys after `pos_embed_init` override it"
-    )
+    variant: str = Field("B/16", description="a name of model.VARIANTS; `patch_size` to `mlp_dim` override it")
     image_size: ImageSize = Field((224, 224), description="pixels: a number, or [height, width]")
     num_classes: Count = 1000
-    pool: Literal["cls", "gap"] = "cls"
+    pool: Literal["cls", "gap", "cls_gap"] = Field(
+        "cls", description="what the head reads: the class token's state, the patches' mean, both side by side"
+    )
+    class_token: bool | None = Field(None, description="null: where `pool` reads it")
+    class_position: bool = Field(True, description="the class token has a position embedding, too")
+    register_tokens: Annotated[int, Field(ge=0)] = Field(0, description="without a position (arXiv 2309.16588)")
+    norm_after_pool: bool = Field(False, description="the last norm is of the pooled state, not of the tokens'")
+    layer_norm_epsilon: Positive = 1e-6
+    gelu: Literal["erf", "tanh"] = Field("erf", description="exact, or the approximation that Flax has by default")
     pos_embed: Literal["learn", "sincos2d"] = Field("learn", description="sincos2d is fixed")
     pos_embed_init: Literal["normal", "sincos2d"] = Field("normal", description="what a learned one begins as")
     patch_size: Pixels | None = None
@@ -89,12 +96,32 @@ class ModelConfig(Section):
     drop_path_rate: Rate = Field(0.0, description="the last block's; linear from 0 over the depth")
     layer_scale_init: float | None = None
 
+    @model_validator(mode="after")
+    def _has_the_tokens_it_needs(self) -> ModelConfig:
+        if self.class_token is False and self.pool != "gap":
+            raise ValueError(f"class_token = False: pool = {self.pool!r} reads it; set pool=gap")
+        return self
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.pool != "gap" if self.class_token is None else self.class_token
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """The tokens before the patches: class, then registers."""
+        return int(self.has_class_token) + self.register_tokens
+
+    @property
+    def num_prefix_positions(self) -> int:
+        """How many of those have a position embedding."""
+        return int(self.has_class_token and self.class_position)
+
 
 class DataConfig(Section):
     root: str = Field("data/imagenet", description="folder that `train` and `val` lie in")
     train: str = Field("train", description="below root: class folders, a list file, or a folder of WebDataset shards")
     val: str = "val"
-    multi_label: bool = Field(False, description="images may have several labels; needs loss.name = sigmoid")
+    multi_label: bool = Field(False, description="images may have several labels; needs loss.name = sigmoid or bce")
     on_bad_image: Literal["stop", "skip"] = Field(
         "stop", description="skip: leave out what `data check` has listed; a file that can't be decoded always stops"
     )
@@ -143,34 +170,79 @@ class AugmentConfig(Section):
 
 
 class LossConfig(Section):
-    name: Literal["softmax", "sigmoid"] = "softmax"
+    name: Literal["softmax", "sigmoid", "bce"] = Field(
+        "softmax", description="sigmoid: binary cross-entropy summed over the classes, as the seed; bce: its mean"
+    )
     label_smoothing: Rate = Field(
         0.0,
-        description="e; softmax: targets y*(1-e) + e/classes; sigmoid, as the seed: y*(1-e) + e",
+        description="e; softmax and bce: targets y*(1-e) + e/classes; sigmoid, as the seed: y*(1-e) + e",
     )
+    target_threshold: Rate | None = Field(None, description="sigmoid, bce: targets above it become 1, others 0")
+
+    @model_validator(mode="after")
+    def _threshold_is_of_independent_classes(self) -> LossConfig:
+        if self.target_threshold is not None and self.name == "softmax":
+            raise ValueError("target_threshold: is for sigmoid and bce, whose classes don't exclude each other")
+        return self
 
 
 class OptimConfig(Section):
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "sgd", "lamb", "lion", "adafactor"] = "adamw"
     lr: NotNegative = Field(1e-3, description="the schedule's peak")
-    betas: tuple[Rate, Rate] = (0.9, 0.999)
-    epsilon: Positive = 1e-8
+    betas: tuple[Rate, Rate] = Field(
+        (0.9, 0.999), description="lion's are (0.9, 0.99) in its paper; adafactor: momentum, most of the second moment"
+    )
+    epsilon: Positive = Field(1e-8, description="adamw's and lamb's; lamb's is 1e-6 in its paper")
     momentum: Rate = Field(0.9, description="sgd's")
     weight_decay: NotNegative = Field(
-        0.0, description="adamw: decoupled, times lr; sgd: an L2 term in the gradient, after clipping"
+        0.0, description="decoupled, times the step's lr; sgd: an L2 term in the gradient, after clipping"
+    )
+    decay_times_lr: bool = Field(
+        True, description="false: the decay goes with lr(step) / lr instead; not for sgd and lamb"
+    )
+    no_decay: tuple[Literal["bias", "norm", "embedding"], ...] = Field(
+        (), description="left out of it; norm: LayerNorm, LayerScale; embedding: class token, registers, position"
+    )
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="lr times layer_decay ** (layers above); the head has none above, the embeddings all"
     )
     clip_norm: Positive | None = Field(1.0, description="of all gradients together; null: no clipping")
+    ema_decay: Rate = Field(0.0, description="of the weights' moving average, evaluated beside them; 0: none")
+    ema_warmup: bool = Field(True, description="at first less, so that early weights are forgotten (optim.ema_decay)")
+
+    @model_validator(mode="after")
+    def _decay_has_a_rate(self) -> OptimConfig:
+        if not self.decay_times_lr and (self.name in ("sgd", "lamb") or self.lr == 0.0):
+            raise ValueError("decay_times_lr = False: wants a decoupled decay (not sgd's or lamb's) and an lr above 0")
+        return self
 
 
 class ScheduleConfig(Section):
-    name: Literal["cosine", "linear", "constant"] = "cosine"
+    name: Literal["cosine", "linear", "rsqrt", "constant"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    end_lr: NotNegative = Field(0.0, description="what linear ends at; cosine ends at 0, as the seed's")
+    warmup_epochs: NotNegative | None = Field(None, description="in place of warmup_steps")
+    warmup_start_lr: NotNegative = Field(0.0, description="what the warmup begins at")
+    end_lr: NotNegative = Field(0.0, description="what cosine and linear end at")
+    decay_begins: Literal["after_warmup", "at_start"] = Field(
+        "after_warmup", description="from where cosine and linear count; at_start, as timm: the warmup hides a part"
+    )
+    timescale: Positive = Field(10_000.0, description="rsqrt: lr / sqrt(1 + steps after the warmup / timescale)")
+    cooldown_steps: Annotated[int, Field(ge=0)] = Field(0, description="at the end, linearly to 0")
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> ScheduleConfig:
+        if self.warmup_steps and self.warmup_epochs is not None:
+            raise ValueError("warmup_steps and warmup_epochs are both set; take one out")
+        return self
 
 
 class TrainConfig(Section):
+    """How long: whichever of the three is reached first."""
+
     epochs: Positive = 300.0
-    max_steps: Count | None = Field(None, description="optimizer steps; where it is less than the epochs make")
+    max_steps: Count | None = Field(None, description="optimizer steps")
+    max_images: Count | None = None
+    frozen: Literal["none", "body"] = Field("none", description="body: only the head is trained, a linear probe")
 
 
 class ParallelConfig(Section):
@@ -225,8 +297,13 @@ class KernelsConfig(Section):
 
 
 class InitConfig(Section):
-    from_: str | None = Field(None, alias="from", description="weights: a run, a checkpoint or a .pdparams file")
+    from_: str | None = Field(
+        None, alias="from", description="weights: a run, a checkpoint, a .pdparams, .npz or .safetensors file"
+    )
     head: Literal["reset", "keep"] = Field("reset", description="reset: a new head; keep: the file's")
+    pos_embed: PosEmbedResampling = Field(
+        "bicubic", description="to another grid: as the seed (bicubic), Google's (bilinear) or timm's (antialias)"
+    )
 
 
 class EvalConfig(Section):
@@ -293,7 +370,7 @@ class Config(Section):
                 "parallel.reduce_dtype = 'float16': a sum that overflows would pass float16's check of the scaled "
                 "gradients, which comes before; set float32 or bfloat16"
             )
-        if self.data.multi_label and self.loss.name != "sigmoid":
+        if self.data.multi_label and self.loss.name == "softmax":
             raise ValueError("data.multi_label: an image of several labels has no softmax; set loss.name=sigmoid")
         if self.mixes and self.data.global_batch_size % 2:
             raise ValueError(
@@ -409,6 +486,16 @@ def _section(path: Sequence[Any]) -> type[Section] | None:
 
 
 def total_steps(train: TrainConfig, num_images: int, global_batch_size: int) -> int:
-    """Optimizer steps of a run: whole batches of `epochs` times the set, at least one, at most `max_steps`."""
-    steps = max(1, math.floor(train.epochs * num_images / global_batch_size + 1e-9))
+    """Optimizer steps of a run: whole batches of the images that it has, at least one."""
+    images = train.epochs * num_images
+    if train.max_images is not None:
+        images = min(images, train.max_images)
+    steps = max(1, math.floor(images / global_batch_size + 1e-9))
     return steps if train.max_steps is None else min(steps, train.max_steps)
+
+
+def warmup_steps(schedule: ScheduleConfig, num_images: int, global_batch_size: int) -> int:
+    """Optimizer steps of the warmup."""
+    if schedule.warmup_epochs is None:
+        return schedule.warmup_steps
+    return round(schedule.warmup_epochs * num_images / global_batch_size)

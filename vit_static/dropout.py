@@ -11,10 +11,8 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 import paddle.nn.functional as F
-from paddle import nn
-from paddle.distributed.auto_parallel.placement_type import to_dim_map
 
-from vit_static.paddle_internals import write_to
+from vit_static.paddle_internals import persistable, write_to
 
 _DROPOUT, _SEED_OF_DROPOUT = "vit_static_dropout", "vit_static_seed_of_dropout"  # attributes of operators
 
@@ -53,8 +51,10 @@ class SeededDropout:
     def begin(self) -> None:
         """Called first of all in the forward, outside of all that is computed again."""
         for stage in set(self._stages):
-            seeds = _variable("dropout_seeds", [len(self._stages)], "int32", self._meshes[stage])
-            done = _variable("dropout_micro_batches", [1], "int32", self._meshes[stage])
+            mesh = self._meshes[stage]
+            whole = [dist.Replicate()] * mesh.ndim
+            seeds = persistable("dropout_seeds", [len(self._stages)], "int32", mesh, whole)
+            done = persistable("dropout_micro_batches", [1], "int32", mesh, whole)
             self._names[stage] = (seeds.name, done.name)
             current = seeds + done
             for index, stage_of_dropout in enumerate(self._stages):
@@ -98,18 +98,6 @@ class SeededDropout:
         """The axes of a stage's mesh and this rank's place along them."""
         mesh = next(mesh for mesh in self._meshes if self._rank in mesh.process_ids)
         return mesh.dim_names, [int(np.argwhere(mesh.mesh == self._rank)[0][axis]) for axis in range(mesh.ndim)]
-
-
-def _variable(name: str, shape: list[int], dtype: str, mesh: dist.ProcessMesh) -> Any:
-    """A variable of the program being traced that outlives a step, whole on every rank of `mesh`; 0 at first."""
-    dim_map, partial = to_dim_map([dist.Replicate()] * mesh.ndim, len(shape))
-    return paddle.pir.core.create_persistable_value(
-        dtype,
-        shape,
-        paddle.utils.unique_name.generate(name),
-        initializer=nn.initializer.Constant(0),
-        dist_attr=paddle.base.libpaddle.pir.create_tensor_dist_attribute(mesh, dim_map, partial),
-    )
 
 
 def seed_dropouts(program: Any) -> None:

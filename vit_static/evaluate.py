@@ -12,7 +12,7 @@ from vit_static import config as config_module
 from vit_static import mesh as mesh_module
 from vit_static import model as model_module
 from vit_static.checkpoint import load_weights
-from vit_static.config import Config
+from vit_static.config import Config, InitConfig
 from vit_static.data.feed import Batch, EvalFeed
 from vit_static.data.images import ImageSet
 from vit_static.data.lists import DataError
@@ -21,7 +21,7 @@ from vit_static.log import RunLog
 from vit_static.loss import Criterion
 from vit_static.mesh import Mesh, Sizes
 from vit_static.step import Program, choose_attention, choose_precision
-from vit_static.weights import load_state
+from vit_static.weights import init_from
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ def run(config: Config | None, checkpoint: Path, overrides: list[str]) -> None:
     images = open_set(config.data, "val", config.model.num_classes)
     attention = choose_attention(config.model, config.parallel, config.kernels, mesh.device)
     model = model_module.build(config.model, attention)
-    load_state(model, loaded.state, str(loaded.source))
+    keeping = InitConfig(head="keep", pos_embed=config.init.pos_embed)
+    init_from(model, config.model, loaded.found, str(loaded.source), keeping, loaded.grid)
     program = Program(
         model,
         Criterion(config.loss),

@@ -13,11 +13,11 @@ from paddle.static import InputSpec
 
 from vit_static import model as model_module
 from vit_static.checkpoint import load_weights
-from vit_static.config import Config, UserError
+from vit_static.config import Config, InitConfig, UserError
 from vit_static.data.images import ImageSet
 from vit_static.data.sets import open_set
 from vit_static.predict import CARD_FILE, MODEL_FILE, Card, Predictor, Preprocessing, read_pixels
-from vit_static.weights import load_state
+from vit_static.weights import init_from
 
 # Of a logit, by precision: in float32 absolute, in the others times the logits' standard deviation.
 LARGEST_DIFFERENCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.03}
@@ -48,7 +48,8 @@ def run(config: Config | None, checkpoint: Path, out: Path, overrides: list[str]
         raise UserError(f"{out}: is not empty, and not an exported model; name another folder with --out")
     paddle.set_device("cpu")
     model = model_module.build(config.model)
-    load_state(model, loaded.state, str(loaded.source))
+    keeping = InitConfig(head="keep", pos_embed=config.init.pos_embed)
+    init_from(model, config.model, loaded.found, str(loaded.source), keeping, loaded.grid)
     model.eval()
 
     part = out.with_name(f".{out.name}.part")

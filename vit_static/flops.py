@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shape:
-    """What the counts depend on. `num_tokens` are the patches, and the class token if there is one."""
+    """What the counts depend on. `num_tokens` are the patches, and the class token and registers if there are any;
+    `num_pooled` of them, or of their means, are the head's input."""
 
     num_patches: int
     num_tokens: int
@@ -18,6 +19,7 @@ class Shape:
     mlp_dim: int
     num_classes: int
     representation_size: int | None
+    num_pooled: int = 1
 
 
 def forward_macs(shape: Shape) -> int:
@@ -28,9 +30,9 @@ def forward_macs(shape: Shape) -> int:
     attention = 2 * num_tokens**2 * width  # the scores, and their product with the values
     mlp = 2 * num_tokens * width * shape.mlp_dim
     if shape.representation_size is None:
-        head = width * shape.num_classes
+        head = shape.num_pooled * width * shape.num_classes
     else:
-        head = shape.representation_size * (width + shape.num_classes)
+        head = shape.representation_size * (shape.num_pooled * width + shape.num_classes)
     return embedding + shape.depth * (projections + attention + mlp) + head
 
 

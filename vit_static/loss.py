@@ -15,18 +15,22 @@ def per_image_loss(logits: paddle.Tensor, labels: paddle.Tensor, loss: LossConfi
     """Logits [B, K] and labels [B] (int64), or targets y [B, K] (0 to 1, float32), to losses [B], in float32.
 
     softmax: cross-entropy with targets y * (1 - e) + e / K. sigmoid: binary cross-entropy summed over the classes,
-    with targets y * (1 - e) + e as in the seed (its 'ViTCELoss'). On a CPU Paddle's softmax takes a logit more than 64
-    below the greatest for 64 below it, so the loss of such an image is too small; its gradient is right.
+    with targets y * (1 - e) + e as in the seed (its 'ViTCELoss'). bce: its mean over the classes, with softmax's
+    targets (DeiT III). With `target_threshold` t both take y > t for y, before they smooth. On a CPU Paddle's softmax
+    takes a logit more than 64 below the greatest for 64 below it, so the loss of such an image is too small; its
+    gradient is right.
     """
     logits = logits.astype("float32")
     num_classes = logits.shape[-1]
     smoothing = loss.label_smoothing
     y = F.one_hot(labels, num_classes) if labels.ndim == 1 else labels  # [B, K]
+    if loss.target_threshold is not None:
+        y = (y > loss.target_threshold).astype("float32")
+    targets = y * (1.0 - smoothing) + (smoothing if loss.name == "sigmoid" else smoothing / num_classes)
     if loss.name == "softmax":
-        targets = y * (1.0 - smoothing) + smoothing / num_classes
         return -(targets * F.log_softmax(logits, axis=-1)).sum(axis=-1)
-    targets = y * (1.0 - smoothing) + smoothing
-    return -(targets * F.log_sigmoid(logits) + (1.0 - targets) * F.log_sigmoid(-logits)).sum(axis=-1)
+    losses = -(targets * F.log_sigmoid(logits) + (1.0 - targets) * F.log_sigmoid(-logits)).sum(axis=-1)
+    return losses / num_classes if loss.name == "bce" else losses
 
 
 def ranks_of_labels(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:

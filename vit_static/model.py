@@ -5,13 +5,13 @@ B images, N tokens (patches, and the class token if there is one), C the width, 
 
 In memory the query, key and value projections are three layers, so that tensor parallelism can split each of
 them by heads without moving anything. In files they are one matrix, ``attn.qkv``, as PLSC and timm have it:
-`fuse_qkv` and `split_qkv` go from one to the other.
+`formats.fuse_qkv` and `split_qkv` go from one to the other.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,8 +23,6 @@ from paddle.nn.initializer import Assign, Constant, Normal, XavierUniform
 
 from vit_static.config import ConfigError, ModelConfig
 from vit_static.flops import Shape
-
-LAYER_NORM_EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
@@ -86,13 +84,14 @@ def shape_of(config: ModelConfig) -> Shape:
     variant, (rows, columns) = variant_of(config), grid_of(config)
     return Shape(
         num_patches=rows * columns,
-        num_tokens=rows * columns + (config.pool == "cls"),
+        num_tokens=rows * columns + config.num_prefix_tokens,
         patch_dim=3 * variant.patch_size**2,
         width=variant.width,
         depth=variant.depth,
         mlp_dim=variant.mlp_dim,
         num_classes=config.num_classes,
         representation_size=config.representation_size,
+        num_pooled=2 if config.pool == "cls_gap" else 1,
     )
 
 
@@ -253,15 +252,16 @@ class Attention(nn.Layer):
 
 
 class Mlp(nn.Layer):
-    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+    def __init__(self, width: int, hidden: int, dropout: float, gelu: str) -> None:
         super().__init__()
+        self.approximate = gelu == "tanh"
         self.fc1 = linear(width, hidden, bias_init=Normal(0.0, 1e-6))
         self.fc2 = linear(hidden, width, bias_init=Normal(0.0, 1e-6))
         self.drop1 = Dropout(dropout)
         self.drop2 = Dropout(dropout)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        return self.drop2(self.fc2(self.drop1(F.gelu(self.fc1(x)))))  # [B, N, hidden], then [B, N, C]
+        return self.drop2(self.fc2(self.drop1(F.gelu(self.fc1(x), self.approximate))))  # [B, N, hidden], then [B, N, C]
 
 
 class Block(nn.Layer):
@@ -276,12 +276,14 @@ class Block(nn.Layer):
         dropout: float,
         drop_path_rate: float,
         layer_scale_init: float | None,
+        layer_norm_epsilon: float,
+        gelu: str,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, LAYER_NORM_EPSILON)
+        self.norm1 = nn.LayerNorm(width, layer_norm_epsilon)
         self.attn = attention
-        self.norm2 = nn.LayerNorm(width, LAYER_NORM_EPSILON)
-        self.mlp = Mlp(width, mlp_dim, dropout)
+        self.norm2 = nn.LayerNorm(width, layer_norm_epsilon)
+        self.mlp = Mlp(width, mlp_dim, dropout, gelu)
         self.drop_path1 = DropPath(drop_path_rate)
         self.drop_path2 = DropPath(drop_path_rate)
         self.ls1 = nn.Identity() if layer_scale_init is None else LayerScale(width, layer_scale_init)
@@ -299,6 +301,12 @@ def build(config: ModelConfig, attention: AttentionFunction = flash_attention) -
         image_size=config.image_size,
         num_classes=config.num_classes,
         pool=config.pool,
+        class_token=config.has_class_token,
+        class_position=config.class_position,
+        register_tokens=config.register_tokens,
+        norm_after_pool=config.norm_after_pool,
+        layer_norm_epsilon=config.layer_norm_epsilon,
+        gelu=config.gelu,
         pos_embed=config.pos_embed,
         pos_embed_init=config.pos_embed_init,
         representation_size=config.representation_size,
@@ -315,9 +323,12 @@ def build(config: ModelConfig, attention: AttentionFunction = flash_attention) -
 class VisionTransformer(nn.Layer):
     """Images [B, 3, height, width], normalised, to logits [B, num_classes].
 
-    `pool` is ``cls`` (a class token, whose last state is read) or ``gap`` (no class token; the patches' mean,
-    taken after the last norm, as big_vision does). `pos_embed` is ``learn`` or ``sincos2d`` (fixed); a learned one
-    begins as `pos_embed_init` says.
+    `pool` is what the head reads: ``cls``, the class token's last state; ``gap``, the patches' mean; ``cls_gap``, both
+    side by side (DINOv2's). The last norm is of each token's state, as in the paper, or with
+    `norm_after_pool` of what is pooled, as in MAE's finetuning. A class token that isn't read may be there, too (None:
+    it is there if it is read). `register_tokens` stand between it and the patches, without a position; without
+    `class_position` the class token has none either (DeiT III). `pos_embed` is ``learn`` or ``sincos2d`` (fixed); a
+    learned one begins as `pos_embed_init` says.
     `representation_size` puts a tanh layer of that width before the head (the paper's pretraining head).
     `drop_path_rate` is the last block's; the others' rise linearly from 0.
     """
@@ -333,6 +344,12 @@ class VisionTransformer(nn.Layer):
         mlp_dim: int,
         num_classes: int,
         pool: str = "cls",
+        class_token: bool | None = None,
+        class_position: bool = True,
+        register_tokens: int = 0,
+        norm_after_pool: bool = False,
+        layer_norm_epsilon: float = 1e-6,
+        gelu: str = "erf",
         pos_embed: str = "learn",
         pos_embed_init: str = "normal",
         representation_size: int | None = None,
@@ -346,20 +363,25 @@ class VisionTransformer(nn.Layer):
     ) -> None:
         super().__init__()
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
-        self.pool = pool
-        num_prefix_tokens = 1 if pool == "cls" else 0
-        num_tokens = num_prefix_tokens + self.grid[0] * self.grid[1]
+        self.pool, self.norm_after_pool, self.class_position = pool, norm_after_pool, class_position
+        has_class_token = pool != "gap" if class_token is None else class_token
+        self.num_prefix_tokens = has_class_token + register_tokens
+        num_prefix_positions = int(has_class_token and class_position)
+        num_positions = num_prefix_positions + self.grid[0] * self.grid[1]
 
         self.patch_embed = PatchEmbed(patch_size, width)
-        if pool == "cls":
+        self.cls_token, self.reg_token = None, None
+        if has_class_token:
             self.cls_token = self.create_parameter([1, 1, width], default_initializer=Constant(0.0))
+        if register_tokens:
+            self.reg_token = self.create_parameter([1, register_tokens, width], default_initializer=Normal(0.0, 0.02))
         if pos_embed == "learn":
             begin = Normal(0.0, 0.02)
             if pos_embed_init == "sincos2d":
-                begin = Assign(sincos2d_pos_embed(self.grid, width, num_prefix_tokens))
-            self.pos_embed = self.create_parameter([1, num_tokens, width], default_initializer=begin)
+                begin = Assign(sincos2d_pos_embed(self.grid, width, num_prefix_positions))
+            self.pos_embed = self.create_parameter([1, num_positions, width], default_initializer=begin)
         else:
-            fixed = sincos2d_pos_embed(self.grid, width, num_prefix_tokens)
+            fixed = sincos2d_pos_embed(self.grid, width, num_prefix_positions)
             self.register_buffer("pos_embed", paddle.to_tensor(fixed), persistable=False)
         self.pos_drop = Dropout(dropout)
 
@@ -379,36 +401,58 @@ class VisionTransformer(nn.Layer):
                     dropout=dropout,
                     drop_path_rate=drop_path_rate * index / max(depth - 1, 1),
                     layer_scale_init=layer_scale_init,
+                    layer_norm_epsilon=layer_norm_epsilon,
+                    gelu=gelu,
                 )
                 for index in range(depth)
             ]
         )
-        self.norm = nn.LayerNorm(width, LAYER_NORM_EPSILON)
+        pooled_width = 2 * width if pool == "cls_gap" else width
+        self.norm = nn.LayerNorm(pooled_width if norm_after_pool else width, layer_norm_epsilon)
         if representation_size is None:
             self.head0 = None
-            self.head = linear(width, num_classes, weight_init=Constant(0.0), bias_init=head_bias_init)
+            self.head = linear(pooled_width, num_classes, weight_init=Constant(0.0), bias_init=head_bias_init)
         else:
-            self.head0 = linear(width, representation_size)
+            self.head0 = linear(pooled_width, representation_size)
             self.head = linear(representation_size, num_classes, bias_init=head_bias_init)
 
     def features(self, images: paddle.Tensor) -> paddle.Tensor:
-        """The pooled state after the last norm, [B, C]."""
+        """The pooled state after the last norm, [B, C] ([B, 2 C] of cls_gap)."""
         x = self.patch_embed(images)  # [B, rows * columns, C]
-        if self.pool == "cls":
-            # A broadcast sum, not `expand`: under data parallelism Paddle 3.3.1 leaves the gradient of an expanded
-            # class token unreduced, without an error.
-            x = paddle.concat([paddle.zeros_like(x[:, :1]) + self.cls_token, x], axis=1)  # [B, N, C]
-        x = self.pos_drop(x + self.pos_embed)
+        if self.cls_token is not None and self.class_position:
+            x = _with_tokens(self.cls_token, x)
+        x = x + self.pos_embed
+        if self.cls_token is not None and not self.class_position:
+            x = _with_tokens(self.cls_token, x)
+        if self.reg_token is not None:
+            x = _with_tokens(self.reg_token, x)
+        x = self.pos_drop(x)
         for block in self.blocks:
-            x = block(x)
-        x = self.norm(x)
-        return x[:, 0] if self.pool == "cls" else x.mean(axis=1)
+            x = block(x)  # [B, N, C]: registers, class token, patches
+        return self.norm(self.pooled(x)) if self.norm_after_pool else self.pooled(self.norm(x))
+
+    def pooled(self, x: paddle.Tensor) -> paddle.Tensor:
+        """What the head reads of the tokens, [B, N, C]."""
+        states = [x[:, self.num_prefix_tokens - 1]] if self.pool != "gap" else []
+        if self.pool != "cls":
+            states.append((x[:, self.num_prefix_tokens :] if self.num_prefix_tokens else x).mean(axis=1))
+        # Not `concat`, whose gradient Paddle 3.3.1 gets wrong where the head is split over ranks, without an error.
+        return states[0] if len(states) == 1 else paddle.stack(states, axis=1).flatten(1)
 
     def forward(self, images: paddle.Tensor) -> paddle.Tensor:
         x = self.features(images)
         if self.head0 is not None:
             x = F.tanh(self.head0(x))
         return self.head(x)
+
+
+def _with_tokens(tokens: paddle.Tensor, x: paddle.Tensor) -> paddle.Tensor:
+    """Learned tokens [1, T, C] before those of each image [B, N, C].
+
+    A broadcast sum, not `expand`: under data parallelism Paddle 3.3.1 leaves the gradient of an expanded token
+    unreduced, without an error.
+    """
+    return paddle.concat([paddle.zeros_like(x[:, :1]) + tokens, x], axis=1)
 
 
 def sincos2d_pos_embed(grid: tuple[int, int], width: int, num_prefix_tokens: int = 0) -> np.ndarray:
@@ -425,43 +469,3 @@ def sincos2d_pos_embed(grid: tuple[int, int], width: int, num_prefix_tokens: int
         [np.sin(column_angles), np.cos(column_angles), np.sin(row_angles), np.cos(row_angles)], axis=1
     )
     return np.concatenate([np.zeros((num_prefix_tokens, width)), table])[None].astype(np.float32)
-
-
-def resample_pos_embed(pos_embed: np.ndarray, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> np.ndarray:
-    """A learned position embedding on another grid, [1, prefix + rows * columns, C] in and out.
-
-    Bicubic between half-pixel centres, without antialiasing, as the seed does it; prefix tokens (what the
-    embedding holds beyond the old grid) are kept as they are.
-    """
-    num_prefix_tokens = pos_embed.shape[1] - old_grid[0] * old_grid[1]
-    prefix, table = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
-    table = table.reshape(1, *old_grid, -1).transpose(0, 3, 1, 2).astype(np.float32)  # [1, C, rows, columns]
-    resampled = F.interpolate(
-        paddle.to_tensor(table, place=paddle.CPUPlace()), size=list(new_grid), mode="bicubic", align_corners=False
-    )
-    table = resampled.numpy().transpose(0, 2, 3, 1).reshape(1, new_grid[0] * new_grid[1], -1)
-    return np.concatenate([prefix.astype(np.float32), table], axis=1)
-
-
-def fuse_qkv(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """From the layers' names to the files': ``attn.{q,k,v}.*`` become ``attn.qkv.*``, side by side in that order."""
-    fused = {}
-    for name, value in state.items():
-        if ".attn.q." in name:
-            parts = [state[name.replace(".attn.q.", f".attn.{part}.")] for part in "qkv"]
-            fused[name.replace(".attn.q.", ".attn.qkv.")] = np.concatenate(parts, axis=-1)
-        elif ".attn.k." not in name and ".attn.v." not in name:
-            fused[name] = value
-    return fused
-
-
-def split_qkv(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """From the files' names to the layers': the inverse of `fuse_qkv`."""
-    split = {}
-    for name, value in state.items():
-        if ".attn.qkv." in name:
-            for part, columns in zip("qkv", np.split(value, 3, axis=-1), strict=True):
-                split[name.replace(".attn.qkv.", f".attn.{part}.")] = columns
-        else:
-            split[name] = value
-    return split

@@ -140,10 +140,65 @@ class ShardedState:
             placements = self._state_placements(parameter)
             master = self._master_weights.get(parameter.name)  # type: ignore[attr-defined]
             weight = parameter if master is None else master
-            kept = [values[weight.name] for values in self._accumulators.values()]  # type: ignore[attr-defined]
+            accumulators = self._accumulators.values()  # type: ignore[attr-defined]
+            kept = [values[weight.name] for values in accumulators if weight.name in values]
             for value in [*kept, *([] if master is None else [master])]:
                 if list(value.shape) == list(parameter.shape):  # not the powers of beta, which are numbers
                     _place_variable(value, parameter.process_mesh, placements)
+
+    def _placements_of_state(self, parameter: Any) -> list[Any]:
+        return parameter.placements if self._state_placements is None else self._state_placements(parameter)
+
+    def _add_reduced(self, name: str, weight: Any, parameter: Any, axis: int) -> None:
+        """A state of a parameter's shape without one axis, split as its others are."""
+        placements = []
+        for placement in self._placements_of_state(parameter):
+            if placement.is_shard():
+                place = placement.get_dim()
+                placement = dist.Replicate() if place == axis else dist.Shard(place - (place > axis))
+            placements.append(placement)
+        shape = [size for place, size in enumerate(parameter.shape) if place != axis]
+        value = persistable(f"{weight.name}_{name}", shape, "float32", parameter.process_mesh, placements)
+        self._accumulators[name][weight.name] = value  # type: ignore[attr-defined]
+
+
+class StepNumbers:
+    """Numbers that the host sets before each step: variables of the program, on every rank."""
+
+    def __init__(self) -> None:
+        self._variables: dict[str, tuple[str, Any]] = {}
+
+    def __deepcopy__(self, memo: Any) -> StepNumbers:
+        return self  # Paddle copies the optimizer that refers to it
+
+    def value(self, name: str) -> Any:
+        """[1], float32, in the program being built."""
+        if name not in self._variables:
+            mesh = dist.auto_parallel.get_mesh()
+            variable = persistable(name, [1], "float32", mesh, [dist.Replicate()] * mesh.ndim)
+            self._variables[name] = (variable.name, variable)
+        return self._variables[name][1]
+
+    def set(self, numbers: dict[str, float]) -> None:
+        """Before a step. Those that the program doesn't ask for are passed over."""
+        scope = paddle.static.global_scope()
+        for name, (variable_name, _) in self._variables.items():
+            variable = scope.find_var(variable_name)
+            if variable is not None:
+                array = np.array([numbers[name]], np.float32)
+                variable.get_tensor().set(array, paddle.framework._current_expected_place_())
+
+
+def persistable(name: str, shape: list[int], dtype: str, mesh: dist.ProcessMesh, placements: list[Any]) -> Any:
+    """A variable of the program being built that outlives a step; 0 at first."""
+    dim_map, partial = to_dim_map(placements, len(shape))
+    return paddle.pir.core.create_persistable_value(
+        dtype,
+        shape,
+        paddle.utils.unique_name.generate(name),
+        initializer=nn.initializer.Constant(0),
+        dist_attr=paddle.base.libpaddle.pir.create_tensor_dist_attribute(mesh, dim_map, partial),
+    )
 
 
 def _place_variable(value: Any, mesh: dist.ProcessMesh, placements: list[Any]) -> None:

@@ -21,7 +21,7 @@ _WHOLE, _FIRST, _LAST = "whole", "first", "last"
 # (a weight is [in, out]), so that a rank has whole heads and hidden channels; proj and fc2 by rows, whose partial sums
 # one all-reduce adds up (Megatron-LM, arXiv 1909.08053). Every parameter matches exactly one line.
 TABLE: dict[str, str] = {
-    r"cls_token|pos_embed": _WHOLE,
+    r"cls_token|reg_token|pos_embed": _WHOLE,
     r"patch_embed\.proj\.(weight|bias)": _WHOLE,
     r"blocks\.\d+\.norm[12]\.(weight|bias)": _WHOLE,
     r"blocks\.\d+\.attn\.[qkv]\.(weight|bias)": _LAST,

@@ -82,7 +82,7 @@ class Predictor:
     def probabilities(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
         """Arrays [height, width, 3] uint8 to probabilities [B, num_classes]: softmax, or sigmoid for that loss."""
         logits = self.logits(self.preprocess(pixels)).astype(np.float64)
-        if self.card.activation == "sigmoid":
+        if self.card.activation in ("sigmoid", "bce"):
             return 1.0 / (1.0 + np.exp(-logits))
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
         return powers / powers.sum(axis=1, keepdims=True)

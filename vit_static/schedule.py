@@ -7,19 +7,27 @@ import math
 from vit_static.config import OptimConfig, ScheduleConfig
 
 
-def learning_rate(step: int, total_steps: int, optim: OptimConfig, schedule: ScheduleConfig) -> float:
-    """The rate of the update that follows `step` done ones (so 0 for the first, and 0 there with a warmup).
+def learning_rate(
+    step: int, total_steps: int, optim: OptimConfig, schedule: ScheduleConfig, warmup_steps: int | None = None
+) -> float:
+    """The rate of the update that follows `step` done ones (so `warmup_start_lr`, 0, for the first with a warmup).
 
-    As the seed has it: the decay begins after the warmup and ends at `total_steps`; during the warmup the decayed
-    value (the peak, then) is multiplied by step / warmup_steps. Past the end the last value holds.
+    `warmup_steps` None: the schedule's own. As the seed has it, the decay begins after the warmup and ends at
+    `total_steps`, and the warmup rises linearly to the peak. With `decay_begins` at_start the decay counts from step 0,
+    as timm's schedulers do: what the warmup hides of it is left out. rsqrt and the cooldown, which multiplies the rest
+    by the share of its steps that are left, are big_vision's. Past the end the last value holds.
     """
-    warmup_steps = min(schedule.warmup_steps, total_steps)
-    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    progress = min(max(progress, 0.0), 1.0)
+    step = min(step, total_steps)
+    warmup = min(schedule.warmup_steps if warmup_steps is None else warmup_steps, total_steps)
+    if step < warmup:
+        return schedule.warmup_start_lr + (optim.lr - schedule.warmup_start_lr) * step / warmup
+    begin = warmup if schedule.decay_begins == "after_warmup" else 0
+    progress = (step - begin) / max(total_steps - begin, 1)
     decay = {
-        "cosine": lambda: 0.5 * optim.lr * (1.0 + math.cos(math.pi * progress)),
+        "cosine": lambda: schedule.end_lr + 0.5 * (optim.lr - schedule.end_lr) * (1.0 + math.cos(math.pi * progress)),
         "linear": lambda: schedule.end_lr + (optim.lr - schedule.end_lr) * (1.0 - progress),
+        "rsqrt": lambda: optim.lr / math.sqrt(1.0 + (step - warmup) / schedule.timescale),
         "constant": lambda: optim.lr,
     }[schedule.name]
-    warmup = min(1.0, step / warmup_steps) if warmup_steps else 1.0
-    return decay() * warmup
+    cooldown = min(1.0, (total_steps - step) / schedule.cooldown_steps) if schedule.cooldown_steps else 1.0
+    return decay() * cooldown

@@ -22,11 +22,11 @@ from vit_static import paddle_internals as internals
 from vit_static.buckets import Exchange
 from vit_static.config import AmpConfig, ConfigError, KernelsConfig, ModelConfig, OptimConfig, ParallelConfig
 from vit_static.costs import Costs, Counting
+from vit_static.formats import State, fuse_qkv
 from vit_static.loss import Criterion
 from vit_static.mesh import Mesh, num_micro_batches
 from vit_static.model import AttentionFunction, Dropout
-from vit_static.optim import make_optimizer
-from vit_static.weights import State, fuse_qkv
+from vit_static.optim import EMA, freeze_body, make_optimizer, step_numbers
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,7 @@ class Program:
         kernels: KernelsConfig | None = None,
         train_targets: int | None = None,
         eval_targets: int | None = None,
+        frozen: str = "none",
         counting: Counting = costs.FLOAT32,
     ) -> None:
         parallel, kernels = parallel or ParallelConfig(), kernels or KernelsConfig()
@@ -148,6 +149,8 @@ class Program:
         amp = amp or AmpConfig()
         _open_in_forward(model, precision, amp, self._dropout)
         strategy = _strategy(precision, amp, parallel, batch_size or eval_batch_size)
+        if frozen == "body":
+            freeze_body(model)
         if learning_rate is None or optim is None or batch_size is None:
             optimizer = None
         else:
@@ -155,7 +158,8 @@ class Program:
             micro_batch_size = batch_size // self._num_micro_batches
             self._specs["train"] = self._input_specs(micro_batch_size, image_size, train_targets)
             low_precision = precision.level == "O2"
-            optimizer, self._scheduler, self._clip = make_optimizer(
+            self._optim = optim
+            optimizer, self._scheduler, self._clip, self._numbers = make_optimizer(
                 model,
                 optim,
                 learning_rate,
@@ -181,6 +185,7 @@ class Program:
         """One update, the one after `step` done ones: this rank's loss, which isn't waited for (`scalar` reads it)."""
         self._enter("train")
         self._scheduler.step(step)
+        self._numbers.set(step_numbers(step, self._optim))
         # Masks are a function of the seed, the step and the rank's data, so a resumed run draws the same.
         if self._dropout is not None:
             self._dropout.set_step(step)
@@ -246,10 +251,16 @@ class Program:
             # What is left is computed, not trained: the learning rate, a fixed position embedding.
         return named
 
-    def weights(self) -> State:
-        """The weights in the files' layout, on this rank whole."""
+    def weights(self, averaged: bool = False) -> State:
+        """The weights, or their moving average, in the files' layout, on this rank whole."""
+        suffix = f"@{EMA}" if averaged else ""
+        state = self.state(weights_only=not averaged)
         return fuse_qkv(
-            {name: internals.local_array(tensor).astype(np.float32) for name, tensor in self.state(True).items()}
+            {
+                name.removesuffix(suffix): internals.local_array(tensor).astype(np.float32)
+                for name, tensor in state.items()
+                if name.endswith(suffix)
+            }
         )
 
     def _enter(self, mode: str) -> None:

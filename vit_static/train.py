@@ -52,6 +52,7 @@ def train(config: Config, resume: bool = True) -> bool:
     val_images = open_set(config.data, "val", config.model.num_classes)
     batch_size = config.data.global_batch_size
     total_steps = config_module.total_steps(config.train, len(train_images), batch_size)
+    warmup_steps = config_module.warmup_steps(config.schedule, len(train_images), batch_size)
     eval_every_images = config.eval.every_epochs * len(train_images)
 
     # -- the processes -------------------------------------------------------------------------------------------
@@ -64,15 +65,14 @@ def train(config: Config, resume: bool = True) -> bool:
         config.model, step_module.choose_attention(config.model, config.parallel, config.kernels, mesh.device)
     )
     newest = checkpoint.latest(config.run_dir) if resume else None
-    start = "fresh weights"
+    start, loading = "fresh weights", None
     if newest is not None:
         checkpoint.check_same_run(newest, config)
         start = f"going on from {newest}"
     elif config.init.from_ is not None:
         loaded = checkpoint.load_weights(Path(config.init.from_))
-        grid = None if loaded.config is None else model_module.grid_of(loaded.config.model)
-        loading = init_from(model, loaded.state, str(loaded.source), config.init, grid)
-        start = f"{loading.used} weights of {loaded.source}; {loading.describe()}"
+        loading = init_from(model, config.model, loaded.found, str(loaded.source), config.init, loaded.grid)
+        start = f"from {loaded.source}, {loading.format}: {loading.describe()}"
 
     # -- the program ---------------------------------------------------------------------------------------------
     program = Program(
@@ -85,12 +85,13 @@ def train(config: Config, resume: bool = True) -> bool:
         eval_batch_size=eval_batch_size(config, mesh),
         optim=config.optim,
         amp=config.amp,
-        learning_rate=lambda step: learning_rate(step, total_steps, config.optim, config.schedule),
+        learning_rate=lambda step: learning_rate(step, total_steps, config.optim, config.schedule, warmup_steps),
         parallel=config.parallel,
         seed=config.seed,
         kernels=config.kernels,
         train_targets=config.train_targets,
         eval_targets=config.eval_targets,
+        frozen=config.train.frozen,
     )
     progress = Progress(step=0)
     position = DataPosition(0, len(train_images), train_images.digest(), config.seed, config.augment.repeats)
@@ -124,9 +125,12 @@ def train(config: Config, resume: bool = True) -> bool:
             checkpoint.set_aside(config.run_dir)
         elif progress.step < total_steps:
             # Those of a shorter run that goes on: until its end the latest checkpoint holds the weights.
-            (config.run_dir / "model.pdparams").unlink(missing_ok=True)
+            for merged in (checkpoint.MERGED, checkpoint.MERGED_AVERAGE):
+                (config.run_dir / merged).unlink(missing_ok=True)
         config_module.dump(config, config.run_dir / "config.yaml")
         checkpoint.write_class_names(config.run_dir, train_images.class_names)
+        if loading is not None:
+            loading.write(config.run_dir / "init.json")
     mesh.wait_for_all()
 
     # -- the loop ------------------------------------------------------------------------------------------------
@@ -202,7 +206,7 @@ def train(config: Config, resume: bool = True) -> bool:
                 images_per_s, data_wait = meter.read(num_images, feed.seconds_waited)
                 values: dict[str, Any] = {
                     "loss": mean_loss,
-                    "lr": learning_rate(step, total_steps, config.optim, config.schedule),
+                    "lr": learning_rate(step, total_steps, config.optim, config.schedule, warmup_steps),
                     "grad_norm": program.grad_norm(),
                     "images_per_s": images_per_s,
                     "data_wait": data_wait,
@@ -222,9 +226,12 @@ def train(config: Config, resume: bool = True) -> bool:
         elif reason is not None:
             log.record("event", progress.step, epoch, event="bad image", problem=reason)
         else:
-            merged = checkpoint.merge(checkpoint.folder(config.run_dir, progress.step), config)
-            if rank == 0:
-                write_pdparams(merged, config.run_dir / "model.pdparams")
+            last = checkpoint.folder(config.run_dir, progress.step)
+            for name, averaged in ((checkpoint.MERGED, False), (checkpoint.MERGED_AVERAGE, True)):
+                if not averaged or config.optim.ema_decay > 0.0:
+                    weights = checkpoint.merge(last, config, averaged=averaged)
+                    if rank == 0:
+                        write_pdparams(weights, config.run_dir / name)
             log.record("event", progress.step, epoch, event="finished")
             log.say(
                 f"done in {duration(time.perf_counter() - started)}; best top-1 "

@@ -1,15 +1,11 @@
-"""Weights from files and into them: plain state dicts in PLSC's names and layout.
-
-A state here is a dict of float32 arrays by name. In files ``attn.qkv`` is one matrix; in a model's own state it is
-three (`model.fuse_qkv`, `model.split_qkv`).
-"""
+"""Weights into a model: from a file's arrays to the model that a config describes, with every key accounted for."""
 
 from __future__ import annotations
 
-import pickle
-from collections import OrderedDict
+import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,57 +13,15 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from vit_static.config import InitConfig, UserError
+from vit_static import formats
+from vit_static import model as model_module
+from vit_static.config import InitConfig, ModelConfig
 from vit_static.files import write_atomically
-from vit_static.model import VisionTransformer, fuse_qkv, resample_pos_embed, split_qkv
+from vit_static.formats import State, WeightsError, fuse_qkv, split_qkv
+from vit_static.model import VisionTransformer
+from vit_static.resampling import resample_pos_embed
 
-State = dict[str, np.ndarray]
-
-# What a state dict of arrays needs to be unpickled; whatever else a file asks for is refused.
-_HARMLESS = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
-    ("numpy._core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
-}
-
-
-class WeightsError(UserError):
-    """A file of weights that can't be read, or doesn't fit the model."""
-
-
-class _StateUnpickler(pickle.Unpickler):
-    """Reads arrays and containers; refuses everything that could run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _HARMLESS:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a file of weights has no use for")
-        return _HARMLESS[module, name]
-
-
-def read_pdparams(path: Path) -> State:
-    """The arrays of a ``.pdparams`` file (`paddle.save` of a state dict, float16 or float32), as float32.
-
-    Raises WeightsError for a file that isn't one. Never runs code from it.
-    """
-    try:
-        with path.open("rb") as file:
-            content = _StateUnpickler(file).load()
-    except OSError as error:
-        raise WeightsError(f"{path}: can't be read ({error.strerror})") from None
-    except Exception as error:  # a broken pickle can raise anything
-        raise WeightsError(f"{path}: is not a Paddle state dict ({type(error).__name__}: {error})") from None
-    if not isinstance(content, Mapping):
-        raise WeightsError(f"{path}: holds {type(content).__name__}, not a state dict")
-    state = {}
-    for name, value in content.items():
-        array = value[1] if isinstance(value, tuple) and len(value) == 2 else value  # a pickled Tensor: name, data
-        if isinstance(name, str) and isinstance(array, np.ndarray) and array.dtype.kind == "f":
-            state[name] = array.astype(np.float32)
-    if not state:
-        raise WeightsError(f"{path}: holds no arrays of weights")
-    return state
+_HEAD = ("head.", "head0.")
 
 
 def write_pdparams(state: Mapping[str, np.ndarray], path: Path) -> None:
@@ -88,75 +42,238 @@ def file_state(model: nn.Layer) -> State:
 
 @dataclass
 class LoadReport:
-    """What became of a file's weights."""
+    """What became of each of a file's arrays, and of each of the model's, by the files' names."""
 
-    used: int = 0
+    format: str = ""
+    used: list[str] = field(default_factory=list)
     resampled: list[str] = field(default_factory=list)
-    reset: list[str] = field(default_factory=list)
+    folded: dict[str, str] = field(default_factory=dict)  # into what
+    dropped: dict[str, str] = field(default_factory=dict)  # of the file, and why
+    reset: list[str] = field(default_factory=list)  # the model's, which stay as they were initialised
+    notes: list[str] = field(default_factory=list)  # in what the model computes otherwise than the file's program
 
     def describe(self) -> str:
-        return f"resampled: {', '.join(self.resampled) or 'none'}; fresh: {', '.join(self.reset) or 'none'}"
+        parts = [
+            f"{len(self.used)} used",
+            f"resampled: {', '.join(self.resampled) or 'none'}",
+            f"fresh: {', '.join(self.reset) or 'none'}",
+        ]
+        if self.folded:
+            parts.append(f"folded: {_listed(self.folded)}")
+        if self.dropped:
+            parts.append(f"dropped: {_listed(self.dropped)}")
+        return "; ".join([*parts, *self.notes])
+
+    def write(self, path: Path) -> None:
+        """All of it, as JSON; what is missing or unexpected is never here, but an error."""
+        with write_atomically(path) as temporary:
+            content = {**asdict(self), "missing": [], "unexpected": []}
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _listed(names: Mapping[str, str], most: int = 3) -> str:
+    shown = [f"{name} ({why})" for name, why in list(names.items())[:most]]
+    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def load_state(model: VisionTransformer, state: Mapping[str, np.ndarray], source: str) -> None:
     """Sets every weight of a plain model from a state in the files' layout. Raises WeightsError unless all fit."""
-    own = model.state_dict()
     given = split_qkv(state)
-    _check_fit({name: list(value.shape) for name, value in own.items()}, given, source)
+    _check_fit({name: list(value.shape) for name, value in model.state_dict().items()}, given, source)
     model.set_state_dict({name: paddle.to_tensor(value) for name, value in given.items()})
 
 
 def init_from(
     model: VisionTransformer,
-    state: Mapping[str, np.ndarray],
+    config: ModelConfig,
+    found: formats.Foreign,
     source: str,
     init: InitConfig,
     source_grid: tuple[int, int] | None = None,
 ) -> LoadReport:
-    """Starts a model from other weights: the body's, its position embedding resampled to the model's grid.
+    """Starts a model, which is `config`'s, from other weights.
 
-    `init.head` reset leaves out the file's head and representation layer, and the model keeps its fresh ones.
-    `source_grid` is that of the file's patches, a square if None. Raises WeightsError for a key or shape that
-    this doesn't explain.
+    `init.head` reset leaves out the file's head and representation layer, and the model keeps its fresh ones. The rest
+    is `adapted`, whose arguments and errors these are.
     """
-    report = LoadReport()
-    own = {name: value.numpy() for name, value in model.state_dict().items()}
+    state, report = adapted(found, config, source, init, source_grid)
+    own = model.state_dict()
     given = split_qkv(state)
     if init.head == "reset":
-        given = {name: value for name, value in given.items() if not name.startswith(("head.", "head0."))}
-        report.reset = [name for name in own if name.startswith(("head.", "head0."))]
-        given.update({name: own[name] for name in report.reset})
-    same_grid = source_grid in (None, model.grid)
-    if (
-        "pos_embed" in given
-        and "pos_embed" in own
-        and not (same_grid and given["pos_embed"].shape == own["pos_embed"].shape)
-    ):
-        num_prefix_tokens = own["pos_embed"].shape[1] - model.grid[0] * model.grid[1]
-        side = round((given["pos_embed"].shape[1] - num_prefix_tokens) ** 0.5)
-        old_grid = source_grid or (side, side)
-        if old_grid[0] * old_grid[1] + num_prefix_tokens == given["pos_embed"].shape[1]:
-            given["pos_embed"] = resample_pos_embed(given["pos_embed"], old_grid, model.grid)
-            report.resampled = ["pos_embed"]
-    _check_fit({name: list(value.shape) for name, value in own.items()}, given, source)
-    report.used = len(given) - len(report.reset)
+        report.reset = [name for name in own if name.startswith(_HEAD)]
+        given.update({name: own[name].numpy() for name in report.reset})
+    _check_fit({name: list(value.shape) for name, value in own.items()}, given, source, found, config)
     model.set_state_dict({name: paddle.to_tensor(value) for name, value in given.items()})
     return report
 
 
-def _check_fit(own: Mapping[str, list[int]], given: Mapping[str, np.ndarray], source: str) -> None:
+def adapted(
+    found: formats.Foreign,
+    config: ModelConfig,
+    source: str,
+    init: InitConfig,
+    source_grid: tuple[int, int] | None = None,
+) -> tuple[State, LoadReport]:
+    """A file's state made that of the config's model: the position embedding resampled to its grid, what it has not
+    folded into what it has, the head kept or left out.
+
+    `source_grid` is that of the file's patches, a square if None. Raises WeightsError where the grid can't be known.
+    """
+    report = LoadReport(found.format, dropped=dict(found.dropped))
+    state = dict(found.state)
+    if init.head == "reset":
+        for name in [name for name in state if name.startswith(_HEAD)]:
+            del state[name]
+            report.dropped[name] = "init.head = reset"
+    if config.layer_scale_init is None:
+        fold_layer_scale(state, report)
+    if "pos_embed" in state:
+        _fit_positions(state, report, found, config, source, init, source_grid)
+    for key in ("num_heads", "gelu", "layer_norm_epsilon", "pool", "norm_after_pool"):
+        fact, wanted = found.facts.get(key), _value_of(config, key)
+        if fact is not None and fact != wanted and not (key in ("pool", "norm_after_pool") and init.head == "reset"):
+            report.notes.append(f"the file's program has model.{key}={fact}, and this model {wanted}")
+    taken = set(report.resampled) | {into for into in report.folded.values() if into in state}
+    report.used = [name for name in state if name not in taken] + sorted(taken)
+    return state, report
+
+
+def _value_of(config: ModelConfig, key: str) -> Any:
+    value = getattr(config, key)
+    return getattr(model_module.variant_of(config), key) if value is None else value
+
+
+def fold_layer_scale(state: State, report: LoadReport) -> None:
+    """Multiplies LayerScale's factors into the layers before them, which gives the same sums without it."""
+    for name in [name for name in state if name.endswith(".gamma")]:
+        layer = name.replace(".ls1.gamma", ".attn.proj").replace(".ls2.gamma", ".mlp.fc2")
+        gamma = state.pop(name).astype(np.float64)
+        for part in (f"{layer}.weight", f"{layer}.bias"):
+            if part in state and state[part].shape[-1:] == gamma.shape:
+                state[part] = (state[part] * gamma).astype(np.float32)
+        report.folded[name] = f"{layer}.weight"
+
+
+def _fit_positions(
+    state: State,
+    report: LoadReport,
+    found: formats.Foreign,
+    config: ModelConfig,
+    source: str,
+    init: InitConfig,
+    source_grid: tuple[int, int] | None,
+) -> None:
+    """The position embedding on the model's grid, with the class token's row where the model has one."""
+    embedding = state["pos_embed"]
+    if embedding.ndim != 3 or ("cls_token" not in state and config.has_class_token):
+        return  # what is wrong is told by the comparison of all shapes
+    if config.pos_embed != "learn":
+        del state["pos_embed"]
+        report.dropped["pos_embed"] = f"model.pos_embed = {config.pos_embed}"
+        return
+    grid = model_module.grid_of(config)
+    num_patches = None if source_grid is None else math.prod(source_grid)
+    prefix = _num_prefix_positions(embedding.shape[1], num_patches, "cls_token" in state, found.facts, config, grid)
+    if prefix is None:
+        raise WeightsError(
+            f"{source}: pos_embed has {embedding.shape[1]} rows, which are no square of patches; give the weights' own "
+            "grid by the image size that they were trained at (convert --image-size)"
+        )
+    if source_grid is None:
+        side = math.isqrt(embedding.shape[1] - prefix)
+        source_grid = (side, side) if side * side == embedding.shape[1] - prefix else grid
+    if source_grid != grid:
+        embedding = resample_pos_embed(embedding, source_grid, grid, init.pos_embed)
+        report.resampled = ["pos_embed"]
+    if prefix and not config.has_class_token:
+        report.dropped["pos_embed of the class token"] = "this model has none"
+        embedding = embedding[:, 1:]
+    elif prefix and not config.class_position:
+        state["cls_token"] = state["cls_token"] + embedding[:, :1]
+        embedding = embedding[:, 1:]
+        report.folded["pos_embed of the class token"] = "cls_token"
+    elif not prefix and config.num_prefix_positions:
+        embedding = np.concatenate([np.zeros_like(embedding[:, :1]), embedding], axis=1)
+        report.notes.append("pos_embed has 0 for the class token, which has no position in the file")
+    state["pos_embed"] = embedding
+    if "cls_token" in state and not config.has_class_token:
+        del state["cls_token"]
+        report.dropped["cls_token"] = "this model has none"
+
+
+def _num_prefix_positions(
+    num_rows: int,
+    num_patches: int | None,
+    has_class_token: bool,
+    facts: Mapping[str, Any],
+    config: ModelConfig,
+    grid: tuple[int, int],
+) -> int | None:
+    """Whether the embedding's first row is the class token's: by the grid, if it is known, else by what leaves a
+    square, else by what fits the model; None if nothing does."""
+    if not has_class_token:
+        candidates = [0]
+    elif "class_position" in facts:
+        candidates = [int(facts["class_position"])]
+    else:
+        candidates = [1, 0]
+    if num_patches is not None:
+        return next((prefix for prefix in candidates if num_rows - prefix == num_patches), None)
+    for prefix in candidates:
+        if num_rows > prefix and math.isqrt(num_rows - prefix) ** 2 == num_rows - prefix:
+            return prefix
+    return next((prefix for prefix in candidates if num_rows - prefix == math.prod(grid)), None)
+
+
+def _check_fit(
+    own: Mapping[str, list[int]],
+    given: Mapping[str, np.ndarray],
+    source: str,
+    found: formats.Foreign | None = None,
+    config: ModelConfig | None = None,
+) -> None:
+    remedy = "these are another model's weights: set model.* as they were trained"
+    if found is not None and config is not None:
+        differing = differing_keys(found, config)
+        if differing:
+            remedy += f" ({' '.join(f'-o model.{key}={value}' for key, value in differing.items())})"
     missing = sorted(own.keys() - given.keys())
     unexpected = sorted(given.keys() - own.keys())
     if missing or unexpected:
         what = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which the model has not"
         count = len(missing) + len(unexpected)
         more = f" (and {count - 1} more keys differ)" if count > 1 else ""
-        raise WeightsError(
-            f"{source}: {what}{more}; these are another model's weights: set model.* as they were trained"
-        )
+        raise WeightsError(f"{source}: {what}{more}; {remedy}")
     for name, shape in own.items():
         if list(given[name].shape) != shape:
-            raise WeightsError(
-                f"{source}: {name} is {list(given[name].shape)} and the model's {shape}; "
-                "these are another model's weights: set model.* as they were trained"
-            )
+            raise WeightsError(f"{source}: {name} is {list(given[name].shape)} and the model's {shape}; {remedy}")
+
+
+def differing_keys(found: formats.Foreign, config: ModelConfig) -> dict[str, Any]:
+    """What of the config's model the arrays contradict, and what they are of."""
+    of_file = model_of(found)
+    of_config = {key: _value_of(config, key) if key in _SHAPE_KEYS else getattr(config, key) for key in of_file}
+    of_config["layer_scale_init"] = None if config.layer_scale_init is None else of_file.get("layer_scale_init", 1e-5)
+    return {key: "null" if value is None else value for key, value in of_file.items() if of_config[key] != value}
+
+
+_SHAPE_KEYS = ("patch_size", "width", "depth", "num_heads", "mlp_dim")
+
+
+def model_of(found: formats.Foreign) -> dict[str, Any]:
+    """Of the config's `model` section what the arrays tell; nothing of what is not there."""
+    state = found.state
+    told: dict[str, Any] = {}
+    embedding, first = state.get("patch_embed.proj.weight"), state.get("blocks.0.mlp.fc1.weight")
+    if embedding is not None and embedding.ndim == 4:
+        told |= {"width": embedding.shape[0], "patch_size": embedding.shape[2]}
+    if first is not None and first.ndim == 2:
+        told["mlp_dim"] = first.shape[1]
+    told["depth"] = len(formats.PLSC.blocks_in(state))
+    told["qkv_bias"] = "blocks.0.attn.qkv.bias" in state
+    told["layer_scale_init"] = 1e-5 if "blocks.0.ls1.gamma" in state else None
+    told["register_tokens"] = state["reg_token"].shape[1] if state.get("reg_token", np.zeros(0)).ndim == 3 else 0
+    if "head.bias" in state:
+        told["num_classes"] = len(state["head.bias"])
+        told["representation_size"] = len(state["head0.bias"]) if "head0.bias" in state else None
+    return told
