@@ -83,6 +83,7 @@ class Outcome:
     # a step each; by the dropout's number in the model, what it kept, in the order of its executions
     masks: list[dict[int, list[np.ndarray]]] = field(default_factory=list)
     evaluation: Evaluation | None = None
+    averaged: Evaluation | None = None  # of the weights' average
     collectives: tuple[Collective, ...] = ()
     moved: dict[str, tuple[int, int]] = field(default_factory=dict)  # in the last step: calls and bytes by kind
 
@@ -149,6 +150,12 @@ def run(case: Case, mesh: Mesh, images_root: Path) -> Outcome:
         outcome.masks.append(dict(masks))
     if case.evaluates:
         outcome.evaluation = evaluate(program, eval_feed(case, mesh, images_root), mesh)
+    if case.evaluates and case.optim.ema_decay:
+        before = program.weights()
+        with program.averaged():
+            outcome.averaged = evaluate(program, eval_feed(case, mesh, images_root), mesh)
+        after = program.weights()
+        assert all(np.array_equal(before[name], after[name]) for name in before)
     outcome.state = {name: part for name, tensor in program.state().items() if (part := part_of(tensor, mesh))}
     outcome.collectives = program.costs().collectives
     return outcome

@@ -40,3 +40,10 @@ def images_and_labels(
 def read_state(path: Path) -> formats.State:
     """The arrays of a file of weights."""
     return formats.read(path).state
+
+
+def model_logits(model: paddle.nn.Layer, images: paddle.Tensor) -> np.ndarray:
+    """Of a plain model, as it evaluates."""
+    model.eval()
+    with paddle.no_grad():
+        return model(images).numpy()

@@ -25,12 +25,12 @@ LAYERS = [
     },
     {"model", "loss", "data", "mesh", "agreement", "mixing"}
     | {f"data.{name}" for name in ("lists", "images", "shards", "sets", "order", "augment", "operations", "pipeline")}
-    | {"data.reader", "data.feed"}
+    | {"data.reader", "data.feed", "data.relabelled"}
     | {"costs", "placement", "cpu_collectives", "cpu_kernels", "cpu_patterns", "onednn"}
     | {"buckets", "dropout", "paddle_internals", "passes"},
     {"optim", "weights", "checkpoint"},
     {"step"},
-    {"train", "evaluate", "export", "predict", "plan"},
+    {"train", "evaluate", "export", "predict", "plan", "convert"},
     {
         "bench",
         *(f"bench.{name}" for name in ("contenders", "step", "train", "scaling", "profile", "infer", "cards")),

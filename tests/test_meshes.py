@@ -86,6 +86,7 @@ MESHES = {
     "dp2_pp2_sharding3": (mesh(dp=2, pp=2, sharding_stage=3), "seven"),
     "dp2_mp2_sharding1": (mesh(dp=2, mp=2, sharding_stage=1), "cls"),
 }
+EVALUATED_AVERAGES = ["one", "dp2_sharding2", "pp2", "dp2_mp2_sharding1"]
 EVALUATED = ["one_cls_sgd", "dp2_sgd", "mp2_sgd", "pp2_1F1B_sgd", "dp4_sgd", "mp2_pp2_sgd", "dp2_sharding1_sgd"]
 # the recipes' optimizers, with all that they may be given, for a few steps
 RECIPES = {
@@ -154,8 +155,9 @@ def all_cases() -> list[Case]:
     for name, parallel in DROPPING.items():
         recorded = {"steps": SAME_STEP_TWICE, "records_masks": True}
         named.append((name, MODELS["dropout"], OPTIMIZERS["sgd"], parallel, recorded))
+    evaluated = {*EVALUATED, *(f"recipe_{name}_adamw" for name in EVALUATED_AVERAGES)}
     return [
-        Case(name=name, model=model, optim=optim, parallel=parallel, evaluates=name in EVALUATED, **others)
+        Case(name=name, model=model, optim=optim, parallel=parallel, evaluates=name in evaluated, **others)
         for name, model, optim, parallel, others in named
     ]
 
@@ -320,6 +322,15 @@ def test_a_recipes_optimizer_updates_as_in_one_process(runs: Runs, name: str, op
         assert state[key].shape == value.shape, key
         if optimizer in ("adamw", "lamb") and ".attn.k.bias" not in key:
             np.testing.assert_allclose(state[key], value, rtol=1e-3, atol=2e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("name", EVALUATED_AVERAGES)
+def test_an_average_is_evaluated_on_any_mesh(runs: Runs, name: str) -> None:
+    """And the weights are then what they were, which the worker looks at."""
+    one = runs.one("recipe_one_adamw")
+    assert one.averaged.loss != one.evaluation.loss
+    for outcome in runs(f"recipe_{name}_adamw"):
+        assert outcome.averaged.loss == pytest.approx(one.averaged.loss, rel=1e-5)
 
 
 def one_of_each(state: dict[str, np.ndarray]) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 import paddle
 import pytest
 from numpy_vit import logits as numpy_logits
-from small import SMALL, images_and_labels, read_state
+from small import SMALL, images_and_labels, model_logits, read_state
 
 from vit_static.config import InitConfig
 from vit_static.formats import Foreign, WeightsError
@@ -179,9 +179,3 @@ def test_a_class_tokens_position_is_folded_into_it_or_made(pool: str) -> None:
     expected = model_logits(given, images)
     for other in (folded, again):
         np.testing.assert_allclose(model_logits(other, images), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-
-
-def model_logits(model, images: paddle.Tensor) -> np.ndarray:
-    model.eval()
-    with paddle.no_grad():
-        return model(images).numpy()

@@ -60,6 +60,11 @@ def make_parser() -> argparse.ArgumentParser:
             "-o", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE", help="overrides a key"
         )
 
+    def add_checkpoint(verb: argparse.ArgumentParser) -> None:
+        what = "a run's folder, a checkpoint, or a file: .pdparams, .npz, .safetensors"
+        verb.add_argument("--checkpoint", type=Path, required=True, help=what)
+        verb.add_argument("--ema", action="store_true", help="the weights' moving average (optim.ema_decay)")
+
     for name in ("setup", "test", "data"):  # run.sh's own; here for the list of verbs
         add(name, {"setup": "make the environment", "test": "run the tests", "data": "prepare data sets"}[name])
     for name, default in (("pretrain", "quickstart.yaml"), ("finetune", "quickstart_finetune.yaml")):
@@ -73,16 +78,34 @@ def make_parser() -> argparse.ArgumentParser:
         )
     verb = add("eval", "top-1, top-5 and loss over the validation images")
     add_config(verb, None)
-    verb.add_argument("--checkpoint", type=Path, required=True, help="a run's folder, a checkpoint or a .pdparams file")
+    add_checkpoint(verb)
+    judge = verb.add_mutually_exclusive_group()
+    judge.add_argument("--real", type=Path, metavar="FILE", help="by the ReaL labels of ImageNet, its real.json")
+    judge.add_argument("--imagenet-v2", type=Path, metavar="DIR", help="on ImageNet-V2: folders called 0 to 999")
     verb = add("export", "files for Paddle Inference, checked against the trained model")
     add_config(verb, None)
-    verb.add_argument("--checkpoint", type=Path, required=True, help="a run's folder, a checkpoint or a .pdparams file")
+    add_checkpoint(verb)
     verb.add_argument("--out", type=Path, required=True, help="folder to write to")
     verb = add("predict", "one JSON line an image: its path and its classes, the likeliest first")
     verb.add_argument("--model", type=Path, required=True, help="folder that export wrote")
     verb.add_argument("--top-k", type=int, default=5)
     verb.add_argument("--batch-size", type=int, default=32)
     verb.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
+    verb = add("convert", "weights from one format into another, told by their content")
+    add_config(verb, None)
+    verb.add_argument("--from", dest="source", type=Path, required=True, metavar="FILE", help="or a run, a checkpoint")
+    verb.add_argument("--to", type=Path, required=True, metavar="FILE", help="ends with .pdparams, .npz, .safetensors")
+    verb.add_argument(
+        "--format",
+        choices=["plsc", "timm", "huggingface", "google"],
+        help="default: by --to's ending, timm for .safetensors; huggingface writes config.json beside it",
+    )
+    verb.add_argument("--head", choices=["keep", "drop"], default="keep", help="with its tanh layer (default: keep)")
+    verb.add_argument("--fold-layer-scale", action="store_true", help="into the layers before it")
+    verb.add_argument("--ema", action="store_true", help="of a run or checkpoint, the weights' moving average")
+    verb.add_argument(
+        "--image-size", type=int, nargs=2, metavar=("H", "W"), help="of the weights, where the grid is no square"
+    )
     verb = add("plan", "what a run will cost on a mesh of cards, found without them")
     add_config(verb, CONFIGS / "quickstart.yaml")
     verb.add_argument(
@@ -203,7 +226,22 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.verb == "eval":
         from vit_static import evaluate
 
-        evaluate.run(config, arguments.checkpoint, arguments.overrides)
+        judges = {"real": arguments.real, "v2": arguments.imagenet_v2}
+        evaluate.run(config, arguments.checkpoint, arguments.overrides, averaged=arguments.ema, **judges)
+    elif arguments.verb == "convert":
+        from vit_static import convert
+
+        convert.run(
+            config,
+            arguments.source,
+            arguments.to,
+            arguments.overrides,
+            to=arguments.format,
+            head=arguments.head,
+            image_size=arguments.image_size and tuple(arguments.image_size),
+            fold_layer_scale=arguments.fold_layer_scale,
+            averaged=arguments.ema,
+        )
     elif arguments.verb == "plan":
         from vit_static import plan
 
@@ -216,7 +254,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         from vit_static import export
 
-        export.run(config, arguments.checkpoint, arguments.out, arguments.overrides)
+        export.run(config, arguments.checkpoint, arguments.out, arguments.overrides, averaged=arguments.ema)
     return EXIT_DONE
 
 

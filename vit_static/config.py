@@ -10,7 +10,7 @@ import difflib
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -63,7 +63,8 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_boolean_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and annotation is not bool and bool not in get_args(annotation):
             raise ValueError(f"{value} is no value for this key")
         return value
 
@@ -393,6 +394,10 @@ class Config(Section):
     def eval_targets(self) -> int | None:
         """The same for the evaluation, which mixes nothing."""
         return self.model.num_classes if self.data.multi_label else None
+
+    def with_several_labels(self) -> Config:
+        """For evaluating images that have several labels, whatever the loss is."""
+        return self.model_copy(update={"data": self.data.model_copy(update={"multi_label": True})})
 
     @property
     def run_dir(self) -> Path:

@@ -16,6 +16,7 @@ from vit_static.config import Config, InitConfig
 from vit_static.data.feed import Batch, EvalFeed
 from vit_static.data.images import ImageSet
 from vit_static.data.lists import DataError
+from vit_static.data.relabelled import imagenet_v2, with_real_labels
 from vit_static.data.sets import open_set
 from vit_static.log import RunLog
 from vit_static.loss import Criterion
@@ -77,15 +78,33 @@ def eval_feed(config: Config, images: ImageSet, mesh: Mesh) -> EvalFeed:
     )
 
 
-def run(config: Config | None, checkpoint: Path, overrides: list[str]) -> None:
-    """The verb: evaluates a checkpoint, with the config that it was trained with unless another is given."""
+def run(
+    config: Config | None,
+    checkpoint: Path,
+    overrides: list[str],
+    *,
+    averaged: bool = False,
+    real: Path | None = None,
+    v2: Path | None = None,
+) -> None:
+    """The verb: evaluates a checkpoint, with the config that it was trained with unless another is given.
+
+    `averaged`: the weights' moving average. `real`: ReaL's labels, `v2`: ImageNet-V2's images (data/relabelled.py).
+    """
     # Every rank evaluates the whole model on its part, whatever mesh trained it and whatever batch it trained with.
     # The processes come first: a sharded checkpoint is read by all of them together.
     device = (config or config_module.load(None, overrides)).device
     mesh = mesh_module.start(Sizes(dp=mesh_module.rank_and_world_size()[1], mp=1, pp=1), device)
-    loaded = load_weights(checkpoint)
+    loaded = load_weights(checkpoint, averaged=averaged)
     config = config or loaded.config_with(overrides)
-    images = open_set(config.data, "val", config.model.num_classes)
+    num_classes = config.model.num_classes
+    if v2 is not None:
+        images: ImageSet = imagenet_v2(v2, loaded.class_names or [str(label) for label in range(num_classes)])
+    else:
+        images = open_set(config.data, "val", num_classes)
+    if real is not None:
+        images = with_real_labels(images, real, num_classes)
+        config = config.with_several_labels()
     attention = choose_attention(config.model, config.parallel, config.kernels, mesh.device)
     model = model_module.build(config.model, attention)
     keeping = InitConfig(head="keep", pos_embed=config.init.pos_embed)
@@ -101,9 +120,12 @@ def run(config: Config | None, checkpoint: Path, overrides: list[str]) -> None:
         eval_targets=config.eval_targets,
     )
     result = evaluate(program, eval_feed(config, images, mesh), mesh)
+    found = asdict(result)
+    if real is not None:
+        del found["loss"]  # of several labels that exclude each other it says nothing
     with RunLog(None, mesh.rank) as log:
-        log.say(describe(result))
-        log.say_json(asdict(result))
+        log.say(describe(result) if real is None else describe(result).replace(f"  loss {result.loss:.4f}", "  ReaL"))
+        log.say_json(found)
 
 
 def describe(result: Evaluation) -> str:

@@ -36,9 +36,9 @@ class Check:
     num_images: int
 
 
-def run(config: Config | None, checkpoint: Path, out: Path, overrides: list[str]) -> None:
+def run(config: Config | None, checkpoint: Path, out: Path, overrides: list[str], *, averaged: bool = False) -> None:
     """The verb: writes model.json, model.pdiparams and vit_static.json into `out`, once the check has passed."""
-    loaded = load_weights(checkpoint)
+    loaded = load_weights(checkpoint, averaged=averaged)
     config = config or loaded.config_with(overrides)
     images = open_set(config.data, "val", config.model.num_classes)
     out = out.resolve()

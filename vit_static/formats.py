@@ -70,10 +70,10 @@ def read(path: Path) -> Foreign:
         raise WeightsError(f"{path}: can't be read ({error.strerror})") from None
     if beginning[:2] == b"PK":
         return _from_names(_read_npz(path), path)
-    if beginning[:1] == b"\x80":
-        return _paddle(_read_pickle(path), path)
-    if len(beginning) == 16 and beginning[8:9] == b"{" and struct.unpack("<Q", beginning[:8])[0] <= 100_000_000:
+    if len(beginning) == 16 and beginning[8:9] == b"{" and struct.unpack("<Q", beginning[:8])[0] < 100_000_000:
         return _from_names(_read_safetensors(path), path)
+    if beginning[:1] == b"\x80":
+        return _translated(_read_pickle(path), PLSC, path)
     raise WeightsError(f"{path}: is no file of weights that is known here: .pdparams, .npz and .safetensors are")
 
 
@@ -381,26 +381,12 @@ def _google(name: str, attention: str, norms: tuple[str, str], mlp: str, positio
     )
 
 
-VIT_JAX = _google(
-    "vit_jax's .npz",
-    "MultiHeadDotProductAttention_1",
-    ("LayerNorm_0", "LayerNorm_2"),
-    "MlpBlock_3",
-    "Transformer/posembed_input/pos_embedding",
-    class_position=True,
-)
-BIG_VISION = _google(
-    "big_vision's .npz",
-    "MultiHeadDotProductAttention_0",
-    ("LayerNorm_0", "LayerNorm_1"),
-    "MlpBlock_0",
-    "pos_embedding",
-    class_position=False,
-)
-
-
-def _paddle(state: State, path: Path) -> Foreign:
-    return _translated(state, PLSC, path)
+_PUBLISHED = ("MultiHeadDotProductAttention_1", ("LayerNorm_0", "LayerNorm_2"), "MlpBlock_3")
+_BY_CLASS = ("MultiHeadDotProductAttention_0", ("LayerNorm_0", "LayerNorm_1"), "MlpBlock_0")  # as Flax counts now
+_WITH_CLASS, _OF_PATCHES = "Transformer/posembed_input/pos_embedding", "pos_embedding"
+VIT_JAX = _google("vit_jax's .npz", *_PUBLISHED, _WITH_CLASS, class_position=True)
+VIT_JAX_NOW = _google("vit_jax's .npz", *_BY_CLASS, _WITH_CLASS, class_position=True)
+BIG_VISION = _google("big_vision's .npz", *_BY_CLASS, _OF_PATCHES, class_position=False)
 
 
 def _from_names(state: State, path: Path) -> Foreign:
@@ -430,7 +416,8 @@ def _from_google(state: State, prefix: str, path: Path) -> Foreign:
     given = {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
     outside = {name: "is not of the model" for name in state if not name.startswith(prefix)}
     given = _unscanned(given)
-    table = BIG_VISION if any("/MlpBlock_0/" in name for name in given) else VIT_JAX
+    counts_by_class = any("/MlpBlock_0/" in name for name in given)
+    table = (VIT_JAX_NOW if _WITH_CLASS in given else BIG_VISION) if counts_by_class else VIT_JAX
     found = _translated(given, table, path)
     for name, array in given.items():
         if name.endswith("/query/kernel") and array.ndim == 3:
@@ -638,7 +625,8 @@ def _huggingface_config(state: Mapping[str, np.ndarray], model: ModelConfig, num
         common["id2label"] = {str(label): f"LABEL_{label}" for label in range(len(state["head.bias"]))}
     if kind == "vit":
         return {**common, "intermediate_size": mlp_dim}
-    own = {"mlp_ratio": mlp_dim / width, "use_swiglu_ffn": False}
+    ratio = mlp_dim / width  # a whole number, by transformers 5
+    own = {"mlp_ratio": int(ratio) if ratio.is_integer() else ratio, "use_swiglu_ffn": False}
     if kind == "dinov2":
         return {**common, **own, "use_mask_token": False}
     return {**common, **own, "num_register_tokens": state["reg_token"].shape[1]}

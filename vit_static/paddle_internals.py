@@ -365,4 +365,8 @@ def structured_names(program: dist.DistModel) -> dict[str, str]:
 
 def local_array(tensor: paddle.Tensor) -> np.ndarray:
     """The part of a distributed tensor that this rank holds."""
-    return np.asarray(tensor._local_value() if tensor.is_dist() else tensor)
+    return np.array(local_tensor(tensor))
+
+
+def local_tensor(tensor: paddle.Tensor) -> paddle.Tensor:
+    return tensor._local_value() if tensor.is_dist() else tensor

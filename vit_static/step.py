@@ -6,7 +6,8 @@ From a model, a loss, an optimizer and a mesh to three callables: a training ste
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -262,6 +263,47 @@ class Program:
                 if name.endswith(suffix)
             }
         )
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the weights are their moving average, for evaluating it. All ranks come and go together."""
+        self._enter(self._main_mode)
+        state = self.state()
+        weights = {name: tensor for name, tensor in state.items() if f"{name}@{EMA}" in state}
+        before = {name: internals.local_array(tensor) for name, tensor in weights.items()}
+        try:
+            for name, tensor in weights.items():
+                self._put(tensor, self._gathered(state[f"{name}@{EMA}"], tensor))
+            self.set_state(weights)
+            yield
+        finally:
+            for name, tensor in weights.items():
+                self._put(tensor, before[name])
+            self._enter(self._main_mode)
+            self.set_state(weights)
+
+    def _put(self, tensor: paddle.Tensor, array: np.ndarray) -> None:
+        local = internals.local_tensor(tensor)
+        if local._is_initialized():  # another stage's isn't
+            paddle.assign(paddle.to_tensor(array).astype(local.dtype), output=local)
+
+    def _gathered(self, part: paddle.Tensor, like: paddle.Tensor) -> np.ndarray:
+        """Of what ZeRO splits over the data-parallel ranks, as much as this rank has of `like`."""
+        local = internals.local_array(part)
+        dp = list(part.process_mesh.dim_names).index("dp")
+        if part.placements == like.placements:
+            return local
+        # A sum over all ranks of what each has, and zeros: of each tensor-parallel rank by itself.
+        mesh, axis = self._mesh, part.placements[dp].get_dim()
+        of_rank = list(local.shape)
+        of_rank[axis] *= mesh.dp_size
+        whole = np.zeros([mesh.sizes.mp, *of_rank], np.float32)
+        if mesh.rank in part.process_mesh.process_ids:
+            start = mesh.dp_rank * local.shape[axis]
+            np.moveaxis(whole[mesh.mp_rank], axis, 0)[start : start + local.shape[axis]] = np.moveaxis(local, axis, 0)
+        summed = paddle.to_tensor(whole)
+        dist.all_reduce(summed)
+        return summed[mesh.mp_rank].numpy()
 
     def _enter(self, mode: str) -> None:
         """Makes `mode` the current one; builds and compiles it the first time."""

@@ -168,14 +168,27 @@ def train(config: Config, resume: bool = True) -> bool:
             if (passed_epoch or is_last) and progress.evaluated_step < progress.step and reason is None:
                 try:
                     result = evaluate(program, validation, mesh)
+                    averaged = None
+                    if config.optim.ema_decay > 0.0:
+                        with program.averaged():
+                            averaged = evaluate(program, validation, mesh)
                 except DataError as error:
                     reason = str(error)
                 else:
-                    is_best = progress.best_top1 is None or result.top1 > progress.best_top1
-                    best_top1 = result.top1 if is_best else progress.best_top1
+                    counts = averaged or result  # with an average that is what people will use
+                    is_best = progress.best_top1 is None or counts.top1 > progress.best_top1
+                    best_top1 = counts.top1 if is_best else progress.best_top1
                     progress = replace(progress, evaluated_step=progress.step, best_top1=best_top1)
-                    log.record("eval", progress.step, epoch, **asdict(result))
-                    log.say(f"epoch {epoch:.1f}  {describe(result)}{'  (best)' if is_best else ''}")
+                    of_average = (
+                        {}
+                        if averaged is None
+                        else {f"ema_{name}": value for name, value in asdict(averaged).items() if name != "num_images"}
+                    )
+                    log.record("eval", progress.step, epoch, **asdict(result), **of_average)
+                    said = (
+                        describe(result) if averaged is None else f"{describe(result)}; average: {describe(averaged)}"
+                    )
+                    log.say(f"epoch {epoch:.1f}  {said}{'  (best)' if is_best else ''}")
             every = config.checkpoint.every_steps
             is_due = passed_epoch if every is None else progress.step % every == 0
             if (reason or is_last or is_best or is_due) and progress != last_saved:
@@ -227,9 +240,9 @@ def train(config: Config, resume: bool = True) -> bool:
             log.record("event", progress.step, epoch, event="bad image", problem=reason)
         else:
             last = checkpoint.folder(config.run_dir, progress.step)
-            for name, averaged in ((checkpoint.MERGED, False), (checkpoint.MERGED_AVERAGE, True)):
-                if not averaged or config.optim.ema_decay > 0.0:
-                    weights = checkpoint.merge(last, config, averaged=averaged)
+            for name, is_average in ((checkpoint.MERGED, False), (checkpoint.MERGED_AVERAGE, True)):
+                if not is_average or config.optim.ema_decay > 0.0:
+                    weights = checkpoint.merge(last, config, averaged=is_average)
                     if rank == 0:
                         write_pdparams(weights, config.run_dir / name)
             log.record("event", progress.step, epoch, event="finished")

@@ -52,17 +52,21 @@ class LoadReport:
     reset: list[str] = field(default_factory=list)  # the model's, which stay as they were initialised
     notes: list[str] = field(default_factory=list)  # in what the model computes otherwise than the file's program
 
-    def describe(self) -> str:
-        parts = [
+    def lines(self) -> list[str]:
+        """For people."""
+        found = [
             f"{len(self.used)} used",
             f"resampled: {', '.join(self.resampled) or 'none'}",
             f"fresh: {', '.join(self.reset) or 'none'}",
         ]
         if self.folded:
-            parts.append(f"folded: {_listed(self.folded)}")
+            found.append(f"folded: {_listed(self.folded)}")
         if self.dropped:
-            parts.append(f"dropped: {_listed(self.dropped)}")
-        return "; ".join([*parts, *self.notes])
+            found.append(f"dropped: {_listed(self.dropped)}")
+        return [*found, "missing: none", "unexpected: none", *(f"note: {note}" for note in self.notes)]
+
+    def describe(self) -> str:
+        return "; ".join(self.lines())
 
     def write(self, path: Path) -> None:
         """All of it, as JSON; what is missing or unexpected is never here, but an error."""
@@ -79,7 +83,7 @@ def _listed(names: Mapping[str, str], most: int = 3) -> str:
 def load_state(model: VisionTransformer, state: Mapping[str, np.ndarray], source: str) -> None:
     """Sets every weight of a plain model from a state in the files' layout. Raises WeightsError unless all fit."""
     given = split_qkv(state)
-    _check_fit({name: list(value.shape) for name, value in model.state_dict().items()}, given, source)
+    check_state(given, {name: list(value.shape) for name, value in model.state_dict().items()}, source)
     model.set_state_dict({name: paddle.to_tensor(value) for name, value in given.items()})
 
 
@@ -102,7 +106,7 @@ def init_from(
     if init.head == "reset":
         report.reset = [name for name in own if name.startswith(_HEAD)]
         given.update({name: own[name].numpy() for name in report.reset})
-    _check_fit({name: list(value.shape) for name, value in own.items()}, given, source, found, config)
+    check_state(given, {name: list(value.shape) for name, value in own.items()}, source, found, config)
     model.set_state_dict({name: paddle.to_tensor(value) for name, value in given.items()})
     return report
 
@@ -173,7 +177,7 @@ def _fit_positions(
         return
     grid = model_module.grid_of(config)
     num_patches = None if source_grid is None else math.prod(source_grid)
-    prefix = _num_prefix_positions(embedding.shape[1], num_patches, "cls_token" in state, found.facts, config, grid)
+    prefix = _num_prefix_positions(embedding.shape[1], num_patches, found, config, grid)
     if prefix is None:
         raise WeightsError(
             f"{source}: pos_embed has {embedding.shape[1]} rows, which are no square of patches; give the weights' own "
@@ -201,22 +205,24 @@ def _fit_positions(
         report.dropped["cls_token"] = "this model has none"
 
 
+def position_counts(found: formats.Foreign) -> list[int]:
+    """How many of the prefix tokens may have a position in the file, the likelier first: the class token has one but in
+    DeiT III and later models, which have LayerScale or registers."""
+    if "cls_token" not in found.state:
+        return [0]
+    if "class_position" in found.facts:
+        return [int(found.facts["class_position"])]
+    return [1, 0] if found.state.keys() & {"blocks.0.ls1.gamma", "reg_token"} else [1]
+
+
 def _num_prefix_positions(
-    num_rows: int,
-    num_patches: int | None,
-    has_class_token: bool,
-    facts: Mapping[str, Any],
-    config: ModelConfig,
-    grid: tuple[int, int],
+    num_rows: int, num_patches: int | None, found: formats.Foreign, config: ModelConfig, grid: tuple[int, int]
 ) -> int | None:
-    """Whether the embedding's first row is the class token's: by the grid, if it is known, else by what leaves a
-    square, else by what fits the model; None if nothing does."""
-    if not has_class_token:
-        candidates = [0]
-    elif "class_position" in facts:
-        candidates = [int(facts["class_position"])]
-    else:
-        candidates = [1, 0]
+    """By the file's grid, if it is known, else by what leaves a square, else by what fits the model; None if nothing
+    does."""
+    candidates = position_counts(found)
+    if not config.class_position and 0 not in candidates and "class_position" not in found.facts:
+        candidates.append(0)
     if num_patches is not None:
         return next((prefix for prefix in candidates if num_rows - prefix == num_patches), None)
     for prefix in candidates:
@@ -225,13 +231,16 @@ def _num_prefix_positions(
     return next((prefix for prefix in candidates if num_rows - prefix == math.prod(grid)), None)
 
 
-def _check_fit(
+def check_state(
+    state: Mapping[str, np.ndarray],
     own: Mapping[str, list[int]],
-    given: Mapping[str, np.ndarray],
     source: str,
     found: formats.Foreign | None = None,
     config: ModelConfig | None = None,
 ) -> None:
+    """Raises WeightsError unless a state, in either layout, has just these arrays, by the layers' names; what is to be
+    set, if `found` in a file and the config's model tell."""
+    given = split_qkv(state)
     remedy = "these are another model's weights: set model.* as they were trained"
     if found is not None and config is not None:
         differing = differing_keys(found, config)
