@@ -102,6 +102,40 @@ def test_finetune_from_that_run_with_another_head_and_size(workplace: Path) -> N
 
 
 @pytest.mark.slow
+def test_eval_by_other_labels_on_other_images_and_of_other_programs_files(workplace: Path) -> None:
+    """What ImageNet-V2 and ReaL change: nothing, if their labels are the same ones; converted weights: nothing."""
+    plain = run_sh("eval", "--checkpoint", "output/tiny", cwd=workplace)
+    result = json.loads(plain.stdout.splitlines()[-1])
+    numbered = run_sh("eval", "--checkpoint", "output/tiny", "--imagenet-v2", "digits/val", cwd=workplace)
+    assert json.loads(numbered.stdout.splitlines()[-1]) == result
+
+    labels = []
+    for number, path in enumerate(sorted((workplace / "digits/val").glob("*/*")), 1):
+        link = workplace / "real/val" / path.parent.name / f"ILSVRC2012_val_{number:08d}{path.suffix}"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+        labels.append([int(path.parent.name)])
+    labels[0] = []
+    (workplace / "real.json").write_text(json.dumps(labels))
+    given = ["eval", "--checkpoint", "output/tiny", "-o", "data.root=real", "-o", "data.train=val"]
+    real = run_sh(*given, "--real", "real.json", cwd=workplace)
+    assert real.returncode == 0, real.stderr
+    found = json.loads(real.stdout.splitlines()[-1])
+    num_hits = round(result["top1"] * 30 / 100)
+    assert found["num_images"] == 29 and round(found["top1"] * 29 / 100) in (num_hits - 1, num_hits)
+
+    for target in ("converted.safetensors", "converted.npz"):
+        converted = run_sh("convert", "--from", "output/tiny", "--to", target, cwd=workplace)
+        assert converted.returncode == 0, converted.stderr
+        again = run_sh("eval", "--checkpoint", target, "-c", "output/tiny/config.yaml", cwd=workplace)
+        assert again.returncode == 0, again.stderr
+        assert json.loads(again.stdout.splitlines()[-1]) == result
+
+    none = run_sh("eval", "--checkpoint", "output/tiny", "--ema", cwd=workplace)
+    assert none.returncode == 2 and "moving average" in none.stderr and none.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
 def test_eval_export_and_predict_agree(workplace: Path) -> None:
     """eval repeats the last evaluation of the run; the exported model, file by file, has the same top-1."""
     last = [json.loads(line) for line in (workplace / "output/tiny/metrics.jsonl").read_text().splitlines()]

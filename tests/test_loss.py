@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import paddle
 import pytest
+from small import REFERENCE
 
 from vit_static.config import LossConfig
 from vit_static.loss import Criterion, per_image_loss, ranks_of_labels
@@ -206,3 +207,22 @@ def test_of_several_labels_the_one_that_comes_first_counts(levels: int | None) -
 def test_one_hot_targets_rank_as_labels_do() -> None:
     logits, labels = logits_and_labels(1000)
     np.testing.assert_array_equal(ranks(logits, np.eye(1000, dtype=np.float32)[labels]), ranks(logits, labels))
+
+
+@pytest.mark.parametrize(
+    ("case", "loss", "targets"),
+    [
+        ("bce_labels", LossConfig(name="bce", label_smoothing=0.1), "labels"),
+        ("bce_thresholded", LossConfig(name="bce", target_threshold=0.0), "soft_targets"),
+        ("bce_soft", LossConfig(name="bce"), "soft_targets"),
+        ("ce_soft", LossConfig(), "soft_targets"),
+        ("ce_labels", LossConfig(label_smoothing=0.1), "labels"),
+    ],
+)
+def test_the_recipes_losses_and_gradients_are_timms(case: str, loss: LossConfig, targets: str) -> None:
+    golden = np.load(REFERENCE / "losses_of_recipes.npz")
+    logits = paddle.to_tensor(golden["logits"], stop_gradient=False)
+    mean = per_image_loss(logits, paddle.to_tensor(golden[targets]), loss).mean()
+    mean.backward()
+    assert float(mean) == pytest.approx(float(golden[f"{case}/loss"]), rel=1e-6)
+    np.testing.assert_allclose(logits.grad.numpy(), golden[f"{case}/gradient"], atol=1e-7)

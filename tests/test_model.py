@@ -157,6 +157,8 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean() -> None:
 def test_drop_path_rises_linearly_to_the_last_block() -> None:
     model = build(SMALL.model_copy(update={"depth": 5, "drop_path_rate": 0.2}))
     assert [block.drop_path1.drop.p for block in model.blocks] == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
+    alike = build(SMALL.model_copy(update={"depth": 3, "drop_path_rate": 0.2, "drop_path_schedule": "constant"}))
+    assert [block.drop_path2.drop.p for block in alike.blocks] == [0.2] * 3
 
 
 @pytest.mark.parametrize("case", ["4x4_to_6x6", "4x6_to_7x5", "8x8_to_5x5"])

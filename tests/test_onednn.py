@@ -102,6 +102,19 @@ def test_gelu_and_its_gradient(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_gelus_approximation_and_its_gradient(dtype: str) -> None:
+    (x_memory, x), (grad_memory, grad) = numbers(dtype, 9, 31), numbers(dtype, 9, 31)
+    out, x_grad, layout = empty(dtype, 9, 31), empty(dtype, 9, 31), dense(dtype, 9, 31)
+    onednn.gelu(layout, layout, True)(address(x_memory), address(out))
+    onednn.gelu_grad(layout, layout, layout, True)(address(x_memory), address(grad_memory), address(x_grad))
+    factor = math.sqrt(2.0 / math.pi)
+    tanh = np.tanh(factor * (x + 0.044715 * x**3))
+    close(out, 0.5 * x * (1.0 + tanh), dtype)
+    slope = 0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh**2) * factor * (1.0 + 3.0 * 0.044715 * x**2)
+    close(x_grad, grad * slope, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_layer_norm_and_its_gradients(dtype: str) -> None:
     """Inputs in float32, what it writes and the gradient that it gets in either dtype."""
     (x_memory, x), (grad_memory, grad) = numbers("float32", 11, 24), numbers(dtype, 11, 24)

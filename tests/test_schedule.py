@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from vit_static.config import OptimConfig, ScheduleConfig
+from vit_static.config import OptimConfig, ScheduleConfig, TrainConfig, total_steps, warmup_steps
 from vit_static.schedule import learning_rate
 
 PEAK = 0.4
@@ -97,3 +97,33 @@ def test_the_seeds_recipes(recipe: str) -> None:
     rates = [learning_rate(int(step), total_steps, optim, schedule) for step in steps]
     np.testing.assert_allclose(rates, expected, rtol=1e-9, atol=1e-15)
     assert max(rates) == pytest.approx(peak, rel=1e-12)
+
+
+def test_rsqrt_and_its_cooldown() -> None:
+    """big_vision's formula, spelled out: the peak over sqrt(1 + steps since the warmup / timescale), then to 0."""
+    schedule = ScheduleConfig(name="rsqrt", warmup_steps=10, timescale=50.0, cooldown_steps=20)
+    optim = OptimConfig(lr=PEAK)
+    rates = [learning_rate(step, 110, optim, schedule) for step in (5, 10, 60, 89, 90, 100, 110, 200)]
+    plain = [PEAK / math.sqrt(1 + (step - 10) / 50) for step in (10, 60, 89, 90, 100)]
+    assert rates[:5] == pytest.approx([PEAK / 2, *plain[:4]], rel=1e-12)
+    assert rates[5:] == pytest.approx([plain[4] / 2, 0.0, 0.0], rel=1e-12)
+
+
+def test_a_decay_that_counts_from_the_start_is_partly_hidden_by_the_warmup() -> None:
+    schedule = ScheduleConfig(warmup_steps=10, warmup_start_lr=0.1, end_lr=0.2, decay_begins="at_start")
+    optim = OptimConfig(lr=PEAK)
+    rates = [learning_rate(step, 100, optim, schedule) for step in (0, 5, 10, 50, 100)]
+    at_10 = 0.2 + (PEAK - 0.2) * (1 + math.cos(math.pi / 10)) / 2
+    assert rates == pytest.approx([0.1, (PEAK + 0.1) / 2, at_10, (PEAK + 0.2) / 2, 0.2], rel=1e-12)
+
+
+def test_a_warmup_and_a_run_may_be_given_in_epochs_images_or_steps() -> None:
+    assert warmup_steps(ScheduleConfig(warmup_epochs=2.5), 1000, 64) == 39
+    assert warmup_steps(ScheduleConfig(warmup_steps=7), 1000, 64) == 7
+    for train, steps in (
+        ({"epochs": 2.0}, 31),
+        ({"epochs": 2.0, "max_steps": 10}, 10),
+        ({"max_images": 640}, 10),
+        ({"epochs": 1.0, "max_images": 640, "max_steps": 12}, 10),
+    ):
+        assert total_steps(TrainConfig(**train), 1000, 64) == steps

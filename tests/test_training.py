@@ -213,3 +213,45 @@ def test_several_labels_and_odd_batches_are_refused_where_they_cant_be(config: C
     ):
         with pytest.raises(ConfigError, match=named):
             load(tmp_path / "tiny.yaml", overrides)
+
+
+def test_an_average_is_evaluated_saved_and_gone_on_with(config: Config, tmp_path: Path) -> None:
+    """To the same bits: from a checkpoint in mid-run, and under another optimizer than AdamW."""
+    averaged = config.model_copy(
+        update={
+            "optim": config.optim.model_copy(update={"name": "lamb", "ema_decay": 0.5}),
+            "output_dir": str(tmp_path / "averaged"),
+        }
+    )
+    assert train(averaged)
+    run = averaged.run_dir
+    for line in metrics(run, "eval"):
+        assert {"ema_top1", "ema_top5", "ema_loss"} <= line.keys() and line["ema_loss"] != line["loss"]
+    weights, average = read_state(run / "model.pdparams"), read_state(run / "model_ema.pdparams")
+    assert weights.keys() == average.keys()
+    assert not np.array_equal(weights["head.weight"], average["head.weight"])
+    from_checkpoint = checkpoint.load_weights(run / "checkpoints" / "latest", averaged=True).state
+    assert all(np.array_equal(from_checkpoint[name], average[name]) for name in average)
+    losses = metrics(run, "eval")
+    for later in ("step_00000008", "step_00000011"):
+        shutil.rmtree(run / "checkpoints" / later)
+    for name in ("model.pdparams", "model_ema.pdparams"):
+        (run / name).unlink()
+    assert train(averaged)
+    again = read_state(run / "model_ema.pdparams")
+    assert all(np.array_equal(again[name], average[name]) for name in average)
+    assert metrics(run, "eval")[-1]["ema_loss"] == losses[-1]["ema_loss"]
+
+
+def test_an_average_that_is_not_there_is_an_error(config: Config) -> None:
+    assert train(config)
+    with pytest.raises(WeightsError, match="no moving average"):
+        checkpoint.load_weights(config.run_dir / "checkpoints" / "latest", averaged=True)
+
+
+def test_what_another_optimizer_keeps_cannot_be_gone_on_with(config: Config) -> None:
+    assert train(config)
+    for section, change in (("optim", {"ema_decay": 0.9}), ("train", {"frozen": "body"}), ("optim", {"name": "lion"})):
+        changed = config.model_copy(update={section: getattr(config, section).model_copy(update=change)})
+        with pytest.raises(ConfigError, match=next(iter(change))):
+            train(changed)

@@ -91,10 +91,12 @@ class ModelConfig(Section):
     mlp_dim: Count | None = None
     representation_size: Count | None = Field(None, description="width of a tanh layer before the head")
     head_bias_init: float = Field(0.0, description="-10 for the seed's sigmoid loss")
+    head_init_std: NotNegative = Field(0.0, description="of its normally distributed weights; 0: zeros, as Google's")
     qkv_bias: bool = True
     dropout: Rate = 0.0
     attention_dropout: Rate = 0.0
-    drop_path_rate: Rate = Field(0.0, description="the last block's; linear from 0 over the depth")
+    drop_path_rate: Rate = Field(0.0, description="the last block's")
+    drop_path_schedule: Literal["linear", "constant"] = Field("linear", description="over the depth, from 0 or alike")
     layer_scale_init: float | None = None
 
     @model_validator(mode="after")

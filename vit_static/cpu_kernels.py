@@ -368,16 +368,15 @@ class _Lowering:
     # -- element by element, and row by row --------------------------------------------------------------------------
 
     def _gelu(self, operation: Any) -> None:
-        if not operation.attrs()["approximate"]:
-            x = self._rows(operation, 0)
-            self._replace(operation, "gelu", onednn.gelu(x.layout, x.layout), [x], [x.dtype])
+        x = self._rows(operation, 0)
+        primitive = onednn.gelu(x.layout, x.layout, operation.attrs()["approximate"])
+        self._replace(operation, "gelu", primitive, [x], [x.dtype])
 
     def _gelu_grad(self, operation: Any) -> None:
-        if not operation.attrs()["approximate"]:
-            x = self._rows(operation, 0)
-            gradient = self._rows(operation, 1, x.dtype)
-            primitive = onednn.gelu_grad(x.layout, gradient.layout, x.layout)
-            self._replace(operation, "gelu_backward", primitive, [x, gradient], [x.dtype])
+        x = self._rows(operation, 0)
+        gradient = self._rows(operation, 1, x.dtype)
+        primitive = onednn.gelu_grad(x.layout, gradient.layout, x.layout, operation.attrs()["approximate"])
+        self._replace(operation, "gelu_backward", primitive, [x, gradient], [x.dtype])
 
     def _softmax(self, operation: Any) -> None:
         if is_over_last(operation.attrs()["axis"], operation.result(0)):

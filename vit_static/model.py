@@ -311,10 +311,12 @@ def build(config: ModelConfig, attention: AttentionFunction = flash_attention) -
         pos_embed_init=config.pos_embed_init,
         representation_size=config.representation_size,
         head_bias_init=config.head_bias_init,
+        head_init_std=config.head_init_std,
         qkv_bias=config.qkv_bias,
         dropout=config.dropout,
         attention_dropout=config.attention_dropout,
         drop_path_rate=config.drop_path_rate,
+        drop_path_schedule=config.drop_path_schedule,
         layer_scale_init=config.layer_scale_init,
         attention=attention,
     )
@@ -330,7 +332,7 @@ class VisionTransformer(nn.Layer):
     `class_position` the class token has none either (DeiT III). `pos_embed` is ``learn`` or ``sincos2d`` (fixed); a
     learned one begins as `pos_embed_init` says.
     `representation_size` puts a tanh layer of that width before the head (the paper's pretraining head).
-    `drop_path_rate` is the last block's; the others' rise linearly from 0.
+    `drop_path_rate` is the last block's; the others' rise linearly from 0, or are the same (`drop_path_schedule`).
     """
 
     def __init__(
@@ -354,10 +356,12 @@ class VisionTransformer(nn.Layer):
         pos_embed_init: str = "normal",
         representation_size: int | None = None,
         head_bias_init: float = 0.0,
+        head_init_std: float = 0.0,
         qkv_bias: bool = True,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         drop_path_rate: float = 0.0,
+        drop_path_schedule: str = "linear",
         layer_scale_init: float | None = None,
         attention: AttentionFunction = flash_attention,
     ) -> None:
@@ -385,6 +389,9 @@ class VisionTransformer(nn.Layer):
             self.register_buffer("pos_embed", paddle.to_tensor(fixed), persistable=False)
         self.pos_drop = Dropout(dropout)
 
+        rates = [drop_path_rate] * depth
+        if drop_path_schedule == "linear":
+            rates = [drop_path_rate * index / max(depth - 1, 1) for index in range(depth)]
         self.blocks = nn.LayerList(
             [
                 Block(
@@ -399,7 +406,7 @@ class VisionTransformer(nn.Layer):
                         attention=attention,
                     ),
                     dropout=dropout,
-                    drop_path_rate=drop_path_rate * index / max(depth - 1, 1),
+                    drop_path_rate=rates[index],
                     layer_scale_init=layer_scale_init,
                     layer_norm_epsilon=layer_norm_epsilon,
                     gelu=gelu,
@@ -411,7 +418,8 @@ class VisionTransformer(nn.Layer):
         self.norm = nn.LayerNorm(pooled_width if norm_after_pool else width, layer_norm_epsilon)
         if representation_size is None:
             self.head0 = None
-            self.head = linear(pooled_width, num_classes, weight_init=Constant(0.0), bias_init=head_bias_init)
+            weight_init = Normal(0.0, head_init_std) if head_init_std > 0.0 else Constant(0.0)
+            self.head = linear(pooled_width, num_classes, weight_init=weight_init, bias_init=head_bias_init)
         else:
             self.head0 = linear(pooled_width, representation_size)
             self.head = linear(representation_size, num_classes, bias_init=head_bias_init)

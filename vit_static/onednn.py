@@ -24,7 +24,7 @@ _DATA_TYPES = {"float32": 3, "bfloat16": 2}
 _BYTES = {"float32": 4, "bfloat16": 2}
 _CPU, _IN_ORDER = 1, 1
 _FORWARD_TRAINING, _BACKWARD = 64, 128
-_GELU_ERF, _LINEAR, _SOFTMAX, _ADD = 49, 38, 196608, 131056
+_GELU_ERF, _GELU_TANH, _LINEAR, _SOFTMAX, _ADD = 49, 43, 38, 196608, 131056
 _SCALE_AND_SHIFT = 2 | 4
 _MAX_DIMENSIONS = 12
 # Numbers by which a primitive names its operands.
@@ -191,13 +191,13 @@ def matmul(
     return Primitive(description, [(number, layout) for number, layout in operands if layout is not None])
 
 
-def _eltwise_forward(x: Layout, out: Layout) -> ctypes.c_void_p:
+def _gelu_forward(x: Layout, out: Layout, approximate: bool) -> ctypes.c_void_p:
     library = _library()
     return library.make(
         "eltwise_forward_primitive_desc",
         library.engine,
         ctypes.c_int(_FORWARD_TRAINING),
-        ctypes.c_int(_GELU_ERF),
+        ctypes.c_int(_GELU_TANH if approximate else _GELU_ERF),
         library.description(x),
         library.description(out),
         ctypes.c_float(0.0),
@@ -207,25 +207,25 @@ def _eltwise_forward(x: Layout, out: Layout) -> ctypes.c_void_p:
 
 
 @lru_cache(_NUM_PRIMITIVES)
-def gelu(x: Layout, out: Layout) -> Primitive:
-    """The exact one, by erf; operands x, out."""
-    return Primitive(_eltwise_forward(x, out), [(_SOURCE, x), (_TARGET, out)])
+def gelu(x: Layout, out: Layout, approximate: bool = False) -> Primitive:
+    """By erf, or by its tanh approximation; operands x, out."""
+    return Primitive(_gelu_forward(x, out, approximate), [(_SOURCE, x), (_TARGET, out)])
 
 
 @lru_cache(_NUM_PRIMITIVES)
-def gelu_grad(x: Layout, out_grad: Layout, x_grad: Layout) -> Primitive:
+def gelu_grad(x: Layout, out_grad: Layout, x_grad: Layout, approximate: bool = False) -> Primitive:
     """Operands x, out_grad, x_grad."""
     library = _library()
     description = library.make(
         "eltwise_backward_primitive_desc",
         library.engine,
-        ctypes.c_int(_GELU_ERF),
+        ctypes.c_int(_GELU_TANH if approximate else _GELU_ERF),
         library.description(x_grad),
         library.description(out_grad),
         library.description(x),
         ctypes.c_float(0.0),
         ctypes.c_float(0.0),
-        _eltwise_forward(x, x),
+        _gelu_forward(x, x, approximate),
         None,
     )
     return Primitive(description, [(_SOURCE, x), (_TARGET_GRADIENT, out_grad), (_SOURCE_GRADIENT, x_grad)])

@@ -277,6 +277,7 @@ def _compile(config: Config, parallel: ParallelConfig, mesh: mesh_module.Mesh, p
         learning_rate=lambda step: config.optim.lr,
         parallel=parallel,
         train_targets=config.train_targets,
+        frozen=config.train.frozen,
         counting=counting,
     )
 

@@ -2,8 +2,8 @@
 under their own names, and their logits in float64.
 
 Run with the two repositories' folders: python make_peer_weights_jax.py VISION_TRANSFORMER BIG_VISION, checkouts of
-google-research/vision_transformer (ac6e056) and google-research/big_vision. The models are these programs' own; of
-big_vision's utils, which want TensorFlow, they use nothing here, so an empty module stands in.
+google-research/vision_transformer (c6de1e5) and google-research/big_vision (0127fb6). The models are these programs'
+own; of big_vision's utils, which want TensorFlow, they use nothing here, so an empty module stands in.
 
 As in weights/torch.npz 20 wide, 2 blocks, 4 heads, an MLP of 36, patches of 4, 7 classes, for each case `CASE/images`
 [2, 3, height, width] and `CASE/logits` [2, 7]. Both programs' GELU is the tanh approximation, Flax's default, and their

@@ -1,9 +1,10 @@
 """Make weights/plsc*.pdparams and weights/paddle.npz: PLSC's ViT with random weights, saved by paddle.save as PLSC
 saves (in half precision, too), and its logits in float32.
 
-Run with this project's own environment and a checkout of PaddlePaddle/PLSC: python make_peer_weights_paddle.py PLSC.
-The model is PLSC's own file; of the rest of PLSC, which Paddle 3.3.1 doesn't import, stand-ins for its base class and
-its initialisers (what they set is set anew here) are enough. PaddleClas's files have the same names and layout.
+Run with this project's own environment and a checkout of PaddlePaddle/PLSC (bd0c824):
+python make_peer_weights_paddle.py PLSC. The model is PLSC's own file; of the rest of PLSC, which Paddle 3.3.1 doesn't
+import, stand-ins for its base class and its initialisers (what they set is set anew here) are enough. PaddleClas's
+files have the same names and layout.
 
 20 wide, 2 blocks, 4 heads, an MLP of 36, patches of 4, 7 classes, epsilon 1e-6; for each case `CASE/images`
 [2, 3, 12, 12] and `CASE/logits` [2, 7].
