@@ -14,15 +14,17 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
+import safetensors
 from small import REFERENCE, SMALL, model_logits
 from test_weights import random_state
 
-from vit_static import convert, formats
+from vit_static import convert, formats, weight_files
 from vit_static.__main__ import main
 from vit_static.config import InitConfig, ModelConfig
-from vit_static.formats import Foreign, WeightsError
+from vit_static.formats import Foreign
 from vit_static.model import build
 from vit_static.resampling import resample_pos_embed
+from vit_static.weight_files import WeightsError
 from vit_static.weights import init_from
 
 WEIGHTS = REFERENCE / "weights"
@@ -94,7 +96,7 @@ def grid_of(config: ModelConfig) -> tuple[int, int]:
 
 
 def arrays_of(path: Path) -> dict[str, Any]:
-    return dict(formats.safetensors.deserialize(path.read_bytes()))
+    return dict(safetensors.deserialize(path.read_bytes()))
 
 
 def test_the_names_are_those_of_the_other_program(tmp_path: Path) -> None:
@@ -134,6 +136,28 @@ def test_a_layer_scale_can_be_folded_for_a_program_without(tmp_path: Path) -> No
     again = formats.read(tmp_path / "vit.npz")
     logits = model_logits(loaded(again, plain), paddle.to_tensor(images))
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_what_the_target_computes_otherwise_is_told(tmp_path: Path, capfd) -> None:
+    for target, said in (("x.npz", "google computes with model.gelu=tanh"), ("x.safetensors", "")):
+        given = [
+            "--from",
+            str(WEIGHTS / FILES["timm_deit3"]),
+            "--to",
+            str(tmp_path / target),
+            "-o",
+            "model.num_heads=4",
+        ]
+        assert main(["convert", *given, "--fold-layer-scale"]) == 0
+        assert ("note: " in (out := capfd.readouterr().out)) == bool(said) and said in out
+
+
+def test_another_programs_config_is_left_alone(tmp_path: Path) -> None:
+    found, config = model_of_file("hf_vit")
+    (tmp_path / "config.json").write_text('{"mine": 1}')
+    with pytest.raises(WeightsError, match="name another folder"):
+        convert.write(found.state, config, tmp_path / "model.safetensors", "huggingface")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_what_a_program_computes_otherwise_is_told() -> None:
@@ -197,6 +221,13 @@ def test_pretrainings_parts_are_dropped_by_name(tmp_path: Path) -> None:
     assert formats.read(path).dropped.keys() == decoder.keys()
 
 
+def test_what_is_no_weight_is_dropped_by_name(tmp_path: Path) -> None:
+    counter = {"num_batches": np.array([3], np.int64)}
+    assert list(formats.read(saved(tmp_path / "x.safetensors", lambda arrays: arrays | counter)).dropped) == [
+        "num_batches"
+    ]
+
+
 def test_pytorchs_own_files_are_refused_with_the_remedy(tmp_path: Path) -> None:
     """As torch.save writes them: today's zip, and the pickle of before."""
     with zipfile.ZipFile(tmp_path / "vit.pth", "w") as archive:
@@ -243,9 +274,9 @@ def test_bfloat16_is_read(tmp_path: Path) -> None:
     header = json.dumps({"patch_embed.proj.bias": {"dtype": "BF16", "shape": [3], "data_offsets": [0, 6]}}).encode()
     # Alone these arrays are no model; what is looked at is how they are read.
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bits.tobytes())
-    assert np.array_equal(formats._read_safetensors(tmp_path / "a.safetensors")["patch_embed.proj.bias"], values)
+    assert np.array_equal(weight_files._read_safetensors(tmp_path / "a.safetensors")["patch_embed.proj.bias"], values)
     np.savez(tmp_path / "a.npz", bias=bits.view("V2"))
-    assert np.array_equal(formats._read_npz(tmp_path / "a.npz")["bias"], values)
+    assert np.array_equal(weight_files._read_npz(tmp_path / "a.npz")["bias"], values)
     (tmp_path / "a.pdparams").write_bytes(pickle.dumps({"head.bias": bits}))
     assert np.array_equal(formats.read(tmp_path / "a.pdparams").state["head.bias"], values)
 

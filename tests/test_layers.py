@@ -22,6 +22,8 @@ LAYERS = [
         "runtime",
         "resampling",
         "formats",
+        "weight_files",
+        "weight_names",
     },
     {"model", "loss", "data", "mesh", "agreement", "mixing"}
     | {f"data.{name}" for name in ("lists", "images", "shards", "sets", "order", "augment", "operations", "pipeline")}

@@ -13,8 +13,8 @@ from small import read_state
 
 from vit_static import checkpoint, report
 from vit_static.config import Config, ConfigError, load
-from vit_static.formats import WeightsError
 from vit_static.train import train
+from vit_static.weight_files import WeightsError
 
 TINY = """
 model: {variant: Ti/16, image_size: 16, patch_size: 8, width: 32, depth: 2, num_heads: 2, mlp_dim: 64,

@@ -13,9 +13,10 @@ from numpy_vit import logits as numpy_logits
 from small import SMALL, images_and_labels, model_logits, read_state
 
 from vit_static.config import InitConfig
-from vit_static.formats import Foreign, WeightsError
+from vit_static.formats import Foreign
 from vit_static.model import build
 from vit_static.resampling import resample_pos_embed
+from vit_static.weight_files import WeightsError
 from vit_static.weights import file_state, init_from, load_state, write_pdparams
 
 

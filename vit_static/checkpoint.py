@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from vit_static import formats
 from vit_static import model as model_module
 from vit_static.config import Config, ConfigError
 from vit_static.files import point_to, sync
-from vit_static.formats import Foreign, State, WeightsError, fuse_qkv
+from vit_static.formats import Foreign, State, fuse_qkv
 from vit_static.mesh import Mesh
 from vit_static.optim import EMA
+from vit_static.weight_files import WeightsError
 
 FORMAT = 2
 _META, _CONFIG, _CLASS_NAMES = "meta.json", "config.yaml", "class_names.txt"
@@ -232,7 +233,10 @@ def load_weights(path: Path, *, averaged: bool = False) -> Weights:
     if path.is_file():
         beside = path.parent / _CONFIG
         config = config_module.load(beside) if beside.is_file() else None
-        return Weights(formats.read(path), config, _read_class_names(path.parent), path)
+        found = formats.read(path)
+        if config is not None:
+            found = replace(found, facts=_facts(config))
+        return Weights(found, config, _read_class_names(path.parent), path)
     merged = path / (MERGED_AVERAGE if averaged else MERGED)
     if merged.is_file():
         return load_weights(merged)

@@ -13,8 +13,9 @@ from vit_static import formats
 from vit_static import model as model_module
 from vit_static.checkpoint import load_weights
 from vit_static.config import Config, InitConfig, ModelConfig
-from vit_static.formats import FormatName, WeightsError
+from vit_static.formats import FormatName
 from vit_static.model import VARIANTS
+from vit_static.weight_files import WeightsError
 from vit_static.weights import LoadReport, adapted, check_state, model_of, position_counts, write_pdparams
 
 SUFFIXES: dict[str, FormatName] = {".pdparams": "plsc", ".npz": "google", ".safetensors": "timm"}
@@ -57,6 +58,7 @@ def run(
     resampling = InitConfig().pos_embed if config is None else config.init.pos_embed
     init = InitConfig(head="keep" if head == "keep" else "reset", pos_embed=resampling)
     state, report = converted(found, model, str(source), init, grid)
+    report.notes += [] if to == "plsc" and loaded.config else formats.computed_otherwise(state, model, to)
     write(state, model, target, to)
     report.write(target.with_name(f"{target.name}.report.json"))
     print(f"convert: {source}: {report.format}")

@@ -17,9 +17,10 @@ from vit_static import formats
 from vit_static import model as model_module
 from vit_static.config import InitConfig, ModelConfig
 from vit_static.files import write_atomically
-from vit_static.formats import State, WeightsError, fuse_qkv, split_qkv
+from vit_static.formats import State, fuse_qkv, split_qkv
 from vit_static.model import VisionTransformer
 from vit_static.resampling import resample_pos_embed
+from vit_static.weight_files import WeightsError
 
 _HEAD = ("head.", "head0.")
 
@@ -278,6 +279,7 @@ def model_of(found: formats.Foreign) -> dict[str, Any]:
         told |= {"width": embedding.shape[0], "patch_size": embedding.shape[2]}
     if first is not None and first.ndim == 2:
         told["mlp_dim"] = first.shape[1]
+    told["pos_embed"] = "learn" if "pos_embed" in state else "sincos2d"
     told["depth"] = len(formats.PLSC.blocks_in(state))
     told["qkv_bias"] = "blocks.0.attn.qkv.bias" in state
     told["layer_scale_init"] = 1e-5 if "blocks.0.ls1.gamma" in state else None

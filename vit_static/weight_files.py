@@ -1,0 +1,132 @@
+"""The arrays in files of weights: pickles, .npz and .safetensors, told by their first bytes. Nothing is unpickled but
+arrays."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import safetensors
+
+from vit_static.config import UserError
+
+Arrays = dict[str, np.ndarray | None]  # as a file has them; None for what is no array of numbers with fractions
+Kind = Literal["paddle", "npz", "safetensors"]
+
+
+class WeightsError(UserError):
+    """A file of weights that can't be read, or doesn't fit the model."""
+
+
+_TORCH = (
+    "is PyTorch's own file, which is a pickle that can run code: write it anew with safetensors.torch.save_file("
+    "model.state_dict(), 'model.safetensors'), where you trust it"
+)
+
+
+def read_arrays(path: Path) -> tuple[Kind, Arrays]:
+    """A file's arrays, as float32. Raises WeightsError for what is none of the three. Never runs code from it."""
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(16)
+    except OSError as error:
+        raise WeightsError(f"{path}: can't be read ({error.strerror})") from None
+    if beginning[:2] == b"PK":
+        return "npz", _read_npz(path)
+    if len(beginning) == 16 and beginning[8:9] == b"{" and struct.unpack("<Q", beginning[:8])[0] < 10**8:
+        return "safetensors", _read_safetensors(path)
+    if beginning[:1] == b"\x80":
+        return "paddle", _read_pickle(path)
+    raise WeightsError(f"{path}: is no file of weights that is known here: .pdparams, .npz and .safetensors are")
+
+
+def _float32(array: np.ndarray, dtype: str = "") -> np.ndarray | None:
+    """None for what is no number with a fraction. bfloat16 comes as its 16 bits."""
+    if array.dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            return array.astype(np.float32)
+    if dtype == "BF16" or array.dtype in (np.dtype("V2"), np.dtype("uint16")):
+        return (np.ascontiguousarray(array).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return None
+
+
+def _read_npz(path: Path) -> Arrays:
+    arrays: Arrays = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("data.pkl") for name in archive.namelist()):
+                raise WeightsError(f"{path}: {_TORCH}")
+        with np.load(path, allow_pickle=False) as found:
+            for name in found.files:
+                arrays[name] = _float32(found[name])
+    except WeightsError:
+        raise
+    except Exception as error:  # a broken zip or header can raise anything
+        raise WeightsError(f"{path}: is not a whole .npz file ({type(error).__name__}: {error})") from None
+    return arrays
+
+
+def _read_safetensors(path: Path) -> Arrays:
+    arrays: Arrays = {}
+    try:
+        for name, tensor in safetensors.deserialize(path.read_bytes()):
+            kind = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}.get(tensor["dtype"])
+            arrays[name] = None
+            if kind is not None:
+                array = np.frombuffer(tensor["data"], kind).reshape(tensor["shape"])
+                arrays[name] = _float32(array, tensor["dtype"])
+    except Exception as error:
+        raise WeightsError(f"{path}: is not a whole .safetensors file ({type(error).__name__}: {error})") from None
+    return arrays
+
+
+# What a state dict of arrays needs to be unpickled; whatever else a file asks for is refused.
+_HARMLESS = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+    ("numpy._core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+}
+
+
+class _StateUnpickler(pickle.Unpickler):
+    """Reads arrays and containers; refuses everything that could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.partition(".")[0] == "torch":
+            raise WeightsError(_TORCH)
+        if (module, name) not in _HARMLESS:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a file of weights has no use for")
+        return _HARMLESS[module, name]
+
+
+_TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save's, before it wrote zip files
+
+
+def _read_pickle(path: Path) -> Arrays:
+    try:
+        with path.open("rb") as file:
+            content = _StateUnpickler(file).load()
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
+    except OSError as error:
+        raise WeightsError(f"{path}: can't be read ({error.strerror})") from None
+    except Exception as error:  # a broken pickle can raise anything
+        raise WeightsError(f"{path}: is not a Paddle state dict ({type(error).__name__}: {error})") from None
+    if content == _TORCH_MAGIC:
+        raise WeightsError(f"{path}: {_TORCH}")
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{path}: holds {type(content).__name__}, not a state dict")
+    arrays: Arrays = {}
+    for name, value in content.items():
+        array = value[1] if isinstance(value, tuple) and len(value) == 2 else value  # a pickled Tensor: name, data
+        if isinstance(name, str):
+            arrays[name] = _float32(array) if isinstance(array, np.ndarray) else None
+    return arrays
