@@ -147,6 +147,8 @@ def train(config: Config, resume: bool = True) -> bool:
             f"{total_steps} steps of {batch_size} images on {world_size} x {mesh.device}, "
             f"precision {precision.level} {precision.dtype}"
         )
+        for note in () if loading is None else loading.notes:
+            log.say(f"note: {note}")
         if newest is not None:
             log.record("event", progress.step, progress.step * batch_size / len(train_images), event="resumed")
         has_ended = progress.step >= total_steps and progress.evaluated_step == progress.step

@@ -107,6 +107,7 @@ class _StateUnpickler(pickle.Unpickler):
         return _HARMLESS[module, name]
 
 
+_BOOKKEEPING = "StructuredToParameterName@@"  # paddle.save's
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save's, before it wrote zip files
 
 
@@ -127,6 +128,6 @@ def _read_pickle(path: Path) -> Arrays:
     arrays: Arrays = {}
     for name, value in content.items():
         array = value[1] if isinstance(value, tuple) and len(value) == 2 else value  # a pickled Tensor: name, data
-        if isinstance(name, str):
+        if isinstance(name, str) and name != _BOOKKEEPING:
             arrays[name] = _float32(array) if isinstance(array, np.ndarray) else None
     return arrays

@@ -22,7 +22,7 @@ from vit_static.model import VisionTransformer
 from vit_static.resampling import resample_pos_embed
 from vit_static.weight_files import WeightsError
 
-_HEAD = ("head.", "head0.")
+_HEAD, _HEAD_RESET = ("head.", "head0."), "init.head = reset"
 
 
 def write_pdparams(state: Mapping[str, np.ndarray], path: Path) -> None:
@@ -67,7 +67,14 @@ class LoadReport:
         return [*found, "missing: none", "unexpected: none", *(f"note: {note}" for note in self.notes)]
 
     def describe(self) -> str:
-        return "; ".join(self.lines())
+        """The same in short, without what the config asked for by `init.head`."""
+        parts = [f"{len(self.used)} used", f"resampled: {', '.join(self.resampled) or 'none'}"]
+        parts.append(f"fresh: {', '.join(self.reset) or 'none'}")
+        dropped = {name: why for name, why in self.dropped.items() if why != _HEAD_RESET}
+        for what, names in (("folded", self.folded), ("dropped", dropped)):
+            if names:
+                parts.append(f"{what}: {_listed(names)}")
+        return "; ".join(parts)
 
     def write(self, path: Path) -> None:
         """All of it, as JSON; what is missing or unexpected is never here, but an error."""
@@ -129,7 +136,7 @@ def adapted(
     if init.head == "reset":
         for name in [name for name in state if name.startswith(_HEAD)]:
             del state[name]
-            report.dropped[name] = "init.head = reset"
+            report.dropped[name] = _HEAD_RESET
     if config.layer_scale_init is None:
         fold_layer_scale(state, report)
     if "pos_embed" in state:
