@@ -34,7 +34,7 @@ FILES = {
     **{name: f"{name}/model.safetensors" for name in ("hf_vit", "hf_dinov2", "hf_dinov2_registers")},
     **{name: f"{name}.npz" for name in ("vit_jax", "vit_jax_gap")},
     **{name: f"{name}.npz" for name in ("big_vision_tok", "big_vision_gap_sincos", "big_vision_scan")},
-    **{name: f"{name}.pdparams" for name in ("plsc", "plsc_fp16", "plsc_finetuned")},
+    **{name: f"{name}.pdparams" for name in ("plsc", "plsc_fp16", "plsc_finetuned", "paddleclas")},
 }
 HEADS = ["model.num_heads=4"]  # which timm's and Paddle's files don't tell; of 20 channels nothing can be concluded
 WIDE, SIZE = (12, 20), ["--image-size", "12", "20"]
@@ -43,7 +43,13 @@ LATER |= {"big_vision_tok", "big_vision_gap_sincos", "big_vision_scan"}
 
 
 def golden(name: str) -> tuple[np.ndarray, np.ndarray]:
-    kind = "jax" if name.startswith(("vit_jax", "big_vision")) else "paddle" if name.startswith("plsc") else "torch"
+    kind = (
+        "jax"
+        if name.startswith(("vit_jax", "big_vision"))
+        else "paddle"
+        if name.startswith(("plsc", "paddleclas"))
+        else "torch"
+    )
     arrays = np.load(WEIGHTS / f"{kind}.npz")
     return arrays[f"{name}/images"], arrays[f"{name}/logits"]
 
@@ -75,7 +81,7 @@ def test_the_way_back_gives_the_same_bits(tmp_path: Path, name: str) -> None:
     found, config = model_of_file(name)
     original = WEIGHTS / FILES[name]
     suffix = original.suffix
-    to = {"plsc": "plsc", "timm": "timm", "hf": "huggingface"}.get(name.split("_")[0], "google")
+    to = {"plsc": "plsc", "paddleclas": "plsc", "timm": "timm", "hf": "huggingface"}.get(name.split("_")[0], "google")
     state = convert.converted(found, config, "golden", InitConfig(head="keep"), grid_of(config))[0]
     target = tmp_path / f"back{suffix}"
     convert.write(state, config, target, to)
@@ -213,6 +219,17 @@ def test_models_that_this_one_is_not_are_refused_with_the_reason(tmp_path: Path,
 def test_attention_pooling_is_refused() -> None:
     with pytest.raises(WeightsError, match=r"MAPHead_0.*pools by attention"):
         formats.read(WEIGHTS / "big_vision_map.npz")
+
+
+def test_paddleclas_small_vit_is_refused(tmp_path: Path) -> None:
+    """It divides attention's scores by the root of its width, not of a head's channels, and no array tells that."""
+    state = {"patch_embed.proj.weight": np.zeros((768, 3, 16, 16), np.float32)}
+    for block in range(8):
+        state[f"blocks.{block}.attn.qkv.weight"] = np.zeros((768, 3 * 768), np.float16)
+        state[f"blocks.{block}.mlp.fc1.weight"] = np.zeros((768, 2304), np.float16)
+    (tmp_path / "small.pdparams").write_bytes(pickle.dumps(state))
+    with pytest.raises(WeightsError, match="ViT_small"):
+        formats.read(tmp_path / "small.pdparams")
 
 
 def test_pretrainings_parts_are_dropped_by_name(tmp_path: Path) -> None:

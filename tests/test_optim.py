@@ -210,3 +210,17 @@ def test_a_frozen_body_stays_and_the_head_learns(make_program, kernels, optimize
             alone.step()
             alone.clear_grad()
         np.testing.assert_allclose(after["head.weight"], head.weight.numpy(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion", "adafactor"])
+def test_what_an_optimizer_keeps_is_what_the_plan_counts(make_program, name: str) -> None:
+    """To the byte, with the average; and an average is one copy of the weights."""
+    config = SMALL.model_copy(update={"width": 36})
+    sizes = []
+    for decay in (0.0, 0.9):
+        program = make_program(build(config, attention_by_matmul), 8, OptimConfig(name=name, ema_decay=decay))
+        kept = {key: 4 * int(np.prod(tensor.shape)) for key, tensor in program.state().items()}
+        state = sum(size for key, size in kept.items() if "@" in key)
+        assert program.costs().optimizer_state == state
+        sizes.append(state)
+    assert sizes[1] - sizes[0] == program.costs().parameters

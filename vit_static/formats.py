@@ -63,9 +63,21 @@ def read(path: Path) -> Foreign:
     state = {name: array for name, array in arrays.items() if array is not None}
     if not state:
         raise WeightsError(f"{path}: holds no arrays of weights")
-    found = _translated(state, PLSC, path) if kind == "paddle" else _from_names(state, path)
+    found = _of_paddle(state, path) if kind == "paddle" else _from_names(state, path)
     others = {name: "holds no numbers with fractions" for name, array in arrays.items() if array is None}
     return Foreign(found.state, found.format, found.facts, found.dropped | others)
+
+
+def _of_paddle(state: State, path: Path) -> Foreign:
+    found = _translated(state, PLSC, path)
+    first = found.state.get("blocks.0.mlp.fc1.weight")
+    has_bias = "blocks.0.attn.qkv.bias" in found.state
+    if first is not None and first.shape == (768, 2304) and not has_bias and len(PLSC.blocks_in(found.state)) == 8:
+        raise WeightsError(
+            f"{path}: is PaddleClas's ViT_small, which divides attention's scores by the root of its width where this "
+            "model divides by that of a head's channels; take another of its models"
+        )
+    return found
 
 
 def _from_names(state: State, path: Path) -> Foreign:

@@ -7,7 +7,7 @@ own; of big_vision's utils, which want TensorFlow, they use nothing here, so an 
 
 As in weights/torch.npz 20 wide, 2 blocks, 4 heads, an MLP of 36, patches of 4, 7 classes, for each case `CASE/images`
 [2, 3, height, width] and `CASE/logits` [2, 7]. Both programs' GELU is the tanh approximation, Flax's default, and their
-LayerNorm's epsilon 1e-6.
+LayerNorm's epsilon 1e-6. vit_jax's blocks compute in float32 even so: its encoder has no way to ask for another type.
 
 - vit_jax: class token with a position, a tanh layer of 12 before the head (pre_logits)
 - vit_jax_gap: the patches' mean, no class token
