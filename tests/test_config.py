@@ -171,7 +171,7 @@ def test_a_misspelt_override_is_told_likewise(override: str, wrong: str, nearest
 def test_a_key_like_no_other_is_told_with_those_that_there_are(load_text) -> None:
     with pytest.raises(ConfigError) as error:
         load_text("schedule: {zzzzz: 1}")
-    assert "schedule.zzzzz is not a key; there are name, warmup_steps, end_lr" in message_of(error)
+    assert "schedule.zzzzz is not a key; there are name, warmup_steps, warmup_epochs, " in message_of(error)
 
 
 @pytest.mark.parametrize(
