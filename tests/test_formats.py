@@ -7,6 +7,8 @@ import pickle
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import numpy as np
 import paddle
 import pytest
 import safetensors
-from small import REFERENCE, SMALL, model_logits
+from small import REFERENCE, ROOT, SMALL, model_logits
 from test_weights import random_state
 
 from vit_static import convert, formats, weight_files
@@ -109,7 +111,8 @@ def test_the_names_are_those_of_the_other_program(tmp_path: Path) -> None:
     """Every array under the peer's own name and shape, with its values: what the peer then reads."""
     for name in ("timm_vit", "timm_dinov2_reg", "hf_vit", "hf_dinov2", "vit_jax", "vit_jax_gap"):
         found, config = model_of_file(name)
-        original, target = WEIGHTS / FILES[name], tmp_path / f"{name}{Path(FILES[name]).suffix}"
+        original, target = WEIGHTS / FILES[name], tmp_path / name / f"weights{Path(FILES[name]).suffix}"
+        target.parent.mkdir()
         to = "google" if name.startswith("vit_jax") else "timm" if name.startswith("timm") else "huggingface"
         convert.write(found.state, config, target, to)
         if to == "google":
@@ -352,3 +355,90 @@ def test_an_unknown_model_of_a_file_is_told_by_its_arrays() -> None:
     told = convert.config_of(Foreign(state, "ours", {"pool": "cls_gap"}), "x", ["model.num_heads=3"], (12, 16))
     wanted = ("width", "depth", "mlp_dim", "patch_size", "num_classes", "representation_size", "register_tokens")
     assert all(getattr(told, key) == getattr(config, key) for key in (*wanted, "class_position", "pool", "qkv_bias"))
+
+
+# What a reader's probes found
+
+
+def test_a_pickle_makes_no_object_of_numpys(tmp_path: Path) -> None:
+    """An array of objects made of a file's bytes would end the process."""
+
+    class Forged:
+        def __reduce__(self) -> Any:
+            return np.ndarray, ((1,), np.dtype("O"), b"A" * 8)
+
+    (tmp_path / "forged.pdparams").write_bytes(pickle.dumps({"head.weight": Forged()}))
+    script = f"""
+from pathlib import Path
+from vit_static.weight_files import WeightsError
+from vit_static.formats import read
+try:
+    read(Path({str(tmp_path / "forged.pdparams")!r}))
+except WeightsError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "holds no arrays" in done.stdout, done.stderr
+
+
+def test_a_pickle_that_is_an_array_is_named(tmp_path: Path) -> None:
+    (tmp_path / "odd.pdparams").write_bytes(pickle.dumps(np.zeros(3, np.float32)))
+    with pytest.raises(WeightsError, match="not a state dict"):
+        formats.read(tmp_path / "odd.pdparams")
+
+
+@pytest.mark.parametrize("shape", [(1, 20), (1,)])
+def test_a_layer_scale_that_does_not_fit_is_an_error(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    scale = {"blocks.0.ls1.gamma": np.ones(shape, np.float32)}
+    found = formats.read(saved(tmp_path / "x.safetensors", lambda arrays: arrays | scale))
+    config = model_of_file("timm_vit")[1]
+    with pytest.raises(WeightsError, match=r"ls1\.gamma"):
+        convert.converted(found, config, "x", InitConfig(head="keep"), (3, 5))
+
+
+@pytest.mark.parametrize("added", ["fc_norm.weight", "backbone.head.weight"])
+def test_two_arrays_for_one_place_are_an_error(tmp_path: Path, added: str) -> None:
+    prefix = "backbone." if added.startswith("backbone") else ""
+    more = {added: np.ones((7, 20) if prefix else 20, np.float32)}
+    path = saved(
+        tmp_path / "x.safetensors",
+        lambda arrays: {(prefix + key if key != "head.weight" else key): array for key, array in arrays.items()} | more,
+    )
+    with pytest.raises(WeightsError):
+        formats.read(path)
+
+
+def test_key_and_value_biases_without_a_querys_are_an_error(tmp_path: Path) -> None:
+    path = saved(
+        tmp_path / "x.safetensors",
+        lambda arrays: {key: array for key, array in arrays.items() if not key.endswith("query.bias")},
+        "hf_vit",
+    )
+    with pytest.raises(WeightsError, match="don't belong together"):
+        formats.read(path)
+
+
+def test_another_activation_than_gelu_is_refused(tmp_path: Path) -> None:
+    shutil.copy(WEIGHTS / FILES["hf_vit"], tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"hidden_act": "relu"}')
+    with pytest.raises(WeightsError, match="hidden_act"):
+        formats.read(tmp_path / "model.safetensors")
+
+
+def test_what_a_program_has_not_is_not_written_for_it(tmp_path: Path) -> None:
+    for name, to, said in (
+        ("timm_avg_fc_norm", "google", "norm comes after"),
+        ("big_vision_gap_sincos", "timm", "fixed"),
+        ("timm_dinov2_reg", "google", "LayerScale"),
+    ):
+        found, config = model_of_file(name)
+        with pytest.raises(WeightsError, match=said):
+            convert.write(found.state, config, tmp_path / "x", to)
+
+
+def test_a_square_and_the_models_own_grid_of_as_many_patches_are_not_guessed() -> None:
+    config = SMALL.model_copy(update={"image_size": (8, 32)})  # 2 x 8 patches, as many as 4 x 4
+    state = random_state(image_size=(8, 32))
+    with pytest.raises(WeightsError, match="4x4 patches or of the model's 2x8"):
+        init_from(build(config), config, Foreign(state, "test"), "x", InitConfig())
+    init_from(build(config), config, Foreign(state, "test"), "x", InitConfig(), (2, 8))

@@ -100,7 +100,10 @@ def _from_timm(state: State, prefix: str, path: Path) -> Foreign:
 
 def _below(state: State, prefix: str) -> State:
     """Names without a prefix; those that haven't it stay."""
-    return {name.removeprefix(prefix): array for name, array in state.items()}
+    found = {name.removeprefix(prefix): array for name, array in state.items()}
+    if len(found) < len(state):
+        raise WeightsError(f"holds arrays of the same name with {prefix!r} before it and without; take one of them out")
+    return found
 
 
 def _from_google(state: State, prefix: str, path: Path) -> Foreign:
@@ -121,7 +124,7 @@ def _unscanned(state: State) -> State:
     scanned = "Transformer/encoderblock/"
     given = {name: array for name, array in state.items() if not name.startswith(scanned)}
     for name, array in state.items():
-        if name.startswith(scanned):
+        if name.startswith(scanned) and array.ndim > 0:
             for number, of_block in enumerate(array):
                 given[f"Transformer/encoderblock_{number}/{name.removeprefix(scanned)}"] = of_block
     return given
@@ -139,7 +142,7 @@ def _said_by_config(path: Path) -> dict[str, Any]:
     """What Hugging Face's config.json beside the weights says that they don't."""
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     facts: dict[str, Any] = {}
     if isinstance(said, dict):
@@ -147,8 +150,11 @@ def _said_by_config(path: Path) -> dict[str, Any]:
             facts["num_heads"] = said["num_attention_heads"]
         if isinstance(said.get("layer_norm_eps"), float):
             facts["layer_norm_epsilon"] = said["layer_norm_eps"]
-        if said.get("hidden_act") in ("gelu_new", "gelu_pytorch_tanh"):
+        activation = said.get("hidden_act", "gelu")
+        if activation in ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"):
             facts["gelu"] = "tanh"
+        elif activation not in ("gelu", "gelu_python"):
+            raise WeightsError(f"{path}: hidden_act is {activation!r}, and this model has GELU alone")
     return facts
 
 
@@ -167,6 +173,10 @@ def _translated(state: State, table: Table, path: Path) -> Foreign:
             dropped[name] = reason
         elif name in names:
             own_name, change = names[name]
+            if own_name in own:
+                raise WeightsError(f"{path}: {name} and another of its arrays are both {own_name}")
+            if ".attn.qkv." in own_name and (array.ndim == 0 or array.shape[0 if table is TIMM else -1] % 3):
+                raise WeightsError(f"{path}: {name} is {list(array.shape)}, which is no query, key and value")
             try:
                 own[own_name] = np.ascontiguousarray(change.to_own(array))
             except (ValueError, IndexError):
@@ -205,6 +215,8 @@ def fuse_qkv(state: Mapping[str, np.ndarray]) -> State:
             fused[name.replace(".attn.q.", ".attn.qkv.")] = np.concatenate(parts, axis=-1)
         elif ".attn.k." not in name and ".attn.v." not in name:
             fused[name] = value
+        elif name.replace(".attn.k.", ".attn.q.").replace(".attn.v.", ".attn.q.") not in state:
+            raise KeyError(name)
     return fused
 
 
@@ -230,8 +242,8 @@ def write(state: Mapping[str, np.ndarray], model: ModelConfig, num_heads: int, p
     """
     table = _table_for(state, model, to)
     beside = path.with_name("config.json")
-    if to == "huggingface" and beside.exists() and not _said_by_config(beside):
-        raise WeightsError(f"{beside}: is there, and not of Hugging Face's; name another folder")
+    if to == "huggingface" and beside.exists():
+        raise WeightsError(f"{beside}: is there, and would be written over; name another folder")
     given = dict(state) if table is TIMM else split_qkv(state)
     numbers = PLSC.blocks_in(state)
     written: State = {}
@@ -277,6 +289,9 @@ def _is_its_norm(theirs: str, model: ModelConfig) -> bool:
 def _table_for(state: Mapping[str, np.ndarray], model: ModelConfig, to: FormatName) -> Table:
     """Raises WeightsError where the other program would compute something else."""
     has_scale = "blocks.0.ls1.gamma" in state
+    is_fixed = "pos_embed" not in state
+    if is_fixed and to != "google":
+        raise WeightsError(f"{to} keeps a position embedding in its file, and this model's is fixed: --format google")
     if to == "timm":
         if model.pool == "cls_gap":
             raise WeightsError("timm's ViT reads the class token or the mean, and these weights both; --to huggingface")
@@ -290,10 +305,13 @@ def _table_for(state: Mapping[str, np.ndarray], model: ModelConfig, to: FormatNa
             raise WeightsError(
                 "Google's ViT has neither registers nor both poolings at once; --format timm or huggingface"
             )
-        return VIT_JAX if model.class_position or not model.has_class_token else BIG_VISION
+        if model.pool == "gap" and model.has_class_token:
+            raise WeightsError("Google's ViT has no class token beside a mean of the patches: --format timm")
+        has_own_position = model.class_position or not model.has_class_token
+        return BIG_VISION if is_fixed or not has_own_position else VIT_JAX
     if model.pool == "gap" or not model.has_class_token or not model.class_position:
         raise WeightsError("Hugging Face's ViT reads the class token, which has a position: --format timm")
-    if (model.pool == "cls_gap") != has_scale or model.representation_size:
+    if (model.pool == "cls_gap") != has_scale or model.representation_size or (model.register_tokens and not has_scale):
         raise WeightsError(
             "Hugging Face has the ViT (class token) without LayerScale, and DINOv2 (both poolings) with it: "
             "--format timm, or --fold-layer-scale"

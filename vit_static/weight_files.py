@@ -86,18 +86,50 @@ def _read_safetensors(path: Path) -> Arrays:
     return arrays
 
 
+class _Dtype:
+    """Stands in for NumPy's while a pickle is read: keeps what it is told, and does nothing."""
+
+    def __init__(self, kind: Any = None, *_: Any) -> None:
+        self.kind, self.order = kind, "<"
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">", "|", "="):
+            self.order = "<" if state[1] in ("|", "=") else state[1]
+
+
+class _Array:
+    """Stands in for an array: its state, of which one is made only if all of it is as it should be."""
+
+    def __init__(self, *_: Any) -> None:
+        self._state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self._state = state
+
+    def array(self) -> np.ndarray | None:
+        """None for what is no array of numbers in two to eight bytes."""
+        if not isinstance(self._state, tuple) or len(self._state) != 5:
+            return None
+        _, shape, dtype, is_fortran, content = self._state
+        if not isinstance(dtype, _Dtype) or dtype.kind not in ("f2", "f4", "f8", "u2", "i4", "i8"):
+            return None
+        if not isinstance(content, bytes) or not isinstance(shape, tuple) or not all(type(n) is int for n in shape):
+            return None
+        return np.frombuffer(content, f"{dtype.order}{dtype.kind}").reshape(shape, order="F" if is_fortran else "C")
+
+
 # What a state dict of arrays needs to be unpickled; whatever else a file asks for is refused.
-_HARMLESS = {
+_HARMLESS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
-    ("numpy._core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy._core.multiarray", "_reconstruct"): _Array,
 }
 
 
 class _StateUnpickler(pickle.Unpickler):
-    """Reads arrays and containers; refuses everything that could run code."""
+    """Reads containers and what stands in for arrays; refuses everything that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module.partition(".")[0] == "torch":
@@ -121,7 +153,7 @@ def _read_pickle(path: Path) -> Arrays:
         raise WeightsError(f"{path}: can't be read ({error.strerror})") from None
     except Exception as error:  # a broken pickle can raise anything
         raise WeightsError(f"{path}: is not a Paddle state dict ({type(error).__name__}: {error})") from None
-    if content == _TORCH_MAGIC:
+    if isinstance(content, int) and content == _TORCH_MAGIC:
         raise WeightsError(f"{path}: {_TORCH}")
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: holds {type(content).__name__}, not a state dict")
@@ -129,5 +161,9 @@ def _read_pickle(path: Path) -> Arrays:
     for name, value in content.items():
         array = value[1] if isinstance(value, tuple) and len(value) == 2 else value  # a pickled Tensor: name, data
         if isinstance(name, str) and name != _BOOKKEEPING:
-            arrays[name] = _float32(array) if isinstance(array, np.ndarray) else None
+            try:
+                found = array.array() if isinstance(array, _Array) else None
+            except ValueError:
+                raise WeightsError(f"{path}: {name} hasn't as many numbers as its shape") from None
+            arrays[name] = None if found is None else _float32(found)
     return arrays

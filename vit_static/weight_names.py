@@ -95,13 +95,13 @@ _SCALES = _same("blocks.{}.ls1.gamma", "blocks.{}.ls2.gamma")
 
 PLSC = Table(
     "PLSC's or this program's .pdparams",
-    r"blocks\.(\d+)\.",
+    r"blocks\.([0-9]{1,4})\.",
     _EMBEDDINGS | _SCALES | _norms(_NORMS_IN_TORCH) | _linears({**_IN_TORCH, "head0.": "head0"}, AS_IT_IS),
 )
 PLSC_FACTS: dict[str, Any] = {"gelu": "erf", "layer_norm_epsilon": 1e-6}
 TIMM = Table(
     "timm's .safetensors",
-    r"blocks\.(\d+)\.",
+    r"blocks\.([0-9]{1,4})\.",
     _EMBEDDINGS
     | _SCALES
     | _norms({**_NORMS_IN_TORCH, "fc_norm.": "norm"})
@@ -133,7 +133,7 @@ _HF_REFUSED = {
 }
 HF_VIT = Table(
     "Hugging Face ViT's .safetensors",
-    r"encoder\.layer\.(\d+)\.",
+    r"encoder\.layer\.([0-9]{1,4})\.",
     _HF_EMBEDDINGS
     | _norms(
         {
@@ -162,7 +162,7 @@ HF_VIT = Table(
 )
 HF_DINOV2 = Table(
     "Hugging Face DINOv2's .safetensors",
-    r"encoder\.layer\.(\d+)\.",
+    r"encoder\.layer\.([0-9]{1,4})\.",
     _HF_EMBEDDINGS
     | {f"{_HF_BLOCK}layer_scale{branch}.lambda1": (f"blocks.{{}}.ls{branch}.gamma", AS_IT_IS) for branch in (1, 2)}
     | _norms({f"{_HF_BLOCK}norm1.": "blocks.{}.norm1", f"{_HF_BLOCK}norm2.": "blocks.{}.norm2", "layernorm.": "norm"})
@@ -187,7 +187,7 @@ def _google(name: str, attention: str, norms: tuple[str, str], mlp: str, positio
     block = "Transformer/encoderblock_{}/"
     return Table(
         name,
-        r"Transformer/encoderblock_(\d+)/",
+        r"Transformer/encoderblock_([0-9]{1,4})/",
         {
             "cls": ("cls_token", AS_IT_IS),
             position: ("pos_embed", AS_IT_IS),

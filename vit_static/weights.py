@@ -159,9 +159,12 @@ def fold_layer_scale(state: State, report: LoadReport) -> None:
     """Multiplies LayerScale's factors into the layers before them, which gives the same sums without it."""
     for name in [name for name in state if name.endswith(".gamma")]:
         layer = name.replace(".ls1.gamma", ".attn.proj").replace(".ls2.gamma", ".mlp.fc2")
-        gamma = state.pop(name).astype(np.float64)
+        gamma, weight = state[name].astype(np.float64), state.get(f"{layer}.weight")
+        if gamma.ndim != 1 or weight is None or weight.shape[-1:] != gamma.shape:
+            raise WeightsError(f"{name} is {list(gamma.shape)}, which doesn't fit {layer}")
+        del state[name]
         for part in (f"{layer}.weight", f"{layer}.bias"):
-            if part in state and state[part].shape[-1:] == gamma.shape:
+            if part in state:
                 state[part] = (state[part] * gamma).astype(np.float32)
         report.folded[name] = f"{layer}.weight"
 
@@ -177,7 +180,7 @@ def _fit_positions(
 ) -> None:
     """The position embedding on the model's grid, with the class token's row where the model has one."""
     embedding = state["pos_embed"]
-    if embedding.ndim != 3 or ("cls_token" not in state and config.has_class_token):
+    if embedding.ndim != 3 or len(embedding) != 1 or ("cls_token" not in state and config.has_class_token):
         return  # what is wrong is told by the comparison of all shapes
     if config.pos_embed != "learn":
         del state["pos_embed"]
@@ -193,7 +196,13 @@ def _fit_positions(
         )
     if source_grid is None:
         side = math.isqrt(embedding.shape[1] - prefix)
-        source_grid = (side, side) if side * side == embedding.shape[1] - prefix else grid
+        is_square = side * side == embedding.shape[1] - prefix
+        if is_square and side * side == math.prod(grid) and grid != (side, side):
+            raise WeightsError(
+                f"{source}: pos_embed may be of {side}x{side} patches or of the model's {grid[0]}x{grid[1]}; say which by "
+                "the image size that it is of (convert --image-size)"
+            )
+        source_grid = (side, side) if is_square else grid
     if source_grid != grid:
         embedding = resample_pos_embed(embedding, source_grid, grid, init.pos_embed)
         report.resampled = ["pos_embed"]
