@@ -199,8 +199,8 @@ def _fit_positions(
         is_square = side * side == embedding.shape[1] - prefix
         if is_square and side * side == math.prod(grid) and grid != (side, side):
             raise WeightsError(
-                f"{source}: pos_embed may be of {side}x{side} patches or of the model's {grid[0]}x{grid[1]}; say which by "
-                "the image size that it is of (convert --image-size)"
+                f"{source}: pos_embed may be of {side}x{side} patches or of the model's {grid[0]}x{grid[1]}; say which "
+                "by the image size that it is of (convert --image-size)"
             )
         source_grid = (side, side) if is_square else grid
     if source_grid != grid:
