@@ -124,9 +124,8 @@ def write_shards(images: FileSet, folder: Path, shard_mb: float, seed: int | Non
         try:
             for future in writing:
                 future.result()
-        except BaseException:
+        finally:  # after a failure, or Ctrl-C, those that haven't begun aren't
             threads.shutdown(wait=True, cancel_futures=True)
-            raise
     with write_atomically(folder / CONTENTS_FILE) as temporary, temporary.open("wb") as file:
         for shard in shards:
             file.writelines(

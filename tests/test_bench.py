@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paddle
 import pytest
 from PIL import Image
 from small import ROOT
@@ -219,10 +220,8 @@ def test_a_card_gets_the_micro_batch_that_the_seeds_configs_give_each() -> None:
         load(ROOT / "configs" / name, own_batch(name, 1))
 
 
+@pytest.mark.skipif(paddle.is_compiled_with_cuda(), reason="there may be one")
 def test_the_cards_benchmark_wants_a_card(capsys: pytest.CaptureFixture[str]) -> None:
-    paddle = pytest.importorskip("paddle")
-    if paddle.is_compiled_with_cuda():
-        pytest.skip("there may be one")
     from vit_static.__main__ import main
 
     assert main(["bench", "train", "--device", "gpu", "-v"]) == 2

@@ -116,9 +116,8 @@ def test_what_a_block_is_made_of(make_program) -> None:
     assert not gone & set(found)
 
 
+@pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU multiplies no bfloat16")
 def test_mixed_precision_casts_weights_and_the_residuals_gradient_alone(make_program) -> None:
-    if not cpu_has_bfloat16():
-        pytest.skip("this CPU multiplies no bfloat16")
     paddle.seed(3)
     program = make_program(build(PLAIN, attention_by_matmul), 8, precision=Precision("O1", "bfloat16"))
     found, depth = operators(program), 2

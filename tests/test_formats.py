@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import resource
 import shutil
 import struct
 import subprocess
@@ -59,7 +60,7 @@ def golden(name: str) -> tuple[np.ndarray, np.ndarray]:
 def model_of_file(name: str, *overrides: str) -> tuple[Foreign, ModelConfig]:
     found = formats.read(WEIGHTS / FILES[name])
     size = WIDE if name in LATER else None
-    return found, convert.config_of(found, name, [*HEADS, *overrides], size)
+    return found, convert.config_of(found, name, [*HEADS, *overrides], size).model
 
 
 def loaded(found: Foreign, config: ModelConfig) -> Any:
@@ -315,7 +316,7 @@ def test_convert_prints_and_saves_what_became_of_each_array(tmp_path: Path, capf
 
 
 def test_convert_from_a_checkpoint_of_ours_and_back_is_exact(tmp_path: Path, capfd) -> None:
-    state = random_state(layer_scale_init=None)
+    state = random_state(layer_scale_init=None, representation_size=None)
     shutil.copy(WEIGHTS / FILES["plsc"], tmp_path / "mine.pdparams")
     paddle.save({name: paddle.to_tensor(value) for name, value in state.items()}, str(tmp_path / "mine.pdparams"))
     size = ["--image-size", "12", "16"]
@@ -336,6 +337,7 @@ def test_convert_from_a_checkpoint_of_ours_and_back_is_exact(tmp_path: Path, cap
         (["--from", str(WEIGHTS / FILES["timm_vit"]), "--to", "x.npz", "-o", "model.num_heads=4"], "--image-size"),
         (["--from", str(WEIGHTS / FILES["timm_deit3"]), "--to", "x.bin"], "--format"),
         (["--from", "nowhere.npz", "--to", "x.npz"], "nowhere.npz"),
+        (["--from", str(WEIGHTS / FILES["timm_deit3"]), "--to", ".", "--format", "timm"], "is a folder"),
         (["--from", str(WEIGHTS / FILES["vit_jax_gap"]), "--to", "x.safetensors", "--format", "huggingface", *SIZE],
          "--format timm"),
     ],
@@ -352,7 +354,7 @@ def test_an_unknown_model_of_a_file_is_told_by_its_arrays() -> None:
     config = SMALL.model_copy(update={"register_tokens": 3, "pool": "cls_gap", "class_position": False})
     model = build(config)
     state = formats.fuse_qkv({name: value.numpy() for name, value in model.state_dict().items()})
-    told = convert.config_of(Foreign(state, "ours", {"pool": "cls_gap"}), "x", ["model.num_heads=3"], (12, 16))
+    told = convert.config_of(Foreign(state, "ours", {"pool": "cls_gap"}), "x", ["model.num_heads=3"], (12, 16)).model
     wanted = ("width", "depth", "mlp_dim", "patch_size", "num_classes", "representation_size", "register_tokens")
     assert all(getattr(told, key) == getattr(config, key) for key in (*wanted, "class_position", "pool", "qkv_bias"))
 
@@ -434,6 +436,48 @@ def test_what_a_program_has_not_is_not_written_for_it(tmp_path: Path) -> None:
         found, config = model_of_file(name)
         with pytest.raises(WeightsError, match=said):
             convert.write(found.state, config, tmp_path / "x", to)
+
+
+def test_other_heads_are_another_model() -> None:
+    """Google's arrays and Hugging Face's config tell how many there are."""
+    for name in ("vit_jax", "hf_vit"):
+        found, config = model_of_file(name)
+        other = config.model_copy(update={"num_heads": 2})
+        with pytest.raises(WeightsError, match=r"-o model\.num_heads=4"):
+            convert.converted(found, other, name, InitConfig(head="keep"), grid_of(config))
+
+
+def test_small_files_do_not_ask_for_much_memory(tmp_path: Path) -> None:
+    """A zip file that grows a thousand times, and a pickle of nine bytes whose memo is to have 2**28 places."""
+    np.savez_compressed(tmp_path / "zeros.npz", a=np.zeros(30_000_000, np.float32))
+    (tmp_path / "memo.pdparams").write_bytes(b"\x80\x02}r" + struct.pack("<I", 2**28) + b".")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for name in ("zeros.npz", "memo.pdparams"):
+        with pytest.raises(WeightsError, match=name):
+            formats.read(tmp_path / name)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+def test_broken_numbers_are_named(tmp_path: Path) -> None:
+    broken = {"head.bias": np.array([np.inf] * 7, np.float32)}
+    with pytest.raises(WeightsError, match=r"head\.bias holds infinities"):
+        formats.read(saved(tmp_path / "x.safetensors", lambda arrays: arrays | broken))
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.pdparams").write_bytes(pickle.dumps({"\ud800": 1}, protocol=2))
+    with pytest.raises(WeightsError, match="no text"):
+        formats.read(tmp_path / "x.pdparams")
+
+
+def test_an_embedding_is_resampled_as_asked_for(tmp_path: Path) -> None:
+    source = str(WEIGHTS / FILES["hf_vit"])
+    for mode in ("bicubic", "bilinear", "antialias"):
+        target = tmp_path / f"{mode}.npz"
+        more = ["-o", "model.image_size=20", "-o", f"init.pos_embed={mode}"]
+        assert main(["convert", "--from", source, "--to", str(target), *more]) == 0
+        given, got = formats.read(Path(source)).state["pos_embed"], formats.read(target).state["pos_embed"]
+        assert np.array_equal(got, resample_pos_embed(given, (3, 3), (5, 5), mode))
 
 
 def test_a_square_and_the_models_own_grid_of_as_many_patches_are_not_guessed() -> None:

@@ -93,15 +93,12 @@ def test_a_slow_disk_is_waited_for_while_it_gives_something(listed: FileSet) -> 
 
 
 def test_threads_end_with_their_reader(listed: FileSet) -> None:
-    def num_threads() -> int:
-        return sum(thread.name == "vit_static reader" for thread in threading.enumerate())
-
-    before = num_threads()
+    earlier = set(threading.enumerate())  # among them, perhaps, those of other tests' readers
     files = reader(listed, num_readers=3)
     files.batch(0)
-    assert num_threads() == before + 3
-    started = [thread for thread in threading.enumerate() if thread.name == "vit_static reader"]
+    started = [thread for thread in set(threading.enumerate()) - earlier if thread.name == "vit_static reader"]
+    assert len(started) == 3
     del files
-    for thread in started[-3:]:
+    for thread in started:
         thread.join(10)
-    assert num_threads() == before
+    assert not any(thread.is_alive() for thread in started)

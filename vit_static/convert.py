@@ -38,25 +38,25 @@ def run(
     `image_size` is what the weights were trained at, for a grid of patches that is no square. Raises WeightsError
     unless every array is accounted for, and where the target's program has no such model.
     """
+    if target.is_dir() or not target.name:
+        raise WeightsError(f"{target}: is a folder; --to takes a file, such as {target / 'model.safetensors'}")
     to = to or SUFFIXES.get(target.suffix)
     if to is None:
         raise WeightsError(f"{target}: which format is it to be? End its name with {', '.join(SUFFIXES)}, or --format")
     loaded = load_weights(source, averaged=averaged)
     found = loaded.found
-    if config is not None:
-        model = config.model
-    elif loaded.config is not None:
-        model = loaded.config_with(overrides).model
-    else:
-        model = config_of(found, str(source), overrides, image_size)
+    if config is None and loaded.config is not None:
+        config = loaded.config_with(overrides)
+    elif config is None:
+        config = config_of(found, str(source), overrides, image_size)
+    model = config.model
     if fold_layer_scale:
         model = model.model_copy(update={"layer_scale_init": None})
     grid = loaded.grid
     if image_size is not None:
         patch = model_module.variant_of(model).patch_size
         grid = (image_size[0] // patch, image_size[1] // patch)
-    resampling = InitConfig().pos_embed if config is None else config.init.pos_embed
-    init = InitConfig(head="keep" if head == "keep" else "reset", pos_embed=resampling)
+    init = InitConfig(head="keep" if head == "keep" else "reset", pos_embed=config.init.pos_embed)
     state, report = converted(found, model, str(source), init, grid)
     report.notes += [] if to == "plsc" and loaded.config else formats.computed_otherwise(state, model, to)
     write(state, model, target, to)
@@ -85,10 +85,8 @@ def write(state: formats.State, model: ModelConfig, target: Path, to: FormatName
         formats.write(state, model, model_module.variant_of(model).num_heads, target, to)
 
 
-def config_of(
-    found: formats.Foreign, source: str, overrides: list[str], image_size: tuple[int, int] | None
-) -> ModelConfig:
-    """The model that weights are of, as far as they tell it, with ``model.key=value`` overrides on top."""
+def config_of(found: formats.Foreign, source: str, overrides: list[str], image_size: tuple[int, int] | None) -> Config:
+    """The model that weights are of, as far as they tell it, with ``section.key=value`` overrides on top."""
     told: dict[str, Any] = model_of(found)
     for key in ("patch_size", "width", "depth", "mlp_dim"):
         if not told.get(key):
@@ -107,7 +105,7 @@ def config_of(
     for key, remedy in (("num_heads", "-o model.num_heads=N"), ("image_size", "--image-size HEIGHT WIDTH")):
         if not any(line.startswith(f"model.{key}=") for line in [*lines, *overrides]):
             raise WeightsError(f"{source}: doesn't tell its {key}; set it, {remedy}")
-    return config_module.load(None, [*lines, *overrides]).model
+    return config_module.load(None, [*lines, *overrides])
 
 
 def _yaml(value: Any) -> str:
@@ -117,11 +115,11 @@ def _yaml(value: Any) -> str:
 
 
 def _num_heads(told: dict[str, Any]) -> int | None:
-    """By the published variant of this shape, or else of 64 channels each, as all of them but the largest have."""
+    """Of the published variant of this shape: else nothing tells it, and a guess would be another model's."""
     for variant in VARIANTS.values():
         if (variant.width, variant.depth, variant.mlp_dim) == (told["width"], told["depth"], told["mlp_dim"]):
             return variant.num_heads
-    return told["width"] // 64 if told["width"] % 64 == 0 else None
+    return None
 
 
 def _image_size(found: formats.Foreign, patch_size: int) -> tuple[int, int] | None:

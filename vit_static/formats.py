@@ -293,6 +293,8 @@ def _table_for(state: Mapping[str, np.ndarray], model: ModelConfig, to: FormatNa
     if is_fixed and to != "google":
         raise WeightsError(f"{to} keeps a position embedding in its file, and this model's is fixed: --format google")
     if to == "timm":
+        if model.representation_size:
+            raise WeightsError("timm's ViT has no representation layer before its head: --head drop")
         if model.pool == "cls_gap":
             raise WeightsError("timm's ViT reads the class token or the mean, and these weights both; --to huggingface")
         return TIMM

@@ -4,6 +4,7 @@ and how ZeRO splits what they keep."""
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -161,7 +162,7 @@ class Update:
     states: dict[str, Any] = field(default_factory=dict)
 
 
-class ByRule(_Kept, ShardedState, paddle.optimizer.Optimizer):
+class ByRule(_Kept, ShardedState, paddle.optimizer.Optimizer, ABC):
     """p' = p - rate * direction, of basic operators, since Paddle 3.3.1's rules for how its other optimizers'
     operators are split don't keep their state split. A subclass says what is kept and what the direction is.
 
@@ -182,13 +183,13 @@ class ByRule(_Kept, ShardedState, paddle.optimizer.Optimizer):
         self._decay = decay_coefficient(optim)
         self._master_weights: dict[str, Any] = {}
 
+    @abstractmethod
     def kept(self, shape: list[int]) -> dict[str, int | None]:
         """By name what is kept of a parameter of this shape: the axis that it lacks, or None."""
-        raise NotImplementedError
 
+    @abstractmethod
     def update(self, gradient: Any, weight: Any, states: Mapping[str, Any], decay: float) -> Update:
         """All with the same placements; `decay` is 0 where the parameter has none."""
-        raise NotImplementedError
 
     def _create_accumulators(self, block: Any, parameters: list[Any]) -> None:
         for parameter in parameters:

@@ -37,6 +37,16 @@ def read_arrays(path: Path) -> tuple[Kind, Arrays]:
             beginning = file.read(16)
     except OSError as error:
         raise WeightsError(f"{path}: can't be read ({error.strerror})") from None
+    kind, arrays = _read(path, beginning)
+    for name, array in arrays.items():
+        if not name.isprintable():
+            raise WeightsError(f"{path}: has an array whose name is no text, {name!a}")
+        if array is not None and not np.isfinite(array).all():
+            raise WeightsError(f"{path}: {name} holds infinities or what is no number: these weights are broken")
+    return kind, arrays
+
+
+def _read(path: Path, beginning: bytes) -> tuple[Kind, Arrays]:
     if beginning[:2] == b"PK":
         return "npz", _read_npz(path)
     if len(beginning) == 16 and beginning[8:9] == b"{" and struct.unpack("<Q", beginning[:8])[0] < 10**8:
@@ -56,15 +66,22 @@ def _float32(array: np.ndarray, dtype: str = "") -> np.ndarray | None:
     return None
 
 
+_MOST_UNPACKED = 100  # times a zip file's own size; weights hardly shrink
+
+
 def _read_npz(path: Path) -> Arrays:
     arrays: Arrays = {}
     try:
         with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+            if unpacked > _MOST_UNPACKED * max(path.stat().st_size, 10**6):
+                raise WeightsError(f"{path}: would unpack to {unpacked / 1e9:.1f} GB, which no weights do")
             if any(name.endswith("data.pkl") for name in archive.namelist()):
                 raise WeightsError(f"{path}: {_TORCH}")
         with np.load(path, allow_pickle=False) as found:
             for name in found.files:
-                arrays[name] = _float32(found[name])
+                array = found[name]
+                arrays[name] = _float32(array) if isinstance(array, np.ndarray) else None
     except WeightsError:
         raise
     except Exception as error:  # a broken zip or header can raise anything
@@ -128,8 +145,11 @@ _HARMLESS: dict[tuple[str, str], Any] = {
 }
 
 
-class _StateUnpickler(pickle.Unpickler):
-    """Reads containers and what stands in for arrays; refuses everything that could run code."""
+class _StateUnpickler(pickle._Unpickler):
+    """Reads containers and what stands in for arrays; refuses everything that could run code.
+
+    Python's own, not the quicker one in C, which makes room for as many objects as nine bytes say that there are.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if module.partition(".")[0] == "torch":

@@ -141,7 +141,13 @@ def adapted(
         fold_layer_scale(state, report)
     if "pos_embed" in state:
         _fit_positions(state, report, found, config, source, init, source_grid)
-    for key in ("num_heads", "gelu", "layer_norm_epsilon", "pool", "norm_after_pool"):
+    num_heads = _value_of(config, "num_heads")
+    if found.facts.get("num_heads", num_heads) != num_heads:
+        raise WeightsError(
+            f"{source}: has {found.facts['num_heads']} heads, and this model {num_heads}; these are another model's "
+            f"weights: set -o model.num_heads={found.facts['num_heads']}"
+        )
+    for key in ("gelu", "layer_norm_epsilon", "pool", "norm_after_pool"):
         fact, wanted = found.facts.get(key), _value_of(config, key)
         if fact is not None and fact != wanted and not (key in ("pool", "norm_after_pool") and init.head == "reset"):
             report.notes.append(f"the file's program has model.{key}={fact}, and this model {wanted}")

@@ -27,11 +27,13 @@ def with_real_labels(images: ImageSet, path: Path, num_classes: int) -> FileSet:
         raise DataError("--real: wants the validation images as files, whose names have their numbers; set data.val")
     try:
         labels = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(labels, list) or not all(type(label) is int for of_image in labels for label in of_image):
+            raise TypeError
         counts = np.array([len(of_image) for of_image in labels])
         values = np.array([label for of_image in labels for label in of_image], np.int32)
     except OSError as error:
         raise DataError(f"{path}: can't be read ({error.strerror}); --real takes ReaL's real.json") from None
-    except (ValueError, TypeError, OverflowError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         raise DataError(f"{path}: is no list of lists of labels; --real takes ReaL's real.json") from None
     if len(values) == 0 or values.min() < 0 or values.max() >= num_classes:
         raise DataError(f"{path}: has labels beyond the model's {num_classes} classes; ReaL's are of ImageNet-1k")
