@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -183,7 +184,9 @@ def test_gradients_travel_in_the_dtype_that_is_asked_for_and_norms_in_float32() 
     exchange = Exchange(10**6, overlap=True, dtype="float16")
     _, after = exchanged(exchange, ParallelConfig(dp=2, sharding_stage=2))
     sums = [op for op in after if op.name in ("all_reduce", "reduce_scatter") and op.role == UPDATE]
-    assert {(op.dtype, op.shape == (1,)) for op in sums} == {(paddle.float16, False), (paddle.float32, True)}
+    assert {op.dtype for op in sums} == {paddle.float16, paddle.float32}
+    (precise,) = [op for op in sums if op.dtype == paddle.float32]
+    assert precise.name == "all_reduce" and math.prod(precise.shape) <= (CONFIG.depth or 0) + 6  # one a layer
 
 
 def test_a_cards_linear_layers_are_products_and_sums() -> None:

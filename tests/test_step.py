@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import paddle
@@ -14,6 +16,7 @@ from vit_static.config import AmpConfig, ConfigError, KernelsConfig, OptimConfig
 from vit_static.model import attention_by_matmul, build
 from vit_static.optim import AdamW, ByRule
 from vit_static.runtime import cpu_has_bfloat16
+from vit_static.state_parts import Parts, part_of, write
 from vit_static.step import Precision, choose_precision
 from vit_static.weights import file_state
 
@@ -148,25 +151,100 @@ def test_dropout_masks_are_a_function_of_seed_and_step(make_program) -> None:
     assert loss_at(5) != loss_at(5, seed=1)
 
 
-def test_state_round_trip_goes_on_to_the_same_bits(make_program) -> None:
+def saved(program, folder: Path) -> Parts:
+    """A program's state, by way of a checkpoint's part."""
+    folder.mkdir(parents=True)
+    write(part_of(program.state(), rank=0), folder / "part.safetensors", {})
+    return Parts([folder / "part.safetensors"])
+
+
+def test_state_round_trip_goes_on_to_the_same_bits(make_program, tmp_path: Path) -> None:
     """All that training changes is in `state`: set into another program, it goes on as the first does."""
     for name, optim in OPTIMIZERS.items():
         paddle.seed(3)
         first = make_program(build(SMALL), 8, optim)
         for step in range(3):
             first.train_step(*images_and_labels(8, seed=step), step)
-        saved = {key: np.asarray(value._local_value()).copy() for key, value in first.state().items()}
+        parts = saved(first, tmp_path / name)
         first_loss = first.train_step(*images_and_labels(8, seed=9), 3)
         paddle.seed(77)
         second = make_program(build(SMALL), 8, optim)
-        state = second.state()
-        assert set(state) == set(saved), name
-        for key, value in state.items():
-            value._local_value().set_value(saved[key])
-        second.set_state(state)
+        assert set(second.state()) == set(parts), name
+        second.restore(parts)
         second_loss = second.train_step(*images_and_labels(8, seed=9), 3)
         assert second.scalar(second_loss) == first.scalar(first_loss), name
         assert all(np.array_equal(second.weights()[key], value) for key, value in first.weights().items()), name
+
+
+def test_o2s_state_is_float32_and_goes_on_in_any_precision(
+    make_program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU Paddle's `decorate` leaves the weights in float32, so the test casts them; its AdamW takes no others."""
+
+    def cast(model: paddle.nn.Layer, optimizer: Any, *, dtype: str, **others: Any) -> tuple[paddle.nn.Layer, Any]:
+        return model.to(dtype=dtype), optimizer
+
+    monkeypatch.setattr(paddle.amp, "decorate", cast)
+    optim = OptimConfig(name="lamb", lr=1e-2, ema_decay=0.5)
+    half = {"precision": Precision("O2", "bfloat16"), "amp": AmpConfig(level="O2", dtype="bfloat16")}
+    first = make_program(build(SMALL), 8, optim, **half)
+    for step in range(3):
+        first.train_step(*images_and_labels(8, seed=step), step)
+    parts = saved(first, tmp_path / "half")
+    with first.averaged():
+        pass  # the half-precision weights come back as they were
+    batch = images_and_labels(8, seed=9)
+    loss = first.scalar(first.train_step(*batch, 3))  # now: later programs' variables have the same names
+    assert {parts.read(name).dtype for name in parts} == {np.dtype("float32")}
+    weight, average = parts.read("head.weight"), parts.read("head.weight@ema")
+    assert not np.array_equal(weight, average)
+    assert np.any(weight.view(np.uint32) & 0xFFFF)  # the master's own bits, not those of bfloat16
+
+    second = make_program(build(SMALL), 8, optim, **half)
+    second.restore(parts)
+    assert second.scalar(second.train_step(*batch, 3)) == loss
+    whole = make_program(build(SMALL), 8, optim)
+    assert set(whole.state()) == set(parts)
+    whole.restore(parts)
+    assert np.array_equal(whole.weights()["head.weight"], weight)
+    assert np.array_equal(whole.weights(averaged=True)["head.weight"], average)
+    assert whole.scalar(whole.train_step(*batch, 3)) == pytest.approx(loss, rel=0.1)
+
+
+def test_float16s_scale_of_the_loss_is_part_of_the_state(make_program) -> None:
+    half = {"precision": Precision("O2", "float16"), "amp": AmpConfig(level="O2", dtype="float16")}
+    state = make_program(build(SMALL), 8, **half).state()
+    assert {name for name in state if name.startswith("@")} == {"@loss_scaling", "@num_good_steps", "@num_bad_steps"}
+
+
+def test_the_first_step_whose_gradients_are_not_finite_is_known(make_program) -> None:
+    """Also some steps later, when the weights have become NaN: the block that the infinity came from is told apart."""
+    program = make_program(build(SMALL), 8, OptimConfig(name="sgd", lr=1e-3, clip_norm=1.0))
+    images, labels = images_and_labels(8)
+    for step in range(2):
+        program.train_step(images, labels, step)
+    assert program.first_unsound() is None
+    broken = images.clone()
+    broken[3, 0, 0, 0] = float("inf")
+    program.train_step(broken, labels, 2)
+    for step in (3, 4):
+        program.train_step(images, labels, step)
+    found = program.first_unsound()
+    assert found is not None and found[0] == 3
+    assert set(found[1]) == {"patch_embed", "cls_token", "pos_embed", "blocks.0", "blocks.1", "norm", "head0", "head"}
+    assert not np.isfinite(found[1]["patch_embed"])
+    program.forget_unsound()
+    assert program.first_unsound() is None
+
+
+def test_norms_by_block_add_up_to_the_norm(make_program) -> None:
+    """Those that are kept for the case that a step's aren't finite."""
+    program = make_program(build(SMALL), 8, OptimConfig(name="sgd", lr=0.0))
+    images, labels = images_and_labels(8)
+    program.train_step(images, labels, 0)
+    variable = paddle.static.global_scope().find_var(program._clip._norms)
+    norms = np.asarray(variable.get_tensor())
+    assert np.sqrt(np.square(norms).sum()) == pytest.approx(program.grad_norm(), rel=1e-6)
 
 
 def kernels_by_dtype(program, mode: str) -> dict[str, set[str]]:

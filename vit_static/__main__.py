@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vit_static import runtime
-from vit_static.config import Config, UserError, load
+from vit_static.config import Config, RunFailed, UserError, load
 from vit_static.devices import CARDS_A_NODE, DEVICES, INTERCONNECTS
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_MISTAKE, EXIT_STOPPED = 0, 1, 2, 75
@@ -72,9 +72,9 @@ def make_parser() -> argparse.ArgumentParser:
         add_config(verb, CONFIGS / default)
         verb.add_argument(
             "--resume",
-            choices=["auto", "never"],
             default="auto",
-            help="auto: go on from the run's latest checkpoint, if there is one",
+            metavar="auto|never|PATH",
+            help="auto: go on from the run's latest checkpoint, if there is one; PATH: from this one, or this run's",
         )
     verb = add("eval", "top-1, top-5 and loss over the validation images")
     add_config(verb, None)
@@ -187,6 +187,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_FAILED
         print(f"vit_static: {error.filename}: {error.strerror}; name another path, or mend this one", file=sys.stderr)
         return EXIT_USER_MISTAKE
+    except RunFailed as error:
+        print(f"vit_static: {error}", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         print("vit_static: stopped on request", file=sys.stderr)
         return EXIT_STOPPED
@@ -218,7 +221,7 @@ def run(arguments: argparse.Namespace) -> int:
         from vit_static.train import train
 
         assert config is not None
-        return EXIT_DONE if train(config, resume=arguments.resume == "auto") else EXIT_STOPPED
+        return EXIT_DONE if train(config, arguments.resume) else EXIT_STOPPED
     if arguments.verb == "predict":
         from vit_static import predict
 

@@ -14,6 +14,7 @@ from typing import Any
 import paddle
 from paddle import pir
 
+from vit_static import paddle_internals as internals
 from vit_static.passes import BACKWARD, UPDATE, role
 
 # On a card the executor gives what is on a stream of another name a stream of its own, and has those wait that read
@@ -90,13 +91,13 @@ def _fuse_sums(
 def _buckets(
     operations: Iterable[Any], bucket_bytes: int, apart: Callable[[Bucket, Any], bool] = lambda *_: False
 ) -> list[Bucket]:
-    """Operators of one ring and dtype together, in their order, as many as fit; numbers by themselves."""
+    """Operators of one ring and dtype together, in their order, as many as fit; what stays precise by itself."""
     full: list[Bucket] = []
     filling: dict[tuple[Any, ...], Bucket] = {}
     for operation in operations:
         value = operation.operand_source(0)
         given = operation.attrs()
-        kind = (given["ring_id"], given.get("reduce_type"), str(value.dtype), _is_number(value))
+        kind = (given["ring_id"], given.get("reduce_type"), str(value.dtype), _is_precise(value))
         bucket = filling.setdefault(kind, [])
         size = sum(math.prod(op.operand_source(0).shape) for op in [*bucket, operation]) * value.element_size()
         if bucket and (size > bucket_bytes or apart(bucket, operation)):
@@ -106,15 +107,17 @@ def _buckets(
     return [*full, *filling.values()]
 
 
-def _is_number(value: Any) -> bool:
-    return math.prod(value.shape) == 1
+def _is_precise(value: Any) -> bool:
+    """Whether it stays in float32 on its way: the sums of squares that clipping needs, and single numbers."""
+    made_by = value.get_defining_op()
+    return math.prod(value.shape) == 1 or (made_by is not None and made_by.has_attr(internals.SQUARES))
 
 
 def _sum_together(all_reduces: Bucket, dtype: str) -> Any:
     """One all-reduce, at the insertion point, in the place of several; the operator."""
     values = [operation.operand_source(0) for operation in all_reduces]
     given, own_dtype = all_reduces[0].attrs(), values[0].dtype
-    is_lowered = bool(dtype) and not _is_number(values[0])  # not the sums of squares that clipping needs
+    is_lowered = bool(dtype) and not _is_precise(values[0])
     flat = paddle.concat([value.reshape([-1]) for value in values])
     total = paddle._C_ops.all_reduce(flat.astype(dtype) if is_lowered else flat, given["ring_id"], given["reduce_type"])
     exchange = total.get_defining_op()

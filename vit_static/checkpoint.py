@@ -1,35 +1,35 @@
-"""Checkpoints: saving all of a run's state in parts, going on from it, weights out of it, keeping the last few.
+"""Checkpoints: what their folders hold, which of them a run goes on from, whether one is whole, weights out of it.
 
-A checkpoint is a folder, ``checkpoints/step_00001234``, complete or absent: it is written under another name and
-renamed. Every rank writes its own part. `latest` and `best` are links beside it.
+A checkpoint is a folder, ``checkpoints/step_00001234``, complete or absent (saving.py): a part of the state from each
+rank (state_parts.py), the config, the classes, where the run stands, and a manifest with the size and the digest of
+each of these files. `latest` and `best` are links beside it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import paddle
-import paddle.distributed as dist
-
-import vit_static
 from vit_static import config as config_module
 from vit_static import formats
 from vit_static import model as model_module
 from vit_static.config import Config, ConfigError
-from vit_static.files import point_to, sync
+from vit_static.data.order import nth_batch
+from vit_static.files import point_to, sync, write_atomically
 from vit_static.formats import Foreign, State, fuse_qkv
-from vit_static.mesh import Mesh
 from vit_static.optim import EMA
+from vit_static.state_parts import Parts, read_about
 from vit_static.weight_files import WeightsError
 
-FORMAT = 2
-_META, _CONFIG, _CLASS_NAMES = "meta.json", "config.yaml", "class_names.txt"
+FORMAT = 3
+META, CONFIG, CLASS_NAMES, MANIFEST = "meta.json", "config.yaml", "class_names.txt", "manifest.json"
 MERGED, MERGED_AVERAGE = "model.pdparams", "model_ema.pdparams"
+_PART = "rank_{:05d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,12 @@ class Progress:
     step: int  # optimizer steps done
     evaluated_step: int = 0  # after how many of them the last evaluation was
     best_top1: float | None = None
+    best_step: int | None = None
+    left_out: tuple[int, ...] = ()  # batches of the order that the run has passed over (train.on_nonfinite)
+
+    def batch(self) -> int:
+        """The number, in the order of the images, of the batch that comes next."""
+        return nth_batch(self.step, self.left_out)
 
 
 @dataclass(frozen=True)
@@ -55,92 +61,215 @@ class DataPosition:
     repeats: int
 
 
+@dataclass(frozen=True)
+class FileRecord:
+    """A file as it was written."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a whole checkpoint consists of. `run` is the same for all of a run's."""
+
+    run: str
+    step: int
+    files: dict[str, FileRecord]
+
+
 def folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step:08d}"
 
 
-def save(
-    state: Mapping[str, paddle.Tensor],
-    progress: Progress,
-    data: DataPosition,
-    config: Config,
-    mesh: Mesh,
-    class_names: list[str],
-    *,
-    is_best: bool,
-) -> Path:
-    """Writes a checkpoint, moves `latest` (and `best`) to it, and removes those that are kept no longer.
-
-    `state` is the compiled program's, by canonical names (step.Program.state). All ranks call it together.
-    """
-    final = folder(config.run_dir, progress.step)
-    part = final.with_name(f".{final.name}.part")
-    if mesh.rank == 0:
-        shutil.rmtree(part, ignore_errors=True)  # a killed run's
-        part.mkdir(parents=True)
-    mesh.wait_for_all()
-    dist.save_state_dict(dict(state), str(part))
-    mesh.wait_for_all()
-    if mesh.rank == 0:
-        config_module.dump(config, part / _CONFIG)
-        write_class_names(part, class_names)
-        meta = {
-            "format": FORMAT,
-            "progress": asdict(progress),
-            "data": asdict(data),
-            "versions": {"vit_static": vit_static.__version__, "paddle": paddle.__version__},
-        }
-        (part / _META).write_text(json.dumps(meta, indent=1))
-        for path in (*part.iterdir(), part):
-            sync(path)
-        if final.exists():  # the same step again, after a resume
-            shutil.rmtree(final)
-        part.rename(final)
-        sync(final.parent)
-        point_to(final.parent / "latest", final.name)
-        if is_best:
-            point_to(final.parent / "best", final.name)
-        _remove_old(final.parent, config.checkpoint.keep_last)
-    mesh.wait_for_all()
-    return final
+def part_name(rank: int) -> str:
+    return _PART.format(rank)
 
 
-def _remove_old(checkpoints: Path, keep_last: int) -> None:
+# -- written --------------------------------------------------------------------------------------------------------
+
+
+def record(path: Path) -> FileRecord:
+    """A file's size and digest."""
+    with path.open("rb") as file:
+        return FileRecord(path.stat().st_size, _digest(file))
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def complete(part: Path, final: Path, manifest: Manifest) -> None:
+    """Makes a checkpoint of a folder with all of its files: the manifest goes into it, and it gets its name."""
+    content = {"format": FORMAT, **asdict(manifest)}
+    with write_atomically(part / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(content, indent=1))
+    sync(part)
+    older = final.with_name(f".{final.name}.older")
+    if final.exists():  # the same step again, after a resume
+        final.rename(older)
+    part.rename(final)
+    sync(final.parent)
+    remove(older)
+    point_to(final.parent / "latest", final.name)
+
+
+def remove_old(checkpoints: Path, keep_last: int, keep_every: int | None) -> None:
+    """All but the newest, those of every so many steps, and those that `latest` and `best` name."""
     named = {(checkpoints / link).resolve().name for link in ("latest", "best") if (checkpoints / link).exists()}
-    complete = sorted(path for path in checkpoints.glob("step_*") if path.is_dir())
-    for path in complete[:-keep_last]:
-        if path.name not in named:
-            shutil.rmtree(path)
+    for step, path in sorted(_numbered(checkpoints))[:-keep_last]:
+        if path.name not in named and (keep_every is None or step % keep_every):
+            remove(path)
 
 
-def latest(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run, if it has one."""
-    complete = sorted((run_dir / "checkpoints").glob("step_*/" + _META))
-    return complete[-1].parent if complete else None
+def remove(path: Path) -> None:
+    """A checkpoint: one that is killed meanwhile leaves nothing that looks like one."""
+    if path.is_dir():
+        going = path.with_name(f".{path.name.strip('.')}.removed")
+        shutil.rmtree(going, ignore_errors=True)
+        path.rename(going)
+        shutil.rmtree(going, ignore_errors=True)
 
 
-def set_aside(run_dir: Path) -> None:
-    """Moves a run's checkpoints and merged weights out of the way of one that begins anew; nothing is deleted."""
+def _numbered(checkpoints: Path) -> list[tuple[int, Path]]:
+    """A run's checkpoints by their steps."""
+    return [(int(path.name[5:]), path) for path in checkpoints.glob("step_*") if path.name[5:].isdecimal()]
+
+
+def tidy(run_dir: Path, progress: Progress) -> None:
+    """Before a run goes on: what a killed one has left half done is removed, or done."""
+    checkpoints = run_dir / "checkpoints"
+    for older in checkpoints.glob(".step_*.older"):
+        if not (final := older.with_name(older.name[1:].removesuffix(".older"))).exists():
+            older.rename(final)
+    for path in (*checkpoints.glob(".step_*"), *checkpoints.glob(".latest.*"), *checkpoints.glob(".best.*")):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    best = None if progress.best_step is None else folder(run_dir, progress.best_step)
+    for link, target in (("latest", latest(run_dir)), ("best", best)):
+        if target is not None and target.is_dir():
+            point_to(checkpoints / link, target.name)
+
+
+def set_aside(run_dir: Path, after: int = -1) -> Path | None:
+    """Moves a run's checkpoints of later steps than `after`, and its merged weights, out of the way of one that begins
+    anew or goes back; nothing is deleted. Where to, if there were any."""
+    checkpoints = run_dir / "checkpoints"
+    later = [path for step, path in _numbered(checkpoints) if step > after]
+    later += [run_dir / merged for merged in (MERGED, MERGED_AVERAGE) if (run_dir / merged).exists()]
+    if not later:
+        return None
     number = 1
     while (aside := run_dir / f"checkpoints_before_{number}").exists():
         number += 1
-    if (run_dir / "checkpoints").exists():
-        (run_dir / "checkpoints").rename(aside)
-    for merged in (MERGED, MERGED_AVERAGE):
-        if (run_dir / merged).exists():
-            aside.mkdir(exist_ok=True)
-            (run_dir / merged).rename(aside / merged)
+    aside.mkdir()
+    for path in later:
+        path.rename(aside / path.name)
+    for link in ("latest", "best"):
+        if (checkpoints / link).is_symlink() and not (checkpoints / link).exists():
+            (checkpoints / link).unlink()
+    return aside
+
+
+# -- found and looked at --------------------------------------------------------------------------------------------
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The newest checkpoint of a run, if it has one."""
+    return max(_numbered(run_dir / "checkpoints"), default=(0, None))[1]
+
+
+def to_resume(run_dir: Path, resume: str) -> Path | None:
+    """The checkpoint to go on from. `resume`: auto, the run's own latest, if there is one; never; or the path of a
+    checkpoint or a run. Raises WeightsError where that path is neither."""
+    if resume == "never":
+        return None
+    if resume == "auto":
+        return latest(run_dir)
+    path = Path(resume)
+    found = path if (path / MANIFEST).is_file() or (path / META).is_file() else latest(path)
+    if found is None:
+        raise WeightsError(f"--resume {resume}: is no checkpoint, and no run's folder that has one")
+    return found.resolve()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Raises WeightsError for what is no checkpoint of this version's."""
+    try:
+        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if content.pop("format") != FORMAT:
+            raise ValueError("another format")
+        files = {name: FileRecord(**found) for name, found in content.pop("files").items()}
+        if {META, CONFIG, CLASS_NAMES} - files.keys() or any(Path(name).name != name for name in files):
+            raise ValueError("its files are not a checkpoint's")
+        return Manifest(files=files, **content)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{path / MANIFEST}: is damaged, or not this version's ({error})") from None
+    try:
+        older = json.loads((path / META).read_text(encoding="utf-8"))["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise WeightsError(f"{path}: is not a whole checkpoint, its {MANIFEST} is missing") from None
+    raise WeightsError(
+        f"{path}: is of format {older}, and this version's is {FORMAT}; go on with the version that wrote it, or start "
+        f"from the weights that its run has merged at its end ({MERGED}) with -o init.from=PATH -o init.head=keep"
+    )
+
+
+def verify(path: Path, share: slice = slice(None)) -> Manifest:
+    """Compares a checkpoint's files, a `share` of them by every byte, with its manifest. Raises WeightsError, which
+    names what is missing, cut short, damaged or another's."""
+    manifest = read_manifest(path)
+    for number, (name, wanted) in enumerate(sorted(manifest.files.items())):
+        file = path / name
+        try:
+            size = file.stat().st_size
+            if size == wanted.bytes and number not in range(*share.indices(len(manifest.files))):
+                continue
+            if size == wanted.bytes and record(file) == wanted:
+                continue
+        except FileNotFoundError:
+            raise WeightsError(f"{file}: is missing, so the checkpoint is not whole") from None
+        except OSError as error:
+            raise WeightsError(f"{file}: can't be read ({error.strerror})") from None
+        about = read_about(file)
+        if about and (about.get("run"), about.get("step")) != (manifest.run, str(manifest.step)):
+            what = "another run" if about.get("run") != manifest.run else f"step {about.get('step')}"
+            raise WeightsError(f"{file}: is a part of {what}'s checkpoint")
+        if size != wanted.bytes:
+            raise WeightsError(f"{file}: has {size} bytes, and was written with {wanted.bytes}")
+        raise WeightsError(f"{file}: is damaged: its bytes are not those that were written")
+    return manifest
+
+
+def whole_one_before(path: Path) -> Path | None:
+    """The newest whole checkpoint of the same run and a smaller step."""
+    for _, other in sorted(_numbered(path.resolve().parent), reverse=True):
+        if other.name < path.resolve().name:
+            try:
+                verify(other)
+            except WeightsError:
+                continue
+            return other
+    return None
 
 
 def read_progress(path: Path) -> tuple[Progress, DataPosition]:
     """Raises WeightsError for what is not a checkpoint of this version's."""
+    read_manifest(path)
     try:
-        meta = json.loads((path / _META).read_text())
-        if meta["format"] != FORMAT:
-            raise WeightsError(f"{path}: is a checkpoint of format {meta['format']}, and this version reads {FORMAT}")
-        return Progress(**meta["progress"]), DataPosition(**meta["data"])
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise WeightsError(f"{path}: is not a whole checkpoint ({error})") from None
+        meta = json.loads((path / META).read_text(encoding="utf-8"))
+        progress = Progress(**{**meta["progress"], "left_out": tuple(meta["progress"]["left_out"])})
+        return progress, DataPosition(**meta["data"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path / META}: is damaged ({error})") from None
+
+
+def open_parts(path: Path) -> Parts:
+    return Parts(path / name for name in read_manifest(path).files if name.endswith(".safetensors"))
 
 
 def check_same_images(path: Path, saved: DataPosition, now: DataPosition) -> None:
@@ -161,13 +290,14 @@ def check_same_images(path: Path, saved: DataPosition, now: DataPosition) -> Non
 
 def check_same_run(path: Path, config: Config) -> None:
     """Raises ConfigError where a run can't go on from a checkpoint because what it trains has changed."""
-    saved = _fixed_values(config_module.load(path / _CONFIG))
-    for key, value in _fixed_values(config).items():
-        if saved[key] != value:
-            raise ConfigError(
-                f"{key} = {value!r}: the run in {config.run_dir} was begun with {saved[key]!r}; "
-                "give this one another name (-o name=...), or start anew with --resume never"
-            )
+    read_manifest(path)
+    saved, now = _fixed_values(config_module.load(path / CONFIG)), _fixed_values(config)
+    changed = [f"{key} = {value!r} (it was {saved[key]!r})" for key, value in now.items() if saved[key] != value]
+    if changed:
+        raise ConfigError(
+            f"{', '.join(changed)}: a run can't go on from {path} with that changed; "
+            "give this one another name (-o name=...), or start anew with --resume never"
+        )
 
 
 def _fixed_values(config: Config) -> dict[str, Any]:
@@ -184,17 +314,6 @@ def _fixed_values(config: Config) -> dict[str, Any]:
         "train.frozen": config.train.frozen,
     }
     return {**model, **training, **order}
-
-
-def restore(state: dict[str, paddle.Tensor], path: Path, mesh: Mesh) -> None:
-    """Fills the program's state from a checkpoint, whatever mesh wrote it."""
-    # On one process Paddle fills no distributed tensors: it is given the parts they hold.
-    view = state if mesh.world_size > 1 else {name: _local(tensor) for name, tensor in state.items()}
-    dist.load_state_dict(view, str(path))
-
-
-def _local(tensor: paddle.Tensor) -> paddle.Tensor:
-    return tensor._local_value() if tensor.is_dist() else tensor
 
 
 @dataclass(frozen=True)
@@ -218,9 +337,9 @@ class Weights:
     def config_with(self, overrides: Iterable[str]) -> Config:
         """The config with ``section.key=value`` overrides. Raises ConfigError where none lies beside the weights."""
         if self.config is None:
-            raise ConfigError(f"{self.source}: has no {_CONFIG} beside it; name the run's config with -c")
+            raise ConfigError(f"{self.source}: has no {CONFIG} beside it; name the run's config with -c")
         return config_module.load(
-            self.source.parent / _CONFIG if self.source.is_file() else self.source / _CONFIG, overrides
+            self.source.parent / CONFIG if self.source.is_file() else self.source / CONFIG, overrides
         )
 
 
@@ -231,7 +350,7 @@ def load_weights(path: Path, *, averaged: bool = False) -> Weights:
     Raises WeightsError where there are none.
     """
     if path.is_file():
-        beside = path.parent / _CONFIG
+        beside = path.parent / CONFIG
         config = config_module.load(beside) if beside.is_file() else None
         found = formats.read(path)
         if config is not None:
@@ -240,12 +359,16 @@ def load_weights(path: Path, *, averaged: bool = False) -> Weights:
     merged = path / (MERGED_AVERAGE if averaged else MERGED)
     if merged.is_file():
         return load_weights(merged)
-    if (path / _META).is_file():
-        read_progress(path)
-        config = config_module.load(path / _CONFIG)
+    if (path / MANIFEST).is_file() or (path / META).is_file():
+        try:
+            verify(path)
+        except WeightsError as error:
+            other = whole_one_before(path)
+            raise WeightsError(f"{error}" + (f"; the newest whole one before it is {other}" if other else "")) from None
+        config = config_module.load(path / CONFIG)
         if averaged and config.optim.ema_decay == 0.0:
             raise WeightsError(f"{path}: has no moving average of the weights (optim.ema_decay is 0)")
-        found = Foreign(merge(path, config, averaged=averaged), "this program's checkpoint", _facts(config))
+        found = Foreign(merge(path, averaged=averaged), "this program's checkpoint", _facts(config))
         return Weights(found, config, _read_class_names(path), path)
     newest = latest(path)
     if newest is not None:
@@ -268,18 +391,18 @@ def _facts(config: Config) -> dict[str, Any]:
 
 def write_class_names(folder_path: Path, class_names: Iterable[str]) -> None:
     """A line a class, in the order of the labels."""
-    (folder_path / _CLASS_NAMES).write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
+    with write_atomically(folder_path / CLASS_NAMES) as temporary:
+        temporary.write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
 
 
 def _read_class_names(folder_path: Path) -> list[str] | None:
-    path = folder_path / _CLASS_NAMES
+    path = folder_path / CLASS_NAMES
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else None
 
 
-def merge(path: Path, config: Config, *, averaged: bool = False) -> State:
+def merge(path: Path, *, averaged: bool = False) -> State:
     """A sharded checkpoint's weights, or their moving average, whole, in the files' layout."""
-    plain = model_module.build(config.model)
-    suffix = f"@{EMA}" if averaged else ""
-    state = {f"{name}{suffix}": value for name, value in plain.state_dict().items()}
-    dist.load_state_dict(state, str(path))
-    return fuse_qkv({name.removesuffix(suffix): value.numpy() for name, value in state.items()})
+    parts = open_parts(path)
+    # Of what is frozen there is no average: it is the same.
+    wanted = {name: f"{name}@{EMA}" if averaged and f"{name}@{EMA}" in parts else name for name in parts}
+    return fuse_qkv({name: parts.read(held) for name, held in wanted.items() if "@" not in name})

@@ -43,6 +43,10 @@ class UserError(ValueError):
         super().__init__(" ".join(message.split()))
 
 
+class RunFailed(RuntimeError):
+    """What ends a run though the command was right, in words for people: exit code 1."""
+
+
 class ConfigError(UserError):
     """A mistake in a config file or an override."""
 
@@ -246,6 +250,10 @@ class TrainConfig(Section):
     max_steps: Count | None = Field(None, description="optimizer steps")
     max_images: Count | None = None
     frozen: Literal["none", "body"] = Field("none", description="body: only the head is trained, a linear probe")
+    on_nonfinite: Literal["stop", "rollback"] = Field(
+        "stop", description="gradients that aren't finite; rollback: go on from the last checkpoint without that batch"
+    )
+    max_rollbacks: Count = Field(3, description="in a whole run; one more stops it")
 
 
 class ParallelConfig(Section):
@@ -323,6 +331,10 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     every_steps: Count | None = Field(None, description="null: at every evaluation")
     keep_last: Count = 2
+    keep_every: Count | None = Field(None, description="steps, whose multiples' checkpoints are never removed")
+    on_failure: Literal["continue", "stop"] = Field(
+        "continue", description="where one can't be written: train on, and try the next, or stop with exit code 1"
+    )
 
 
 class LogConfig(Section):

@@ -47,7 +47,7 @@ def evaluate(program: Program, feed: Iterable[Batch], mesh: Mesh) -> Evaluation:
             sums += [(ranks < 1).sum(), (ranks < 5).sum(), losses.sum(), real.sum()]
     except DataError as error:
         problem = str(error)
-    problem = mesh.first_reason(problem)
+    problem = mesh.first(problem)
     if problem is not None:
         raise DataError(problem)
     top1_hits, top5_hits, loss, num_images = mesh.total(sums)

@@ -86,6 +86,12 @@ class RunLog:
                 file=sys.stdout,
             )
 
+    def reopen_bar(self, total_steps: int, done_steps: int) -> None:
+        """For a run that has gone back."""
+        if self._bar is not None:
+            self.close_bar()
+            self.open_bar(total_steps, done_steps)
+
     def advance_bar(self) -> None:
         if self._bar is not None:
             self._bar.update()

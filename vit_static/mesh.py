@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import paddle
@@ -21,7 +22,7 @@ from vit_static.agreement import Agreement
 from vit_static.config import ConfigError, ParallelConfig
 from vit_static.model import Variant
 
-_agreement = Agreement()  # of this process with the others; no part of a mesh, which Paddle copies
+_agreement = Agreement("steps")  # of this process with the others; no part of a mesh, which Paddle copies
 
 
 @dataclass(frozen=True)
@@ -116,12 +117,12 @@ class Mesh:
         dist.all_reduce(tensor)
         return bool(tensor.numpy()[0] > 0)
 
-    def first_reason(self, reason: str | None) -> str | None:
-        """Of the reasons to stop that ranks have, one, the same on all of them; None where none has any.
+    def first(self, value: Any) -> Any:
+        """Of what ranks bring that isn't None, the first, the same on all of them; what JSON can hold.
 
         Waits for all ranks, but not for the device, and for ranks that are late as long as they take.
         """
-        return _agreement.first_reason(reason, self.rank, self.world_size)
+        return _agreement.first(value, self.rank, self.world_size)
 
     def wait_for_all(self) -> None:
         """Returns when every rank has come here."""

@@ -58,6 +58,11 @@ def group_of(name: str, depth: int, optim: OptimConfig) -> Group:
     return Group(optim.layer_decay**above, not kinds & set(optim.no_decay))
 
 
+def layer_of(name: str) -> str:
+    """What a parameter's gradient is added up with for people to read: its block, or what it belongs to outside."""
+    return ".".join(name.split(".")[: 2 if name.startswith("blocks.") else 1])
+
+
 def freeze_body(model: nn.Layer) -> None:
     """Leaves only the head to be trained: a linear probe."""
     for name, parameter in model.named_parameters():
@@ -76,11 +81,11 @@ def ema_decay(step: int, optim: OptimConfig) -> float:
 
 def step_numbers(step: int, optim: OptimConfig) -> dict[str, float]:
     """What the update after `step` done ones needs besides the learning rate, by name."""
-    numbers = {}
+    numbers = {"step": step + 1.0}
     if optim.name == "lamb":
-        numbers = {f"correction{order}": 1.0 - beta ** (step + 1) for order, beta in enumerate(optim.betas, 1)}
+        numbers |= {f"correction{order}": 1.0 - beta ** (step + 1) for order, beta in enumerate(optim.betas, 1)}
     if optim.name == "adafactor":
-        numbers = {"second_moment_decay": min(optim.betas[1], 1.0 - (step + 1) ** -0.8)}
+        numbers |= {"second_moment_decay": min(optim.betas[1], 1.0 - (step + 1) ** -0.8)}
     if optim.ema_decay > 0.0:
         numbers["ema_decay"] = ema_decay(step, optim)
     return numbers
@@ -363,11 +368,12 @@ def make_optimizer(
     ZeRO's, `state_placements` where it puts what belongs to a parameter.
     """
     scheduler = paddle.optimizer.lr.LambdaDecay(learning_rate=1.0, lr_lambda=learning_rate)
-    clip = RecordedGlobalNorm(optim.clip_norm)
     numbers = StepNumbers()
     trained = {name: parameter for name, parameter in model.named_parameters() if not parameter.stop_gradient}
     depth = len({found[1] for name, _ in model.named_parameters() if (found := re.match(r"blocks\.(\d+)\.", name))})
     groups = {parameter.name: group_of(name, depth, optim) for name, parameter in trained.items()}
+    layers = {parameter.name: layer_of(name) for name, parameter in trained.items()}
+    clip = RecordedGlobalNorm(optim.clip_norm, layers, lambda: numbers.value("step"))
     common: dict[str, Any] = {
         "parameters": list(trained.values()),
         "weight_decay": None,

@@ -28,6 +28,9 @@ from vit_static.loss import Criterion
 from vit_static.mesh import Mesh, num_micro_batches
 from vit_static.model import AttentionFunction, Dropout
 from vit_static.optim import EMA, freeze_body, make_optimizer, step_numbers
+from vit_static.state_parts import Parts, region_on
+
+_MASTER = "@master"  # of a weight in half precision, among the names of the state
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,7 @@ class Program:
         self._sharding_stage = parallel.sharding_stage
         self._exchange = _exchange(parallel, mesh)
         self._kernels = kernels
+        self._skips_unsound = precision.dtype == "float16"
         self._specs = {"eval": self._input_specs(eval_batch_size, image_size, eval_targets)}
         stages = placement.split(model, mesh, parallel.sharding_stage)
         self._dropout = None
@@ -209,6 +213,18 @@ class Program:
         """
         return self._clip.norm()
 
+    def first_unsound(self) -> tuple[int, dict[str, float]] | None:
+        """The number, from 1, of the first step whose gradients weren't finite, and their norms by block; None where
+        there is none. Waits for the device.
+
+        None with float16, too, whose scale of the loss passes such steps over, and on later stages of a pipeline.
+        """
+        return None if self._skips_unsound else self._clip.first_unsound()
+
+    def forget_unsound(self) -> None:
+        """Once what such a step has done to the state has been undone."""
+        self._clip.forget_unsound()
+
     def eval_step(self, images: paddle.Tensor, labels: paddle.Tensor) -> np.ndarray:
         """Losses and label ranks of this rank's images, [B, 2]. Waits for the device.
 
@@ -223,39 +239,55 @@ class Program:
         self._enter(mode)
         return internals.compiled_program(self._program)
 
-    def state(self, weights_only: bool = False) -> dict[str, paddle.Tensor]:
-        """All that training changes, as distributed tensors, by names that don't depend on the layout of layers.
+    def state(self) -> dict[str, paddle.Tensor]:
+        """All that training changes, as distributed tensors, by names that don't depend on the layout of layers, nor on
+        the precision: weights are float32, their master copies in O2.
 
-        Weights go by the model's own names, what the optimizer keeps of each by ``name@moment``.
+        Weights go by the model's own names, what the optimizer keeps of each by ``name@moment``, float16's scale of
+        the loss by ``@loss_scaling``.
         """
-        return {name: tensor for name, (_, tensor) in self._named_state("param" if weights_only else "all").items()}
+        named = self._named_state()
+        masters = {name.removesuffix(_MASTER): name for name in named if name.endswith(_MASTER)}
+        return {name: named[masters.get(name, name)][1] for name, _ in named.items() if not name.endswith(_MASTER)}
 
-    def set_state(self, state: dict[str, paddle.Tensor]) -> None:
-        """The inverse of `state`, for tensors that came from it."""
-        program_names = {name: program_name for name, (program_name, _) in self._named_state("all").items()}
-        self._program.set_state_dict({program_names[name]: tensor for name, tensor in state.items()})
+    def restore(self, parts: Parts) -> None:
+        """Fills the state from a checkpoint's parts, whatever mesh and precision wrote them.
 
-    def _named_state(self, which: str) -> dict[str, tuple[str, paddle.Tensor]]:
+        Raises WeightsError where they lack something.
+        """
+        named = self._named_state()
+        for name, (_, tensor) in named.items():
+            region = region_on(tensor, self._mesh.rank)
+            if region is not None and (name.removesuffix(_MASTER) in parts or not name.startswith("@")):
+                self._put(tensor, paddle.to_tensor(parts.read(name.removesuffix(_MASTER), region)))
+        self._program.set_state_dict(dict(named.values()))
+
+    def _named_state(self) -> dict[str, tuple[str, paddle.Tensor]]:
         """By canonical name, the program's own name of each tensor and the tensor."""
         self._enter(self._main_mode)  # the evaluation's program knows nothing of the optimizer
         names = internals.structured_names(self._program)
         longest_first = sorted(names, key=len, reverse=True)  # linear_1.w_0 is no part of linear_11.w_0
         named = {}
-        for key, tensor in self._program.state_dict(which).items():
+        for key, tensor in self._program.state_dict("all").items():
             layer_name = next((name for name in longest_first if key.startswith(name)), None)
+            of_loss = re.fullmatch(r"(loss_scaling|num_good_steps|num_bad_steps)_\d+", key)
             if key in names.values():
                 named[key] = (key, tensor)
             elif layer_name is not None:
-                # linear_3.w_0_moment1_7, say, of which the 7 counts the programs built in this process
+                # linear_3.w_0_moment1_7, say, of which the 7 counts the programs built in this process; of what has
+                # a master copy, linear_3.w_0_fp32_master_0_moment1_7.
                 kept = re.sub(r"_\d+$", "", key[len(layer_name) + 1 :])
-                named[f"{names[layer_name]}@{kept}"] = (key, tensor)
+                kept = re.sub(r"^fp32_master_\d+_", "", kept)
+                named[f"{names[layer_name]}{_MASTER if kept == 'fp32_master' else f'@{kept}'}"] = (key, tensor)
+            elif of_loss is not None:
+                named[f"@{of_loss[1]}"] = (key, tensor)
             # What is left is computed, not trained: the learning rate, a fixed position embedding.
         return named
 
     def weights(self, averaged: bool = False) -> State:
         """The weights, or their moving average, in the files' layout, on this rank whole."""
         suffix = f"@{EMA}" if averaged else ""
-        state = self.state(weights_only=not averaged)
+        state = {name: tensor for name, tensor in self.state().items() if averaged or "@" not in name}
         return fuse_qkv(
             {
                 name.removesuffix(suffix): internals.local_array(tensor).astype(np.float32)
@@ -267,25 +299,27 @@ class Program:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside, the weights are their moving average, for evaluating it. All ranks come and go together."""
-        self._enter(self._main_mode)
-        state = self.state()
-        weights = {name: tensor for name, tensor in state.items() if f"{name}@{EMA}" in state}
-        before = {name: internals.local_array(tensor) for name, tensor in weights.items()}
+        named = self._named_state()
+        averages = {name: f"{name}@{EMA}" for name in named if f"{name}@{EMA}" in named}
+        weights = {name: named[name][1] for name in averages}
+        before = {name: internals.local_tensor(tensor) for name, tensor in weights.items()}
+        before = {name: tensor.clone() for name, tensor in before.items() if tensor._is_initialized()}
+        by_program = dict(named[name] for name in averages)
         try:
             for name, tensor in weights.items():
-                self._put(tensor, self._gathered(state[f"{name}@{EMA}"], tensor))
-            self.set_state(weights)
+                self._put(tensor, paddle.to_tensor(self._gathered(named[averages[name]][1], tensor)))
+            self._program.set_state_dict(by_program)
             yield
         finally:
-            for name, tensor in weights.items():
-                self._put(tensor, before[name])
+            for name, values in before.items():
+                self._put(weights[name], values)
             self._enter(self._main_mode)
-            self.set_state(weights)
+            self._program.set_state_dict(by_program)
 
-    def _put(self, tensor: paddle.Tensor, array: np.ndarray) -> None:
+    def _put(self, tensor: paddle.Tensor, values: paddle.Tensor) -> None:
         local = internals.local_tensor(tensor)
         if local._is_initialized():  # another stage's isn't
-            paddle.assign(paddle.to_tensor(array).astype(local.dtype), output=local)
+            paddle.assign(values.astype(local.dtype), output=local)
 
     def _gathered(self, part: paddle.Tensor, like: paddle.Tensor) -> np.ndarray:
         """Of what ZeRO splits over the data-parallel ranks, as much as this rank has of `like`."""

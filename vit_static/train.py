@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,31 @@ from vit_static import mesh as mesh_module
 from vit_static import model as model_module
 from vit_static import step as step_module
 from vit_static.checkpoint import DataPosition, Progress
-from vit_static.config import Config, ConfigError
+from vit_static.config import Config, ConfigError, RunFailed
 from vit_static.data.feed import Batch, TrainFeed
+from vit_static.data.images import ImageSet
 from vit_static.data.lists import DataError
+from vit_static.data.order import TrainOrder
 from vit_static.data.sets import check_command, open_set
 from vit_static.evaluate import describe, eval_batch_size, eval_feed, evaluate
+from vit_static.files import lock, write_json
 from vit_static.log import Meter, RunLog, duration
 from vit_static.loss import Criterion
+from vit_static.mesh import Mesh
 from vit_static.mixing import Mixer
+from vit_static.saving import Saver
 from vit_static.schedule import learning_rate
 from vit_static.step import Program, choose_precision
+from vit_static.weight_files import WeightsError
 from vit_static.weights import init_from, write_pdparams
 
 
-def train(config: Config, resume: bool = True) -> bool:
+def train(config: Config, resume: str = "auto") -> bool:
     """Trains until the end of the schedule, True, or until SIGTERM or SIGINT, whose state is saved, False.
 
-    With `resume` the run goes on from its folder's latest checkpoint, if there is one. Raises DataError, on all ranks
-    and with the state saved, when one of them meets an image that can't be read.
+    `resume` says from where to go on: auto, the latest checkpoint of the run's folder, if there is one; never; or the
+    path of a checkpoint or of a run. Raises DataError, on all ranks and with the state saved, when one of them meets an
+    image that can't be read, RunFailed when the state can't be saved, and where gradients aren't finite.
     """
     # -- what is to be done: found out, and every mistake in it, before anything is built ------------------------
     rank, world_size = mesh_module.rank_and_world_size()
@@ -55,88 +63,104 @@ def train(config: Config, resume: bool = True) -> bool:
     warmup_steps = config_module.warmup_steps(config.schedule, len(train_images), batch_size)
     eval_every_images = config.eval.every_epochs * len(train_images)
 
-    # -- the processes -------------------------------------------------------------------------------------------
-    mesh = mesh_module.start(sizes, config.device)
-    precision = choose_precision(config.amp, mesh.device, config.kernels, config.parallel)
+    def rate(step: int) -> float:
+        return learning_rate(step, total_steps, config.optim, config.schedule, warmup_steps)
 
-    # -- the model, and what it starts from: this run's latest checkpoint > init.from > fresh weights ------------
-    mesh_module.seed_everything(config.seed)
-    model = model_module.build(
-        config.model, step_module.choose_attention(config.model, config.parallel, config.kernels, mesh.device)
-    )
-    newest = checkpoint.latest(config.run_dir) if resume else None
-    start, loading = "fresh weights", None
-    if newest is not None:
-        checkpoint.check_same_run(newest, config)
-        start = f"going on from {newest}"
-    elif config.init.from_ is not None:
-        loaded = checkpoint.load_weights(Path(config.init.from_))
-        loading = init_from(model, config.model, loaded.found, str(loaded.source), config.init, loaded.grid)
-        start = f"from {loaded.source}, {loading.format}: {loading.describe()}"
+    with ExitStack() as stack:
+        if rank == 0:
+            stack.enter_context(run_folder(config.run_dir))
+        newest = checkpoint.to_resume(config.run_dir, resume)
+        if newest is not None:
+            checkpoint.check_same_run(newest, config)
 
-    # -- the program ---------------------------------------------------------------------------------------------
-    program = Program(
-        model,
-        Criterion(config.loss),
-        mesh,
-        precision,
-        image_size=config.model.image_size,
-        batch_size=batch_size,
-        eval_batch_size=eval_batch_size(config, mesh),
-        optim=config.optim,
-        amp=config.amp,
-        learning_rate=lambda step: learning_rate(step, total_steps, config.optim, config.schedule, warmup_steps),
-        parallel=config.parallel,
-        seed=config.seed,
-        kernels=config.kernels,
-        train_targets=config.train_targets,
-        eval_targets=config.eval_targets,
-        frozen=config.train.frozen,
-    )
-    progress = Progress(step=0)
-    position = DataPosition(0, len(train_images), train_images.digest(), config.seed, config.augment.repeats)
-    if newest is not None:
-        progress, saved_position = checkpoint.read_progress(newest)
-        position = replace(position, position=progress.step * batch_size)
-        checkpoint.check_same_images(newest, saved_position, position)
-        state = program.state()
-        checkpoint.restore(state, newest, mesh)
-        program.set_state(state)
+        # -- the processes ---------------------------------------------------------------------------------------
+        mesh = mesh_module.start(sizes, config.device)
+        precision = choose_precision(config.amp, mesh.device, config.kernels, config.parallel)
 
-    # -- the data ------------------------------------------------------------------------------------------------
-    feed = TrainFeed(
-        train_images,
-        config.model.image_size,
-        config.data,
-        config.augment,
-        seed=config.seed,
-        start_step=progress.step,
-        dp_rank=mesh.dp_rank,
-        dp_size=mesh.dp_size,
-        device_id=mesh.device_id,
-    )
-    mixer = Mixer(config.augment, config.model.num_classes, config.seed)
-    validation = eval_feed(config, val_images, mesh)
+        # -- the model, and what it starts from: a checkpoint > init.from > fresh weights ------------------------
+        mesh_module.seed_everything(config.seed)
+        model = model_module.build(
+            config.model, step_module.choose_attention(config.model, config.parallel, config.kernels, mesh.device)
+        )
+        progress, run = Progress(step=0), mesh.first(secrets.token_hex(8))
+        position = DataPosition(0, len(train_images), train_images.digest(), config.seed, config.augment.repeats)
+        start, loading = "fresh weights", None
+        if newest is not None:
+            run_before = look_through(newest, mesh)
+            run = run_before if newest.parent.parent == config.run_dir.resolve() else run
+            progress, saved_position = checkpoint.read_progress(newest)
+            position = replace(position, position=progress.batch() * batch_size)
+            checkpoint.check_same_images(newest, saved_position, position)
+            start = f"going on from {newest}"
+        elif config.init.from_ is not None:
+            loaded = checkpoint.load_weights(Path(config.init.from_))
+            loading = init_from(model, config.model, loaded.found, str(loaded.source), config.init, loaded.grid)
+            start = f"from {loaded.source}, {loading.format}: {loading.describe()}"
 
-    # -- the run's folder ----------------------------------------------------------------------------------------
-    if rank == 0:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            checkpoint.set_aside(config.run_dir)
-        elif progress.step < total_steps:
-            # Those of a shorter run that goes on: until its end the latest checkpoint holds the weights.
-            for merged in (checkpoint.MERGED, checkpoint.MERGED_AVERAGE):
-                (config.run_dir / merged).unlink(missing_ok=True)
-        config_module.dump(config, config.run_dir / "config.yaml")
-        checkpoint.write_class_names(config.run_dir, train_images.class_names)
-        if loading is not None:
-            loading.write(config.run_dir / "init.json")
-    mesh.wait_for_all()
+        # -- the program -----------------------------------------------------------------------------------------
+        program = Program(
+            model,
+            Criterion(config.loss),
+            mesh,
+            precision,
+            image_size=config.model.image_size,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size(config, mesh),
+            optim=config.optim,
+            amp=config.amp,
+            learning_rate=rate,
+            parallel=config.parallel,
+            seed=config.seed,
+            kernels=config.kernels,
+            train_targets=config.train_targets,
+            eval_targets=config.eval_targets,
+            frozen=config.train.frozen,
+        )
+        if newest is not None:
+            program.restore(checkpoint.open_parts(newest))
 
-    # -- the loop ------------------------------------------------------------------------------------------------
-    train_flops = flops.train_flops(shape)
-    peak = flops.peak_flops(mesh_module.device_name(mesh), precision.dtype)
-    with RunLog(config.run_dir, rank, config.log.tensorboard) as log, stop_requests() as requests:
+        # -- the data --------------------------------------------------------------------------------------------
+        def training_feed(progress: Progress) -> TrainFeed:
+            return TrainFeed(
+                train_images,
+                config.model.image_size,
+                config.data,
+                config.augment,
+                seed=config.seed,
+                start_step=progress.step,
+                left_out=progress.left_out,
+                dp_rank=mesh.dp_rank,
+                dp_size=mesh.dp_size,
+                device_id=mesh.device_id,
+            )
+
+        feed = training_feed(progress)
+        mixer = Mixer(config.augment, config.model.num_classes, config.seed)
+        validation = eval_feed(config, val_images, mesh)
+
+        # -- the run's folder ------------------------------------------------------------------------------------
+        if rank == 0:
+            # What doesn't belong to what this run goes on from: all, if it begins anew.
+            is_own = newest is not None and newest.parent.parent == config.run_dir.resolve()
+            if resume != "auto":
+                checkpoint.set_aside(config.run_dir, after=progress.step if is_own else -1)
+            if progress.step < total_steps:
+                # Those of a shorter run that goes on: until its end the latest checkpoint holds the weights.
+                for merged in (checkpoint.MERGED, checkpoint.MERGED_AVERAGE):
+                    (config.run_dir / merged).unlink(missing_ok=True)
+            checkpoint.tidy(config.run_dir, progress)
+            config_module.dump(config, config.run_dir / "config.yaml")
+            checkpoint.write_class_names(config.run_dir, train_images.class_names)
+            if loading is not None:
+                loading.write(config.run_dir / "init.json")
+        mesh.wait_for_all()
+        saver = Saver(config, mesh, train_images.class_names, run)
+
+        # -- the loop --------------------------------------------------------------------------------------------
+        train_flops = flops.train_flops(shape)
+        peak = flops.peak_flops(mesh_module.device_name(mesh), precision.dtype)
+        log = stack.enter_context(RunLog(config.run_dir, rank, config.log.tensorboard))
+        requests = stack.enter_context(stop_requests())
         log.say(
             f"{config.name}: ViT {config.model.variant} {shape.width} wide, {shape.depth} deep, "
             f"{sum(math.prod(p.shape) for p in model.parameters()) / 1e6:.2f} M parameters, "
@@ -157,17 +181,80 @@ def train(config: Config, resume: bool = True) -> bool:
         log.open_bar(total_steps, progress.step)
         meter, started, first_step = Meter(), time.perf_counter(), progress.step
         last_logged, last_saved = progress.step, progress
+        loss: Any = None
+        unwritten: str | None = None  # why the last checkpoint couldn't be written
         batch, problem = (None, None) if progress.step >= total_steps else take(feed)
-        reason = mesh.first_reason(problem)  # to stop; a rank that has no batch keeps all of them from the step
+        stop: Stop | None = stop_of(mesh.first(problem and [BAD_IMAGE, problem]))
         while True:
             # What is due after so many steps; also after a resume, if the run was stopped before it was done.
             epoch = progress.step * batch_size / len(train_images)
             is_last = progress.step >= total_steps
             images_seen = progress.step * batch_size
             passed_epoch = images_seen // eval_every_images > max(images_seen - batch_size, 0) // eval_every_images
+            every = config.checkpoint.every_steps
+            is_due = passed_epoch if every is None else progress.step % every == 0 and progress.step > 0
+            is_logged = last_logged < progress.step and (progress.step % config.log.every_steps == 0 or is_last)
             is_best = False
+
+            if is_logged:  # with what is due below, the one place where the device is waited for
+                mean_loss = mesh.mean(program.scalar(loss))
+                num_images = (progress.step - last_logged) * batch_size
+                images_per_s, data_wait = meter.read(num_images, feed.seconds_waited)
+                values: dict[str, Any] = {
+                    "loss": mean_loss,
+                    "lr": rate(progress.step - 1),
+                    "grad_norm": program.grad_norm(),
+                    "images_per_s": images_per_s,
+                    "data_wait": data_wait,
+                    "mfu": None if peak is None else images_per_s * train_flops / (peak * world_size),
+                }
+                log.record("train", progress.step, epoch, **values)
+                seconds_left = (time.perf_counter() - started) / (progress.step - first_step)
+                log.train_line(progress.step, total_steps, values, seconds_left * (total_steps - progress.step))
+                last_logged = progress.step
+                meter.reset(feed.seconds_waited)
             aside = time.perf_counter()
-            if (passed_epoch or is_last) and progress.evaluated_step < progress.step and reason is None:
+
+            # Before anything is overwritten: are the weights sound?
+            if is_logged or passed_epoch or is_due or is_last or stop is not None:
+                loss_is_unsound = is_logged and not math.isfinite(mean_loss)
+                unsound = mesh.first(program.first_unsound() or ([progress.step, {}] if loss_is_unsound else None))
+                if unsound is not None:
+                    unsound_step, norms = unsound
+                    bad_batch = replace(progress, step=unsound_step - 1).batch()
+                    words = f"the gradients of step {unsound_step} are not finite"
+                    if rank == 0:
+                        names = batch_names(train_images, position, bad_batch, batch_size)
+                        account = nonfinite_account(unsound_step, rate(unsound_step - 1), norms, bad_batch, names)
+                        path = config.run_dir / f"nonfinite_step_{unsound_step:08d}.json"
+                        write_json(account, path)
+                        words += f" ({path} has their norms by block, and its images)"
+                    saver.wait()
+                    whole = checkpoint.latest(config.run_dir)
+                    may_go_back = config.train.on_nonfinite == "rollback" and whole is not None
+                    if not may_go_back or len(progress.left_out) >= config.train.max_rollbacks:
+                        stop = Stop(NONFINITE, words)
+                    else:
+                        assert whole is not None
+                        look_through(whole, mesh)
+                        before, _ = checkpoint.read_progress(whole)
+                        progress = replace(before, left_out=(*progress.left_out, bad_batch))
+                        program.restore(checkpoint.open_parts(whole))
+                        program.forget_unsound()
+                        feed = training_feed(progress)
+                        batch, problem = take(feed)
+                        stop = stop_of(mesh.first(problem and [BAD_IMAGE, problem]))
+                        log.record("event", progress.step, epoch, event="rolled back", unsound_step=unsound_step)
+                        log.say(
+                            f"{words}; going on from {whole} without that batch "
+                            f"(rollback {len(progress.left_out)} of at most {config.train.max_rollbacks})"
+                        )
+                        log.reopen_bar(total_steps, progress.step)
+                        last_logged, last_saved = progress.step, before
+                        meter.reset(feed.seconds_waited)
+                        continue
+
+            if (passed_epoch or is_last) and progress.evaluated_step < progress.step and stop is None:
                 try:
                     result = evaluate(program, validation, mesh)
                     averaged = None
@@ -175,12 +262,13 @@ def train(config: Config, resume: bool = True) -> bool:
                         with program.averaged():
                             averaged = evaluate(program, validation, mesh)
                 except DataError as error:
-                    reason = str(error)
+                    stop = Stop(BAD_IMAGE, str(error))
                 else:
                     counts = averaged or result  # with an average that is what people will use
                     is_best = progress.best_top1 is None or counts.top1 > progress.best_top1
-                    best_top1 = counts.top1 if is_best else progress.best_top1
-                    progress = replace(progress, evaluated_step=progress.step, best_top1=best_top1)
+                    progress = replace(progress, evaluated_step=progress.step)
+                    if is_best:
+                        progress = replace(progress, best_top1=counts.top1, best_step=progress.step)
                     of_average = (
                         {}
                         if averaged is None
@@ -191,16 +279,15 @@ def train(config: Config, resume: bool = True) -> bool:
                         describe(result) if averaged is None else f"{describe(result)}; average: {describe(averaged)}"
                     )
                     log.say(f"epoch {epoch:.1f}  {said}{'  (best)' if is_best else ''}")
-            every = config.checkpoint.every_steps
-            is_due = passed_epoch if every is None else progress.step % every == 0
-            if (reason or is_last or is_best or is_due) and progress != last_saved:
-                position = replace(position, position=images_seen)
-                checkpoint.save(
-                    program.state(), progress, position, config, mesh, train_images.class_names, is_best=is_best
-                )
+            if (stop or is_last or is_best or is_due) and progress != last_saved and (not stop or stop.saves):
+                position = replace(position, position=progress.batch() * batch_size)
+                saver.begin(program.state(), progress, position, rate(progress.step))
                 last_saved = progress
+            if stop is not None or is_last:
+                saver.wait()
+            unwritten = tell_of(saver, log, len(train_images), batch_size, unwritten)
             meter.pause(time.perf_counter() - aside)
-            if reason is not None or is_last:
+            if stop is not None or is_last:
                 break
 
             assert batch is not None
@@ -210,58 +297,149 @@ def train(config: Config, resume: bool = True) -> bool:
             log.advance_bar()
 
             # The device isn't waited for here, but what comes next, and whether a rank must stop.
-            is_last = progress.step == total_steps
-            batch, problem = (None, None) if is_last else take(feed)
-            if not is_last:
-                reason = mesh.first_reason(problem or (ON_REQUEST if requests.received else None))
-
-            if progress.step % config.log.every_steps == 0 or is_last:  # the one place where the device is waited for
-                mean_loss = mesh.mean(program.scalar(loss))
-                num_images = (progress.step - last_logged) * batch_size
-                images_per_s, data_wait = meter.read(num_images, feed.seconds_waited)
-                values: dict[str, Any] = {
-                    "loss": mean_loss,
-                    "lr": learning_rate(step, total_steps, config.optim, config.schedule, warmup_steps),
-                    "grad_norm": program.grad_norm(),
-                    "images_per_s": images_per_s,
-                    "data_wait": data_wait,
-                    "mfu": None if peak is None else images_per_s * train_flops / (peak * world_size),
-                }
-                log.record("train", progress.step, progress.step * batch_size / len(train_images), **values)
-                seconds_left = (time.perf_counter() - started) / (progress.step - first_step)
-                log.train_line(progress.step, total_steps, values, seconds_left * (total_steps - progress.step))
-                last_logged = progress.step
-                meter.reset(feed.seconds_waited)
+            if progress.step < total_steps:
+                batch, problem = take(feed)
+                may_fail = config.checkpoint.on_failure == "continue"
+                stop = stop_of(
+                    mesh.first(
+                        [BAD_IMAGE, problem]
+                        if problem
+                        else [ON_REQUEST, ""]
+                        if requests.received
+                        else [UNSAVED, unwritten]
+                        if unwritten and not may_fail
+                        else None
+                    )
+                )
         log.close_bar()
 
         # -- the end ---------------------------------------------------------------------------------------------
-        if reason == ON_REQUEST:
-            log.record("event", progress.step, epoch, event="stopped")
-            log.say(f"stopped on request at step {progress.step}, state saved; the same command goes on from there")
-        elif reason is not None:
-            log.record("event", progress.step, epoch, event="bad image", problem=reason)
-        else:
+        if unwritten is not None and (stop is None or stop.saves):
+            stop = Stop(UNSAVED, unwritten)
+        if stop is None:
             last = checkpoint.folder(config.run_dir, progress.step)
             for name, is_average in ((checkpoint.MERGED, False), (checkpoint.MERGED_AVERAGE, True)):
-                if not is_average or config.optim.ema_decay > 0.0:
-                    weights = checkpoint.merge(last, config, averaged=is_average)
-                    if rank == 0:
-                        write_pdparams(weights, config.run_dir / name)
+                if rank == 0 and (not is_average or config.optim.ema_decay > 0.0):
+                    write_pdparams(checkpoint.merge(last, averaged=is_average), config.run_dir / name)
             log.record("event", progress.step, epoch, event="finished")
             log.say(
                 f"done in {duration(time.perf_counter() - started)}; best top-1 "
                 f"{'not evaluated' if progress.best_top1 is None else f'{progress.best_top1:.2f} %'}; "
                 f"weights in {config.run_dir / 'model.pdparams'}"
             )
-    if rank == 0:
-        report.write(config.run_dir)
-    mesh.wait_for_all()
-    if reason not in (None, ON_REQUEST):
+        else:
+            log.record("event", progress.step, epoch, event=stop.why, problem=stop.words or None)
+        if stop is not None and stop.why == ON_REQUEST:
+            log.say(f"stopped on request at step {progress.step}, state saved; the same command goes on from there")
+        if rank == 0:
+            report.write(config.run_dir)
+        mesh.wait_for_all()
+    if stop is not None and stop.why == BAD_IMAGE:
         raise DataError(
-            f"{reason}. Stopped at step {progress.step}, from which the same command goes on; "
+            f"{stop.words}. Stopped at step {progress.step}, from which the same command goes on; "
             f"'{check_command(config.data)}' finds all such files"
         )
-    return reason is None
+    if stop is not None and stop.why in (UNSAVED, NONFINITE):
+        raise RunFailed(f"{stop.words}. Stopped at step {progress.step}; {what_is_left(config.run_dir)}")
+    return stop is None
+
+
+BAD_IMAGE, ON_REQUEST, UNSAVED, NONFINITE = "bad image", "stopped", "not saved", "not finite"
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why a run ends before its time, and what is to be told of it."""
+
+    why: str
+    words: str
+
+    @property
+    def saves(self) -> bool:
+        """Whether there is a state worth saving, and somewhere to save it."""
+        return self.why in (BAD_IMAGE, ON_REQUEST)
+
+
+def stop_of(agreed: list[str] | None) -> Stop | None:
+    return None if agreed is None else Stop(*agreed)
+
+
+def what_is_left(run_dir: Path) -> str:
+    newest = checkpoint.latest(run_dir)
+    return "it has no checkpoint" if newest is None else f"the same command goes on from {newest}"
+
+
+@contextmanager
+def run_folder(run_dir: Path) -> Iterator[None]:
+    """Makes a run's folder and holds it against every other run, for some seconds waiting for one that is at its end.
+
+    One that stays empty is removed again. Raises ConfigError where another run has it.
+    """
+    new = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    refusal = f"{run_dir}: another run is using this folder; wait for its end, or give this one its own (-o name=...)"
+    try:
+        with ExitStack() as held:
+            try:
+                held.enter_context(lock(run_dir, refusal, LOCK_WAIT_S))
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
+            yield
+    finally:
+        for folder in (run_dir / "checkpoints", *new):
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+def look_through(path: Path, mesh: Mesh) -> str:
+    """Verifies a checkpoint, each rank a share of the files; its run's number. All raise the same WeightsError."""
+    problem, run = None, ""
+    try:
+        run = checkpoint.verify(path, slice(mesh.rank, None, mesh.world_size)).run
+    except WeightsError as error:
+        problem = str(error)
+    if problem := mesh.first(problem):
+        other = checkpoint.whole_one_before(path)
+        offered = (
+            "there is no whole one before it: begin anew with --resume never"
+            if other is None
+            else f"the newest whole one before it is {other}: go on from there with --resume {other}"
+        )
+        raise WeightsError(f"{problem}; {offered}")
+    return run
+
+
+def batch_names(images: ImageSet, position: DataPosition, batch: int, batch_size: int) -> list[str]:
+    """Of the images of a global batch."""
+    order = TrainOrder(position.num_images, position.seed, position.repeats)
+    return [images.name(int(number)) for number in order.images(batch * batch_size, (batch + 1) * batch_size)]
+
+
+def nonfinite_account(step: int, rate: float, norms: dict[str, float], batch: int, names: list[str]) -> dict[str, Any]:
+    """What is to be looked at where a step's gradients aren't finite; norms that aren't, as words, since JSON has none
+    for them."""
+    by_block = {block: norm if math.isfinite(norm) else str(norm) for block, norm in norms.items()}
+    return {"step": step, "lr": rate, "batch": batch, "grad_norms": by_block, "images": names}
+
+
+def tell_of(saver: Saver, log: RunLog, num_images: int, batch_size: int, unwritten: str | None) -> str | None:
+    """Logs what has become of checkpoints. Why the last of them couldn't be written, or None if it could."""
+    while not saver.written.empty():
+        written = saver.written.get()
+        unwritten = written.problem
+        log.record(
+            "event",
+            written.step,
+            written.step * batch_size / num_images,
+            event="checkpoint" if written.problem is None else "no checkpoint",
+            seconds_waited=round(written.seconds_waited, 4),
+            seconds_written=round(written.seconds_written, 4),
+            bytes=written.num_bytes,
+            problem=written.problem,
+        )
+        if written.problem is not None:
+            log.say(f"the checkpoint of step {written.step} could not be written: {written.problem}")
+    return unwritten
 
 
 def take(feed: TrainFeed) -> tuple[Batch | None, str | None]:
@@ -272,7 +450,7 @@ def take(feed: TrainFeed) -> tuple[Batch | None, str | None]:
         return None, str(error)
 
 
-ON_REQUEST = "stopped on request"
+LOCK_WAIT_S = 30.0
 
 
 class StopRequests:

@@ -16,7 +16,7 @@ from vit_static.config import AugmentConfig, DataConfig, EvalConfig
 from vit_static.data import augment as augment_module
 from vit_static.data.images import ImageSet
 from vit_static.data.lists import DataError
-from vit_static.data.order import TrainOrder
+from vit_static.data.order import TrainOrder, nth_batch
 from vit_static.data.pipeline import decoders_words, decoding_pipeline, eval_pipeline, train_pipeline
 from vit_static.data.reader import ReadBatch, Reader
 
@@ -26,9 +26,9 @@ Batch = tuple[paddle.Tensor, ...]
 class TrainFeed:
     """An endless iterator of (images [B, 3, height, width], labels [B]): this rank's part of each global batch.
 
-    It starts behind `start_step` whole batches. With `data.multi_label`, labels are [B, num_classes] uint8, 1 for those
-    that an image has. `seconds_waited` adds up how long batches were waited for. After a DataError, which names the
-    image, the feed is at its end.
+    It starts behind `start_step` whole batches, and passes over those whose numbers are `left_out`. With
+    `data.multi_label`, labels are [B, num_classes] uint8, 1 for those that an image has. `seconds_waited` adds up how
+    long batches were waited for. After a DataError, which names the image, the feed is at its end.
     """
 
     def __init__(
@@ -40,18 +40,20 @@ class TrainFeed:
         *,
         seed: int,
         start_step: int,
+        left_out: tuple[int, ...] = (),
         dp_rank: int,
         dp_size: int,
         device_id: int | None,
     ) -> None:
         self.seconds_waited = 0.0
+        self._start_step, self._left_out = start_step, left_out
         self._images, self._image_size, self._augment = images, image_size, augment
         self._multi_hot = len(images.class_names) if data.multi_label else None
         self._order = TrainOrder(len(images), seed, augment.repeats)
         self._num_draws = augment_module.num_draws(augment)
         self._global_batch_size = data.global_batch_size
         self._batch_size = data.global_batch_size // dp_size
-        self._first_position = start_step * data.global_batch_size + dp_rank * self._batch_size
+        self._first_place = dp_rank * self._batch_size  # in a global batch
         self._reader = Reader(images, lambda n: self._order.images(*self._positions(n)), data)
         pipeline = train_pipeline(self._source, self._batch_size, image_size, data, augment, device_id)
         self._outputs = _Outputs(pipeline, images, self._reader, data.prefetch_batches, device_id)
@@ -65,7 +67,8 @@ class TrainFeed:
         return batch
 
     def _positions(self, n: int) -> tuple[int, int]:
-        start = self._first_position + n * self._global_batch_size
+        batch = nth_batch(self._start_step + n, self._left_out)
+        start = batch * self._global_batch_size + self._first_place
         return start, start + self._batch_size
 
     def _source(self, n: int) -> tuple[Any, ...]:

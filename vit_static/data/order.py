@@ -7,6 +7,8 @@ once an epoch, the order doesn't depend on the number of ranks, and the place wh
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 NUM_DRAWS = 24  # random numbers an image's crop and flip take; a multiple of 4: a step of Philox's counter gives 4
@@ -60,6 +62,13 @@ class TrainOrder:
             generator.shuffle(order)
             self._shuffles[epoch] = order
         return self._shuffles[epoch]
+
+
+def nth_batch(n: int, left_out: Iterable[int] = ()) -> int:
+    """Of the order's batches but those left out, the n-th's number."""
+    for number in sorted(left_out):
+        n += number <= n
+    return n
 
 
 def mix_generator(seed: int, step: int) -> np.random.Generator:
