@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from runs import config  # noqa: F401 - a fixture
 from sets import make_set, small_digits  # noqa: F401 - fixtures
 
 from vit_static import runtime
@@ -26,6 +28,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no card"))
+
+
+_tried: dict[str, Counter[str]] = defaultdict(Counter)
+
+
+@pytest.fixture(scope="session")
+def tally() -> Callable[..., None]:
+    """tally("kills survived", "SIGKILL in a step", 1): adds to what `-m reliability` prints at its end."""
+
+    def add(table: str, row: str, count: int = 1) -> None:
+        _tried[table][row] += count
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for table, rows in _tried.items():
+        terminalreporter.section(table)
+        for row, count in rows.items():
+            terminalreporter.write_line(f"{count:7,}  {row}")
+        if len(rows) > 1:
+            terminalreporter.write_line(f"{sum(rows.values()):7,}  in all")
 
 
 @pytest.fixture

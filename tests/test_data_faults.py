@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from runs import TINY
 from small import read_state
 from test_command_line import run_sh
-from test_training import TINY
 
 from vit_static import checkpoint
 from vit_static.config import Config, ConfigError, load

@@ -29,8 +29,8 @@ LAYERS = [
     | {f"data.{name}" for name in ("lists", "images", "shards", "sets", "order", "augment", "operations", "pipeline")}
     | {"data.reader", "data.feed", "data.relabelled"}
     | {"costs", "placement", "cpu_collectives", "cpu_kernels", "cpu_patterns", "onednn"}
-    | {"buckets", "dropout", "paddle_internals", "passes"},
-    {"optim", "weights", "checkpoint"},
+    | {"buckets", "dropout", "paddle_internals", "passes", "state_parts"},
+    {"optim", "weights", "checkpoint", "saving"},
     {"step"},
     {"train", "evaluate", "export", "predict", "plan", "convert"},
     {

@@ -25,7 +25,7 @@ from small import ROOT
 from vit_static import costs, launch, plan
 from vit_static.config import AmpConfig, Config, DataConfig, ModelConfig, OptimConfig, ParallelConfig
 
-TIME_LIMIT_S = 300
+TIME_LIMIT_S = 900
 NUM_EVAL_IMAGES = 101
 
 # Nothing in it square or equal by chance; 2 and 4 divide the heads and mlp_dim, 2 the classes. Of two stages the first
@@ -496,7 +496,9 @@ def test_tensor_parallelism_sums_twice_a_block_and_way(runs: Runs, name: str) ->
             expected.append(("all_gather", "forward", 4 * batch * model.num_classes // 2))
             expected.append(("all_reduce", "backward", head_inputs))
         assert sorted(moved) == sorted(expected), rank
-        assert all(found.num_bytes <= 4 for found in between if found.role == "update")  # the gradients' norm
+        # The gradients' norms: a number a block, and a few for what lies outside.
+        update = [found.num_bytes for found in between if found.role == "update"]
+        assert all(num_bytes <= 4 * (model.depth + 6) for num_bytes in update)
 
 
 # The plan

@@ -2,47 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from runs import happened, metrics
 from small import read_state
 
 from vit_static import checkpoint, report
 from vit_static.config import Config, ConfigError, load
 from vit_static.train import train
 from vit_static.weight_files import WeightsError
-
-TINY = """
-model: {variant: Ti/16, image_size: 16, patch_size: 8, width: 32, depth: 2, num_heads: 2, mlp_dim: 64,
-        num_classes: 10, dropout: 0.1, drop_path_rate: 0.1}
-data: {global_batch_size: 16, num_threads: 1}
-train: {epochs: 1.5}
-checkpoint: {every_steps: 4, keep_last: 100}
-log: {every_steps: 3}
-seed: 5
-"""
-
-
-@pytest.fixture
-def config(tmp_path: Path, small_digits: Path) -> Config:
-    path = tmp_path / "tiny.yaml"
-    path.write_text(TINY)
-    return load(path, [f"data.root={small_digits}", f"output_dir={tmp_path / 'output'}"])
-
-
-def metrics(run_dir: Path, kind: str) -> list[dict]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
-
-
-def happened(run_dir: Path) -> list[str]:
-    """A run's events but the checkpoints."""
-    events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines() if '"event"' in line]
-    return [event["event"] for event in events if event["event"] != "checkpoint"]
 
 
 def test_a_run_leaves_what_the_contract_says(config: Config) -> None:

@@ -212,7 +212,9 @@ def read_manifest(path: Path) -> Manifest:
     try:
         older = json.loads((path / META).read_text(encoding="utf-8"))["format"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise WeightsError(f"{path}: is not a whole checkpoint, its {MANIFEST} is missing") from None
+        older = FORMAT
+    if older == FORMAT:
+        raise WeightsError(f"{path}: is not a whole checkpoint, its {MANIFEST} is missing")
     raise WeightsError(
         f"{path}: is of format {older}, and this version's is {FORMAT}; go on with the version that wrote it, or start "
         f"from the weights that its run has merged at its end ({MERGED}) with -o init.from=PATH -o init.head=keep"
@@ -220,14 +222,16 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def verify(path: Path, share: slice = slice(None)) -> Manifest:
-    """Compares a checkpoint's files, a `share` of them by every byte, with its manifest. Raises WeightsError, which
-    names what is missing, cut short, damaged or another's."""
+    """Compares a checkpoint's files with its manifest by every byte, but of the ranks' parts only a `share`. Raises
+    WeightsError, which names what is missing, cut short, damaged or another's."""
     manifest = read_manifest(path)
-    for number, (name, wanted) in enumerate(sorted(manifest.files.items())):
+    parts = sorted(name for name in manifest.files if name.endswith(".safetensors"))
+    left_to_others = set(parts) - set(parts[share])
+    for name, wanted in sorted(manifest.files.items()):
         file = path / name
         try:
             size = file.stat().st_size
-            if size == wanted.bytes and number not in range(*share.indices(len(manifest.files))):
+            if size == wanted.bytes and name in left_to_others:
                 continue
             if size == wanted.bytes and record(file) == wanted:
                 continue
@@ -245,16 +249,16 @@ def verify(path: Path, share: slice = slice(None)) -> Manifest:
     return manifest
 
 
-def whole_one_before(path: Path) -> Path | None:
-    """The newest whole checkpoint of the same run and a smaller step."""
+def offer(path: Path) -> str:
+    """What can be done about a checkpoint that isn't whole."""
     for _, other in sorted(_numbered(path.resolve().parent), reverse=True):
         if other.name < path.resolve().name:
             try:
                 verify(other)
             except WeightsError:
                 continue
-            return other
-    return None
+            return f"the newest whole one before it is {other}; a run goes on from there with --resume {other}"
+    return "there is no whole one before it; a run begins anew with --resume never"
 
 
 def read_progress(path: Path) -> tuple[Progress, DataPosition]:
@@ -290,7 +294,6 @@ def check_same_images(path: Path, saved: DataPosition, now: DataPosition) -> Non
 
 def check_same_run(path: Path, config: Config) -> None:
     """Raises ConfigError where a run can't go on from a checkpoint because what it trains has changed."""
-    read_manifest(path)
     saved, now = _fixed_values(config_module.load(path / CONFIG)), _fixed_values(config)
     changed = [f"{key} = {value!r} (it was {saved[key]!r})" for key, value in now.items() if saved[key] != value]
     if changed:
@@ -363,8 +366,7 @@ def load_weights(path: Path, *, averaged: bool = False) -> Weights:
         try:
             verify(path)
         except WeightsError as error:
-            other = whole_one_before(path)
-            raise WeightsError(f"{error}" + (f"; the newest whole one before it is {other}" if other else "")) from None
+            raise WeightsError(f"{error}; {offer(path)}") from None
         config = config_module.load(path / CONFIG)
         if averaged and config.optim.ema_decay == 0.0:
             raise WeightsError(f"{path}: has no moving average of the weights (optim.ema_decay is 0)")

@@ -71,6 +71,7 @@ def train(config: Config, resume: str = "auto") -> bool:
             stack.enter_context(run_folder(config.run_dir))
         newest = checkpoint.to_resume(config.run_dir, resume)
         if newest is not None:
+            look_through(newest)
             checkpoint.check_same_run(newest, config)
 
         # -- the processes ---------------------------------------------------------------------------------------
@@ -391,21 +392,19 @@ def run_folder(run_dir: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def look_through(path: Path, mesh: Mesh) -> str:
-    """Verifies a checkpoint, each rank a share of the files; its run's number. All raise the same WeightsError."""
+def look_through(path: Path, mesh: Mesh | None = None) -> str:
+    """Verifies a checkpoint, each rank a share of its parts, or without a mesh none of them; its run's number. Raises
+    WeightsError, the same on all ranks, with what can be done."""
+    share = slice(0) if mesh is None else slice(mesh.rank, None, mesh.world_size)
     problem, run = None, ""
     try:
-        run = checkpoint.verify(path, slice(mesh.rank, None, mesh.world_size)).run
+        run = checkpoint.verify(path, share).run
     except WeightsError as error:
         problem = str(error)
-    if problem := mesh.first(problem):
-        other = checkpoint.whole_one_before(path)
-        offered = (
-            "there is no whole one before it: begin anew with --resume never"
-            if other is None
-            else f"the newest whole one before it is {other}: go on from there with --resume {other}"
-        )
-        raise WeightsError(f"{problem}; {offered}")
+    if mesh is not None:
+        problem = mesh.first(problem)
+    if problem is not None:
+        raise WeightsError(f"{problem}; {checkpoint.offer(path)}")
     return run
 
 
