@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from small import ROOT
 
-from vit_static import launch
+from vit_static import launch, launch_layout
 
 TINY = """
 model: {{variant: Ti/16, image_size: 16, patch_size: 8, width: 32, depth: 2, num_heads: 2, mlp_dim: 64,
@@ -172,22 +172,22 @@ def slurm_environ(task: int, node: int, num_nodes: int, num_tasks: int) -> dict[
     ],
 )
 def test_a_list_of_nodes_is_read_as_slurm_means_it(written: str, hosts: list[str]) -> None:
-    assert launch.expand_hosts(written) == hosts
+    assert launch_layout.expand_hosts(written) == hosts
 
 
 @pytest.mark.parametrize("written", ["", "node[1-", "node[a-b]", "a,,b", "node1]"])
 def test_what_is_no_list_of_nodes_is_refused(written: str) -> None:
     with pytest.raises(ValueError, match="PADDLE_MASTER"):
-        launch.expand_hosts(written)
+        launch_layout.expand_hosts(written)
 
 
 def test_tasks_a_node() -> None:
-    assert launch.expand_counts("2(x3),1") == [2, 2, 2, 1]
-    assert launch.expand_counts("8") == [8]
+    assert launch_layout.expand_counts("2(x3),1") == [2, 2, 2, 1]
+    assert launch_layout.expand_counts("8") == [8]
 
 
 def test_a_task_a_node_starts_the_nodes_processes() -> None:
-    layout = launch.find_layout(slurm_environ(1, 1, 4, 4) | {"VIT_STATIC_DEVICE": "cpu", "NPROC": "3"})
+    layout = launch_layout.find_layout(slurm_environ(1, 1, 4, 4) | {"VIT_STATIC_DEVICE": "cpu", "NPROC": "3"})
     assert (layout.num_nodes, layout.num_local, layout.first_on_machine, layout.num_on_machine) == (4, 3, 0, 3)
     assert layout.task and layout.task.number == 1
 
@@ -195,11 +195,11 @@ def test_a_task_a_node_starts_the_nodes_processes() -> None:
 def test_a_task_a_process_is_one_worker() -> None:
     """Of three on two nodes too, of which the second has but one: the number a node decides for all nodes alike."""
     environ = slurm_environ(1, 0, 2, 3) | {"SLURM_STEP_TASKS_PER_NODE": "2,1", "SLURM_LOCALID": "1"}
-    layout = launch.find_layout(environ | {"VIT_STATIC_DEVICE": "cpu"})
+    layout = launch_layout.find_layout(environ | {"VIT_STATIC_DEVICE": "cpu"})
     assert (layout.num_nodes, layout.num_local, layout.first_on_machine, layout.num_on_machine) == (3, 1, 1, 2)
     assert layout.num_machines == 2
     with pytest.raises(ValueError, match="NPROC=4: srun has started 2 tasks here"):
-        launch.find_layout(environ | {"VIT_STATIC_DEVICE": "cpu", "NPROC": "4"})
+        launch_layout.find_layout(environ | {"VIT_STATIC_DEVICE": "cpu", "NPROC": "4"})
 
 
 def without(environ: dict[str, str], *prefixes: str) -> dict[str, str]:
@@ -220,21 +220,23 @@ ON_FOUR_NODES = slurm_environ(0, 0, 4, 8)
     ],
 )
 def test_what_srun_has_not_started_on_several_nodes_runs_on_one(environ: dict[str, str]) -> None:
-    layout = launch.find_layout(environ | {"VIT_STATIC_DEVICE": "cpu"})
+    layout = launch_layout.find_layout(environ | {"VIT_STATIC_DEVICE": "cpu"})
     assert (layout.num_nodes, layout.num_local, layout.task) == (1, 1, None)
 
 
 def test_nodes_left_idle_are_spoken_of(capsys: pytest.CaptureFixture[str]) -> None:
-    launch.warn_of_idle_nodes(without(ON_FOUR_NODES, "SLURM_STEP"))
+    launch_layout.warn_of_idle_nodes(without(ON_FOUR_NODES, "SLURM_STEP"))
     assert "one of the Slurm job's 4 nodes; start it with srun" in capsys.readouterr().err
     for environ in ({}, ON_FOUR_NODES, without(ON_FOUR_NODES, "SLURM_STEP") | {"PADDLE_NNODES": "1"}):
-        launch.warn_of_idle_nodes(environ)
+        launch_layout.warn_of_idle_nodes(environ)
     assert capsys.readouterr().err == ""
 
 
 def test_the_address_of_task_0() -> None:
     def master(**environ: str) -> str:
-        task = launch.find_slurm_task(slurm_environ(1, 1, 2, 2) | {"SLURM_STEP_NODELIST": "gpu[08-09]"} | environ)
+        task = launch_layout.find_slurm_task(
+            slurm_environ(1, 1, 2, 2) | {"SLURM_STEP_NODELIST": "gpu[08-09]"} | environ
+        )
         assert task is not None
         return task.master
 
@@ -281,7 +283,7 @@ def test_a_config_for_the_cpu_leaves_the_cards_alone(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
     Path("cpu.yaml").write_text("device: cpu\n")
-    assert launch.find_layout({}, arguments).num_local == num_local
+    assert launch_layout.find_layout({}, launch.config_of(arguments).device).num_local == num_local
 
 
 # Together
