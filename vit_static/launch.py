@@ -1,8 +1,9 @@
 """`python -m vit_static.launch VERB ...`: run a verb in as many processes as it should have.
 
-With one process it is `python -m vit_static VERB ...` itself, in this same process. With more, each
-is a child that learns its rank from the variables that `python -m paddle.distributed.launch` sets,
-so that either launcher, or a scheduler that sets them, may start the workers.
+With one process it is `python -m vit_static VERB ...` itself, in this same process, unless that may
+have to be started again (`train.max_restarts`). Else each process is a child that learns its rank
+from the variables that `python -m paddle.distributed.launch` sets, so that either launcher, or a
+scheduler that sets them, may start the workers.
 
 On several nodes each has a launcher, and these stay connected until the job ends: what ends one
 node's part, a failure or a signal, ends the others'. Under Slurm a task of `srun` is a node where
@@ -80,7 +81,7 @@ class Ending(NamedTuple):
 
     code: int  # the launch's exit code, if this is its end
     failure: Failure | None = None  # that is to be told; a rank at a terminal may have told its own
-    was_stopped: bool = False  # whether a signal has asked for it
+    was_stopped: bool = False  # whether a signal asked for it before that failure
 
 
 def main() -> int:
@@ -333,17 +334,16 @@ def supervise(workers: list[Worker], cluster: Cluster, peers: Peers, received_si
             is_done = True
             peers.tell({"done": True})
 
-    was_stopped = bool(forwarded)
     if failure is None:
-        return Ending(max(own_codes.values()), was_stopped=was_stopped)
+        return Ending(max(own_codes.values()))
     if -failure.code in forwarded:  # before it could listen for the signal, so that nothing was left to save
         code = EXIT_STOPPED if -failure.code in (signal.SIGTERM, signal.SIGINT) else 128 - failure.code
-        return Ending(code, was_stopped=was_stopped)
+        return Ending(code)
     is_shown = failure.code == EXIT_USER_MISTAKE and any(
         worker.log is None and own_codes.get(worker.rank) == EXIT_USER_MISTAKE for worker in workers
     )  # by a rank that has made the same mistake and has the terminal
     code = EXIT_USER_MISTAKE if failure.code == EXIT_USER_MISTAKE else EXIT_FAILED
-    return Ending(code, None if is_shown else failure, was_stopped)
+    return Ending(code, None if is_shown else failure, was_stopped=bool(forwarded))
 
 
 def likelier_cause(known: Failure | None, other: Failure) -> Failure:
