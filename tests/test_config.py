@@ -206,6 +206,8 @@ def test_a_key_like_no_other_is_told_with_those_that_there_are(load_text) -> Non
         ("model: {variant: 3}", "model.variant", "3"),
         ("model: {pool: max}", "model.pool", "'max'"),
         ("train: {epochs: 0}", "train.epochs", "0"),
+        ("train: {max_restarts: -1}", "train.max_restarts", "-1"),
+        ("train: {node_timeout_s: 0}", "train.node_timeout_s", "0"),
         ("train: {max_steps: 0}", "train.max_steps", "0"),
         ("data: {global_batch_size: 0}", "data.global_batch_size", "0"),
         ("data: {std: [0.5, 0.5, 0]}", "data.std", "0"),

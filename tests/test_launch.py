@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small import ROOT
+from small import ROOT, read_state
 
-from vit_static import launch
+from vit_static import launch, launch_layout
 
 TINY = """
 model: {{variant: Ti/16, image_size: 16, patch_size: 8, width: 32, depth: 2, num_heads: 2, mlp_dim: 64,
@@ -39,8 +41,36 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
         time.sleep(0.05)
 
 
+# A verb that does at each start what is next in DEEDS (or DEEDS_0 for rank 0), and notes how it was called.
+DOER = """
+import os, signal, sys, time
+from pathlib import Path
+rank = os.environ["PADDLE_TRAINER_ID"]
+deeds = os.environ.get("DEEDS_" + rank) or os.environ["DEEDS"]
+notes = Path(f"calls.{os.environ.get('NODE', rank)}")
+with notes.open("a") as file:
+    print(*sys.argv[1:], file=file)
+print("a word", flush=True)
+for deed in deeds.split()[len(notes.read_text().splitlines()) - 1].split("+"):
+    what, _, name = deed.partition(":")
+    if what == "save":
+        Path(f"output/tiny/checkpoints/{name}").mkdir(parents=True)
+        Path(f"output/tiny/checkpoints/{name}/meta.json").touch()
+    elif what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif what == "until":
+        while not Path(name).exists():
+            time.sleep(0.05)
+    else:
+        sys.exit(int(what))
+"""
+
+
 class Job:
     """Launches that make up one job, in a folder of their own."""
+
+    code = ROOT
+    prefix: tuple[str, ...] = ()  # of the command
 
     def __init__(self, folder: Path, small_digits: Path) -> None:
         self.folder = folder
@@ -48,12 +78,12 @@ class Job:
         self.name = f"{folder}-{os.getpid()}"  # found again in the environment of all its processes
         (folder / "tiny.yaml").write_text(TINY.format(root=small_digits))
 
-    def start(self, *arguments: str, **environ: str) -> None:
+    def start(self, *arguments: str, verb: str = "pretrain", **environ: str) -> None:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "PADDLE_"))}
-        own = {"VIT_STATIC_DEVICE": "cpu", "PYTHONPATH": str(ROOT), "TEST_JOB": self.name}
+        own = {"VIT_STATIC_DEVICE": "cpu", "PYTHONPATH": str(self.code), "TEST_JOB": self.name}
         self.launches.append(
             subprocess.Popen(
-                [sys.executable, "-m", "vit_static.launch", "pretrain", "-c", "tiny.yaml", *arguments],
+                [*self.prefix, sys.executable, "-m", "vit_static.launch", verb, "-c", "tiny.yaml", *arguments],
                 cwd=self.folder,
                 env=kept | own | environ,
                 stdout=subprocess.PIPE,
@@ -62,9 +92,12 @@ class Job:
             )
         )
 
+    def start_node(self, *arguments: str, **environ: str) -> None:
+        self.start(*arguments, PADDLE_NNODES="2", PADDLE_MASTER=f"127.0.0.1:{self.port}", **environ)
+
     def start_nodes(self, *arguments: str) -> None:
         for _ in range(2):
-            self.start(*arguments, PADDLE_NNODES="2", PADDLE_MASTER=f"127.0.0.1:{self.port}")
+            self.start_node(*arguments)
 
     @property
     def port(self) -> int:
@@ -112,6 +145,40 @@ class Job:
             return []
         entries = [json.loads(line) for line in lines if line.endswith("}")]
         return [entry["loss"] for entry in entries if entry["kind"] == "train"]
+
+
+class LightJob(Job):
+    """Its workers are DOERs, under the launcher's own code."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, folder)
+        self.code = folder / "code"
+        package = self.code / "vit_static"
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / "__main__.py").write_text(DOER)
+        for name in ("launch", "launch_layout", "launch_peers", "config", "files"):
+            shutil.copy(ROOT / "vit_static" / f"{name}.py", package)
+
+    def calls(self, who: str) -> list[str]:
+        """How the worker of a rank, or of a launch of that NODE, was called, without what is always there."""
+        path = self.folder / f"calls.{who}"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [line.removeprefix("pretrain -c tiny.yaml ") for line in lines]
+
+    def save(self, name: str) -> None:
+        """A complete checkpoint, as far as the launcher looks."""
+        path = self.folder / "output/tiny/checkpoints" / name
+        path.mkdir(parents=True)
+        (path / "meta.json").touch()
+
+
+@pytest.fixture
+def light(tmp_path: Path) -> Iterator[LightJob]:
+    job = LightJob(tmp_path)
+    yield job
+    for number in job.processes():
+        os.kill(number, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -172,22 +239,22 @@ def slurm_environ(task: int, node: int, num_nodes: int, num_tasks: int) -> dict[
     ],
 )
 def test_a_list_of_nodes_is_read_as_slurm_means_it(written: str, hosts: list[str]) -> None:
-    assert launch.expand_hosts(written) == hosts
+    assert launch_layout.expand_hosts(written) == hosts
 
 
 @pytest.mark.parametrize("written", ["", "node[1-", "node[a-b]", "a,,b", "node1]"])
 def test_what_is_no_list_of_nodes_is_refused(written: str) -> None:
     with pytest.raises(ValueError, match="PADDLE_MASTER"):
-        launch.expand_hosts(written)
+        launch_layout.expand_hosts(written)
 
 
 def test_tasks_a_node() -> None:
-    assert launch.expand_counts("2(x3),1") == [2, 2, 2, 1]
-    assert launch.expand_counts("8") == [8]
+    assert launch_layout.expand_counts("2(x3),1") == [2, 2, 2, 1]
+    assert launch_layout.expand_counts("8") == [8]
 
 
 def test_a_task_a_node_starts_the_nodes_processes() -> None:
-    layout = launch.find_layout(slurm_environ(1, 1, 4, 4) | {"VIT_STATIC_DEVICE": "cpu", "NPROC": "3"})
+    layout = launch_layout.find_layout(slurm_environ(1, 1, 4, 4) | {"VIT_STATIC_DEVICE": "cpu", "NPROC": "3"})
     assert (layout.num_nodes, layout.num_local, layout.first_on_machine, layout.num_on_machine) == (4, 3, 0, 3)
     assert layout.task and layout.task.number == 1
 
@@ -195,11 +262,11 @@ def test_a_task_a_node_starts_the_nodes_processes() -> None:
 def test_a_task_a_process_is_one_worker() -> None:
     """Of three on two nodes too, of which the second has but one: the number a node decides for all nodes alike."""
     environ = slurm_environ(1, 0, 2, 3) | {"SLURM_STEP_TASKS_PER_NODE": "2,1", "SLURM_LOCALID": "1"}
-    layout = launch.find_layout(environ | {"VIT_STATIC_DEVICE": "cpu"})
+    layout = launch_layout.find_layout(environ | {"VIT_STATIC_DEVICE": "cpu"})
     assert (layout.num_nodes, layout.num_local, layout.first_on_machine, layout.num_on_machine) == (3, 1, 1, 2)
     assert layout.num_machines == 2
     with pytest.raises(ValueError, match="NPROC=4: srun has started 2 tasks here"):
-        launch.find_layout(environ | {"VIT_STATIC_DEVICE": "cpu", "NPROC": "4"})
+        launch_layout.find_layout(environ | {"VIT_STATIC_DEVICE": "cpu", "NPROC": "4"})
 
 
 def without(environ: dict[str, str], *prefixes: str) -> dict[str, str]:
@@ -220,21 +287,23 @@ ON_FOUR_NODES = slurm_environ(0, 0, 4, 8)
     ],
 )
 def test_what_srun_has_not_started_on_several_nodes_runs_on_one(environ: dict[str, str]) -> None:
-    layout = launch.find_layout(environ | {"VIT_STATIC_DEVICE": "cpu"})
+    layout = launch_layout.find_layout(environ | {"VIT_STATIC_DEVICE": "cpu"})
     assert (layout.num_nodes, layout.num_local, layout.task) == (1, 1, None)
 
 
 def test_nodes_left_idle_are_spoken_of(capsys: pytest.CaptureFixture[str]) -> None:
-    launch.warn_of_idle_nodes(without(ON_FOUR_NODES, "SLURM_STEP"))
+    launch_layout.warn_of_idle_nodes(without(ON_FOUR_NODES, "SLURM_STEP"))
     assert "one of the Slurm job's 4 nodes; start it with srun" in capsys.readouterr().err
     for environ in ({}, ON_FOUR_NODES, without(ON_FOUR_NODES, "SLURM_STEP") | {"PADDLE_NNODES": "1"}):
-        launch.warn_of_idle_nodes(environ)
+        launch_layout.warn_of_idle_nodes(environ)
     assert capsys.readouterr().err == ""
 
 
 def test_the_address_of_task_0() -> None:
     def master(**environ: str) -> str:
-        task = launch.find_slurm_task(slurm_environ(1, 1, 2, 2) | {"SLURM_STEP_NODELIST": "gpu[08-09]"} | environ)
+        task = launch_layout.find_slurm_task(
+            slurm_environ(1, 1, 2, 2) | {"SLURM_STEP_NODELIST": "gpu[08-09]"} | environ
+        )
         assert task is not None
         return task.master
 
@@ -281,7 +350,7 @@ def test_a_config_for_the_cpu_leaves_the_cards_alone(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
     Path("cpu.yaml").write_text("device: cpu\n")
-    assert launch.find_layout({}, arguments).num_local == num_local
+    assert launch_layout.find_layout({}, launch.config_of(arguments).device).num_local == num_local
 
 
 # Together
@@ -367,3 +436,224 @@ def test_a_stopped_node_stops_the_job_with_its_state_saved(job: Job, told: slice
     (code, stdout, stderr), other = job.end()
     assert (code, stderr) == (75, "") and "state saved" in stdout
     assert other == (75, "", "")
+
+
+# And where `train.max_restarts` says so, the beginning of another
+
+
+def restarts(number: int) -> tuple[str, str]:
+    return ("-o", f"train.max_restarts={number}")
+
+
+def test_a_killed_rank_is_started_again_with_the_others(light: LightJob) -> None:
+    light.start(*restarts(1), NPROC="2", DEEDS_0="1 0", DEEDS_1="kill 0")
+    ((code, _, stderr),) = light.end()
+    assert code == 0
+    assert re.fullmatch(
+        r"vit_static: rank 1 was killed by signal 9 \(out of memory\?\) \(/.*/workerlog.1\); restart 1 of 1, "
+        r"as it was begun, since nothing is saved yet\n",
+        stderr,
+    )
+    assert len(light.calls("0")) == len(light.calls("1")) == 2
+    assert len(list(light.folder.glob("log/*/workerlog.1"))) == 2  # the first one's last words are kept
+
+
+def test_one_process_is_restarted_too_and_never_begins_anew_what_it_has_saved(light: LightJob) -> None:
+    """Nor goes on with an earlier run's before it has."""
+    light.save("step_00000900")
+    light.start("--resume", "never", *restarts(2), DEEDS="1 save:step_00000010+kill 0")
+    ((code, _, stderr),) = light.end()
+    assert code == 0
+    first, second, third = light.calls("0")
+    assert first == second == "--resume never -o train.max_restarts=2"
+    assert third == f"{first} --resume auto"
+    assert [line.split("; ")[1] for line in stderr.splitlines()] == [
+        "restart 1 of 2, as it was begun, since nothing is saved yet",
+        "restart 2 of 2, from the latest checkpoint",
+    ]
+
+
+def test_restarts_are_used_up(light: LightJob) -> None:
+    light.start(*restarts(2), DEEDS="1 1 1 0")
+    ((code, _, stderr),) = light.end()
+    assert code == 1 and len(light.calls("0")) == 3
+    assert stderr.splitlines()[-1] == "vit_static: rank 0 failed with exit code 1; train.max_restarts = 2 is used up"
+
+
+@pytest.mark.parametrize(
+    ("verb", "code"), [("pretrain", 2), ("pretrain", 75), ("pretrain", 0), ("finetune", 2), ("eval", 1)]
+)
+def test_what_a_restart_would_not_help_is_not_restarted(light: LightJob, verb: str, code: int) -> None:
+    light.start(*restarts(3), verb=verb, NPROC="2", DEEDS=f"{code} 0")
+    ((ended_with, _, stderr),) = light.end()
+    assert ended_with == code and len(light.calls("0")) == 1 and "restart" not in stderr
+
+
+def test_a_mistake_in_the_config_is_left_to_the_verb(light: LightJob) -> None:
+    light.start("-o", "train.max_restarts=-1", DEEDS="2", PADDLE_TRAINER_ID="0")
+    ((code, _, stderr),) = light.end()
+    assert (code, stderr, len(light.calls("0"))) == (2, "", 1)
+
+
+def test_a_signal_is_not_answered_with_a_restart(light: LightJob) -> None:
+    light.start(*restarts(1), NPROC="2", DEEDS="until:never 0")
+    wait_for_both(light)
+    light.launches[0].send_signal(signal.SIGTERM)
+    ((code, _, stderr),) = light.end()
+    assert (code, stderr, len(light.calls("0"))) == (75, "", 1)
+
+
+@pytest.mark.parametrize("num_nodes", [2, 1], ids=["a task a node", "a task a process"])
+def test_a_killed_rank_is_started_again_under_srun(light: LightJob, num_nodes: int) -> None:
+    srun(light, *restarts(1), num_nodes=num_nodes, DEEDS_0="1 0", DEEDS_1="kill 0")
+    (code, _, stderr), other = light.end()
+    assert code == 0 and "rank 1 on" in stderr and "restart 1 of 1" in stderr and len(stderr.splitlines()) == 1
+    assert other == (0, "", "")
+
+
+def wait_for_both(light: LightJob) -> None:
+    """Until two workers have said how they were called."""
+    wait_until(lambda: len(list(light.folder.glob("calls.*"))) == 2)
+
+
+def lose_node(light: LightJob, which: int) -> None:
+    """Of two whose workers run: its launcher is killed, and with it its worker; the other's worker then fails."""
+    wait_for_both(light)
+    light.launches[which].kill()
+    light.launches[which].wait()
+    (light.folder / "lost").touch()
+
+
+def test_srun_starts_no_task_again_so_that_a_lost_one_ends_the_job(light: LightJob) -> None:
+    srun(light, *restarts(3), num_nodes=2, DEEDS="until:lost+1 0")
+    lose_node(light, 1)
+    (code, _, stderr), _ = light.end(timeout_s=30)
+    assert code == 1 and len(light.calls("0")) == 1
+    assert "vit_static: node 1" in stderr and "is gone" in stderr and "restart" not in stderr
+
+
+def test_a_lost_node_joins_again_when_its_launcher_is_started(light: LightJob) -> None:
+    """Whichever of the two was the first, which none knows here; the new launcher learns what the old one knew."""
+    as_begun = ("--resume", "never", *restarts(1))
+    for node in ("kept", "lost one"):
+        light.start_node(*as_begun, NODE=node, DEEDS="until:lost+1 until:again+0")
+    wait_for_both(light)
+    light.save("step_00000010")
+    lose_node(light, 1)
+    light.start_node(*as_begun, NODE="new", DEEDS="until:again+0 0")
+    wait_until(lambda: len(light.calls("kept")) == 2 and bool(light.calls("new")))
+    assert light.calls("kept")[-1] == light.calls("new")[0] == " ".join([*as_begun, "--resume", "auto"])
+    (light.folder / "again").touch()
+    (code, _, stderr), lost, new = light.end()
+    assert (code, lost[0], new[0], new[2]) == (0, -signal.SIGKILL, 0, "")
+    assert re.fullmatch(
+        r"vit_static: node [01] \(.+\) is gone: its launcher was killed, or its machine or network failed; restart 1 "
+        r"of 1, from the latest checkpoint, when its launcher is started again; waiting 900 s for it\n",
+        stderr,
+    )
+
+
+def test_a_joined_nodes_restarts_are_counted_with_the_others(light: LightJob) -> None:
+    for node in ("kept", "lost one"):
+        light.start_node(*restarts(1), NODE=node, DEEDS="until:lost+1 1 0")
+    lose_node(light, 1)
+    light.start_node(*restarts(1), NODE="new", DEEDS="1 0")
+    (code, _, _), _, (new_code, _, stderr) = light.end()
+    assert (code, new_code) == (1, 1) and "train.max_restarts = 1 is used up" in stderr
+
+
+def test_who_leaves_while_all_gather_can_come_again(light: LightJob) -> None:
+    def start_one_of_three() -> None:
+        light.start(DEEDS="0", PADDLE_NNODES="3", PADDLE_MASTER=f"127.0.0.1:{light.port}")
+
+    def wait_for_socket(state: str) -> None:  # of the first launch, by its number in /proc/net/tcp
+        pattern = re.compile(rf" 0100007F:{light.port:04X} [0-9A-F]+:[0-9A-F]+ {state} ")
+        wait_until(lambda: bool(pattern.search(Path("/proc/net/tcp").read_text())))
+
+    start_one_of_three()
+    wait_for_socket("0A")  # it listens
+    start_one_of_three()
+    wait_for_socket("01")  # the other is connected
+    light.launches[1].send_signal(signal.SIGTERM)
+    light.launches[1].wait()
+    for _ in range(2):
+        start_one_of_three()
+    assert [code for code, _, _ in light.end(timeout_s=30)] == [0, 75, 0, 0]
+
+
+def test_a_signal_ends_the_wait_for_a_lost_node(light: LightJob) -> None:
+    for node in ("kept", "lost one"):
+        light.start_node(*restarts(1), NODE=node, DEEDS="until:lost+1 0")
+    lose_node(light, 1)
+    stderr = light.launches[0].stderr
+    assert stderr and "restart 1 of 1" in stderr.readline()
+    light.launches[0].send_signal(signal.SIGTERM)
+    assert [code for code, _, _ in light.end(timeout_s=30)] == [75, -signal.SIGKILL]
+
+
+# A network that fails without a word
+
+
+@pytest.fixture
+def network(light: LightJob) -> Iterator[Callable[[str], None]]:
+    """network("down") cuts the network that the launches have for themselves; skips where none can be made."""
+    holder = subprocess.Popen(
+        ["unshare", "-rn", "sh", "-c", "ip link set lo up && echo ready && exec sleep 600"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert holder.stdout
+    if holder.stdout.readline() != "ready\n":
+        holder.wait()
+        pytest.skip("this machine lets nobody make a network of their own")
+    light.prefix = ("nsenter", "--preserve-credentials", "-U", "-n", "-t", str(holder.pid))
+
+    def turn(direction: str) -> None:
+        subprocess.run([*light.prefix, "ip", "link", "set", "lo", direction], check=True)
+
+    yield turn
+    holder.kill()
+    holder.wait()
+
+
+def test_a_silent_node_is_taken_for_gone_in_the_time_that_is_set(
+    light: LightJob, network: Callable[[str], None]
+) -> None:
+    for _ in range(2):
+        light.start_node("-o", "train.node_timeout_s=3", DEEDS="until:lost+1")
+    wait_for_both(light)
+    sockets = Path(f"/proc/{light.launches[0].pid}/net/tcp")
+    established = re.compile(rf":{light.port:04X} [0-9A-F]+:[0-9A-F]+ 01 ")
+    assert established.search(sockets.read_text())
+    network("down")
+    cut_at = time.monotonic()
+    wait_until(lambda: not established.search(sockets.read_text()))
+    assert 2.0 < time.monotonic() - cut_at < 5.0
+    (light.folder / "lost").touch()
+    for code, _, stderr in light.end(timeout_s=20):
+        assert code == 1 and re.match(r"vit_static: node [01] \(.+\) is gone", stderr)
+
+
+# Training itself
+
+
+@pytest.mark.slow
+def test_a_run_whose_rank_is_killed_goes_on_by_itself_to_the_same_bits(
+    job: Job, tmp_path_factory: pytest.TempPathFactory, small_digits: Path
+) -> None:
+    arguments = ("-o", "train.max_steps=40", "-o", "checkpoint.every_steps=5")
+    undisturbed = Job(tmp_path_factory.mktemp("undisturbed"), small_digits)
+    undisturbed.start(*arguments, NPROC="2")
+    ((code, _, stderr),) = undisturbed.end()
+    assert code == 0, stderr
+
+    job.start(*arguments, *restarts(1), "--resume", "never", NPROC="2")
+    job.wait_for_step(12)
+    os.kill(job.worker(rank=1), signal.SIGKILL)
+    ((code, stdout, stderr),) = job.end()
+    assert code == 0 and "rank 1 was killed by signal 9" in stderr
+    assert "restart 1 of 1, from the latest checkpoint" in stderr and "going on from" in stdout
+    weights, expected = (read_state(each.folder / "output/tiny/model.pdparams") for each in (job, undisturbed))
+    assert weights.keys() == expected.keys()
+    assert all(weights[name].tobytes() == expected[name].tobytes() for name in expected)

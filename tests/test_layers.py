@@ -39,9 +39,9 @@ LAYERS = [
         *(f"bench.{name}" for name in ("data", "data_scale", "data_cards", "photographs")),
     }
     | {"bench.peers", *(f"bench.peers.{path.stem}" for path in PEERS.glob("[a-z]*.py"))},
-    {"__main__", "launch"},
+    {"__main__", "launch", "launch_layout", "launch_peers"},
 ]
-WITHOUT_PADDLE = LAYERS[0] - {"runtime"} | {"data", "launch"}
+WITHOUT_PADDLE = LAYERS[0] - {"runtime"} | {"data", "launch", "launch_layout", "launch_peers"}
 WITHOUT_PADDLE |= {f"data.{name}" for name in ("lists", "images", "shards", "sets", "order", "augment", "reader")}
 
 

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from vit_static import runtime
-from vit_static.config import Config, RunFailed, UserError, load
+from vit_static.config import CONFIGS, DEFAULT_CONFIGS, Config, RunFailed, UserError, load
 from vit_static.devices import CARDS_A_NODE, DEVICES, INTERCONNECTS
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_MISTAKE, EXIT_STOPPED = 0, 1, 2, 75
 # How the system refuses a path that the user should not have given; a full disk, say, is no such mistake.
 USER_ERRNOS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG})
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -67,9 +66,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     for name in ("setup", "test", "data"):  # run.sh's own; here for the list of verbs
         add(name, {"setup": "make the environment", "test": "run the tests", "data": "prepare data sets"}[name])
-    for name, default in (("pretrain", "quickstart.yaml"), ("finetune", "quickstart_finetune.yaml")):
-        verb = add(name, f"train; without arguments {default}")
-        add_config(verb, CONFIGS / default)
+    for name, default in DEFAULT_CONFIGS.items():
+        verb = add(name, f"train; without arguments {default.name}")
+        add_config(verb, default)
         verb.add_argument(
             "--resume",
             default="auto",

@@ -35,6 +35,9 @@ Pixels = Annotated[int, Field(ge=1)]
 Interpolation = Literal["bilinear", "bicubic"]
 PosEmbedResampling = Literal["bicubic", "bilinear", "antialias"]
 
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+DEFAULT_CONFIGS = {"pretrain": CONFIGS / "quickstart.yaml", "finetune": CONFIGS / "quickstart_finetune.yaml"}  # by verb
+
 
 class UserError(ValueError):
     """A user's mistake: a message of one line that names the thing and the remedy, whatever a name in it holds."""
@@ -244,7 +247,7 @@ class ScheduleConfig(Section):
 
 
 class TrainConfig(Section):
-    """How long: whichever of the three is reached first."""
+    """How long: whichever of the first three is reached first. And what becomes of a run that loses a part of it."""
 
     epochs: Positive = 300.0
     max_steps: Count | None = Field(None, description="optimizer steps")
@@ -254,6 +257,12 @@ class TrainConfig(Section):
         "stop", description="gradients that aren't finite; rollback: go on from the last checkpoint without that batch"
     )
     max_rollbacks: Count = Field(3, description="in a whole run; one more stops it")
+    max_restarts: Annotated[int, Field(ge=0)] = Field(
+        0, description="how often the launcher starts the processes again after a failure, from the latest checkpoint"
+    )
+    node_timeout_s: Annotated[float, Field(gt=0.0, le=86_400.0)] = Field(
+        24.0, description="seconds of silence after which a node is taken for gone; from 30 gloo fails first"
+    )
 
 
 class ParallelConfig(Section):
