@@ -299,37 +299,57 @@ def test_two_processes_in_low_precision(workplace: Path, overrides: list[str], t
     np.testing.assert_allclose(losses[1], losses[0], rtol=tolerance)
 
 
-MESHES = {"parallel.mp=2": "tensor", "parallel.pp=2": "stages", "parallel.sharding_stage=3": "zero"}
+# A run's meshes, one after the other: (processes, overrides). Its state is resharded at each change.
+MESHES = [
+    ("2", ["parallel.sharding_stage=1"]),
+    ("2", ["parallel.sharding_stage=0"]),
+    ("2", ["parallel.mp=2"]),
+    ("4", []),
+    ("1", []),
+    ("2", ["parallel.pp=2"]),
+    ("2", ["parallel.sharding_stage=3"]),
+    ("1", []),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("override", MESHES)
-def test_a_run_goes_on_on_another_mesh(workplace: Path, override: str) -> None:
-    """From the checkpoint of a mesh to one process, and back: the losses of the run that was never interrupted."""
-    common = ["-c", "tiny.yaml", "-o", "model.dropout=0", "-o", "log.every_steps=1", "-o", "checkpoint.every_steps=4"]
+def test_a_run_goes_on_on_other_meshes(workplace: Path) -> None:
+    """The losses are those of the run that was never interrupted, the images come in the same order."""
+    common = ["-c", "tiny.yaml", "-o", "model.dropout=0", "-o", "log.every_steps=1", "-o", "optim.ema_decay=0.9"]
     common += ["-o", "amp.level=O0"]  # in bfloat16 the order of additions shows
+    common += ["-o", "schedule.name=constant"]  # the rate does not depend on where a run ends
 
-    def train(name: str, steps: int, nproc: str, *overrides: str) -> dict[int, float]:
+    def train(name: str, steps: int, nproc: str, *overrides: str) -> None:
         given = [
             argument for other in (f"name={name}", f"train.max_steps={steps}", *overrides) for argument in ("-o", other)
         ]
-        constant = ["-o", "schedule.name=constant"]  # the rate does not depend on where a run ends
-        done = run_sh("pretrain", *common, *constant, *given, cwd=workplace, NPROC=nproc)
+        done = run_sh("pretrain", *common, *given, cwd=workplace, NPROC=nproc)
         assert done.returncode == 0, done.stderr
-        lines = [json.loads(line) for line in (workplace / f"output/{name}/metrics.jsonl").read_text().splitlines()]
-        return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
 
-    expected = train("unbroken", 12, "1")
-    name = MESHES[override]
-    train(name, 4, "2", override)
-    train(name, 8, "1")
-    found = train(name, 12, "2", override)
+    def losses(name: str, kind: str, key: str) -> dict[int, float]:
+        lines = [json.loads(line) for line in (workplace / f"output/{name}/metrics.jsonl").read_text().splitlines()]
+        return {line["step"]: line[key] for line in lines if line["kind"] == kind}
+
+    for number, (nproc, overrides) in enumerate(MESHES, 1):
+        train("wandering", 2 * number, nproc, *overrides)
+        if number == 4:  # each rank writes its own part, and none the whole
+            parts = (workplace / "output/wandering/checkpoints/latest/").glob("rank_*.safetensors")
+            sizes = [path.stat().st_size for path in parts]
+            assert len(sizes) == 4 and max(sizes) < 1.2 * sum(sizes) / 4
+    train("unbroken", 2 * len(MESHES), "1")
+    expected, found = losses("unbroken", "train", "loss"), losses("wandering", "train", "loss")
     assert found.keys() == expected.keys()
     np.testing.assert_allclose([found[step] for step in expected], list(expected.values()), rtol=1e-5)
-    run = workplace / "output" / name
-    assert {p.name for p in (run / "checkpoints").glob("step_*")} == {"step_00000008", "step_00000012"}
-    weights, whole = read_state(run / "model.pdparams"), read_state(workplace / "output/unbroken/model.pdparams")
-    assert {key: value.shape for key, value in weights.items()} == {key: value.shape for key, value in whole.items()}
+    last = 2 * len(MESHES)
+    for key in ("loss", "ema_loss"):
+        evaluated = losses("wandering", "eval", key)[last]
+        assert evaluated == pytest.approx(losses("unbroken", "eval", key)[last], rel=1e-5)
+    run = workplace / "output/wandering"
+    for file in ("model.pdparams", "model_ema.pdparams"):
+        weights, whole = read_state(run / file), read_state(workplace / "output/unbroken" / file)
+        assert {key: value.shape for key, value in weights.items()} == {
+            key: value.shape for key, value in whole.items()
+        }
 
 
 def test_the_verbs_are_listed(workplace: Path) -> None:
