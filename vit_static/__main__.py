@@ -10,10 +10,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from vit_static import runtime
-from vit_static.config import Config, UserError, load
+from vit_static.config import Config, InferencePrecision, UserError, load
 from vit_static.devices import CARDS_A_NODE, DEVICES, INTERCONNECTS
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_MISTAKE, EXIT_STOPPED = 0, 1, 2, 75
@@ -37,7 +37,7 @@ def _at_least_one(text: str) -> int:
     return number
 
 
-def _seconds(text: str) -> float:
+def _more_than_0(text: str) -> float:
     number = float(text)
     if not 0.0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text}: must be more than 0")
@@ -65,6 +65,11 @@ def make_parser() -> argparse.ArgumentParser:
         verb.add_argument("--checkpoint", type=Path, required=True, help=what)
         verb.add_argument("--ema", action="store_true", help="the weights' moving average (optim.ema_decay)")
 
+    def add_exported(verb: argparse.ArgumentParser) -> None:
+        verb.add_argument("--model", type=Path, required=True, help="folder that export wrote")
+        known = get_args(InferencePrecision)
+        verb.add_argument("--precision", choices=known, help="to run it in (default: what it was exported for)")
+
     for name in ("setup", "test", "data"):  # run.sh's own; here for the list of verbs
         add(name, {"setup": "make the environment", "test": "run the tests", "data": "prepare data sets"}[name])
     for name, default in (("pretrain", "quickstart.yaml"), ("finetune", "quickstart_finetune.yaml")):
@@ -86,11 +91,26 @@ def make_parser() -> argparse.ArgumentParser:
     add_config(verb, None)
     add_checkpoint(verb)
     verb.add_argument("--out", type=Path, required=True, help="folder to write to")
-    verb = add("predict", "one JSON line an image: its path and its classes, the likeliest first")
-    verb.add_argument("--model", type=Path, required=True, help="folder that export wrote")
+    verb = add("predict", "a line an image: its path and its classes, the likeliest first")
+    add_exported(verb)
     verb.add_argument("--top-k", type=int, default=5)
     verb.add_argument("--batch-size", type=int, default=32)
-    verb.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
+    verb.add_argument("--format", choices=["json", "csv", "table"], default="json", help="default: json, a line each")
+    what = "write what the head reads of each image there, too: a row a line, NaN for an image that can't be read"
+    verb.add_argument("--features", type=Path, metavar="OUT.npy", help=what)
+    verb.add_argument(
+        "images", nargs="+", type=Path, metavar="IMAGE", help="files, folders of them, - for a list of files on stdin"
+    )
+    verb = add("serve", "an exported model over HTTP: POST /predict an image; a page at /, /health, /metrics")
+    add_exported(verb)
+    verb.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
+    verb.add_argument("--port", type=int, default=8000, help="default: 8000; 0: any that is free")
+    verb.add_argument("--batch-size", type=_at_least_one, default=32, help="at most (default: 32)")
+    verb.add_argument("--max-wait-ms", type=float, default=5.0, help="of a request for others (default: 5)")
+    verb.add_argument("--max-mb", type=_more_than_0, default=20.0, help="of an image file (default: 20)")
+    verb.add_argument("--max-megapixels", type=_more_than_0, default=64.0, help="of an image (default: 64)")
+    verb.add_argument("--max-waiting", type=_at_least_one, default=256, help="requests at once (default: 256)")
+    verb.add_argument("--timeout-s", type=_more_than_0, default=30.0, help="of a request (default: 30)")
     verb = add("convert", "weights from one format into another, told by their content")
     add_config(verb, None)
     verb.add_argument("--from", dest="source", type=Path, required=True, metavar="FILE", help="or a run, a checkpoint")
@@ -136,7 +156,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     def add_rounds(verb: argparse.ArgumentParser, rounds: int) -> None:
         verb.add_argument("--rounds", type=_at_least_one, default=rounds, help=f"of all in turn (default: {rounds})")
-        verb.add_argument("--seconds", type=_seconds, default=8.0, help="of each in a round (default: 8)")
+        verb.add_argument("--seconds", type=_more_than_0, default=8.0, help="of each in a round (default: 8)")
         verb.add_argument("--json", type=Path, metavar="FILE", help="write what was found there too")
 
     verb = add_bench("train", "the training step against PyTorch and a dynamic-graph Paddle loop", "bench_s16.yaml")
@@ -161,7 +181,7 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--steps", type=_at_least_one, default=3, help="to average over (default: 3)")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write what was found there too")
     verb = add_bench("step", "this layout's training step, as a line of JSON", "quickstart.yaml")
-    verb.add_argument("--seconds", type=_seconds, default=10.0, help="to measure for (default: 10)")
+    verb.add_argument("--seconds", type=_more_than_0, default=10.0, help="to measure for (default: 10)")
     verb.add_argument("--fed", action="store_true", help="on images of data.root, not on noise")
     verb.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # for bench train's own use
     return parser
@@ -222,7 +242,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.verb == "predict":
         from vit_static import predict
 
-        return predict.run(arguments.model, arguments.images, arguments.top_k, arguments.batch_size)
+        return predict.run(
+            arguments.model,
+            arguments.images,
+            arguments.top_k,
+            arguments.batch_size,
+            arguments.format,
+            arguments.features,
+            arguments.precision,
+        )
     if arguments.verb == "eval":
         from vit_static import evaluate
 
