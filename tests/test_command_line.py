@@ -335,7 +335,19 @@ def test_a_run_goes_on_on_another_mesh(workplace: Path, override: str) -> None:
 def test_the_verbs_are_listed(workplace: Path) -> None:
     done = run_sh("--help", cwd=workplace)
     assert done.returncode == 0
-    for verb in ("setup", "test", "data", "pretrain", "finetune", "eval", "export", "predict", "plan", "bench"):
+    for verb in (
+        "setup",
+        "test",
+        "data",
+        "pretrain",
+        "finetune",
+        "eval",
+        "export",
+        "predict",
+        "serve",
+        "plan",
+        "bench",
+    ):
         assert f"    {verb} " in done.stdout
 
 

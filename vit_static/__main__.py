@@ -251,7 +251,19 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.features,
             arguments.precision,
         )
-    if arguments.verb == "eval":
+    if arguments.verb == "serve":
+        from vit_static import serve
+
+        limits = serve.Limits(
+            batch_size=arguments.batch_size,
+            max_wait_s=arguments.max_wait_ms / 1e3,
+            max_bytes=round(arguments.max_mb * 1e6),
+            max_pixels=round(arguments.max_megapixels * 1e6),
+            max_waiting=arguments.max_waiting,
+            timeout_s=arguments.timeout_s,
+        )
+        serve.run(arguments.model, arguments.host, arguments.port, limits, arguments.precision)
+    elif arguments.verb == "eval":
         from vit_static import evaluate
 
         judges = {"real": arguments.real, "v2": arguments.imagenet_v2}

@@ -73,6 +73,14 @@ class Preprocessing(Section):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    def as_evaluation(self) -> EvalConfig:
+        return EvalConfig(
+            resize=self.resize,
+            crop_ratio=self.crop_ratio,
+            interpolation=self.interpolation,
+            antialias=self.antialias,
+        )
+
 
 class Card(Section):
     """The small file beside the exported model: what its input and its classes are."""
@@ -131,12 +139,7 @@ class _Preprocessor:
     def __init__(self, asked: Preprocessing, num_threads: int) -> None:
         self._image_size, self._num_threads = asked.image_size, num_threads
         self._data = DataConfig(mean=asked.mean, std=asked.std)
-        self._evaluation = EvalConfig(
-            resize=asked.resize,
-            crop_ratio=asked.crop_ratio,
-            interpolation=asked.interpolation,
-            antialias=asked.antialias,
-        )
+        self._evaluation = asked.as_evaluation()
         self._largest = 0
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
