@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from exported import exported  # noqa: F401 - a fixture
 from sets import make_set, small_digits  # noqa: F401 - fixtures
 
 from vit_static import runtime

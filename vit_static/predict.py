@@ -36,8 +36,8 @@ from paddle import inference
 from PIL import Image, UnidentifiedImageError
 from pydantic import ValidationError
 
+from vit_static import cpu_kernels, runtime
 from vit_static import model as model_module
-from vit_static import runtime
 from vit_static.config import DataConfig, EvalConfig, ImageSize, InferencePrecision, ModelConfig, Section, UserError
 from vit_static.data.images import IMAGE_SUFFIXES
 from vit_static.data.pipeline import pixels_pipeline
@@ -335,6 +335,8 @@ def open_session(folder: Path, num_threads: int, onednn: bool = True, precision:
     Inputs, outputs and the files' weights are float32 in every precision, which is what operators compute in. Raises
     PredictError for a precision that this machine has not.
     """
+    if cpu_kernels.has_operators():
+        raise PredictError(f"{folder}: can't be opened in a process that has trained; open it in one of its own")
     config = inference.Config(str(folder / MODEL_FILE), str(folder / WEIGHTS_FILE))
     config.disable_glog_info()
     config.set_cpu_math_library_num_threads(num_threads)
