@@ -47,14 +47,18 @@ async function ask(path, file) {
 
 function draw() {
   const canvas = at("picture"), pen = canvas.getContext("2d");
-  canvas.width = picture.width;
-  canvas.height = picture.height;
-  pen.drawImage(picture, 0, 0);
+  const longest = Math.max(picture.width, picture.height);
+  const scale = Math.min(Math.max(longest, 320), 1000) / longest;
+  canvas.width = scale * picture.width;
+  canvas.height = scale * picture.height;
+  pen.imageSmoothingQuality = "high";
+  pen.drawImage(picture, 0, 0, canvas.width, canvas.height);
   if (!attention || !at("shown").checked) return;
   // A pixel a patch, enlarged smoothly over the part of the image that the model saw; the rest is darkened.
-  const rows = attention.grid.length, columns = attention.grid[0].length, most = Math.max(...attention.grid.flat());
+  const rows = attention.grid.length, columns = attention.grid[0].length, shares = attention.grid.flat();
+  const least = Math.min(...shares), most = Math.max(...shares);
   const small = new OffscreenCanvas(columns, rows), dots = new ImageData(columns, rows);
-  attention.grid.flat().forEach((share, n) => dots.data.set([255, 60, 0, 200 * share / most], 4 * n));
+  shares.forEach((share, n) => dots.data.set([255, 60, 0, 180 * (share - least) / (most - least)], 4 * n));
   small.getContext("2d").putImageData(dots, 0, 0);
   const [left, top, width, height] = attention.box.map((share, n) => share * (n % 2 ? canvas.height : canvas.width));
   pen.fillStyle = "#0008";
@@ -62,7 +66,6 @@ function draw() {
   pen.rect(0, 0, canvas.width, canvas.height);
   pen.rect(left, top, width, height);
   pen.fill("evenodd");
-  pen.imageSmoothingQuality = "high";
   pen.save();
   pen.beginPath();
   pen.rect(left, top, width, height);

@@ -41,6 +41,7 @@ from vit_static.predict import PredictError, Predictor, check_aspect, load, load
 
 # Of Pillow's many formats those that browsers show; among the others are some that run programs (EPS).
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
+_THROWN_AWAY = 4  # times the largest body
 _GRACE_S = 5.0  # beyond a request's own limit, before a stop waits no longer
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -227,12 +228,14 @@ class Service:
             raise HTTPException(400, f"top_k={text[:40]}: must be a number of at least 1")
         return min(int(text[:9]), len(self.predictor.card.class_names))
 
-    async def _body(self, request: Request) -> bytes:
-        """Refused as soon as it is known to be too large."""
+    async def _body(self, request: Request, *, keep: bool = True) -> bytes:
+        """What is too large, or not to be kept, is thrown away as it comes: a client that reads no answer before it has
+        sent everything gets one, too. At some size that ends, and the connection with it."""
         limit = self.limits.max_bytes
-        refusal = HTTPException(413, f"the body is larger than {limit} bytes")
+        close = {"Connection": "close"}
+        refusal = HTTPException(413, f"the body is larger than {limit} bytes", close)
         declared = request.headers.get("content-length", "0")
-        if declared.isdecimal() and int(declared) > limit:
+        if declared.isdecimal() and int(declared) > _THROWN_AWAY * limit:
             raise refusal
         parts: list[bytes] = []
         size = 0
@@ -241,14 +244,19 @@ class Service:
             nonlocal size
             async for part in request.stream():
                 size += len(part)
-                if size > limit:
-                    raise refusal
-                parts.append(part)
+                if keep and size <= limit:
+                    parts.append(part)
+                else:
+                    parts.clear()
+                if size > _THROWN_AWAY * limit:
+                    return
 
         try:
             await asyncio.wait_for(receive(), self.limits.timeout_s)
         except asyncio.TimeoutError:
-            raise HTTPException(408, f"the body did not come within {self.limits.timeout_s:g} s") from None
+            raise HTTPException(408, f"the body did not come within {self.limits.timeout_s:g} s", close) from None
+        if size > limit:
+            raise refusal
         if not size:
             raise HTTPException(400, "the body is empty; it must be an image file, as by curl --data-binary @FILE")
         return b"".join(parts)
@@ -264,7 +272,8 @@ class Service:
 
         async def limited(request: Request) -> Response:
             if self._num_under_way >= self.limits.max_waiting:
-                raise HTTPException(503, f"{self._num_under_way} requests wait already; try again", busy)
+                await self._body(request, keep=False)
+                raise HTTPException(503, f"{self.limits.max_waiting} requests are under way; try again", busy)
             with self._under_way():
                 body = await self._body(request)
                 try:
@@ -354,6 +363,9 @@ class Looker:
 def run(folder: Path, host: str, port: int, limits: Limits, precision: InferencePrecision | None = None) -> None:
     """The verb: serves until it is asked to stop, answers what is under way, and ends with KeyboardInterrupt."""
     predictor = load(folder, precision=precision)
+    predictor.probabilities(
+        [np.zeros((*predictor.card.preprocessing.image_size, 3), np.uint8)]
+    )  # its first run is slow
     listener = _listen(host, port)
     service = Service(folder, predictor, limits)
     try:
