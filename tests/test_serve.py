@@ -217,7 +217,7 @@ def test_other_mistakes_are_said_in_json(server: Server, exported: Exported) -> 
 
 @pytest.mark.slow
 def test_a_body_whose_size_is_not_said_is_refused_too(server: Server) -> None:
-    """At the end of it, if it has one."""
+    """As soon as it is too large; the client learns of it at the end of it, if it has one."""
 
     def chunks(number: float) -> Iterator[bytes]:
         while (number := number - 1) >= 0:

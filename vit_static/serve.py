@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from vit_static.predict import PredictError, Predictor, check_aspect, load, load
 
 # Of Pillow's many formats those that browsers show; among the others are some that run programs (EPS).
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
-_THROWN_AWAY = 4  # times the largest body
+_THROWN_AWAY = 10  # times the largest body
 _GRACE_S = 5.0  # beyond a request's own limit, before a stop waits no longer
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -161,7 +161,13 @@ class Service:
             Route("/predict", self._limited(self.predict), methods=["POST"]),
             Route("/attention", self._limited(self.attention), methods=["POST"]),
         ]
-        return self._counted(Starlette(routes=routes, exception_handlers={HTTPException: _as_json}))
+
+        async def refuse_early(request: Request, error: Exception) -> Response:
+            assert isinstance(error, _RefusedEarly)
+            return _EarlyAnswer(error, self.limits)
+
+        handlers = {HTTPException: _as_json, _RefusedEarly: refuse_early}
+        return self._counted(Starlette(routes=routes, exception_handlers=handlers))
 
     async def page(self, request: Request) -> Response:
         return HTMLResponse(PAGE, headers=_HEADERS)
@@ -228,38 +234,34 @@ class Service:
             raise HTTPException(400, f"top_k={text[:40]}: must be a number of at least 1")
         return min(int(text[:9]), len(self.predictor.card.class_names))
 
-    async def _body(self, request: Request, *, keep: bool = True) -> bytes:
-        """What is too large, or not to be kept, is thrown away as it comes: a client that reads no answer before it has
-        sent everything gets one, too. At some size that ends, and the connection with it."""
+    async def _body(self, request: Request) -> bytes:
+        """Refused as soon as it is known to be too large."""
         limit = self.limits.max_bytes
-        close = {"Connection": "close"}
-        refusal = HTTPException(413, f"the body is larger than {limit} bytes", close)
+        refusal = f"the body is larger than {limit} bytes"
         declared = request.headers.get("content-length", "0")
-        if declared.isdecimal() and int(declared) > _THROWN_AWAY * limit:
-            raise refusal
+        if declared.isdecimal() and int(declared) > limit:
+            raise _RefusedEarly(413, refusal)
         parts: list[bytes] = []
-        size = 0
 
-        async def receive() -> None:
-            nonlocal size
-            async for part in request.stream():
-                size += len(part)
-                if keep and size <= limit:
-                    parts.append(part)
-                else:
-                    parts.clear()
-                if size > _THROWN_AWAY * limit:
-                    return
+        async def receive_all() -> None:
+            size, is_more = 0, True
+            while is_more:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                parts.append(message.get("body", b""))
+                size, is_more = size + len(parts[-1]), message.get("more_body", False)
+                if size > limit:
+                    raise _RefusedEarly(413, refusal) if is_more else HTTPException(413, refusal)
 
         try:
-            await asyncio.wait_for(receive(), self.limits.timeout_s)
+            await asyncio.wait_for(receive_all(), self.limits.timeout_s)
         except asyncio.TimeoutError:
-            raise HTTPException(408, f"the body did not come within {self.limits.timeout_s:g} s", close) from None
-        if size > limit:
-            raise refusal
-        if not size:
-            raise HTTPException(400, "the body is empty; it must be an image file, as by curl --data-binary @FILE")
-        return b"".join(parts)
+            late = f"the body did not come within {self.limits.timeout_s:g} s"
+            raise HTTPException(408, late, {"Connection": "close"}) from None
+        if body := b"".join(parts):
+            return body
+        raise HTTPException(400, "the body is empty; it must be an image file, as by curl --data-binary @FILE")
 
     async def _in_thread(self, threads: ThreadPoolExecutor, do: Callable[[Any], Any], argument: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(threads, do, argument)
@@ -272,8 +274,7 @@ class Service:
 
         async def limited(request: Request) -> Response:
             if self._num_under_way >= self.limits.max_waiting:
-                await self._body(request, keep=False)
-                raise HTTPException(503, f"{self.limits.max_waiting} requests are under way; try again", busy)
+                raise _RefusedEarly(503, f"{self.limits.max_waiting} requests are under way; try again", busy)
             with self._under_way():
                 body = await self._body(request)
                 try:
@@ -321,9 +322,37 @@ class Service:
         return counted
 
 
+class _RefusedEarly(HTTPException):
+    """Before all of the body has come."""
+
+
 async def _as_json(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+
+class _EarlyAnswer(JSONResponse):
+    """Then throws away what still comes, for a while, and closes the connection. Closed at once, a connection is reset,
+    and a client that is still sending loses the answer."""
+
+    def __init__(self, error: HTTPException, limits: Limits) -> None:
+        super().__init__({"error": error.detail}, error.status_code, {**(error.headers or {}), "Connection": "close"})
+        self._limits = limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+
+        async def throw_away() -> None:
+            left, is_more = _THROWN_AWAY * self._limits.max_bytes, True
+            while is_more and left > 0:
+                message = await receive()
+                left -= len(message.get("body", b""))
+                is_more = message.get("more_body", False)
+
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(throw_away(), self._limits.timeout_s)
+        await send({"type": "http.response.body", "body": b""})
 
 
 class Looker:
