@@ -65,7 +65,7 @@ class Server:
 
     def stop(self) -> tuple[int, str, str]:
         """The exit code, and what was said on stdout after the first line, and on stderr."""
-        self.process.send_signal(signal.SIGTERM)
+        self.process.send_signal(signal.SIGINT)
         rest, errors = self.process.communicate(timeout=60)
         return self.process.returncode, rest, errors
 

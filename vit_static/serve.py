@@ -414,6 +414,7 @@ def run(folder: Path, host: str, port: int, limits: Limits, precision: Inference
         where = f"[{host}]" if ":" in host else host
         print(f"serving {folder} at http://{where}:{listener.getsockname()[1]}/", flush=True)
         uvicorn.Server(config).run([listener])
+        raise KeyboardInterrupt  # Uvicorn has done so, unless the signal is one that this process was born to ignore
     finally:
         service.close()
         listener.close()
