@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from exported import exported  # noqa: F401 - a fixture
 from runs import config  # noqa: F401 - a fixture
 from sets import make_set, small_digits  # noqa: F401 - fixtures
 

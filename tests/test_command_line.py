@@ -216,7 +216,7 @@ def test_predict_takes_every_kind_of_image(workplace: Path) -> None:
     lines = {Path(line["path"]).name: line for line in map(json.loads, done.stdout.splitlines())}
     assert set(lines) == {*kinds, "broken.jpg"}
     assert "can't be read" in lines["broken.jpg"]["error"] and done.returncode == 2
-    assert "1 image" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "1 image" in done.stderr and len(done.stderr.splitlines()) == 2  # the first says how the model is run
     assert all(len(lines[name]["top"]) == 1 for name in kinds)
     plain = run_sh(
         "predict", "--model", "exported", "--top-k", 1, next((workplace / "digits/val/7").iterdir()), cwd=workplace
@@ -355,7 +355,19 @@ def test_a_run_goes_on_on_other_meshes(workplace: Path) -> None:
 def test_the_verbs_are_listed(workplace: Path) -> None:
     done = run_sh("--help", cwd=workplace)
     assert done.returncode == 0
-    for verb in ("setup", "test", "data", "pretrain", "finetune", "eval", "export", "predict", "plan", "bench"):
+    for verb in (
+        "setup",
+        "test",
+        "data",
+        "pretrain",
+        "finetune",
+        "eval",
+        "export",
+        "predict",
+        "serve",
+        "plan",
+        "bench",
+    ):
         assert f"    {verb} " in done.stdout
 
 

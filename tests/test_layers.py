@@ -19,6 +19,7 @@ LAYERS = [
         "devices",
         "files",
         "report",
+        "page",
         "runtime",
         "resampling",
         "formats",
@@ -39,6 +40,7 @@ LAYERS = [
         *(f"bench.{name}" for name in ("data", "data_scale", "data_cards", "photographs")),
     }
     | {"bench.peers", *(f"bench.peers.{path.stem}" for path in PEERS.glob("[a-z]*.py"))},
+    {"serve"},
     {"__main__", "launch", "launch_layout", "launch_peers"},
 ]
 WITHOUT_PADDLE = LAYERS[0] - {"runtime"} | {"data", "launch", "launch_layout", "launch_peers"}

@@ -10,10 +10,18 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from vit_static import runtime
-from vit_static.config import CONFIGS, DEFAULT_CONFIGS, Config, RunFailed, UserError, load
+from vit_static.config import (
+    CONFIGS,
+    DEFAULT_CONFIGS,
+    Config,
+    InferencePrecision,
+    RunFailed,
+    UserError,
+    load,
+)
 from vit_static.devices import CARDS_A_NODE, DEVICES, INTERCONNECTS
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_MISTAKE, EXIT_STOPPED = 0, 1, 2, 75
@@ -36,7 +44,7 @@ def _at_least_one(text: str) -> int:
     return number
 
 
-def _seconds(text: str) -> float:
+def _more_than_0(text: str) -> float:
     number = float(text)
     if not 0.0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text}: must be more than 0")
@@ -64,6 +72,11 @@ def make_parser() -> argparse.ArgumentParser:
         verb.add_argument("--checkpoint", type=Path, required=True, help=what)
         verb.add_argument("--ema", action="store_true", help="the weights' moving average (optim.ema_decay)")
 
+    def add_exported(verb: argparse.ArgumentParser) -> None:
+        verb.add_argument("--model", type=Path, required=True, help="folder that export wrote")
+        known = get_args(InferencePrecision)
+        verb.add_argument("--precision", choices=known, help="to run it in (default: what it was exported for)")
+
     for name in ("setup", "test", "data"):  # run.sh's own; here for the list of verbs
         add(name, {"setup": "make the environment", "test": "run the tests", "data": "prepare data sets"}[name])
     for name, default in DEFAULT_CONFIGS.items():
@@ -85,11 +98,26 @@ def make_parser() -> argparse.ArgumentParser:
     add_config(verb, None)
     add_checkpoint(verb)
     verb.add_argument("--out", type=Path, required=True, help="folder to write to")
-    verb = add("predict", "one JSON line an image: its path and its classes, the likeliest first")
-    verb.add_argument("--model", type=Path, required=True, help="folder that export wrote")
+    verb = add("predict", "a line an image: its path and its classes, the likeliest first")
+    add_exported(verb)
     verb.add_argument("--top-k", type=int, default=5)
     verb.add_argument("--batch-size", type=int, default=32)
-    verb.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
+    verb.add_argument("--format", choices=["json", "csv", "table"], default="json", help="default: json, a line each")
+    what = "write what the head reads of each image there, too: a row a line, NaN for an image that can't be read"
+    verb.add_argument("--features", type=Path, metavar="OUT.npy", help=what)
+    verb.add_argument(
+        "images", nargs="+", type=Path, metavar="IMAGE", help="files, folders of them, - for a list of files on stdin"
+    )
+    verb = add("serve", "an exported model over HTTP: POST /predict an image; a page at /, /health, /metrics")
+    add_exported(verb)
+    verb.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
+    verb.add_argument("--port", type=int, default=8000, help="default: 8000; 0: any that is free")
+    verb.add_argument("--batch-size", type=_at_least_one, default=32, help="at most (default: 32)")
+    verb.add_argument("--max-wait-ms", type=float, default=5.0, help="of a request for others (default: 5)")
+    verb.add_argument("--max-mb", type=_more_than_0, default=20.0, help="of an image file (default: 20)")
+    verb.add_argument("--max-megapixels", type=_more_than_0, default=64.0, help="of an image (default: 64)")
+    verb.add_argument("--max-waiting", type=_at_least_one, default=256, help="requests at once (default: 256)")
+    verb.add_argument("--timeout-s", type=_more_than_0, default=30.0, help="of a request (default: 30)")
     verb = add("convert", "weights from one format into another, told by their content")
     add_config(verb, None)
     verb.add_argument("--from", dest="source", type=Path, required=True, metavar="FILE", help="or a run, a checkpoint")
@@ -135,7 +163,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     def add_rounds(verb: argparse.ArgumentParser, rounds: int) -> None:
         verb.add_argument("--rounds", type=_at_least_one, default=rounds, help=f"of all in turn (default: {rounds})")
-        verb.add_argument("--seconds", type=_seconds, default=8.0, help="of each in a round (default: 8)")
+        verb.add_argument("--seconds", type=_more_than_0, default=8.0, help="of each in a round (default: 8)")
         verb.add_argument("--json", type=Path, metavar="FILE", help="write what was found there too")
 
     verb = add_bench("train", "the training step against PyTorch and a dynamic-graph Paddle loop", "bench_s16.yaml")
@@ -160,7 +188,7 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--steps", type=_at_least_one, default=3, help="to average over (default: 3)")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write what was found there too")
     verb = add_bench("step", "this layout's training step, as a line of JSON", "quickstart.yaml")
-    verb.add_argument("--seconds", type=_seconds, default=10.0, help="to measure for (default: 10)")
+    verb.add_argument("--seconds", type=_more_than_0, default=10.0, help="to measure for (default: 10)")
     verb.add_argument("--fed", action="store_true", help="on images of data.root, not on noise")
     verb.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # for bench train's own use
     return parser
@@ -224,8 +252,28 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.verb == "predict":
         from vit_static import predict
 
-        return predict.run(arguments.model, arguments.images, arguments.top_k, arguments.batch_size)
-    if arguments.verb == "eval":
+        return predict.run(
+            arguments.model,
+            arguments.images,
+            arguments.top_k,
+            arguments.batch_size,
+            arguments.format,
+            arguments.features,
+            arguments.precision,
+        )
+    if arguments.verb == "serve":
+        from vit_static import serve
+
+        limits = serve.Limits(
+            batch_size=arguments.batch_size,
+            max_wait_s=arguments.max_wait_ms / 1e3,
+            max_bytes=round(arguments.max_mb * 1e6),
+            max_pixels=round(arguments.max_megapixels * 1e6),
+            max_waiting=arguments.max_waiting,
+            timeout_s=arguments.timeout_s,
+        )
+        serve.run(arguments.model, arguments.host, arguments.port, limits, arguments.precision)
+    elif arguments.verb == "eval":
         from vit_static import evaluate
 
         judges = {"real": arguments.real, "v2": arguments.imagenet_v2}

@@ -75,6 +75,12 @@ _names: dict[Hashable, str] = {}
 _one_at_a_time = threading.Lock()
 
 
+def has_operators() -> bool:
+    """Whether this process has any: Paddle Inference 3.3.1, which takes them for custom operators that it has to make
+    known, then ends the process when it opens a program."""
+    return bool(_names)
+
+
 def _operator(
     kernel: str, key: Hashable, run: Callable[..., None], inputs: list[Any], outputs: list[tuple[str, tuple[int, ...]]]
 ) -> list[Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import paddle
+from paddle import nn
 from paddle.static import InputSpec
 
 from vit_static import model as model_module
@@ -76,10 +77,25 @@ def run(config: Config | None, checkpoint: Path, out: Path, overrides: list[str]
     print(f"{out}: {MODEL_FILE}, model.pdiparams, {CARD_FILE}; './run.sh predict --model {out} IMAGE' uses them")
 
 
+class _LogitsAndFeatures(nn.Layer):
+    """The exported program: images to logits [B, num_classes] and `VisionTransformer.features` [B, C]."""
+
+    def __init__(self, model: model_module.VisionTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
+        features = self.model.features(images)
+        return self.model.logits(features), features
+
+
 def write(model: model_module.VisionTransformer, config: Config, class_names: list[str], folder: Path) -> None:
-    """The inference program and its weights, for any batch size, and the card beside them."""
+    """The inference program (images to logits and features) and its weights, for any batch size, and the card beside
+    them. `model`'s parameters are given their own names in it, by which `predict.load_model` finds them again."""
+    for name, parameter in model.named_parameters():
+        parameter.name = name
     inputs = [InputSpec([None, 3, *config.model.image_size], "float32", "images")]
-    paddle.jit.save(model, str(folder / "model"), input_spec=inputs)
+    paddle.jit.save(_LogitsAndFeatures(model), str(folder / "model"), input_spec=inputs)
     card = Card(
         class_names=class_names,
         preprocessing=Preprocessing(

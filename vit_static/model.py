@@ -447,11 +447,14 @@ class VisionTransformer(nn.Layer):
         # Not `concat`, whose gradient Paddle 3.3.1 gets wrong where the head is split over ranks, without an error.
         return states[0] if len(states) == 1 else paddle.stack(states, axis=1).flatten(1)
 
-    def forward(self, images: paddle.Tensor) -> paddle.Tensor:
-        x = self.features(images)
+    def logits(self, features: paddle.Tensor) -> paddle.Tensor:
+        """What `features` gives to logits [B, num_classes]."""
         if self.head0 is not None:
-            x = F.tanh(self.head0(x))
-        return self.head(x)
+            features = F.tanh(self.head0(features))
+        return self.head(features)
+
+    def forward(self, images: paddle.Tensor) -> paddle.Tensor:
+        return self.logits(self.features(images))
 
 
 def _with_tokens(tokens: paddle.Tensor, x: paddle.Tensor) -> paddle.Tensor:

@@ -1,0 +1,80 @@
+"""A small trained model, exported, for the tests of `predict` and `serve`."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from test_training import TINY
+
+from vit_static import export, predict, runtime
+from vit_static.config import load
+from vit_static.train import train
+
+
+class Exported(NamedTuple):
+    """What `export` wrote, the run that it is of, and the images."""
+
+    folder: Path
+    run: Path
+    digits: Path
+
+    def validation(self) -> list[Path]:
+        return sorted((self.digits / "val").glob("*/*"))
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory, small_digits: Path) -> Exported:
+    base = tmp_path_factory.mktemp("exported")
+    (base / "tiny.yaml").write_text(TINY)
+    overrides = [f"data.root={small_digits}", f"output_dir={base}", "model.image_size=[16,32]", "optim.lr=3e-3"]
+    config = load(base / "tiny.yaml", overrides)
+    assert train(config)
+    elsewhere(export.run, None, config.run_dir, base / "model", [])
+    return Exported(base / "model", config.run_dir, small_digits)
+
+
+@functools.cache
+def _process() -> ProcessPoolExecutor:
+    """One that trains nothing: Paddle Inference opens no program after that (cpu_kernels.has_operators)."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), runtime.prepare, (True,))
+
+
+def elsewhere(do: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a function of a module, in that process."""
+    return _process().submit(do, *arguments).result(timeout=120)
+
+
+def in_a_process_of_its_own(test: Callable[..., None]) -> Callable[..., None]:
+    """A test, with the fixtures' values, in a process of these tests'."""
+
+    @functools.wraps(test)
+    def sent(**fixtures: Any) -> None:
+        elsewhere(_run_test, test.__module__, test.__name__, fixtures)
+
+    return sent
+
+
+def _run_test(module: str, name: str, fixtures: dict[str, Any]) -> None:
+    getattr(importlib.import_module(module), name).__wrapped__(**fixtures)
+
+
+@functools.cache
+def opened(folder: Path) -> predict.Predictor:
+    """In that process alone."""
+    return predict.load(str(folder))
+
+
+def predictions(folder: Path, paths: list[Path], top_k: int = 5) -> list[predict.Prediction]:
+    return opened(folder)(paths, top_k)
+
+
+def features(folder: Path, paths: list[Path]) -> np.ndarray:
+    return opened(folder).features(paths)
