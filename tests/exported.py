@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from test_training import TINY
+from runs import TINY
 
 from vit_static import export, predict, runtime
 from vit_static.config import load
