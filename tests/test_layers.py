@@ -18,6 +18,7 @@ LAYERS = [
         "flops",
         "devices",
         "files",
+        "pictures",
         "report",
         "runtime",
         "resampling",
@@ -32,7 +33,7 @@ LAYERS = [
     | {"buckets", "dropout", "paddle_internals", "passes"},
     {"optim", "weights", "checkpoint"},
     {"step"},
-    {"train", "evaluate", "export", "predict", "plan", "convert"},
+    {"train", "evaluate", "export", "predict", "plan", "convert", "attend"},
     {
         "bench",
         *(f"bench.{name}" for name in ("contenders", "step", "train", "scaling", "profile", "infer", "cards")),

@@ -60,9 +60,9 @@ def make_parser() -> argparse.ArgumentParser:
             "-o", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE", help="overrides a key"
         )
 
-    def add_checkpoint(verb: argparse.ArgumentParser) -> None:
+    def add_checkpoint(verb: argparse.ArgumentParser, choice: argparse._MutuallyExclusiveGroup | None = None) -> None:
         what = "a run's folder, a checkpoint, or a file: .pdparams, .npz, .safetensors"
-        verb.add_argument("--checkpoint", type=Path, required=True, help=what)
+        (choice or verb).add_argument("--checkpoint", type=Path, required=choice is None, help=what)
         verb.add_argument("--ema", action="store_true", help="the weights' moving average (optim.ema_decay)")
 
     for name in ("setup", "test", "data"):  # run.sh's own; here for the list of verbs
@@ -90,6 +90,13 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--model", type=Path, required=True, help="folder that export wrote")
     verb.add_argument("--top-k", type=int, default=5)
     verb.add_argument("--batch-size", type=int, default=32)
+    verb.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
+    verb = add("attend", "pictures of what a model attends to, of its position embedding and its patch filters")
+    add_config(verb, None)
+    whose = verb.add_mutually_exclusive_group(required=True)
+    whose.add_argument("--model", type=Path, help="folder that export wrote")
+    add_checkpoint(verb, whose)
+    verb.add_argument("--out", type=Path, default=Path("attend"), help="folder to write to (default: attend)")
     verb.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
     verb = add("convert", "weights from one format into another, told by their content")
     add_config(verb, None)
@@ -223,6 +230,11 @@ def run(arguments: argparse.Namespace) -> int:
         from vit_static import predict
 
         return predict.run(arguments.model, arguments.images, arguments.top_k, arguments.batch_size)
+    if arguments.verb == "attend":
+        from vit_static import attend
+
+        given_images = arguments.images, arguments.out, arguments.overrides
+        return attend.run(config, arguments.model, arguments.checkpoint, *given_images, averaged=arguments.ema)
     if arguments.verb == "eval":
         from vit_static import evaluate
 

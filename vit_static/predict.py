@@ -81,22 +81,31 @@ class Predictor:
 
     def probabilities(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
         """Arrays [height, width, 3] uint8 to probabilities [B, num_classes]: softmax, or sigmoid for that loss."""
-        logits = self.logits(self.preprocess(pixels)).astype(np.float64)
-        if self.card.activation in ("sigmoid", "bce"):
-            return 1.0 / (1.0 + np.exp(-logits))
-        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return powers / powers.sum(axis=1, keepdims=True)
+        return probabilities_of(self.logits(self.preprocess(pixels)), self.card.activation)
 
     def _pipeline(self, batch_size: int) -> Any:
-        asked = self.card.preprocessing
-        evaluation = EvalConfig(
-            resize=asked.resize,
-            crop_ratio=asked.crop_ratio,
-            interpolation=asked.interpolation,
-            antialias=asked.antialias,
-        )
-        data = DataConfig(mean=asked.mean, std=asked.std)
-        return pixels_pipeline(batch_size, self._num_threads, asked.image_size, data, evaluation)
+        return preprocessing_pipeline(self.card.preprocessing, batch_size, self._num_threads)
+
+
+def probabilities_of(logits: np.ndarray, activation: str) -> np.ndarray:
+    """Logits [B, num_classes] to probabilities, float64: softmax, or sigmoid for that loss."""
+    logits = logits.astype(np.float64)
+    if activation in ("sigmoid", "bce"):
+        return 1.0 / (1.0 + np.exp(-logits))
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+def preprocessing_pipeline(asked: Preprocessing, batch_size: int, num_threads: int) -> Any:
+    """DALI's pipeline of up to `batch_size` images that are decoded already (`pixels_pipeline`)."""
+    evaluation = EvalConfig(
+        resize=asked.resize,
+        crop_ratio=asked.crop_ratio,
+        interpolation=asked.interpolation,
+        antialias=asked.antialias,
+    )
+    data = DataConfig(mean=asked.mean, std=asked.std)
+    return pixels_pipeline(batch_size, num_threads, asked.image_size, data, evaluation)
 
 
 def read_card(folder: Path) -> Card:
@@ -184,7 +193,7 @@ def run(folder: Path, paths: Sequence[Path], top_k: int, batch_size: int) -> int
     predictor = Predictor(folder)
     names = predictor.card.class_names
     num_failed = 0
-    for batch in _read_ahead(find_images(paths), batch_size):
+    for batch in read_ahead(find_images(paths), batch_size):
         good = [(path, pixels) for path, pixels in batch if isinstance(pixels, np.ndarray)]
         rows = iter(predictor.probabilities([pixels for _, pixels in good])) if good else iter(())
         for path, pixels in batch:
@@ -205,7 +214,7 @@ def run(folder: Path, paths: Sequence[Path], top_k: int, batch_size: int) -> int
     return 2 if num_failed else 0
 
 
-def _read_ahead(paths: Sequence[Path], batch_size: int) -> Iterator[list[tuple[Path, np.ndarray | PredictError]]]:
+def read_ahead(paths: Sequence[Path], batch_size: int) -> Iterator[list[tuple[Path, np.ndarray | PredictError]]]:
     """Batches of files with their pixels, or why there are none; the next batch is read while one is used."""
 
     def read(path: Path) -> tuple[Path, np.ndarray | PredictError]:
