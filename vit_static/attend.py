@@ -23,7 +23,7 @@ import paddle.nn.functional as F
 
 from vit_static import model as model_module
 from vit_static.checkpoint import load_weights
-from vit_static.config import Config, InitConfig, UserError
+from vit_static.config import Config, InitConfig, ModelConfig, UserError
 from vit_static.export import card_of
 from vit_static.model import Dropout, VisionTransformer
 from vit_static.pictures import colours, darkened, heat, scaled, sheet, squares, write_png
@@ -44,10 +44,11 @@ from vit_static.weights import init_from
 NUM_FILTERS, _FILTER_COLUMNS = 28, 7  # figure 7's
 _SIMILARITY_SIDE = 800  # pixels, about, of the grid of grids; more where a pixel each needs it
 _TINY = np.finfo(np.float64).tiny
-_BATCH_SIZE = 8
+_MOST_IMAGES, _MOST_WEIGHTS = 8, 2**26  # a batch's images, and a layer's attention weights (256 MiB)
 # Of the largest logit: what the order of float32's additions may change, and a weight in another's place does not.
 _LARGEST_DIFFERENCE = 1e-3
-_PADDLE_NAME = re.compile(r"(?P<layer>.+)_(?P<number>\d+)\.(?P<kind>[wb])_(?P<place>\d+)(_\d+)?")
+# Paddle's, such as linear_7.w_0; loading a program puts a number behind it.
+_PARAMETER_NAME = re.compile(r"(?P<layer>.+)_(?P<number>\d+)\.(?P<kind>[wb])_(?P<place>\d+)(_\d+)?")
 
 
 class AttentionRecorder:
@@ -213,9 +214,7 @@ def load_exported(folder: Path) -> tuple[VisionTransformer, Card]:
     given = dict(_in_order(exported.state_dict().values()))
     own = dict(_in_order(model.parameters()))
     if {key: tensor.shape for key, tensor in given.items()} != {key: tensor.shape for key, tensor in own.items()}:
-        raise PredictError(
-            f"{folder / WEIGHTS_FILE}: its weights are not those of the model in its card; export it again"
-        )
+        raise PredictError(f"{folder / WEIGHTS_FILE}: doesn't hold the weights of its card's model; export it again")
     for key, tensor in own.items():
         tensor.set_value(given[key])
     model.eval()
@@ -230,14 +229,14 @@ def load_exported(folder: Path) -> tuple[VisionTransformer, Card]:
 
 
 def _in_order(tensors: Iterable[paddle.Tensor]) -> list[tuple[tuple[str, int], paddle.Tensor]]:
-    """Parameters by their kind of layer and their number among its kind, counted from 0."""
+    """Parameters by their kind of layer and their number among its kind, counted from 0. What isn't a parameter, a
+    fixed position embedding, is left out."""
     found: dict[str, list[tuple[tuple[int, int], paddle.Tensor]]] = {}
     for tensor in tensors:
-        name = _PADDLE_NAME.fullmatch(tensor.name)
-        kind, order = tensor.name, (0, 0)
+        name = _PARAMETER_NAME.fullmatch(tensor.name)
         if name is not None:
-            kind, order = f"{name['layer']}.{name['kind']}", (int(name["number"]), int(name["place"]))
-        found.setdefault(kind, []).append((order, tensor))
+            order = int(name["number"]), int(name["place"])
+            found.setdefault(f"{name['layer']}.{name['kind']}", []).append((order, tensor))
     return [
         ((kind, number), tensor)
         for kind, ordered in found.items()
@@ -273,10 +272,11 @@ def run(
     _write(draw_similarity(position_similarity(model)), out / "position_similarity.png")
     _write(draw_filters(*patch_filters(model)), out / "patch_filters.png")
 
-    pipeline = preprocessing_pipeline(card.preprocessing, _BATCH_SIZE, len(os.sched_getaffinity(0)))
+    batch_size = _batch_size(card.model)
+    pipeline = preprocessing_pipeline(card.preprocessing, batch_size, len(os.sched_getaffinity(0)))
     names = iter(distinct_stems(paths))
     num_failed = 0
-    for batch in read_ahead(paths, _BATCH_SIZE):
+    for batch in read_ahead(paths, batch_size):
         good = [pixels for _, pixels in batch if isinstance(pixels, np.ndarray)]
         found = _answers(model, card, np.asarray(pipeline.run(pixels=good)[0].as_tensor())) if good else iter(())
         for path, pixels in batch:
@@ -295,6 +295,12 @@ def run(
     if num_failed:
         print(f"vit_static: {num_failed} images could not be read; their lines say why", file=sys.stderr)
     return 2 if num_failed else 0
+
+
+def _batch_size(config: ModelConfig) -> int:
+    """As many images as memory is meant for: at 518 pixels a B/14's attention is 90 MB an image and layer."""
+    a_layer = model_module.variant_of(config).num_heads * model_module.shape_of(config).num_tokens ** 2
+    return min(max(_MOST_WEIGHTS // a_layer, 1), _MOST_IMAGES)
 
 
 def distinct_stems(paths: Sequence[Path]) -> list[str]:

@@ -78,8 +78,8 @@ def sheet(
     scale: tuple[str, str] | None = None,
 ) -> np.ndarray:
     """Pictures of one size in rows of `columns`, each below its caption, `gap` pixels apart; a title of one or more
-    lines above; with `scale`, to the right, the colours with the words for 0 and for 1. Words are cut off where the
-    sheet ends."""
+    lines above; with `scale`, to the right, the colours with the words for 0 and for 1. Captions are cut off at
+    their picture's end."""
     height, width = pictures[0].shape[:2]
     rows = -(-len(pictures) // columns)
     line = 0 if captions is None else _LINE
