@@ -305,11 +305,11 @@ def _batch_size(config: ModelConfig) -> int:
 
 def distinct_stems(paths: Sequence[Path]) -> list[str]:
     """The files' names without their endings, in the same order; a second `cat` is `cat_2`."""
-    stems: list[str] = []
+    stems: dict[str, None] = {}  # in their order
     for path in paths:
         tried = (path.stem if number == 1 else f"{path.stem}_{number}" for number in count(1))
-        stems.append(next(stem for stem in tried if stem not in stems))
-    return stems
+        stems[next(stem for stem in tried if stem not in stems)] = None
+    return list(stems)
 
 
 @dataclass(frozen=True)
