@@ -18,6 +18,7 @@ LAYERS = [
         "flops",
         "devices",
         "files",
+        "pictures",
         "report",
         "page",
         "runtime",
@@ -33,7 +34,7 @@ LAYERS = [
     | {"buckets", "dropout", "paddle_internals", "passes", "state_parts"},
     {"optim", "weights", "checkpoint", "saving"},
     {"step"},
-    {"train", "evaluate", "export", "predict", "plan", "convert"},
+    {"train", "evaluate", "export", "predict", "plan", "convert", "attend"},
     {
         "bench",
         *(f"bench.{name}" for name in ("contenders", "step", "train", "scaling", "profile", "infer", "cards")),

@@ -20,15 +20,14 @@ from typing import Any
 
 import httpx
 import numpy as np
-import numpy_vit
 import pytest
 from browser import Browser
-from exported import Exported, elsewhere, in_a_process_of_its_own, opened, predictions
+from exported import Exported, elsewhere, predictions
 from PIL import Image
-from small import ROOT, read_state
+from small import ROOT
 from test_command_line import run_sh, the_tests_own_environment  # noqa: F401 - a fixture
 
-from vit_static.serve import Batcher, Looker
+from vit_static.serve import Batcher
 
 
 class Server:
@@ -303,30 +302,6 @@ def test_a_batch_is_what_waits_and_a_failure_is_its_own() -> None:
     assert [rest[3].result(10), rest[5].result(10)] == [8.0, 12.0]
     batcher.close()
     assert sizes == [1, 3, 2] and not batcher.is_alive()
-
-
-@in_a_process_of_its_own
-def test_attention_is_the_rollout_of_numpys_weights(exported: Exported) -> None:
-    """arXiv 2005.00928: half of each layer's mean weights, half the identity, multiplied; read from the class token."""
-    state = {name: value.astype(np.float64) for name, value in read_state(exported.run / "model.pdparams").items()}
-    (inputs,) = [opened(exported.folder).preprocess([np.asarray(Image.open(exported.validation()[3]).convert("RGB"))])]
-    rollout, num_heads, whole = np.eye(9), 2, numpy_vit._attend
-
-    def recording(block: dict[str, np.ndarray], x: np.ndarray, heads: int) -> np.ndarray:
-        nonlocal rollout
-        query, key, _ = np.split(x[0] @ block["attn.qkv.weight"] + block["attn.qkv.bias"], 3, axis=-1)
-        means = np.zeros((9, 9))
-        for part in np.split(np.arange(query.shape[1]), heads):
-            powers = np.exp(query[:, part] @ key[:, part].T / np.sqrt(len(part)))
-            means += powers / powers.sum(axis=1, keepdims=True) / heads
-        rollout = (means / 2 + np.eye(9) / 2) @ rollout
-        return whole(block, x, heads)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(numpy_vit, "_attend", recording)
-        numpy_vit.logits(state, inputs, patch_size=8, num_heads=num_heads)
-    shares = rollout[0, 1:] / rollout[0, 1:].sum()
-    np.testing.assert_allclose(Looker(exported.folder)(inputs), shares.reshape(2, 4), atol=1e-5)
 
 
 @pytest.mark.slow

@@ -67,9 +67,9 @@ def make_parser() -> argparse.ArgumentParser:
             "-o", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE", help="overrides a key"
         )
 
-    def add_checkpoint(verb: argparse.ArgumentParser) -> None:
+    def add_checkpoint(verb: argparse.ArgumentParser, choice: argparse._MutuallyExclusiveGroup | None = None) -> None:
         what = "a run's folder, a checkpoint, or a file: .pdparams, .npz, .safetensors"
-        verb.add_argument("--checkpoint", type=Path, required=True, help=what)
+        (choice or verb).add_argument("--checkpoint", type=Path, required=choice is None, help=what)
         verb.add_argument("--ema", action="store_true", help="the weights' moving average (optim.ema_decay)")
 
     def add_exported(verb: argparse.ArgumentParser) -> None:
@@ -118,6 +118,13 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--max-megapixels", type=_more_than_0, default=64.0, help="of an image (default: 64)")
     verb.add_argument("--max-waiting", type=_at_least_one, default=256, help="requests at once (default: 256)")
     verb.add_argument("--timeout-s", type=_more_than_0, default=30.0, help="of a request (default: 30)")
+    verb = add("attend", "pictures of what a model attends to, of its position embedding and its patch filters")
+    add_config(verb, None)
+    whose = verb.add_mutually_exclusive_group(required=True)
+    whose.add_argument("--model", type=Path, help="folder that export wrote")
+    add_checkpoint(verb, whose)
+    verb.add_argument("--out", type=Path, default=Path("attend"), help="folder to write to (default: attend)")
+    verb.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
     verb = add("convert", "weights from one format into another, told by their content")
     add_config(verb, None)
     verb.add_argument("--from", dest="source", type=Path, required=True, metavar="FILE", help="or a run, a checkpoint")
@@ -261,6 +268,11 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.features,
             arguments.precision,
         )
+    if arguments.verb == "attend":
+        from vit_static import attend
+
+        given_images = arguments.images, arguments.out, arguments.overrides
+        return attend.run(config, arguments.model, arguments.checkpoint, *given_images, averaged=arguments.ema)
     if arguments.verb == "serve":
         from vit_static import serve
 

@@ -96,7 +96,13 @@ def write(model: model_module.VisionTransformer, config: Config, class_names: li
         parameter.name = name
     inputs = [InputSpec([None, 3, *config.model.image_size], "float32", "images")]
     paddle.jit.save(_LogitsAndFeatures(model), str(folder / "model"), input_spec=inputs)
-    card = Card(
+    card = card_of(config, class_names)
+    (folder / CARD_FILE).write_text(card.model_dump_json(indent=1), encoding="utf-8")
+
+
+def card_of(config: Config, class_names: list[str]) -> Card:
+    """What the card of a config's model says."""
+    return Card(
         class_names=class_names,
         preprocessing=Preprocessing(
             image_size=config.model.image_size,
@@ -111,7 +117,6 @@ def write(model: model_module.VisionTransformer, config: Config, class_names: li
         model=config.model,
         precision=config.export.precision,
     )
-    (folder / CARD_FILE).write_text(card.model_dump_json(indent=1), encoding="utf-8")
 
 
 def compare(model: model_module.VisionTransformer, folder: Path, images: ImageSet, num_images: int) -> Check:

@@ -54,6 +54,8 @@ _LONGEST_NAME = 24  # in the table
 _LARGEST_ASPECT = 100
 # How many threads are at the model, or at the preprocessing, at once: one of them has all cores already, a second one
 # does its copying meanwhile. Each has the weights for itself.
+# Of the largest logit: what the order of float32's additions may change, and a card of another model does not.
+_LARGEST_DIFFERENCE = 1e-3
 _NUM_SIDE_BY_SIDE = 2
 MODEL_FILE, WEIGHTS_FILE, CARD_FILE = "model.json", "model.pdiparams", "vit_static.json"
 
@@ -133,7 +135,7 @@ class _Pool(Generic[_T]):
             self._free.put(one)
 
 
-class _Preprocessor:
+class Preprocessor:
     """DALI's pipeline of one thread, made anew for a batch larger than any before."""
 
     def __init__(self, asked: Preprocessing, num_threads: int) -> None:
@@ -166,7 +168,7 @@ class Predictor:
         threads = num_threads or len(os.sched_getaffinity(0))
         chosen = precision or self.card.precision
         self._sessions = _Pool(_NUM_SIDE_BY_SIDE, lambda: open_session(folder, threads, onednn, chosen))
-        self._preprocessors = _Pool(_NUM_SIDE_BY_SIDE, lambda: _Preprocessor(self.card.preprocessing, threads))
+        self._preprocessors = _Pool(_NUM_SIDE_BY_SIDE, lambda: Preprocessor(self.card.preprocessing, threads))
         with self._sessions.borrow() as session:  # so that it fails here, if it does
             self.has_features = len(session.get_output_names()) > 1
         why = "as exported" if chosen == self.card.precision else f"exported for {self.card.precision}"
@@ -192,7 +194,7 @@ class Predictor:
         read and preprocessed while one is predicted."""
         if with_features:
             self.check_features()
-        for inputs, problems in self._batches(images, batch_size):
+        for inputs, problems in batches(images, batch_size, self.preprocess):
             rows: Iterator[Prediction] = iter(())
             if len(inputs):
                 logits, features = self.run(inputs, with_features=with_features)
@@ -202,7 +204,7 @@ class Predictor:
 
     def probabilities(self, images: Sequence[Picture]) -> np.ndarray:
         """[B, num_classes] float64: softmax, or sigmoid for that loss. Raises PredictError as a call does."""
-        return self.probabilities_of(self._all(images, with_features=False)[0])
+        return probabilities_of(self._all(images, with_features=False)[0], self.card.activation)
 
     def features(self, images: Sequence[Picture]) -> np.ndarray:
         """[B, width] float32: the pooled state after the last norm, which the head reads (`VisionTransformer.features`;
@@ -215,7 +217,7 @@ class Predictor:
     def predictions(self, logits: np.ndarray, top_k: int, features: np.ndarray | None = None) -> list[Prediction]:
         """What `logits` [B, num_classes] say, with the rows of `features` if there are any."""
         found = []
-        for number, row in enumerate(self.probabilities_of(logits)):
+        for number, row in enumerate(probabilities_of(logits, self.card.activation)):
             classes = np.argsort(-row, kind="stable")[:top_k].tolist()
             names = [self.card.class_names[one] for one in classes]
             own = None if features is None else features[number]
@@ -241,16 +243,9 @@ class Predictor:
             logits = run_session(session, inputs)
             return logits, read_output(session, 1) if with_features else None
 
-    def probabilities_of(self, logits: np.ndarray) -> np.ndarray:
-        logits = logits.astype(np.float64)
-        if self.card.activation in ("sigmoid", "bce"):
-            return 1.0 / (1.0 + np.exp(-logits))
-        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return powers / powers.sum(axis=1, keepdims=True)
-
     def _all(self, images: Sequence[Picture], *, with_features: bool) -> tuple[np.ndarray, np.ndarray | None]:
         parts = []
-        for inputs, problems in self._batches(images, _BATCH_SIZE):
+        for inputs, problems in batches(images, _BATCH_SIZE, self.preprocess):
             for problem in problems:
                 if problem is not None:
                     raise problem
@@ -260,35 +255,44 @@ class Predictor:
         logits, features = zip(*parts, strict=True)
         return np.concatenate(logits), np.concatenate(features) if with_features else None
 
-    def _batches(
-        self, images: Iterable[Picture], batch_size: int
-    ) -> Iterator[tuple[np.ndarray, list[PredictError | None]]]:
-        """Inputs of the images that can be read, and of each image why it can't; the next batch ahead."""
 
-        def read(image: Picture) -> np.ndarray | PredictError:
-            try:
-                return to_pixels(image)
-            except PredictError as error:
-                return error
+def batches(
+    images: Iterable[Picture], batch_size: int, preprocess: Callable[[Sequence[np.ndarray]], np.ndarray]
+) -> Iterator[tuple[np.ndarray, list[PredictError | None]]]:
+    """Inputs [B, 3, height, width] of the images that can be read, and of each image why it can't; the next batch
+    ahead."""
 
-        def prepare(batch: list[Picture]) -> tuple[np.ndarray, list[PredictError | None]]:
-            found = list(readers.map(read, batch))
-            good = [pixels for pixels in found if isinstance(pixels, np.ndarray)]
-            inputs = (
-                self.preprocess(good) if good else np.empty((0, 3, *self.card.preprocessing.image_size), np.float32)
-            )
-            return inputs, [one if isinstance(one, PredictError) else None for one in found]
+    def read(image: Picture) -> np.ndarray | PredictError:
+        try:
+            return to_pixels(image)
+        except PredictError as error:
+            return error
 
-        remaining = iter(images)
-        with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor() as readers:
-            coming: Future[tuple[np.ndarray, list[PredictError | None]]] | None = None
-            while batch := list(islice(remaining, batch_size)):
-                following = ahead.submit(prepare, batch)
-                if coming is not None:
-                    yield coming.result()
-                coming = following
+    def prepare(batch: list[Picture]) -> tuple[np.ndarray, list[PredictError | None]]:
+        found = list(readers.map(read, batch))
+        good = [pixels for pixels in found if isinstance(pixels, np.ndarray)]
+        inputs = preprocess(good) if good else np.empty(0, np.float32)
+        return inputs, [one if isinstance(one, PredictError) else None for one in found]
+
+    remaining = iter(images)
+    with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor() as readers:
+        coming: Future[tuple[np.ndarray, list[PredictError | None]]] | None = None
+        while batch := list(islice(remaining, batch_size)):
+            following = ahead.submit(prepare, batch)
             if coming is not None:
                 yield coming.result()
+            coming = following
+        if coming is not None:
+            yield coming.result()
+
+
+def probabilities_of(logits: np.ndarray, activation: str) -> np.ndarray:
+    """Logits [B, num_classes] to probabilities, float64: softmax, or sigmoid for that loss."""
+    logits = logits.astype(np.float64)
+    if activation in ("sigmoid", "bce"):
+        return 1.0 / (1.0 + np.exp(-logits))
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
 
 
 def load(
@@ -305,15 +309,23 @@ def load_model(
 ) -> model_module.VisionTransformer:
     """The exported model as a layer of Paddle's, in float32, to look into. Raises PredictError for a folder that an
     earlier version exported, whose parameters have no names."""
-    model = model_module.build(read_card(folder).model, attention)
+    config = read_card(folder).model
+    model = model_module.build(config, attention)
+    program = paddle.jit.load(str(folder / "model"))
     # Paddle puts a number behind each name that it loads.
-    loaded = paddle.jit.load(str(folder / "model")).parameters()
+    loaded = program.parameters()
     found = {parameter.name.rpartition("_")[0]: parameter for parameter in loaded}
     for name, parameter in model.named_parameters():
         if name not in found or found[name].shape != parameter.shape:
             raise PredictError(f"{folder}: has no parameter {name} {list(parameter.shape)}; export the model again")
         parameter.set_value(found[name])
     model.eval()
+    program.eval()
+    noise = paddle.to_tensor(np.random.default_rng(0).standard_normal((1, 3, *config.image_size)).astype(np.float32))
+    with paddle.no_grad():
+        ours, theirs = model(noise).numpy(), program(noise)[0].numpy()
+    if not np.abs(ours - theirs).max() <= _LARGEST_DIFFERENCE * np.abs(theirs).max():
+        raise PredictError(f"{folder}: its program doesn't compute what its card says; export the model again")
     return model
 
 

@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import paddle
-import paddle.nn.functional as F
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
@@ -33,11 +31,12 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vit_static import model as model_module
+from vit_static.attend import attention_map, load_exported
 from vit_static.config import InferencePrecision, UserError
 from vit_static.data.pipeline import resized_before_crop
+from vit_static.model import VisionTransformer
 from vit_static.page import PAGE
-from vit_static.predict import PredictError, Predictor, check_aspect, load, load_model, read_pixels, say
+from vit_static.predict import PredictError, Predictor, check_aspect, load, read_pixels, say
 
 # Of Pillow's many formats those that browsers show; among the others are some that run programs (EPS).
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
@@ -145,7 +144,7 @@ class Service:
         self._num_under_way = 0
         self._decoders = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "decode")
         self._lookers = ThreadPoolExecutor(1, "attention")  # one at a time: its model records what it sees
-        self._looker: Looker | None = None
+        self._looked_into: VisionTransformer | None = None
         self._batcher = Batcher(self._run, limits.batch_size, limits.max_wait_s)
 
     def close(self) -> None:
@@ -224,9 +223,9 @@ class Service:
         return [(1.0 - shares[1]) / 2, (1.0 - shares[0]) / 2, shares[1], shares[0]]
 
     def _look(self, inputs: np.ndarray) -> np.ndarray:
-        if self._looker is None:
-            self._looker = Looker(self.folder)
-        return self._looker(inputs)
+        if self._looked_into is None:
+            self._looked_into, _ = load_exported(self.folder)
+        return attention_map(self._looked_into, inputs)[0]
 
     def _top_k(self, request: Request) -> int:
         text = request.query_params.get("top_k", "5")
@@ -353,40 +352,6 @@ class _EarlyAnswer(JSONResponse):
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(throw_away(), self._limits.timeout_s)
         await send({"type": "http.response.body", "body": b""})
-
-
-class Looker:
-    """Where the exported model looks, by attention rollout (Abnar and Zuidema, arXiv 2005.00928). Not for several
-    threads at once."""
-
-    def __init__(self, folder: Path) -> None:
-        self._weights: list[paddle.Tensor] = []
-        self._model = load_model(folder, self._attention)
-
-    def __call__(self, inputs: np.ndarray) -> np.ndarray:
-        """The model's input [1, 3, height, width] to each patch's share [rows, columns] of what the head reads."""
-        self._weights.clear()
-        with paddle.no_grad():
-            self._model.features(paddle.to_tensor(inputs))
-        rollout = np.eye(self._weights[0].shape[-1])
-        for weights in self._weights:
-            mean = weights[0].numpy().astype(np.float64).mean(axis=0)  # [N, N], over the heads
-            rollout = (0.5 * mean + 0.5 * np.eye(len(mean))) @ rollout
-        model = self._model
-        num_prefix = model.num_prefix_tokens
-        read = [rollout[num_prefix - 1]] if model.pool != "gap" else []
-        read += [rollout[num_prefix:].mean(axis=0)] if model.pool != "cls" else []
-        patches = np.mean(read, axis=0)[num_prefix:]
-        return (patches / patches.sum()).reshape(model.grid)
-
-    def _attention(
-        self, query: paddle.Tensor, key: paddle.Tensor, value: paddle.Tensor, dropout: model_module.Dropout
-    ) -> paddle.Tensor:
-        """As `attention_by_matmul`; keeps the weights [B, H, N, N]."""
-        query, key, value = (x.transpose([0, 2, 1, 3]) for x in (query, key, value))  # [B, H, N, d]
-        scores = paddle.matmul(query, key, transpose_y=True) * query.shape[-1] ** -0.5
-        self._weights.append(F.softmax(scores, axis=-1))
-        return paddle.matmul(self._weights[-1], value).transpose([0, 2, 1, 3])  # [B, N, H, d]
 
 
 def run(folder: Path, host: str, port: int, limits: Limits, precision: InferencePrecision | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections import deque
@@ -127,9 +126,6 @@ class EvalFeed:
                 yield outputs.next()
         finally:
             reader.close()
-            # The pipeline and what feeds it refer to each other: its memory would wait for the next collection.
-            del pipeline, outputs
-            gc.collect()
 
     def _numbers(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """The n-th batch's images, and which of them are there for the first time."""
