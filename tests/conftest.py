@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,9 @@ import pytest
 from sets import make_set, small_digits  # noqa: F401 - fixtures
 
 from vit_static import runtime
+
+
+_TALLY = pytest.StashKey[dict[str, Counter[str]]]()
 
 
 def pytest_configure() -> None:
@@ -26,6 +30,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no card"))
+
+
+@pytest.fixture(scope="session")
+def tally(pytestconfig: pytest.Config) -> Callable[..., None]:
+    """tally("kills survived"), tally("bad images", 3, "refused"): counts that -m reliability prints, a row each."""
+    rows = pytestconfig.stash.setdefault(_TALLY, {})
+
+    def count(row: str, count: int = 1, column: str = "cases") -> None:
+        rows.setdefault(row, Counter())[column] += count
+
+    return count
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    rows = config.stash.get(_TALLY, {})
+    if not rows or "reliability" not in config.option.markexpr:
+        return
+    columns = list(dict.fromkeys(column for counts in rows.values() for column in counts))
+    width = max(map(len, rows))
+    terminalreporter.section("reliability")
+    terminalreporter.write_line(" " * width + "".join(f"{column:>12}" for column in columns))
+    for row, counts in rows.items():
+        terminalreporter.write_line(f"{row:<{width}}" + "".join(f"{counts[column] or '':>12}" for column in columns))
 
 
 @pytest.fixture

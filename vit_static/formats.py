@@ -95,21 +95,21 @@ def _from_names(state: State, path: Path) -> Foreign:
 
 
 def _from_timm(state: State, prefix: str, path: Path) -> Foreign:
-    return _translated(_below(state, prefix), TIMM, path)
+    return _translated(_below(state, prefix, path), TIMM, path)
 
 
-def _below(state: State, prefix: str) -> State:
+def _below(state: State, prefix: str, path: Path) -> State:
     """Names without a prefix; those that haven't it stay."""
     found = {name.removeprefix(prefix): array for name, array in state.items()}
     if len(found) < len(state):
-        raise WeightsError(f"holds arrays of the same name with {prefix!r} before it and without; take one of them out")
+        raise WeightsError(f"{path}: has arrays of the same name with {prefix!r} before it and without; take one of them out")
     return found
 
 
 def _from_google(state: State, prefix: str, path: Path) -> Foreign:
     given = {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
     outside = {name: "is not of the model" for name in state if not name.startswith(prefix)}
-    given = _unscanned(given)
+    given = _unscanned(given, path)
     counts_by_class = any("/MlpBlock_0/" in name for name in given)
     table = (VIT_JAX_NOW if WITH_CLASS in given else BIG_VISION) if counts_by_class else VIT_JAX
     found = _translated(given, table, path)
@@ -119,19 +119,24 @@ def _from_google(state: State, prefix: str, path: Path) -> Foreign:
     return Foreign(found.state, found.format, found.facts, found.dropped | outside)
 
 
-def _unscanned(state: State) -> State:
+_MOST_BLOCKS = 1000
+
+
+def _unscanned(state: State, path: Path) -> State:
     """Blocks that big_vision keeps along an axis of each array (`scan`), each by itself."""
     scanned = "Transformer/encoderblock/"
     given = {name: array for name, array in state.items() if not name.startswith(scanned)}
     for name, array in state.items():
         if name.startswith(scanned) and array.ndim > 0:
+            if len(array) > _MOST_BLOCKS:
+                raise WeightsError(f"{path}: {name} is {list(array.shape)}, which is more blocks than any model has")
             for number, of_block in enumerate(array):
                 given[f"Transformer/encoderblock_{number}/{name.removeprefix(scanned)}"] = of_block
     return given
 
 
 def _from_huggingface(state: State, prefix: str, path: Path) -> Foreign:
-    given = _below(state, prefix)
+    given = _below(state, prefix, path)
     table = HF_DINOV2 if any(".layer_scale1." in name for name in given) else HF_VIT
     found = _translated(given, table, path)
     facts = found.facts | _said_by_config(path.with_name("config.json"))
@@ -178,7 +183,9 @@ def _translated(state: State, table: Table, path: Path) -> Foreign:
             if ".attn.qkv." in own_name and (array.ndim == 0 or array.shape[0 if table is TIMM else -1] % 3):
                 raise WeightsError(f"{path}: {name} is {list(array.shape)}, which is no query, key and value")
             try:
-                own[own_name] = np.ascontiguousarray(change.to_own(array))
+                own[own_name] = np.ascontiguousarray(change.to_own(array)) if array.ndim else array
+                if own[own_name].ndim not in _num_axes(own_name):
+                    raise IndexError
             except (ValueError, IndexError):
                 raise WeightsError(
                     f"{path}: {name} has the shape {list(array.shape)}, which is no {own_name}"
@@ -194,6 +201,18 @@ def _translated(state: State, table: Table, path: Path) -> Foreign:
         )
     except (KeyError, ValueError) as error:
         raise WeightsError(f"{path}: its queries, keys and values don't belong together ({error})") from None
+
+
+def _num_axes(own_name: str) -> tuple[int, ...]:
+    """How many axes an array may have. That LayerScale's fit is told where it is folded or set."""
+    if own_name in ("pos_embed", "cls_token", "reg_token"):
+        return (3,)
+    if own_name == "patch_embed.proj.weight":
+        return (4,)
+    if own_name.endswith(".gamma"):
+        return (0, 1, 2)
+    is_vector = own_name.endswith(".bias") or "norm" in own_name
+    return (1,) if is_vector else (2,)
 
 
 def _pooling(state: State, has_norm_after: bool) -> dict[str, Any]:
