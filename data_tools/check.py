@@ -31,6 +31,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_tools.arguments import ToolParser
+from vit_static.config import shortened
 from vit_static.data.images import FileSet, ImageSet
 from vit_static.data.lists import DataError, read_list
 from vit_static.data.pipeline import decoders_words, decoding_pipeline
@@ -306,7 +307,7 @@ def look_at(images: ImageSet, split: str, number: int) -> tuple[np.ndarray | Non
     try:
         encoded, _ = images.read(number)
     except DataError as error:
-        said = str(error).removeprefix(f"{images.name(number)}: ")
+        said = str(error).removeprefix(f"{shortened(images.name(number), 300)}: ")
         return None, 0, [problem(split, name, error.kind, said)]
     digest = int.from_bytes(hashlib.blake2b(encoded.data, digest_size=8).digest(), "big")
     return encoded, digest, list(oddities(split, name, encoded))

@@ -47,7 +47,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     rows = config.stash.get(_TALLY, {})
     if not rows or "reliability" not in config.option.markexpr:
         return
-    columns = list(dict.fromkeys(column for counts in rows.values() for column in counts))
+    columns = sorted(
+        {column for counts in rows.values() for column in counts}, key=lambda name: (name != "cases", name)
+    )
     width = max(map(len, rows))
     terminalreporter.section("reliability")
     terminalreporter.write_line(" " * width + "".join(f"{column:>12}" for column in columns))

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import pickletools
 import resource
 import struct
+import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,12 +28,21 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from small import REFERENCE
 
+from data_tools import check
 from vit_static import config as config_module
-from vit_static import convert, formats
+from vit_static import convert
 from vit_static.checkpoint import load_weights
-from vit_static.config import Config, InitConfig, UserError, load
+from vit_static.config import AugmentConfig, Config, DataConfig, EvalConfig, InitConfig, UserError, load
+from vit_static.data.feed import EvalFeed, TrainFeed, why_undecodable
+from vit_static.data.images import FileSet, ImageSet
+from vit_static.data.lists import DataError, Labels, Lines
+from vit_static.data.pipeline import decoding_pipeline
+from vit_static.data.relabelled import with_real_labels
+from vit_static.data.sets import open_set
+from vit_static.predict import PredictError, find_images, read_pixels
 from vit_static.weight_files import read_arrays
 
 pytestmark = [pytest.mark.reliability, pytest.mark.slow]
@@ -92,8 +105,40 @@ KEYS = [(name, field.alias or key) for name, fields in SECTIONS.items() for key,
 KEYS += [(name,) for name in Config.model_fields]
 
 ODD_TEXTS = [
-    *("", " ", "../x", "..", ".", "/etc/passwd", "a/b", "a\\b", "-rf", "~", "x" * 300, "é" * 150, "\0", "\x1b[2J", "\u202e"),
-    *("007", "7", "1e3", "1_000", "0x10", "yes", "null", "=", "2024-01-01", "nan", ".inf", "B/16", "auto", "\ud800", "\udcff"),
+    *(
+        "",
+        " ",
+        "../x",
+        "..",
+        ".",
+        "/etc/passwd",
+        "a/b",
+        "a\\b",
+        "-rf",
+        "~",
+        "x" * 300,
+        "é" * 150,
+        "\0",
+        "\x1b[2J",
+        "\u202e",
+    ),
+    *(
+        "007",
+        "7",
+        "1e3",
+        "1_000",
+        "0x10",
+        "yes",
+        "null",
+        "=",
+        "2024-01-01",
+        "nan",
+        ".inf",
+        "B/16",
+        "auto",
+        "\ud800",
+        "\udcff",
+    ),
     *("%s{}", "${HOME}", "!!python/object/apply:os.system ['true']", "*a", "&a", "a: b", "[", "}", "#", "@", "`", "<<"),
 ]
 ODD_NUMBERS = [0, -1, 1, 2**31, 2**63, -(2**63), 2**64, 10**400, 0.0, -0.0, 5e-324, 1e308, float("nan"), float("inf")]
@@ -184,7 +229,9 @@ def test_configs_with_any_values(accepts_config, changed: dict[tuple[str, ...], 
 
 
 @cases(200)
-@given(yaml_texts.map(str.encode) | st.binary(max_size=60) | st.text(max_size=30).map(lambda text: text.encode("utf-16")))
+@given(
+    yaml_texts.map(str.encode) | st.binary(max_size=60) | st.text(max_size=30).map(lambda text: text.encode("utf-16"))
+)
 def test_configs_of_any_bytes(accepts_config, content: bytes) -> None:
     accepts_config("config files: bytes", content, (), "run.yaml")
 
@@ -242,7 +289,13 @@ def test_an_alias_is_not_overridden_with_its_section(tmp_path: Path) -> None:
 
 WEIGHTS = [
     REFERENCE / "weights" / name
-    for name in ("timm_vit.safetensors", "hf_vit/model.safetensors", "vit_jax.npz", "big_vision_scan.npz", "plsc.pdparams")
+    for name in (
+        "timm_vit.safetensors",
+        "hf_vit/model.safetensors",
+        "vit_jax.npz",
+        "big_vision_scan.npz",
+        "plsc.pdparams",
+    )
 ] + [REFERENCE / "weights" / "plsc_fp16.pdparams", REFERENCE / "weights" / "timm_dinov2_reg.safetensors"]
 SUFFIXES = [".pdparams", ".npz", ".safetensors", ".pt", ""]
 
@@ -370,7 +423,7 @@ def written(arrays: dict[str, np.ndarray], suffix: str) -> bytes:
             header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [place, place + array.nbytes]}
             place += array.nbytes
         return safetensors(header, b"".join(array.tobytes() for array in arrays.values()))
-    return pickle.dumps(arrays, protocol=2)
+    return pickle.dumps(arrays, protocol=4)
 
 
 def safetensors(header: Any, content: bytes = b"\0" * 64, length: int | None = None) -> bytes:
@@ -391,7 +444,9 @@ HEADERS = {
     "in lists": lambda n: safetensors(b'{"a":' + b"[" * min(n, 100_000)),
     "in mappings": lambda n: safetensors(b'{"a":' * min(n, 20_000)),
     "of spaces": lambda n: safetensors(b"{" + b" " * min(n, 10**6) + b"}"),
-    "of an array of that size": lambda n: safetensors({"a": {"dtype": "F32", "shape": [n], "data_offsets": [0, 4 * n]}}),
+    "of an array of that size": lambda n: safetensors(
+        {"a": {"dtype": "F32", "shape": [n], "data_offsets": [0, 4 * n]}}
+    ),
     "of nothing of that size": lambda n: safetensors(
         {"a": {"dtype": "F32", "shape": [0, n], "data_offsets": [0, 0]}}, b""
     ),
@@ -426,12 +481,16 @@ def npy(header: str, content: bytes = b"", version: bytes = b"\x01\x00") -> byte
     return b"\x93NUMPY" + version + struct.pack("<H", len(text) % 65536) + text + content
 
 
-member_names = st.sampled_from(["../canary", "/tmp/canary_of_a_test", "a.npy", "a", "x/../../canary.npy", "C:\\a.npy", ""])
+member_names = st.sampled_from(
+    ["../canary", "/tmp/canary_of_a_test", "a.npy", "a", "x/../../canary.npy", "C:\\a.npy", ""]
+)
 npy_headers = st.builds(
     "{{'descr': {}, 'fortran_order': {}, 'shape': {}}}".format,
     st.sampled_from(["'<f4'", "'|O'", "'<f2'", "[('a', '<f4')]", "'<V2'", "__import__('os')", "'<U9'", "'|S0'", "7"]),
     st.sampled_from(["False", "True", "1", "None"]),
-    st.sampled_from(["(4,)", "()", "(0,)", f"({2**33},)", f"({2**62}, 8)", "(-1,)", "4", "(2, 2)", "(" * 300, "(1,) * 9"]),
+    st.sampled_from(
+        ["(4,)", "()", "(0,)", f"({2**33},)", f"({2**62}, 8)", "(-1,)", "4", "(2, 2)", "(" * 300, "(1,) * 9"]
+    ),
 )
 
 
@@ -465,16 +524,6 @@ def test_npz_files_that_grow(accepts_weights) -> None:
         accepts_weights("weights: npz that grow", content, ".npz")
 
 
-class Reduced:
-    """An object that is unpickled by calling something."""
-
-    def __init__(self, function: Any, *arguments: Any) -> None:
-        self._call = function, arguments
-
-    def __reduce__(self) -> Any:
-        return self._call
-
-
 ASKED_FOR = [
     ("os", "system"), ("posix", "system"), ("subprocess", "Popen"), ("builtins", "exec"), ("builtins", "eval"),
     ("builtins", "open"), ("builtins", "getattr"), ("builtins", "__import__"), ("__builtin__", "eval"), ("pty", "spawn"),
@@ -490,16 +539,17 @@ pickled_arguments = st.sampled_from(
 
 def asking(module: str, name: str, arguments: tuple[Any, ...], protocol: int) -> bytes:
     """A pickle that calls module.name(*arguments), and puts what comes of it into a state dict."""
-    called = pickle.dumps(arguments, protocol)
-    called = called[2:] if protocol >= 2 else called
-    found = f"c{module}\n{name}\n".encode() if protocol < 4 else pickle.dumps((module, name), 4)[11:-3] + b"\x930"
-    start = b"\x80\x02" if protocol < 4 else b"\x80\x04"
-    found = f"c{module}\n{name}\n".encode()
-    return start + b"}X\x04\0\0\0head" + found + called[:-1] + b"Rs."
+    called = pickle.dumps(arguments, protocol)[2 if protocol >= 2 else 0 : -1]
+    return b"\x80\x02}X\x04\0\0\0head" + f"c{module}\n{name}\n".encode() + called + b"Rs."
 
 
 @cases(150)
-@given(st.sampled_from(ASKED_FOR), pickled_arguments, st.sampled_from([0, 1, 2]), st.sampled_from([b"", b"}b", b"\x81", b"2"]))
+@given(
+    st.sampled_from(ASKED_FOR),
+    pickled_arguments,
+    st.sampled_from([0, 1, 2]),
+    st.sampled_from([b"", b"}b", b"\x81", b"2"]),
+)
 def test_pickles_that_run_something(accepts_weights, asked: Any, arguments: Any, protocol: int, more: bytes) -> None:
     content = asking(*asked, arguments, protocol)
     accepts_weights("weights: pickles that run code", content[:-2] + more + content[-2:])
@@ -507,7 +557,12 @@ def test_pickles_that_run_something(accepts_weights, asked: Any, arguments: Any,
 
 OPCODES = [opcode for opcode in pickletools.opcodes if opcode.name not in ("STOP", "FRAME")]
 known_names = st.sampled_from(
-    [b"ccollections\nOrderedDict\n", b"cnumpy\nndarray\n", b"cnumpy\ndtype\n", b"cnumpy.core.multiarray\n_reconstruct\n"]
+    [
+        b"ccollections\nOrderedDict\n",
+        b"cnumpy\nndarray\n",
+        b"cnumpy\ndtype\n",
+        b"cnumpy.core.multiarray\n_reconstruct\n",
+    ]
 )
 
 
@@ -599,3 +654,426 @@ def test_what_lies_beside_weights(trial: Trial, name: str, data: st.DataObject) 
         loaded = load_weights(path)
         config = loaded.config or convert.config_of(loaded.found, str(path), [], None)
         convert.converted(loaded.found, config.model, str(path), InitConfig(head="keep"), None)
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+
+MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "I;16", "I", "F", "YCbCr", "LAB", "HSV", "RGBX"]
+FORMATS = {"JPEG": ".jpg", "PNG": ".png", "BMP": ".bmp", "WEBP": ".webp", "TIFF": ".tif"}
+SIZES = [(48, 64), (1, 1), (1, 700), (700, 1), (3, 2), (1, 20_000), (20_000, 1), (8, 20_000)]
+
+
+@functools.cache
+def picture(mode: str, file_format: str, size: tuple[int, int]) -> bytes:
+    """An image file, in the nearest mode that the format has; `size` is height and width."""
+    if file_format == "WEBP":
+        size = (min(size[0], 16_383), min(size[1], 16_383))
+    levels = np.linspace(0.0, 1.0, size[0] * size[1]).reshape(size)
+    if mode == "F":
+        image = Image.fromarray(levels.astype(np.float32))
+    elif mode.startswith("I"):
+        image = Image.fromarray((levels * 65535).astype(np.uint16 if mode == "I;16" else np.int32))
+    else:
+        colours = np.stack([levels, levels.T.reshape(size), 1.0 - levels], axis=-1)
+        image = Image.fromarray((colours * 255).astype(np.uint8))
+        with contextlib.suppress(ValueError):
+            image = image.convert(mode)
+    file = io.BytesIO()
+    try:
+        image.save(file, file_format)
+    except (OSError, KeyError, ValueError):
+        image.convert("L" if mode[0] in "IF" else "RGB").save(file, file_format)
+    return file.getvalue()
+
+
+def png_of(height: int, width: int, depth: int = 8, colours: int = 2, pixels: bytes = b"") -> bytes:
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+
+
+def jpeg_of(height: int, width: int) -> bytes:
+    content = bytearray(picture("RGB", "JPEG", (48, 64)))
+    place = content.index(b"\xff\xc0")
+    content[place + 5 : place + 9] = struct.pack(">HH", height, width)
+    return bytes(content)
+
+
+def tiff_of(height: int, width: int) -> bytes:
+    content = picture("RGB", "TIFF", (48, 64))
+    for tag, value in ((256, width), (257, height)):
+        place = (
+            content.index(struct.pack("<H", tag) + struct.pack("<H", 3), 8)
+            if struct.pack("<HH", tag, 3) in content
+            else 0
+        )
+        place = place or content.index(struct.pack("<HH", tag, 4), 8)
+        content = content[:place] + struct.pack("<HHII", tag, 4, 1, value) + content[place + 12 :]
+    return content
+
+
+def bmp_of(height: int, width: int) -> bytes:
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 54 + 99, 0, 0, 54) + header + bytes(99)
+
+
+IMAGE_BOMBS = {
+    **{
+        f"{make.__name__[:-3]} of {side}": make(side, side)
+        for make in (png_of, tiff_of, bmp_of)
+        for side in (60_000, 2**31 - 1)
+    },
+    "jpeg of 65535": jpeg_of(65_535, 65_535),
+    "png of one line": png_of(1, 2**31 - 1),
+    "png of zeros": png_of(20_000, 20_000, 1, 0, bytes(20_000 * 2501)),
+    "png of nothing": png_of(0, 0),
+    "png of many bits": png_of(9, 9, 255, 255),
+    "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(canary) (w) file closefile\n%%EOF\n",
+    "svg": b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
+    "empty": b"",
+    "jpeg without an end": b"\xff\xd8" + b"\xff" * 1000,
+    "jpeg of segments": b"\xff\xd8" + b"\xff\xe0\0\2" * 50_000,
+    "jpeg of no length": b"\xff\xd8\xff\xe0\0\0" * 100,
+}
+
+any_picture = st.builds(
+    picture, st.sampled_from(MODES), st.sampled_from(list(FORMATS)), st.sampled_from([SIZES[0]] * 6 + SIZES)
+)
+
+
+@st.composite
+def any_image(draw: Callable[[Any], Any]) -> tuple[str, bytes]:
+    """A file's suffix and content: whole, damaged, or never one."""
+    if draw(st.integers(0, 9)) == 0:
+        return ".png", draw(st.binary(max_size=100) | st.sampled_from(list(IMAGE_BOMBS.values())))
+    file_format = draw(st.sampled_from(list(FORMATS)))
+    size = draw(st.sampled_from([SIZES[0]] * 9 + SIZES))
+    content = picture(draw(st.sampled_from(MODES)), file_format, size)
+    if draw(st.integers(0, 4)):
+        content = damaged(content, draw)
+    return draw(st.sampled_from([FORMATS[file_format]] * 3 + list(FORMATS.values()))), content
+
+
+@cases(500)
+@given(any_image())
+def test_images_to_predict(trial: Trial, image: tuple[str, bytes]) -> None:
+    path = trial.folder / f"image{image[0]}"
+    path.write_bytes(image[1])
+    with trial.of("images: predict", path.name):
+        pixels = read_pixels(path)
+        assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.size
+
+
+@pytest.mark.parametrize("content", IMAGE_BOMBS.values(), ids=IMAGE_BOMBS)
+def test_images_that_mean_harm(trial: Trial, content: bytes) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    path = trial.folder / "bomb"
+    path.write_bytes(content)
+    images = FileSet(trial.folder, one_line(b"bomb"), ["a"])
+    with pytest.raises(PredictError, match="bomb"):
+        read_pixels(path)
+    problem = why_undecodable(images, 0)
+    assert problem is not None and "bomb" in str(problem)
+    for _ in range(2):
+        with trial.of("images: bombs", "bomb"):
+            raise problem
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
+
+
+def one_line(path: bytes) -> Lines:
+    return Lines(np.frombuffer(path, np.uint8), np.array([0]), np.array([len(path)]), Labels(np.zeros(1, np.int32)))
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("images")
+
+
+@cases(8)
+@given(st.lists(any_image(), min_size=24, max_size=24))
+def test_what_the_check_lets_pass_is_trained_on_and_evaluated(
+    trial: Trial, image_folder: Path, images: list[tuple[str, bytes]]
+) -> None:
+    """And what it doesn't, stops a run with its name."""
+    for old in image_folder.rglob("*.*"):
+        old.unlink()
+    for number, (suffix, content) in enumerate(images):
+        path = image_folder / "train" / "ab"[number % 2] / f"{number:02d}{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    with trial.of("data check"):
+        check.main([str(image_folder)])
+    report = json.loads((image_folder / "data_check.json").read_text(encoding="utf-8"))
+    bad = {found["path"] for found in report["problems"] if found["stops_training"]}
+    assert all(len(found["detail"]) < LONGEST_MESSAGE for found in report["problems"])
+    data = DataConfig(root=str(image_folder), val="train", global_batch_size=4, num_threads=1, num_readers=1)
+    good = [number for number in range(24) if open_set(data, "train", 2).relative_name(number) not in bad]
+    skipping = data.model_copy(update={"on_bad_image": "skip"})
+    if good:
+        kept = open_set(skipping, "train", 2)
+        feed = train_feed(kept, data)
+        for _ in range(math.ceil(len(kept) / 4)):
+            assert np.isfinite(np.asarray(next(feed)[0])).all()
+        batches = list(eval_feed(kept, data))
+        assert sum(float(np.asarray(weights).sum()) for _, _, weights in batches) == len(kept)
+    for _ in good:
+        with trial.of("images: check, training, evaluation"):
+            pass
+    everything = open_set(data, "train", 2)
+    for name in sorted(bad):
+        images_of_one = everything.without(
+            [other for other in map(everything.relative_name, range(24)) if other != name]
+        )
+        make_feed = eval_feed if len(name) % 2 else train_feed
+        with trial.of("images: check, training, evaluation", name):
+            next(iter(make_feed(images_of_one, data)))
+            raise AssertionError(f"{name} was refused by the check alone")
+
+
+def train_feed(images: ImageSet, data: DataConfig) -> TrainFeed:
+    return TrainFeed(
+        images, (16, 16), data, AugmentConfig(), seed=0, start_step=0, dp_rank=0, dp_size=1, device_id=None
+    )
+
+
+def eval_feed(images: ImageSet, data: DataConfig) -> EvalFeed:
+    return EvalFeed(images, (16, 16), 4, data, EvalConfig(), dp_rank=0, dp_size=1, device_id=None)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F", "1", "LA", "PA", "RGBA", "CMYK", "P"])
+def test_predict_reads_what_training_reads(trial: Trial, mode: str) -> None:
+    """16-bit grey is scaled: its brightest is white, and its middle grey."""
+    content = picture(mode, "TIFF" if mode in ("F", "CMYK") else "PNG", (48, 64))
+    (decoded,) = decoding_pipeline(1, 1, None).run(encoded=[np.frombuffer(content, np.uint8)])
+    pixels = read_pixels(io.BytesIO(content), "it").astype(int)
+    assert np.abs(np.asarray(decoded.as_tensor())[0].astype(int) - pixels).max() <= 1
+    if mode in ("I;16", "F"):
+        np.testing.assert_allclose(pixels[..., 0].ravel(), np.linspace(0, 255, 48 * 64), atol=1.0)
+
+
+@pytest.mark.timeout(60)
+def test_what_is_no_file_is_refused(trial: Trial, tmp_path: Path) -> None:
+    """Folders, pipes, devices, and links to themselves that are called as images are."""
+    folder = tmp_path / "train" / "a"
+    folder.mkdir(parents=True)
+    (folder / "folder.jpg").mkdir()
+    (folder / "loop.jpg").symlink_to("loop.jpg")
+    (folder / "nowhere.jpg").symlink_to("nothing")
+    (folder / "device.jpg").symlink_to("/dev/zero")
+    (folder / "up").symlink_to("..")
+    os.mkfifo(folder / "pipe.jpg")
+    names = ["folder", "loop", "nowhere", "device", "pipe"]
+    for name in names:
+        with trial.of("images: no files", f"{name}.jpg"):
+            read_pixels(folder / f"{name}.jpg")
+            raise AssertionError(name)
+    found = {path.name for path in find_images([tmp_path])}
+    assert "folder.jpg" not in found and "pipe.jpg" in found
+    listed = "".join(f"train/a/{name}.jpg 0\n" for name in [*names, "a\0b", "x" * 5000, "../../../../../etc/shadow0"])
+    (tmp_path / "list.txt").write_text(listed + "/dev/stdin 0\n")
+    images = open_set(DataConfig(root=str(tmp_path), train="list.txt"), "train", 1)
+    for number in range(len(images)):
+        with trial.of("images: no files", images.relative_name(number)[:50].replace("\0", "\\x00")):
+            images.read(number)
+            raise AssertionError(number)
+    assert check.main([str(tmp_path), "--train", "list.txt"]) == 1
+    with trial.of("images: no files", str(folder.parent)):
+        open_set(DataConfig(root=str(tmp_path)), "train", 1)
+        raise AssertionError
+
+
+def test_the_check_writes_into_no_place_that_a_set_leads_it_to(trial: Trial, tmp_path: Path) -> None:
+    (tmp_path / "set/train/a").mkdir(parents=True)
+    (tmp_path / "set/train/a/1.png").write_bytes(picture("RGB", "PNG", (48, 64)))
+    (tmp_path / "elsewhere").write_text("mine")
+    (tmp_path / "set/data_check.json").symlink_to("../elsewhere")
+    assert check.main([str(tmp_path / "set")]) == 0
+    (tmp_path / "set/.data_check.journal").symlink_to("../elsewhere")
+    with pytest.raises(ValueError, match=r"\.data_check\.journal: is no file"):
+        check.main([str(tmp_path / "set")])
+    assert (tmp_path / "elsewhere").read_text() == "mine"
+
+
+# -- lists, shards, and what lies beside images ------------------------------------------------------------------------
+
+list_labels = st.sampled_from(
+    [
+        "0",
+        "1",
+        "2",
+        "-1",
+        "+1",
+        "1.0",
+        "999999999",
+        "9999999999",
+        "1e3",
+        "x",
+        "",
+        "1,",
+        ",1",
+        "0,1",
+        "0,,1",
+        "٣",
+        "0x1",
+        "nan",
+    ]
+)
+list_paths = st.sampled_from(
+    ["a.jpg", "b c.jpg", "/etc/passwd", "../x.jpg", "none.jpg", "", " ", "é.jpg", "\0", "x" * 9000]
+)
+list_lines = st.builds("{}{}{}".format, list_paths, st.sampled_from([" ", "\t", "  ", "\t\t", "", ","]), list_labels)
+list_texts = st.lists(
+    list_lines | st.sampled_from(["", " ", "\t", "#", "\r", "\x1c", "\u2028"]) | st.text(max_size=20), max_size=6
+).flatmap(lambda lines: st.sampled_from(["\n", "\r\n", "\r", "\n\n"]).map(lambda end: end.join(lines)))
+
+
+@cases(400)
+@given(
+    list_texts.flatmap(
+        lambda text: st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "latin-1", "utf-32"]).map(
+            lambda name: text.encode(name, "ignore")
+        )
+    )
+    | st.binary(max_size=40),
+    st.booleans(),
+)
+def test_lists(trial: Trial, content: bytes, multi_label: bool) -> None:
+    (trial.folder / "a.jpg").write_bytes(b"x")
+    (trial.folder / "train.txt").write_bytes(content)
+    with trial.of("list files", "train.txt"):
+        data = DataConfig(root=str(trial.folder), train="train.txt", multi_label=multi_label)
+        images = open_set(data, "train", 3)
+        assert len(images) and images.digest()
+        for number in range(len(images)):
+            assert images.lines.labels.of(number).max() < 3
+            try:
+                images.read(number)
+            except DataError as error:
+                assert str(error).isprintable()
+
+
+def test_a_list_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_bytes("\ufeffa.jpg 1\r\nb.jpg 0".encode())
+    images = open_set(DataConfig(root=str(tmp_path), train="train.txt"), "train", 2)
+    assert [images.relative_name(number) for number in range(2)] == ["a.jpg", "b.jpg"]
+
+
+index_numbers = st.sampled_from(
+    ["0", "512", "600", "3", "1024", "-1", "2000", str(2**63), "9" * 5000, "x", "1.0", "١", "1_0", ""]
+)
+index_fields = st.builds(
+    "{} {} {} {}".format, st.sampled_from(["jpg", "cls", "JPG", "json", ""]), *[index_numbers] * 2, st.just("a.jpg")
+)
+index_texts = st.builds(
+    lambda first, lines: "\n".join([first.format(len(lines)), *lines]),
+    st.sampled_from(
+        ["v1.2 {}", "v1.2 {}", "v1.1 {}", "v1.2 99", "v2 {}", "", "{}", "v1.2 {} {}".replace("{} {}", "{} 1")]
+    ),
+    st.lists(
+        st.builds("{} {}".format, index_fields, index_fields)
+        | st.builds("jpg {} {} a.jpg cls {} {} a.cls".format, *[index_numbers] * 4)
+        | st.text(max_size=20),
+        max_size=3,
+    ),
+)
+
+
+@cases(300)
+@given(
+    index_texts.map(lambda text: text.encode("utf-8", "ignore")) | st.binary(max_size=60),
+    st.sampled_from(
+        [b"0", b"1", b"7", b"-1", b"0,1", b"", b"x", b"1.0", b"9" * 20, b"9" * 5000, b"\xff", b"1_0", b" 1\n"]
+    ),
+    st.booleans(),
+)
+def test_shards(trial: Trial, index: bytes, label: bytes, multi_label: bool) -> None:
+    """A tar file of an image and a label; its index may say what it likes."""
+    folder = trial.folder / "shards" / "train"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, content in (("a.jpg", b"image"), ("a.cls", label)):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    (folder / "0.tar").write_bytes(file.getvalue())
+    whole = f"v1.2 1\njpg 512 5 a.jpg cls 1536 {len(label)} a.cls\n".encode()
+    (folder / "0.idx").write_bytes(index if len(index) % 4 else whole)
+    with trial.of("shards", "0.idx", "0.tar", "its shards"):
+        images = open_set(DataConfig(root=str(folder.parent), multi_label=multi_label), "train", 2)
+        assert images.digest()
+        for number in range(len(images)):
+            _, labels = images.read(number)
+            assert 0 <= labels.min() and labels.max() < 2
+
+
+report_texts = st.builds(
+    lambda problems: json.dumps({"problems": problems}),
+    st.lists(
+        st.fixed_dictionaries({}, optional={"path": values.map(repr) | st.sampled_from(["train/a/1.png", "\ud800", 7, None]), "stops_training": st.booleans() | st.none()}),
+        max_size=3,
+    ) | st.just(7),
+)  # fmt: skip
+journal_texts = st.builds(
+    lambda entries: "\n".join(json.dumps(entry) for entry in entries),
+    st.lists(
+        st.fixed_dictionaries({}, optional={
+            "split": st.sampled_from(["train", [], None]), "start": st.sampled_from([0, "0", [], -1]), "state": st.sampled_from(["x", None]),
+            "digests": st.just([1]), "problems": st.just([{}]), "train": st.just(""),
+        }) | st.just([]) | st.just(None),
+        max_size=3,
+    ),
+)  # fmt: skip
+
+
+@cases(120)
+@given(
+    st.sampled_from(["data_check.json", ".data_check.journal", "class_names.txt"]),
+    st.binary(max_size=40) | report_texts.map(str.encode) | journal_texts.map(str.encode) | st.just(b"[" * 100_000),
+)
+def test_what_lies_beside_images(trial: Trial, name: str, content: bytes) -> None:
+    folder = trial.folder / "set"
+    (folder / "train/a").mkdir(parents=True, exist_ok=True)
+    for old in folder.iterdir():
+        if old.is_file():
+            old.unlink()
+    (folder / "train/a/1.png").write_bytes(picture("RGB", "PNG", (48, 64)))
+    (folder / name).write_bytes(content)
+    with trial.of(f"files beside images: {name}", name, "all of its images are bad"):
+        if name.endswith("journal"):
+            assert check.main([str(folder)]) == 0
+        skip = "skip" if name == "data_check.json" else "stop"
+        assert len(open_set(DataConfig(root=str(folder), on_bad_image=skip), "train", 1)) == 1
+
+
+def test_a_forged_journal_is_not_believed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Entries of the right state whose content is none."""
+    (tmp_path / "train/a").mkdir(parents=True)
+    (tmp_path / "train/a/1.png").write_bytes(picture("RGB", "PNG", (48, 64)))
+    journal = tmp_path / ".data_check.journal"
+    sets, _ = check.open_sets(tmp_path, {"train": tmp_path / "train"})
+    stats = hashlib.blake2b(repr([check.state_of(sets["train"], 0)]).encode(), digest_size=8).hexdigest()
+    for digests, problems in (([], []), (["x"], []), ([1], [{"x": 1}]), ([-1], []), ([1], 7), (None, [])):
+        entry = {"split": "train", "start": 0, "state": stats, "digests": digests, "problems": problems}
+        journal.write_text(json.dumps({"train": sets["train"].digest()}) + "\n" + json.dumps(entry))
+        assert check.main([str(tmp_path)]) == 0
+        assert "nothing would stop training" in capsys.readouterr().out
+
+
+@cases(150)
+@given(
+    st.sampled_from(["[[0], [1]]", "[]", "[[]]", "[[0], 1]", "[[true]]", "[[1.0]]", "[[-1]]", "[[99]]", "{}", "[" * 99_999, "7", "null"])
+    .map(str.encode)
+    | st.recursive(st.integers(-1, 3) | st.just(10**30) | st.text(max_size=3), lambda x: st.lists(x, max_size=3), max_leaves=8)
+    .map(json.dumps).map(str.encode)
+    | st.binary(max_size=30)
+)  # fmt: skip
+def test_real_labels(trial: Trial, content: bytes) -> None:
+    name = b"ILSVRC2012_val_00000001.JPEG"
+    images = FileSet(trial.folder, one_line(name), ["a", "b"])
+    (trial.folder / "real.json").write_bytes(content)
+    with trial.of("real.json", "real.json"):
+        found = with_real_labels(images, trial.folder / "real.json", 2)
+        assert all(found.lines.labels.of(number).max() < 2 for number in range(len(found)))

@@ -37,6 +37,7 @@ NotNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1, lt=2**63)]
 CountOrNone = Annotated[int, Field(ge=0, lt=2**63)]  # which may be 0
 Pixels = Annotated[int, Field(ge=1, le=100_000)]
+CropRatio = Annotated[float, Field(ge=0.05, le=1.0)]  # less would enlarge an image to hundreds of megapixels
 Interpolation = Literal["bilinear", "bicubic"]
 PosEmbedResampling = Literal["bicubic", "bilinear", "antialias"]
 
@@ -375,7 +376,7 @@ class EvalConfig(Section):
     resize: Literal["short", "direct"] = Field(
         "short", description="short: the short side to image_size / crop_ratio, centre crop; direct: to image_size"
     )
-    crop_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.875, description="224 / 0.875 = 256")
+    crop_ratio: CropRatio = Field(0.875, description="224 / 0.875 = 256")
     interpolation: Interpolation = "bicubic"
     antialias: bool = True
     batch_size: Count | None = Field(None, description="over all ranks; null: the training batch size")

@@ -16,7 +16,7 @@ from vit_static.checkpoint import load_weights
 from vit_static.config import Config, InitConfig, UserError
 from vit_static.data.images import ImageSet
 from vit_static.data.sets import open_set
-from vit_static.predict import CARD_FILE, MODEL_FILE, Card, Predictor, Preprocessing, read_pixels
+from vit_static.predict import CARD_FILE, MODEL_FILE, Card, Predictor, Preprocessing, manifest, read_pixels
 from vit_static.weights import init_from
 
 # Of a logit, by precision: in float32 absolute, in the others times the logits' standard deviation.
@@ -94,6 +94,7 @@ def write(model: model_module.VisionTransformer, config: Config, class_names: li
         activation=config.loss.name,
         model=config.model,
         precision=config.export.precision,
+        files=manifest(folder),
     )
     (folder / CARD_FILE).write_text(card.model_dump_json(indent=1), encoding="utf-8")
 

@@ -102,7 +102,9 @@ def _below(state: State, prefix: str, path: Path) -> State:
     """Names without a prefix; those that haven't it stay."""
     found = {name.removeprefix(prefix): array for name, array in state.items()}
     if len(found) < len(state):
-        raise WeightsError(f"{path}: has arrays of the same name with {prefix!r} before it and without; take one of them out")
+        raise WeightsError(
+            f"{path}: has arrays of the same name with {prefix!r} before it and without; take one of them out"
+        )
     return found
 
 

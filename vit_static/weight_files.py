@@ -39,7 +39,7 @@ def read_arrays(path: Path) -> tuple[Kind, Arrays]:
         raise WeightsError(f"{path}: can't be read ({error.strerror})") from None
     kind, arrays = _read(path, beginning)
     for name, array in arrays.items():
-        if not name.isprintable() or len(name) > _LONGEST_NAME:
+        if not name or not name.isprintable() or len(name) > _LONGEST_NAME:
             what = "no text" if len(name) <= _LONGEST_NAME else f"{len(name)} letters long"
             raise WeightsError(f"{path}: has an array whose name is {what}, {shortened(ascii(name))}")
         if array is not None and array.ndim > _MOST_AXES:
@@ -169,11 +169,16 @@ _HARMLESS: dict[tuple[str, str], Any] = {
 }
 
 
+_READ: dict[int, Any] = pickle._Unpickler.dispatch  # type: ignore[attr-defined]  # what Python's own does, by opcode
+
+
 class _StateUnpickler(pickle._Unpickler):
     """Reads containers and what stands in for arrays; refuses everything that could run code.
 
     Python's own, not the quicker one in C, which makes room for as many objects as nine bytes say that there are.
     """
+
+    stack: list[Any]
 
     def find_class(self, module: str, name: str) -> Any:
         if module.partition(".")[0] == "torch":
@@ -185,22 +190,22 @@ class _StateUnpickler(pickle._Unpickler):
 
     def load_setitem(self) -> None:
         _refuse_keys(self.stack[-2:-1])
-        super().load_setitem()
+        _READ[pickle.SETITEM[0]](self)
 
     def load_setitems(self) -> None:
         _refuse_keys(self.stack[::2])  # since the mark
-        super().load_setitems()
+        _READ[pickle.SETITEMS[0]](self)
 
     def load_dict(self) -> None:
         _refuse_keys(self.stack[::2])
-        super().load_dict()
+        _READ[pickle.DICT[0]](self)
 
     def no_use_for(self) -> None:
         raise pickle.UnpicklingError("it has sets or writable bytes, which a file of weights has no use for")
 
     # Sets hash what is in them; room is made for as many bytes as the file says that there are.
     dispatch: ClassVar[dict[int, Any]] = {
-        **pickle._Unpickler.dispatch,
+        **_READ,
         pickle.SETITEM[0]: load_setitem,
         pickle.SETITEMS[0]: load_setitems,
         pickle.DICT[0]: load_dict,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vit_static.config import shortened
 from vit_static.data.lists import DataError, Lines
 
 # What DALI's and Pillow's decoders both read. Other files in a class folder (.DS_Store, notes) are no images.
@@ -52,12 +53,15 @@ class ImageSet(ABC):
                 raise DataError(f"has {num_pixels} pixels by its header, of {MOST_PIXELS} at most", "too_large")
         except OSError as error:
             kind = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
-            raise DataError(f"{self.name(number)}: can't be read ({error.strerror})", kind) from None
+            raise DataError(f"{self._said(number)}: can't be read ({error.strerror})", kind) from None
         except DataError as error:
-            raise DataError(f"{self.name(number)}: {error}", error.kind) from None
+            raise DataError(f"{self._said(number)}: {error}", error.kind) from None
         except ValueError as error:  # NUL in a path
-            raise DataError(f"{self.name(number)}: can't be read ({error})", "missing") from None
+            raise DataError(f"{self._said(number)}: can't be read ({error})", "missing") from None
         return encoded, labels
+
+    def _said(self, number: int) -> str:
+        return shortened(self.name(number), 300)
 
     @abstractmethod
     def _read(self, number: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ from vit_static.config import UserError
 
 _NEWLINE, _RETURN, _TAB, _SPACE, _COMMA, _ZERO = b"\n\r\t ,0"
 _MOST_DIGITS = 9  # of a label, which is an int32
+_NO_LABEL = "must end with a label: digits, nine at most"
 _PIECE_BYTES = 1 << 25
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # as some editors begin a file of UTF-8
 
@@ -135,12 +136,12 @@ class _Piece:
         behind = np.sort(np.concatenate([commas, ends]))
         lines = np.repeat(np.arange(len(ends)), self.counts)
         widths = behind - first
-        self._refuse((widths < 1) | (widths > _MOST_DIGITS), begins[lines], "must end with a label: digits, nine at most")
+        self._refuse((widths < 1) | (widths > _MOST_DIGITS), begins[lines], _NO_LABEL)
         self.values = np.zeros(len(widths), np.int32)
         for place in range(int(widths.max(initial=0))):
             has = widths > place
             digit = piece[behind[has] - 1 - place].astype(np.int32) - _ZERO
-            self._refuse((digit < 0) | (digit > 9), begins[lines[has]], "must end with a label: digits, nine at most")
+            self._refuse((digit < 0) | (digit > 9), begins[lines[has]], _NO_LABEL)
             self.values[has] += digit * 10**place
 
     def _refuse(self, wrong: np.ndarray, begins: np.ndarray, what: str) -> None:

@@ -117,12 +117,15 @@ class ShardSet(ImageSet):
         try:
             labels = np.array([int(label) for label in text.split(b",")], np.int32)
         except (ValueError, OverflowError):
-            raise DataError(f"its label is {text[:40].decode('utf-8', 'replace')!r}, no number of a class", "label") from None
+            raise DataError(
+                f"its label is {text[:40].decode('utf-8', 'replace')!r}, no number of a class", "label"
+            ) from None
         if len(labels) > 1 and not self._multi_label:
             raise DataError("has several labels; set data.multi_label=true (and loss.name=sigmoid)", "label")
         if labels.min() < 0 or labels.max() >= len(self.class_names):
+            wrong = labels.min() if labels.min() < 0 else labels.max()
             raise DataError(
-                f"has the label {labels.max() if labels.min() >= 0 else labels.min()}, where model.num_classes is {len(self.class_names)} and labels "
+                f"has the label {wrong}, where model.num_classes is {len(self.class_names)} and labels "
                 "begin at 0; set model.num_classes higher",
                 "label",
             )
