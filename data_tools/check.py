@@ -273,7 +273,7 @@ def state_of(images: ImageSet, number: int) -> tuple[int, int] | None:
     for place in (path, os.path.dirname(path)):  # noqa: PTH120 - a Path for each image is slow
         try:
             found = os.stat(place)  # noqa: PTH116
-        except (FileNotFoundError, NotADirectoryError):
+        except (OSError, ValueError):  # what is wrong is told when it is read
             continue
         return found.st_mtime_ns, found.st_size
     return None

@@ -12,7 +12,6 @@ from sets import make_set, small_digits  # noqa: F401 - fixtures
 
 from vit_static import runtime
 
-
 _TALLY = pytest.StashKey[dict[str, Counter[str]]]()
 
 

@@ -29,20 +29,29 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from small import REFERENCE
+from small import REFERENCE, SMALL
 
 from data_tools import check
 from vit_static import config as config_module
-from vit_static import convert
+from vit_static import convert, export, predict
 from vit_static.checkpoint import load_weights
 from vit_static.config import AugmentConfig, Config, DataConfig, EvalConfig, InitConfig, UserError, load
 from vit_static.data.feed import EvalFeed, TrainFeed, why_undecodable
 from vit_static.data.images import FileSet, ImageSet
 from vit_static.data.lists import DataError, Labels, Lines
-from vit_static.data.pipeline import decoding_pipeline
+from vit_static.data.pipeline import decoding_pipeline, pixels_pipeline
 from vit_static.data.relabelled import with_real_labels
 from vit_static.data.sets import open_set
-from vit_static.predict import PredictError, find_images, read_pixels
+from vit_static.model import build
+from vit_static.predict import (
+    CARD_FILE,
+    MODEL_FILE,
+    WEIGHTS_FILE,
+    PredictError,
+    Predictor,
+    find_images,
+    read_pixels,
+)
 from vit_static.weight_files import read_arrays
 
 pytestmark = [pytest.mark.reliability, pytest.mark.slow]
@@ -161,9 +170,12 @@ values = st.recursive(
     max_leaves=6,
 )
 yaml_texts = st.text(st.sampled_from("ab01 \n\t:-[]{},&*!|>'\"#%@`?<=~.\\é\x00\x85\ufeff\U0001f600"), max_size=60)
+LAUGHS = "[" + ", ".join(f"&a{n} [{f'*a{n - 1}, *a{n - 1}' if n else 'x'}]" for n in range(60)) + "]"
 BOMBS = {
     "laughs": "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60)),
-    "laughs of a key": "".join(f"x{n}: &a{n} {['[x]', f'[*a{n - 1}, *a{n - 1}]'][n > 0]}\n" for n in range(60)) + "name: *a59",
+    "laughs of a key": f"name: {LAUGHS}",
+    "laughs of a number": f"seed: {LAUGHS}",
+    "laughs of a list": f"amp: {{white_list: {LAUGHS}}}",
     "laughs of a section": "optim: {betas: &a [&b [&c [1, 1], *c], *b], lr: *a}",
     "merges": "a0: &a0 {k: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}\n" for n in range(1, 60)),
     "itself": "optim: &a {lr: 1, betas: *a}",
@@ -324,7 +336,7 @@ def damaged(content: bytes, draw: Callable[[Any], Any]) -> bytes:
 
 @pytest.fixture(scope="module")
 def accepts_weights(trial: Trial) -> Iterator[Callable[..., None]]:
-    """accepts_weights(kind, content, suffix): one case, all the way into a model. No file appears, and little memory."""
+    """accepts_weights(kind, content, suffix): one case, up to a model. No file appears, and little memory."""
     folder = trial.folder / "weights"
     folder.mkdir()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -526,7 +538,8 @@ def test_npz_files_that_grow(accepts_weights) -> None:
 
 ASKED_FOR = [
     ("os", "system"), ("posix", "system"), ("subprocess", "Popen"), ("builtins", "exec"), ("builtins", "eval"),
-    ("builtins", "open"), ("builtins", "getattr"), ("builtins", "__import__"), ("__builtin__", "eval"), ("pty", "spawn"),
+    ("builtins", "open"), ("builtins", "getattr"), ("builtins", "__import__"), ("__builtin__", "eval"),
+    ("pty", "spawn"),
     ("pathlib", "Path.touch"), ("numpy", "ndarray"), ("numpy", "dtype"), ("numpy", "memmap"), ("numpy", "load"),
     ("numpy.core.multiarray", "_reconstruct"), ("numpy", "f2py.crackfortran.myeval"), ("operator", "attrgetter"),
     ("collections", "OrderedDict"), ("collections", "OrderedDict.__init__.__globals__"), ("functools", "partial"),
@@ -620,8 +633,8 @@ PICKLE_BOMBS = {
     "deep tuples": b"}X\1\0\0\0a)" + b"\x85" * 100_000 + b"s.",
     "a long number": b"}X\1\0\0\0aI" + b"9" * 100_000 + b"\ns.",
     "a long name": b"c" + b"x" * 100_000 + b"\ny\n.",
-    "an array of 2**60": b"}X\1\0\0\0acnumpy\nndarray\n)R(K\1\x8a\x08" + struct.pack("<Q", 2**60) + b"\x85cnumpy\ndtype\n"
-    b"X\2\0\0\0f4\x85R\x89C\4\0\0\0\0tbs.",
+    "an array of 2**60": b"}X\1\0\0\0acnumpy\nndarray\n)R(K\1\x8a\x08" + struct.pack("<Q", 2**60)
+    + b"\x85cnumpy\ndtype\nX\2\0\0\0f4\x85R\x89C\4\0\0\0\0tbs.",
     "an extension": b"\x82\1.",
     "a persistent one": b"Pcanary\n.",
 }  # fmt: skip
@@ -853,6 +866,18 @@ def test_predict_reads_what_training_reads(trial: Trial, mode: str) -> None:
         np.testing.assert_allclose(pixels[..., 0].ravel(), np.linspace(0, 255, 48 * 64), atol=1.0)
 
 
+@pytest.mark.parametrize("shape", [(1, 20_000), (20_000, 2)])
+def test_the_middle_of_a_slim_image_is_what_is_seen(shape: tuple[int, int]) -> None:
+    """Half of it black, half white: so is its centre. In full it would be resized to 24 by 480,000 pixels and more."""
+    pixels = np.zeros((*shape, 3), np.uint8)
+    pixels[shape[0] // 2 if shape[0] > 2 else 0 :, shape[1] // 2 if shape[1] > 2 else 0 :] = 255
+    run = pixels_pipeline(1, 1, (24, 24), DataConfig(), EvalConfig(crop_ratio=1.0)).run
+    image = np.asarray(run(pixels=[pixels])[0].as_tensor())[0, 0]
+    across = image if shape[0] == 1 else image.T
+    assert (across == across[:1]).all() and across[0, 0] == -1.0 and across[0, -1] == 1.0
+    assert abs(across[0].sum()) <= 2.0
+
+
 @pytest.mark.timeout(60)
 def test_what_is_no_file_is_refused(trial: Trial, tmp_path: Path) -> None:
     """Folders, pipes, devices, and links to themselves that are called as images are."""
@@ -961,7 +986,7 @@ def test_a_list_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
 
 
 index_numbers = st.sampled_from(
-    ["0", "512", "600", "3", "1024", "-1", "2000", str(2**63), "9" * 5000, "x", "1.0", "١", "1_0", ""]
+    ["0", "512", "600", "3", "1024", "-1", "2000", str(2**63), "9" * 5000, "x", "1.0", "\u0661", "1_0", ""]
 )
 index_fields = st.builds(
     "{} {} {} {}".format, st.sampled_from(["jpg", "cls", "JPG", "json", ""]), *[index_numbers] * 2, st.just("a.jpg")
@@ -1006,26 +1031,33 @@ def test_shards(trial: Trial, index: bytes, label: bytes, multi_label: bool) -> 
         assert images.digest()
         for number in range(len(images)):
             _, labels = images.read(number)
-            assert 0 <= labels.min() and labels.max() < 2
+            assert labels.min() >= 0 and labels.max() < 2
 
 
-report_texts = st.builds(
-    lambda problems: json.dumps({"problems": problems}),
-    st.lists(
-        st.fixed_dictionaries({}, optional={"path": values.map(repr) | st.sampled_from(["train/a/1.png", "\ud800", 7, None]), "stops_training": st.booleans() | st.none()}),
-        max_size=3,
-    ) | st.just(7),
-)  # fmt: skip
-journal_texts = st.builds(
-    lambda entries: "\n".join(json.dumps(entry) for entry in entries),
-    st.lists(
-        st.fixed_dictionaries({}, optional={
-            "split": st.sampled_from(["train", [], None]), "start": st.sampled_from([0, "0", [], -1]), "state": st.sampled_from(["x", None]),
-            "digests": st.just([1]), "problems": st.just([{}]), "train": st.just(""),
-        }) | st.just([]) | st.just(None),
-        max_size=3,
-    ),
-)  # fmt: skip
+problems_told = st.fixed_dictionaries(
+    {},
+    optional={
+        "path": values.map(repr) | st.sampled_from(["train/a/1.png", "\ud800", 7, None]),
+        "stops_training": st.booleans() | st.none(),
+    },
+)
+report_texts = (st.lists(problems_told, max_size=3) | st.just(7)).map(
+    lambda problems: json.dumps({"problems": problems})
+)
+journal_entries = st.fixed_dictionaries(
+    {},
+    optional={
+        "split": st.sampled_from(["train", [], None]),
+        "start": st.sampled_from([0, "0", [], -1]),
+        "state": st.sampled_from(["x", None]),
+        "digests": st.just([1]),
+        "problems": st.just([{}]),
+        "train": st.just(""),
+    },
+)
+journal_texts = st.lists(journal_entries | st.just([]) | st.none(), max_size=3).map(
+    lambda entries: "\n".join(json.dumps(entry) for entry in entries)
+)
 
 
 @cases(120)
@@ -1062,14 +1094,28 @@ def test_a_forged_journal_is_not_believed(tmp_path: Path, capsys: pytest.Capture
         assert "nothing would stop training" in capsys.readouterr().out
 
 
+real_texts = [
+    "[[0], [1]]",
+    "[]",
+    "[[]]",
+    "[[0], 1]",
+    "[[true]]",
+    "[[1.0]]",
+    "[[-1]]",
+    "[[99]]",
+    "{}",
+    "[" * 99_999,
+    "7",
+]
+real_values = st.recursive(
+    st.integers(-1, 3) | st.just(10**30) | st.text(max_size=3), lambda inner: st.lists(inner, max_size=3), max_leaves=8
+)
+
+
 @cases(150)
 @given(
-    st.sampled_from(["[[0], [1]]", "[]", "[[]]", "[[0], 1]", "[[true]]", "[[1.0]]", "[[-1]]", "[[99]]", "{}", "[" * 99_999, "7", "null"])
-    .map(str.encode)
-    | st.recursive(st.integers(-1, 3) | st.just(10**30) | st.text(max_size=3), lambda x: st.lists(x, max_size=3), max_leaves=8)
-    .map(json.dumps).map(str.encode)
-    | st.binary(max_size=30)
-)  # fmt: skip
+    st.sampled_from(real_texts).map(str.encode) | real_values.map(json.dumps).map(str.encode) | st.binary(max_size=30)
+)
 def test_real_labels(trial: Trial, content: bytes) -> None:
     name = b"ILSVRC2012_val_00000001.JPEG"
     images = FileSet(trial.folder, one_line(name), ["a", "b"])
@@ -1077,3 +1123,113 @@ def test_real_labels(trial: Trial, content: bytes) -> None:
     with trial.of("real.json", "real.json"):
         found = with_real_labels(images, trial.folder / "real.json", 2)
         assert all(found.lines.labels.of(number).max() < 2 for number in range(len(found)))
+
+
+# -- model folders -----------------------------------------------------------------------------------------------------
+
+MODEL = SMALL.model_copy(update={"representation_size": None, "layer_scale_init": None})
+FILES = (MODEL_FILE, WEIGHTS_FILE, CARD_FILE)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
+    """The files of three exports of a small model: `one`, `other` weights, and `nan` ones."""
+    found = {}
+    for name in ("one", "other", "nan"):
+        folder = tmp_path_factory.mktemp(name)
+        model = build(MODEL)
+        if name == "nan":
+            model.set_state_dict({key: value * float("nan") for key, value in model.state_dict().items()})
+        model.eval()
+        export.write(model, Config(name="x", model=MODEL), [f"class {n}" for n in range(5)], folder)
+        found[name] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def accepts_model(trial: Trial) -> Callable[..., None]:
+    """accepts_model(kind, files, names...): one case, up to the probabilities of an image."""
+    folder = trial.folder / "model"
+    folder.mkdir()
+
+    def accepts(kind: str, files: dict[str, bytes | None], *names: str) -> None:
+        for name, content in files.items():
+            (folder / name).unlink(missing_ok=True)
+            if content is not None:
+                (folder / name).write_bytes(content)
+        with trial.of(kind, *(names or [str(folder)])):
+            probabilities = Predictor(folder, num_threads=1).probabilities([np.full((9, 30, 3), 99, np.uint8)])
+            assert probabilities.shape == (1, 5)
+
+    accepts.folder = folder  # type: ignore[attr-defined]
+    return accepts
+
+
+@cases(150)
+@given(st.sampled_from(FILES), st.sampled_from(["damage", "damage", "damage", "none", "other", "any"]), st.data())
+def test_damaged_model_folders(accepts_model, exported: Any, name: str, harm: str, data: st.DataObject) -> None:
+    """Paddle is given no file that isn't what was written; it would end the process."""
+    whole = exported["one"]
+    changed = {
+        "damage": lambda: damaged(whole[name], data.draw),
+        "none": lambda: None,
+        "other": lambda: exported["other"][name],
+        "any": lambda: data.draw(st.binary(max_size=50)),
+    }[harm]()
+    same = changed == whole[name] or (name == MODEL_FILE and harm == "other" and changed == whole[name])
+    accepts_model("model folders: files", {**whole, name: changed}, *([] if same else [name, CARD_FILE]))
+    if name != CARD_FILE and not same:
+        with pytest.raises(PredictError, match=r"no such file|damaged"):
+            Predictor(accepts_model.folder)
+
+
+card_values = st.sampled_from(
+    [None, 0, -1, 1, 2, 12, 10**6, 2**63, 1e-30, 1e30, "", "x", "float16", "sigmoid", True, [], [0], [1, 1], {}]
+)
+card_values |= st.sampled_from([[1e-30] * 3, [1e30] * 3, [24, 16], [100_000] * 2, ["a"] * 5, ["\x1b"] * 5, [7] * 5])
+
+
+@cases(150)
+@given(st.data())
+def test_cards_of_any_values(accepts_model, exported: Any, data: st.DataObject) -> None:
+    card = json.loads(exported["one"][CARD_FILE])
+    for _ in range(data.draw(st.integers(1, 2))):
+        place = data.draw(
+            st.sampled_from([(), ("preprocessing",), ("preprocessing",), ("model",), ("files",), ("files", MODEL_FILE)])
+        )
+        inside = functools.reduce(lambda found, key: found.get(key, {}) if isinstance(found, dict) else {}, place, card)
+        if not isinstance(inside, dict) or not inside:
+            continue
+        key = data.draw(st.sampled_from(sorted(inside)))
+        if data.draw(st.integers(0, 5)) == 0:
+            del inside[key]
+        else:
+            inside[key] = data.draw(card_values)
+    accepts_model("model folders: cards", {**exported["one"], CARD_FILE: json.dumps(card).encode()})
+
+
+@pytest.mark.parametrize("size", [[16, 16], [24, 32], [4, 4], [400, 16], [60_000, 60_000]])
+def test_a_card_of_another_image_size_is_refused(accepts_model, exported: Any, size: list[int]) -> None:
+    card = json.loads(exported["one"][CARD_FILE])
+    card["preprocessing"]["image_size"] = card["model"]["image_size"] = size
+    other = {**exported["one"], CARD_FILE: json.dumps(card).encode()}
+    accepts_model("model folders: cards", other, "can't be run on images of", "more than")
+
+
+def test_an_older_export_is_refused_with_the_remedy(accepts_model, exported: Any) -> None:
+    card = json.loads(exported["one"][CARD_FILE])
+    del card["files"]
+    older = {**exported["one"], CARD_FILE: json.dumps(card).encode()}
+    accepts_model("model folders: cards", older, "older version's export, without the sizes and digests")
+
+
+def test_what_is_no_number_is_no_probability(tmp_path: Path, exported: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model of NaN gives its images lines with an error, which are JSON; so does a name that is no text."""
+    for name, content in exported["nan"].items():
+        (tmp_path / name).write_bytes(content)
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(tmp_path / "\udcff.png")
+    assert predict.run(tmp_path, [tmp_path], 5, 4) == 2
+    (line,) = capsys.readouterr().out.splitlines()
+    found = json.loads(line, parse_constant=pytest.fail)
+    assert found["path"].endswith("\udcff.png") and "no numbers" in found["error"]

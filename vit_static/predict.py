@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -78,6 +79,8 @@ class Card(Section):
     def _of_one_model(self) -> Card:
         if self.preprocessing.image_size != self.model.image_size:
             raise ValueError("its preprocessing and its model have other image sizes")
+        if math.prod(self.model.image_size) > MOST_PIXELS:
+            raise ValueError(f"its images have more than {MOST_PIXELS} pixels")
         if len(self.class_names) != self.model.num_classes:
             raise ValueError(f"it names {len(self.class_names)} classes, and its model has {self.model.num_classes}")
         return self
@@ -108,7 +111,14 @@ class Predictor:
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """The model's input [B, 3, height, width] float32 to logits [B, num_classes], for any B."""
-        logits = run_session(self._session, images)
+        try:
+            logits = run_session(self._session, images)
+        except (ValueError, RuntimeError) as error:
+            lines = [line.strip() for line in str(error).splitlines() if "Error" in line] or [str(error)]
+            raise PredictError(
+                f"the model can't be run on images of {images.shape[2]}x{images.shape[3]}, which {CARD_FILE} has "
+                f"({shortened(lines[0])}); {_REMEDY}"
+            ) from None
         if logits.shape != (len(images), len(self.card.class_names)):
             raise PredictError(
                 f"the model gives {list(logits.shape)} where its card, {CARD_FILE}, has {len(self.card.class_names)} "

@@ -169,7 +169,7 @@ _HARMLESS: dict[tuple[str, str], Any] = {
 }
 
 
-_READ: dict[int, Any] = pickle._Unpickler.dispatch  # type: ignore[attr-defined]  # what Python's own does, by opcode
+_READ: dict[int, Any] = pickle._Unpickler.dispatch  # what Python's own does, by opcode
 
 
 class _StateUnpickler(pickle._Unpickler):

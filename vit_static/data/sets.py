@@ -90,8 +90,15 @@ def _images_in(folder: Path) -> Iterator[bytes]:
         for entry in entries:
             is_hidden = entry.name.startswith(b".")
             suffix = os.path.splitext(entry.name)[1].decode("ascii", "replace").lower()  # noqa: PTH122 - bytes
-            if not is_hidden and suffix in IMAGE_SUFFIXES and entry.is_file():
+            if not is_hidden and suffix in IMAGE_SUFFIXES and _is_file(entry):
                 yield entry.name
+
+
+def _is_file(entry: os.DirEntry[bytes]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link to itself
+        return False
 
 
 def class_folders(folder: Path) -> list[Path]:
