@@ -24,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 from safetensors.numpy import save_file
 
-from vit_static.config import ModelConfig
+from vit_static.config import ModelConfig, shown
 from vit_static.files import write_atomically
 from vit_static.weight_files import WeightsError, read_arrays
 from vit_static.weight_names import (
@@ -153,15 +153,19 @@ def _said_by_config(path: Path) -> dict[str, Any]:
         return {}
     facts: dict[str, Any] = {}
     if isinstance(said, dict):
-        if isinstance(said.get("num_attention_heads"), int):
-            facts["num_heads"] = said["num_attention_heads"]
-        if isinstance(said.get("layer_norm_eps"), float):
-            facts["layer_norm_epsilon"] = said["layer_norm_eps"]
+        for key, ours, kind, most in (
+            ("num_attention_heads", "num_heads", int, 10_000),
+            ("layer_norm_eps", "layer_norm_epsilon", float, 1.0),
+        ):
+            if type(said.get(key)) is kind:
+                if not 0 < said[key] <= most:
+                    raise WeightsError(f"{path}: {key} is {shown(said[key])}, which no model has")
+                facts[ours] = said[key]
         activation = said.get("hidden_act", "gelu")
         if activation in ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"):
             facts["gelu"] = "tanh"
         elif activation not in ("gelu", "gelu_python"):
-            raise WeightsError(f"{path}: hidden_act is {activation!r}, and this model has GELU alone")
+            raise WeightsError(f"{path}: hidden_act is {shown(activation)}, and this model has GELU alone")
     return facts
 
 
