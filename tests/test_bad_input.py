@@ -356,12 +356,14 @@ def accepts_weights(trial: Trial) -> Iterator[Callable[..., None]]:
     def accepts(kind: str, content: bytes, suffix: str = ".pdparams") -> None:
         path = folder / f"weights{suffix}"
         path.write_bytes(content)
-        with trial.of(kind, f"weights{suffix}"):
-            found = load_weights(path).found
-            assert all(array.dtype == np.float32 and np.isfinite(array).all() for array in found.state.values())
-            config = convert.config_of(found, str(path), ["model.num_heads=4"], (12, 20))
-            convert.converted(found, config.model, str(path), InitConfig(head="keep"), None)
-        path.unlink()
+        try:
+            with trial.of(kind, f"weights{suffix}"):
+                found = load_weights(path).found
+                assert all(array.dtype == np.float32 and np.isfinite(array).all() for array in found.state.values())
+                config = convert.config_of(found, str(path), ["model.num_heads=4"], (12, 20))
+                convert.converted(found, config.model, str(path), InitConfig(head="keep"), None)
+        finally:
+            path.unlink()
         assert not list(folder.iterdir())
 
     here = Path.cwd()
@@ -414,8 +416,8 @@ def test_weights_of_other_shapes_kinds_and_names(accepts_weights, source: Path, 
         array = arrays.pop(name, np.zeros(3, np.float32))
         if data.draw(st.booleans()):
             array = np.zeros(data.draw(shapes), np.float32)
-        if data.draw(st.booleans()):
-            array = array.astype(np.float32).astype(data.draw(st.sampled_from(DTYPES[:9])))
+        if array.dtype.kind == "f" and data.draw(st.booleans()):
+            array = array.astype(data.draw(st.sampled_from(DTYPES[:9])))
         elif data.draw(st.booleans()):
             array = np.zeros(array.shape, data.draw(st.sampled_from(DTYPES)))
         digits = data.draw(st.sampled_from(["0", "1", "7", "9999", "99999", "x"]))
@@ -937,30 +939,11 @@ def test_the_check_writes_into_no_place_that_a_set_leads_it_to(trial: Trial, tmp
 
 # -- lists, shards, and what lies beside images ------------------------------------------------------------------------
 
-list_labels = st.sampled_from(
-    [
-        "0",
-        "1",
-        "2",
-        "-1",
-        "+1",
-        "1.0",
-        "999999999",
-        "9999999999",
-        "1e3",
-        "x",
-        "",
-        "1,",
-        ",1",
-        "0,1",
-        "0,,1",
-        "٣",
-        "0x1",
-        "nan",
-    ]
+list_labels = st.sampled_from(["0", "1", "2"]) | st.sampled_from(
+    "0,1 -1 +1 1.0 999999999 9999999999 1e3 x 1, ,1 0,,1 \u0663 0x1 nan".split(" ") + [""]
 )
-list_paths = st.sampled_from(
-    ["a.jpg", "b c.jpg", "/etc/passwd", "../x.jpg", "none.jpg", "", " ", "é.jpg", "\0", "x" * 9000]
+list_paths = st.sampled_from(["a.jpg", "b c.jpg", "/etc/passwd"]) | st.sampled_from(
+    ["../x.jpg", "none.jpg", "", " ", "é.jpg", "\0", "x" * 9000]
 )
 list_lines = st.builds("{}{}{}".format, list_paths, st.sampled_from([" ", "\t", "  ", "\t\t", "", ","]), list_labels)
 list_texts = st.lists(

@@ -190,7 +190,7 @@ def _translated(state: State, table: Table, path: Path) -> Foreign:
                 raise WeightsError(f"{path}: {name} is {list(array.shape)}, which is no query, key and value")
             try:
                 own[own_name] = np.ascontiguousarray(change.to_own(array)) if array.ndim else array
-                if own[own_name].ndim not in _num_axes(own_name):
+                if own[own_name].ndim not in _num_axes(own_name) or not own[own_name].size:
                     raise IndexError
             except (ValueError, IndexError):
                 raise WeightsError(
@@ -237,6 +237,8 @@ def fuse_qkv(state: Mapping[str, np.ndarray]) -> State:
     for name, value in state.items():
         if ".attn.q." in name:
             parts = [state[name.replace(".attn.q.", f".attn.{part}.")] for part in "qkv"]
+            if len({part.shape for part in parts}) > 1:
+                raise ValueError(f"{name} is {list(parts[0].shape)}, and the others are not")
             fused[name.replace(".attn.q.", ".attn.qkv.")] = np.concatenate(parts, axis=-1)
         elif ".attn.k." not in name and ".attn.v." not in name:
             fused[name] = value

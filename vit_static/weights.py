@@ -188,6 +188,8 @@ def _fit_positions(
     embedding = state["pos_embed"]
     if embedding.ndim != 3 or len(embedding) != 1 or ("cls_token" not in state and config.has_class_token):
         return  # what is wrong is told by the comparison of all shapes
+    if "cls_token" in state and state["cls_token"].shape != (1, 1, embedding.shape[2]):
+        return
     if config.pos_embed != "learn":
         del state["pos_embed"]
         report.dropped["pos_embed"] = f"model.pos_embed = {config.pos_embed}"
