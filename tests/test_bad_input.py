@@ -403,7 +403,11 @@ def arrays_of(path: Path) -> dict[str, np.ndarray]:
 
 
 DTYPES = ["f2", "f4", "f8", ">f4", "i1", "i4", "i8", "u2", "?", "c8", "S3", "U2", "M8[s]", "V2"]
-shapes = st.lists(st.sampled_from([0, 1, 2, 3, 4, 7, 20, 48]), max_size=5).map(tuple)
+shapes = (
+    st.lists(st.sampled_from([0, 1, 2, 3, 4, 7, 20, 48]), max_size=5)
+    .map(tuple)
+    .filter(lambda shape: math.prod(shape) < 100_000)
+)
 
 
 @cases(250)
@@ -940,7 +944,7 @@ def test_the_check_writes_into_no_place_that_a_set_leads_it_to(trial: Trial, tmp
 # -- lists, shards, and what lies beside images ------------------------------------------------------------------------
 
 list_labels = st.sampled_from(["0", "1", "2"]) | st.sampled_from(
-    "0,1 -1 +1 1.0 999999999 9999999999 1e3 x 1, ,1 0,,1 \u0663 0x1 nan".split(" ") + [""]
+    ["", "0,1", "-1", "+1", "1.0", "999999999", "9999999999", "1e3", "x", "1,", ",1", "0,,1", "\u0663", "0x1", "nan"]
 )
 list_paths = st.sampled_from(["a.jpg", "b c.jpg", "/etc/passwd"]) | st.sampled_from(
     ["../x.jpg", "none.jpg", "", " ", "é.jpg", "\0", "x" * 9000]
