@@ -54,7 +54,13 @@ from vit_static.predict import (
 )
 from vit_static.weight_files import read_arrays
 
-pytestmark = [pytest.mark.reliability, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.reliability,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Duplicate name"),  # zipfile's, of those that are written here
+    pytest.mark.filterwarnings("ignore::UserWarning:PIL"),
+    pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning"),
+]
 
 LONGEST_MESSAGE = 400  # without the folder that the test is in
 

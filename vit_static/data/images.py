@@ -114,7 +114,8 @@ def read_whole(path: bytes) -> np.ndarray:
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            raise DataError("is no file")
+            what = "a directory" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
+            raise DataError(f"is {what}, not a file")
         return read_at(descriptor, 0, found.st_size)
     finally:
         os.close(descriptor)
