@@ -2,6 +2,7 @@
 
     missing, empty, unreadable       the file, or what the disk says of it
     truncated, not_an_image          what the decoder refuses, by whether it begins as an image does
+    too_large                        more than 179 megapixels, by the header
     class_folders, empty_class, label    train and val differ; a class has no image; a label is beyond the classes
                                      all of these stop training; the rest does not:
     cmyk, 16_bit, other_format, huge     odd, but decoded; a PNG that is called .jpg, say; more than 50 megapixels
@@ -30,15 +31,23 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_tools.arguments import ToolParser
+from vit_static.config import shortened
 from vit_static.data.images import FileSet, ImageSet
 from vit_static.data.lists import DataError, read_list
 from vit_static.data.pipeline import decoders_words, decoding_pipeline
-from vit_static.data.sets import CHECK_FILE, CLASS_NAMES_FILE, class_folders, is_of_shards, list_folders
+from vit_static.data.sets import (
+    CHECK_FILE,
+    CLASS_NAMES_FILE,
+    class_folders,
+    is_of_shards,
+    list_folders,
+    read_class_names,
+)
 from vit_static.data.shards import open_shards
 from vit_static.files import lock, write_atomically
 
 STOPPING = frozenset({
-    "missing", "empty", "unreadable", "truncated", "not_an_image", "class_folders", "empty_class", "label",
+    "missing", "empty", "unreadable", "too_large", "truncated", "not_an_image", "class_folders", "empty_class", "label",
 })  # fmt: skip
 HUGE_PIXELS = 50_000_000
 NUM_SHOWN = 3  # of each kind
@@ -156,7 +165,7 @@ def open_sets(root: Path, places: dict[str, Path]) -> tuple[dict[str, ImageSet],
 def num_names(root: Path) -> int | None:
     """How many classes the set says that it has."""
     path = root / CLASS_NAMES_FILE
-    return sum(1 for line in path.read_text(encoding="utf-8").splitlines() if line.strip()) if path.is_file() else None
+    return sum(1 for line in read_class_names(path) if line.strip()) if path.is_file() else None
 
 
 def label_problems(root: Path, sets: dict[str, ImageSet], lists: set[str]) -> list[Problem]:
@@ -186,18 +195,22 @@ class Journal:
         if not entries or entries[0] != digests:
             entries = [digests]
             path.write_text(json.dumps(digests), encoding="utf-8")
-        self._known: dict[tuple[str, int], dict[str, Any]] = {
-            (entry["split"], entry["start"]): entry for entry in entries[1:]
-        }
+        self._known = {f"{entry.get('split')}/{entry.get('start')}": entry for entry in entries[1:]}
         self._file = path.open("a", encoding="utf-8")
         self._file.write("\n")  # a killed run may have left half a line
 
     def recall(self, split: str, start: int, state: str) -> Checked | None:
-        """What a stretch gave, if its files are still as they were."""
-        entry = self._known.get((split, start))
-        if entry is None or entry["state"] != state:
+        """What a stretch gave, if its files are still as they were, and the entry is one of ours."""
+        entry = self._known.get(f"{split}/{start}", {})
+        if entry.get("state") != state:
             return None
-        return Checked(np.array(entry["digests"], np.uint64), [Problem(**found) for found in entry["problems"]])
+        try:
+            problems = [Problem(**found) for found in entry["problems"]]
+            digests = np.array(entry["digests"], np.uint64)
+        except (KeyError, TypeError, ValueError, OverflowError):
+            return None
+        texts = (text for found in problems for text in (found.path, found.split, found.kind, found.detail))
+        return Checked(digests, problems) if all(isinstance(text, str) for text in texts) else None
 
     def keep(self, split: str, start: int, state: str, checked: Checked) -> None:
         entry = {"split": split, "start": start, "state": state, "digests": checked.digests.tolist()}
@@ -215,6 +228,8 @@ class Journal:
 def open_journal(path: Path, sets: dict[str, ImageSet]) -> Iterator[Journal]:
     """Raises ValueError while another check writes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink() or (path.exists() and not path.is_file()):  # a stranger's set would have us write elsewhere
+        raise ValueError(f"{path}: is no file of this program's; take it away")
     path.touch()
     with (
         lock(path, f"{path}: another check is writing it; wait until it has ended, or give this one its own --json"),
@@ -226,7 +241,7 @@ def open_journal(path: Path, sets: dict[str, ImageSet]) -> Iterator[Journal]:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return entry if isinstance(entry, dict) else None
 
@@ -243,7 +258,7 @@ def check_set(images: ImageSet, split: str, journal: Journal) -> tuple[np.ndarra
             numbers = range(start, min(start + _JOURNAL_BATCH, len(images)))
             state = hashlib.blake2b(repr([state_of(images, n) for n in numbers]).encode(), digest_size=8).hexdigest()
             checked = journal.recall(split, start, state)
-            if checked is None:
+            if checked is None or checked.digests.shape != (len(numbers),):
                 checked = check_some(images, split, numbers, decoder, threads)
                 journal.keep(split, start, state, checked)
             digests[start : start + len(numbers)] = checked.digests
@@ -258,7 +273,7 @@ def state_of(images: ImageSet, number: int) -> tuple[int, int] | None:
     for place in (path, os.path.dirname(path)):  # noqa: PTH120 - a Path for each image is slow
         try:
             found = os.stat(place)  # noqa: PTH116
-        except (FileNotFoundError, NotADirectoryError):
+        except (OSError, ValueError):  # what is wrong is told when it is read
             continue
         return found.st_mtime_ns, found.st_size
     return None
@@ -292,7 +307,7 @@ def look_at(images: ImageSet, split: str, number: int) -> tuple[np.ndarray | Non
     try:
         encoded, _ = images.read(number)
     except DataError as error:
-        said = str(error).removeprefix(f"{images.name(number)}: ")
+        said = str(error).removeprefix(f"{shortened(images.name(number), 300)}: ")
         return None, 0, [problem(split, name, error.kind, said)]
     digest = int.from_bytes(hashlib.blake2b(encoded.data, digest_size=8).digest(), "big")
     return encoded, digest, list(oddities(split, name, encoded))
@@ -301,7 +316,7 @@ def look_at(images: ImageSet, split: str, number: int) -> tuple[np.ndarray | Non
 def header_of(encoded: np.ndarray) -> Image.Image | None:
     try:
         return Image.open(io.BytesIO(encoded.tobytes()))  # reads no pixels
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except Exception:  # a broken header can raise anything
         return None
 
 
@@ -315,7 +330,7 @@ def oddities(split: str, name: str, encoded: np.ndarray) -> Iterator[Problem]:
         yield problem(split, name, "other_format", f"is a {image.format} called {Path(name).suffix}")
     if image.mode == "CMYK":
         yield problem(split, name, "cmyk", "has four inks, which are turned into red, green and blue")
-    is_deep_png = image.format == "PNG" and encoded[24] == 16  # the bit depth in its header
+    is_deep_png = image.format == "PNG" and encoded[24:25] == 16  # the bit depth in its header
     if is_deep_png or image.mode.startswith("I") or image.mode == "F":
         yield problem(split, name, "16_bit", "has more than 8 bits a channel, of which 8 are kept")
     if image.width * image.height > HUGE_PIXELS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +13,8 @@ from runs import config  # noqa: F401 - a fixture
 from sets import make_set, small_digits  # noqa: F401 - fixtures
 
 from vit_static import runtime
+
+_TALLY = pytest.StashKey[dict[str, Counter[str]]]()
 
 
 def pytest_configure() -> None:
@@ -31,26 +33,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no card"))
 
 
-_tried: dict[str, Counter[str]] = defaultdict(Counter)
-
-
 @pytest.fixture(scope="session")
-def tally() -> Callable[..., None]:
-    """tally("kills survived", "SIGKILL in a step", 1): adds to what `-m reliability` prints at its end."""
+def tally(pytestconfig: pytest.Config) -> Callable[..., None]:
+    """tally("kills survived"), tally("bad images", 3, "refused"): counts that -m reliability prints, a row each."""
+    rows = pytestconfig.stash.setdefault(_TALLY, {})
 
-    def add(table: str, row: str, count: int = 1) -> None:
-        _tried[table][row] += count
+    def count(row: str, count: int = 1, column: str = "cases") -> None:
+        rows.setdefault(row, Counter())[column] += count
 
-    return add
+    return count
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    for table, rows in _tried.items():
-        terminalreporter.section(table)
-        for row, count in rows.items():
-            terminalreporter.write_line(f"{count:7,}  {row}")
-        if len(rows) > 1:
-            terminalreporter.write_line(f"{sum(rows.values()):7,}  in all")
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    rows = terminalreporter.config.stash.get(_TALLY, {})
+    if not rows or "reliability" not in terminalreporter.config.option.markexpr:
+        return
+    columns = sorted(
+        {column for counts in rows.values() for column in counts}, key=lambda name: (name != "cases", name)
+    )
+    width = max(map(len, rows))
+    terminalreporter.section("reliability")
+    terminalreporter.write_line(" " * width + "".join(f"{column:>12}" for column in columns))
+    for row, counts in rows.items():
+        terminalreporter.write_line(f"{row:<{width}}" + "".join(f"{counts.get(column, ''):>12}" for column in columns))
 
 
 @pytest.fixture

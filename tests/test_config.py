@@ -203,7 +203,7 @@ def test_a_key_like_no_other_is_told_with_those_that_there_are(load_text) -> Non
         ("model: {image_size: 224.5}", "model.image_size", "224.5"),
         ("model: {image_size: big}", "model.image_size", "'big'"),
         ("model: {image_size: true}", "model.image_size", "True"),
-        ("model: {variant: 3}", "model.variant", "3"),
+        ("model: {variant: [3]}", "model.variant", "[3]"),
         ("model: {pool: max}", "model.pool", "'max'"),
         ("train: {epochs: 0}", "train.epochs", "0"),
         ("train: {max_restarts: -1}", "train.max_restarts", "-1"),

@@ -26,6 +26,7 @@ LAYERS = [
         "formats",
         "weight_files",
         "weight_names",
+        "yaml_text",
     },
     {"model", "loss", "data", "mesh", "agreement", "mixing"}
     | {f"data.{name}" for name in ("lists", "images", "shards", "sets", "order", "augment", "operations", "pipeline")}

@@ -62,11 +62,19 @@ def test_a_file_that_cant_be_read_is_named_when_its_batch_is_due(
     assert str(bad) in str(error.value)
 
 
+class DeadDisk(FileSet):
+    """Whose eighth file is waited for for ever, as one on a network disk may be: a pipe that nobody writes to."""
+
+    def _read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        if number == 8:
+            os.close(os.open(self.name(number), os.O_RDONLY))
+        return super()._read(number)
+
+
 def test_a_read_that_never_ends_is_an_error_with_the_path(listed: FileSet, tmp_path: Path) -> None:
-    """Opening a pipe that nobody writes to waits for ever, as a network disk may."""
     (tmp_path / "8.bin").unlink()
     os.mkfifo(tmp_path / "8.bin")
-    files = reader(listed, read_timeout_s=0.8, num_readers=2)
+    files = reader(DeadDisk(listed.root, listed.lines, listed.class_names), read_timeout_s=0.8, num_readers=2)
     assert len(files.batch(0).encoded) == 5
     with pytest.raises(DataError) as error:
         files.batch(1)

@@ -112,8 +112,9 @@ def test_a_run_that_is_killed_twenty_times_ends_with_the_same_bits(workplace: Pa
     for name in ("killed1", "killed2"):
         assert_equal(weights(workplace, name), expected)
     assert num_killed == NUM_KILLS
-    tally("kills survived", "SIGKILL at a random moment", num_killed)
-    tally("bytes lost", "of weights and averages, after the kills", 0)
+    tally("SIGKILL at a random moment", num_killed)
+    tally("SIGKILL at a random moment", num_killed, "survived")
+    tally("SIGKILL at a random moment", 0, "bytes lost")
 
 
 # Where exactly a process kills itself: a function, which of its calls count, the how manieth, what it still does.
@@ -162,7 +163,7 @@ def test_a_run_that_is_killed_at_each_delicate_moment_goes_on(workplace: Path, t
             assert process.wait(120) == -signal.SIGKILL, (moment, (workplace / "delicate.log").read_text()[-2000:])
             for folder in (workplace / "output/delicate/checkpoints").glob("step_*"):
                 checkpoint.verify(folder)
-            tally("kills survived", f"SIGKILL {moment}", 1)
+            tally(f"SIGKILL {moment}")
         assert whole.result() == 0
     assert start(workplace, "delicate", *short).wait(120) == 0
     assert_equal(weights(workplace, "delicate"), weights(workplace, "short"))
@@ -171,6 +172,9 @@ def test_a_run_that_is_killed_at_each_delicate_moment_goes_on(workplace: Path, t
     links = {link: (workplace / f"output/delicate/checkpoints/{link}").resolve().name for link in ("latest", "best")}
     expected = {link: (workplace / f"output/short/checkpoints/{link}").resolve().name for link in ("latest", "best")}
     assert links == expected
+    for moment in MOMENTS:
+        tally(f"SIGKILL {moment}", 1, "survived")
+        tally(f"SIGKILL {moment}", 0, "bytes lost")
 
 
 def resident_mb(process: subprocess.Popen[str]) -> float | None:
@@ -205,5 +209,6 @@ def test_memory_does_not_grow(workplace: Path, tally: Callable[..., None]) -> No
     assert len(evaluations) >= 20
     early = max(size for step, size in sizes if 200 <= step <= 300)
     late = max(size for step, size in sizes if step >= 1900)
-    tally("memory", f"resident MB after step 200: {early:.0f}; after 2,000 steps and 20 evaluations", round(late))
+    tally("memory after step 200", round(early), "MB")
+    tally("memory after 2,000 steps, 20 evaluations", round(late), "MB")
     assert late < 1.03 * early, sizes[:: max(len(sizes) // 20, 1)]

@@ -154,9 +154,8 @@ def bad(exported: Exported) -> dict[str, tuple[bytes, int, str]]:
         "text": (b"This is no picture.", 400, "no known format"),
         "empty": (b"", 400, "empty"),
         "too large": (os.urandom(5_000_000), 413, "1000000 bytes"),
-        "a bomb": (png_of(Image.new("1", (9000, 9000))), 400, "9000 x 9000 pixels"),
+        "a bomb": (png_of(Image.new("1", (9000, 9000))), 400, "9000x9000 pixels"),
         "Pillow's bomb": (png_of(Image.new("1", (20000, 10000)), compress_level=9), 400, "pixels"),
-        "a line": (png_of(Image.new("1", (1_000_000, 1))), 400, "as long as broad"),
         "a program": (program.getvalue(), 400, "no known format"),
     }
 

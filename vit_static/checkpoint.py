@@ -399,7 +399,10 @@ def write_class_names(folder_path: Path, class_names: Iterable[str]) -> None:
 
 def _read_class_names(folder_path: Path) -> list[str] | None:
     path = folder_path / CLASS_NAMES
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else None
+    try:
+        return path.read_text(encoding="utf-8").splitlines() if path.is_file() else None
+    except UnicodeDecodeError:
+        raise WeightsError(f"{path}: is not UTF-8 text; write it anew, a line a class, or take it away") from None
 
 
 def merge(path: Path, *, averaged: bool = False) -> State:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
+import reprlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -25,13 +28,16 @@ from pydantic import (
 )
 
 from vit_static.files import write_atomically
+from vit_static.yaml_text import DuplicateKeyError, WrittenFloat, WrittenInt, YamlError, read_yaml
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
-Count = Annotated[int, Field(ge=1)]
-Pixels = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**63)]
+CountOrNone = Annotated[int, Field(ge=0, lt=2**63)]  # which may be 0
+Pixels = Annotated[int, Field(ge=1, le=100_000)]
+CropRatio = Annotated[float, Field(ge=0.05, le=1.0)]  # less would enlarge an image to hundreds of megapixels
 Interpolation = Literal["bilinear", "bicubic"]
 PosEmbedResampling = Literal["bicubic", "bilinear", "antialias"]
 
@@ -40,10 +46,21 @@ DEFAULT_CONFIGS = {"pretrain": CONFIGS / "quickstart.yaml", "finetune": CONFIGS 
 
 
 class UserError(ValueError):
-    """A user's mistake: a message of one line that names the thing and the remedy, whatever a name in it holds."""
+    """A user's mistake: a message of one line that names the thing and the remedy, whatever a name in it holds.
+
+    What a terminal would obey is shown by its escape.
+    """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        line = " ".join(message.split())
+        super().__init__(
+            line
+            if line.isprintable()
+            else "".join(
+                character if character.isprintable() else character.encode("unicode_escape").decode()
+                for character in line
+            )
+        )
 
 
 class RunFailed(RuntimeError):
@@ -54,12 +71,41 @@ class ConfigError(UserError):
     """A mistake in a config file or an override."""
 
 
+def shortened(text: str, most: int = 100) -> str:
+    """A text as a message has it: its beginning."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def shown(value: Any, most: int = 100) -> str:
+    """A value as a message has it: its beginning, whatever it is; aliases in YAML make 2**60 values of a few lines."""
+    try:
+        text = _REPR.repr(value)
+    except ValueError:  # a number of more digits than Python writes
+        return "a number of thousands of digits"
+    return shortened(text, most)
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxlist, _REPR.maxdict, _REPR.maxstring, _REPR.maxlong, _REPR.maxother = 3, 12, 6, 90, 90, 90
+
+
 def _height_and_width(value: Any) -> Any:
     """An image size may be one number, for a square."""
     return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 ImageSize = Annotated[tuple[Pixels, Pixels], BeforeValidator(_height_and_width)]
+
+
+def _folder_name(name: str) -> str:
+    """That of a run's folder, which must not lead out of `output_dir`."""
+    if not name or "/" in name or "\\" in name or not (name[0].isalnum() or name[0] == "_"):
+        raise ValueError(
+            f"{shown(name)} must be a folder's name: a letter, a digit or _ first, no slash; set name=NAME"
+        )
+    if len(os.fsencode(name)) > 200:
+        raise ValueError(f"{shown(name)} is longer than a folder's name may be; set name=NAME")
+    return name
 
 
 class Section(BaseModel):
@@ -75,6 +121,22 @@ class Section(BaseModel):
             raise ValueError(f"{value} is no value for this key")
         return value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _text(cls, value: Any, info: ValidationInfo) -> Any:
+        """A name of digits is a name; one that no file can have is none."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, WrittenInt | WrittenFloat) and (annotation is str or str in get_args(annotation)):
+            value = value.text
+        if isinstance(value, str):
+            try:
+                os.fsencode(value)
+            except UnicodeEncodeError:
+                raise ValueError(f"{value!a} is no text") from None
+            if any(ord(character) < 32 or 127 <= ord(character) < 160 for character in value):
+                raise ValueError(f"{shown(value)} has a control character in it")
+        return value
+
 
 class ModelConfig(Section):
     variant: str = Field("B/16", description="a name of model.VARIANTS; `patch_size` to `mlp_dim` override it")
@@ -85,7 +147,7 @@ class ModelConfig(Section):
     )
     class_token: bool | None = Field(None, description="null: where `pool` reads it")
     class_position: bool = Field(True, description="the class token has a position embedding, too")
-    register_tokens: Annotated[int, Field(ge=0)] = Field(0, description="without a position (arXiv 2309.16588)")
+    register_tokens: CountOrNone = Field(0, description="without a position (arXiv 2309.16588)")
     norm_after_pool: bool = Field(False, description="the last norm is of the pooled state, not of the tokens'")
     layer_norm_epsilon: Positive = 1e-6
     gelu: Literal["erf", "tanh"] = Field("erf", description="exact, or the approximation that Flax has by default")
@@ -229,7 +291,7 @@ class OptimConfig(Section):
 
 class ScheduleConfig(Section):
     name: Literal["cosine", "linear", "rsqrt", "constant"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: CountOrNone = 0
     warmup_epochs: NotNegative | None = Field(None, description="in place of warmup_steps")
     warmup_start_lr: NotNegative = Field(0.0, description="what the warmup begins at")
     end_lr: NotNegative = Field(0.0, description="what cosine and linear end at")
@@ -237,7 +299,7 @@ class ScheduleConfig(Section):
         "after_warmup", description="from where cosine and linear count; at_start, as timm: the warmup hides a part"
     )
     timescale: Positive = Field(10_000.0, description="rsqrt: lr / sqrt(1 + steps after the warmup / timescale)")
-    cooldown_steps: Annotated[int, Field(ge=0)] = Field(0, description="at the end, linearly to 0")
+    cooldown_steps: CountOrNone = Field(0, description="at the end, linearly to 0")
 
     @model_validator(mode="after")
     def _one_warmup(self) -> ScheduleConfig:
@@ -331,7 +393,7 @@ class EvalConfig(Section):
     resize: Literal["short", "direct"] = Field(
         "short", description="short: the short side to image_size / crop_ratio, centre crop; direct: to image_size"
     )
-    crop_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.875, description="224 / 0.875 = 256")
+    crop_ratio: CropRatio = Field(0.875, description="224 / 0.875 = 256")
     interpolation: Interpolation = "bicubic"
     antialias: bool = True
     batch_size: Count | None = Field(None, description="over all ranks; null: the training batch size")
@@ -364,7 +426,7 @@ class ExportConfig(Section):
 class Config(Section):
     """Everything. `name` is the run's; its folder is `output_dir`/`name`."""
 
-    name: Annotated[str, Field(min_length=1, pattern=r"^\w[^/\\\n]*$")]
+    name: Annotated[str, AfterValidator(_folder_name)]
     output_dir: str = "output"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -440,7 +502,7 @@ def load(path: Path | None, overrides: Iterable[str] = ()) -> Config:
     except ValidationError as error:
         place = error.errors()[0]["loc"]
         override = next((text for key, text in overridden.items() if place[: len(key)] == key), None)
-        origin = f"-o {override}" if override is not None or path is None else path
+        origin = f"-o {shortened(override or '')}" if override is not None or path is None else path
         raise ConfigError(f"{origin}: {_first_mistake(error)}") from None
 
 
@@ -450,9 +512,16 @@ def dump(config: Config, path: Path) -> None:
         temporary.write_text(yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False))
 
 
+_MOST_BYTES = 256 * 1024  # of a config file
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ConfigError(f"{path}: is longer than {_MOST_BYTES // 1024} KiB, which no config is")
+        text = content.decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(
             f"{path}: can't be read ({error.strerror}); -c takes a YAML file, such as those in configs/"
@@ -460,9 +529,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not UTF-8 text; -c takes a YAML file") from None
     try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+        values = read_yaml(text)
+    except YamlError as error:
+        raise ConfigError(f"{path}: is not valid YAML: {error}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -473,17 +542,22 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _apply_override(values: dict[str, Any], override: str) -> list[str]:
     """Sets the override's key in `values`; returns the key's path."""
     key, separator, text = override.partition("=")
+    said = f"-o {shortened(override)}"
     if not separator or not key:
-        raise ConfigError(f"-o {override}: must be section.key=value, such as -o optim.lr=3e-3")
+        raise ConfigError(f"{said}: must be section.key=value, such as -o optim.lr=3e-3")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError):
+        value = read_yaml(text)
+    except DuplicateKeyError as error:
+        raise ConfigError(f"{said}: {error}") from None
+    except YamlError:
         value = text
     *sections, last = key.strip().split(".")
     for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"-o {override}: {section} is not a section")
+        found = values.setdefault(section, {})
+        if not isinstance(found, dict):
+            raise ConfigError(f"{said}: {shortened(section)} is not a section")
+        values[section] = dict(found)  # which an alias in the file may have made another section's, too
+        values = values[section]
     values[last] = value
     return [*sections, last]
 
@@ -491,7 +565,7 @@ def _apply_override(values: dict[str, Any], override: str) -> list[str]:
 def _first_mistake(error: ValidationError) -> str:
     """One line for the first of pydantic's errors: the key's path, its value, what is wrong, the nearest key."""
     mistake = error.errors()[0]
-    path = [str(part) for part in mistake["loc"][: 2 if _section(mistake["loc"][:1]) else 1]]
+    path = [shortened(str(part)) for part in mistake["loc"][: 2 if _section(mistake["loc"][:1]) else 1]]
     key = ".".join(path)
     if mistake["type"] == "extra_forbidden":
         siblings = [field.alias or name for name, field in (_section(path[:-1]) or Config).model_fields.items()]
@@ -500,11 +574,11 @@ def _first_mistake(error: ValidationError) -> str:
             return f"{key} is not a key; did you mean {'.'.join([*path[:-1], *nearest])}?"
         return f"{key} is not a key; there are {', '.join(siblings)}"
     if mistake["type"] in ("model_type", "dict_type"):
-        return f"{key} = {mistake['input']!r}: is a section, whose keys stand below it, as in -o {key}.KEY=VALUE"
+        return f"{key} = {shown(mistake['input'])}: is a section, whose keys stand below it, as in -o {key}.KEY=VALUE"
     problem = mistake["msg"].removeprefix("Value error, ")
     if mistake["type"] == "value_error":
         return f"{key}: {problem}" if key else problem
-    return f"{key} = {mistake['input']!r}: {problem[0].lower()}{problem[1:]}"
+    return f"{key} = {shown(mistake['input'])}: {problem[0].lower()}{problem[1:]}"
 
 
 def _section(path: Sequence[Any]) -> type[Section] | None:
@@ -513,9 +587,12 @@ def _section(path: Sequence[Any]) -> type[Section] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
+_ENDLESS = 2.0**62  # images; more epochs than that make no whole number of steps
+
+
 def total_steps(train: TrainConfig, num_images: int, global_batch_size: int) -> int:
     """Optimizer steps of a run: whole batches of the images that it has, at least one."""
-    images = train.epochs * num_images
+    images = min(train.epochs * num_images, _ENDLESS)
     if train.max_images is not None:
         images = min(images, train.max_images)
     steps = max(1, math.floor(images / global_batch_size + 1e-9))
@@ -526,4 +603,4 @@ def warmup_steps(schedule: ScheduleConfig, num_images: int, global_batch_size: i
     """Optimizer steps of the warmup."""
     if schedule.warmup_epochs is None:
         return schedule.warmup_steps
-    return round(schedule.warmup_epochs * num_images / global_batch_size)
+    return round(min(schedule.warmup_epochs * num_images, _ENDLESS) / global_batch_size)

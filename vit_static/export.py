@@ -17,7 +17,7 @@ from vit_static.checkpoint import load_weights
 from vit_static.config import Config, InitConfig, UserError
 from vit_static.data.images import ImageSet
 from vit_static.data.sets import open_set
-from vit_static.predict import CARD_FILE, MODEL_FILE, Card, Predictor, Preprocessing, read_pixels
+from vit_static.predict import CARD_FILE, MODEL_FILE, Card, FileRecord, Predictor, Preprocessing, manifest, read_pixels
 from vit_static.weights import init_from
 
 # Of a logit, by precision: in float32 absolute, in the others times the logits' standard deviation.
@@ -96,12 +96,12 @@ def write(model: model_module.VisionTransformer, config: Config, class_names: li
         parameter.name = name
     inputs = [InputSpec([None, 3, *config.model.image_size], "float32", "images")]
     paddle.jit.save(_LogitsAndFeatures(model), str(folder / "model"), input_spec=inputs)
-    card = card_of(config, class_names)
+    card = card_of(config, class_names, manifest(folder))
     (folder / CARD_FILE).write_text(card.model_dump_json(indent=1), encoding="utf-8")
 
 
-def card_of(config: Config, class_names: list[str]) -> Card:
-    """What the card of a config's model says."""
+def card_of(config: Config, class_names: list[str], files: dict[str, FileRecord] | None = None) -> Card:
+    """What the card of a config's model, in `files`, says."""
     return Card(
         class_names=class_names,
         preprocessing=Preprocessing(
@@ -116,6 +116,7 @@ def card_of(config: Config, class_names: list[str]) -> Card:
         activation=config.loss.name,
         model=config.model,
         precision=config.export.precision,
+        files=files or {},
     )
 
 

@@ -18,6 +18,7 @@ def write_atomically(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; what was written takes its place at the end, and only if all went well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary.unlink(missing_ok=True)  # a killed run's, or a link to elsewhere
     try:
         yield temporary
         sync(temporary)

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 from safetensors.numpy import save_file
 
-from vit_static.config import ModelConfig
+from vit_static.config import ModelConfig, shown
 from vit_static.files import write_atomically
 from vit_static.weight_files import WeightsError, read_arrays
 from vit_static.weight_names import (
@@ -95,21 +95,23 @@ def _from_names(state: State, path: Path) -> Foreign:
 
 
 def _from_timm(state: State, prefix: str, path: Path) -> Foreign:
-    return _translated(_below(state, prefix), TIMM, path)
+    return _translated(_below(state, prefix, path), TIMM, path)
 
 
-def _below(state: State, prefix: str) -> State:
+def _below(state: State, prefix: str, path: Path) -> State:
     """Names without a prefix; those that haven't it stay."""
     found = {name.removeprefix(prefix): array for name, array in state.items()}
     if len(found) < len(state):
-        raise WeightsError(f"holds arrays of the same name with {prefix!r} before it and without; take one of them out")
+        raise WeightsError(
+            f"{path}: has arrays of the same name with {prefix!r} before it and without; take one of them out"
+        )
     return found
 
 
 def _from_google(state: State, prefix: str, path: Path) -> Foreign:
     given = {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
     outside = {name: "is not of the model" for name in state if not name.startswith(prefix)}
-    given = _unscanned(given)
+    given = _unscanned(given, path)
     counts_by_class = any("/MlpBlock_0/" in name for name in given)
     table = (VIT_JAX_NOW if WITH_CLASS in given else BIG_VISION) if counts_by_class else VIT_JAX
     found = _translated(given, table, path)
@@ -119,19 +121,24 @@ def _from_google(state: State, prefix: str, path: Path) -> Foreign:
     return Foreign(found.state, found.format, found.facts, found.dropped | outside)
 
 
-def _unscanned(state: State) -> State:
+_MOST_BLOCKS = 1000
+
+
+def _unscanned(state: State, path: Path) -> State:
     """Blocks that big_vision keeps along an axis of each array (`scan`), each by itself."""
     scanned = "Transformer/encoderblock/"
     given = {name: array for name, array in state.items() if not name.startswith(scanned)}
     for name, array in state.items():
         if name.startswith(scanned) and array.ndim > 0:
+            if len(array) > _MOST_BLOCKS:
+                raise WeightsError(f"{path}: {name} is {list(array.shape)}, which is more blocks than any model has")
             for number, of_block in enumerate(array):
                 given[f"Transformer/encoderblock_{number}/{name.removeprefix(scanned)}"] = of_block
     return given
 
 
 def _from_huggingface(state: State, prefix: str, path: Path) -> Foreign:
-    given = _below(state, prefix)
+    given = _below(state, prefix, path)
     table = HF_DINOV2 if any(".layer_scale1." in name for name in given) else HF_VIT
     found = _translated(given, table, path)
     facts = found.facts | _said_by_config(path.with_name("config.json"))
@@ -146,15 +153,19 @@ def _said_by_config(path: Path) -> dict[str, Any]:
         return {}
     facts: dict[str, Any] = {}
     if isinstance(said, dict):
-        if isinstance(said.get("num_attention_heads"), int):
-            facts["num_heads"] = said["num_attention_heads"]
-        if isinstance(said.get("layer_norm_eps"), float):
-            facts["layer_norm_epsilon"] = said["layer_norm_eps"]
+        for key, ours, kind, most in (
+            ("num_attention_heads", "num_heads", int, 10_000),
+            ("layer_norm_eps", "layer_norm_epsilon", float, 1.0),
+        ):
+            if type(said.get(key)) is kind:
+                if not 0 < said[key] <= most:
+                    raise WeightsError(f"{path}: {key} is {shown(said[key])}, which no model has")
+                facts[ours] = said[key]
         activation = said.get("hidden_act", "gelu")
         if activation in ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"):
             facts["gelu"] = "tanh"
         elif activation not in ("gelu", "gelu_python"):
-            raise WeightsError(f"{path}: hidden_act is {activation!r}, and this model has GELU alone")
+            raise WeightsError(f"{path}: hidden_act is {shown(activation)}, and this model has GELU alone")
     return facts
 
 
@@ -178,7 +189,9 @@ def _translated(state: State, table: Table, path: Path) -> Foreign:
             if ".attn.qkv." in own_name and (array.ndim == 0 or array.shape[0 if table is TIMM else -1] % 3):
                 raise WeightsError(f"{path}: {name} is {list(array.shape)}, which is no query, key and value")
             try:
-                own[own_name] = np.ascontiguousarray(change.to_own(array))
+                own[own_name] = np.ascontiguousarray(change.to_own(array)) if array.ndim else array
+                if own[own_name].ndim not in _num_axes(own_name) or not own[own_name].size:
+                    raise IndexError
             except (ValueError, IndexError):
                 raise WeightsError(
                     f"{path}: {name} has the shape {list(array.shape)}, which is no {own_name}"
@@ -194,6 +207,18 @@ def _translated(state: State, table: Table, path: Path) -> Foreign:
         )
     except (KeyError, ValueError) as error:
         raise WeightsError(f"{path}: its queries, keys and values don't belong together ({error})") from None
+
+
+def _num_axes(own_name: str) -> tuple[int, ...]:
+    """How many axes an array may have. That LayerScale's fit is told where it is folded or set."""
+    if own_name in ("pos_embed", "cls_token", "reg_token"):
+        return (3,)
+    if own_name == "patch_embed.proj.weight":
+        return (4,)
+    if own_name.endswith(".gamma"):
+        return (0, 1, 2)
+    is_vector = own_name.endswith(".bias") or "norm" in own_name
+    return (1,) if is_vector else (2,)
 
 
 def _pooling(state: State, has_norm_after: bool) -> dict[str, Any]:
@@ -212,6 +237,8 @@ def fuse_qkv(state: Mapping[str, np.ndarray]) -> State:
     for name, value in state.items():
         if ".attn.q." in name:
             parts = [state[name.replace(".attn.q.", f".attn.{part}.")] for part in "qkv"]
+            if len({part.shape for part in parts}) > 1:
+                raise ValueError(f"{name} is {list(parts[0].shape)}, and the others are not")
             fused[name.replace(".attn.q.", ".attn.qkv.")] = np.concatenate(parts, axis=-1)
         elif ".attn.k." not in name and ".attn.v." not in name:
             fused[name] = value

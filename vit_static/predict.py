@@ -16,8 +16,10 @@ alone, and given ours says that it is on and isn't loaded (3.3.1: the same bits 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
+import math
 import os
 import sys
 from collections import deque
@@ -28,18 +30,29 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from queue import LifoQueue
-from typing import Any, BinaryIO, Generic, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, BinaryIO, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import paddle
 from paddle import inference
 from PIL import Image, UnidentifiedImageError
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from vit_static import cpu_kernels, runtime
 from vit_static import model as model_module
-from vit_static.config import DataConfig, EvalConfig, ImageSize, InferencePrecision, ModelConfig, Section, UserError
-from vit_static.data.images import IMAGE_SUFFIXES
+from vit_static.config import (
+    CropRatio,
+    DataConfig,
+    EvalConfig,
+    ImageSize,
+    InferencePrecision,
+    ModelConfig,
+    Positive,
+    Section,
+    UserError,
+    shortened,
+)
+from vit_static.data.images import IMAGE_SUFFIXES, MOST_PIXELS
 from vit_static.data.pipeline import pixels_pipeline
 from vit_static.files import write_atomically
 
@@ -50,12 +63,10 @@ OutputFormat = Literal["json", "csv", "table"]
 _GPU_POOL_MB = 256
 _BATCH_SIZE = 32
 _LONGEST_NAME = 24  # in the table
-# Resized so that the short side fits, a line of pixels would be a picture of gigabytes.
-_LARGEST_ASPECT = 100
-# How many threads are at the model, or at the preprocessing, at once: one of them has all cores already, a second one
-# does its copying meanwhile. Each has the weights for itself.
 # Of the largest logit: what the order of float32's additions may change, and a card of another model does not.
 _LARGEST_DIFFERENCE = 1e-3
+# How many threads are at the model, or at the preprocessing, at once: one of them has all cores already, a second one
+# does its copying meanwhile. Each has the weights for itself.
 _NUM_SIDE_BY_SIDE = 2
 MODEL_FILE, WEIGHTS_FILE, CARD_FILE = "model.json", "model.pdiparams", "vit_static.json"
 
@@ -69,11 +80,11 @@ class Preprocessing(Section):
 
     image_size: ImageSize
     resize: Literal["short", "direct"]
-    crop_ratio: float
+    crop_ratio: CropRatio
     interpolation: Literal["bilinear", "bicubic"]
     antialias: bool
     mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    std: tuple[Positive, Positive, Positive]
 
     def as_evaluation(self) -> EvalConfig:
         return EvalConfig(
@@ -84,14 +95,35 @@ class Preprocessing(Section):
         )
 
 
+class FileRecord(Section):
+    """What a file is known by."""
+
+    size: Annotated[int, Field(ge=0)]  # bytes
+    sha256: str
+
+
 class Card(Section):
-    """The small file beside the exported model: what its input and its classes are."""
+    """The small file beside the exported model: what its input and its classes are, and what its files are known by.
+
+    Paddle Inference trusts its files, and dies of a damaged one: none is given to it that isn't what was written.
+    """
 
     class_names: list[str]
     preprocessing: Preprocessing
-    activation: str
+    activation: Literal["softmax", "sigmoid", "bce"]
     model: ModelConfig
     precision: InferencePrecision = "float32"
+    files: dict[str, FileRecord]
+
+    @model_validator(mode="after")
+    def _of_one_model(self) -> Card:
+        if self.preprocessing.image_size != self.model.image_size:
+            raise ValueError("its preprocessing and its model have other image sizes")
+        if math.prod(self.model.image_size) > MOST_PIXELS:
+            raise ValueError(f"its images have more than {MOST_PIXELS} pixels")
+        if len(self.class_names) != self.model.num_classes:
+            raise ValueError(f"it names {len(self.class_names)} classes, and its model has {self.model.num_classes}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -195,7 +227,7 @@ class Predictor:
         if with_features:
             self.check_features()
         for inputs, problems in batches(images, batch_size, self.preprocess):
-            rows: Iterator[Prediction] = iter(())
+            rows: Iterator[Prediction | PredictError] = iter(())
             if len(inputs):
                 logits, features = self.run(inputs, with_features=with_features)
                 rows = iter(self.predictions(logits, top_k, features))
@@ -214,10 +246,16 @@ class Predictor:
         assert found is not None
         return found
 
-    def predictions(self, logits: np.ndarray, top_k: int, features: np.ndarray | None = None) -> list[Prediction]:
-        """What `logits` [B, num_classes] say, with the rows of `features` if there are any."""
-        found = []
+    def predictions(
+        self, logits: np.ndarray, top_k: int, features: np.ndarray | None = None
+    ) -> list[Prediction | PredictError]:
+        """What `logits` [B, num_classes] say, with the rows of `features` if there are any; of those that are no
+        numbers, that."""
+        found: list[Prediction | PredictError] = []
         for number, row in enumerate(probabilities_of(logits, self.card.activation)):
+            if not np.isfinite(row).all():
+                found.append(PredictError("the model gives no numbers; evaluate what was exported ('./run.sh eval')"))
+                continue
             classes = np.argsort(-row, kind="stable")[:top_k].tolist()
             names = [self.card.class_names[one] for one in classes]
             own = None if features is None else features[number]
@@ -238,9 +276,22 @@ class Predictor:
         return self.run(inputs)[0]
 
     def run(self, inputs: np.ndarray, *, with_features: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
-        """The model's input to logits and, asked for, features [B, width]; both float32."""
+        """The model's input to logits and, asked for, features [B, width]; both float32. Raises PredictError where the
+        program isn't what its card says."""
         with self._sessions.borrow() as session:
-            logits = run_session(session, inputs)
+            try:
+                logits = run_session(session, inputs)
+            except (ValueError, RuntimeError) as error:
+                lines = [line.strip() for line in str(error).splitlines() if "Error" in line] or [str(error)]
+                raise PredictError(
+                    f"the model can't be run on images of {inputs.shape[2]}x{inputs.shape[3]}, which {CARD_FILE} has "
+                    f"({shortened(lines[0])}); {_REMEDY}"
+                ) from None
+            if logits.shape != (len(inputs), len(self.card.class_names)):
+                raise PredictError(
+                    f"the model gives {list(logits.shape)} where its card, {CARD_FILE}, has "
+                    f"{len(self.card.class_names)} classes; {_REMEDY}"
+                )
             return logits, read_output(session, 1) if with_features else None
 
     def _all(self, images: Sequence[Picture], *, with_features: bool) -> tuple[np.ndarray, np.ndarray | None]:
@@ -289,10 +340,11 @@ def batches(
 def probabilities_of(logits: np.ndarray, activation: str) -> np.ndarray:
     """Logits [B, num_classes] to probabilities, float64: softmax, or sigmoid for that loss."""
     logits = logits.astype(np.float64)
-    if activation in ("sigmoid", "bce"):
-        return 1.0 / (1.0 + np.exp(-logits))
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is no number stays none
+        if activation in ("sigmoid", "bce"):
+            return 1.0 / (1.0 + np.exp(-logits))
+        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return powers / powers.sum(axis=1, keepdims=True)
 
 
 def load(
@@ -329,16 +381,48 @@ def load_model(
     return model
 
 
+_REMEDY = "export it again: './run.sh export --checkpoint RUN --out DIR'"
+
+
+def manifest(folder: Path) -> dict[str, FileRecord]:
+    """What the files of an exported model are known by, for its card."""
+    return {name: _record(folder / name) for name in (MODEL_FILE, WEIGHTS_FILE)}
+
+
+def _record(path: Path) -> FileRecord:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return FileRecord(size=path.stat().st_size, sha256=digest.hexdigest())
+
+
 def read_card(folder: Path) -> Card:
-    """Raises PredictError where a file is missing or isn't what `export` writes."""
+    """Raises PredictError where a file is missing, isn't what `export` writes, or isn't what it wrote."""
     for name in (MODEL_FILE, WEIGHTS_FILE, CARD_FILE):
         if not (folder / name).is_file():
             raise PredictError(f"{folder / name}: no such file; --model takes a folder that './run.sh export' wrote")
+    path = folder / CARD_FILE
     try:
-        return Card.model_validate_json((folder / CARD_FILE).read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        first_line = str(error).splitlines()[0]
-        raise PredictError(f"{folder / CARD_FILE}: is not a card of an exported model ({first_line})") from None
+        card = Card.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        mistake = error.errors(include_input=False, include_url=False)[0]
+        if mistake["loc"] == ("files",) and mistake["type"] == "missing":
+            raise PredictError(
+                f"{path}: is of an older version's export, without the sizes and digests of its files; {_REMEDY}"
+            ) from None
+        place = shortened(".".join(map(str, mistake["loc"]))) or "it"
+        said = shortened(mistake["msg"].removeprefix("Value error, "))
+        raise PredictError(f"{path}: is not a card of an exported model ({place}: {said}); {_REMEDY}") from None
+    for name in (MODEL_FILE, WEIGHTS_FILE):
+        if name not in card.files:
+            raise PredictError(f"{path}: has no record of {name}; {_REMEDY}")
+        if _record(folder / name) != card.files[name]:
+            raise PredictError(
+                f"{folder / name}: is damaged, or of another export than {CARD_FILE} beside it; copy the folder again, "
+                f"or {_REMEDY}"
+            )
+    return card
 
 
 def open_session(folder: Path, num_threads: int, onednn: bool = True, precision: InferencePrecision = "float32") -> Any:
@@ -384,47 +468,54 @@ def read_output(session: Any, number: int) -> np.ndarray:
 def to_pixels(image: Picture) -> np.ndarray:
     """Any picture as [height, width, 3] uint8, RGB. Raises PredictError, with its name, for one that is none."""
     if isinstance(image, np.ndarray):
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
             raise PredictError(f"an array of {image.dtype} {list(image.shape)}: must be uint8 [height, width, 3]")
-        pixels, name = image, "an array"
-    elif isinstance(image, Image.Image):
-        pixels, name = _rgb(image), "a picture"
-    else:
-        pixels, name = read_pixels(Path(image)), str(image)
-    check_aspect(pixels, name)
-    return pixels
+        return image
+    return _rgb(image) if isinstance(image, Image.Image) else read_pixels(Path(image))
 
 
-def check_aspect(pixels: np.ndarray, name: str) -> None:
-    """Raises PredictError for pixels that can't be resized in reasonable time and memory."""
-    height, width = pixels.shape[:2]
-    if min(height, width) < 1 or max(height, width) > _LARGEST_ASPECT * min(height, width):
-        raise PredictError(f"{name}: {height} x {width} pixels, more than {_LARGEST_ASPECT} times as long as broad")
+# Pillow's others have no place in training, and one of them (EPS) starts a program.
+_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
 
 
 def read_pixels(
-    source: Path | BinaryIO, name: str = "", *, formats: tuple[str, ...] | None = None, max_pixels: float = float("inf")
+    source: Path | BinaryIO, name: str = "", *, formats: tuple[str, ...] = _FORMATS, max_pixels: int = MOST_PIXELS
 ) -> np.ndarray:
     """An image file as [height, width, 3] uint8, RGB. Raises PredictError, with its path or its `name`, where it can't
     be read, is of none of Pillow's `formats` (None: any), or has more than `max_pixels`.
 
     Grey, palette and CMYK are converted; transparency is left out, as the training's decoder does; 16-bit grey is
-    scaled to 8. The orientation in a photo's EXIF data is not applied, as in training.
+    scaled to 8, and fractions to 0-255. The orientation in a photo's EXIF data is not applied, as in training.
     """
+    name = name or str(source)
     try:
+        if isinstance(source, Path) and source.exists() and not source.is_file():
+            raise PredictError(f"{name}: is no file")
         with Image.open(source, formats=formats) as image:
             if image.width * image.height > max_pixels:  # before they are decoded
-                raise ValueError(f"{image.height} x {image.width} pixels are more than {max_pixels:.0f}")
+                raise PredictError(f"{name}: has {image.width}x{image.height} pixels, of {max_pixels} at most")
             return _rgb(image)
+    except PredictError:
+        raise
     except UnidentifiedImageError:
-        raise PredictError(f"{name or source}: can't be read as an image (of no known format)") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise PredictError(f"{name or source}: can't be read as an image ({error})") from None
+        raise PredictError(f"{name}: can't be read as an image (of no known format)") from None
+    except Exception as error:  # a broken image can raise anything
+        reason = shortened(str(error), 150).removesuffix(f" {str(source)!r}") or type(error).__name__
+        raise PredictError(f"{name}: can't be read as an image ({reason})") from None
+
+
+def _grey(image: Image.Image, times: float) -> Image.Image:
+    """In 8 bits, of other numbers; what is no number is black."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        levels = np.nan_to_num(np.asarray(image).astype(np.float64) * times)
+    return Image.fromarray(levels.clip(0.0, 255.0).round().astype(np.uint8))
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image, np.float64) / 257.0).clip(0, 255).astype(np.uint8))
+    if image.mode == "F":  # 0 to 1, as training's decoder takes it
+        image = _grey(image, 255.0)
+    elif image.mode.startswith("I"):
+        image = _grey(image, 1.0 / 257.0)
     return np.asarray(image.convert("RGB"))
 
 
@@ -433,7 +524,8 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            named = (file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            inside = sorted(file for file in named if not file.is_dir())
             if not inside:
                 raise PredictError(f"{path}: has no images")
             found += inside
@@ -490,7 +582,7 @@ def run(
     sys.stdout.flush()
     if num_failed:
         nan = f", their rows in {features} are NaN" if features else ""
-        say(f"{num_failed} images could not be read; their lines say why{nan}")
+        say(f"{num_failed} images have no classes; their lines say why{nan}")
     return 2 if num_failed else 0
 
 

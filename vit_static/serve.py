@@ -36,7 +36,7 @@ from vit_static.config import InferencePrecision, UserError
 from vit_static.data.pipeline import resized_before_crop
 from vit_static.model import VisionTransformer
 from vit_static.page import PAGE
-from vit_static.predict import PredictError, Predictor, check_aspect, load, read_pixels, say
+from vit_static.predict import PredictError, Predictor, load, read_pixels, say
 
 # Of Pillow's many formats those that browsers show; among the others are some that run programs (EPS).
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
@@ -192,6 +192,8 @@ class Service:
         inputs, _ = await self._in_thread(self._decoders, self._decode, body)
         row = await asyncio.wrap_future(self._batcher.submit(inputs))
         (prediction,) = self.predictor.predictions(row[None], top_k)
+        if isinstance(prediction, PredictError):
+            raise HTTPException(500, str(prediction))
         return JSONResponse({"top": prediction.top()})
 
     async def attention(self, request: Request, body: bytes) -> Response:
@@ -207,7 +209,6 @@ class Service:
 
     def _decode(self, body: bytes) -> tuple[np.ndarray, list[float]]:
         pixels = read_pixels(io.BytesIO(body), "the image", formats=FORMATS, max_pixels=self.limits.max_pixels)
-        check_aspect(pixels, "the image")
         return self.predictor.preprocess([pixels]), self._seen_box(*pixels.shape[:2])
 
     def _seen_box(self, height: int, width: int) -> list[float]:

@@ -9,12 +9,12 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import safetensors
 
-from vit_static.config import UserError
+from vit_static.config import UserError, shortened
 
 Arrays = dict[str, np.ndarray | None]  # as a file has them; None for what is no array of numbers with fractions
 Kind = Literal["paddle", "npz", "safetensors"]
@@ -39,11 +39,22 @@ def read_arrays(path: Path) -> tuple[Kind, Arrays]:
         raise WeightsError(f"{path}: can't be read ({error.strerror})") from None
     kind, arrays = _read(path, beginning)
     for name, array in arrays.items():
-        if not name.isprintable():
-            raise WeightsError(f"{path}: has an array whose name is no text, {name!a}")
+        if not name or not name.isprintable() or len(name) > _LONGEST_NAME:
+            what = "no text" if len(name) <= _LONGEST_NAME else f"{len(name)} letters long"
+            raise WeightsError(f"{path}: has an array whose name is {what}, {shortened(ascii(name))}")
+        if array is not None and array.ndim > _MOST_AXES:
+            raise WeightsError(f"{path}: {name} has {array.ndim} axes, which no array of weights has")
         if array is not None and not np.isfinite(array).all():
             raise WeightsError(f"{path}: {name} holds infinities or what is no number: these weights are broken")
     return kind, arrays
+
+
+_LONGEST_NAME, _MOST_AXES = 200, 8
+
+
+def _because(error: Exception) -> str:
+    """What a library says of a broken file, which may be all of the file."""
+    return f"{type(error).__name__}: {shortened(str(error), 150)}"
 
 
 def _read(path: Path, beginning: bytes) -> tuple[Kind, Arrays]:
@@ -85,7 +96,7 @@ def _read_npz(path: Path) -> Arrays:
     except WeightsError:
         raise
     except Exception as error:  # a broken zip or header can raise anything
-        raise WeightsError(f"{path}: is not a whole .npz file ({type(error).__name__}: {error})") from None
+        raise WeightsError(f"{path}: is not a whole .npz file ({_because(error)})") from None
     return arrays
 
 
@@ -99,7 +110,7 @@ def _read_safetensors(path: Path) -> Arrays:
                 array = np.frombuffer(tensor["data"], kind).reshape(tensor["shape"])
                 arrays[name] = _float32(array, tensor["dtype"])
     except Exception as error:
-        raise WeightsError(f"{path}: is not a whole .safetensors file ({type(error).__name__}: {error})") from None
+        raise WeightsError(f"{path}: is not a whole .safetensors file ({_because(error)})") from None
     return arrays
 
 
@@ -135,14 +146,30 @@ class _Array:
         return np.frombuffer(content, f"{dtype.order}{dtype.kind}").reshape(shape, order="F" if is_fortran else "C")
 
 
+def _ordered_dict(items: Any = ()) -> OrderedDict[Any, Any]:
+    """Stands in for OrderedDict, whose keys would be hashed before anyone looks at them."""
+    _refuse_keys([key for key, _ in items])
+    return OrderedDict(items)
+
+
+def _refuse_keys(keys: list[Any]) -> None:
+    """Texts and numbers alone: the hash of tuples in tuples, each twice the one before it, takes for ever."""
+    for key in keys:
+        if type(key) not in (str, int, bytes):
+            raise pickle.UnpicklingError(f"it has a {type(key).__name__} for a name")
+
+
 # What a state dict of arrays needs to be unpickled; whatever else a file asks for is refused.
 _HARMLESS: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "OrderedDict"): _ordered_dict,
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
     ("numpy.core.multiarray", "_reconstruct"): _Array,
     ("numpy._core.multiarray", "_reconstruct"): _Array,
 }
+
+
+_READ: dict[int, Any] = pickle._Unpickler.dispatch  # what Python's own does, by opcode
 
 
 class _StateUnpickler(pickle._Unpickler):
@@ -151,12 +178,39 @@ class _StateUnpickler(pickle._Unpickler):
     Python's own, not the quicker one in C, which makes room for as many objects as nine bytes say that there are.
     """
 
+    stack: list[Any]
+
     def find_class(self, module: str, name: str) -> Any:
         if module.partition(".")[0] == "torch":
             raise WeightsError(_TORCH)
         if (module, name) not in _HARMLESS:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a file of weights has no use for")
+            asked = shortened(f"{module}.{name}")
+            raise pickle.UnpicklingError(f"it asks for {asked}, which a file of weights has no use for")
         return _HARMLESS[module, name]
+
+    def load_setitem(self) -> None:
+        _refuse_keys(self.stack[-2:-1])
+        _READ[pickle.SETITEM[0]](self)
+
+    def load_setitems(self) -> None:
+        _refuse_keys(self.stack[::2])  # since the mark
+        _READ[pickle.SETITEMS[0]](self)
+
+    def load_dict(self) -> None:
+        _refuse_keys(self.stack[::2])
+        _READ[pickle.DICT[0]](self)
+
+    def no_use_for(self) -> None:
+        raise pickle.UnpicklingError("it has sets or writable bytes, which a file of weights has no use for")
+
+    # Sets hash what is in them; room is made for as many bytes as the file says that there are.
+    dispatch: ClassVar[dict[int, Any]] = {
+        **_READ,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.DICT[0]: load_dict,
+        **dict.fromkeys((pickle.ADDITEMS[0], pickle.FROZENSET[0], pickle.BYTEARRAY8[0]), no_use_for),
+    }
 
 
 _BOOKKEEPING = "StructuredToParameterName@@"  # paddle.save's
@@ -172,7 +226,7 @@ def _read_pickle(path: Path) -> Arrays:
     except OSError as error:
         raise WeightsError(f"{path}: can't be read ({error.strerror})") from None
     except Exception as error:  # a broken pickle can raise anything
-        raise WeightsError(f"{path}: is not a Paddle state dict ({type(error).__name__}: {error})") from None
+        raise WeightsError(f"{path}: is not a Paddle state dict ({_because(error)})") from None
     if isinstance(content, int) and content == _TORCH_MAGIC:
         raise WeightsError(f"{path}: {_TORCH}")
     if not isinstance(content, Mapping):

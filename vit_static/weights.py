@@ -138,7 +138,7 @@ def adapted(
             del state[name]
             report.dropped[name] = _HEAD_RESET
     if config.layer_scale_init is None:
-        fold_layer_scale(state, report)
+        fold_layer_scale(state, report, source)
     if "pos_embed" in state:
         _fit_positions(state, report, found, config, source, init, source_grid)
     num_heads = _value_of(config, "num_heads")
@@ -161,13 +161,13 @@ def _value_of(config: ModelConfig, key: str) -> Any:
     return getattr(model_module.variant_of(config), key) if value is None else value
 
 
-def fold_layer_scale(state: State, report: LoadReport) -> None:
+def fold_layer_scale(state: State, report: LoadReport, source: str) -> None:
     """Multiplies LayerScale's factors into the layers before them, which gives the same sums without it."""
     for name in [name for name in state if name.endswith(".gamma")]:
         layer = name.replace(".ls1.gamma", ".attn.proj").replace(".ls2.gamma", ".mlp.fc2")
         gamma, weight = state[name].astype(np.float64), state.get(f"{layer}.weight")
         if gamma.ndim != 1 or weight is None or weight.shape[-1:] != gamma.shape:
-            raise WeightsError(f"{name} is {list(gamma.shape)}, which doesn't fit {layer}")
+            raise WeightsError(f"{source}: {name} is {list(gamma.shape)}, which doesn't fit {layer}")
         del state[name]
         for part in (f"{layer}.weight", f"{layer}.bias"):
             if part in state:
@@ -188,6 +188,8 @@ def _fit_positions(
     embedding = state["pos_embed"]
     if embedding.ndim != 3 or len(embedding) != 1 or ("cls_token" not in state and config.has_class_token):
         return  # what is wrong is told by the comparison of all shapes
+    if "cls_token" in state and state["cls_token"].shape != (1, 1, embedding.shape[2]):
+        return
     if config.pos_embed != "learn":
         del state["pos_embed"]
         report.dropped["pos_embed"] = f"model.pos_embed = {config.pos_embed}"

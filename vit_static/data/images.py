@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
+import stat
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 
+from vit_static.config import shortened
 from vit_static.data.lists import DataError, Lines
 
 # What DALI's and Pillow's decoders both read. Other files in a class folder (.DS_Store, notes) are no images.
 IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
+MOST_PIXELS = 178_956_970  # half a gigabyte of bytes; Pillow's own bound
 
 
 class ImageSet(ABC):
@@ -37,14 +42,26 @@ class ImageSet(ABC):
         return os.path.join(self.root, self.relative_name(number))  # noqa: PTH118 - one that is absolute stays so
 
     def read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """The encoded image, [num_bytes] uint8, and its labels, [num_labels] int32. Raises DataError with its name."""
+        """The encoded image, [num_bytes] uint8, and its labels, [num_labels] int32.
+
+        Raises DataError with its name, also where its header promises more pixels than MOST_PIXELS.
+        """
         try:
-            return self._read(number)
+            encoded, labels = self._read(number)
+            num_pixels = pixels_promised(encoded)
+            if num_pixels > MOST_PIXELS:
+                raise DataError(f"has {num_pixels} pixels by its header, of {MOST_PIXELS} at most", "too_large")
         except OSError as error:
             kind = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
-            raise DataError(f"{self.name(number)}: can't be read ({error.strerror})", kind) from None
+            raise DataError(f"{self._said(number)}: can't be read ({error.strerror})", kind) from None
         except DataError as error:
-            raise DataError(f"{self.name(number)}: {error}", error.kind) from None
+            raise DataError(f"{self._said(number)}: {error}", error.kind) from None
+        except ValueError as error:  # NUL in a path
+            raise DataError(f"{self._said(number)}: can't be read ({error})", "missing") from None
+        return encoded, labels
+
+    def _said(self, number: int) -> str:
+        return shortened(self.name(number), 300)
 
     @abstractmethod
     def _read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -91,10 +108,15 @@ class FileSet(ImageSet):
 
 
 def read_whole(path: bytes) -> np.ndarray:
-    """A file's bytes, [num_bytes] uint8. Raises OSError, and DataError (without the path) for an empty one."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """A file's bytes, [num_bytes] uint8. Raises OSError, and DataError (without the path) for an empty one, and for a
+    folder, a pipe or a device."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
     try:
-        return read_at(descriptor, 0, os.fstat(descriptor).st_size)
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            what = "a directory" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
+            raise DataError(f"is {what}, not a file")
+        return read_at(descriptor, 0, found.st_size)
     finally:
         os.close(descriptor)
 
@@ -111,3 +133,44 @@ def read_at(descriptor: int, offset: int, size: int) -> np.ndarray:
     if size == 0:
         raise DataError("is empty", "empty")
     return content
+
+
+def pixels_promised(encoded: np.ndarray) -> int:
+    """How many pixels an image's header says that it has; 0 where that can't be read, which the decoder will tell."""
+    beginning = encoded[:24].tobytes()
+    try:
+        if beginning.startswith(b"\xff\xd8"):
+            return _pixels_of_jpeg(encoded.data)
+        if beginning.startswith(b"\x89PNG"):
+            width, height = struct.unpack(">II", beginning[16:24])
+            return int(width * height)
+    except (struct.error, IndexError):
+        return 0
+    return _pixels_by_pillow(encoded)
+
+
+def _pixels_of_jpeg(encoded: memoryview) -> int:
+    """Of its start of frame (ITU-T T.81, B.2.2), segment by segment."""
+    place = 2
+    while True:
+        while encoded[place] == 0xFF:
+            place += 1
+        marker = encoded[place]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack_from(">HH", encoded, place + 4)
+            return int(height * width)
+        (length,) = struct.unpack_from(">H", encoded, place + 1)
+        place += 1 + length
+
+
+def _pixels_by_pillow(encoded: np.ndarray) -> int:
+    """Of the rarer formats. Pillow reads no more than the header."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(encoded.tobytes()), formats=("BMP", "WEBP", "TIFF")) as image:
+            return image.width * image.height
+    except Image.DecompressionBombError:
+        return MOST_PIXELS + 1
+    except Exception:  # a broken header can raise anything
+        return 0

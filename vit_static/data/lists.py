@@ -16,7 +16,9 @@ from vit_static.config import UserError
 
 _NEWLINE, _RETURN, _TAB, _SPACE, _COMMA, _ZERO = b"\n\r\t ,0"
 _MOST_DIGITS = 9  # of a label, which is an int32
+_NO_LABEL = "must end with a label: digits, nine at most"
 _PIECE_BYTES = 1 << 25
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # as some editors begin a file of UTF-8
 
 
 class DataError(UserError):
@@ -79,6 +81,8 @@ def read_list(path: Path) -> Lines:
     except ValueError:  # an empty file can't be mapped
         content = b""
     text = np.frombuffer(content, np.uint8)
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{path}: is UTF-16 text; write it anew as UTF-8")
     most = 1 + sum(np.count_nonzero(text[start:stop] == _NEWLINE) for start, stop in _pieces(content))
     starts, stops, counts = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most, np.int32)
     values, num_lines = [], 0
@@ -97,7 +101,7 @@ def read_list(path: Path) -> Lines:
 
 def _pieces(content: mmap.mmap | bytes) -> Iterator[tuple[int, int]]:
     """Stretches of whole lines, of about _PIECE_BYTES each."""
-    start, end = 0, len(content)
+    start, end = 3 if content[:3] == _BYTE_ORDER_MARK else 0, len(content)
     while start < end:
         newline = content.find(b"\n", min(start + _PIECE_BYTES, end))
         stop = end if newline < 0 else newline + 1
@@ -132,12 +136,12 @@ class _Piece:
         behind = np.sort(np.concatenate([commas, ends]))
         lines = np.repeat(np.arange(len(ends)), self.counts)
         widths = behind - first
-        self._refuse((widths < 1) | (widths > _MOST_DIGITS), begins[lines], "must end with a number, its label")
+        self._refuse((widths < 1) | (widths > _MOST_DIGITS), begins[lines], _NO_LABEL)
         self.values = np.zeros(len(widths), np.int32)
         for place in range(int(widths.max(initial=0))):
             has = widths > place
             digit = piece[behind[has] - 1 - place].astype(np.int32) - _ZERO
-            self._refuse((digit < 0) | (digit > 9), begins[lines[has]], "must end with a number, its label")
+            self._refuse((digit < 0) | (digit > 9), begins[lines[has]], _NO_LABEL)
             self.values[has] += digit * 10**place
 
     def _refuse(self, wrong: np.ndarray, begins: np.ndarray, what: str) -> None:

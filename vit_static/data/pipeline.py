@@ -22,6 +22,7 @@ from vit_static.data.operations import augmented, erased
 from vit_static.data.order import NUM_DRAWS
 
 NUM_CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop
+_MOST_TIMES_THE_CROP = 16  # what an image is resized to, along its longer side
 _INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 # For the n-th batch: a list of the encoded images, [num_bytes] uint8 each; labels [B] int64 or [B, num_classes] uint8;
@@ -163,8 +164,10 @@ def decoding_pipeline(batch_size: int, num_threads: int, device_id: int | None) 
 def decoders_words(error: RuntimeError) -> str:
     """What DALI says of an image that it can't decode, without where in its sources it says so."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = [line for line in lines if "[/" in line or "failed" in line.lower() or "failure" in line.lower()]
-    return re.sub(r"^\[/[^]]*\] (\[[^]]*\] )?", "", (said or lines or ["no reason given"])[0])
+    behind = lines[lines.index("encountered:") + 1 :] if "encountered:" in lines else lines
+    said = [line for line in behind if "[/" in line or "failed" in line.lower() or "failure" in line.lower()]
+    reason = re.sub(r"^\[/[^]]*\] (\[[^]]*\] )?", "", (said or behind or [""])[0])
+    return reason[:200] if reason and not reason.startswith("Failed to decode sample") else "no reason given"
 
 
 def preprocessed(images: Any, image_size: tuple[int, int], data: DataConfig, evaluation: EvalConfig) -> Any:
@@ -176,7 +179,19 @@ def preprocessed(images: Any, image_size: tuple[int, int], data: DataConfig, eva
     shape = images.shape(dtype=types.FLOAT)
     least_height, least_width = resized_before_crop(image_size, evaluation)
     scale = dali_math.max(least_height / shape[0], least_width / shape[1])
-    images = fn.resize(images, size=dali_math.floor(shape[0:2] * scale + 0.5), **resize)
+    # Of an image of 20,000 pixels by 1 only the middle, which is all that is cut out: else it would be resized to
+    # millions by 256.
+    most = types.Constant([_MOST_TIMES_THE_CROP * float(side) for side in (least_height, least_width)])
+    kept = dali_math.min(shape[0:2], dali_math.ceil(most / scale))
+    images = fn.slice(
+        images,
+        dali_math.floor((shape[0:2] - kept) / 2.0),
+        kept,
+        axes=[0, 1],
+        normalized_anchor=False,
+        normalized_shape=False,
+    )
+    images = fn.resize(images, size=dali_math.floor(kept * scale + 0.5), **resize)
     return _normalised(images, data, crop=list(image_size), rounding="truncate")
 
 

@@ -90,8 +90,15 @@ def _images_in(folder: Path) -> Iterator[bytes]:
         for entry in entries:
             is_hidden = entry.name.startswith(b".")
             suffix = os.path.splitext(entry.name)[1].decode("ascii", "replace").lower()  # noqa: PTH122 - bytes
-            if not is_hidden and suffix in IMAGE_SUFFIXES and entry.is_file():
+            if not is_hidden and suffix in IMAGE_SUFFIXES and _is_file(entry):
                 yield entry.name
+
+
+def _is_file(entry: os.DirEntry[bytes]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link to itself
+        return False
 
 
 def class_folders(folder: Path) -> list[Path]:
@@ -132,8 +139,16 @@ def _class_names(root: Path) -> list[tuple[str, str]]:
     path = root / CLASS_NAMES_FILE
     if not path.is_file():
         return []
-    lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.split(maxsplit=1) for line in read_class_names(path)]
     return [(line[0], line[1].strip()) for line in lines if len(line) == 2]
+
+
+def read_class_names(path: Path) -> list[str]:
+    """The lines of a class_names.txt. Raises DataError where they are no text."""
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: is not UTF-8 text; write it anew: a line a class, its folder and its name") from None
 
 
 def _names_by_label(root: Path, num_classes: int) -> list[str]:
@@ -152,11 +167,14 @@ def _bad_images(data: DataConfig) -> list[str]:
     path = Path(data.root) / CHECK_FILE
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        return [problem["path"] for problem in report["problems"] if problem["stops_training"]]
+        bad = [problem["path"] for problem in report["problems"] if problem["stops_training"]]
+        for name in bad:
+            os.fsencode(name)
+        return bad
     except OSError as error:
         raise DataError(
             f"{path}: can't be read ({error.strerror}), and data.on_bad_image=skip leaves out what it lists; "
             f"make it with '{check_command(data)}'"
         ) from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise DataError(f"{path}: is no report of 'data check'; make it anew with '{check_command(data)}'") from None

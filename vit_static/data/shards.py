@@ -116,13 +116,16 @@ class ShardSet(ImageSet):
     def _labels(self, text: bytes) -> np.ndarray:
         try:
             labels = np.array([int(label) for label in text.split(b",")], np.int32)
-        except ValueError:
-            raise DataError(f"its label is {text[:40].decode('utf-8', 'replace')!r}, no number", "label") from None
+        except (ValueError, OverflowError):
+            raise DataError(
+                f"its label is {text[:40].decode('utf-8', 'replace')!r}, no number of a class", "label"
+            ) from None
         if len(labels) > 1 and not self._multi_label:
             raise DataError("has several labels; set data.multi_label=true (and loss.name=sigmoid)", "label")
         if labels.min() < 0 or labels.max() >= len(self.class_names):
+            wrong = labels.min() if labels.min() < 0 else labels.max()
             raise DataError(
-                f"has the label {labels.max()}, where model.num_classes is {len(self.class_names)} and labels "
+                f"has the label {wrong}, where model.num_classes is {len(self.class_names)} and labels "
                 "begin at 0; set model.num_classes higher",
                 "label",
             )
@@ -138,8 +141,14 @@ def open_shards(place: Path, root: Path, class_names: list[str], multi_label: bo
     if (place / UNFINISHED_FILE).exists():
         raise DataError(f"{place}: is not finished; give the same './run.sh data shards' command again")
     shards = sorted(place.glob("*.tar"))
+    for shard in shards:
+        if not shard.is_file():
+            raise DataError(f"{shard}: is no file; put the shard there, or take the name away")
     _allow_open_files(len(shards))
-    return ShardSet(shards, [read_index(shard) for shard in shards], root, class_names, multi_label)
+    indexes = [read_index(shard) for shard in shards]
+    if not any(len(index.image_sizes) for index in indexes):
+        raise DataError(f"{place}: its shards hold no images")
+    return ShardSet(shards, indexes, root, class_names, multi_label)
 
 
 def read_index(shard: Path) -> Index:
@@ -153,11 +162,10 @@ def read_index(shard: Path) -> Index:
         raise DataError(f"{path}: is no whole index of version 1.1 or 1.2; make it anew with 'data shards --index'")
     width = 4 if first[0] == "v1.2" else 3
     rows = [_row(path, line.split(), width) for line in lines[1:]]
-    table = np.array(rows, np.int64).reshape(-1, 4)
     size = shard.stat().st_size
-    if len(table) and max((table[:, 0] + table[:, 1]).max(), (table[:, 2] + table[:, 3]).max()) > size:
+    if any(row[0] + row[1] > size or row[2] + row[3] > size for row in rows):
         raise DataError(f"{path}: is another file's index: it goes beyond the end of {shard.name} ({size} bytes)")
-    return Index(*table.T.copy())
+    return Index(*np.array(rows, np.int64).reshape(-1, 4).T.copy())
 
 
 def _row(path: Path, fields: list[str], width: int) -> tuple[int, int, int, int]:
@@ -172,6 +180,8 @@ def _row(path: Path, fields: list[str], width: int) -> tuple[int, int, int, int]
     if image is None or label is None:
         lacking = "an image" if image is None else f"a label (.{LABEL_EXTENSION})"
         raise DataError(f"{path}: a sample lacks {lacking}: {' '.join(fields)[:120]!r}")
+    if not all(number.isdecimal() and len(number) < 19 for number in (*image, *label)):
+        raise DataError(f"{path}: a sample's place and size are no numbers: {' '.join(fields)[:120]!r}")
     return int(image[0]), int(image[1]), int(label[0]), int(label[1])
 
 
