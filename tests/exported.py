@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import io
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,3 +80,14 @@ def predictions(folder: Path, paths: list[Path], top_k: int = 5) -> list[predict
 
 def features(folder: Path, paths: list[Path]) -> np.ndarray:
     return opened(folder).features(paths)
+
+
+def shape_of_answer(folder: Path) -> tuple[int, ...]:
+    """Of a folder that may hold anything, as far as the probabilities of an image."""
+    return predict.Predictor(folder, num_threads=1).probabilities([np.full((9, 30, 3), 99, np.uint8)]).shape
+
+
+def printed(folder: Path, images: list[Path]) -> tuple[int, str]:
+    """The exit code and the output of the verb."""
+    with redirect_stdout(io.StringIO()) as output:
+        return predict.run(folder, images, top_k=5, batch_size=4), output.getvalue()

@@ -272,7 +272,7 @@ def test_the_picture_is_the_crop_that_the_model_saw() -> None:
         None,
         ["model.image_size=64", "eval.crop_ratio=0.5", "data.mean=[0.4,0.5,0.6]", "data.std=[0.2,0.3,0.1]"],
     )
-    preprocessing = export.card_of(config, ["thing"]).preprocessing
+    preprocessing = export.card_of(config, [str(number) for number in range(1000)]).preprocessing
     pixels = np.asarray(photo(128, 160))
     shown = pixels_of(Preprocessor(preprocessing, 1)([pixels])[0], preprocessing)
     assert np.array_equal(shown, pixels[32:96, 48:112])

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from exported import elsewhere, printed, shape_of_answer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -33,7 +34,7 @@ from small import REFERENCE, SMALL
 
 from data_tools import check
 from vit_static import config as config_module
-from vit_static import convert, export, predict
+from vit_static import convert, export
 from vit_static.checkpoint import load_weights
 from vit_static.config import AugmentConfig, Config, DataConfig, EvalConfig, InitConfig, UserError, load
 from vit_static.data.feed import EvalFeed, TrainFeed, why_undecodable
@@ -48,7 +49,6 @@ from vit_static.predict import (
     MODEL_FILE,
     WEIGHTS_FILE,
     PredictError,
-    Predictor,
     find_images,
     read_pixels,
 )
@@ -1165,8 +1165,7 @@ def accepts_model(trial: Trial) -> Callable[..., None]:
             if content is not None:
                 (folder / name).write_bytes(content)
         with trial.of(kind, *(names or [str(folder)])):
-            probabilities = Predictor(folder, num_threads=1).probabilities([np.full((9, 30, 3), 99, np.uint8)])
-            assert probabilities.shape == (1, 5)
+            assert elsewhere(shape_of_answer, folder) == (1, 5)
 
     accepts.folder = folder  # type: ignore[attr-defined]
     return accepts
@@ -1187,7 +1186,7 @@ def test_damaged_model_folders(accepts_model, exported: Any, name: str, harm: st
     accepts_model("model folders: files", {**whole, name: changed}, *([] if same else [name, CARD_FILE]))
     if name != CARD_FILE and not same:
         with pytest.raises(PredictError, match=r"no such file|damaged"):
-            Predictor(accepts_model.folder)
+            elsewhere(shape_of_answer, accepts_model.folder)
 
 
 card_values = st.sampled_from(
@@ -1230,13 +1229,14 @@ def test_an_older_export_is_refused_with_the_remedy(accepts_model, exported: Any
     accepts_model("model folders: cards", older, "older version's export, without the sizes and digests")
 
 
-def test_what_is_no_number_is_no_probability(tmp_path: Path, exported: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_number_is_no_probability(tmp_path: Path, exported: Any) -> None:
     """A model of NaN gives its images lines with an error, which are JSON; so does a name that is no text."""
     for name, content in exported["nan"].items():
         (tmp_path / name).write_bytes(content)
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
     (tmp_path / "a.png").rename(tmp_path / "\udcff.png")
-    assert predict.run(tmp_path, [tmp_path], 5, 4) == 2
-    (line,) = capsys.readouterr().out.splitlines()
+    code, output = elsewhere(printed, tmp_path, [tmp_path])
+    assert code == 2
+    (line,) = output.splitlines()
     found = json.loads(line, parse_constant=pytest.fail)
     assert found["path"].endswith("\udcff.png") and "no numbers" in found["error"]

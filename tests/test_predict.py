@@ -72,8 +72,7 @@ def test_files_pictures_and_arrays_are_the_same_to_the_bit(exported: Exported) -
     [
         (np.zeros((4, 4, 3), np.float32), "uint8"),
         (np.zeros((4, 4), np.uint8), "uint8"),
-        (np.zeros((0, 4, 3), np.uint8), "0 x 4"),
-        (np.zeros((2, 201, 3), np.uint8), "2 x 201"),
+        (np.zeros((0, 4, 3), np.uint8), r"\[0, 4, 3\]"),
     ],
 )
 @in_a_process_of_its_own
@@ -139,7 +138,7 @@ def test_a_preprocessor_that_fails_is_replaced(exported: Exported) -> None:
     before = model.preprocess([pixels])
     for _ in range(3):
         with pytest.raises(RuntimeError):
-            model.preprocess([np.zeros((1, 30_000_000, 3), np.uint8)])
+            model.preprocess([np.zeros((4, 4), np.uint8)])
     assert np.array_equal(model.preprocess([pixels]), before)
 
 
@@ -150,25 +149,6 @@ def test_the_layer_of_an_export_answers_as_it_does(exported: Exported) -> None:
     with paddle.no_grad():
         logits = predict.load_model(exported.folder)(paddle.to_tensor(inputs)).numpy()
     np.testing.assert_allclose(logits, model.logits(inputs), atol=1e-5)
-
-
-@in_a_process_of_its_own
-def test_an_earlier_versions_export_still_predicts(exported: Exported, tmp_path: Path) -> None:
-    """It has one output, and parameters without names."""
-    model = opened(exported.folder)
-    whole = predict.load_model(exported.folder)
-    for number, parameter in enumerate(whole.parameters()):
-        parameter.name = f"linear_{number}.w_0"
-    shape = paddle.static.InputSpec([None, 3, 16, 32], "float32", "images")
-    paddle.jit.save(whole, str(tmp_path / "model"), input_spec=[shape])
-    (tmp_path / "vit_static.json").write_text((exported.folder / "vit_static.json").read_text())
-    earlier = predict.load(tmp_path)
-    paths = exported.validation()
-    np.testing.assert_allclose(earlier.probabilities(paths), model.probabilities(paths), atol=1e-6)
-    with pytest.raises(PredictError, match="export it again"):
-        earlier.features(paths)
-    with pytest.raises(PredictError, match="export the model again"):
-        predict.load_model(tmp_path)
 
 
 @in_a_process_of_its_own

@@ -201,8 +201,8 @@ class Predictor:
         chosen = precision or self.card.precision
         self._sessions = _Pool(_NUM_SIDE_BY_SIDE, lambda: open_session(folder, threads, onednn, chosen))
         self._preprocessors = _Pool(_NUM_SIDE_BY_SIDE, lambda: Preprocessor(self.card.preprocessing, threads))
-        with self._sessions.borrow() as session:  # so that it fails here, if it does
-            self.has_features = len(session.get_output_names()) > 1
+        with self._sessions.borrow():  # so that it fails here, if it does
+            pass
         why = "as exported" if chosen == self.card.precision else f"exported for {self.card.precision}"
         place = (
             "card 0" if chosen == "float16" else f"the CPU, {'oneDNN' if onednn else 'no oneDNN'}, {threads} threads"
@@ -224,8 +224,6 @@ class Predictor:
     ) -> Iterator[Prediction | PredictError]:
         """The same of any number of images, in their order; of one that can't be read the reason. The next batch is
         read and preprocessed while one is predicted."""
-        if with_features:
-            self.check_features()
         for inputs, problems in batches(images, batch_size, self.preprocess):
             rows: Iterator[Prediction | PredictError] = iter(())
             if len(inputs):
@@ -240,8 +238,7 @@ class Predictor:
 
     def features(self, images: Sequence[Picture]) -> np.ndarray:
         """[B, width] float32: the pooled state after the last norm, which the head reads (`VisionTransformer.features`;
-        2 * width of cls_gap). Raises PredictError as a call does, and for an export without them."""
-        self.check_features()
+        2 * width of cls_gap). Raises PredictError as a call does."""
         found = self._all(images, with_features=True)[1]
         assert found is not None
         return found
@@ -261,10 +258,6 @@ class Predictor:
             own = None if features is None else features[number]
             found.append(Prediction(classes, names, row[classes].tolist(), own))
         return found
-
-    def check_features(self) -> None:
-        if not self.has_features:
-            raise PredictError("the model was exported without features, by an earlier version; export it again")
 
     def preprocess(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
         """Arrays [height, width, 3] uint8, each of its own size, to the model's input [B, 3, height, width]."""
