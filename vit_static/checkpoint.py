@@ -13,12 +13,14 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
 
 from vit_static import config as config_module
 from vit_static import formats
 from vit_static import model as model_module
-from vit_static.config import Config, ConfigError
+from vit_static.config import Config, ConfigError, shortened
 from vit_static.data.order import nth_batch
 from vit_static.files import point_to, sync, write_atomically
 from vit_static.formats import Foreign, State, fuse_qkv
@@ -36,7 +38,7 @@ _PART = "rank_{:05d}.safetensors"
 class Progress:
     """Where a run stands; all else that it needs to go on follows from the step, the seed and the config."""
 
-    step: int  # optimizer steps done
+    step: Annotated[int, Field(ge=0)]  # optimizer steps done
     evaluated_step: int = 0  # after how many of them the last evaluation was
     best_top1: float | None = None
     best_step: int | None = None
@@ -201,14 +203,16 @@ def read_manifest(path: Path) -> Manifest:
         content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if content.pop("format") != FORMAT:
             raise ValueError("another format")
-        files = {name: FileRecord(**found) for name, found in content.pop("files").items()}
-        if {META, CONFIG, CLASS_NAMES} - files.keys() or any(Path(name).name != name for name in files):
+        manifest = TypeAdapter(Manifest).validate_python(content)
+        if {META, CONFIG, CLASS_NAMES} - manifest.files.keys() or any(
+            Path(name).name != name for name in manifest.files
+        ):
             raise ValueError("its files are not a checkpoint's")
-        return Manifest(files=files, **content)
+        return manifest
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path / MANIFEST}: is damaged, or not this version's ({error})") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{path / MANIFEST}: is damaged, or not this version's ({shortened(str(error))})") from None
     try:
         older = json.loads((path / META).read_text(encoding="utf-8"))["format"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -266,10 +270,10 @@ def read_progress(path: Path) -> tuple[Progress, DataPosition]:
     read_manifest(path)
     try:
         meta = json.loads((path / META).read_text(encoding="utf-8"))
-        progress = Progress(**{**meta["progress"], "left_out": tuple(meta["progress"]["left_out"])})
-        return progress, DataPosition(**meta["data"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path / META}: is damaged ({error})") from None
+        progress = TypeAdapter(Progress).validate_python(meta["progress"])
+        return progress, TypeAdapter(DataPosition).validate_python(meta["data"])
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path / META}: is damaged ({shortened(str(error))})") from None
 
 
 def open_parts(path: Path) -> Parts:

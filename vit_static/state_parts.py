@@ -116,9 +116,10 @@ class Parts:
             try:
                 file = safetensors.safe_open(path, "numpy")
                 for name, (start, whole) in json.loads(file.metadata()[_PLACES]).items():
-                    shape = tuple(file.get_slice(name).get_shape())
-                    self._held[name].append((file, Region(tuple(start), shape)))
-                    self._shapes[name] = tuple(whole)
+                    held = Region(tuple(start), tuple(file.get_slice(name).get_shape()))
+                    if not _lies_in(held, tuple(whole)) or self._shapes.setdefault(name, tuple(whole)) != tuple(whole):
+                        raise ValueError(f"{name} has no such place")
+                    self._held[name].append((file, held))
             except (OSError, safetensors.SafetensorError, TypeError, KeyError, ValueError) as error:
                 raise WeightsError(f"{path}: is no part of a checkpoint ({error})") from None
 
@@ -136,7 +137,11 @@ class Parts:
         if name not in self:
             raise WeightsError(f"the checkpoint has no {name}; it is of another optimizer or model")
         wanted = wanted or Region((0,) * len(self._shapes[name]), self._shapes[name])
+        if len(wanted.shape) != len(self._shapes[name]) or not _lies_in(wanted, self._shapes[name]):
+            raise WeightsError(f"the checkpoint's {name} is {list(self._shapes[name])}; it is of another model")
         found, num_found = None, 0
+        if wanted.size > sum(held.size for _, held in self._held[name]):
+            raise WeightsError(f"the checkpoint's parts do not have all of {name}, {list(self._shapes[name])}")
         for file, held in self._held[name]:
             start = np.maximum(wanted.start, held.start)
             stop = np.minimum(np.add(wanted.start, wanted.shape), np.add(held.start, held.shape))
@@ -150,6 +155,18 @@ class Parts:
         if found is None or num_found != wanted.size:
             raise WeightsError(f"the checkpoint's parts have {num_found} of the {wanted.size} numbers of {name}")
         return found
+
+
+def _lies_in(region: Region, whole: tuple[int, ...]) -> bool:
+    numbers = (*region.start, *whole)
+    return (
+        len(region.start) == len(region.shape) == len(whole)
+        and all(type(number) is int and number >= 0 for number in numbers)
+        and all(
+            first + length <= all_of_it
+            for first, length, all_of_it in zip(region.start, region.shape, whole, strict=True)
+        )
+    )
 
 
 def _slices(start: np.ndarray, stop: np.ndarray) -> tuple[slice, ...]:
