@@ -35,6 +35,29 @@ class Written:
     problem: str | None
 
 
+@dataclass
+class Costs:
+    """Of all checkpoints so far."""
+
+    num_written: int = 0
+    num_bytes: int = 0
+    seconds_waited: float = 0.0
+    seconds_written: float = 0.0
+
+    def add(self, written: Written) -> None:
+        self.num_written += written.problem is None
+        self.num_bytes = written.num_bytes
+        self.seconds_waited += written.seconds_waited
+        self.seconds_written += written.seconds_written
+
+    def describe(self) -> str:
+        each = max(self.num_written, 1)
+        return (
+            f"{self.num_written} of {self.num_bytes / 1e6:.1f} MB; for each training waited "
+            f"{1e3 * self.seconds_waited / each:.0f} ms, and it took {1e3 * self.seconds_written / each:.0f} ms beside it"
+        )
+
+
 class Saver:
     """Writes a run's checkpoints, one after the other. All ranks call its methods together.
 
@@ -47,6 +70,7 @@ class Saver:
         self._agreement.connect(mesh.rank, mesh.world_size)
         self._thread: threading.Thread | None = None
         self.written: SimpleQueue[Written] = SimpleQueue()
+        self.costs = Costs()
 
     def begin(
         self, state: Mapping[str, paddle.Tensor], progress: Progress, data: DataPosition, learning_rate: float
@@ -91,7 +115,9 @@ class Saver:
             problem = f"another rank has gone ({error})"
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
-        self.written.put(Written(progress.step, num_bytes, seconds_waited, time.perf_counter() - started, problem))
+        written = Written(progress.step, num_bytes, seconds_waited, time.perf_counter() - started, problem)
+        self.costs.add(written)
+        self.written.put(written)
 
     def _try(self, part: Part, progress: Progress, meta: dict[str, Any]) -> tuple[int, str | None]:
         """How many bytes all ranks write, and why the checkpoint isn't there, the same words on all of them."""

@@ -225,18 +225,15 @@ def train(config: Config, resume: str = "auto") -> bool:
                     bad_batch = replace(progress, step=unsound_step - 1).batch()
                     words = f"the gradients of step {unsound_step} are not finite"
                     if rank == 0:
-                        names = batch_names(train_images, position, bad_batch, batch_size)
-                        account = nonfinite_account(unsound_step, rate(unsound_step - 1), norms, bad_batch, names)
-                        path = config.run_dir / f"nonfinite_step_{unsound_step:08d}.json"
-                        write_json(account, path)
+                        account = Account(unsound_step, rate(unsound_step - 1), norms, bad_batch, batch_size)
+                        path = account.write(config.run_dir, train_images, position)
                         words += f" ({path} has their norms by block, and its images)"
                     saver.wait()
                     whole = checkpoint.latest(config.run_dir)
-                    may_go_back = config.train.on_nonfinite == "rollback" and whole is not None
-                    if not may_go_back or len(progress.left_out) >= config.train.max_rollbacks:
+                    may_go_back = len(progress.left_out) < config.train.max_rollbacks
+                    if config.train.on_nonfinite == "stop" or whole is None or not may_go_back:
                         stop = Stop(NONFINITE, words)
                     else:
-                        assert whole is not None
                         look_through(whole, mesh)
                         before, _ = checkpoint.read_progress(whole)
                         progress = replace(before, left_out=(*progress.left_out, bad_batch))
@@ -323,6 +320,8 @@ def train(config: Config, resume: str = "auto") -> bool:
                 if rank == 0 and (not is_average or config.optim.ema_decay > 0.0):
                     write_pdparams(checkpoint.merge(last, averaged=is_average), config.run_dir / name)
             log.record("event", progress.step, epoch, event="finished")
+            if saver.costs.num_written:
+                log.say(f"checkpoints: {saver.costs.describe()}")
             log.say(
                 f"done in {duration(time.perf_counter() - started)}; best top-1 "
                 f"{'not evaluated' if progress.best_top1 is None else f'{progress.best_top1:.2f} %'}; "
@@ -408,17 +407,26 @@ def look_through(path: Path, mesh: Mesh | None = None) -> str:
     return run
 
 
-def batch_names(images: ImageSet, position: DataPosition, batch: int, batch_size: int) -> list[str]:
-    """Of the images of a global batch."""
-    order = TrainOrder(position.num_images, position.seed, position.repeats)
-    return [images.name(int(number)) for number in order.images(batch * batch_size, (batch + 1) * batch_size)]
+@dataclass(frozen=True)
+class Account:
+    """What is to be looked at where a step's gradients aren't finite."""
 
+    step: int
+    lr: float
+    grad_norms: dict[str, float]  # by block
+    batch: int  # its number in the order of the images
+    batch_size: int
 
-def nonfinite_account(step: int, rate: float, norms: dict[str, float], batch: int, names: list[str]) -> dict[str, Any]:
-    """What is to be looked at where a step's gradients aren't finite; norms that aren't, as words, since JSON has none
-    for them."""
-    by_block = {block: norm if math.isfinite(norm) else str(norm) for block, norm in norms.items()}
-    return {"step": step, "lr": rate, "batch": batch, "grad_norms": by_block, "images": names}
+    def write(self, run_dir: Path, images: ImageSet, position: DataPosition) -> Path:
+        """With the names of the batch's images; the file."""
+        order = TrainOrder(position.num_images, position.seed, position.repeats)
+        numbers = order.images(self.batch * self.batch_size, (self.batch + 1) * self.batch_size)
+        # JSON has none for what is no number.
+        norms = {block: norm if math.isfinite(norm) else str(norm) for block, norm in self.grad_norms.items()}
+        names = [images.name(int(number)) for number in numbers]
+        path = run_dir / f"nonfinite_step_{self.step:08d}.json"
+        write_json({**asdict(self), "grad_norms": norms, "images": names}, path)
+        return path
 
 
 def tell_of(saver: Saver, log: RunLog, num_images: int, batch_size: int, unwritten: str | None) -> str | None:
