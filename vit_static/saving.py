@@ -51,10 +51,12 @@ class Costs:
         self.seconds_written += written.seconds_written
 
     def describe(self) -> str:
-        each = max(self.num_written, 1)
+        each_waited, each_took = (
+            1e3 * s / max(self.num_written, 1) for s in (self.seconds_waited, self.seconds_written)
+        )
         return (
-            f"{self.num_written} of {self.num_bytes / 1e6:.1f} MB; for each training waited "
-            f"{1e3 * self.seconds_waited / each:.0f} ms, and it took {1e3 * self.seconds_written / each:.0f} ms beside it"
+            f"{self.num_written} of {self.num_bytes / 1e6:.1f} MB; for each training waited {each_waited:.0f} ms, and it "
+            f"took {each_took:.0f} ms beside it"
         )
 
 
