@@ -33,6 +33,6 @@ def metrics(run_dir: Path, kind: str) -> list[dict]:
 
 
 def happened(run_dir: Path) -> list[str]:
-    """A run's events but the checkpoints."""
+    """A run's events but its beginning and its checkpoints."""
     events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines() if '"event"' in line]
-    return [event["event"] for event in events if event["event"] != "checkpoint"]
+    return [event["event"] for event in events if event["event"] not in ("started", "checkpoint")]

@@ -82,6 +82,9 @@ def test_never_resuming_begins_anew(config: Config) -> None:
     state = read_state(config.run_dir / "model.pdparams")
     assert all(np.array_equal(merged[name], state[name]) for name in state)
     assert (config.run_dir / "checkpoints_before_1" / "step_00000011").is_dir()  # the first run's are kept
+    lines = report.of_last_run(report.read_metrics(config.run_dir / "metrics.jsonl"))
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [3, 6]
+    assert "6 steps; best" in (config.run_dir / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

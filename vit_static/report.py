@@ -43,7 +43,7 @@ pre {{ background: #f6f6f6; padding: 1em; overflow: auto; }}
 
 def write(run_dir: Path) -> Path:
     """Writes the run's report.html anew."""
-    entries = read_metrics(run_dir / "metrics.jsonl")
+    entries = of_last_run(read_metrics(run_dir / "metrics.jsonl"))
     evaluations = [entry for entry in entries if entry["kind"] == "eval"]
     best = max((entry["top1"] for entry in evaluations), default=None)
     last_step = max((entry["step"] for entry in entries), default=0)
@@ -70,6 +70,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return entries
+
+
+def of_last_run(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without those of runs in the same folder before it was begun anew (--resume never)."""
+    begun = [place for place, entry in enumerate(entries) if entry.get("event") == "started"]
+    return entries[begun[-1] :] if begun else entries
 
 
 def points(entries: list[dict[str, Any]], kind: str, key: str) -> list[tuple[int, float]]:

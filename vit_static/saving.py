@@ -55,8 +55,8 @@ class Costs:
             1e3 * s / max(self.num_written, 1) for s in (self.seconds_waited, self.seconds_written)
         )
         return (
-            f"{self.num_written} of {self.num_bytes / 1e6:.1f} MB; for each training waited {each_waited:.0f} ms, and it "
-            f"took {each_took:.0f} ms beside it"
+            f"{self.num_written} of {self.num_bytes / 1e6:.1f} MB; for each training waited {each_waited:.0f} ms, "
+            f"and it took {each_took:.0f} ms beside it"
         )
 
 

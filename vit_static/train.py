@@ -174,8 +174,8 @@ def train(config: Config, resume: str = "auto") -> bool:
         )
         for note in () if loading is None else loading.notes:
             log.say(f"note: {note}")
-        if newest is not None:
-            log.record("event", progress.step, progress.step * batch_size / len(train_images), event="resumed")
+        begun = "started" if newest is None else "resumed"
+        log.record("event", progress.step, progress.step * batch_size / len(train_images), event=begun)
         has_ended = progress.step >= total_steps and progress.evaluated_step == progress.step
         if has_ended:
             log.say("this run has ended already: ask for more epochs, or begin anew with --resume never")
