@@ -14,7 +14,7 @@ from paddle.static import InputSpec
 
 from vit_static import model as model_module
 from vit_static.checkpoint import load_weights
-from vit_static.config import Config, InitConfig, UserError
+from vit_static.config import Config, InitConfig, RunFailed, UserError
 from vit_static.data.images import ImageSet
 from vit_static.data.sets import open_set
 from vit_static.predict import CARD_FILE, MODEL_FILE, Card, FileRecord, Predictor, Preprocessing, manifest, read_pixels
@@ -24,7 +24,7 @@ from vit_static.weights import init_from
 LARGEST_DIFFERENCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.03}
 
 
-class ExportError(RuntimeError):
+class ExportError(RunFailed):
     """The exported model doesn't answer as the trained one."""
 
 
