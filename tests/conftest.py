@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tally(pytestconfig: pytest.Config) -> Callable[..., None]:
-    """tally("kills survived"), tally("bad images", 3, "refused"): counts that -m reliability prints, a row each."""
+    """tally("kills survived"), tally("bad images", 3, "refused"): counts that stand at the end of what pytest prints, a row each."""
     rows = pytestconfig.stash.setdefault(_TALLY, {})
 
     def count(row: str, count: int = 1, column: str = "cases") -> None:
@@ -46,7 +46,7 @@ def tally(pytestconfig: pytest.Config) -> Callable[..., None]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     rows = terminalreporter.config.stash.get(_TALLY, {})
-    if not rows or "reliability" not in terminalreporter.config.option.markexpr:
+    if not rows:
         return
     columns = sorted(
         {column for counts in rows.values() for column in counts}, key=lambda name: (name != "cases", name)

@@ -157,7 +157,7 @@ class LightJob(Job):
         package.mkdir(parents=True)
         (package / "__init__.py").touch()
         (package / "__main__.py").write_text(DOER)
-        for name in ("launch", "launch_layout", "launch_peers", "config", "files"):
+        for name in ("launch", "launch_layout", "launch_peers", "config", "files", "yaml_text"):
             shutil.copy(ROOT / "vit_static" / f"{name}.py", package)
 
     def calls(self, who: str) -> list[str]:
