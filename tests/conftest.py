@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tally(pytestconfig: pytest.Config) -> Callable[..., None]:
-    """tally("kills survived"), tally("bad images", 3, "refused"): counts that stand at the end of what pytest prints, a row each."""
+    """tally("kills survived"), tally("bad images", 3, "refused"): counts that pytest prints at its end, a row each."""
     rows = pytestconfig.stash.setdefault(_TALLY, {})
 
     def count(row: str, count: int = 1, column: str = "cases") -> None:
