@@ -27,6 +27,8 @@ from vit_static.mixing import Mixer
 from vit_static.train import train
 from vit_static.weight_files import WeightsError
 
+pytestmark = pytest.mark.reliability
+
 
 def changed(config: Config, section: str, **values: object) -> Config:
     return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
@@ -124,7 +126,9 @@ def run(finished: Config, tmp_path: Path) -> Config:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_a_whole_one_offered(run: Config, damage: str) -> None:
+def test_a_damaged_checkpoint_is_named_and_a_whole_one_offered(
+    run: Config, damage: str, tally: Callable[..., None]
+) -> None:
     name, spoil, words = DAMAGES[damage]
     spoil(checkpoint.folder(run.run_dir, 11) / name)
     with pytest.raises(WeightsError) as error:
@@ -134,6 +138,8 @@ def test_a_damaged_checkpoint_is_named_and_a_whole_one_offered(run: Config, dama
     assert f"--resume {checkpoint.folder(run.run_dir, 8)}" in said
     with pytest.raises(WeightsError, match="step_00000008"):
         checkpoint.load_weights(run.run_dir / "checkpoints" / "latest")
+    tally("faults: damaged checkpoints")
+    tally("faults: damaged checkpoints", 1, "survived")
 
 
 def test_where_none_is_whole_that_is_said(run: Config) -> None:
@@ -252,7 +258,11 @@ FAILURES = {
 
 @pytest.mark.parametrize("failure", FAILURES)
 def test_training_goes_on_where_a_checkpoint_cannot_be_written(
-    run: Config, failing: Callable[..., None], capfd: pytest.CaptureFixture[str], failure: str
+    run: Config,
+    failing: Callable[..., None],
+    capfd: pytest.CaptureFixture[str],
+    failure: str,
+    tally: Callable[..., None],
 ) -> None:
     spoil, mend, name, why = FAILURES[failure]
     failing(spoil, mend, 2)
@@ -267,6 +277,8 @@ def test_training_goes_on_where_a_checkpoint_cannot_be_written(
         checkpoint.verify(checkpoint.folder(longer.run_dir, step))
     missing = [event for event in metrics(longer.run_dir, "event") if event["event"] == "no checkpoint"]
     assert [event["step"] for event in missing] == [16]
+    tally(f"faults: {failure}")
+    tally(f"faults: {failure}", 1, "survived")
 
 
 @pytest.mark.parametrize("failure", FAILURES)
@@ -336,7 +348,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, batches: set[int]) -> None:
     monkeypatch.setattr(Mixer, "mixed", poison)
 
 
-def test_a_run_stops_before_unsound_weights_overwrite_anything(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_stops_before_unsound_weights_overwrite_anything(
+    config: Config, monkeypatch: pytest.MonkeyPatch, tally: Callable[..., None]
+) -> None:
     """Found at the next log step, or before a checkpoint, and the first of the steps is named."""
     poisoned(monkeypatch, {6})
     with pytest.raises(RunFailed, match=r"gradients of step 7 are not finite.*goes on from.*step_00000004") as error:
@@ -352,10 +366,12 @@ def test_a_run_stops_before_unsound_weights_overwrite_anything(config: Config, m
     }  # fmt: skip
     assert account["grad_norms"]["patch_embed"] in ("nan", "inf")
     assert all(Path(name).is_file() for name in account["images"])
+    tally("faults: gradients that are not finite")
+    tally("faults: gradients that are not finite", 1, "survived")
 
 
 def test_a_run_rolls_back_and_leaves_the_batch_out(
-    config: Config, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    config: Config, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tally: Callable[..., None]
 ) -> None:
     """To the bits of a run that never had the batch, also when it is stopped and goes on later."""
     poisoned(monkeypatch, {6})
@@ -378,6 +394,8 @@ def test_a_run_rolls_back_and_leaves_the_batch_out(
     assert train(healing)
     resumed = read_state(config.run_dir / "model.pdparams")
     assert all(np.array_equal(resumed[name], expected[name]) for name in expected)
+    tally("faults: gradients that are not finite")
+    tally("faults: gradients that are not finite", 1, "survived")
 
 
 def test_rolling_back_has_an_end(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

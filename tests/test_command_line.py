@@ -87,7 +87,7 @@ def test_pretrain_says_what_it_does_and_nothing_else(workplace: Path) -> None:
     assert lines[0].startswith("again: ViT Ti/16 32 wide, 2 deep")
     assert any(re.match(r"step 5/6  loss [\d.]+  lr .* images/s  data_wait .* left", line) for line in lines)
     assert re.match(r"done in .* best top-1 [\d.]+ %; weights in output/again/model.pdparams", lines[-1])
-    assert all(re.match(r"again:|120 training|step |epoch |done in ", line) for line in lines)
+    assert all(re.match(r"again:|120 training|step |epoch |checkpoints: |done in ", line) for line in lines)
 
 
 @pytest.mark.slow

@@ -183,7 +183,7 @@ def test_a_recipes_settings_finetune_the_digits(pretrained: Path, tmp_path: Path
         name,
         *SHORTENED,
         *model,
-        "train.epochs=8",
+        "train.epochs=10",
         "schedule.warmup_steps=0",
         "schedule.warmup_epochs=0.5",
         f"data.root={ROOT / 'data/digits'}",

@@ -69,7 +69,7 @@ class Checkout:
         package.mkdir()
         (package / "__init__.py").touch()
         (package / "__main__.py").write_text(WORKER)
-        for name in ("launch", "launch_layout", "launch_peers", "config", "files"):
+        for name in ("launch", "launch_layout", "launch_peers", "config", "files", "yaml_text"):
             shutil.copy(ROOT / "vit_static" / f"{name}.py", package)
         self.caller_folder = folder / "caller"
         (self.caller_folder / "data" / "digits").mkdir(parents=True)  # pretrain has nothing to make first

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,7 +47,6 @@ def evaluate(program: Program, feed: Iterable[Batch], mesh: Mesh) -> Evaluation:
             sums += [(ranks < 1).sum(), (ranks < 5).sum(), losses.sum(), real.sum()]
     except DataError as error:
         problem = str(error)
-    gc.collect()  # the feed's pipeline and what feeds it refer to each other, and hold much memory
     problem = mesh.first(problem)
     if problem is not None:
         raise DataError(problem)

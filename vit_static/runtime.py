@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import logging
 import os
@@ -10,11 +11,12 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 _CPUINFO = Path("/proc/cpuinfo")
+_M_ARENA_MAX = -8  # malloc.h
 _aside: IO[bytes] | None = None
 _given: dict[str, str] | None = None  # the environment before `prepare`
 
@@ -30,9 +32,14 @@ def prepare(verbose: bool = False, environ: MutableMapping[str, str] = os.enviro
     - FLAGS_enable_pir_in_executor_trace_run: one operator after another, each on all threads; without it the
       executor runs several at once, whose threads get into each other's way. (On cards it changes nothing: the
       operators are queued.)
+
+    And glibc is told to keep no more heaps than there are cores (mallopt(3), M_ARENA_MAX): it would keep eight times as
+    many, each with what the threads of some evaluation have left there.
     """
     global _given
     _given = dict(environ)
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").mallopt(_M_ARENA_MAX, max(len(os.sched_getaffinity(0)), 2))
     num_threads = environ.get("OMP_NUM_THREADS") or str(_cores_a_process(environ))
     environ.setdefault("FLAGS_use_legacy_linear", "1")
     environ.setdefault("FLAGS_enable_pir_in_executor_trace_run", "1")

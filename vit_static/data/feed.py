@@ -126,6 +126,7 @@ class EvalFeed:
                 yield outputs.next()
         finally:
             reader.close()
+            outputs.close()
 
     def _numbers(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """The n-th batch's images, and which of them are there for the first time."""
@@ -147,6 +148,12 @@ class _Outputs:
         self._last: Any = None
         self._in_flight: deque[np.ndarray] = deque(maxlen=num_ahead + 1)  # images that DALI may be at
         self._failure: DataError | None = None
+
+    def close(self) -> None:
+        """Lets go of the pipeline, which refers to its source, and that to this: its memory would else be held until
+        Python looks for such circles."""
+        self._pipeline = self._last = None
+        self._in_use.clear()
 
     def read(self, n: int) -> ReadBatch:
         """What the pipeline's source gets its images from."""
