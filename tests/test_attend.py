@@ -39,7 +39,8 @@ from vit_static.attend import (
 )
 from vit_static.config import Config, ModelConfig, UserError, load
 from vit_static.model import VisionTransformer
-from vit_static.predict import CARD_FILE, PredictError, Preprocessor
+from vit_static.model_folder import CARD_FILE, PredictError
+from vit_static.predict import Preprocessor
 from vit_static.weights import file_state
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -243,7 +244,7 @@ def test_weights_come_back_from_an_export(kind: str, tmp_path: Path) -> None:
     """Also of a model that is not the first of its process, whose layers have other numbers in Paddle's names."""
     config = Config.model_validate({"name": "small", "model": config_of(kind).model_dump()})
     model = build(config.model)
-    export.write(ordinary(model, config.model), config, [str(number) for number in range(5)], tmp_path)
+    export.write(ordinary(model, config.model), config, export.card_of(config, list("abcde")), tmp_path)
     again, card = load_exported(tmp_path)
     assert card.model == config.model
     mine, theirs = file_state(model), file_state(again)
@@ -258,7 +259,7 @@ def test_weights_come_back_from_an_export(kind: str, tmp_path: Path) -> None:
 )
 def test_an_export_with_another_model_s_card_is_refused(tmp_path: Path, changed: dict[str, int], said: str) -> None:
     config = Config.model_validate({"name": "small", "model": SMALL.model_dump()})
-    export.write(ordinary(build(config.model), config.model), config, list("abcde"), tmp_path)
+    export.write(ordinary(build(config.model), config.model), config, export.card_of(config, list("abcde")), tmp_path)
     card = json.loads((tmp_path / CARD_FILE).read_text())
     card["model"].update(changed)
     (tmp_path / CARD_FILE).write_text(json.dumps(card))

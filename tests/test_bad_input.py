@@ -45,14 +45,8 @@ from vit_static.data.pipeline import decoding_pipeline, pixels_pipeline
 from vit_static.data.relabelled import with_real_labels
 from vit_static.data.sets import open_set
 from vit_static.model import build
-from vit_static.predict import (
-    CARD_FILE,
-    MODEL_FILE,
-    WEIGHTS_FILE,
-    PredictError,
-    find_images,
-    read_pixels,
-)
+from vit_static.model_folder import CARD_FILE, MODEL_FILE, WEIGHTS_FILE, PredictError
+from vit_static.predict import find_images, read_pixels
 from vit_static.train import train
 from vit_static.weight_files import read_arrays
 
@@ -1150,7 +1144,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, by
         if name == "nan":
             model.set_state_dict({key: value * float("nan") for key, value in model.state_dict().items()})
         model.eval()
-        export.write(model, Config(name="x", model=MODEL), [f"class {n}" for n in range(5)], folder)
+        config = Config(name="x", model=MODEL)
+        export.write(model, config, export.card_of(config, [f"class {n}" for n in range(5)]), folder)
         found[name] = {path.name: path.read_bytes() for path in folder.iterdir()}
     return found
 

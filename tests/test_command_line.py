@@ -155,7 +155,7 @@ def test_eval_export_and_predict_agree(workplace: Path) -> None:
     difference = float(re.search(r"trained model's: ([\d.e+-]+), over 30", exported.stdout)[1])  # type: ignore[index]
     assert 0 < difference < 1e-4
     names = {path.name for path in (workplace / "exported").iterdir()}
-    assert names == {"model.json", "model.pdiparams", "vit_static.json"}
+    assert names == {"model.json", "model.pdiparams", "vit_static.json", "MODEL_CARD.md"}
     card = json.loads((workplace / "exported/vit_static.json").read_text())
     assert card["class_names"][3] == "three"
     assert card["preprocessing"]["image_size"] == [16, 16] and card["model"]["width"] == 32
@@ -186,9 +186,41 @@ def test_an_export_says_the_precision_that_it_is_run_in(workplace: Path) -> None
         probabilities.append([[one["probability"] for one in line["top"]] for line in lines])
     np.testing.assert_allclose(probabilities[1], probabilities[0], atol=0.02)
     assert probabilities[1] != probabilities[0]
+    small = run_sh(*export, "exported_int8", "-o", "export.precision=int8", cwd=workplace)
+    assert small.returncode == 0 and "model.onnx (int8)" in small.stdout, small.stderr
+    predicted = run_sh("predict", "--model", "exported_int8", "--top-k", "1", "digits/val", cwd=workplace)
+    assert predicted.returncode == 0 and predicted.stdout.count("probability") == 30
+    assert "int8 (as exported) on the CPU, ONNX Runtime" in predicted.stderr
+    onnx = run_sh(*export, "exported_onnx", "--onnx", cwd=workplace)
+    assert onnx.returncode == 0 and (workplace / "exported_onnx/model.onnx").is_file(), onnx.stderr
     half = run_sh(*export, "exported_half", "-o", "export.precision=float16", cwd=workplace)
     assert half.returncode == 2 and "needs a card" in half.stderr
     assert not (workplace / "exported_half").exists()
+
+
+@pytest.mark.slow
+def test_a_sharded_checkpoint_and_the_average_are_exported(workplace: Path) -> None:
+    """Of a mesh's checkpoint the same bits as of the run's merged weights, and so of its average."""
+    trained = run_sh(
+        *("pretrain", "-c", "tiny.yaml", "-o", "name=sharded", "-o", "train.max_steps=3", "-o", "parallel.mp=2"),
+        *("-o", "optim.ema_decay=0.5"),
+        cwd=workplace,
+        NPROC="2",
+    )
+    assert trained.returncode == 0, trained.stderr
+    parts = [path.name for path in (workplace / "output/sharded/checkpoints/latest/").glob("*.safetensors")]
+    assert len(parts) >= 2
+    written = {}
+    for name, source in {
+        "mesh": ["output/sharded/checkpoints/latest"],
+        "merged": ["output/sharded/model.pdparams"],
+        "mesh's average": ["output/sharded/checkpoints/latest", "--ema"],
+        "merged average": ["output/sharded/model_ema.pdparams"],
+    }.items():
+        done = run_sh("export", "--checkpoint", *source, "--out", f"of {name}", cwd=workplace)
+        assert done.returncode == 0, done.stderr
+        written[name] = (workplace / f"of {name}" / "model.pdiparams").read_bytes()
+    assert written["mesh"] == written["merged"] != written["merged average"] == written["mesh's average"]
 
 
 @pytest.mark.slow

@@ -33,9 +33,9 @@ LAYERS = [
     | {"data.reader", "data.feed", "data.relabelled"}
     | {"costs", "placement", "cpu_collectives", "cpu_kernels", "cpu_patterns", "onednn"}
     | {"buckets", "dropout", "paddle_internals", "passes", "state_parts"},
-    {"optim", "weights", "checkpoint", "saving"},
+    {"optim", "weights", "checkpoint", "saving", "inference_model", "model_folder", "model_card"},
     {"step"},
-    {"train", "evaluate", "export", "predict", "plan", "convert", "attend"},
+    {"train", "evaluate", "export", "predict", "plan", "convert", "attend"} | {"sessions", "onnx_files"},
     {
         "bench",
         *(f"bench.{name}" for name in ("contenders", "step", "train", "scaling", "profile", "infer", "cards")),

@@ -20,7 +20,8 @@ from small import ROOT, read_state
 from test_command_line import run_sh, the_tests_own_environment  # noqa: F401 - a fixture
 
 from vit_static import predict
-from vit_static.predict import PredictError, Prediction, Predictor
+from vit_static.model_folder import PredictError
+from vit_static.predict import Prediction, Predictor
 
 
 def inputs_of(model: Predictor, paths: list[Path]) -> np.ndarray:

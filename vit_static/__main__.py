@@ -94,10 +94,11 @@ def make_parser() -> argparse.ArgumentParser:
     judge = verb.add_mutually_exclusive_group()
     judge.add_argument("--real", type=Path, metavar="FILE", help="by the ReaL labels of ImageNet, its real.json")
     judge.add_argument("--imagenet-v2", type=Path, metavar="DIR", help="on ImageNet-V2: folders called 0 to 999")
-    verb = add("export", "files for Paddle Inference, checked against the trained model")
+    verb = add("export", "files for inference, checked against the trained model")
     add_config(verb, None)
     add_checkpoint(verb)
     verb.add_argument("--out", type=Path, required=True, help="folder to write to")
+    verb.add_argument("--onnx", action="store_true", help="write model.onnx (float32), too")
     verb = add("predict", "a line an image: its path and its classes, the likeliest first")
     add_exported(verb)
     verb.add_argument("--top-k", type=int, default=5)
@@ -316,7 +317,8 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         from vit_static import export
 
-        export.run(config, arguments.checkpoint, arguments.out, arguments.overrides, averaged=arguments.ema)
+        given_weights = config, arguments.checkpoint, arguments.out, arguments.overrides
+        export.run(*given_weights, averaged=arguments.ema, onnx=arguments.onnx)
     return EXIT_DONE
 
 

@@ -25,16 +25,14 @@ from vit_static.checkpoint import load_weights
 from vit_static.config import Config, InitConfig, ModelConfig, UserError
 from vit_static.export import card_of
 from vit_static.model import Dropout, VisionTransformer
+from vit_static.model_folder import Card, Preprocessing, read_card
 from vit_static.pictures import colours, darkened, heat, scaled, sheet, squares, write_png
 from vit_static.predict import (
-    Card,
-    Preprocessing,
     Preprocessor,
     batches,
     find_images,
     load_model,
     probabilities_of,
-    read_card,
 )
 from vit_static.weights import init_from
 

@@ -413,14 +413,25 @@ class LogConfig(Section):
     tensorboard: bool = True
 
 
-InferencePrecision = Literal["float32", "bfloat16", "float16"]
+InferencePrecision = Literal["float32", "bfloat16", "float16", "int8"]
 
 
 class ExportConfig(Section):
     precision: InferencePrecision = Field(
-        "float32", description="what the model is run in; bfloat16 on a CPU that multiplies it, float16 on a card"
+        "float32",
+        description="of weights and program; bfloat16: on a CPU that multiplies it, or a card; float16: on a card; "
+        "int8: weights and products, calibrated on validation images, as an ONNX file",
     )
-    num_check_images: Count = Field(64, description="validation images that the export is compared on")
+    image_sizes: tuple[ImageSize, ...] = Field(
+        (), description="() is the model's own; several are a folder each, DIR/HEIGHTxWIDTH"
+    )
+    pixels: bool = Field(
+        False, description="also pixels.json: uint8 [B, height, width, 3] of any size to probabilities"
+    )
+    num_check_images: Count | None = Field(
+        None, description="validation images that the export is compared on, spread over the set; null: all"
+    )
+    num_calibration_images: Count = Field(256, description="validation images that int8's ranges are of")
 
 
 class Config(Section):

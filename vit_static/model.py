@@ -424,8 +424,8 @@ class VisionTransformer(nn.Layer):
             self.head0 = linear(pooled_width, representation_size)
             self.head = linear(representation_size, num_classes, bias_init=head_bias_init)
 
-    def features(self, images: paddle.Tensor) -> paddle.Tensor:
-        """The pooled state after the last norm, [B, C] ([B, 2 C] of cls_gap)."""
+    def embedded(self, images: paddle.Tensor) -> paddle.Tensor:
+        """What the first block gets, [B, N, C]: registers, class token, patches."""
         x = self.patch_embed(images)  # [B, rows * columns, C]
         if self.cls_token is not None and self.class_position:
             x = _with_tokens(self.cls_token, x)
@@ -434,9 +434,13 @@ class VisionTransformer(nn.Layer):
             x = _with_tokens(self.cls_token, x)
         if self.reg_token is not None:
             x = _with_tokens(self.reg_token, x)
-        x = self.pos_drop(x)
+        return self.pos_drop(x)
+
+    def features(self, images: paddle.Tensor) -> paddle.Tensor:
+        """The pooled state after the last norm, [B, C] ([B, 2 C] of cls_gap)."""
+        x = self.embedded(images)
         for block in self.blocks:
-            x = block(x)  # [B, N, C]: registers, class token, patches
+            x = block(x)  # [B, N, C]
         return self.norm(self.pooled(x)) if self.norm_after_pool else self.pooled(self.norm(x))
 
     def pooled(self, x: paddle.Tensor) -> paddle.Tensor:

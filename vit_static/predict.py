@@ -8,18 +8,18 @@
     for prediction in model.stream(many_paths):  # reads ahead, a batch at a time, and goes on after a bad image
         ...
 
-A Predictor is for any number of threads at once. It runs in the precision that the export was made and checked in, on
-the CPU with oneDNN. OpenVINO's engine in Paddle's wheel is of no use here: it takes programs of Paddle's old format
-alone, and given ours says that it is on and isn't loaded (3.3.1: the same bits at the same speed).
+A Predictor is for any number of threads at once. It runs in the precision that the export was made and checked in: on
+a card if there is one, else on the CPU with oneDNN, and in int8 with ONNX Runtime. OpenVINO's engine in Paddle's wheel
+is of no use here: it takes programs of Paddle's old format alone, and given ours says that it is on and isn't loaded
+(3.3.1: the same bits at the same speed). Nor is TensorRT offered: of programs of the new format Paddle makes its
+engines in a step of its own (paddle.tensorrt), which needs TensorRT and a card.
 """
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
-import math
 import os
 import sys
 from collections import deque
@@ -30,37 +30,26 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from queue import LifoQueue
-from typing import Annotated, Any, BinaryIO, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, BinaryIO, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import paddle
-from paddle import inference
 from PIL import Image, UnidentifiedImageError
-from pydantic import Field, ValidationError, model_validator
 
-from vit_static import cpu_kernels, runtime
 from vit_static import model as model_module
-from vit_static.config import (
-    CropRatio,
-    DataConfig,
-    EvalConfig,
-    ImageSize,
-    InferencePrecision,
-    ModelConfig,
-    Positive,
-    Section,
-    UserError,
-    shortened,
-)
+from vit_static import runtime
+from vit_static.config import DataConfig, InferencePrecision, shortened
 from vit_static.data.images import IMAGE_SUFFIXES, MOST_PIXELS
 from vit_static.data.pipeline import pixels_pipeline
 from vit_static.files import write_atomically
+from vit_static.formats import split_qkv
+from vit_static.model_folder import CARD_FILE, MODEL_FILE, REMEDY, PredictError, Preprocessing, read_card
+from vit_static.sessions import Session, open_session
 
 # A file, a picture, or decoded pixels [height, width, 3] uint8, RGB
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray
 OutputFormat = Literal["json", "csv", "table"]
 
-_GPU_POOL_MB = 256
 _BATCH_SIZE = 32
 _LONGEST_NAME = 24  # in the table
 # Of the largest logit: what the order of float32's additions may change, and a card of another model does not.
@@ -68,62 +57,6 @@ _LARGEST_DIFFERENCE = 1e-3
 # How many threads are at the model, or at the preprocessing, at once: one of them has all cores already, a second one
 # does its copying meanwhile. Each has the weights for itself.
 _NUM_SIDE_BY_SIDE = 2
-MODEL_FILE, WEIGHTS_FILE, CARD_FILE = "model.json", "model.pdiparams", "vit_static.json"
-
-
-class PredictError(UserError):
-    """A model folder that can't be used, or an image that can't be read."""
-
-
-class Preprocessing(Section):
-    """How a decoded image becomes the model's input; `eval` and `data` say what the keys mean."""
-
-    image_size: ImageSize
-    resize: Literal["short", "direct"]
-    crop_ratio: CropRatio
-    interpolation: Literal["bilinear", "bicubic"]
-    antialias: bool
-    mean: tuple[float, float, float]
-    std: tuple[Positive, Positive, Positive]
-
-    def as_evaluation(self) -> EvalConfig:
-        return EvalConfig(
-            resize=self.resize,
-            crop_ratio=self.crop_ratio,
-            interpolation=self.interpolation,
-            antialias=self.antialias,
-        )
-
-
-class FileRecord(Section):
-    """What a file is known by."""
-
-    size: Annotated[int, Field(ge=0)]  # bytes
-    sha256: str
-
-
-class Card(Section):
-    """The small file beside the exported model: what its input and its classes are, and what its files are known by.
-
-    Paddle Inference trusts its files, and dies of a damaged one: none is given to it that isn't what was written.
-    """
-
-    class_names: list[str]
-    preprocessing: Preprocessing
-    activation: Literal["softmax", "sigmoid", "bce"]
-    model: ModelConfig
-    precision: InferencePrecision = "float32"
-    files: dict[str, FileRecord]
-
-    @model_validator(mode="after")
-    def _of_one_model(self) -> Card:
-        if self.preprocessing.image_size != self.model.image_size:
-            raise ValueError("its preprocessing and its model have other image sizes")
-        if math.prod(self.model.image_size) > MOST_PIXELS:
-            raise ValueError(f"its images have more than {MOST_PIXELS} pixels")
-        if len(self.class_names) != self.model.num_classes:
-            raise ValueError(f"it names {len(self.class_names)} classes, and its model has {self.model.num_classes}")
-        return self
 
 
 @dataclass(frozen=True)
@@ -199,15 +132,16 @@ class Predictor:
         self.card = read_card(folder)
         threads = num_threads or len(os.sched_getaffinity(0))
         chosen = precision or self.card.precision
-        self._sessions = _Pool(_NUM_SIDE_BY_SIDE, lambda: open_session(folder, threads, onednn, chosen))
-        self._preprocessors = _Pool(_NUM_SIDE_BY_SIDE, lambda: Preprocessor(self.card.preprocessing, threads))
-        with self._sessions.borrow():  # so that it fails here, if it does
-            pass
-        why = "as exported" if chosen == self.card.precision else f"exported for {self.card.precision}"
-        place = (
-            "card 0" if chosen == "float16" else f"the CPU, {'oneDNN' if onednn else 'no oneDNN'}, {threads} threads"
+        self._sessions: _Pool[Session] = _Pool(
+            _NUM_SIDE_BY_SIDE, lambda: open_session(folder, threads, onednn=onednn, precision=precision)
         )
+        self._preprocessors = _Pool(_NUM_SIDE_BY_SIDE, lambda: Preprocessor(self.card.preprocessing, threads))
+        with self._sessions.borrow() as session:  # so that it fails here, if it does
+            place = session.place
+        why = "as exported" if chosen == self.card.precision else f"exported for {self.card.precision}"
         self.description = f"{chosen} ({why}) on {place}"
+        if chosen == "float32" and runtime.cpu_has_bfloat16() and place.startswith("the CPU"):
+            self.description += "; bfloat16, which this CPU multiplies, is quicker: --precision bfloat16"
 
     def __call__(self, images: Sequence[Picture], top_k: int = 5) -> list[Prediction]:
         """The `top_k` likeliest classes of each image. Raises PredictError, with its name, for one that can't be
@@ -273,19 +207,19 @@ class Predictor:
         program isn't what its card says."""
         with self._sessions.borrow() as session:
             try:
-                logits = run_session(session, inputs)
+                logits, features = session.run(np.asarray(inputs, np.float32), with_features=with_features)
             except (ValueError, RuntimeError) as error:
                 lines = [line.strip() for line in str(error).splitlines() if "Error" in line] or [str(error)]
                 raise PredictError(
                     f"the model can't be run on images of {inputs.shape[2]}x{inputs.shape[3]}, which {CARD_FILE} has "
-                    f"({shortened(lines[0])}); {_REMEDY}"
+                    f"({shortened(lines[0])}); {REMEDY}"
                 ) from None
             if logits.shape != (len(inputs), len(self.card.class_names)):
                 raise PredictError(
                     f"the model gives {list(logits.shape)} where its card, {CARD_FILE}, has "
-                    f"{len(self.card.class_names)} classes; {_REMEDY}"
+                    f"{len(self.card.class_names)} classes; {REMEDY}"
                 )
-            return logits, read_output(session, 1) if with_features else None
+            return logits, features
 
     def _all(self, images: Sequence[Picture], *, with_features: bool) -> tuple[np.ndarray, np.ndarray | None]:
         parts = []
@@ -354,108 +288,29 @@ def load_model(
 ) -> model_module.VisionTransformer:
     """The exported model as a layer of Paddle's, in float32, to look into. Raises PredictError for a folder that an
     earlier version exported, whose parameters have no names."""
-    config = read_card(folder).model
-    model = model_module.build(config, attention)
-    program = paddle.jit.load(str(folder / "model"))
+    card = read_card(folder)
+    if card.precision == "int8":
+        raise PredictError(f"{folder}: int8 can't be looked into; use the run that it is of, or a float32 export")
+    model = model_module.build(card.model, attention)
     # Paddle puts a number behind each name that it loads.
-    loaded = program.parameters()
-    found = {parameter.name.rpartition("_")[0]: parameter for parameter in loaded}
+    program = paddle.jit.load(str(folder / MODEL_FILE.removesuffix(".json")))
+    found = {one.name.rpartition("_")[0]: one.astype("float32").numpy() for one in program.parameters()}
+    state = split_qkv(found)
     for name, parameter in model.named_parameters():
-        if name not in found or found[name].shape != parameter.shape:
-            raise PredictError(f"{folder}: has no parameter {name} {list(parameter.shape)}; export the model again")
-        parameter.set_value(found[name])
+        if name not in state or list(state[name].shape) != parameter.shape:
+            raise PredictError(f"{folder}: has no parameter {name} {parameter.shape}; export the model again")
+        parameter.set_value(state[name])
     model.eval()
+    if card.precision != "float32":  # whose program this process may not be able to run
+        return model
     program.eval()
-    noise = paddle.to_tensor(np.random.default_rng(0).standard_normal((1, 3, *config.image_size)).astype(np.float32))
+    size = card.model.image_size
+    noise = paddle.to_tensor(np.random.default_rng(0).standard_normal((1, 3, *size)).astype(np.float32))
     with paddle.no_grad():
         ours, theirs = model(noise).numpy(), program(noise)[0].numpy()
     if not np.abs(ours - theirs).max() <= _LARGEST_DIFFERENCE * np.abs(theirs).max():
         raise PredictError(f"{folder}: its program doesn't compute what its card says; export the model again")
     return model
-
-
-_REMEDY = "export it again: './run.sh export --checkpoint RUN --out DIR'"
-
-
-def manifest(folder: Path) -> dict[str, FileRecord]:
-    """What the files of an exported model are known by, for its card."""
-    return {name: _record(folder / name) for name in (MODEL_FILE, WEIGHTS_FILE)}
-
-
-def _record(path: Path) -> FileRecord:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return FileRecord(size=path.stat().st_size, sha256=digest.hexdigest())
-
-
-def read_card(folder: Path) -> Card:
-    """Raises PredictError where a file is missing, isn't what `export` writes, or isn't what it wrote."""
-    for name in (MODEL_FILE, WEIGHTS_FILE, CARD_FILE):
-        if not (folder / name).is_file():
-            raise PredictError(f"{folder / name}: no such file; --model takes a folder that './run.sh export' wrote")
-    path = folder / CARD_FILE
-    try:
-        card = Card.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        mistake = error.errors(include_input=False, include_url=False)[0]
-        if mistake["loc"] == ("files",) and mistake["type"] == "missing":
-            raise PredictError(
-                f"{path}: is of an older version's export, without the sizes and digests of its files; {_REMEDY}"
-            ) from None
-        place = shortened(".".join(map(str, mistake["loc"]))) or "it"
-        said = shortened(mistake["msg"].removeprefix("Value error, "))
-        raise PredictError(f"{path}: is not a card of an exported model ({place}: {said}); {_REMEDY}") from None
-    for name in (MODEL_FILE, WEIGHTS_FILE):
-        if name not in card.files:
-            raise PredictError(f"{path}: has no record of {name}; {_REMEDY}")
-        if _record(folder / name) != card.files[name]:
-            raise PredictError(
-                f"{folder / name}: is damaged, or of another export than {CARD_FILE} beside it; copy the folder again, "
-                f"or {_REMEDY}"
-            )
-    return card
-
-
-def open_session(folder: Path, num_threads: int, onednn: bool = True, precision: InferencePrecision = "float32") -> Any:
-    """A Paddle Inference predictor of the folder's model: on the CPU, in float16 on a card.
-
-    Inputs, outputs and the files' weights are float32 in every precision, which is what operators compute in. Raises
-    PredictError for a precision that this machine has not.
-    """
-    if cpu_kernels.has_operators():
-        raise PredictError(f"{folder}: can't be opened in a process that has trained; open it in one of its own")
-    config = inference.Config(str(folder / MODEL_FILE), str(folder / WEIGHTS_FILE))
-    config.disable_glog_info()
-    config.set_cpu_math_library_num_threads(num_threads)
-    if precision == "float16":
-        if not paddle.is_compiled_with_cuda():
-            raise PredictError("float16: needs a card and the GPU build of Paddle; --precision float32 does without")
-        config.enable_use_gpu(_GPU_POOL_MB, 0, inference.PrecisionType.Half)
-    elif onednn:
-        config.enable_mkldnn()
-    else:
-        config.disable_mkldnn()
-    if precision == "bfloat16":
-        if not runtime.cpu_has_bfloat16():
-            raise PredictError("bfloat16: this CPU doesn't multiply it; --precision float32 does without")
-        config.enable_mkldnn_bfloat16()
-    return inference.create_predictor(config)
-
-
-def run_session(session: Any, images: np.ndarray) -> np.ndarray:
-    """One batch through a Paddle Inference predictor: its first output."""
-    handle = session.get_input_handle(session.get_input_names()[0])
-    handle.reshape(images.shape)
-    handle.copy_from_cpu(np.ascontiguousarray(images, np.float32))
-    session.run()
-    return read_output(session, 0)
-
-
-def read_output(session: Any, number: int) -> np.ndarray:
-    """Of what `run_session` has run."""
-    return session.get_output_handle(session.get_output_names()[number]).copy_to_cpu()
 
 
 def to_pixels(image: Picture) -> np.ndarray:

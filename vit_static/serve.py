@@ -35,8 +35,9 @@ from vit_static.attend import attention_map, load_exported
 from vit_static.config import InferencePrecision, UserError
 from vit_static.data.pipeline import resized_before_crop
 from vit_static.model import VisionTransformer
+from vit_static.model_folder import PredictError
 from vit_static.page import PAGE
-from vit_static.predict import PredictError, Predictor, load, read_pixels, say
+from vit_static.predict import Predictor, load, read_pixels, say
 
 # Of Pillow's many formats those that browsers show; among the others are some that run programs (EPS).
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")

@@ -60,7 +60,8 @@ def write_models(config: Config, model: Mapping[str, int], folder: Path) -> None
     mesh_module.seed_everything(config.seed)
     ours = model_module.build(config.model)
     ours.eval()
-    export.write(ours, config, [str(number) for number in range(config.model.num_classes)], folder)
+    card = export.card_of(config, [str(number) for number in range(config.model.num_classes)])
+    export.write(ours, config, card, folder)
     spec = {"model": dict(model), "onnx": str(folder / "model.onnx")}
     maker = peer("onnx", "torch_to_onnx.py", peers_python(), "torch_to_onnx.py", spec)
     environ = {**os.environ, **maker.environ}
