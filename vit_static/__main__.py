@@ -189,8 +189,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--scale", action="store_true", help="instead: what lists of 1.28 and 14.2 million images cost")
     verb.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # for its own use
-    verb = add_bench("infer", "the exported model against PyTorch and ONNX Runtime, at batch 1 and 8", "bench_s16.yaml")
+    verb = add_bench("infer", "the exported model against PyTorch and ONNX Runtime", "bench_s16.yaml")
     add_rounds(verb, 5)
+    verb.add_argument("--checkpoint", type=Path, help="a trained model, and its validation set: top-1, too")
+    verb.add_argument(
+        "--batch-size", type=_at_least_one, action="append", dest="batch_sizes", metavar="N", help="default: 1, 8, 32"
+    )
     verb.add_argument("--serve", metavar="SPEC", help=argparse.SUPPRESS)  # for its own use
     verb = add_bench("profile", "where a training step's time goes, by operator", "bench_s16.yaml")
     verb.add_argument("--steps", type=_at_least_one, default=3, help="to average over (default: 3)")
@@ -353,7 +357,9 @@ def _bench(arguments: argparse.Namespace, config: Config) -> None:
         if arguments.serve:
             infer.serve(arguments.serve)
         else:
-            infer.run(config, arguments.rounds, arguments.seconds, arguments.json)
+            sizes = tuple(arguments.batch_sizes or infer.BATCH_SIZES)
+            of_what = config, arguments.checkpoint, arguments.overrides
+            infer.run(*of_what, sizes, arguments.rounds, arguments.seconds, arguments.json)
     elif arguments.bench == "profile":
         from vit_static.bench import profile
 

@@ -135,7 +135,7 @@ def _export(loaded: Weights, config: Config, images: ImageSet, folder: Path, nam
     folder.mkdir(exist_ok=True)
     card = card_of(config, loaded.class_names or images.class_names)
     chosen = spread_over(len(images), config.export.num_calibration_images)
-    write(model, config, card, folder, (inputs for inputs, *_ in _read(images, chosen, card)), onnx=onnx)
+    write(model, config, card, folder, (inputs for inputs, *_ in read(images, chosen, card)), onnx=onnx)
     comparisons = compare(model, card, folder, images, config.export.num_check_images)
     for file, found in comparisons.items():
         what = f"{name + '/' if name else ''}{file}"
@@ -289,7 +289,7 @@ def compare(
     trained = _Trained()
     chosen = spread_over(len(images), num_images)
     with tqdm(total=len(chosen), unit="image", desc="checking", disable=not sys.stderr.isatty()) as bar:
-        for inputs, pixels, labels in _read(images, chosen, card):
+        for inputs, pixels, labels in read(images, chosen, card):
             with paddle.no_grad():
                 logits = model(paddle.to_tensor(inputs)).numpy()
             trained.hits += num_hits(logits, labels)
@@ -315,7 +315,7 @@ def compare(
     }
 
 
-def _read(
+def read(
     images: ImageSet, chosen: np.ndarray, card: Card
 ) -> Iterator[tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]]:
     """A batch at a time: the model's inputs, the pixels that they are of, and the labels."""

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vit_static import runtime
 from vit_static.config import UserError
 from vit_static.files import write_atomically
@@ -44,16 +46,23 @@ class Contender:
 
 @dataclass
 class Result:
-    """What a contender did: images a second in each round, and the most memory that its process had."""
+    """What a contender did: images a second in each round, the seconds of each call, and the most memory that its
+    process had. `known`: what it said when it was ready."""
 
     title: str
     version: str = ""
     images_per_s: list[float] = field(default_factory=list)
     peak_bytes: int = 0
+    calls: list[float] = field(default_factory=list)
+    known: dict[str, Any] = field(default_factory=dict)
 
     @property
     def median(self) -> float:
         return statistics.median(self.images_per_s)
+
+    def latency_ms(self, per_cent: float) -> float:
+        """How long that share of the calls took at most, linear between two."""
+        return 1e3 * float(np.percentile(self.calls, per_cent))
 
 
 def peers_python() -> str:
@@ -92,12 +101,14 @@ def take_turns(contenders: Sequence[Contender], rounds: int, seconds: float) -> 
         for contender in contenders:
             process = running[contender.name] = stack.enter_context(_Running(contender))
             known = process.hear()
-            results[contender.name].version = str(known.get("version", ""))
+            results[contender.name].version = str(known.pop("version", ""))
+            results[contender.name].known = known
         for number in range(rounds):
             for contender in contenders:
                 done = running[contender.name].work(seconds)
                 speed = done["num_images"] / done["seconds"]
                 results[contender.name].images_per_s.append(speed)
+                results[contender.name].calls += done.get("calls", [])
                 print(f"round {number + 1}  {contender.title:<44} {speed:9.2f} images/s", flush=True)
         for contender in contenders:
             results[contender.name].peak_bytes = int(running[contender.name].end()["peak_bytes"])
@@ -158,12 +169,15 @@ def ratio(ours: Result, theirs: Result) -> float:
     return statistics.median(a / b for a, b in zip(ours.images_per_s, theirs.images_per_s, strict=True))
 
 
-def print_table(results: Mapping[str, Result], rounds: int) -> None:
-    print(f"\n{f'median of {rounds} rounds':<46}{'images/s':>10}{'least':>9}{'most':>9}{'peak memory':>14}")
+def print_table(results: Mapping[str, Result], rounds: int, *, latencies: bool = False) -> None:
+    """`latencies`: with those of a call, p50 and p99."""
+    head = f"{'p50':>11}{'p99':>11}" if latencies else ""
+    print(f"\n{f'median of {rounds} rounds':<46}{'images/s':>10}{'least':>9}{'most':>9}{head}{'peak memory':>14}")
     for result in results.values():
         title = f"{result.title} {result.version}".strip()
         least, most = min(result.images_per_s), max(result.images_per_s)
-        print(f"{title:<46}{result.median:10.2f}{least:9.2f}{most:9.2f}{result.peak_bytes / 1e6:11.0f} MB")
+        took = f"{result.latency_ms(50):8.1f} ms{result.latency_ms(99):8.1f} ms" if latencies else ""
+        print(f"{title:<46}{result.median:10.2f}{least:9.2f}{most:9.2f}{took}{result.peak_bytes / 1e6:11.0f} MB")
 
 
 def print_ratios(ratios: Mapping[str, float], targets: Mapping[str, float] | None = None) -> None:
@@ -193,6 +207,7 @@ def write_json(
                 "images_per_s": result.images_per_s,
                 "median_images_per_s": result.median,
                 "peak_bytes": result.peak_bytes,
+                **({f"p{share}_ms": result.latency_ms(share) for share in (50, 99)} if result.calls else {}),
             }
             for name, result in results.items()
         },

@@ -1,4 +1,4 @@
-"""`bench infer`: the exported model through Paddle Inference against PyTorch and ONNX Runtime."""
+"""`bench infer`: exported models, in each precision, against PyTorch and ONNX Runtime with the same weights."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import paddle
 
-from vit_static import export, runtime
+from vit_static import export, onnx_files, runtime
 from vit_static import mesh as mesh_module
 from vit_static import model as model_module
 from vit_static.bench.contenders import (
@@ -31,97 +31,204 @@ from vit_static.bench.contenders import (
 )
 from vit_static.bench.peers import protocol
 from vit_static.bench.train import peers_model
-from vit_static.config import Config
+from vit_static.checkpoint import load_weights
+from vit_static.config import Config, InferencePrecision, InitConfig, UserError
+from vit_static.data.sets import open_set
+from vit_static.model_folder import Comparison
 from vit_static.predict import Predictor
+from vit_static.weights import file_state, init_from
 
-BATCH_SIZES = (1, 8)
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-_PEERS = {"fp32": ("pytorch", "onnxruntime"), "bf16": ("pytorch",)}
+BATCH_SIZES = (1, 8, 32)
+_DTYPES: dict[str, InferencePrecision] = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
+_PEERS = {"fp32": ("pytorch", "onnxruntime"), "bf16": ("pytorch",), "int8": ()}
+_FP32 = "pytorch", "onnxruntime"
+_NUM_CALIBRATION_IMAGES = 64  # of noise, where there are no weights that have been trained
+_SAME_WEIGHTS = 1e-2  # of a logit, in float32
+_TARGETS = {"fp32_vs_best_fp32_peer": 1.0, "best_low_vs_best_fp32_peer": 1.7}
 
 
-def run(config: Config, rounds: int, seconds: float, json_path: Path | None) -> None:
-    """Prints speeds and ours over the best peer's, and writes them to `json_path`. The weights are fresh: their values
-    don't change the speed. On a CPU without bfloat16, float32 alone."""
+def run(
+    config: Config,
+    checkpoint: Path | None,
+    overrides: list[str],
+    batch_sizes: tuple[int, ...],
+    rounds: int,
+    seconds: float,
+    json_path: Path | None,
+) -> None:
+    """Prints latencies, speeds, ours over the best peer's, and with a `checkpoint` each precision's top-1 beside the
+    trained model's; writes them to `json_path`. Without one the weights are fresh, which changes no speed."""
     check_writable(json_path)
-    model = peers_model(config)
+    onnx_files.check_installed()
+    results: dict[str, Result] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_models(config, model, folder)
-        results = take_turns(contenders_for(model, folder), rounds, seconds)
-    ratios = ratios_of(results)
-    print_table(results, rounds)
-    print_ratios(ratios)
-    write_json(json_path, ratios, results)
+        if checkpoint is None:
+            comparisons = write_fresh(config, folder, max(batch_sizes))
+        else:
+            config, comparisons = write_trained(checkpoint, overrides, folder, max(batch_sizes))
+        model = peers_model(config)
+        for batch_size in batch_sizes:
+            group = take_turns(contenders_for(model, folder, batch_size), rounds, seconds)
+            check_weights(group)
+            results |= group
+    ratios = ratios_of(results, batch_sizes)
+    print_table(results, rounds, latencies=True)
+    print_ratios(ratios, _TARGETS)
+    print_top1(comparisons)
+    top1 = {name: found.model_dump() for name, found in comparisons.items()}
+    write_json(json_path, ratios, results, {"top1": top1})
 
 
-def write_models(config: Config, model: Mapping[str, int], folder: Path) -> None:
-    """Ours, as `export` writes it, and the peers' as model.onnx, into `folder`."""
+def precisions() -> list[str]:
+    """What this machine can be compared in."""
+    return [name for name in _DTYPES if name != "bf16" or runtime.cpu_has_bfloat16()]
+
+
+def write_fresh(config: Config, folder: Path, batch_size: int) -> dict[str, Comparison]:
+    """The config's model with fresh weights, its head too, and noise for images."""
     paddle.set_device("cpu")
     mesh_module.seed_everything(config.seed)
-    ours = model_module.build(config.model)
-    ours.eval()
-    card = export.card_of(config, [str(number) for number in range(config.model.num_classes)])
-    export.write(ours, config, card, folder)
-    spec = {"model": dict(model), "onnx": str(folder / "model.onnx")}
-    maker = peer("onnx", "torch_to_onnx.py", peers_python(), "torch_to_onnx.py", spec)
+    model = model_module.build(config.model)
+    model.head.weight.set_value(paddle.randn(model.head.weight.shape) * model.head.weight.shape[0] ** -0.5)
+    model.eval()
+    shape = (max(batch_size, _NUM_CALIBRATION_IMAGES), 3, *config.model.image_size)
+    images = np.random.default_rng(0).standard_normal(shape, np.float32)
+    names = [str(number) for number in range(config.model.num_classes)]
+    _write(model, config, names, folder, images)
+    return {}
+
+
+def write_trained(
+    checkpoint: Path, overrides: list[str], folder: Path, batch_size: int
+) -> tuple[Config, dict[str, Comparison]]:
+    """A checkpoint's model, images of its validation set, and what `export` finds of each precision."""
+    loaded = load_weights(checkpoint)
+    config = loaded.config_with(overrides)
+    paddle.set_device("cpu")
+    model = model_module.build(config.model)
+    keeping = InitConfig(head="keep", pos_embed=config.init.pos_embed)
+    init_from(model, config.model, loaded.found, str(loaded.source), keeping, loaded.grid)
+    model.eval()
+    validation = open_set(config.data, "val", config.model.num_classes)
+    names = loaded.class_names or validation.class_names
+    chosen = export.spread_over(len(validation), config.export.num_calibration_images)
+    card = export.card_of(config, names)
+    images = np.concatenate([inputs for inputs, *_ in export.read(validation, chosen, card)])
+    _write(model, config, names, folder, np.resize(images, (max(batch_size, len(images)), *images.shape[1:])))
+    comparisons = {}
+    for precision in precisions():
+        card = card.model_copy(update={"precision": _DTYPES[precision]})
+        found = export.compare(model, card, folder / precision, validation, config.export.num_check_images)
+        (comparisons[precision],) = found.values()
+    return config, comparisons
+
+
+def _write(
+    model: model_module.VisionTransformer, config: Config, names: list[str], folder: Path, images: np.ndarray
+) -> None:
+    """Ours in each precision, as `export` writes it, images.npy, weights.npz, and the peers' model.onnx."""
+
+    def batches() -> Iterator[np.ndarray]:
+        yield from np.array_split(images, max(len(images) // 16, 1))
+
+    for precision in precisions():
+        (folder / precision).mkdir()
+        card = export.card_of(config, names).model_copy(update={"precision": _DTYPES[precision]})
+        export.write(model, config, card, folder / precision, batches())
+    np.save(folder / "images.npy", images)
+    np.savez(folder / "weights.npz", **file_state(model))  # type: ignore[arg-type]
+    maker = peer("onnx", "torch_to_onnx.py", peers_python(), "torch_to_onnx.py", _spec(peers_model(config), folder))
     environ = {**os.environ, **maker.environ}
     finished = subprocess.run(maker.command, env=environ, capture_output=True, text=True, check=False)
     if finished.returncode != 0:
         raise RuntimeError(f"{maker.title}: exit code {finished.returncode}:\n{finished.stderr[-4000:]}")
 
 
-def contenders_for(model: Mapping[str, int], folder: Path) -> list[Contender]:
-    """Ours and the peers, in both precisions and at both batch sizes, each on all cores."""
-    precisions = list(_DTYPES)
-    if not runtime.cpu_has_bfloat16():
-        print("this CPU multiplies no bfloat16: float32 alone is measured")
-        precisions.remove("bf16")
+def _spec(model: Mapping[str, int], folder: Path) -> dict[str, Any]:
+    files = {"onnx": "model.onnx", "weights": "weights.npz", "images": "images.npy"}
+    return {"model": dict(model), **{key: str(folder / name) for key, name in files.items()}}
+
+
+def contenders_for(model: Mapping[str, int], folder: Path, batch_size: int) -> list[Contender]:
+    """Ours and the peers in each precision, each on all cores."""
     contenders = []
-    for batch_size in BATCH_SIZES:
-        for precision in precisions:
-            spec = {
-                "model": dict(model),
-                "batch_size": batch_size,
-                "precision": _DTYPES[precision],
-                "folder": str(folder),
-                "onnx": str(folder / "model.onnx"),
-            }
-            title, name = f"{precision}, batch {batch_size},", f"{precision}_batch_{batch_size}"
-            ours = (our_python(), "-m", "vit_static", "bench", "infer", "--serve", json.dumps(spec))
-            contenders.append(Contender(f"ours_{name}", f"vit_static {title}", ours))
-            contenders.append(peer(f"pytorch_{name}", f"PyTorch {title}", peers_python(), "pytorch_infer.py", spec))
-            if "onnxruntime" in _PEERS[precision]:
-                title = f"ONNX Runtime {title}"
-                contenders.append(peer(f"onnxruntime_{name}", title, peers_python(), "onnxruntime_infer.py", spec))
+    for precision in precisions():
+        spec = {
+            **_spec(model, folder),
+            "batch_size": batch_size,
+            "precision": _DTYPES[precision],
+            "folder": str(folder / precision),
+        }
+        title, name = f"{precision}, batch {batch_size},", f"{precision}_batch_{batch_size}"
+        ours = (our_python(), "-m", "vit_static", "bench", "infer", "--serve", json.dumps(spec))
+        contenders.append(Contender(f"ours_{name}", f"vit_static {title}", ours))
+        for of_peer, said, script in (
+            ("pytorch", "PyTorch", "pytorch_infer.py"),
+            ("onnxruntime", "ONNX Runtime", "onnxruntime_infer.py"),
+        ):
+            if of_peer in _PEERS[precision]:
+                contenders.append(peer(f"{of_peer}_{name}", f"{said} {title}", peers_python(), script, spec))
     return contenders
 
 
-def ratios_of(results: Mapping[str, Result]) -> dict[str, float]:
-    """Ours over the best peer's: for each precision the lesser of the batch sizes', then each of them."""
-    ratios: dict[str, float] = {}
-    for precision, peers in _PEERS.items():
-        found = {}
-        for batch_size in BATCH_SIZES:
-            case = f"{precision}_batch_{batch_size}"
-            if f"ours_{case}" in results:
-                best = max((results[f"{name}_{case}"] for name in peers), key=lambda result: result.median)
-                found[f"{precision}_vs_best_peer_batch_{batch_size}"] = ratio(results[f"ours_{case}"], best)
-        if found:
-            ratios |= {f"{precision}_vs_best_peer": min(found.values()), **found}
+def check_weights(group: Mapping[str, Result]) -> None:
+    """Raises UserError where the peers' model, in float32, isn't ours."""
+    logits = {name: np.array(result.known["logits"]) for name, result in group.items() if "_fp32_" in name}
+    ours = next(found for name, found in logits.items() if name.startswith("ours"))
+    for name, found in logits.items():
+        if not np.abs(found - ours).max() <= _SAME_WEIGHTS * max(1.0, np.abs(ours).max()):
+            raise UserError(
+                f"bench infer: the model is none of the peers', whose ViT is plain ({name} answers otherwise)"
+            )
+
+
+def ratios_of(results: Mapping[str, Result], batch_sizes: tuple[int, ...]) -> dict[str, float]:
+    """Ours over the best float32 peer, and in bfloat16 over the best bfloat16 one, by batch size; before them the least
+    of each, of low precisions the best's."""
+
+    def over(precision: str, peers: tuple[str, ...], of_peers: str, batch_size: int) -> float:
+        best = max(
+            (results[f"{name}_{of_peers}_batch_{batch_size}"] for name in peers), key=lambda result: result.median
+        )
+        return ratio(results[f"ours_{precision}_batch_{batch_size}"], best)
+
+    known = [precision for precision in _DTYPES if f"ours_{precision}_batch_{batch_sizes[0]}" in results]
+    over_fp32 = {one: {size: over(one, _FP32, "fp32", size) for size in batch_sizes} for one in known}
+    low = [one for one in known if one != "fp32"]
+    ratios = {"fp32_vs_best_fp32_peer": min(over_fp32["fp32"].values())}
+    if low:
+        ratios["best_low_vs_best_fp32_peer"] = min(max(over_fp32[one][size] for one in low) for size in batch_sizes)
+    for one in known:
+        ratios |= {f"{one}_vs_best_fp32_peer_batch_{size}": over_fp32[one][size] for size in batch_sizes}
+    if "bf16" in known:
+        own = {size: over("bf16", _PEERS["bf16"], "bf16", size) for size in batch_sizes}
+        ratios |= {f"bf16_vs_best_bf16_peer_batch_{size}": value for size, value in own.items()}
     return ratios
+
+
+def print_top1(comparisons: Mapping[str, Comparison]) -> None:
+    if not comparisons:
+        print("\ntop-1: the weights are fresh; --checkpoint RUN measures a trained model's, too")
+    for precision, found in comparisons.items():
+        print(
+            f"{precision}: top-1 {found.top1_exported:.2f} %, {found.top1_exported - found.top1_trained:+.2f} from the "
+            f"trained model's, the same class for {found.same_class:.2f} % of {found.num_images} images"
+        )
 
 
 def serve(spec_text: str) -> None:
     """`bench infer --serve SPEC`: the exported model at work, as a contender of bench/contenders.py."""
     spec: dict[str, Any] = json.loads(spec_text)
-    predictor = Predictor(Path(spec["folder"]), precision=spec["precision"])
-    size, batch_size = spec["model"]["image_size"], spec["batch_size"]
-    images = np.random.default_rng(0).standard_normal((batch_size, 3, size, size)).astype(np.float32)
+    predictor = Predictor(Path(spec["folder"]))
+    images, batch_size = np.load(spec["images"]), int(spec["batch_size"])
+    logits = predictor.logits(images[:2]).tolist()
+    images = np.ascontiguousarray(images[:batch_size])
 
     def batch() -> int:
         predictor.logits(images)
-        return int(batch_size)
+        return batch_size
 
     for _ in range(3):
         batch()
-    protocol.serve(batch, version=paddle.__version__)
+    protocol.serve(batch, version=paddle.__version__, logits=logits)

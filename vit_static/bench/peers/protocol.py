@@ -15,16 +15,17 @@ from typing import Any
 
 def serve(work: Callable[[], int], **known: Any) -> None:
     """Says that it is ready, with what is `known`; for each line of standard input, a number of seconds, repeats
-    `work`, which returns the number of images that it has done, for at least as long, and says how it went. At the end
-    of the input, says the most memory that the process has had."""
+    `work`, which returns the number of images that it has done, for at least as long, and says how it went and how long
+    each call took. At the end of the input, says the most memory that the process has had."""
     _say(ready=True, **known)
     for line in sys.stdin:
         enough, num_images, started = float(line), 0, time.perf_counter()
-        elapsed = 0.0
+        elapsed, calls = 0.0, []
         while elapsed < enough or num_images == 0:
             num_images += work()
-            elapsed = time.perf_counter() - started
-        _say(num_images=num_images, seconds=elapsed)
+            before, elapsed = elapsed, time.perf_counter() - started
+            calls.append(round(elapsed - before, 6))
+        _say(num_images=num_images, seconds=elapsed, calls=calls)
     _say(peak_bytes=peak_bytes())
 
 

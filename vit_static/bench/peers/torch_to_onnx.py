@@ -6,15 +6,14 @@ import json
 import sys
 
 import torch
-from torch_vit import TorchViT
+from torch_vit import load
 
 
 def main() -> None:
     spec = json.loads(sys.argv[1])
-    torch.manual_seed(0)
     size = spec["model"]["image_size"]
     torch.onnx.export(
-        TorchViT(**spec["model"]).eval(),
+        load(spec),
         (torch.randn(2, 3, size, size),),
         spec["onnx"],
         dynamo=False,  # the other exporter needs onnxscript

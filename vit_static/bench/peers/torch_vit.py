@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -51,3 +54,18 @@ class TorchViT(nn.Module):
         x = self.patch_embed(images).flatten(2).transpose(1, 2)  # [B, N, C]
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
         return self.head(self.norm(self.blocks(x))[:, 0])
+
+
+def load(spec: dict[str, Any]) -> TorchViT:
+    """The model of a SPEC of bench/infer.py, with the weights of its .npz file: ours, under the names of its file."""
+    model = TorchViT(**spec["model"])
+    with np.load(spec["weights"]) as given:
+        own = {}
+        for name in model.state_dict():
+            theirs = name.replace("patch_embed.", "patch_embed.proj.")
+            for layer, part in (("qkv", "attn.qkv"), ("proj", "attn.proj"), ("fc1", "mlp.fc1"), ("fc2", "mlp.fc2")):
+                theirs = theirs.replace(f".{layer}.", f".{part}.") if "blocks." in name else theirs
+            value = torch.from_numpy(given[theirs])
+            own[name] = value.T if value.ndim == 2 else value  # a linear layer's is [in, out]
+    model.load_state_dict(own)
+    return model.eval()
