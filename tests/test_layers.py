@@ -22,6 +22,8 @@ LAYERS = [
         "mistakes",
         "history",
         "charts",
+        "html_pieces",
+        "mistakes_section",
         "report",
         "page",
         "runtime",

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 Points = list[tuple[int, float]]  # (step, value), by step
 
 WIDTH, HEIGHT = 480, 230
@@ -25,18 +27,18 @@ NUM_COLOURS = 6  # STYLE has as many; further series are dashed
 
 # Okabe and Ito's colours, which are told apart with any eyes; on a dark page lighter ones.
 STYLE = """
-.chart { --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #cc79a7; --c4: #b8860b; --c5: #56b4e9; }
+:root { --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #cc79a7; --c4: #b8860b; --c5: #56b4e9; }
 @media (prefers-color-scheme: dark) { @media screen {
-  .chart { --c0: #56b4e9; --c1: #ff8c3b; --c2: #21c795; --c3: #e79ac6; --c4: #f0e442; --c5: #9fb8ff; } } }
+  :root { --c0: #56b4e9; --c1: #ff8c3b; --c2: #21c795; --c3: #e79ac6; --c4: #f0e442; --c5: #9fb8ff; } } }
 .chart { display: inline-block; width: 480px; max-width: 100%; margin: 0 1em 1em 0; vertical-align: top;
   break-inside: avoid; }
 .chart svg { width: 100%; height: auto; display: block; overflow: visible; }
 .chart text { font: 11px system-ui, sans-serif; fill: var(--soft); }
 .chart text.title { font-size: 13px; font-weight: 600; fill: var(--ink); }
 .chart line { stroke: var(--line); stroke-width: 1; }
-.chart polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
+.chart polyline, .legend polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
 .chart polyline.raw { stroke-opacity: .35; stroke-width: 1; }
-.chart .dashed { stroke-dasharray: 5 3; }
+.dashed { stroke-dasharray: 5 3; }
 .chart .mark line { stroke: var(--soft); stroke-dasharray: 2 3; }
 .chart .mark path { fill: var(--soft); }
 .chart .back line { stroke: #d55e00; }
@@ -119,49 +121,45 @@ def log_axis(low: float, high: float, start: float, end: float) -> Axis:
     return Axis(ticks[0], ticks[-1], start, end, True, tuple(shown))
 
 
-def value_axis(values: Sequence[float]) -> Axis:
-    """Logarithmic where all is above 0 and a linear axis would press most of it against its end."""
+def value_axis(values: Sequence[float], *, may_be_log: bool) -> Axis:
+    """Logarithmic where that may be, all is above 0, and a linear axis would press most of it against its end."""
     low, high = min(values), max(values)
-    if low > 0.0 and high / low >= 100.0 and statistics.median(values) - low < 0.05 * (high - low):
+    if may_be_log and low > 0.0 and high / low >= 100.0 and statistics.median(values) - low < 0.05 * (high - low):
         return log_axis(low, high, BOTTOM, TOP)
     return linear_axis(low, high, BOTTOM, TOP, 5, is_rounded=True)
 
 
-def step_axis(first: int, last: int) -> Axis:
-    """From 0, but where only the end of a long run is there."""
-    first = 0 if first < 0.2 * last else first
-    return linear_axis(first, max(last, first + 1), LEFT, RIGHT, 6, is_rounded=False)
+def step_axis(last: int) -> Axis:
+    return linear_axis(0, max(last, 1), LEFT, RIGHT, 6, is_rounded=False)
 
 
 def thinned(points: Points, axis: Axis) -> Points:
-    """The least and the greatest of each column of pixels, and both ends: what is drawn looks the same."""
-    num_columns = abs(int(axis.end - axis.start)) + 1
-    if len(points) <= 2 * num_columns:
+    """The least and the greatest of each column of pixels (of a linear axis), and both ends: it looks the same."""
+    if len(points) <= 2 * (axis.end - axis.start):
         return points
-    kept = {points[0], points[-1]}
-    for _, column in itertools.groupby(points, key=lambda point: int(axis.place(point[0]))):
-        of_column = list(column)
-        kept.add(min(of_column, key=lambda point: point[1]))
-        kept.add(max(of_column, key=lambda point: point[1]))
-    return sorted(kept)
+    steps, values = np.array(points).T
+    columns = (axis.start + (steps - axis.low) / (axis.high - axis.low) * (axis.end - axis.start)).astype(int)
+    firsts = np.flatnonzero(np.diff(columns, prepend=-1))
+    lasts = np.append(firsts[1:], len(columns)) - 1
+    by_value = np.lexsort((values, columns))  # in each column
+    kept = np.unique([0, *by_value[firsts], *by_value[lasts], len(points) - 1])
+    return [points[place] for place in kept.tolist()]
 
 
 def smoothed(points: Points) -> Points | None:
     """The mean about each point, over a fortieth of them; None where the points are few or no noise."""
     if len(points) < 40:
         return None
-    values = [value for _, value in points]
-    rises = [after > before for before, after in itertools.pairwise(values)]
-    turns = sum(this != that for this, that in itertools.pairwise(rises))
-    if turns < len(points) / 4:
+    values = np.array([value for _, value in points])
+    rises = np.diff(values) > 0.0
+    if (rises[1:] != rises[:-1]).sum() < len(points) / 4:
         return None
-    sums = [0.0, *itertools.accumulate(values)]
+    sums = np.concatenate([[0.0], np.cumsum(values)])
     half = max(len(points) // 80, 2)
-    means = []
-    for place, (step, _) in enumerate(points):
-        reach = min(half, place, len(points) - 1 - place)  # as far to both sides: the ends are not drawn inwards
-        means.append((step, (sums[place + reach + 1] - sums[place - reach]) / (2 * reach + 1)))
-    return means
+    places = np.arange(len(points))
+    firsts, ends = np.maximum(places - half, 0), np.minimum(places + half + 1, len(points))
+    means = (sums[ends] - sums[firsts]) / (ends - firsts)
+    return [(step, mean) for (step, _), mean in zip(points, means.tolist(), strict=True)]
 
 
 def number(value: float) -> str:
@@ -180,13 +178,13 @@ def _without_zeros(text: str) -> str:
     return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
 
 
-def tick_labels(ticks: Sequence[float]) -> list[str]:
-    """All of an axis alike: with as many decimals as the ones that need most, or all as powers of ten."""
-    sizes = [abs(tick) for tick in ticks if tick]
-    if sizes and not 1e-4 <= max(sizes) < 1e7:
-        return [_without_zeros(f"{tick:.4e}") if tick else "0" for tick in ticks]
+def tick_labels(axis: Axis) -> list[str]:
+    """Of a linear axis all with as many decimals as the one that needs most, or all as powers of ten."""
+    ticks = axis.ticks
+    if axis.is_log:
+        return [f"{tick:,g}" if 1e-3 <= tick < 1e5 else _without_zeros(f"{tick:.4e}") for tick in ticks]
     decimals = max(len(f"{tick:.10f}".rstrip("0").split(".")[1]) for tick in ticks)
-    if decimals > 5:  # a logarithmic axis from far below
+    if decimals > 5 or max(map(abs, ticks)) >= 1e7:
         return [_without_zeros(f"{tick:.4e}") if tick else "0" for tick in ticks]
     return [f"{tick:,.{decimals}f}" for tick in ticks]
 
@@ -195,21 +193,23 @@ def chart(
     name: str,
     title: str,
     series: Sequence[Series],
+    last_step: int,
     *,
     dots: bool = False,
     smooth: bool = False,
+    may_be_log: bool = False,
     marks: Iterable[Mark] = (),
 ) -> str:
     """A drawing of all that has points, nothing where none has. `name` becomes a part of the data's id: curve-NAME.
 
-    `dots` marks the points. `smooth` draws a running mean over what is noisy.
+    The axis of the steps ends at `last_step` at least, so that drawings of one run can be compared. `dots` marks the
+    points. `smooth` draws a running mean over what is noisy. `may_be_log`: value_axis.
     """
     series = [one for one in series if one.points]
     if not series:
         return ""
-    steps = [step for one in series for step in (one.points[0][0], one.points[-1][0])]
-    x = step_axis(min(steps), max(steps))
-    y = value_axis([value for one in series for _, value in one.points])
+    x = step_axis(max(last_step, *(one.points[-1][0] for one in series)))
+    y = value_axis([value for one in series for _, value in one.points], may_be_log=may_be_log)
     drawn = [(one, thinned(one.points, x)) for one in series]
     means = {one.name: mean for one in series if smooth and (mean := smoothed(one.points))}
     lines: list[str] = []
@@ -250,7 +250,7 @@ def legend(series: Sequence[Series]) -> str:
         f"{html.escape(one.name)}</li>"
         for one in series
     )
-    return f'<ul class="legend chart" style="width:auto">{items}</ul>'
+    return f'<ul class="legend">{items}</ul>'
 
 
 def as_json(data: Any) -> str:
@@ -275,14 +275,15 @@ def _line(points: Points, x: Axis, y: Axis, classes: str) -> str:
 
 def _grid(x: Axis, y: Axis) -> str:
     parts = []
-    for tick, label in zip(y.ticks, tick_labels(y.ticks), strict=True):
+    for tick, label in zip(y.ticks, tick_labels(y), strict=True):
         height = f"{y.place(tick):.1f}"
         parts.append(f'<line x1="{LEFT}" x2="{RIGHT}" y1="{height}" y2="{height}"/>')
         parts.append(f'<text class="y" x="{LEFT - 6}" y="{height}" dy="4" text-anchor="end">{label}</text>')
-    for tick, label in zip(x.ticks, tick_labels(x.ticks), strict=True):
+    for tick, label in zip(x.ticks, tick_labels(x), strict=True):
         place = f"{x.place(tick):.1f}"
         parts.append(f'<line x1="{place}" x2="{place}" y1="{BOTTOM}" y2="{BOTTOM + 4}"/>')
         parts.append(f'<text class="x" x="{place}" y="{BOTTOM + 17}" text-anchor="middle">{label}</text>')
+    parts.append(f'<text x="{LEFT - 14}" y="{BOTTOM + 17}" text-anchor="end">step</text>')
     return "".join(parts)
 
 

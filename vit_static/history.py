@@ -43,7 +43,7 @@ class Run:
 
     name: str
     all_entries: list[dict[str, Any]]
-    config: dict[str, Any] | None  # by section.key; None where it can't be read
+    config: dict[str, Any] | None  # by section.key, keys of later versions by default; None where it can't be read
     config_text: str
     mistakes: Mistakes | None  # of its last evaluation
 
@@ -59,23 +59,31 @@ class Run:
 
     def points(self, kind: str, key: str) -> list[tuple[int, float]]:
         """(step, value), by step; of a step that is there twice, the last. Values that are no numbers are left out."""
-        found: dict[int, Any] = {entry["step"]: entry.get(key) for entry in self.entries if entry["kind"] == kind}
+        found: dict[int, Any] = {entry["step"]: entry.get(key) for entry in self._of_kind(kind)}
         return sorted((step, float(value)) for step, value in found.items() if _is_number(value))
+
+    def _of_kind(self, kind: str) -> list[dict[str, Any]]:
+        return [entry for entry in self.entries if entry["kind"] == kind]
 
     def values(self, key: str) -> list[float]:
         """All that the log has, in its order."""
         return [float(entry[key]) for entry in self.all_entries if _is_number(entry.get(key))]
 
-    @property
+    @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        return list({entry["step"]: entry for entry in self.entries if entry["kind"] == "eval"}.values())
+        return list({entry["step"]: entry for entry in self._of_kind("eval")}.values())
 
-    @property
+    @cached_property
+    def is_averaged(self) -> bool:
+        """Whether a moving average is evaluated beside the weights."""
+        return any("ema_top1" in entry for entry in self.evaluations)
+
+    @cached_property
     def judged(self) -> list[tuple[int, float]]:
         """Top-1 of what people will use: of the moving average where there is one."""
-        return self.points("eval", "ema_top1") or self.points("eval", "top1")
+        return self.points("eval", "ema_top1" if self.is_averaged else "top1")
 
-    @property
+    @cached_property
     def best(self) -> tuple[int, float] | None:
         """Step and top-1; of equal ones the first, as `checkpoints/best`."""
         return max(self.judged, key=lambda point: point[1], default=None)
@@ -84,7 +92,7 @@ class Run:
     def gone_back(self) -> list[dict[str, Any]]:
         return [entry for entry in self.all_entries if entry.get("event") in _BACK]
 
-    @property
+    @cached_property
     def sessions(self) -> list[Session]:
         return [
             Session(
@@ -98,6 +106,12 @@ class Run:
         ]
 
     @property
+    def last_facts(self) -> dict[str, Any]:
+        """Of the mesh and the environment of its last beginning."""
+        of_last = self.sessions[-1].facts if self.sessions else {}
+        return {key: value for part in of_last.values() for key, value in part.items()}
+
+    @cached_property
     def last_step(self) -> int:
         return max((entry["step"] for entry in self.entries), default=0)
 
@@ -114,7 +128,7 @@ class Run:
         last = self.all_entries[-1].get("event")
         return ENDS.get(last if isinstance(last, str) else "", "under way, or killed: its end is not in its log")
 
-    @property
+    @cached_property
     def seconds(self) -> float | None:
         """Since its beginning, over all its sessions, each as far as its log goes; what was undone counts."""
         of_sessions = [0.0]
@@ -125,13 +139,13 @@ class Run:
                 of_sessions[-1] = float(entry["seconds"])
         return sum(of_sessions) or None
 
-    @property
+    @cached_property
     def images_per_s(self) -> float | None:
         """The log steps' median."""
         values = [value for _, value in self.points("train", "images_per_s")]
         return statistics.median(values) if values else None
 
-    @property
+    @cached_property
     def peak_memory_mb(self) -> float | None:
         return max(self.values("memory_mb"), default=None)
 
@@ -139,8 +153,7 @@ class Run:
     def differences(self) -> list[tuple[str, Any, Any]]:
         """(key, value, default) of the keys that aren't what they are by default; a key that this version doesn't know
         has no default, as the name has none."""
-        defaults = _flat(Config(name="run").model_dump(mode="json", by_alias=True)) | {"name": None}
-        config = self.config or {}
+        defaults, config = _defaults(), self.config or {}
         return [(key, config[key], defaults.get(key)) for key in config if config[key] != defaults.get(key)]
 
 
@@ -191,7 +204,11 @@ def _config(path: Path) -> tuple[str, dict[str, Any] | None]:
         values = read_yaml(text)
     except YamlError:
         return text, None
-    return text, _flat(values) if isinstance(values, dict) else None
+    return text, _defaults() | _flat(values) if isinstance(values, dict) else None
+
+
+def _defaults() -> dict[str, Any]:
+    return _flat(Config(name="run").model_dump(mode="json", by_alias=True)) | {"name": None}
 
 
 def _flat(values: dict[Any, Any]) -> dict[str, Any]:
