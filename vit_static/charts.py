@@ -13,6 +13,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -179,13 +180,13 @@ def _without_zeros(text: str) -> str:
 
 
 def tick_labels(axis: Axis) -> list[str]:
-    """Of a linear axis all with as many decimals as the one that needs most, or all as powers of ten."""
+    """Of a linear axis all with as many decimals as the one that needs most, or, of small ones, with powers of ten."""
     ticks = axis.ticks
     if axis.is_log:
         return [f"{tick:,g}" if 1e-3 <= tick < 1e5 else _without_zeros(f"{tick:.4e}") for tick in ticks]
-    decimals = max(len(f"{tick:.10f}".rstrip("0").split(".")[1]) for tick in ticks)
-    if decimals > 5 or max(map(abs, ticks)) >= 1e7:
+    if max(map(abs, ticks)) < 1e-4:
         return [_without_zeros(f"{tick:.4e}") if tick else "0" for tick in ticks]
+    decimals = max(0, *(-int(Decimal(repr(tick)).normalize().as_tuple().exponent) for tick in ticks))
     return [f"{tick:,.{decimals}f}" for tick in ticks]
 
 
