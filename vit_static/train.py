@@ -297,6 +297,7 @@ def train(config: Config, resume: str = "auto") -> bool:
                             )
                             found.write(config.run_dir / mistakes.FILE)
                             report.write(config.run_dir)
+                    mesh.first(None)  # the others wait here, where none is too late, not in a collective of theirs
             if (stop or is_last or is_best or is_due) and progress != last_saved and (not stop or stop.saves):
                 position = replace(position, position=progress.batch() * batch_size)
                 saver.begin(program.state(), progress, position, rate(progress.step))
