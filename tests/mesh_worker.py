@@ -35,9 +35,10 @@ from vit_static.config import (
 from vit_static.costs import Collective
 from vit_static.data.feed import EvalFeed
 from vit_static.data.sets import open_set
-from vit_static.evaluate import Evaluation, evaluate
+from vit_static.evaluate import Evaluation, all_answers, evaluate
 from vit_static.loss import Criterion
 from vit_static.mesh import Mesh, Sizes
+from vit_static.mistakes import Answers
 from vit_static.mixing import Mixer
 from vit_static.model import build, variant_of
 from vit_static.step import Precision, Program, choose_attention
@@ -83,6 +84,7 @@ class Outcome:
     # a step each; by the dropout's number in the model, what it kept, in the order of its executions
     masks: list[dict[int, list[np.ndarray]]] = field(default_factory=list)
     evaluation: Evaluation | None = None
+    answers: Answers | None = None  # which it is of
     averaged: Evaluation | None = None  # of the weights' average
     collectives: tuple[Collective, ...] = ()
     moved: dict[str, tuple[int, int]] = field(default_factory=dict)  # in the last step: calls and bytes by kind
@@ -149,7 +151,8 @@ def run(case: Case, mesh: Mesh, images_root: Path) -> Outcome:
         outcome.grad_norms.append(program.grad_norm())
         outcome.masks.append(dict(masks))
     if case.evaluates:
-        outcome.evaluation = evaluate(program, eval_feed(case, mesh, images_root), mesh)
+        outcome.answers = all_answers(program, eval_feed(case, mesh, images_root), mesh)
+        outcome.evaluation = Evaluation.of(outcome.answers)
     if case.evaluates and case.optim.ema_decay:
         before = program.weights()
         with program.averaged():

@@ -298,6 +298,11 @@ def test_two_processes_train_as_one(workplace: Path) -> None:
     np.testing.assert_allclose(losses["2"], losses["1"], rtol=1e-4)
     for one, two in zip(evaluations["1"], evaluations["2"], strict=True):
         assert two["num_images"] == 30 and two["top1"] == one["top1"]
+    found = [json.loads((workplace / f"output/dp{nproc}/evaluation.json").read_text()) for nproc in ("1", "2")]
+    for one, two in zip(*(of_run["images"] for of_run in found), strict=True):
+        for key in ("loss", "probability"):  # the order of additions shows in their last digits
+            assert two.pop(key) == pytest.approx(one.pop(key), rel=1e-3)
+    assert found[0] == found[1] and found[0]["images"]
     evaluated = [
         json.loads(run_sh("eval", "--checkpoint", path, cwd=workplace, NPROC=n).stdout.splitlines()[-1])
         for n, path in (("1", "output/dp2"), ("2", "output/dp2/checkpoints/latest"))

@@ -19,6 +19,11 @@ LAYERS = [
         "devices",
         "files",
         "pictures",
+        "mistakes",
+        "history",
+        "charts",
+        "html_pieces",
+        "mistakes_section",
         "report",
         "page",
         "runtime",
@@ -28,7 +33,7 @@ LAYERS = [
         "weight_names",
         "yaml_text",
     },
-    {"model", "loss", "data", "mesh", "agreement", "mixing"}
+    {"model", "loss", "data", "mesh", "agreement", "mixing", "environment"}
     | {f"data.{name}" for name in ("lists", "images", "shards", "sets", "order", "augment", "operations", "pipeline")}
     | {"data.reader", "data.feed", "data.relabelled"}
     | {"costs", "placement", "cpu_collectives", "cpu_kernels", "cpu_patterns", "onednn"}

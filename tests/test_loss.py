@@ -8,7 +8,7 @@ import pytest
 from small import REFERENCE
 
 from vit_static.config import LossConfig
-from vit_static.loss import Criterion, per_image_loss, ranks_of_labels
+from vit_static.loss import Criterion, first_classes, per_image_loss, ranks_of_labels
 
 BATCH_SIZE = 16
 
@@ -149,6 +149,16 @@ def test_scores_that_are_nan_hit_nothing() -> None:
     assert (found[3:] == 0).all()
 
 
+def test_the_first_class_is_the_lower_of_equal_ones_and_any_of_21841() -> None:
+    """As the label ranks have it, so that a hit is a hit; in float32 every class has its number."""
+    logits = np.zeros((3, 21_841), np.float32)
+    logits[0, [21_840, 12_345]] = 5.0
+    logits[1, 21_840] = 5.0
+    classes, _ = first_classes(paddle.to_tensor(logits), "softmax")
+    assert classes.numpy().tolist() == [12_345, 21_840, 0]
+    assert ranks(logits, np.array([12_345, 21_840, 0])).tolist() == [0, 0, 0]
+
+
 def test_training_the_criterion_gives_the_mean_with_smoothing() -> None:
     logits, labels = logits_and_labels(5)
     criterion = Criterion(LossConfig(label_smoothing=0.1))
@@ -164,11 +174,15 @@ def test_evaluating_it_gives_each_images_loss_without_smoothing_and_rank(name: s
     criterion = Criterion(LossConfig(name=name, label_smoothing=0.1))
     criterion.eval()
     out = criterion(paddle.to_tensor(logits), paddle.to_tensor(labels))
-    assert out.shape == [BATCH_SIZE, 2]
+    assert out.shape == [BATCH_SIZE, 4]
     np.testing.assert_allclose(
         out.numpy()[:, 0], expected_losses(logits.astype(np.float64), labels, name, 0.0), rtol=1e-5
     )
     np.testing.assert_array_equal(out.numpy()[:, 1], ranks(logits, labels))
+    np.testing.assert_array_equal(out.numpy()[:, 2], logits.argmax(axis=1))
+    logits = logits.astype(np.float64)
+    probabilities = np.exp(log_softmax(logits)) if name == "softmax" else 1.0 / (1.0 + np.exp(-logits))
+    np.testing.assert_allclose(out.numpy()[:, 3], probabilities.max(axis=1), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "smoothing"), [("softmax", 0.1), ("sigmoid", 1e-4), ("sigmoid", 0.0)])

@@ -368,13 +368,16 @@ def test_zero_splits_what_it_can(runs: Runs, name: str, optimizer: str) -> None:
 
 @pytest.mark.parametrize("name", EVALUATED[1:])
 def test_every_image_counts_once_on_any_mesh(runs: Runs, name: str) -> None:
-    """101 images in batches of 8: the last batch is filled up."""
-    one = runs.one(EVALUATED[0]).evaluation
+    """101 images in batches of 8: the last batch is filled up. Every rank knows what is said of each."""
+    one, answers = runs.one(EVALUATED[0]).evaluation, runs.one(EVALUATED[0]).answers
     assert one.num_images == NUM_EVAL_IMAGES
     for outcome in runs(name):
         found = outcome.evaluation
         assert (found.num_images, found.top1, found.top5) == (one.num_images, one.top1, one.top5)
         assert found.loss == pytest.approx(one.loss, rel=1e-5)
+        np.testing.assert_array_equal(outcome.answers.classes, answers.classes)
+        np.testing.assert_array_equal(outcome.answers.labels, answers.labels)
+        np.testing.assert_allclose(outcome.answers.probabilities, answers.probabilities, rtol=1e-4)
 
 
 # Masks

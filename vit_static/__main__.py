@@ -126,6 +126,10 @@ def make_parser() -> argparse.ArgumentParser:
     add_checkpoint(verb, whose)
     verb.add_argument("--out", type=Path, default=Path("attend"), help="folder to write to (default: attend)")
     verb.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
+    verb = add("report", "a run's page anew, or several runs side by side on one")
+    verb.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, such as output/quickstart")
+    what = "file to write (default: report.html, in the folder of one run, or here for several)"
+    verb.add_argument("--out", type=Path, metavar="FILE", help=what)
     verb = add("convert", "weights from one format into another, told by their content")
     add_config(verb, None)
     verb.add_argument("--from", dest="source", type=Path, required=True, metavar="FILE", help="or a run, a checkpoint")
@@ -254,6 +258,11 @@ def run(arguments: argparse.Namespace) -> int:
         data_cards.run(
             config, arguments.seconds, arguments.json
         )  # DALI alone, on machines where Paddle's build can't run
+        return EXIT_DONE
+    if arguments.verb == "report":
+        from vit_static import report
+
+        report.run(arguments.runs, arguments.out)
         return EXIT_DONE
     runtime.prepare(arguments.verbose)  # before what imports Paddle, which is why the verbs are imported here
     if arguments.verb in ("pretrain", "finetune"):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 
 from vit_static import config as config_module
 from vit_static import mesh as mesh_module
+from vit_static import mistakes
 from vit_static import model as model_module
 from vit_static.checkpoint import load_weights
 from vit_static.config import Config, InitConfig
-from vit_static.data.feed import Batch, EvalFeed
+from vit_static.data.feed import EvalFeed
 from vit_static.data.images import ImageSet
 from vit_static.data.lists import DataError
 from vit_static.data.relabelled import imagenet_v2, with_real_labels
@@ -21,6 +23,7 @@ from vit_static.data.sets import open_set
 from vit_static.log import RunLog
 from vit_static.loss import Criterion
 from vit_static.mesh import Mesh, Sizes
+from vit_static.mistakes import Answers, Mistakes
 from vit_static.step import Program, choose_attention, choose_precision
 from vit_static.weights import init_from
 
@@ -34,28 +37,72 @@ class Evaluation:
     loss: float
     num_images: int
 
+    @classmethod
+    def of(cls, answers: Answers) -> Evaluation:
+        return cls(
+            top1=100.0 * float((answers.ranks < 1).mean()),
+            top5=100.0 * float((answers.ranks < 5).mean()),
+            loss=float(answers.losses.mean()),
+            num_images=len(answers.ranks),
+        )
 
-def evaluate(program: Program, feed: Iterable[Batch], mesh: Mesh) -> Evaluation:
-    """Runs every image of the feed through the program. All ranks call it together and get the same figures, or the
-    same DataError where one of them meets an image that can't be read."""
-    sums = np.zeros(4)  # top-1 hits, top-5 hits, loss, images
+
+def evaluate(program: Program, feed: EvalFeed, mesh: Mesh) -> Evaluation:
+    """The figures of `all_answers`."""
+    return Evaluation.of(all_answers(program, feed, mesh))
+
+
+def all_answers(program: Program, feed: EvalFeed, mesh: Mesh) -> Answers:
+    """Runs every image of the feed through the program. All ranks call it together and get the same of all images, or
+    the same DataError where one of them meets an image that can't be read."""
+    # Of each image: how often it came, loss, label's rank, first class, its probability, label. A rank fills in its
+    # own, so that their sum over the ranks is everybody's: 48 bytes an image.
+    found = np.zeros((6, len(feed.images)))
+    has_one_label = True
     problem = None
     try:
-        for images, labels, weights in feed:
+        for n, (images, labels, weights) in enumerate(feed):
             real = np.asarray(weights) > 0
-            losses, ranks = program.eval_step(images, labels)[real].astype(np.float64).T
-            sums += [(ranks < 1).sum(), (ranks < 5).sum(), losses.sum(), real.sum()]
+            numbers = feed.numbers(n)[0][real]
+            has_one_label = labels.ndim == 1
+            found[0, numbers] += 1.0
+            found[1:5, numbers] = program.eval_step(images, labels)[real].T
+            if has_one_label:
+                found[5, numbers] = np.asarray(labels)[real]
     except DataError as error:
         problem = str(error)
     problem = mesh.first(problem)
     if problem is not None:
         raise DataError(problem)
-    top1_hits, top5_hits, loss, num_images = mesh.total(sums)
-    return Evaluation(
-        top1=100.0 * top1_hits / num_images,
-        top5=100.0 * top5_hits / num_images,
-        loss=loss / num_images,
-        num_images=int(num_images),
+    counts, losses, ranks, classes, probabilities, labels_of_all = mesh.total(found)
+    assert (counts == 1.0).all()
+    return Answers(
+        losses,
+        ranks,
+        classes.astype(np.int64),
+        probabilities,
+        labels_of_all.astype(np.int64) if has_one_label else None,
+    )
+
+
+def mistakes_of(answers: Answers, feed: EvalFeed, num_classes: int, step: int, of_average: bool) -> Mistakes:
+    """What the answers after `step` steps have wrong, with pictures of the worst images, as far as they can be read."""
+    worst = mistakes.worst_images(answers)
+    encoded, labels = [], []
+    if len(worst):
+        with suppress(DataError):  # a disk that has failed since; the next step will tell
+            read = feed.read(worst)
+            encoded, labels = read.encoded, read.labels
+    return mistakes.find(
+        answers,
+        feed.images.class_names,
+        num_classes,
+        [
+            mistakes.Shown(feed.images.relative_name(int(number)), *of_image)
+            for number, *of_image in zip_longest(worst, encoded, labels)
+        ],
+        step,
+        of_average,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
@@ -54,8 +56,18 @@ def ranks_of_labels(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tens
     return ranks + _NEVER_A_HIT * paddle.isnan(logits).astype("float32").sum(axis=-1)
 
 
+def first_classes(
+    logits: paddle.Tensor, name: Literal["softmax", "sigmoid", "bce"]
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """The class that comes first and its probability, by a loss's name, [B] float32 each, which holds every class."""
+    logits = logits.astype("float32")
+    probabilities = F.softmax(logits, axis=-1) if name == "softmax" else F.sigmoid(logits)
+    return logits.argmax(axis=-1).astype("float32"), probabilities.max(axis=-1)
+
+
 class Criterion(nn.Layer):
-    """What the program returns of a batch: training, the mean loss; evaluating, [B, 2] losses and label ranks.
+    """What the program returns of a batch: training, the mean loss; evaluating, [B, 4] losses, label ranks, and the
+    classes that come first with their probabilities.
 
     The evaluation's loss is the training loss without smoothing.
     """
@@ -70,4 +82,5 @@ class Criterion(nn.Layer):
             losses = per_image_loss(logits, labels, self._train_loss)
             return losses.mean()
         losses = per_image_loss(logits, labels, self._eval_loss)
-        return paddle.stack([losses, ranks_of_labels(logits, labels)], axis=1)
+        ranks = ranks_of_labels(logits, labels)
+        return paddle.stack([losses, ranks, *first_classes(logits, self._eval_loss.name)], axis=1)

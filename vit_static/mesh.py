@@ -124,6 +124,10 @@ class Mesh:
         """
         return _agreement.first(value, self.rank, self.world_size)
 
+    def all_of(self, value: Any) -> list[Any]:
+        """What each rank brings, rank 0's first, the same list on all of them; waits as `first` does."""
+        return _agreement.all_of(value, self.rank, self.world_size)
+
     def wait_for_all(self) -> None:
         """Returns when every rank has come here."""
         self.any_rank(False)

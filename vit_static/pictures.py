@@ -5,6 +5,7 @@ A picture is an array [height, width, 3] uint8, RGB.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -115,6 +116,19 @@ def shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.Im
     while text and font.getlength(text) > width:
         text = text[:-2].rstrip() + "…" if len(text) > 2 else ""
     return text
+
+
+def thumbnail(encoded: bytes, longest: int) -> bytes:
+    """An image file made small, as a JPEG file: its longer side has at most `longest` pixels.
+
+    Raises OSError, and whatever a decoder raises of a file that is broken.
+    """
+    with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG", "BMP", "WEBP", "TIFF")) as image:
+        image.draft("RGB", (longest, longest))  # a JPEG needn't be decoded whole
+        image.thumbnail((longest, longest))
+        file = io.BytesIO()
+        image.convert("RGB").save(file, format="JPEG", quality=80)
+    return file.getvalue()
 
 
 def write_png(picture: np.ndarray, path: Path) -> None:

@@ -226,13 +226,13 @@ class Program:
         self._clip.forget_unsound()
 
     def eval_step(self, images: paddle.Tensor, labels: paddle.Tensor) -> np.ndarray:
-        """Losses and label ranks of this rank's images, [B, 2]. Waits for the device.
+        """What loss.Criterion gives of this rank's images, [B, 4]. Waits for the device.
 
-        Zeros on a rank of a pipeline's earlier stages, which has neither (Mesh.total doesn't count them).
+        Zeros on a rank of a pipeline's earlier stages, which has none of it (Mesh.total doesn't count them).
         """
         self._enter("eval")
         found = self._program(images, _as_input(labels))
-        return np.zeros((images.shape[0], 2), np.float32) if found is None else np.asarray(found)
+        return np.zeros((images.shape[0], 4), np.float32) if found is None else np.asarray(found)
 
     def compiled(self, mode: str) -> Any:
         """The program of `train` or `eval` as this rank executes it, for looking at."""

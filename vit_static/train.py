@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vit_static import checkpoint, flops, report
+from vit_static import checkpoint, environment, flops, mistakes, report
 from vit_static import config as config_module
 from vit_static import mesh as mesh_module
 from vit_static import model as model_module
@@ -25,7 +25,7 @@ from vit_static.data.images import ImageSet
 from vit_static.data.lists import DataError
 from vit_static.data.order import TrainOrder
 from vit_static.data.sets import check_command, open_set
-from vit_static.evaluate import describe, eval_batch_size, eval_feed, evaluate
+from vit_static.evaluate import Evaluation, all_answers, describe, eval_batch_size, eval_feed, mistakes_of
 from vit_static.files import lock, write_json
 from vit_static.log import Meter, RunLog, duration
 from vit_static.loss import Criterion
@@ -162,9 +162,10 @@ def train(config: Config, resume: str = "auto") -> bool:
         peak = flops.peak_flops(mesh_module.device_name(mesh), precision.dtype)
         log = stack.enter_context(RunLog(config.run_dir, rank, config.log.tensorboard))
         requests = stack.enter_context(stop_requests())
+        num_parameters = sum(math.prod(p.shape) for p in model.parameters())
         log.say(
             f"{config.name}: ViT {config.model.variant} {shape.width} wide, {shape.depth} deep, "
-            f"{sum(math.prod(p.shape) for p in model.parameters()) / 1e6:.2f} M parameters, "
+            f"{num_parameters / 1e6:.2f} M parameters, "
             f"{train_flops / 1e9:.2f} GFLOP an image and step; {start}"
         )
         log.say(
@@ -175,7 +176,15 @@ def train(config: Config, resume: str = "auto") -> bool:
         for note in () if loading is None else loading.notes:
             log.say(f"note: {note}")
         begun = "started" if newest is None else "resumed"
-        log.record("event", progress.step, progress.step * batch_size / len(train_images), event=begun)
+        log.record(
+            "event",
+            progress.step,
+            progress.step * batch_size / len(train_images),
+            event=begun,
+            total_steps=total_steps,
+            num_parameters=num_parameters,
+            **environment.describe(config, mesh, f"{precision.level} {precision.dtype}"),
+        )
         has_ended = progress.step >= total_steps and progress.evaluated_step == progress.step
         if has_ended:
             log.say("this run has ended already: ask for more epochs, or begin anew with --resume never")
@@ -208,6 +217,8 @@ def train(config: Config, resume: str = "auto") -> bool:
                     "images_per_s": images_per_s,
                     "data_wait": data_wait,
                     "mfu": None if peak is None else images_per_s * train_flops / (peak * world_size),
+                    "memory_mb": environment.memory_mb(mesh),
+                    "seconds": time.perf_counter() - started,
                 }
                 log.record("train", progress.step, epoch, **values)
                 seconds_left = (time.perf_counter() - started) / (progress.step - first_step)
@@ -254,11 +265,12 @@ def train(config: Config, resume: str = "auto") -> bool:
 
             if (passed_epoch or is_last) and progress.evaluated_step < progress.step and stop is None:
                 try:
-                    result = evaluate(program, validation, mesh)
-                    averaged = None
+                    answers = all_answers(program, validation, mesh)
+                    result, averaged = Evaluation.of(answers), None
                     if config.optim.ema_decay > 0.0:
                         with program.averaged():
-                            averaged = evaluate(program, validation, mesh)
+                            answers = all_answers(program, validation, mesh)
+                        averaged = Evaluation.of(answers)
                 except DataError as error:
                     stop = Stop(BAD_IMAGE, str(error))
                 else:
@@ -272,11 +284,20 @@ def train(config: Config, resume: str = "auto") -> bool:
                         if averaged is None
                         else {f"ema_{name}": value for name, value in asdict(averaged).items() if name != "num_images"}
                     )
-                    log.record("eval", progress.step, epoch, **asdict(result), **of_average)
+                    seconds = time.perf_counter() - started
+                    log.record("eval", progress.step, epoch, **asdict(result), **of_average, seconds=seconds)
                     said = (
                         describe(result) if averaged is None else f"{describe(result)}; average: {describe(averaged)}"
                     )
                     log.say(f"epoch {epoch:.1f}  {said}{'  (best)' if is_best else ''}")
+                    if rank == 0:
+                        with told_of(log, "the report"):
+                            found = mistakes_of(
+                                answers, validation, config.model.num_classes, progress.step, averaged is not None
+                            )
+                            found.write(config.run_dir / mistakes.FILE)
+                            report.write(config.run_dir)
+                    mesh.first(None)  # the others wait here, where none is too late, not in a collective of theirs
             if (stop or is_last or is_best or is_due) and progress != last_saved and (not stop or stop.saves):
                 position = replace(position, position=progress.batch() * batch_size)
                 saver.begin(program.state(), progress, position, rate(progress.step))
@@ -319,7 +340,7 @@ def train(config: Config, resume: str = "auto") -> bool:
             for name, is_average in ((checkpoint.MERGED, False), (checkpoint.MERGED_AVERAGE, True)):
                 if rank == 0 and (not is_average or config.optim.ema_decay > 0.0):
                     write_pdparams(checkpoint.merge(last, averaged=is_average), config.run_dir / name)
-            log.record("event", progress.step, epoch, event="finished")
+            log.record("event", progress.step, epoch, event="finished", seconds=time.perf_counter() - started)
             if saver.costs.num_written:
                 log.say(f"checkpoints: {saver.costs.describe()}")
             log.say(
@@ -332,7 +353,8 @@ def train(config: Config, resume: str = "auto") -> bool:
         if stop is not None and stop.why == ON_REQUEST:
             log.say(f"stopped on request at step {progress.step}, state saved; the same command goes on from there")
         if rank == 0:
-            report.write(config.run_dir)
+            with told_of(log, "the report"):
+                report.write(config.run_dir)
         mesh.wait_for_all()
     if stop is not None and stop.why == BAD_IMAGE:
         raise DataError(
@@ -447,6 +469,15 @@ def tell_of(saver: Saver, log: RunLog, num_images: int, batch_size: int, unwritt
         if written.problem is not None:
             log.say(f"the checkpoint of step {written.step} could not be written: {written.problem}")
     return unwritten
+
+
+@contextmanager
+def told_of(log: RunLog, what: str) -> Iterator[None]:
+    """What fails inside is a line of the log: a run doesn't end for something that can be made again."""
+    try:
+        yield
+    except Exception as error:  # anything, a mistake of ours as a full disk
+        log.say(f"{what} could not be written: {type(error).__name__}: {error}")
 
 
 def take(feed: TrainFeed) -> tuple[Batch | None, str | None]:

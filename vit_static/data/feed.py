@@ -100,7 +100,7 @@ class EvalFeed:
         dp_size: int,
         device_id: int | None,
     ) -> None:
-        self._images, self._image_size = images, image_size
+        self.images, self._image_size = images, image_size
         self._data, self._evaluation = data, evaluation
         self._batch_size = batch_size // dp_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
@@ -108,19 +108,19 @@ class EvalFeed:
         self._multi_hot = len(images.class_names) if data.multi_label else None
 
     def __len__(self) -> int:
-        return math.ceil(len(self._images) / (self._batch_size * self._dp_size))
+        return math.ceil(len(self.images) / (self._batch_size * self._dp_size))
 
     def __iter__(self) -> Iterator[Batch]:
         def source(n: int) -> tuple[Any, ...]:
             n = min(n, len(self) - 1)  # DALI asks for batches beyond the last
             batch = outputs.read(n)
-            return batch.encoded, _labels(batch, self._multi_hot), self._numbers(n)[1].astype(np.float32)
+            return batch.encoded, _labels(batch, self._multi_hot), self.numbers(n)[1].astype(np.float32)
 
-        reader = Reader(self._images, lambda n: self._numbers(n)[0], self._data)
+        reader = Reader(self.images, lambda n: self.numbers(n)[0], self._data)
         pipeline = eval_pipeline(
             source, self._batch_size, self._image_size, self._data, self._evaluation, self._device_id
         )
-        outputs = _Outputs(pipeline, self._images, reader, self._data.prefetch_batches, self._device_id)
+        outputs = _Outputs(pipeline, self.images, reader, self._data.prefetch_batches, self._device_id)
         try:
             for _ in range(len(self)):
                 yield outputs.next()
@@ -128,11 +128,19 @@ class EvalFeed:
             reader.close()
             outputs.close()
 
-    def _numbers(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """The n-th batch's images, and which of them are there for the first time."""
+    def read(self, numbers: np.ndarray) -> ReadBatch:
+        """Some images of the set, at least one, as they are stored. Raises DataError as a pass does."""
+        reader = Reader(self.images, lambda n: numbers[:0] if n else numbers, self._data)
+        try:
+            return reader.batch(0)
+        finally:
+            reader.close()
+
+    def numbers(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """This rank's images of the n-th batch, by number, and which of them are there for the first time."""
         start = (n * self._dp_size + self._dp_rank) * self._batch_size
         numbers = np.arange(start, start + self._batch_size)
-        real = numbers < len(self._images)
+        real = numbers < len(self.images)
         return np.where(real, numbers, 0), real
 
 
