@@ -19,7 +19,8 @@ from PIL import Image
 from small import ROOT
 
 from vit_static.bench import infer
-from vit_static.bench.contenders import PEERS, Contender, Result, ratio, take_turns, write_json
+from vit_static.bench.contenders import PEERS, Contender, Result, print_table, ratio, take_turns, write_json
+from vit_static.config import UserError
 
 TINY = {
     "model.variant": "Ti/16",
@@ -78,6 +79,7 @@ def test_the_protocol_works_at_least_as_long_as_it_is_told_to() -> None:
     program = "import protocol; protocol.serve(lambda: 1, version='7')"
     result = take_turns([contender("real", program)], rounds=2, seconds=0.05)["real"]
     assert result.version == "7" and len(result.images_per_s) == 2
+    assert result.calls and result.latency_ms(50) < 1.0
     assert 1e6 < result.peak_bytes < 1e9
 
 
@@ -104,24 +106,46 @@ def test_a_ratio_is_the_median_of_the_rounds(tmp_path: Path) -> None:
     assert found["contenders"]["ours"]["median_images_per_s"] == 20.0
 
 
-def test_inference_is_compared_with_the_best_peer_of_its_precision() -> None:
+def test_inference_is_compared_with_the_best_peer() -> None:
     speeds = {
         "ours_fp32_batch_1": 8.0, "pytorch_fp32_batch_1": 4.0, "onnxruntime_fp32_batch_1": 10.0,
         "ours_fp32_batch_8": 30.0, "pytorch_fp32_batch_8": 20.0, "onnxruntime_fp32_batch_8": 10.0,
-        "ours_bf16_batch_1": 6.0, "pytorch_bf16_batch_1": 4.0,
-        "ours_bf16_batch_8": 6.0, "pytorch_bf16_batch_8": 5.0,
+        "ours_bf16_batch_1": 16.0, "pytorch_bf16_batch_1": 4.0, "ours_int8_batch_1": 20.0,
+        "ours_bf16_batch_8": 36.0, "pytorch_bf16_batch_8": 40.0, "ours_int8_batch_8": 30.0,
     }  # fmt: skip
-    ratios = infer.ratios_of({name: Result(name, "", [speed]) for name, speed in speeds.items()})
-    assert ratios == pytest.approx(
+    results = {name: Result(name, "", [speed]) for name, speed in speeds.items()}
+    assert infer.ratios_of(results, (1, 8)) == pytest.approx(
         {
-            "fp32_vs_best_peer": 0.8,
-            "fp32_vs_best_peer_batch_1": 0.8,
-            "fp32_vs_best_peer_batch_8": 1.5,
-            "bf16_vs_best_peer": 1.2,
-            "bf16_vs_best_peer_batch_1": 1.5,
-            "bf16_vs_best_peer_batch_8": 1.2,
+            "fp32_vs_best_fp32_peer": 0.8,
+            "best_low_vs_best_fp32_peer": 1.8,
+            "fp32_vs_best_fp32_peer_batch_1": 0.8,
+            "fp32_vs_best_fp32_peer_batch_8": 1.5,
+            "bf16_vs_best_fp32_peer_batch_1": 1.6,
+            "bf16_vs_best_fp32_peer_batch_8": 1.8,
+            "int8_vs_best_fp32_peer_batch_1": 2.0,
+            "int8_vs_best_fp32_peer_batch_8": 1.5,
+            "bf16_vs_best_bf16_peer_batch_1": 4.0,
+            "bf16_vs_best_bf16_peer_batch_8": 0.9,
         }
     )
+    only = {name: result for name, result in results.items() if "fp32" in name}
+    assert set(infer.ratios_of(only, (8,))) == {"fp32_vs_best_fp32_peer", "fp32_vs_best_fp32_peer_batch_8"}
+
+
+def test_a_peer_with_other_weights_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    known = {"ours_fp32_batch_1": [[1.0, 20.0]], "pytorch_fp32_batch_1": [[1.001, 20.1]], "ours_bf16_batch_1": [[9.0]]}
+    group = {name: Result(name, known={"logits": logits}) for name, logits in known.items()}
+    infer.check_weights(group)
+    group["onnxruntime_fp32_batch_1"] = Result("other", known={"logits": [[1.0, 19.0]]})
+    with pytest.raises(UserError, match="onnxruntime_fp32_batch_1 answers otherwise"):
+        infer.check_weights(group)
+
+
+def test_latencies_are_of_single_calls(capsys: pytest.CaptureFixture[str]) -> None:
+    result = Result("ours", "", [10.0], calls=[0.1] * 98 + [0.3, 0.5])
+    assert (result.latency_ms(50), result.latency_ms(99)) == pytest.approx((100.0, 302.0))
+    print_table({"ours": result}, 1, latencies=True)
+    assert "100.0 ms   302.0 ms" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("verb", ["train", "data", "infer", "profile"])
