@@ -40,7 +40,8 @@ LAYERS = [
     | {"buckets", "dropout", "paddle_internals", "passes", "state_parts"},
     {"optim", "weights", "checkpoint", "saving", "inference_model", "model_folder", "model_card"},
     {"step"},
-    {"train", "evaluate", "export", "predict", "plan", "convert", "attend"} | {"sessions", "onnx_files"},
+    {"train", "evaluate", "export", "predict", "plan", "convert", "attend"}
+    | {"sessions", "onnx_files", "screen", "tracing"},
     {
         "bench",
         *(f"bench.{name}" for name in ("contenders", "step", "train", "scaling", "profile", "infer", "cards")),

@@ -24,6 +24,7 @@ from vit_static.config import (
 )
 from vit_static.devices import CARDS_A_NODE, DEVICES, INTERCONNECTS
 
+NUM_LINES = 40  # of what libraries have said, where something fails
 EXIT_DONE, EXIT_FAILED, EXIT_USER_MISTAKE, EXIT_STOPPED = 0, 1, 2, 75
 # How the system refuses a path that the user should not have given; a full disk, say, is no such mistake.
 USER_ERRNOS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG})
@@ -225,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USER_MISTAKE
     except OSError as error:
         if error.errno not in USER_ERRNOS:
-            print(runtime.said_aside(), end="", file=sys.stderr)
+            print(runtime.said_aside(NUM_LINES), end="", file=sys.stderr)
             traceback.print_exc()
             return EXIT_FAILED
         print(f"vit_static: {error.filename}: {error.strerror}; name another path, or mend this one", file=sys.stderr)
@@ -237,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("vit_static: stopped on request", file=sys.stderr)
         return EXIT_STOPPED
     except Exception:
-        print(runtime.said_aside(), end="", file=sys.stderr)
+        print(runtime.said_aside(NUM_LINES), end="", file=sys.stderr)
         traceback.print_exc()
         return EXIT_FAILED
 

@@ -141,6 +141,8 @@ def launch(argv: Sequence[str], layout: Layout, config: Config, max_restarts: in
                 say(failure.words + used_up + (f"; the end of {failure.log}:" if failure.log else ""))
                 if failure.tail:
                     print(failure.tail, file=sys.stderr, flush=True)
+                if has_failed and argv[:1] in (["pretrain"], ["finetune"]) and (config.run_dir / "log").is_dir():
+                    say(f"what Paddle and DALI said meanwhile stands in {config.run_dir / 'log'}")
             return ending.code
 
         handle_signals(stop_without_workers)

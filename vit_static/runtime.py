@@ -12,12 +12,14 @@ import tempfile
 import warnings
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 _CPUINFO = Path("/proc/cpuinfo")
 _M_ARENA_MAX = -8  # malloc.h
-_aside: IO[bytes] | None = None
+_aside: Aside | None = None
 _given: dict[str, str] | None = None  # the environment before `prepare`
 
 
@@ -46,10 +48,7 @@ def prepare(verbose: bool = False, environ: MutableMapping[str, str] = os.enviro
     if _amd_with_avx2():
         environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
     if not verbose:
-        environ.setdefault("GLOG_minloglevel", "2")
-        warnings.filterwarnings("ignore")
-        logging.disable(logging.WARNING)
-        _silence_libraries()
+        _put_libraries_aside()
     # Paddle warns of more than one thread when it is imported, though the threads start, and read this, later.
     environ["OMP_NUM_THREADS"] = "1"
     with _requests_held_back():
@@ -86,8 +85,9 @@ def _cores_a_process(environ: MutableMapping[str, str]) -> int:
     return max(len(os.sched_getaffinity(0)) // num_local, 1)
 
 
-def _silence_libraries() -> None:
-    """Python keeps the console; what C++ libraries print there goes nowhere, or aside until a failure asks for it.
+def _put_libraries_aside() -> None:
+    """Python keeps the console; what libraries print there goes aside: C++'s on either stream, Python's warnings, and
+    what is logged below an error.
 
     (oneDNN's checks in Paddle come on standard output, a decoder's complaints of a bad file on standard error.)
     """
@@ -98,19 +98,71 @@ def _silence_libraries() -> None:
         os.fdopen(os.dup(stream.fileno()), "w", encoding=stream.encoding, errors=stream.errors, buffering=1)
         for stream in (sys.stdout, sys.stderr)
     )
-    _aside = tempfile.TemporaryFile()  # noqa: SIM115 - open until the process ends
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.close(nowhere)
-    os.dup2(_aside.fileno(), 2)
+    descriptor, name = tempfile.mkstemp(prefix="vit_static_", suffix=".log")
+    Path(name).unlink()
+    _send_aside(Aside(descriptor, None, 0))
+    warnings.showwarning = lambda *said, **_: _say_aside(warnings.formatwarning(*said[:4]))  # type: ignore[misc, assignment]
+    shown = logging.StreamHandler.emit
+
+    def emit(handler: logging.StreamHandler[Any], record: logging.LogRecord) -> None:
+        to_console = handler.stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+        if to_console and record.levelno < logging.ERROR:
+            _say_aside(handler.format(record) + "\n")
+        else:
+            shown(handler, record)
+
+    logging.StreamHandler.emit = emit  # type: ignore[method-assign]
 
 
-def said_aside() -> str:
-    """What libraries have printed on standard error so far, where `prepare` has put it aside."""
+@dataclass(frozen=True)
+class Aside:
+    """Where libraries' words go: a file, without a name until there is a place for it, and this process's part in it."""
+
+    descriptor: int
+    path: Path | None
+    start: int
+
+
+def _send_aside(aside: Aside) -> None:
+    global _aside
+    before, _aside = _aside, aside
+    os.dup2(aside.descriptor, 1)
+    os.dup2(aside.descriptor, 2)
+    if before is not None:
+        os.close(before.descriptor)
+
+
+def _say_aside(text: str) -> None:
+    if _aside is not None:
+        with suppress(OSError):  # a full disk
+            os.write(_aside.descriptor, text.encode(errors="replace"))
+
+
+def keep_aside(path: Path) -> None:
+    """What libraries have said so far, and will, goes to the end of this file; nothing where it is shown anyway."""
+    if _aside is None or _aside.path == path:
+        return
+    said = said_aside()
+    with suppress(OSError):  # then it stays where it is
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        start = os.lseek(descriptor, 0, os.SEEK_END)
+        _send_aside(Aside(descriptor, path, start))
+        _say_aside(f"-- {datetime.now().astimezone().isoformat(timespec='seconds')}, process {os.getpid()}\n{said}")
+
+
+def said_aside(most_lines: int | None = None) -> str:
+    """What libraries have printed so far, where `prepare` has put it aside: the last lines, and where the rest is."""
     if _aside is None:
         return ""
-    _aside.seek(0)
-    return _aside.read().decode(errors="replace")
+    size = os.lseek(_aside.descriptor, 0, os.SEEK_END) - _aside.start
+    lines = os.pread(_aside.descriptor, size, _aside.start).decode(errors="replace").splitlines(keepends=True)
+    if most_lines is None or len(lines) <= most_lines:
+        return "".join(lines)
+    where = "" if _aside.path is None else f" ({_aside.path} has all)"
+    return f"... the last {most_lines} of {len(lines)} lines that libraries printed{where}:\n" + "".join(
+        lines[-most_lines:]
+    )
 
 
 def cpu_has_bfloat16(cpuinfo: Path = _CPUINFO) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vit_static import checkpoint, environment, flops, mistakes, report
+from vit_static import checkpoint, environment, flops, mistakes, report, runtime
 from vit_static import config as config_module
 from vit_static import mesh as mesh_module
 from vit_static import model as model_module
@@ -33,6 +33,7 @@ from vit_static.mesh import Mesh
 from vit_static.mixing import Mixer
 from vit_static.saving import Saver
 from vit_static.schedule import learning_rate
+from vit_static.screen import expected_end, start_screen
 from vit_static.step import Program, choose_precision
 from vit_static.weight_files import WeightsError
 from vit_static.weights import init_from, write_pdparams
@@ -99,6 +100,7 @@ def train(config: Config, resume: str = "auto") -> bool:
             start = f"from {loaded.source}, {loading.format}: {loading.describe()}"
 
         # -- the program -----------------------------------------------------------------------------------------
+        runtime.keep_aside(config.run_dir / "log" / f"rank_{rank}.log")
         program = Program(
             model,
             Criterion(config.loss),
@@ -163,16 +165,11 @@ def train(config: Config, resume: str = "auto") -> bool:
         log = stack.enter_context(RunLog(config.run_dir, rank, config.log.tensorboard))
         requests = stack.enter_context(stop_requests())
         num_parameters = sum(math.prod(p.shape) for p in model.parameters())
-        log.say(
-            f"{config.name}: ViT {config.model.variant} {shape.width} wide, {shape.depth} deep, "
-            f"{num_parameters / 1e6:.2f} M parameters, "
-            f"{train_flops / 1e9:.2f} GFLOP an image and step; {start}"
-        )
-        log.say(
-            f"{len(train_images)} training and {len(val_images)} validation images in {config.data.root}; "
-            f"{total_steps} steps of {batch_size} images on {world_size} x {mesh.device}, "
-            f"precision {precision.level} {precision.dtype}"
-        )
+        facts = environment.describe(config, mesh, f"{precision.level} {precision.dtype}")
+        num_images = len(train_images), len(val_images)
+        plan = total_steps, warmup_steps, progress.step
+        device = facts["environment"]["card"] or facts["environment"]["cpu"]
+        log.say(start_screen(config, shape, num_parameters, start, num_images, *plan, facts["mesh"], device))
         for note in () if loading is None else loading.notes:
             log.say(f"note: {note}")
         begun = "started" if newest is None else "resumed"
@@ -183,7 +180,7 @@ def train(config: Config, resume: str = "auto") -> bool:
             event=begun,
             total_steps=total_steps,
             num_parameters=num_parameters,
-            **environment.describe(config, mesh, f"{precision.level} {precision.dtype}"),
+            **facts,
         )
         has_ended = progress.step >= total_steps and progress.evaluated_step == progress.step
         if has_ended:
@@ -208,8 +205,8 @@ def train(config: Config, resume: str = "auto") -> bool:
 
             if is_logged:  # with what is due below, the one place where the device is waited for
                 mean_loss = mesh.mean(program.scalar(loss))
-                num_images = (progress.step - last_logged) * batch_size
-                images_per_s, data_wait = meter.read(num_images, feed.seconds_waited)
+                num_seen = (progress.step - last_logged) * batch_size
+                images_per_s, data_wait = meter.read(num_seen, feed.seconds_waited)
                 values: dict[str, Any] = {
                     "loss": mean_loss,
                     "lr": rate(progress.step - 1),
@@ -222,7 +219,10 @@ def train(config: Config, resume: str = "auto") -> bool:
                 }
                 log.record("train", progress.step, epoch, **values)
                 seconds_left = (time.perf_counter() - started) / (progress.step - first_step)
-                log.train_line(progress.step, total_steps, values, seconds_left * (total_steps - progress.step))
+                seconds_left *= total_steps - progress.step
+                if last_logged == first_step and seconds_left > 0.0:
+                    log.say(expected_end(seconds_left))
+                log.train_line(progress.step, total_steps, values, seconds_left)
                 last_logged = progress.step
                 meter.reset(feed.seconds_waited)
             aside = time.perf_counter()
