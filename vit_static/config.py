@@ -41,6 +41,7 @@ CropRatio = Annotated[float, Field(ge=0.05, le=1.0)]  # less would enlarge an im
 Interpolation = Literal["bilinear", "bicubic"]
 PosEmbedResampling = Literal["bicubic", "bilinear", "antialias"]
 
+_MOST_PROFILED = 1000  # steps, each of thousands of operators
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DEFAULT_CONFIGS = {"pretrain": CONFIGS / "quickstart.yaml", "finetune": CONFIGS / "quickstart_finetune.yaml"}  # by verb
 
@@ -315,6 +316,9 @@ class TrainConfig(Section):
     max_steps: Count | None = Field(None, description="optimizer steps")
     max_images: Count | None = None
     frozen: Literal["none", "body"] = Field("none", description="body: only the head is trained, a linear probe")
+    profile_steps: tuple[Count, Count] | None = Field(
+        None, description="first and last step, from 1, of which a trace is written into the run's folder"
+    )
     on_nonfinite: Literal["stop", "rollback"] = Field(
         "stop", description="gradients that aren't finite; rollback: go on from the last checkpoint without that batch"
     )
@@ -325,6 +329,14 @@ class TrainConfig(Section):
     node_timeout_s: Annotated[float, Field(gt=0.0, le=86_400.0)] = Field(
         24.0, description="seconds of silence after which a node is taken for gone; from 30 gloo fails first"
     )
+
+    @model_validator(mode="after")
+    def _few_in_order(self) -> TrainConfig:
+        if self.profile_steps is not None and not 0 <= self.profile_steps[1] - self.profile_steps[0] < _MOST_PROFILED:
+            raise ValueError(
+                f"profile_steps = {list(self.profile_steps)}: must be [first, last], of {_MOST_PROFILED} steps at most"
+            )
+        return self
 
 
 class ParallelConfig(Section):

@@ -16,10 +16,11 @@ from tqdm import tqdm
 class RunLog:
     """The log of one rank; all but rank 0's are silent. A context manager: the end closes its files.
 
-    `run_dir` None writes to the console alone.
+    `run_dir` None writes to the console alone. `done_steps`: of a run that goes on; what an earlier process has written
+    of later steps TensorBoard then passes over.
     """
 
-    def __init__(self, run_dir: Path | None, rank: int = 0, tensorboard: bool = True) -> None:
+    def __init__(self, run_dir: Path | None, rank: int = 0, tensorboard: bool = True, done_steps: int = 0) -> None:
         self.speaks = rank == 0
         self._metrics: TextIO | None = None
         self._events: Any = None
@@ -33,7 +34,7 @@ class RunLog:
             if tensorboard:
                 from tensorboardX import SummaryWriter
 
-                self._events = SummaryWriter(str(run_dir))
+                self._events = SummaryWriter(str(run_dir), purge_step=done_steps + 1 if done_steps else None)
 
     def __enter__(self) -> RunLog:
         return self
@@ -59,7 +60,7 @@ class RunLog:
         self.say(json.dumps(values))
 
     def record(self, kind: str, step: int, epoch: float, **values: Any) -> None:
-        """A line of metrics.jsonl; the numbers of it go to TensorBoard as ``kind/key``."""
+        """A line of metrics.jsonl; the numbers of training and evaluations go to TensorBoard as ``kind/key``."""
         if self._metrics is not None:
             entry = {"kind": kind, "step": step, "epoch": round(epoch, 4), **values}
             finite = {
@@ -68,7 +69,7 @@ class RunLog:
             }
             self._metrics.write(json.dumps(finite) + "\n")
             self._metrics.flush()
-        if self._events is not None:
+        if self._events is not None and kind != "event":
             for key, value in values.items():
                 if isinstance(value, (int, float)) and not isinstance(value, bool):
                     self._events.add_scalar(f"{kind}/{key}", value, step)
@@ -81,7 +82,9 @@ class RunLog:
                 total=total_steps,
                 initial=done_steps,
                 unit="step",
-                ncols=None if num_columns else 100,  # some pseudo-terminals say 0, at which tqdm shows nothing
+                # Some pseudo-terminals say 0, at which tqdm shows nothing.
+                ncols=None if num_columns else 100,
+                nrows=None if num_columns else 20,
                 dynamic_ncols=num_columns > 0,
                 file=sys.stdout,
             )

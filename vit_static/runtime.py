@@ -101,7 +101,7 @@ def _put_libraries_aside() -> None:
     descriptor, name = tempfile.mkstemp(prefix="vit_static_", suffix=".log")
     Path(name).unlink()
     _send_aside(Aside(descriptor, None, 0))
-    warnings.showwarning = lambda *said, **_: _say_aside(warnings.formatwarning(*said[:4]))  # type: ignore[misc, assignment]
+    warnings.showwarning = lambda *said, **_: _say_aside(warnings.formatwarning(*said[:4]))
     shown = logging.StreamHandler.emit
 
     def emit(handler: logging.StreamHandler[Any], record: logging.LogRecord) -> None:
@@ -111,12 +111,13 @@ def _put_libraries_aside() -> None:
         else:
             shown(handler, record)
 
-    logging.StreamHandler.emit = emit  # type: ignore[method-assign]
+    logging.StreamHandler.emit = emit  # type: ignore[method-assign, assignment]
 
 
 @dataclass(frozen=True)
 class Aside:
-    """Where libraries' words go: a file, without a name until there is a place for it, and this process's part in it."""
+    """Where libraries' words go: a file, without a name until there is a place for it; this process's are from `start`
+    on."""
 
     descriptor: int
     path: Path | None

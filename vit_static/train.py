@@ -35,6 +35,7 @@ from vit_static.saving import Saver
 from vit_static.schedule import learning_rate
 from vit_static.screen import expected_end, start_screen
 from vit_static.step import Program, choose_precision
+from vit_static.tracing import StepTrace
 from vit_static.weight_files import WeightsError
 from vit_static.weights import init_from, write_pdparams
 
@@ -162,8 +163,9 @@ def train(config: Config, resume: str = "auto") -> bool:
         # -- the loop --------------------------------------------------------------------------------------------
         train_flops = flops.train_flops(shape)
         peak = flops.peak_flops(mesh_module.device_name(mesh), precision.dtype)
-        log = stack.enter_context(RunLog(config.run_dir, rank, config.log.tensorboard))
+        log = stack.enter_context(RunLog(config.run_dir, rank, config.log.tensorboard, progress.step))
         requests = stack.enter_context(stop_requests())
+        trace = stack.enter_context(StepTrace(config.train.profile_steps, config.run_dir, mesh, log.say))
         num_parameters = sum(math.prod(p.shape) for p in model.parameters())
         facts = environment.describe(config, mesh, f"{precision.level} {precision.dtype}")
         num_images = len(train_images), len(val_images)
@@ -265,7 +267,8 @@ def train(config: Config, resume: str = "auto") -> bool:
 
             if (passed_epoch or is_last) and progress.evaluated_step < progress.step and stop is None:
                 try:
-                    answers = all_answers(program, validation, mesh)
+                    with trace.span("evaluate"):
+                        answers = all_answers(program, validation, mesh)
                     result, averaged = Evaluation.of(answers), None
                     if config.optim.ema_decay > 0.0:
                         with program.averaged():
@@ -300,7 +303,8 @@ def train(config: Config, resume: str = "auto") -> bool:
                     mesh.first(None)  # the others wait here, where none is too late, not in a collective of theirs
             if (stop or is_last or is_best or is_due) and progress != last_saved and (not stop or stop.saves):
                 position = replace(position, position=progress.batch() * batch_size)
-                saver.begin(program.state(), progress, position, rate(progress.step))
+                with trace.span("copy for the checkpoint"):
+                    saver.begin(program.state(), progress, position, rate(progress.step))
                 last_saved = progress
             if stop is not None or is_last:
                 saver.wait()
@@ -311,13 +315,15 @@ def train(config: Config, resume: str = "auto") -> bool:
 
             assert batch is not None
             step = progress.step
-            loss = program.train_step(*mixer.mixed(batch, step), step)
+            with trace.step(step + 1):
+                loss = program.train_step(*mixer.mixed(batch, step), step)
             progress = replace(progress, step=step + 1)
             log.advance_bar()
 
             # The device isn't waited for here, but what comes next, and whether a rank must stop.
             if progress.step < total_steps:
-                batch, problem = take(feed)
+                with trace.span("wait for data"):
+                    batch, problem = take(feed)
                 may_fail = config.checkpoint.on_failure == "continue"
                 stop = stop_of(
                     mesh.first(
@@ -330,6 +336,7 @@ def train(config: Config, resume: str = "auto") -> bool:
                         else None
                     )
                 )
+        trace.close()
         log.close_bar()
 
         # -- the end ---------------------------------------------------------------------------------------------
