@@ -120,6 +120,8 @@ make_environment() (
     else
         local base
         base=$(find_python)
+        [[ ! -L $env ]] || fail 2 "$env is a link, and what it leads to is not what $lock asks for;" \
+            "remove the link, or activate that environment"
         mkdir -p -- "$env"
         find "$env/" -mindepth 1 -delete # whatever a killed setup, another Python or device left
         "$base" -m venv "$env" > "$log" 2>&1 || fail 1 "$base can't make $env (see $log)"

@@ -41,7 +41,7 @@ LAYERS = [
     {"optim", "weights", "checkpoint", "saving", "inference_model", "model_folder", "model_card"},
     {"step"},
     {"train", "evaluate", "export", "predict", "plan", "convert", "attend"}
-    | {"sessions", "onnx_files", "screen", "tracing"},
+    | {"sessions", "onnx_files", "screen", "tracing", "pixels"},
     {
         "bench",
         *(f"bench.{name}" for name in ("contenders", "step", "train", "scaling", "profile", "infer", "cards")),

@@ -318,7 +318,7 @@ def to_pixels(image: Picture) -> np.ndarray:
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
             raise PredictError(f"an array of {image.dtype} {list(image.shape)}: must be uint8 [height, width, 3]")
-        return image
+        return np.ascontiguousarray(image)  # DALI takes no part of another array
     return _rgb(image) if isinstance(image, Image.Image) else read_pixels(Path(image))
 
 

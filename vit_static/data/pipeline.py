@@ -22,7 +22,7 @@ from vit_static.data.operations import augmented, erased
 from vit_static.data.order import NUM_DRAWS
 
 NUM_CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop
-_MOST_TIMES_THE_CROP = 16  # what an image is resized to, along its longer side
+MOST_TIMES_THE_CROP = 16  # what an image is resized to, along its longer side
 _INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 # For the n-th batch: a list of the encoded images, [num_bytes] uint8 each; labels [B] int64 or [B, num_classes] uint8;
@@ -181,7 +181,7 @@ def preprocessed(images: Any, image_size: tuple[int, int], data: DataConfig, eva
     scale = dali_math.max(least_height / shape[0], least_width / shape[1])
     # Of an image of 20,000 pixels by 1 only the middle, which is all that is cut out: else it would be resized to
     # millions by 256.
-    most = types.Constant([_MOST_TIMES_THE_CROP * float(side) for side in (least_height, least_width)])
+    most = types.Constant([MOST_TIMES_THE_CROP * float(side) for side in (least_height, least_width)])
     kept = dali_math.min(shape[0:2], dali_math.ceil(most / scale))
     images = fn.slice(
         images,
