@@ -21,7 +21,8 @@ from vit_static.schedule import learning_rate
 from vit_static.train import train
 
 CONFIGS = ROOT / "configs"
-RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith(("quickstart", "bench")))
+NO_RECIPES = ("quickstart", "bench", "own_images")
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith(NO_RECIPES))
 NUM_IMAGES = {"data/ILSVRC2012": 1_281_167, "data/ImageNet21K": 14_197_087, "data/cifar10": 50_000}
 SEEDS = [name for name in RECIPES if name.startswith("ViT_")]
 DEVICES = {"A100 40 GB": "a100-40g"}

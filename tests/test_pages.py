@@ -1,0 +1,79 @@
+"""The pages: what they link to is there, and the commands in them are ones that the program takes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from small import ROOT
+
+from vit_static.__main__ import make_parser
+from vit_static.config import load
+
+CONFIGS = ROOT / "configs"
+PAGES = [ROOT / "README.md", *sorted(CONFIGS.glob("*.md")), *sorted((ROOT / ".github").rglob("*.md"))]
+
+
+def named(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def anchors(page: Path) -> set[str]:
+    """Those that GitHub gives the page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_what_a_page_links_to_is_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    for target in targets:
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = page if not path else page.parent / path
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+def commands(page: Path) -> list[str]:
+    """The page's `./run.sh` commands in code blocks, of which none is cut short by three dots."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    lines = "\n".join(block for kind, block in blocks if kind in ("", "bash")).replace("\\\n", " ").splitlines()
+    found = [line[line.index("./run.sh ") :] for line in lines if re.match(r"(\$ |\w+=\S+ |srun )*\./run\.sh ", line)]
+    return [line for line in found if " ..." not in line]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_a_pages_commands_are_taken(page: Path) -> None:
+    """By the argument parser; and their configs load, with what they override."""
+    for command in commands(page):
+        arguments = shlex.split(command, comments=True)[1:]
+        if arguments[0] in ("data", "test", "setup"):
+            continue
+        given = make_parser().parse_args(arguments)
+        config = getattr(given, "config", None)
+        if config is not None and config.is_relative_to("configs"):
+            load(ROOT / config, given.overrides)
+        elif getattr(given, "overrides", None):
+            load(None, given.overrides)
+
+
+def test_the_pages_have_commands_to_try() -> None:
+    assert sum(len(commands(page)) for page in PAGES) > 50
+
+
+def test_every_config_is_in_the_index_and_no_other() -> None:
+    listed = re.findall(r"`(\w+\.yaml)`", (CONFIGS / "README.md").read_text(encoding="utf-8"))
+    assert sorted(listed) == sorted(path.name for path in CONFIGS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", ["own_images", "own_images_scratch"])
+def test_a_config_for_peoples_own_images_names_what_data_folder_writes(name: str) -> None:
+    config = load(CONFIGS / f"{name}.yaml", ["data.root=pictures", "model.num_classes=3"])
+    assert (config.data.train, config.data.val) == ("train_list.txt", "val_list.txt")
+    header = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
+    assert f"-c configs/{name}.yaml -o data.root=PICTURES" in header
