@@ -1,4 +1,4 @@
-"""What all tests share: the environment that the command line sets up, and the compiled program of a model."""
+"""What all tests share: worker processes, the environment that the command line sets up, a model's compiled program."""
 
 from __future__ import annotations
 
@@ -14,12 +14,30 @@ from sets import make_set, small_digits  # noqa: F401 - fixtures
 
 from vit_static import runtime
 
+MAX_WORKERS = 4
 _TALLY = pytest.StashKey[dict[str, Counter[str]]]()
 
 
-def pytest_configure() -> None:
+@pytest.hookimpl(tryfirst=True)  # xdist's own reads the options
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite runs in as many processes as there are cores; what somebody chose of it, in this one."""
+    if hasattr(config, "workerinput"):
+        return  # one of them
+    option = config.option
+    chosen = config.args_source != config.ArgsSource.TESTPATHS or option.keyword or option.markexpr or option.usepdb
+    if option.numprocesses is None and option.dist == "no" and not chosen:
+        option.numprocesses = min(len(os.sched_getaffinity(0)), MAX_WORKERS)
+        option.dist = "worksteal"
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """Before any test module imports Paddle; verbose, since standard output is pytest's own here."""
+    if config.option.dist != "no" and not hasattr(config, "workerinput"):
+        return  # its workers run the tests
     os.environ.setdefault("GLOG_minloglevel", "2")
+    if hasattr(config, "workerinput"):
+        num_cores = len(os.sched_getaffinity(0)) // config.workerinput["workercount"]
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(num_cores, 1)))
     runtime.prepare(verbose=True)
 
 
@@ -44,6 +62,19 @@ def tally(pytestconfig: pytest.Config) -> Callable[..., None]:
     return count
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        rows = session.config.stash.get(_TALLY, {})
+        session.config.workeroutput["tally"] = {row: dict(counts) for row, counts in rows.items()}
+
+
+@pytest.hookimpl(optionalhook=True)  # without xdist there is none
+def pytest_testnodedown(node: Any) -> None:
+    rows = node.config.stash.setdefault(_TALLY, {})
+    for row, counts in getattr(node, "workeroutput", {}).get("tally", {}).items():  # a worker that died has no output
+        rows.setdefault(row, Counter()).update(counts)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     rows = terminalreporter.config.stash.get(_TALLY, {})
     if not rows:
@@ -54,7 +85,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     width = max(map(len, rows))
     terminalreporter.section("reliability")
     terminalreporter.write_line(" " * width + "".join(f"{column:>12}" for column in columns))
-    for row, counts in rows.items():
+    for row, counts in sorted(rows.items()):
         terminalreporter.write_line(f"{row:<{width}}" + "".join(f"{counts.get(column, ''):>12}" for column in columns))
 
 
