@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from exported import exported  # noqa: F401 - a fixture
-from runs import config  # noqa: F401 - a fixture
+from runs import config_of_a_run  # noqa: F401 - a fixture
 from sets import make_set, small_digits  # noqa: F401 - fixtures
 
 from vit_static import runtime

@@ -20,8 +20,8 @@ seed: 5
 """
 
 
-@pytest.fixture
-def config(tmp_path: Path, small_digits: Path) -> Config:
+@pytest.fixture(name="config")  # as conftest.py's hooks call another
+def config_of_a_run(tmp_path: Path, small_digits: Path) -> Config:
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY)
     return load(path, [f"data.root={small_digits}", f"output_dir={tmp_path / 'output'}"])
