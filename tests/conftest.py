@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 from exported import exported  # noqa: F401 - a fixture
-from runs import config_of_a_run  # noqa: F401 - a fixture
+from runs import config_of_a_run, finished, run  # noqa: F401 - fixtures
 from sets import make_set, small_digits  # noqa: F401 - fixtures
 
 from vit_static import runtime
@@ -20,30 +21,45 @@ _TALLY = pytest.StashKey[dict[str, Counter[str]]]()
 
 @pytest.hookimpl(tryfirst=True)  # xdist's own reads the options
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """The whole suite runs in as many processes as there are cores; what somebody chose of it, in this one."""
-    if hasattr(config, "workerinput"):
-        return  # one of them
-    option = config.option
-    chosen = config.args_source != config.ArgsSource.TESTPATHS or option.keyword or option.markexpr or option.usepdb
-    if option.numprocesses is None and option.dist == "no" and not chosen:
-        option.numprocesses = min(len(os.sched_getaffinity(0)), MAX_WORKERS)
-        option.dist = "worksteal"
+    """The whole suite runs in as many processes as there are cores; what somebody chose of it, or with a card, in one.
+
+    (Where run.sh has found a card, the processes would share it.)
+    """
+    if hasattr(config, "workerinput") or not config.pluginmanager.hasplugin("xdist"):
+        return
+    option, num_cores = config.option, len(os.sched_getaffinity(0))
+    is_whole = config.args_source == config.ArgsSource.TESTPATHS and not option.keyword and not option.markexpr
+    has_card = os.environ.get("VIT_STATIC_DEVICE") == "gpu"
+    if is_whole and option.numprocesses is None and num_cores > 1 and not option.usepdb and not has_card:
+        option.numprocesses = min(num_cores, MAX_WORKERS)
+    if option.numprocesses and option.dist == "no":
+        option.dist = "worksteal"  # tests of a file stay together but where one process would be idle
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before any test module imports Paddle; verbose, since standard output is pytest's own here."""
-    if config.option.dist != "no" and not hasattr(config, "workerinput"):
-        return  # its workers run the tests
+    is_worker = hasattr(config, "workerinput")
+    if config.getoption("dist", "no") != "no" and not is_worker and not config.option.collectonly:
+        return  # others run the tests
     os.environ.setdefault("GLOG_minloglevel", "2")
-    if hasattr(config, "workerinput"):
+    if is_worker:
         num_cores = len(os.sched_getaffinity(0)) // config.workerinput["workercount"]
         os.environ.setdefault("OMP_NUM_THREADS", str(max(num_cores, 1)))
     runtime.prepare(verbose=True)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Paddle keeps some 100,000 objects of every program: Python would go through all of them again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import paddle
 
+    # A process takes its tests from the beginning of its share, and another that is idle some from the end.
+    items.sort(key=lambda item: "early" not in item.keywords)
     if paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0:
         return
     for item in items:

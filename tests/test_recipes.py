@@ -20,6 +20,8 @@ from vit_static.optim import decay_coefficient
 from vit_static.schedule import learning_rate
 from vit_static.train import train
 
+pytestmark = pytest.mark.early
+
 CONFIGS = ROOT / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith(("quickstart", "bench")))
 NUM_IMAGES = {"data/ILSVRC2012": 1_281_167, "data/ImageNet21K": 14_197_087, "data/cifar10": 50_000}
@@ -130,7 +132,7 @@ def test_timms_schedule() -> None:
 
 # What is another model's, another set's or another length's.
 SHORTENED = [
-    "device=cpu", "amp.level=O0", "amp.dtype=auto", "data.global_batch_size=64",
+    "device=cpu", "amp.level=O0", "amp.dtype=auto", "data.global_batch_size=32",
     "data.mean=[0.5, 0.5, 0.5]",
     "data.std=[0.5, 0.5, 0.5]",
     "data.train=train", "data.val=val", "data.multi_label=false", "data.num_threads=2",
@@ -138,7 +140,7 @@ SHORTENED = [
     "train.max_steps=null", "parallel.grad_accum_steps=1", "eval.every_epochs=100", "eval.crop_ratio=0.95",
     "eval.resize=short", "log.every_steps=1000", "log.tensorboard=false", "checkpoint.keep_last=1",
 ]  # fmt: skip
-# What suits some hundred steps of 64 images, where the recipe's rate is for 100 times as many or for larger batches.
+# What suits some hundred steps of 32 images, where the recipe's rate is for 100 times as many or for larger batches.
 OTHERWISE = {
     "ViT_base_patch16_384_ft_in1k_1n8c_dp_fp16o2": ["optim.lr=0.03"],
     "deit3_b16_224": ["optim.lr=5e-4"],
@@ -163,10 +165,10 @@ DIFFERENT = list({settings(name): name for name in reversed(RECIPES)}.values())
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The quickstart's run, in a process of its own, as everyone's first."""
     folder = tmp_path_factory.mktemp("recipes")
-    command = [str(ROOT / "run.sh"), "pretrain", "-o", f"output_dir={folder}", "-o", "train.epochs=20"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
+    command = [str(ROOT / "run.sh"), "pretrain", "-o", "train.epochs=20"]
+    done = subprocess.run(command, cwd=folder, env=os.environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    return folder / "quickstart"
+    return folder / "output/quickstart"
 
 
 @pytest.mark.slow
@@ -183,10 +185,10 @@ def test_a_recipes_settings_finetune_the_digits(pretrained: Path, tmp_path: Path
         name,
         *SHORTENED,
         *model,
-        "train.epochs=10",
+        "train.epochs=5",
         "schedule.warmup_steps=0",
-        "schedule.warmup_epochs=0.5",
-        f"data.root={ROOT / 'data/digits'}",
+        "schedule.warmup_epochs=0.25",
+        f"data.root={pretrained.parent.parent / 'data/digits'}",
         f"output_dir={tmp_path}",
         f"init.from={pretrained}",
         "init.head=reset",
