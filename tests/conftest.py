@@ -1,7 +1,8 @@
-"""What all tests share: the environment that the command line sets up, and the compiled program of a model."""
+"""What all tests share: worker processes, the environment that the command line sets up, a model's compiled program."""
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -9,23 +10,56 @@ from typing import Any
 
 import pytest
 from exported import exported  # noqa: F401 - a fixture
-from runs import config  # noqa: F401 - a fixture
+from runs import config_of_a_run, finished, run  # noqa: F401 - fixtures
 from sets import make_set, small_digits  # noqa: F401 - fixtures
 
 from vit_static import runtime
 
+MAX_WORKERS = 4
 _TALLY = pytest.StashKey[dict[str, Counter[str]]]()
 
 
-def pytest_configure() -> None:
+@pytest.hookimpl(tryfirst=True)  # xdist's own reads the options
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite runs in as many processes as there are cores; what somebody chose of it, or with a card, in one.
+
+    (Where run.sh has found a card, the processes would share it.)
+    """
+    if hasattr(config, "workerinput") or not config.pluginmanager.hasplugin("xdist"):
+        return
+    option, num_cores = config.option, len(os.sched_getaffinity(0))
+    is_whole = config.args_source == config.ArgsSource.TESTPATHS and not option.keyword and not option.markexpr
+    has_card = os.environ.get("VIT_STATIC_DEVICE") == "gpu"
+    if is_whole and option.numprocesses is None and num_cores > 1 and not option.usepdb and not has_card:
+        option.numprocesses = min(num_cores, MAX_WORKERS)
+    if option.numprocesses and option.dist == "no":
+        option.dist = "worksteal"  # tests of a file stay together but where one process would be idle
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """Before any test module imports Paddle; verbose, since standard output is pytest's own here."""
+    is_worker = hasattr(config, "workerinput")
+    if config.getoption("dist", "no") != "no" and not is_worker and not config.option.collectonly:
+        return  # others run the tests
     os.environ.setdefault("GLOG_minloglevel", "2")
+    if is_worker:
+        num_cores = len(os.sched_getaffinity(0)) // config.workerinput["workercount"]
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(num_cores, 1)))
     runtime.prepare(verbose=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Paddle keeps some 100,000 objects of every program: Python would go through all of them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import paddle
 
+    # A process takes its tests from the beginning of its share, and another that is idle some from the end.
+    items.sort(key=lambda item: "early" not in item.keywords)
     if paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0:
         return
     for item in items:
@@ -44,6 +78,19 @@ def tally(pytestconfig: pytest.Config) -> Callable[..., None]:
     return count
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        rows = session.config.stash.get(_TALLY, {})
+        session.config.workeroutput["tally"] = {row: dict(counts) for row, counts in rows.items()}
+
+
+@pytest.hookimpl(optionalhook=True)  # without xdist there is none
+def pytest_testnodedown(node: Any) -> None:
+    rows = node.config.stash.setdefault(_TALLY, {})
+    for row, counts in getattr(node, "workeroutput", {}).get("tally", {}).items():  # a worker that died has no output
+        rows.setdefault(row, Counter()).update(counts)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     rows = terminalreporter.config.stash.get(_TALLY, {})
     if not rows:
@@ -54,7 +101,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     width = max(map(len, rows))
     terminalreporter.section("reliability")
     terminalreporter.write_line(" " * width + "".join(f"{column:>12}" for column in columns))
-    for row, counts in rows.items():
+    for row, counts in sorted(rows.items()):
         terminalreporter.write_line(f"{row:<{width}}" + "".join(f"{counts.get(column, ''):>12}" for column in columns))
 
 

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import TINY, happened, metrics
+from runs import happened, metrics
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from small import ROOT, read_state
 
 from vit_static import checkpoint, saving
 from vit_static import train as train_module
-from vit_static.config import Config, ConfigError, RunFailed, load
+from vit_static.config import Config, ConfigError, RunFailed
 from vit_static.mixing import Mixer
 from vit_static.train import train
 from vit_static.weight_files import WeightsError
@@ -60,11 +60,10 @@ def test_a_checkpoint_holds_all_that_a_run_needs(config: Config) -> None:
     assert manifest.run == checkpoint.read_manifest(checkpoint.folder(config.run_dir, 4)).run
 
 
-def test_what_writing_costs_is_logged(config: Config) -> None:
-    train(config)
-    written = [event for event in metrics(config.run_dir, "event") if event["event"] == "checkpoint"]
+def test_what_writing_costs_is_logged(finished: Config) -> None:
+    written = [event for event in metrics(finished.run_dir, "event") if event["event"] == "checkpoint"]
     assert [event["step"] for event in written] == [4, 8, 11]
-    part = checkpoint.folder(config.run_dir, 11) / "rank_00000.safetensors"
+    part = checkpoint.folder(finished.run_dir, 11) / "rank_00000.safetensors"
     assert all(event["seconds_waited"] >= 0.0 and event["seconds_written"] > 0.0 for event in written)
     assert written[-1]["bytes"] == part.stat().st_size
 
@@ -107,22 +106,6 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "a truncated manifest": ("manifest.json", truncate, "damaged"),
     "another run's part": ("rank_00000.safetensors", take_from_another_run, "a part of another run"),
 }
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, small_digits: Path) -> Config:
-    folder = tmp_path_factory.mktemp("finished")
-    (folder / "tiny.yaml").write_text(TINY)
-    found = load(folder / "tiny.yaml", [f"data.root={small_digits}", f"output_dir={folder / 'output'}"])
-    train(found)
-    return found
-
-
-@pytest.fixture
-def run(finished: Config, tmp_path: Path) -> Config:
-    """A finished run of 11 steps, to be spoilt."""
-    shutil.copytree(finished.run_dir, tmp_path / "copy", symlinks=True)
-    return finished.model_copy(update={"output_dir": str(tmp_path), "name": "copy"})
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -260,11 +260,19 @@ def test_predict_takes_every_kind_of_image(workplace: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_goes_on_to_the_same_bits(workplace: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(("number", "threads"), [(signal.SIGTERM, "2"), (signal.SIGINT, "1")])
+def test_a_stopped_run_goes_on_to_the_same_bits(workplace: Path, number: signal.Signals, threads: str) -> None:
     """The signal ends the step, the state is saved, the exit code is 75; the same command ends as if never stopped."""
+    unbroken = ["pretrain", "-c", "tiny.yaml", "-o", f"name=unbroken{int(number)}"]
+    assert run_sh(*unbroken, cwd=workplace, OMP_NUM_THREADS=threads).returncode == 0
     arguments = ["pretrain", "-c", "tiny.yaml", "-o", f"name=stopped{int(number)}"]
-    process = subprocess.Popen([ROOT / "run.sh", *arguments], cwd=workplace, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [ROOT / "run.sh", *arguments],
+        cwd=workplace,
+        env=os.environ | {"OMP_NUM_THREADS": threads},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step 5/"):
@@ -275,21 +283,23 @@ def test_a_stopped_run_goes_on_to_the_same_bits(workplace: Path, number: signal.
     assert "state saved" in rest
     run = workplace / f"output/stopped{int(number)}"
     assert not (run / "model.pdparams").exists()
-    done = run_sh(*arguments, cwd=workplace)
+    done = run_sh(*arguments, cwd=workplace, OMP_NUM_THREADS=threads)
     assert done.returncode == 0 and "going on from" in done.stdout
-    whole, parts = (read_state(path / "model.pdparams") for path in (workplace / "output/tiny", run))
+    whole, parts = (
+        read_state(workplace / f"output/{name}{int(number)}/model.pdparams") for name in ("unbroken", "stopped")
+    )
     assert all(np.array_equal(parts[name], whole[name]) for name in whole)
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(workplace: Path) -> None:
-    """The same images, augmentations and losses; dropout off, since its masks are a rank's own."""
+    """The same images, augmentations and losses; dropout off, since its masks are a rank's own. On two threads."""
     losses, evaluations = {}, {}
     for nproc in ("1", "2"):
         name = f"dp{nproc}"
         done = run_sh(
             "pretrain", "-c", "tiny.yaml", "-o", f"name={name}", "-o", "model.dropout=0", "-o", "log.every_steps=1",
-            "-o", "amp.level=O0", cwd=workplace, NPROC=nproc,
+            "-o", "amp.level=O0", cwd=workplace, NPROC=nproc, OMP_NUM_THREADS=str(2 // int(nproc)),
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         lines = [json.loads(line) for line in (workplace / f"output/{name}/metrics.jsonl").read_text().splitlines()]
@@ -311,6 +321,21 @@ def test_two_processes_train_as_one(workplace: Path) -> None:
     assert evaluated[0]["loss"] == pytest.approx(evaluated[1]["loss"], rel=1e-6)
 
 
+def losses_of_ten_steps(workplace: Path, name: str, nproc: str, *overrides: str) -> list[float]:
+    common = ["-c", "tiny.yaml", "-o", "model.dropout=0", "-o", "log.every_steps=1", "-o", "train.max_steps=10"]
+    common += ["-o", "schedule.name=constant", "--resume", "never"]
+    given = [argument for override in (f"name={name}", *overrides) for argument in ("-o", override)]
+    done = run_sh("pretrain", *common, *given, cwd=workplace, NPROC=nproc)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (workplace / f"output/{name}/metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "train"][-10:]
+
+
+@pytest.fixture(scope="module")
+def losses_in_float32(workplace: Path) -> list[float]:
+    return losses_of_ten_steps(workplace, "low_1", "1", "amp.level=O0")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "tolerance"),
@@ -322,18 +347,12 @@ def test_two_processes_train_as_one(workplace: Path) -> None:
     ],
     ids=["gradients in float16", "ZeRO 2 in the default precision", "mp 2 in it", "ZeRO 3 in it"],
 )
-def test_two_processes_in_low_precision(workplace: Path, overrides: list[str], tolerance: float) -> None:
+def test_two_processes_in_low_precision(
+    workplace: Path, losses_in_float32: list[float], overrides: list[str], tolerance: float
+) -> None:
     """As one process in float32, within what rounding leaves."""
-    common = ["-c", "tiny.yaml", "-o", "model.dropout=0", "-o", "log.every_steps=1", "-o", "train.max_steps=10"]
-    common += ["-o", "schedule.name=constant", "--resume", "never"]
-    losses = []
-    for name, nproc, own in (("low_1", "1", ["amp.level=O0"]), ("low_2", "2", overrides)):
-        given = [argument for override in (f"name={name}", *own) for argument in ("-o", override)]
-        done = run_sh("pretrain", *common, *given, cwd=workplace, NPROC=nproc)
-        assert done.returncode == 0, done.stderr
-        lines = [json.loads(line) for line in (workplace / f"output/{name}/metrics.jsonl").read_text().splitlines()]
-        losses.append([line["loss"] for line in lines if line["kind"] == "train"][-10:])
-    np.testing.assert_allclose(losses[1], losses[0], rtol=tolerance)
+    found = losses_of_ten_steps(workplace, "low_2", "2", *overrides)
+    np.testing.assert_allclose(found, losses_in_float32, rtol=tolerance)
 
 
 # A run's meshes, one after the other: (processes, overrides). Its state is resharded at each change.

@@ -72,9 +72,10 @@ def stopped_by(config: Config, image: Path) -> int:
 
 
 @pytest.mark.parametrize("harm", HARMS)
-def test_a_bad_image_stops_the_run_which_then_goes_on_to_the_same_bits(config: Config, harm: str) -> None:
-    whole = config.model_copy(update={"name": "whole"})
-    assert train(whole)
+def test_a_bad_image_stops_the_run_which_then_goes_on_to_the_same_bits(
+    config: Config, finished: Config, harm: str
+) -> None:
+    """Those of a run that has never met it."""
     image = image_at(config, BAD_POSITION)
     content = image.read_bytes()
     # A file that is gone when the run begins is not listed: this one goes while the set stands listed, by a list.
@@ -86,7 +87,7 @@ def test_a_bad_image_stops_the_run_which_then_goes_on_to_the_same_bits(config: C
     assert 1 <= step <= BAD_POSITION // BATCH_SIZE
     image.write_bytes(content)
     assert train(config)
-    ours, theirs = (read_state(run.run_dir / "model.pdparams") for run in (config, whole))
+    ours, theirs = (read_state(run.run_dir / "model.pdparams") for run in (config, finished))
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -155,11 +156,8 @@ def test_a_run_goes_on_where_its_images_have_moved(config: Config) -> None:
     assert train(config.model_copy(update={"data": config.data.model_copy(update={"root": str(root)})}))
 
 
-def test_the_place_is_a_few_hundred_bytes(config: Config) -> None:
-    train(config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 4})}))
-    latest = checkpoint.latest(config.run_dir)
-    assert latest is not None
-    place = json.loads((latest / "meta.json").read_text())["data"]
+def test_the_place_is_a_few_hundred_bytes(finished: Config) -> None:
+    place = json.loads((checkpoint.folder(finished.run_dir, 4) / "meta.json").read_text())["data"]
     assert place["position"] == 4 * BATCH_SIZE
     assert len(json.dumps(place)) < 300
 

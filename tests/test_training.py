@@ -17,11 +17,10 @@ from vit_static.train import train
 from vit_static.weight_files import WeightsError
 
 
-def test_a_run_leaves_what_the_contract_says(config: Config) -> None:
-    assert train(config)
-    run = config.run_dir
+def test_a_run_leaves_what_the_contract_says(finished: Config) -> None:
+    run = finished.run_dir
     # 120 images in batches of 16 for 1.5 epochs: 11 steps; evaluated after the first epoch (step 8) and at the end
-    assert load(run / "config.yaml") == config
+    assert load(run / "config.yaml") == finished
     lines = metrics(run, "train")
     assert [line["step"] for line in lines] == [3, 6, 9, 11]
     assert {"epoch", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "mfu", "memory_mb"} <= set(lines[0])
@@ -40,50 +39,46 @@ def test_a_run_leaves_what_the_contract_says(config: Config) -> None:
     assert all(np.array_equal(merged[name], state[name]) for name in state)
 
 
-def test_learning_rate_and_epoch_in_the_log_are_the_steps_own(config: Config) -> None:
-    train(config)
-    for line in metrics(config.run_dir, "train"):
+def test_learning_rate_and_epoch_in_the_log_are_the_steps_own(finished: Config) -> None:
+    for line in metrics(finished.run_dir, "train"):
         done = line["step"] - 1
         assert line["lr"] == pytest.approx(0.5 * 1e-3 * (1 + np.cos(np.pi * done / 11)), rel=1e-6)
         assert line["epoch"] == pytest.approx(line["step"] * 16 / 120, abs=1e-4)
 
 
-def test_a_resumed_run_ends_with_the_same_bits(config: Config) -> None:
+def test_a_resumed_run_ends_with_the_same_bits(run: Config) -> None:
     """From step 4, in the middle of the first epoch, with dropout, drop path, crops and flips."""
-    train(config)
-    run = config.run_dir
-    expected = read_state(run / "model.pdparams")
-    losses = {line["step"]: line["loss"] for line in metrics(run, "train")}
+    folder = run.run_dir
+    expected = read_state(folder / "model.pdparams")
+    losses = {line["step"]: line["loss"] for line in metrics(folder, "train")}
     for later in ("step_00000008", "step_00000011"):
-        shutil.rmtree(run / "checkpoints" / later)
-    (run / "model.pdparams").unlink()
-    assert train(config)
-    again = read_state(run / "model.pdparams")
+        shutil.rmtree(folder / "checkpoints" / later)
+    (folder / "model.pdparams").unlink()
+    assert train(run)
+    again = read_state(folder / "model.pdparams")
     assert all(np.array_equal(again[name], expected[name]) for name in expected)
-    assert happened(run) == ["finished", "resumed", "finished"]
-    resumed = metrics(run, "train")[4:]
+    assert happened(folder) == ["finished", "resumed", "finished"]
+    resumed = metrics(folder, "train")[4:]
     assert [line["step"] for line in resumed] == [6, 9, 11]
     # The first line's loss is of its own step, so it must be equal too.
     assert all(line["loss"] == losses[line["step"]] for line in resumed)
 
 
-def test_a_finished_run_is_left_as_it_is(config: Config) -> None:
-    train(config)
-    before = (config.run_dir / "model.pdparams").read_bytes()
-    assert train(config)
-    assert (config.run_dir / "model.pdparams").read_bytes() == before
+def test_a_finished_run_is_left_as_it_is(run: Config) -> None:
+    before = (run.run_dir / "model.pdparams").read_bytes()
+    assert train(run)
+    assert (run.run_dir / "model.pdparams").read_bytes() == before
 
 
-def test_never_resuming_begins_anew(config: Config) -> None:
-    train(config)
-    shorter = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 6}), "seed": 9})
+def test_never_resuming_begins_anew(run: Config) -> None:
+    shorter = run.model_copy(update={"train": run.train.model_copy(update={"max_steps": 6}), "seed": 9})
     assert train(shorter, resume="never")
-    assert [line["step"] for line in metrics(config.run_dir, "train")] == [3, 6, 9, 11, 3, 6]
-    merged = checkpoint.load_weights(config.run_dir / "checkpoints" / "step_00000006").state
-    state = read_state(config.run_dir / "model.pdparams")
+    assert [line["step"] for line in metrics(run.run_dir, "train")] == [3, 6, 9, 11, 3, 6]
+    merged = checkpoint.load_weights(run.run_dir / "checkpoints" / "step_00000006").state
+    state = read_state(run.run_dir / "model.pdparams")
     assert all(np.array_equal(merged[name], state[name]) for name in state)
-    assert (config.run_dir / "checkpoints_before_1" / "step_00000011").is_dir()  # the first run's are kept
-    lines = history.of_last_run(history.read_metrics(config.run_dir / "metrics.jsonl"))
+    assert (run.run_dir / "checkpoints_before_1" / "step_00000011").is_dir()  # the first run's are kept
+    lines = history.of_last_run(history.read_metrics(run.run_dir / "metrics.jsonl"))
     assert [line["step"] for line in lines if line["kind"] == "train"] == [3, 6]
 
 
@@ -91,9 +86,8 @@ def test_never_resuming_begins_anew(config: Config) -> None:
     ("override", "named"),
     [("model.depth=3", "model.depth"), ("seed=6", "seed"), ("optim.name=sgd", "optim.name")],
 )
-def test_a_run_does_not_go_on_as_another(config: Config, tmp_path: Path, override: str, named: str) -> None:
-    train(config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 4})}))
-    changed = load(config.run_dir / "config.yaml", [override])
+def test_a_run_does_not_go_on_as_another(run: Config, override: str, named: str) -> None:
+    changed = load(run.run_dir / "config.yaml", [f"output_dir={run.output_dir}", "name=copy", override])
     with pytest.raises(ConfigError, match=named) as error:
         train(changed)
     assert "\n" not in str(error.value) and "--resume never" in str(error.value)
@@ -125,13 +119,12 @@ def test_a_line_that_a_killed_run_left_unfinished_spoils_no_other(config: Config
     assert len(entries) == len(path.read_text().splitlines()) - 1
 
 
-def test_a_shorter_schedule_than_what_is_done_ends_the_run(config: Config) -> None:
+def test_a_shorter_schedule_than_what_is_done_ends_the_run(run: Config) -> None:
     """Its checkpoint may never have been evaluated."""
-    train(config)
     for name in ("step_00000008", "step_00000011"):
-        shutil.rmtree(config.run_dir / "checkpoints" / name)
-    assert train(config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 2})}))
-    assert (config.run_dir / "model.pdparams").is_file()
+        shutil.rmtree(run.run_dir / "checkpoints" / name)
+    assert train(run.model_copy(update={"train": run.train.model_copy(update={"max_steps": 2})}))
+    assert (run.run_dir / "model.pdparams").is_file()
 
 
 def test_images_of_several_labels_train_and_are_evaluated(config: Config, tmp_path: Path) -> None:
@@ -199,15 +192,13 @@ def test_an_average_is_evaluated_saved_and_gone_on_with(config: Config, tmp_path
     assert metrics(run, "eval")[-1]["ema_loss"] == losses[-1]["ema_loss"]
 
 
-def test_an_average_that_is_not_there_is_an_error(config: Config) -> None:
-    assert train(config)
+def test_an_average_that_is_not_there_is_an_error(finished: Config) -> None:
     with pytest.raises(WeightsError, match="no moving average"):
-        checkpoint.load_weights(config.run_dir / "checkpoints" / "latest", averaged=True)
+        checkpoint.load_weights(finished.run_dir / "checkpoints" / "latest", averaged=True)
 
 
-def test_what_another_optimizer_keeps_cannot_be_gone_on_with(config: Config) -> None:
-    assert train(config)
+def test_what_another_optimizer_keeps_cannot_be_gone_on_with(run: Config) -> None:
     for section, change in (("optim", {"ema_decay": 0.9}), ("train", {"frozen": "body"}), ("optim", {"name": "lion"})):
-        changed = config.model_copy(update={section: getattr(config, section).model_copy(update=change)})
+        changed = run.model_copy(update={section: getattr(run, section).model_copy(update=change)})
         with pytest.raises(ConfigError, match=next(iter(change))):
             train(changed)
