@@ -176,6 +176,14 @@ def test_a_broken_active_environment_is_refused(checkout: Checkout) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_an_environment_behind_a_link_is_not_emptied(checkout: Checkout) -> None:
+    """It may be another checkout's."""
+    (checkout.root / ".venv").symlink_to(checkout.environment)
+    result = checkout.run("setup", VIRTUAL_ENV="")
+    assert result.returncode == 2 and "is a link" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert (checkout.environment / "bin" / "python").is_file()
+
+
 def test_without_a_supported_python_setup_says_so(checkout: Checkout) -> None:
     result = checkout.run("setup", VIRTUAL_ENV="", PYTHON="/bin/false")
     assert result.returncode == 2

@@ -92,7 +92,7 @@ def run(
     if onnx or asked.precision == "int8":
         onnx_files.check_installed()
     images = open_set(config.data, "val", config.model.num_classes)
-    out = out.resolve()
+    given, out = out, out.resolve()
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; --out takes a folder")
     if out.exists() and any(out.iterdir()) and not any(out.rglob(CARD_FILE)):
@@ -104,8 +104,8 @@ def run(
             of_size = config.model_copy(update={"model": config.model.model_copy(update={"image_size": size})})
             name = f"{size[0]}x{size[1]}" if len(sizes) > 1 else ""
             _export(loaded, of_size, images, part / name, name, onnx=onnx)
-    where = out / f"{sizes[0][0]}x{sizes[0][1]}" if len(sizes) > 1 else out
-    names = ", ".join(path.name for path in sorted((where).iterdir()))
+    where = given / f"{sizes[0][0]}x{sizes[0][1]}" if len(sizes) > 1 else given
+    names = ", ".join(path.name for path in sorted(where.iterdir()))
     print(f"{where}: {names}; './run.sh predict --model {where} IMAGE' uses them")
 
 
