@@ -370,7 +370,7 @@ def test_sruns_tasks_train_as_one_launch_does(job: Job, losses_of_one_launch: li
     """Task 0 is rank 0 and speaks for all."""
     srun(job, num_nodes=num_nodes)
     (code, stdout, stderr), other = job.end()
-    assert (code, stderr) == (0, "") and "on 2 x cpu" in stdout
+    assert (code, stderr) == (0, "") and "2 x cpu" in stdout
     assert other == (0, "", "")
     np.testing.assert_allclose(job.losses(), losses_of_one_launch, rtol=1e-6)
 

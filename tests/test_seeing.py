@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import TINY, config, metrics  # noqa: F401 - a fixture
+from runs import TINY, metrics
 from small import ROOT
 from tensorboardX.proto.event_pb2 import Event
 
@@ -48,7 +48,7 @@ def events_of(path: Path) -> list[Event]:
     return found
 
 
-def test_tensorboard_has_the_names_and_numbers_of_metrics(config: Config) -> None:  # noqa: F811
+def test_tensorboard_has_the_names_and_numbers_of_metrics(config: Config) -> None:
     """Of each step the last: what a run did again after it was stopped, TensorBoard passes over, by its purge_step."""
     config = changed(config, checkpoint={"every_steps": 3}, log={"every_steps": 1})
     assert train(changed(config, train={"max_steps": 5}))
@@ -77,7 +77,7 @@ def test_tensorboard_has_the_names_and_numbers_of_metrics(config: Config) -> Non
 # -- the trace ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_trace_has_the_steps_that_were_asked_for_and_changes_no_bit(config: Config) -> None:  # noqa: F811
+def test_the_trace_has_the_steps_that_were_asked_for_and_changes_no_bit(config: Config) -> None:
     config = changed(config, log={"every_steps": 1}, train={"max_steps": 6})
     plain, traced = changed(config), config.model_copy(update={"name": "traced"})
     assert train(plain)
