@@ -77,6 +77,8 @@ class PaddleSession:
             config.set_cpu_math_library_num_threads(num_threads)
             if onednn:
                 config.enable_mkldnn()
+                # Else it keeps the weights once more for each of the last ten shapes of a batch.
+                config.set_mkldnn_cache_capacity(0)
             else:
                 config.disable_mkldnn()
             if precision == "bfloat16" and not as_exported:
