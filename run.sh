@@ -29,7 +29,7 @@ case ${VIT_STATIC_DEVICE:-} in
     "") if nvidia-smi -L > /dev/null 2>&1; then VIT_STATIC_DEVICE=gpu; else VIT_STATIC_DEVICE=cpu; fi ;;
     *) fail 2 "VIT_STATIC_DEVICE=$VIT_STATIC_DEVICE: it must be cpu or gpu" ;;
 esac
-export VIT_STATIC_DEVICE # vit_static/launch.py need not ask nvidia-smi again
+export VIT_STATIC_DEVICE # the launcher need not ask nvidia-smi again
 
 # The interpreter's real path stands for its version, without starting it.
 wanted_stamp() { echo "$(sha256sum < "$lock") $VIT_STATIC_DEVICE $(readlink -f -- "$python")"; }

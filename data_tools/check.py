@@ -31,11 +31,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_tools.arguments import ToolParser
-from vit_static.config import shortened
-from vit_static.data.images import FileSet, ImageSet
-from vit_static.data.lists import DataError, read_list
-from vit_static.data.pipeline import decoders_words, decoding_pipeline
-from vit_static.data.sets import (
+from vit_static.common.errors import DataError, truncate
+from vit_static.common.io import lock, write_atomically
+from vit_static.data.dali_pipeline import decoders_words, decoding_pipeline
+from vit_static.data.image_set import FileDataset, ImageDataset
+from vit_static.data.list_file import read_list
+from vit_static.data.open_set import (
     CHECK_FILE,
     CLASS_NAMES_FILE,
     class_folders,
@@ -43,8 +44,7 @@ from vit_static.data.sets import (
     list_folders,
     read_class_names,
 )
-from vit_static.data.shards import open_shards
-from vit_static.files import lock, write_atomically
+from vit_static.data.webdataset import open_shards
 
 STOPPING = frozenset({
     "missing", "empty", "unreadable", "too_large", "truncated", "not_an_image", "class_folders", "empty_class", "label",
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.fix is not None and arguments.fix.exists() and any(arguments.fix.iterdir()):
         raise ValueError(f"{arguments.fix}: is not empty; name another folder with --fix")
     sets, problems = open_sets(root, {split: place for split, place in places.items() if place.exists()})
-    if arguments.fix is not None and not all(isinstance(images, FileSet) for images in sets.values()):
+    if arguments.fix is not None and not all(isinstance(images, FileDataset) for images in sets.values()):
         raise ValueError("--fix writes lists of files, and these are shards: set data.on_bad_image=skip instead")
     path = arguments.json or root / CHECK_FILE
     digests = {}
@@ -129,17 +129,17 @@ def problem(split: str, path: str, kind: str, detail: str) -> Problem:
     return Problem(path, split, kind, " ".join(detail.split()), kind in STOPPING)
 
 
-def open_sets(root: Path, places: dict[str, Path]) -> tuple[dict[str, ImageSet], list[Problem]]:
+def open_sets(root: Path, places: dict[str, Path]) -> tuple[dict[str, ImageDataset], list[Problem]]:
     """The images of each split, and what is wrong with how they are laid out, which would stop training at its start.
 
     Raises DataError for a list or an index that can't be read at all.
     """
-    sets: dict[str, ImageSet] = {}
+    sets: dict[str, ImageDataset] = {}
     problems: list[Problem] = []
     folders: dict[str, list[Path]] = {}
     for split, place in places.items():
         if place.is_file():
-            sets[split] = FileSet(root, read_list(place), [])
+            sets[split] = FileDataset(root, read_list(place), [])
         elif is_of_shards(place):
             # Labels are checked as the images are read.
             sets[split] = open_shards(place, root, [""] * (num_names(root) or MOST_CLASSES), True)
@@ -152,7 +152,7 @@ def open_sets(root: Path, places: dict[str, Path]) -> tuple[dict[str, ImageSet],
                 problems.append(problem(split, path, "empty_class", "this class folder has no image"))
             labels = np.array([known.index(f.name) if f.name in known else -1 for f in folders[split]], np.int32)
             lines.labels.values[:] = labels[lines.labels.values]
-            sets[split] = FileSet(root, lines, [])
+            sets[split] = FileDataset(root, lines, [])
     if len(folders) == 2:
         names = {split: {folder.name for folder in found} for split, found in folders.items()}
         for split, other in (("train", "val"), ("val", "train")):
@@ -168,15 +168,15 @@ def num_names(root: Path) -> int | None:
     return sum(1 for line in read_class_names(path) if line.strip()) if path.is_file() else None
 
 
-def label_problems(root: Path, sets: dict[str, ImageSet], lists: set[str]) -> list[Problem]:
+def label_problems(root: Path, sets: dict[str, ImageDataset], lists: set[str]) -> list[Problem]:
     """Of lists: labels beyond the classes that the set names, or that the training list has."""
     train = sets["train"]
-    of_train = 1 + int(train.lines.labels.values.max()) if isinstance(train, FileSet) and "train" in lists else None
+    of_train = 1 + int(train.lines.labels.values.max()) if isinstance(train, FileDataset) and "train" in lists else None
     num_classes = num_names(root) or of_train
     found = []
     for split in sorted(lists):
         images = sets[split]
-        assert isinstance(images, FileSet)
+        assert isinstance(images, FileDataset)
         if num_classes is not None:
             for number in (n for n in range(len(images)) if images.lines.labels.of(n).max() >= num_classes):
                 label = int(images.lines.labels.of(number).max())
@@ -188,7 +188,7 @@ def label_problems(root: Path, sets: dict[str, ImageSet], lists: set[str]) -> li
 class Journal:
     """What has been read so far, a line a stretch, so that a stopped check goes on."""
 
-    def __init__(self, path: Path, sets: dict[str, ImageSet]) -> None:
+    def __init__(self, path: Path, sets: dict[str, ImageDataset]) -> None:
         self._path = path
         digests = {split: images.digest() for split, images in sets.items()}
         entries = [entry for line in path.read_bytes().splitlines() if (entry := _parsed(line)) is not None]
@@ -225,7 +225,7 @@ class Journal:
 
 
 @contextmanager
-def open_journal(path: Path, sets: dict[str, ImageSet]) -> Iterator[Journal]:
+def open_journal(path: Path, sets: dict[str, ImageDataset]) -> Iterator[Journal]:
     """Raises ValueError while another check writes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_symlink() or (path.exists() and not path.is_file()):  # a stranger's set would have us write elsewhere
@@ -246,7 +246,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) else None
 
 
-def check_set(images: ImageSet, split: str, journal: Journal) -> tuple[np.ndarray, list[Problem]]:
+def check_set(images: ImageDataset, split: str, journal: Journal) -> tuple[np.ndarray, list[Problem]]:
     """Reads every image of a split, on all cores; digests [num_images], and problems."""
     digests, problems = np.zeros(len(images), np.uint64), []
     decoder = Decoder()
@@ -267,7 +267,7 @@ def check_set(images: ImageSet, split: str, journal: Journal) -> tuple[np.ndarra
     return digests, problems
 
 
-def state_of(images: ImageSet, number: int) -> tuple[int, int] | None:
+def state_of(images: ImageDataset, number: int) -> tuple[int, int] | None:
     """When an image's file, or the shard that it is in, was changed, and its size in bytes."""
     path = images.name(number)
     for place in (path, os.path.dirname(path)):  # noqa: PTH120 - a Path for each image is slow
@@ -280,7 +280,7 @@ def state_of(images: ImageSet, number: int) -> tuple[int, int] | None:
 
 
 def check_some(
-    images: ImageSet, split: str, numbers: Sequence[int], decoder: "Decoder", threads: ThreadPoolExecutor
+    images: ImageDataset, split: str, numbers: Sequence[int], decoder: "Decoder", threads: ThreadPoolExecutor
 ) -> Checked:
     digests, problems = [], []
     to_decode: list[tuple[str, np.ndarray]] = []
@@ -301,13 +301,13 @@ def check_some(
     return Checked(np.array(digests, np.uint64), problems)
 
 
-def look_at(images: ImageSet, split: str, number: int) -> tuple[np.ndarray | None, int, list[Problem]]:
+def look_at(images: ImageDataset, split: str, number: int) -> tuple[np.ndarray | None, int, list[Problem]]:
     """An image's bytes, where it has any, their digest, and what its file and its header say."""
     name = images.relative_name(number)
     try:
         encoded, _ = images.read(number)
     except DataError as error:
-        said = str(error).removeprefix(f"{shortened(images.name(number), 300)}: ")
+        said = str(error).removeprefix(f"{truncate(images.name(number), 300)}: ")
         return None, 0, [problem(split, name, error.kind, said)]
     digest = int.from_bytes(hashlib.blake2b(encoded.data, digest_size=8).digest(), "big")
     return encoded, digest, list(oddities(split, name, encoded))
@@ -373,7 +373,7 @@ class Decoder:
         return decoding_pipeline(batch_size, self._num_threads, None)
 
 
-def duplicates(sets: dict[str, ImageSet], digests: dict[str, np.ndarray]) -> list[Problem]:
+def duplicates(sets: dict[str, ImageDataset], digests: dict[str, np.ndarray]) -> list[Problem]:
     """Validation images whose bytes are a training image's."""
     if "val" not in digests:
         return []
@@ -416,13 +416,13 @@ def print_report(report: dict[str, Any], problems: list[Problem], path: Path) ->
     print(f"check: all of it in {path}")
 
 
-def write_fixed(folder: Path, root: Path, sets: dict[str, ImageSet], problems: list[Problem]) -> None:
+def write_fixed(folder: Path, root: Path, sets: dict[str, ImageDataset], problems: list[Problem]) -> None:
     """Lists of what doesn't stop training, by whole paths; labels are those of the training set's folders or lists."""
     folder.mkdir(parents=True, exist_ok=True)
     bad = {(found.split, found.path) for found in problems if found.stops_training}
     num_classes = 0
     for split, images in sets.items():
-        assert isinstance(images, FileSet)
+        assert isinstance(images, FileDataset)
         num_left_out = 0
         with write_atomically(folder / f"{split}_list.txt") as temporary, temporary.open("wb") as file:
             for number in range(len(images)):

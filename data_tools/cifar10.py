@@ -25,8 +25,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_tools.arguments import ToolParser
-from vit_static.data.sets import CLASS_NAMES_FILE
-from vit_static.files import lock
+from vit_static.common.io import lock
+from vit_static.data.open_set import CLASS_NAMES_FILE
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 BATCHES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "val": ["test_batch"]}

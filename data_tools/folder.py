@@ -26,11 +26,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data_tools.arguments import ToolParser
-from vit_static.config import DataConfig
-from vit_static.data.images import IMAGE_SUFFIXES, FileSet
-from vit_static.data.lists import DataError
-from vit_static.data.sets import CLASS_NAMES_FILE, class_folders, open_set
-from vit_static.files import write_atomically
+from vit_static.common.errors import DataError
+from vit_static.common.io import write_atomically
+from vit_static.config.schema import DataConfig
+from vit_static.data.image_set import IMAGE_SUFFIXES, FileDataset
+from vit_static.data.open_set import CLASS_NAMES_FILE, class_folders, open_set
 
 SPLIT_FILE = "split.json"
 SPLITS = ("train", "val")
@@ -119,7 +119,7 @@ def lists_in(out: Path) -> dict[str, Path]:
     return {split: out / f"{split}_list.txt" for split in SPLITS}
 
 
-def listed(data: DataConfig, split: str) -> FileSet:
+def listed(data: DataConfig, split: str) -> FileDataset:
     """The images of a split's class folders. Raises ValueError where that isn't what is there.
 
     Says what is left out: images outside of the class folders, and folders within them.
@@ -133,15 +133,15 @@ def listed(data: DataConfig, split: str) -> FileSet:
     outside = [path for path in place.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
     within = [Path(entry) for folder in folders for entry in os.scandir(folder) if entry.is_dir()]
     for found, what in ((outside, "images lie outside of the class folders"), (within, "folders lie in class folders")):
-        left_out = sorted(path for path in found if not path.name.startswith("."))
-        if left_out:
-            warn(f"left out: {len(left_out)} {what}, such as {left_out[0]}")
+        skipped_batches = sorted(path for path in found if not path.name.startswith("."))
+        if skipped_batches:
+            warn(f"left out: {len(skipped_batches)} {what}, such as {skipped_batches[0]}")
     images = open_set(data, split, len(folders))
-    assert isinstance(images, FileSet)
-    return FileSet(images.root, images.lines, [folder.name for folder in folders])
+    assert isinstance(images, FileDataset)
+    return FileDataset(images.root, images.lines, [folder.name for folder in folders])
 
 
-def read(images: FileSet, seed: int) -> Iterator[OwnImage]:
+def read(images: FileDataset, seed: int) -> Iterator[OwnImage]:
     """All of them. Raises ValueError for a name that a list can't hold, and for an image that can't be read."""
 
     def one(number: int) -> OwnImage:

@@ -31,8 +31,8 @@ from typing import Any
 from tqdm import tqdm
 
 from data_tools.arguments import ToolParser
-from vit_static.data.sets import CLASS_NAMES_FILE, class_folders, list_folders
-from vit_static.files import lock, write_atomically
+from vit_static.common.io import lock, write_atomically
+from vit_static.data.open_set import CLASS_NAMES_FILE, class_folders, list_folders
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 SOURCE = "ILSVRC2012"

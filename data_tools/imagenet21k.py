@@ -27,10 +27,10 @@ import numpy as np
 from tqdm import tqdm
 
 from data_tools.arguments import ToolParser
-from vit_static.data.images import IMAGE_SUFFIXES, read_whole
-from vit_static.data.lists import DataError
-from vit_static.data.sets import CLASS_NAMES_FILE
-from vit_static.files import write_atomically
+from vit_static.common.errors import DataError
+from vit_static.common.io import write_atomically
+from vit_static.data.image_set import IMAGE_SUFFIXES, read_whole
+from vit_static.data.open_set import CLASS_NAMES_FILE
 
 ALL_LIST, DUMMY_LIST, CACHE_FILE = "image_all_list.txt", "image_dummy_val_list.txt", ".digests.sqlite"
 NUM_CLASSES, NUM_DUMMY = 21_841, 20
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folders = class_folders(root / "images", arguments.num_classes)
     class_names = None if arguments.words is None else named(folders, arguments.words)
     with opened_cache(root / CACHE_FILE) as cache:
-        counts, left_out = read_new_files(cache, folders)
+        counts, skipped_batches = read_new_files(cache, folders)
         digests = all_digests(cache, folders, counts)
         labels = np.repeat(np.arange(len(folders), dtype=np.int32), counts)
         images = distinct(digests, labels)
@@ -60,9 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             temporary.write_text(class_names, encoding="utf-8")
     elif class_names is not None:
         print(f"imagenet21k: {root / CLASS_NAMES_FILE} is there, and is left as it is", file=sys.stderr)
-    if left_out:
+    if skipped_batches:
         print(
-            f"imagenet21k: {len(left_out)} files left out, empty or no images, such as {left_out[0]!r}", file=sys.stderr
+            f"imagenet21k: {len(skipped_batches)} files left out, empty or no images, such as {skipped_batches[0]!r}",
+            file=sys.stderr,
         )
     several = int((np.diff(images.offsets) > 1).sum())
     most = int(np.diff(images.offsets).max())
@@ -140,7 +141,7 @@ def read_new_files(cache: sqlite3.Connection, folders: list[Path]) -> tuple[list
 
     Threads do: on files of 100 kB they are as quick as processes.
     """
-    counts, left_out = [], []
+    counts, skipped_batches = [], []
     with (
         ThreadPoolExecutor(len(os.sched_getaffinity(0)) + 2) as threads,
         tqdm(unit="image", desc="reading", disable=None) as bar,
@@ -162,9 +163,9 @@ def read_new_files(cache: sqlite3.Connection, folders: list[Path]) -> tuple[list
                 cache.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", rows_to_add)
                 cache.execute("COMMIT")
             counts.append(len(files))
-            left_out += others
+            skipped_batches += others
             bar.update(len(files))
-    return counts, left_out
+    return counts, skipped_batches
 
 
 def files_of(folder: Path) -> tuple[dict[bytes, tuple[int, int]], list[str]]:

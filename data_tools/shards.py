@@ -27,11 +27,11 @@ import numpy as np
 from tqdm import tqdm
 
 from data_tools.arguments import ToolParser
-from vit_static.config import DataConfig
-from vit_static.data.images import FileSet
-from vit_static.data.sets import CLASS_NAMES_FILE, num_classes_of, open_set
-from vit_static.data.shards import LABEL_EXTENSION, UNFINISHED_FILE
-from vit_static.files import lock, write_atomically
+from vit_static.common.io import lock, write_atomically
+from vit_static.config.schema import DataConfig
+from vit_static.data.image_set import FileDataset
+from vit_static.data.open_set import CLASS_NAMES_FILE, num_classes_of, open_set
+from vit_static.data.webdataset import LABEL_EXTENSION, UNFINISHED_FILE
 
 MANIFEST_FILE, CONTENTS_FILE = "shards.json", "contents.txt"
 _BLOCK = 512  # tar's
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         data = DataConfig(root=str(root), train=arguments.train, val=arguments.val, multi_label=True)
         images = open_set(data, split, num_classes_of(data, split))
-        if not isinstance(images, FileSet):
+        if not isinstance(images, FileDataset):
             raise ValueError(f"{root / place}: holds shards already; --{split} takes class folders or a list file")
         pack(images, out / split, arguments.shard_mb, arguments.seed if split == "train" else None)
     if (root / CLASS_NAMES_FILE).is_file():
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def pack(images: FileSet, folder: Path, shard_mb: float, seed: int | None) -> None:
+def pack(images: FileDataset, folder: Path, shard_mb: float, seed: int | None) -> None:
     """Writes the images' shards into `folder`, in an order shuffled by the seed if there is one."""
     sizes = np.fromiter((Path(images.name(number)).stat().st_size for number in range(len(images))), np.int64)
     source = {"images": images.digest(), "num_images": len(images), "num_bytes": int(sizes.sum())}
@@ -108,7 +108,7 @@ def pack(images: FileSet, folder: Path, shard_mb: float, seed: int | None) -> No
     print(f"shards: {len(images)} images written in {num_shards} shards in {folder}")
 
 
-def write_shards(images: FileSet, folder: Path, shard_mb: float, seed: int | None, sizes: np.ndarray) -> int:
+def write_shards(images: FileDataset, folder: Path, shard_mb: float, seed: int | None, sizes: np.ndarray) -> int:
     """Those that aren't there yet, and the list of what is in all of them; how many there are. `sizes` are in bytes."""
     order = (
         np.arange(len(images)) if seed is None else np.random.Generator(np.random.Philox(seed)).permutation(len(images))
@@ -151,7 +151,7 @@ def plan(folder: Path, order: np.ndarray, sizes: np.ndarray, shard_mb: float) ->
     return shards
 
 
-def write_shard(images: FileSet, shard: Shard, bar: Any) -> None:
+def write_shard(images: FileDataset, shard: Shard, bar: Any) -> None:
     """The tar first, its index last: where the index is, both are whole."""
     lines = [f"v1.2 {len(shard.numbers)}"]
     with write_atomically(shard.path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -171,7 +171,7 @@ def write_shard(images: FileSet, shard: Shard, bar: Any) -> None:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def member_name(images: FileSet, shard: Shard, place: int) -> str:
+def member_name(images: FileDataset, shard: Shard, place: int) -> str:
     """An image's name in its shard: its number in the split, and what it is called by the end of its name."""
     suffix = Path(images.name(int(shard.numbers[place]))).suffix.lower().lstrip(".")
     return f"{shard.first + place:08d}.{'jpg' if suffix == 'jpeg' else suffix}"

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from exported import exported  # noqa: F401 - a fixture
-from runs import config_of_a_run, finished, run  # noqa: F401 - fixtures
-from sets import make_set, small_digits  # noqa: F401 - fixtures
+from helpers.bad_input import trial  # noqa: F401 - a fixture
+from helpers.exported import exported  # noqa: F401 - a fixture
+from helpers.runs import config_of_a_run, finished, run  # noqa: F401 - fixtures
+from helpers.sets import make_set, small_digits  # noqa: F401 - fixtures
 
-from vit_static import runtime
+from vit_static.common.startup import prepare_process
 
 MAX_WORKERS = 4
 _TALLY = pytest.StashKey[dict[str, Counter[str]]]()
@@ -45,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if is_worker:
         num_cores = len(os.sched_getaffinity(0)) // config.workerinput["workercount"]
         os.environ.setdefault("OMP_NUM_THREADS", str(max(num_cores, 1)))
-    runtime.prepare(verbose=True)
+    prepare_process(verbose=True)
 
 
 @pytest.hookimpl(trylast=True)
@@ -113,16 +114,16 @@ def cpu_mesh() -> Iterator[Any]:
     """
     import paddle
 
-    from vit_static import mesh
+    from vit_static.parallel.mesh import MeshShape, start_mesh
 
     with paddle.static.scope_guard(paddle.static.Scope()):
-        yield mesh.start(mesh.Sizes(1, 1, 1), "cpu")
+        yield start_mesh(MeshShape(1, 1, 1), "cpu")
 
 
 @pytest.fixture(params=[False, True], ids=["paddle", "onednn"])
 def kernels(request: pytest.FixtureRequest) -> Any:
     """A test once with Paddle's own CPU kernels, once with ours of oneDNN."""
-    from vit_static.config import KernelsConfig
+    from vit_static.config.schema import KernelsConfig
 
     return KernelsConfig(onednn=request.param)
 
@@ -130,11 +131,12 @@ def kernels(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture
 def make_program(cpu_mesh: Any) -> Callable[..., Any]:
     """make_program(model, batch_size, optim=..., ...): the compiled program of a model, as train.py builds it."""
-    from small import SMALL
+    from helpers.small import SMALL
 
-    from vit_static.config import LossConfig, OptimConfig
-    from vit_static.loss import Criterion
-    from vit_static.step import Precision, Program
+    from vit_static.config.schema import LossConfig, OptimConfig
+    from vit_static.model.loss import Criterion
+    from vit_static.program.precision import Precision
+    from vit_static.program.program import Program
 
     def make(model: Any, batch_size: int, optim: OptimConfig | None = None, **changed: Any) -> Program:
         optim = optim or OptimConfig()

@@ -8,19 +8,18 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.command_line import run_sh, the_tests_own_environment  # noqa: F401 - a fixture
+from helpers.sets import copy_of_some
+from helpers.small import ROOT, read_state
 from PIL import Image
-from sets import copy_of_some
-from small import ROOT, read_state
 
 from data_tools.digits import make_digits
-from vit_static.runtime import cpu_has_bfloat16
+from vit_static.common.cpu import cpu_has_bfloat16
 
 TINY = """
 model: {variant: Ti/16, image_size: 16, patch_size: 8, width: 32, depth: 2, num_heads: 2, mlp_dim: 64,
@@ -38,31 +37,6 @@ data: {root: parity, global_batch_size: 16, num_threads: 1}
 train: {epochs: 1}
 init: {from: output/tiny}
 """
-
-
-def run_sh(*arguments: object, cwd: Path, timeout: float = 240, **environ: str) -> subprocess.CompletedProcess[str]:
-    """run.sh in the environment that runs the tests, so that it installs nothing."""
-    return subprocess.run(
-        [ROOT / "run.sh", *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | environ,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def the_tests_own_environment() -> Iterator[None]:
-    """run.sh takes the active environment: this one, marked as set up, as it is where run.sh started the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        if not (Path(sys.prefix) / ".vit_static-setup").is_file():
-            pytest.fail("run the tests with ./run.sh test: these start run.sh, which would set this environment up")
-        if Path(sys.prefix) != ROOT / ".venv":
-            patch.setenv("VIRTUAL_ENV", sys.prefix)
-        patch.setenv("VIT_STATIC_DEVICE", os.environ.get("VIT_STATIC_DEVICE", "cpu"))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,106 +1,117 @@
-"""Imports go down only: from a layer to those below it, or within it without a circle."""
+"""Imports between the package's folders go downwards only, without cycles."""
 
 from __future__ import annotations
 
 import ast
 from graphlib import TopologicalSorter
+from pathlib import Path
 
-from small import ROOT
+import pytest
+from helpers.small import ROOT
 
-PEERS = ROOT / "vit_static" / "bench" / "peers"  # scripts, which import nothing of the package
-# As the architecture has it; a new module must be given its place.
+PACKAGE = ROOT / "vit_static"
+PEERS = PACKAGE / "bench" / "peers"  # scripts for other environments, which import nothing of the package
+# From the top down; a folder may import from those below it.
 LAYERS = [
-    {
-        "__init__",
-        "config",
-        "schedule",
-        "log",
-        "flops",
-        "devices",
-        "files",
-        "pictures",
-        "mistakes",
-        "history",
-        "charts",
-        "html_pieces",
-        "mistakes_section",
-        "report",
-        "page",
-        "runtime",
-        "resampling",
-        "formats",
-        "weight_files",
-        "weight_names",
-        "yaml_text",
-    },
-    {"model", "loss", "data", "mesh", "agreement", "mixing", "environment"}
-    | {f"data.{name}" for name in ("lists", "images", "shards", "sets", "order", "augment", "operations", "pipeline")}
-    | {"data.reader", "data.feed", "data.relabelled"}
-    | {"costs", "placement", "cpu_collectives", "cpu_kernels", "cpu_patterns", "onednn"}
-    | {"buckets", "dropout", "paddle_internals", "passes", "state_parts"},
-    {"optim", "weights", "checkpoint", "saving", "inference_model", "model_folder", "model_card"},
-    {"step"},
-    {"train", "evaluate", "export", "predict", "plan", "convert", "attend"}
-    | {"sessions", "onnx_files", "screen", "tracing", "pixels"},
-    {
-        "bench",
-        *(f"bench.{name}" for name in ("contenders", "step", "train", "scaling", "profile", "infer", "cards")),
-        *(f"bench.{name}" for name in ("data", "data_scale", "data_cards", "photographs")),
-    }
-    | {"bench.peers", *(f"bench.peers.{path.stem}" for path in PEERS.glob("[a-z]*.py"))},
-    {"serve"},
-    {"__main__", "launch", "launch_layout", "launch_peers"},
+    "__main__",
+    "cli",
+    "bench",
+    "export",
+    "inference",
+    "train",
+    "plan",
+    "program",
+    "weights",
+    "checkpoint",
+    "optim",
+    "parallel",
+    "data",
+    "model",
+    "report",
+    "launch",
+    "config",
+    "common",
+    "__init__",
 ]
-WITHOUT_PADDLE = LAYERS[0] - {"runtime"} | {"data", "launch", "launch_layout", "launch_peers"}
-WITHOUT_PADDLE |= {f"data.{name}" for name in ("lists", "images", "shards", "sets", "order", "augment", "reader")}
+WITHOUT_PADDLE = ["report", "launch", "config", "common"]  # but for common/startup.py, which imports it on request
+COMMON = {"errors", "io", "startup", "library_output", "cpu", "hardware", "text", "drawing"}  # a closed list
 
 
-def modules() -> dict[str, set[str]]:
-    """Every module of the package, and what of the package it imports, at its top or inside a function."""
-    package = ROOT / "vit_static"
-    found = {}
-    for path in package.rglob("*.py"):
-        name = ".".join(path.relative_to(package).with_suffix("").parts).removesuffix(".__init__")
-        imports = set()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module == "vit_static":
-                imports |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vit_static."):
-                imports.add((node.module or "").removeprefix("vit_static."))
-            elif isinstance(node, ast.Import):
-                imports |= {a.name.removeprefix("vit_static.") for a in node.names if a.name.startswith("vit_static.")}
-        found[name] = imports
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name below it."""
+    paths = [path for path in PACKAGE.rglob("*.py") if path.parent != PEERS]
+    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in paths}
+
+
+def imports_of(path: Path) -> set[str]:
+    """The full names of the modules that a file imports, at its top or inside a function."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def imported_modules(path: Path) -> set[str]:
+    """The modules of the package that a file imports, by their names below it."""
+    known, found = modules(), set()
+    for name in imports_of(path):
+        below = name.removeprefix("vit_static.")
+        if below != name:
+            found |= {module for module in (below, below.rpartition(".")[0]) if module in known}
     return found
 
 
-def test_every_module_has_a_layer() -> None:
-    assert set(modules()) == set().union(*LAYERS)
+def folder(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def test_every_folder_has_a_layer() -> None:
+    assert {folder(module) for module in modules()} == set(LAYERS)
 
 
 def test_no_import_goes_up() -> None:
-    layer = {name: number for number, names in enumerate(LAYERS) for name in names}
-    upward = [(name, other) for name, imports in modules().items() for other in imports if layer[other] > layer[name]]
+    level = {name: number for number, name in enumerate(LAYERS)}
+    upward = [
+        (module, other)
+        for module, path in modules().items()
+        for other in imported_modules(path)
+        if module != "__init__"  # the public face, which imports what it offers when that is called
+        if level[folder(other)] < level[folder(module)]
+    ]
     assert not upward
 
 
-def test_no_circle() -> None:
-    list(TopologicalSorter(modules()).static_order())  # raises CycleError
+def test_no_cycle() -> None:
+    graph = {module: imported_modules(path) - {module} for module, path in modules().items()}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError
 
 
-def test_the_lowest_layer_does_without_paddle() -> None:
-    for name in WITHOUT_PADDLE:
-        path = ROOT / "vit_static" / (name.replace(".", "/") + ".py")
-        if not path.exists():
-            path = ROOT / "vit_static" / name / "__init__.py"
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        imported = {
-            (node.module or "") if isinstance(node, ast.ImportFrom) else node.names[0].name
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Import | ast.ImportFrom)
-        }
-        assert not [module for module in imported if module.split(".")[0] in ("paddle", "nvidia")], name
+@pytest.mark.parametrize("name", WITHOUT_PADDLE)
+def test_the_lowest_folders_do_without_paddle_and_dali(name: str) -> None:
+    for module, path in modules().items():
+        if folder(module) == name and module != "common.startup":
+            heavy = {imported for imported in imports_of(path) if folder(imported) in ("paddle", "nvidia")}
+            assert not heavy, module
+
+
+def test_common_is_a_closed_list() -> None:
+    assert {path.stem for path in (PACKAGE / "common").glob("[a-z]*.py")} == COMMON
+
+
+def test_no_folder_or_file_is_a_drawer() -> None:
+    """A name that says nothing about its content: except the fixtures' folder of the tests."""
+    for path in (*PACKAGE.rglob("*"), *(ROOT / "data_tools").rglob("*"), *(ROOT / "tests").rglob("*")):
+        assert path.stem not in ("utils", "util", "helpers", "misc", "tmp") or path == ROOT / "tests" / "helpers", path
 
 
 def test_the_package_imports_no_data_tool() -> None:
-    for path in (ROOT / "vit_static").rglob("*.py"):
-        assert "import data_tools" not in path.read_text() and "from data_tools" not in path.read_text(), path
+    for module, path in modules().items():
+        assert not {name for name in imports_of(path) if folder(name) == "data_tools"}, module
+
+
+def test_no_test_imports_from_another_test_file() -> None:
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert not [name for name in imports_of(path) if name.startswith("test_")], path

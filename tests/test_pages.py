@@ -7,10 +7,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-from small import ROOT
+from helpers.small import ROOT
 
-from vit_static.__main__ import make_parser
-from vit_static.config import load
+from vit_static.cli import make_parser
+from vit_static.config.loader import load_config
 
 CONFIGS = ROOT / "configs"
 PAGES = [ROOT / "README.md", *sorted(CONFIGS.glob("*.md")), *sorted((ROOT / ".github").rglob("*.md"))]
@@ -57,9 +57,9 @@ def test_a_pages_commands_are_taken(page: Path) -> None:
         given = make_parser().parse_args(arguments)
         config = getattr(given, "config", None)
         if config is not None and config.is_relative_to("configs"):
-            load(ROOT / config, given.overrides)
+            load_config(ROOT / config, given.overrides)
         elif getattr(given, "overrides", None):
-            load(None, given.overrides)
+            load_config(None, given.overrides)
 
 
 def test_the_pages_have_commands_to_try() -> None:
@@ -73,7 +73,7 @@ def test_every_config_is_in_the_index_and_no_other() -> None:
 
 @pytest.mark.parametrize("name", ["own_images", "own_images_scratch"])
 def test_a_config_for_peoples_own_images_names_what_data_folder_writes(name: str) -> None:
-    config = load(CONFIGS / f"{name}.yaml", ["data.root=pictures", "model.num_classes=3"])
+    config = load_config(CONFIGS / f"{name}.yaml", ["data.root=pictures", "model.num_classes=3"])
     assert (config.data.train, config.data.val) == ("train_list.txt", "val_list.txt")
     header = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
     assert f"-c configs/{name}.yaml -o data.root=PICTURES" in header

@@ -18,7 +18,7 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from vit_static import launch_layout
+from vit_static.launch import topology
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / ".requirements" / "lock.txt"
@@ -69,8 +69,8 @@ class Checkout:
         package.mkdir()
         (package / "__init__.py").touch()
         (package / "__main__.py").write_text(WORKER)
-        for name in ("launch", "launch_layout", "launch_peers", "config", "files", "yaml_text"):
-            shutil.copy(ROOT / "vit_static" / f"{name}.py", package)
+        for name in ("launch", "config", "common"):
+            shutil.copytree(ROOT / "vit_static" / name, package / name)
         self.caller_folder = folder / "caller"
         (self.caller_folder / "data" / "digits").mkdir(parents=True)  # pretrain has nothing to make first
 
@@ -295,7 +295,7 @@ def test_one_process_a_visible_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], num_local: int
 ) -> None:
     monkeypatch.setenv("PATH", fake_nvidia_smi(tmp_path / "bin", "12.9", num_gpus=4))
-    assert launch_layout.find_layout(environ).num_local == num_local
+    assert topology.find_layout(environ).num_local == num_local
 
 
 # The lock

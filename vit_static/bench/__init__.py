@@ -1,1 +1,1 @@
-"""How quick this program is, as ratios to what a user would take instead, measured in one run; the verb `bench`."""
+"""Benchmarks against peers: ratios measured in one run."""

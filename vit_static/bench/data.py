@@ -17,19 +17,32 @@ from typing import Any, Literal, get_args
 import numpy as np
 from nvidia import dali
 
-from vit_static import mesh as mesh_module
-from vit_static.bench import contenders
-from vit_static.bench.contenders import Contender
+from vit_static.bench.harness import (
+    ROOT,
+    Contender,
+    check_writable,
+    our_python,
+    peer,
+    peers_python,
+    print_ratios,
+    print_table,
+    ratio,
+    run_in_turns,
+    write_json,
+)
 from vit_static.bench.peers import protocol
-from vit_static.bench.photographs import NUM_PHOTOGRAPH_CLASSES, write_photographs
+from vit_static.bench.photos import NUM_PHOTO_CLASSES, write_photos
 from vit_static.bench.step import MeasuredStep, feed_of
-from vit_static.config import Config, ConfigError, load
+from vit_static.common.errors import ConfigError
+from vit_static.config.loader import load_config
+from vit_static.config.schema import Config
 from vit_static.data import augment as augment_module
-from vit_static.data.images import IMAGE_SUFFIXES, ImageSet
-from vit_static.data.order import TrainOrder
-from vit_static.data.pipeline import train_pipeline
-from vit_static.data.reader import Reader
-from vit_static.data.sets import open_set
+from vit_static.data.dali_pipeline import train_pipeline
+from vit_static.data.image_set import IMAGE_SUFFIXES, ImageDataset
+from vit_static.data.open_set import open_set
+from vit_static.data.prefetch import Reader
+from vit_static.data.sampler import ShuffledSampler
+from vit_static.parallel.mesh import MeshShape, choose_device, start_mesh
 
 TARGETS = {"dali_vs_pil": 1.0}
 _WARM_UP_BATCHES = 8
@@ -45,8 +58,8 @@ def run(
 
     The images are those of data.root; where no override names it and there is none, photographs made for the occasion.
     """
-    contenders.check_writable(json_path)
-    if mesh_module.choose_device(config.device) == "gpu":
+    check_writable(json_path)
+    if choose_device(config.device) == "gpu":
         raise ConfigError("bench data: PIL has no card; set device=cpu, or measure the card alone with --device gpu")
     if not config.augment.antialias:
         raise ConfigError("bench data: PIL always antialiases; set augment.antialias=true")
@@ -54,20 +67,20 @@ def run(
         changed = [f"data.num_threads={num_cores()}", *overrides]
         is_named = any(override.startswith("data.root=") for override in overrides)
         photographs = Path(folder) / "photographs"
-        print(f"{write_photographs(photographs)}", flush=True)
+        print(f"{write_photos(photographs)}", flush=True)
         if not is_named and not Path(config.data.root).is_dir():
-            changed += [f"data.root={photographs}", f"model.num_classes={NUM_PHOTOGRAPH_CLASSES}"]
-        config = load(config_path, changed)
+            changed += [f"data.root={photographs}", f"model.num_classes={NUM_PHOTO_CLASSES}"]
+        config = load_config(config_path, changed)
         images = open_set(config.data, "train", config.model.num_classes)
         print(f"images of {config.data.root}\n", flush=True)
-        results = contenders.take_turns(contenders_for(config, config_path, changed), rounds, seconds)
+        results = run_in_turns(contenders_for(config, config_path, changed), rounds, seconds)
         ratios = {
-            f"dali_vs_pil_{cores}_cores": contenders.ratio(results[f"dali_{cores}"], results[f"pil_{cores}"])
+            f"dali_vs_pil_{cores}_cores": ratio(results[f"dali_{cores}"], results[f"pil_{cores}"])
             for cores in core_counts()
         }
-        contenders.print_table(results, rounds)
+        print_table(results, rounds)
         print("(memory: PIL's without its worker processes)")
-        contenders.print_ratios(ratios, dict.fromkeys(ratios, TARGETS["dali_vs_pil"]))
+        print_ratios(ratios, dict.fromkeys(ratios, TARGETS["dali_vs_pil"]))
         augmented = with_a_policy(config)
         stages = {threads: by_stage(augmented, images, threads, rounds, seconds / 4) for threads in core_counts()}
         print_stages(stages, augmented)
@@ -84,7 +97,7 @@ def run(
         "stages": stages,
         "sources": sources,
     }
-    contenders.write_json(json_path, ratios, results, others)
+    write_json(json_path, ratios, results, others)
 
 
 def core_counts() -> list[int]:
@@ -98,8 +111,10 @@ def contenders_for(config: Config, config_path: Path, overrides: Sequence[str]) 
     for cores in core_counts():
         given = [argument for override in overrides for argument in ("-o", override)]
         given += ["-o", f"data.num_threads={cores}"]
-        ours = (contenders.our_python(), "-m", "vit_static", "bench", "data", "--serve", "-c", str(config_path), *given)
-        augment = config.augment.model_dump(include={"crop_area", "crop_aspect", "interpolation", "flip_probability"})
+        ours = (our_python(), "-m", "vit_static", "bench", "data", "--serve", "-c", str(config_path), *given)
+        augment = config.augment.model_dump(
+            include={"crop_scale", "crop_aspect_ratio", "interpolation", "flip_probability"}
+        )
         spec = {
             "folder": str(Path(config.data.root) / config.data.train),
             "suffixes": sorted(IMAGE_SUFFIXES),
@@ -114,7 +129,7 @@ def contenders_for(config: Config, config_path: Path, overrides: Sequence[str]) 
         of = f"{cores} core{'s' if cores > 1 else ''},"
         found += [
             Contender(f"dali_{cores}", f"vit_static, {of} DALI", ours, cores=cores),
-            contenders.peer(f"pil_{cores}", f"PIL, {of}", contenders.peers_python(), "pil_data.py", spec, cores=cores),
+            peer(f"pil_{cores}", f"PIL, {of}", peers_python(), "pil_data.py", spec, cores=cores),
         ]
     return found
 
@@ -129,7 +144,7 @@ def serve(config: Config) -> None:
 
 def fed_batches(config: Config) -> Work:
     """Training's batches, as the training loop gets them."""
-    feed = feed_of(config, mesh_module.start(mesh_module.Sizes(1, 1, 1), "cpu"))
+    feed = feed_of(config, start_mesh(MeshShape(1, 1, 1), "cpu"))
 
     def batch() -> int:
         images, _ = next(feed)
@@ -145,17 +160,17 @@ def with_a_policy(config: Config) -> Config:
     return config.model_copy(update={"augment": config.augment.model_copy(update={"policy": "randaugment"})})
 
 
-def by_stage(config: Config, images: ImageSet, num_threads: int, rounds: int, seconds: float) -> dict[str, float]:
+def by_stage(config: Config, images: ImageDataset, num_threads: int, rounds: int, seconds: float) -> dict[str, float]:
     """Images a second of the pipeline up to each stage, the median of the rounds."""
     data = config.data.model_copy(update={"num_threads": num_threads})
     works = {stage: stage_work(config.model_copy(update={"data": data}), images, stage) for stage in get_args(Stage)}
     return medians_in_turns(works, rounds, seconds)
 
 
-def stage_work(config: Config, images: ImageSet, last_stage: Stage) -> Work:
+def stage_work(config: Config, images: ImageDataset, last_stage: Stage) -> Work:
     """A pipeline that ends with a stage, on the CPU."""
     augment, batch_size, image_size = config.augment, config.data.global_batch_size, config.model.image_size
-    order = TrainOrder(len(images), config.seed, augment.repeats)
+    order = ShuffledSampler(len(images), config.seed, augment.repeated_aug)
     reader = Reader(images, lambda n: order.images(n * batch_size, (n + 1) * batch_size), config.data)
     num_draws = augment_module.num_draws(augment)
     if last_stage == "read":
@@ -191,15 +206,15 @@ def print_stages(stages: Mapping[int, Mapping[str, float]], config: Config) -> N
 
 def by_source(config: Config, photographs: Path, rounds: int, seconds: float) -> dict[str, float]:
     """Images a second from class folders, a list and shards of the same photographs; prints them."""
-    pack = [contenders.our_python(), "-m", "data_tools", "shards", "--root", str(photographs), "--out"]
-    subprocess.run([*pack, str(photographs / "shards")], check=True, capture_output=True, cwd=contenders.ROOT)
-    folders = open_set(config.data.model_copy(update={"root": str(photographs)}), "train", NUM_PHOTOGRAPH_CLASSES)
+    pack = [our_python(), "-m", "data_tools", "shards", "--root", str(photographs), "--out"]
+    subprocess.run([*pack, str(photographs / "shards")], check=True, capture_output=True, cwd=ROOT)
+    folders = open_set(config.data.model_copy(update={"root": str(photographs)}), "train", NUM_PHOTO_CLASSES)
     lines = [f"{folders.name(n)} {folders.read(n)[1][0]}\n" for n in range(len(folders))]
     (photographs / "list.txt").write_text("".join(lines))
     works = {}
     for name, train in {"class folders": "train", "list file": "list.txt", "shards": "shards/train"}.items():
         data = config.data.model_copy(update={"root": str(photographs), "train": train})
-        model = config.model.model_copy(update={"num_classes": NUM_PHOTOGRAPH_CLASSES})
+        model = config.model.model_copy(update={"num_classes": NUM_PHOTO_CLASSES})
         works[name] = fed_batches(config.model_copy(update={"data": data, "model": model}))
     speeds = medians_in_turns(works, rounds, seconds)
     print(f"\n{'source':<22}{'images/s':>10}")

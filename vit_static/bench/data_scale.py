@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from vit_static.bench import contenders
-from vit_static.bench.photographs import write_photographs
-from vit_static.checkpoint import DataPosition
-from vit_static.config import Config, DataConfig
-from vit_static.data.feed import TrainFeed
-from vit_static.data.order import TrainOrder
-from vit_static.data.sets import open_set
+from vit_static.bench.harness import check_writable, write_json
+from vit_static.bench.photos import write_photos
+from vit_static.checkpoint.progress import DataPosition
+from vit_static.config.schema import Config, DataConfig
+from vit_static.data.loader import TrainLoader
+from vit_static.data.open_set import open_set
+from vit_static.data.sampler import ShuffledSampler
 
 SIZES = {"ImageNet-1k": 1_281_167, "ImageNet-21k": 14_197_122}
 NUM_CLASSES = 1000
@@ -48,10 +48,10 @@ class Cost:
 
 def run(config: Config, json_path: Path | None) -> None:
     """Prints each list's costs, and how they grow; all that grows must grow no faster than the list."""
-    contenders.check_writable(json_path)
+    check_writable(json_path)
     costs = {}
     with tempfile.TemporaryDirectory() as folder:
-        print(write_photographs(Path(folder)), flush=True)
+        print(write_photos(Path(folder)), flush=True)
         for name, num_images in SIZES.items():
             write_list(Path(folder), num_images)
             # A process of its own each: its memory is that of this list.
@@ -68,7 +68,7 @@ def run(config: Config, json_path: Path | None) -> None:
     print(f"{'added memory':<18}{shown[0]:>22}{shown[1]:>22}{added[1] / added[0]:10.1f}")
     print(f"the list grows by {growth:.1f}; the first batch of {name} has a target of {FIRST_BATCH_TARGET_S:.0f} s")
     if json_path is not None:
-        contenders.write_json(json_path, {}, {}, {name: asdict(cost) for name, cost in costs.items()})
+        write_json(json_path, {}, {}, {name: asdict(cost) for name, cost in costs.items()})
 
 
 def measure(folder: Path, num_images: int, config: Config, started_at: float) -> Cost:
@@ -82,7 +82,7 @@ def measure(folder: Path, num_images: int, config: Config, started_at: float) ->
 
     def first_batch_s(start_step: int) -> float:
         started = time.perf_counter()
-        feed = TrainFeed(
+        feed = TrainLoader(
             images,
             config.model.image_size,
             data,
@@ -100,13 +100,13 @@ def measure(folder: Path, num_images: int, config: Config, started_at: float) ->
     from_start_s = time.time() - started_at
     anonymous_bytes = _anonymous_bytes()
     started = time.perf_counter()
-    TrainOrder(len(images), config.seed).images(0, batch_size)
+    ShuffledSampler(len(images), config.seed).images(0, batch_size)
     shuffle_s = time.perf_counter() - started
     started = time.perf_counter()
     digest = images.digest()
     digest_s = time.perf_counter() - started
     started = time.perf_counter()
-    position = json.dumps(asdict(DataPosition(12_345 * batch_size, num_images, digest, config.seed, repeats=1)))
+    position = json.dumps(asdict(DataPosition(12_345 * batch_size, num_images, digest, config.seed, repeated_aug=1)))
     position_s = time.perf_counter() - started
     return Cost(
         list_s=list_s,

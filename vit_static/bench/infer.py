@@ -13,10 +13,7 @@ from typing import Any
 import numpy as np
 import paddle
 
-from vit_static import export, onnx_files, runtime
-from vit_static import mesh as mesh_module
-from vit_static import model as model_module
-from vit_static.bench.contenders import (
+from vit_static.bench.harness import (
     Contender,
     Result,
     check_writable,
@@ -26,17 +23,23 @@ from vit_static.bench.contenders import (
     print_ratios,
     print_table,
     ratio,
-    take_turns,
+    run_in_turns,
     write_json,
 )
 from vit_static.bench.peers import protocol
 from vit_static.bench.train import peers_model
-from vit_static.checkpoint import load_weights
-from vit_static.config import Config, InferencePrecision, InitConfig, UserError
-from vit_static.data.sets import open_set
-from vit_static.model_folder import Comparison
-from vit_static.predict import Predictor
-from vit_static.weights import file_state, init_from
+from vit_static.common.cpu import cpu_has_bfloat16
+from vit_static.common.errors import UserError
+from vit_static.config.schema import Config, InferencePrecision, InitConfig
+from vit_static.data.open_set import open_set
+from vit_static.export import onnx as onnx_export
+from vit_static.export.exporter import compare, read, spread_over, write
+from vit_static.inference.artifact import Comparison, spec_of
+from vit_static.inference.predictor import Predictor
+from vit_static.model.vit import VisionTransformer, build
+from vit_static.parallel.mesh import seed_everything
+from vit_static.weights.load import file_state, init_from
+from vit_static.weights.source import load_weights
 
 BATCH_SIZES = (1, 8, 32)
 _DTYPES: dict[str, InferencePrecision] = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
@@ -59,7 +62,7 @@ def run(
     """Prints latencies, speeds, ours over the best peer's, and with a `checkpoint` each precision's top-1 beside the
     trained model's; writes them to `json_path`. Without one the weights are fresh, which changes no speed."""
     check_writable(json_path)
-    onnx_files.check_installed()
+    onnx_export.check_installed()
     results: dict[str, Result] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -69,7 +72,7 @@ def run(
             config, comparisons = write_trained(checkpoint, overrides, folder, max(batch_sizes))
         model = peers_model(config)
         for batch_size in batch_sizes:
-            group = take_turns(contenders_for(model, folder, batch_size), rounds, seconds)
+            group = run_in_turns(contenders_for(model, folder, batch_size), rounds, seconds)
             check_weights(group)
             results |= group
     ratios = ratios_of(results, batch_sizes)
@@ -82,14 +85,14 @@ def run(
 
 def precisions() -> list[str]:
     """What this machine can be compared in."""
-    return [name for name in _DTYPES if name != "bf16" or runtime.cpu_has_bfloat16()]
+    return [name for name in _DTYPES if name != "bf16" or cpu_has_bfloat16()]
 
 
 def write_fresh(config: Config, folder: Path, batch_size: int) -> dict[str, Comparison]:
     """The config's model with fresh weights, its head too, and noise for images."""
     paddle.set_device("cpu")
-    mesh_module.seed_everything(config.seed)
-    model = model_module.build(config.model)
+    seed_everything(config.seed)
+    model = build(config.model)
     model.head.weight.set_value(paddle.randn(model.head.weight.shape) * model.head.weight.shape[0] ** -0.5)
     model.eval()
     shape = (max(batch_size, _NUM_CALIBRATION_IMAGES), 3, *config.model.image_size)
@@ -106,27 +109,25 @@ def write_trained(
     loaded = load_weights(checkpoint)
     config = loaded.config_with(overrides)
     paddle.set_device("cpu")
-    model = model_module.build(config.model)
+    model = build(config.model)
     keeping = InitConfig(head="keep", pos_embed=config.init.pos_embed)
     init_from(model, config.model, loaded.found, str(loaded.source), keeping, loaded.grid)
     model.eval()
     validation = open_set(config.data, "val", config.model.num_classes)
     names = loaded.class_names or validation.class_names
-    chosen = export.spread_over(len(validation), config.export.num_calibration_images)
-    card = export.card_of(config, names)
-    images = np.concatenate([inputs for inputs, *_ in export.read(validation, chosen, card)])
+    chosen = spread_over(len(validation), config.export.num_calibration_images)
+    card = spec_of(config, names)
+    images = np.concatenate([inputs for inputs, *_ in read(validation, chosen, card)])
     _write(model, config, names, folder, np.resize(images, (max(batch_size, len(images)), *images.shape[1:])))
     comparisons = {}
     for precision in precisions():
         card = card.model_copy(update={"precision": _DTYPES[precision]})
-        found = export.compare(model, card, folder / precision, validation, config.export.num_check_images)
+        found = compare(model, card, folder / precision, validation, config.export.num_check_images)
         (comparisons[precision],) = found.values()
     return config, comparisons
 
 
-def _write(
-    model: model_module.VisionTransformer, config: Config, names: list[str], folder: Path, images: np.ndarray
-) -> None:
+def _write(model: VisionTransformer, config: Config, names: list[str], folder: Path, images: np.ndarray) -> None:
     """Ours in each precision, as `export` writes it, images.npy, weights.npz, and the peers' model.onnx."""
 
     def batches() -> Iterator[np.ndarray]:
@@ -134,8 +135,8 @@ def _write(
 
     for precision in precisions():
         (folder / precision).mkdir()
-        card = export.card_of(config, names).model_copy(update={"precision": _DTYPES[precision]})
-        export.write(model, config, card, folder / precision, batches())
+        card = spec_of(config, names).model_copy(update={"precision": _DTYPES[precision]})
+        write(model, config, card, folder / precision, batches())
     np.save(folder / "images.npy", images)
     np.savez(folder / "weights.npz", **file_state(model))  # type: ignore[arg-type]
     maker = peer("onnx", "torch_to_onnx.py", peers_python(), "torch_to_onnx.py", _spec(peers_model(config), folder))

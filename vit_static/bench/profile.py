@@ -11,10 +11,10 @@ from pathlib import Path
 
 import paddle
 
-from vit_static.bench.contenders import check_writable
+from vit_static.bench.harness import check_writable
 from vit_static.bench.step import MeasuredStep
-from vit_static.config import Config
-from vit_static.files import write_atomically
+from vit_static.common.io import write_atomically
+from vit_static.config.schema import Config
 
 NUM_LINES = 25
 

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vit_static import mesh as mesh_module
-from vit_static import model as model_module
 from vit_static.bench.step import Speed
-from vit_static.config import ConfigError, load
+from vit_static.common.errors import ConfigError
+from vit_static.config.loader import load_config
+from vit_static.model.variants import variant_of
+from vit_static.parallel.mesh import choose_device, resolve_mesh
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,11 @@ def run(config_path: Path, overrides: Sequence[str], rounds: int, seconds: float
     """`bench train --scaling`: every layout in turn, several times over, and the ratios of their medians."""
     layouts = scaling_layouts(len(os.sched_getaffinity(0)))
     for layout in layouts:  # before any is measured
-        tried = load(config_path, [*overrides, *layout.overrides])
-        if mesh_module.choose_device(tried.device) == "gpu":
+        tried = load_config(config_path, [*overrides, *layout.overrides])
+        if choose_device(tried.device) == "gpu":
             raise ConfigError("bench train --scaling: measures CPU processes; set VIT_STATIC_DEVICE=cpu and device=cpu")
-        variant = model_module.variant_of(tried.model)
-        mesh_module.check(tried.parallel, layout.num_processes, tried.data.global_batch_size, variant)
+        variant = variant_of(tried.model)
+        resolve_mesh(tried.parallel, layout.num_processes, tried.data.global_batch_size, variant)
     found: dict[str, list[Speed]] = {layout.name: [] for layout in layouts}
     for number in range(rounds):
         for layout in layouts:

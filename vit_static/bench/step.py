@@ -10,14 +10,18 @@ from typing import Any
 import numpy as np
 import paddle
 
-from vit_static import cpu_collectives, flops
-from vit_static import mesh as mesh_module
-from vit_static import model as model_module
 from vit_static.bench.peers import protocol
-from vit_static.config import Config
-from vit_static.loss import Criterion
-from vit_static.mixing import Mixer
-from vit_static.step import Program, choose_attention, choose_precision
+from vit_static.common.hardware import peak_flops
+from vit_static.config.schema import Config
+from vit_static.data.mixup import Mixup
+from vit_static.model import flops
+from vit_static.model.loss import Criterion
+from vit_static.model.variants import shape_of, variant_of
+from vit_static.model.vit import build
+from vit_static.parallel import gloo
+from vit_static.parallel.mesh import Mesh, device_name, rank_and_world_size, resolve_mesh, seed_everything, start_mesh
+from vit_static.program.precision import choose_attention, choose_precision
+from vit_static.program.program import Program
 
 _WARM_UP_STEPS = 3
 
@@ -41,16 +45,16 @@ class MeasuredStep:
 
     def __init__(self, config: Config, fed: bool = False) -> None:
         self.config = config
-        _, world_size = mesh_module.rank_and_world_size()
-        variant = model_module.variant_of(config.model)
+        _, world_size = rank_and_world_size()
+        variant = variant_of(config.model)
         self.batch_size = config.data.global_batch_size
-        sizes = mesh_module.check(config.parallel, world_size, self.batch_size, variant)
-        self.mesh = mesh_module.start(sizes, config.device)
+        sizes = resolve_mesh(config.parallel, world_size, self.batch_size, variant)
+        self.mesh = start_mesh(sizes, config.device)
         self.precision = choose_precision(config.amp, self.mesh.device, config.kernels, config.parallel)
-        mesh_module.seed_everything(config.seed)
+        seed_everything(config.seed)
         attention = choose_attention(config.model, config.parallel, config.kernels, self.mesh.device)
         self.program = Program(
-            model_module.build(config.model, attention),
+            build(config.model, attention),
             Criterion(config.loss),
             self.mesh,
             self.precision,
@@ -65,7 +69,7 @@ class MeasuredStep:
             kernels=config.kernels,
             train_targets=config.train_targets,
         )
-        self._mixer = Mixer(config.augment, config.model.num_classes, config.seed)
+        self._mixer = Mixup(config.augment, config.model.num_classes, config.seed)
         self.feed = feed_of(config, self.mesh) if fed else None
         rng = np.random.default_rng(self.mesh.dp_rank)
         part = self.batch_size // self.mesh.dp_size
@@ -78,18 +82,18 @@ class MeasuredStep:
     def __call__(self) -> int:
         """The number of images that the step took, over all ranks."""
         batch = (self._images, self._labels) if self.feed is None else next(self.feed)
-        loss = self.program.train_step(*self._mixer.mixed(batch, self._num_done), self._num_done)
-        self.program.scalar(loss)
+        loss = self.program.train_step(*self._mixer(batch, self._num_done), self._num_done)
+        self.program.loss_value(loss)
         self._num_done += 1
         return self.batch_size
 
 
-def feed_of(config: Config, mesh: mesh_module.Mesh) -> Any:
+def feed_of(config: Config, mesh: Mesh) -> Any:
     """Training's images, this rank's part of each batch."""
-    from vit_static.data.feed import TrainFeed  # DALI, whose memory is no part of a step on noise
-    from vit_static.data.sets import open_set
+    from vit_static.data.loader import TrainLoader  # DALI, whose memory is no part of a step on noise
+    from vit_static.data.open_set import open_set
 
-    return TrainFeed(
+    return TrainLoader(
         open_set(config.data, "train", config.model.num_classes),
         config.model.image_size,
         config.data,
@@ -111,8 +115,8 @@ def run(config: Config, seconds: float, fed: bool) -> None:
     """`bench step`: rank 0 prints the speed as a line of JSON."""
     step = MeasuredStep(config, fed)
     mesh = step.mesh
-    mesh.wait_for_all()
-    cpu_collectives.seconds_spent = 0.0
+    mesh.barrier()
+    gloo.seconds_spent = 0.0
     started, num_images, enough = time.perf_counter(), 0, False
     while not enough:
         num_images += step()
@@ -124,7 +128,7 @@ def run(config: Config, seconds: float, fed: bool) -> None:
 
 def _speed(step: MeasuredStep, images_per_s: float, elapsed: float) -> Speed:
     if step.mesh.device == "cpu":
-        return Speed(images_per_s, cpu_collectives.seconds_spent / elapsed)
-    peak = flops.peak_flops(mesh_module.device_name(step.mesh), step.precision.dtype)
-    done = images_per_s * flops.train_flops(model_module.shape_of(step.config.model)) / step.mesh.world_size
+        return Speed(images_per_s, gloo.seconds_spent / elapsed)
+    peak = peak_flops(device_name(step.mesh), step.precision.dtype)
+    done = images_per_s * flops.train_flops(shape_of(step.config.model)) / step.mesh.world_size
     return Speed(images_per_s, None, None if peak is None else done / peak, paddle.device.cuda.max_memory_allocated())

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vit_static import model as model_module
-from vit_static import runtime
-from vit_static.bench.contenders import (
+from vit_static.bench.harness import (
     Contender,
     check_writable,
     our_python,
@@ -16,10 +14,13 @@ from vit_static.bench.contenders import (
     print_ratios,
     print_table,
     ratio,
-    take_turns,
+    run_in_turns,
     write_json,
 )
-from vit_static.config import Config, ConfigError
+from vit_static.common.cpu import cpu_has_bfloat16
+from vit_static.common.errors import ConfigError
+from vit_static.config.schema import Config
+from vit_static.model.variants import variant_of
 
 TARGETS = {
     "fp32_vs_pytorch": 1.3,
@@ -35,7 +36,7 @@ def run(
     """Prints speeds and their ratios, and writes them to `json_path`. On a CPU without bfloat16, float32 alone."""
     check_writable(json_path)
     contenders = contenders_for(config, config_path, overrides)
-    results = take_turns(contenders, rounds, seconds)
+    results = run_in_turns(contenders, rounds, seconds)
     ratios = {"fp32_vs_pytorch": ratio(results["ours_fp32"], results["pytorch_fp32"])}
     memory = [results["ours_fp32"].peak_bytes / results["pytorch_fp32"].peak_bytes]
     if "ours_bf16" in results:
@@ -65,7 +66,7 @@ def contenders_for(config: Config, config_path: Path, overrides: Sequence[str]) 
     peers = peers_python()
     contenders = []
     for precision, level in (("fp32", "O0"), ("bf16", "O1")):
-        if precision == "bf16" and not runtime.cpu_has_bfloat16():
+        if precision == "bf16" and not cpu_has_bfloat16():
             print("this CPU multiplies no bfloat16: float32 alone is measured")
             continue
         dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
@@ -84,7 +85,7 @@ def contenders_for(config: Config, config_path: Path, overrides: Sequence[str]) 
 
 def peers_model(config: Config) -> dict[str, int]:
     """The sizes of the peers' ViT. Raises ConfigError for a model that they don't have."""
-    variant = model_module.variant_of(config.model)
+    variant = variant_of(config.model)
     height, width = config.model.image_size
     if height != width or config.model.pool != "cls":
         raise ConfigError("bench: the peers have square images and a class token; set model.image_size and model.pool")

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vit_static.config import AugmentConfig
+from vit_static.config.schema import AugmentConfig
 
 ERASE_ATTEMPTS = 10  # timm's RandomErasing
 REFERENCE_SIDE = 224  # the image that the policies' pixels are of
 _DRAWS_A_LAYER, _DRAWS_OF_JITTER, _DRAWS_OF_ERASING = 8, 4, 28
 
 
-class Kind:
+class Op:
     """An operation's number; what its `factor` is."""
 
     NONE = 0
@@ -60,7 +60,7 @@ class _Operation:
 
 
 def _geometric(matrix: str, most: float) -> _Operation:
-    return _Operation(Kind.GEOMETRIC, 0.0, most, signed=True, matrix=matrix)
+    return _Operation(Op.GEOMETRIC, 0.0, most, signed=True, matrix=matrix)
 
 
 def _moves(shear: float, translate: float, degrees: float) -> list[_Operation]:
@@ -74,10 +74,10 @@ def _moves(shear: float, translate: float, degrees: float) -> list[_Operation]:
     ]
 
 
-_BLENDS = (Kind.BRIGHTNESS, Kind.COLOUR, Kind.CONTRAST, Kind.SHARPNESS)
-_PLAIN = [_Operation(Kind.AUTOCONTRAST), _Operation(Kind.EQUALIZE)]
-_INVERT = _Operation(Kind.SOLARIZE)  # from 0 up
-_SOLARIZE_ADD = _Operation(Kind.SOLARIZE_ADD, 0, 110, whole=True)
+_BLENDS = (Op.BRIGHTNESS, Op.COLOUR, Op.CONTRAST, Op.SHARPNESS)
+_PLAIN = [_Operation(Op.AUTOCONTRAST), _Operation(Op.EQUALIZE)]
+_INVERT = _Operation(Op.SOLARIZE)  # from 0 up
+_SOLARIZE_ADD = _Operation(Op.SOLARIZE_ADD, 0, 110, whole=True)
 
 # RandAugment, arXiv 1909.13719. google: the reference's 16 (tensorflow/tpu, efficientnet/autoaugment.py), whose pixels
 # are of an image of 224. timm: those of its 'rand-m9-mstd0.5-inc1', as DeiT has it, where more is always stronger.
@@ -85,38 +85,38 @@ _GOOGLE = [
     *_PLAIN,
     _INVERT,
     *_moves(0.3, 100 / REFERENCE_SIDE, 30.0),
-    _Operation(Kind.POSTERIZE, 0, 4, whole=True),
-    _Operation(Kind.SOLARIZE, 0, 256, whole=True),
+    _Operation(Op.POSTERIZE, 0, 4, whole=True),
+    _Operation(Op.SOLARIZE, 0, 256, whole=True),
     _SOLARIZE_ADD,
     *(_Operation(kind, 0.1, 1.9) for kind in _BLENDS),
-    _Operation(Kind.CUTOUT, 0, 40 / REFERENCE_SIDE),
+    _Operation(Op.CUTOUT, 0, 40 / REFERENCE_SIDE),
 ]
 _TIMM = [
     *_PLAIN,
     _INVERT,
     *_moves(0.3, 0.45, 30.0),
-    _Operation(Kind.POSTERIZE, 4, 0, whole=True),
-    _Operation(Kind.SOLARIZE, 256, 0, whole=True),
+    _Operation(Op.POSTERIZE, 4, 0, whole=True),
+    _Operation(Op.SOLARIZE, 256, 0, whole=True),
     _SOLARIZE_ADD,
     *(_Operation(kind, 0.0, 0.9, signed=True) for kind in _BLENDS),
 ]
 # TrivialAugment, arXiv 2103.10158, the wide set, with torchvision's ranges and 31 steps. Its 32 pixels are of 224, too.
 _TRIVIAL = [
-    _Operation(Kind.NONE),
+    _Operation(Op.NONE),
     *_PLAIN,
     *_moves(0.99, 32 / REFERENCE_SIDE, 135.0),
-    _Operation(Kind.POSTERIZE, 8, 2),
-    _Operation(Kind.SOLARIZE, 255, 0),
+    _Operation(Op.POSTERIZE, 8, 2),
+    _Operation(Op.SOLARIZE, 255, 0),
     *(_Operation(kind, 0.0, 0.99, signed=True) for kind in _BLENDS),
 ]
 _TRIVIAL_STEPS = 31
 # DeiT III's 3-Augment, arXiv 2204.07118: grey, inverted from 128 up, or blurred.
 _THREE = [
-    _Operation(Kind.COLOUR),
-    _Operation(Kind.SOLARIZE, 128, 128),
-    _Operation(Kind.BLUR, 0.1, 2.0),
+    _Operation(Op.COLOUR),
+    _Operation(Op.SOLARIZE, 128, 128),
+    _Operation(Op.BLUR, 0.1, 2.0),
 ]
-_JITTERED = (Kind.BRIGHTNESS, Kind.CONTRAST, Kind.COLOUR)
+_JITTERED = (Op.BRIGHTNESS, Op.CONTRAST, Op.COLOUR)
 _ORDERS = np.array([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
 
 
@@ -131,7 +131,7 @@ def num_draws(config: AugmentConfig) -> int:
     return (
         _DRAWS_A_LAYER * _num_policy_layers(config)
         + _DRAWS_OF_JITTER * (config.color_jitter > 0.0)
-        + _DRAWS_OF_ERASING * (config.erase_probability > 0.0)
+        + _DRAWS_OF_ERASING * (config.random_erasing_probability > 0.0)
     )
 
 
@@ -154,12 +154,12 @@ def parameters(draws: np.ndarray, config: AugmentConfig, image_size: tuple[int, 
     needed = {
         "kind": bool(kinds),
         "factor": bool(kinds),
-        "matrix": Kind.GEOMETRIC in kinds,
-        "box": Kind.CUTOUT in kinds,
+        "matrix": Op.GEOMETRIC in kinds,
+        "box": Op.CUTOUT in kinds,
     }
     for name in (name for name, is_needed in needed.items() if is_needed):
         found[name] = np.stack([layer[name] for layer in layers], axis=1)
-    if config.erase_probability > 0.0:
+    if config.random_erasing_probability > 0.0:
         found |= _erasing(rest, config, image_size)
     return found
 
@@ -188,13 +188,13 @@ def _policy_layer(draws: np.ndarray, config: AugmentConfig, image_size: tuple[in
         layer["kind"][here], layer["factor"][here] = operation.kind, factor
         if operation.matrix:
             layer["matrix"][here] = _matrix(operation.matrix, factor, image_size)
-        if operation.kind == Kind.CUTOUT:
+        if operation.kind == Op.CUTOUT:
             layer["box"][here] = _cutout(factor, draws[here, 5:7], image_size)
     if config.policy == "trivialaugment":  # bits are rounded; a whole value is above 59.5 from 60 up
-        layer["factor"] = np.where(layer["kind"] == Kind.POSTERIZE, np.round(layer["factor"]), layer["factor"])
-        layer["factor"] = np.where(layer["kind"] == Kind.SOLARIZE, np.ceil(layer["factor"]), layer["factor"])
+        layer["factor"] = np.where(layer["kind"] == Op.POSTERIZE, np.round(layer["factor"]), layer["factor"])
+        layer["factor"] = np.where(layer["kind"] == Op.SOLARIZE, np.ceil(layer["factor"]), layer["factor"])
     if config.policy == "randaugment":
-        layer["kind"][draws[:, 1] >= config.op_probability] = Kind.NONE
+        layer["kind"][draws[:, 1] >= config.op_probability] = Op.NONE
     return layer
 
 
@@ -266,15 +266,15 @@ def _erasing(draws: np.ndarray, config: AugmentConfig, image_size: tuple[int, in
     `draws` [B, 28]: 0 whether, 1-10 areas, 11-20 aspects, 21 and 22 the place, 23 and 24 the noise's corner.
     """
     height, width = image_size
-    least_area, most_area = config.erase_area
-    log_least, log_most = (math.log(aspect) for aspect in config.erase_aspect)
+    least_area, most_area = config.random_erasing_area
+    log_least, log_most = (math.log(aspect) for aspect in config.random_erasing_aspect_ratio)
     area = height * width * (least_area + (most_area - least_area) * draws[:, 1:11])
     aspect = np.exp(log_least + (log_most - log_least) * draws[:, 11:21])
     tried_height, tried_width = np.round(np.sqrt(area * aspect)), np.round(np.sqrt(area / aspect))
     fits = (tried_height < height) & (tried_width < width)
     first = np.argmax(fits, axis=1)
     rows = np.arange(len(draws))
-    erased = fits.any(axis=1) & (draws[:, 0] < config.erase_probability)
+    erased = fits.any(axis=1) & (draws[:, 0] < config.random_erasing_probability)
     box_height = np.where(erased, tried_height[rows, first], 0)
     box_width = np.where(erased, tried_width[rows, first], 0)
     top = np.floor(draws[:, 21] * (height - box_height + 1))

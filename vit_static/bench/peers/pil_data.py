@@ -50,7 +50,7 @@ def load(path: str, spec: dict[str, Any], rng: np.random.Generator, out: np.ndar
     """One training image into `out`, [3, height, width] float32."""
     with Image.open(path) as opened:
         image = opened.convert("RGB")
-    image = image.crop(random_crop(*image.size, spec["crop_area"], spec["crop_aspect"], rng))
+    image = image.crop(random_crop(*image.size, spec["crop_scale"], spec["crop_aspect_ratio"], rng))
     height, width = spec["image_size"]
     image = image.resize((width, height), INTERPOLATIONS[spec["interpolation"]])
     if rng.random() < spec["flip_probability"]:

@@ -1,0 +1,405 @@
+"""The config: what loads, what doesn't, and that every mistake is told in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pydantic
+import pytest
+from helpers.small import ROOT
+
+from vit_static.common.errors import ConfigError
+from vit_static.config.loader import dump_config, load_config
+from vit_static.config.schema import Config, ModelConfig, TrainConfig
+from vit_static.model.variants import VARIANTS, grid_of, variant_of
+from vit_static.optim.schedule import total_steps
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def load_text(tmp_path: Path):
+    """load_text("optim: {lr: 1}", "-o's", ...): the config of a file, run.yaml, of that text."""
+
+    def load_text(text: str | bytes, *overrides: str) -> Config:
+        path = tmp_path / "run.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return load_config(path, overrides)
+
+    return load_text
+
+
+def message_of(error: pytest.ExceptionInfo[ConfigError]) -> str:
+    """The message, which must be of one line."""
+    message = str(error.value)
+    assert "\n" not in message and message == message.strip() and message
+    return message
+
+
+def test_no_file_gives_the_defaults() -> None:
+    config = load_config(None)
+    assert config == Config(name="run")
+    assert config.model.image_size == (224, 224)
+    assert config.run_dir == Path("output/run")
+
+
+@pytest.mark.parametrize("text", ["", "# nothing but a comment\n", "---\n"])
+def test_an_empty_file_gives_the_defaults_under_the_files_name(load_text, text: str) -> None:
+    assert load_text(text) == Config(name="run")
+
+
+def test_the_run_is_named_after_the_file_unless_it_says_otherwise(tmp_path: Path) -> None:
+    path = tmp_path / "vit.b16.yaml"
+    path.write_text("seed: 3\n")
+    assert load_config(path).name == "vit.b16"
+    path.write_text("name: other\noutput_dir: elsewhere\n")
+    assert load_config(path).run_dir == Path("elsewhere/other")
+
+
+@pytest.mark.parametrize("text", ["3e-3", "3.0e-3", "0.003", ".003", "3E-3", "'3e-3'"])
+def test_a_number_is_a_number_however_it_is_written(load_text, text: str) -> None:
+    for config in (load_text(f"optim: {{lr: {text}}}"), load_config(None, [f"optim.lr={text}"])):
+        assert config.optim.lr == 0.003
+        assert type(config.optim.lr) is float
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("optim.betas=[0.8, 9e-1]", "optim", "betas", (0.8, 0.9)),
+        ("augment.crop_scale=[5e-2,1]", "augment", "crop_scale", (0.05, 1.0)),
+        ("optim.clip_norm=null", "optim", "clip_norm", None),
+        ("optim.clip_norm=", "optim", "clip_norm", None),
+        ("optim.lr=1", "optim", "lr", 1.0),
+        ("log.tensorboard=false", "log", "tensorboard", False),
+        ("model.qkv_bias=true", "model", "qkv_bias", True),
+        ("model.variant=L/16", "model", "variant", "L/16"),
+        ("parallel.dp=auto", "parallel", "dp", "auto"),
+        ("parallel.dp=4", "parallel", "dp", 4),
+        ("model.image_size=384", "model", "image_size", (384, 384)),
+        ("model.image_size=[192, 256]", "model", "image_size", (192, 256)),
+        ("data.root=/data/a b", "data", "root", "/data/a b"),
+        ("init.from=output/a=b/model.pdparams", "init", "from_", "output/a=b/model.pdparams"),
+    ],
+)
+def test_overrides_are_read_by_the_declared_type(override: str, section: str, key: str, value: object) -> None:
+    found = getattr(getattr(load_config(None, [override]), section), key)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_overrides_go_over_the_file_the_later_over_the_earlier_and_leave_the_rest(load_text) -> None:
+    config = load_text("seed: 1\noptim: {lr: 1, weight_decay: 2}", "optim.lr=3", "seed=4", "optim.lr=5")
+    assert (config.seed, config.optim.lr, config.optim.weight_decay) == (4, 5.0, 2.0)
+
+
+@pytest.mark.parametrize(("written", "size"), [("96", (96, 96)), ("[96, 128]", (96, 128))])
+def test_an_image_size_is_a_side_or_height_and_width(load_text, written: str, size: tuple[int, int]) -> None:
+    assert load_text(f"model: {{image_size: {written}}}").model.image_size == size
+
+
+def test_a_dumped_config_loads_again_and_is_the_same(tmp_path: Path) -> None:
+    overrides = [
+        "name=again",
+        "model.image_size=[96, 128]",
+        "model.layer_scale_init=1e-5",
+        "optim.lr=3e-3",
+        "optim.clip_norm=null",
+        "init.from=weights.pdparams",
+        "parallel.dp=2",
+        "augment.crop_scale=[0.05, 1]",
+        "schedule.end_lr=1e-5",
+    ]
+    config = load_config(None, overrides)
+    dump_config(config, tmp_path / "config.yaml")
+    again = load_config(tmp_path / "config.yaml")
+    assert again == config
+    assert again != load_config(None, overrides[:-1])
+    assert "from: weights.pdparams" in (tmp_path / "config.yaml").read_text()
+
+
+def test_a_config_is_frozen() -> None:
+    config = load_config(None)
+    for section, key in ((config, "seed"), (config.optim, "lr"), (config.model, "image_size")):
+        with pytest.raises(pydantic.ValidationError, match="frozen"):
+            setattr(section, key, 1)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_of_the_repository_loads_and_its_model_can_be_built(path: Path) -> None:
+    config = load_config(path)
+    variant_of(config.model)
+    assert config.name == path.stem
+    micro_batch, odd = divmod(config.data.global_batch_size, config.parallel.grad_accum_steps)
+    assert micro_batch >= 1 and odd == 0
+
+
+def test_there_are_configs() -> None:
+    assert CONFIGS
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong", "nearest"),
+    [
+        ("optim: {lrr: 1}", "optim.lrr", "optim.lr"),
+        ("optim: {weightdecay: 1}", "optim.weightdecay", "optim.weight_decay"),
+        ("model: {img_size: 224}", "model.img_size", "model.image_size"),
+        ("init: {form: x}", "init.form", "init.from"),
+        ("optmi: {lr: 1}", "optmi", "optim"),
+        ("sede: 1", "sede", "seed"),
+    ],
+)
+def test_a_misspelt_key_is_told_with_its_file_its_path_and_the_nearest_key(
+    load_text, text: str, wrong: str, nearest: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_text(text)
+    message = message_of(error)
+    assert "run.yaml: " in message
+    assert f" {wrong} is not a key" in message
+    assert f"did you mean {nearest}?" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "wrong", "nearest"),
+    [("optim.lrr=1", "optim.lrr", "optim.lr"), ("optmi.lr=1", "optmi", "optim"), ("sede=1", "sede", "seed")],
+)
+def test_a_misspelt_override_is_told_likewise(override: str, wrong: str, nearest: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(None, [override])
+    message = message_of(error)
+    assert message.startswith("-o")
+    assert f"{wrong} is not a key; did you mean {nearest}?" in message
+
+
+def test_a_key_like_no_other_is_told_with_those_that_there_are(load_text) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_text("schedule: {zzzzz: 1}")
+    assert "schedule.zzzzz is not a key; there are name, warmup_steps, warmup_epochs, " in message_of(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("seed: abc", "seed", "'abc'"),
+        ("seed: 1.5", "seed", "1.5"),
+        ("seed: -1", "seed", "-1"),
+        ("seed: 1e400", "seed", "'1e400'"),
+        ("optim: {lr: fast}", "optim.lr", "'fast'"),
+        ("optim: {lr: [1, 2]}", "optim.lr", "[1, 2]"),
+        ("optim: {lr: {a: {b: 1}}}", "optim.lr", "{'a': {'b': 1}}"),
+        ("optim: {lr: null}", "optim.lr", "None"),
+        ("optim: {lr: -1e-3}", "optim.lr", "'-1e-3'"),
+        ("optim: {lr: -0.5}", "optim.lr", "-0.5"),
+        ("optim: {lr: .nan}", "optim.lr", "nan"),
+        ("optim: {lr: .inf}", "optim.lr", "inf"),
+        ("optim: {lr: 2024-01-01}", "optim.lr", "2024"),
+        ("optim: {betas: 0.9}", "optim.betas", "0.9"),
+        ("optim: {betas: [0.9]}", "optim.betas", "[0.9]"),
+        ("optim: {betas: [0.9, 1.0]}", "optim.betas", "1.0"),
+        ("optim: {clip_norm: 0}", "optim.clip_norm", "0"),
+        ("optim: {name: adam}", "optim.name", "'adam'"),
+        ("model: {dropout: 1.0}", "model.dropout", "1.0"),
+        ("model: {image_size: 0}", "model.image_size", "0"),
+        ("model: {image_size: [224, 0]}", "model.image_size", "0"),
+        ("model: {image_size: [224]}", "model.image_size", "[224]"),
+        ("model: {image_size: [1, 2, 3]}", "model.image_size", "[1, 2, 3]"),
+        ("model: {image_size: 224.5}", "model.image_size", "224.5"),
+        ("model: {image_size: big}", "model.image_size", "'big'"),
+        ("model: {image_size: true}", "model.image_size", "True"),
+        ("model: {variant: [3]}", "model.variant", "[3]"),
+        ("model: {pool: max}", "model.pool", "'max'"),
+        ("train: {epochs: 0}", "train.epochs", "0"),
+        ("train: {max_restarts: -1}", "train.max_restarts", "-1"),
+        ("train: {node_timeout_s: 0}", "train.node_timeout_s", "0"),
+        ("train: {max_steps: 0}", "train.max_steps", "0"),
+        ("data: {global_batch_size: 0}", "data.global_batch_size", "0"),
+        ("data: {std: [0.5, 0.5, 0]}", "data.std", "0"),
+        ("data: {root: [a, b]}", "data.root", "['a', 'b']"),
+        ("augment: {antialias: perhaps}", "augment.antialias", "'perhaps'"),
+        ("augment: {flip_probability: 1.1}", "augment.flip_probability", "1.1"),
+        ("augment: {crop_scale: [0.5, 0.1]}", "augment", "[0.5, 0.1]"),
+        ("augment: {crop_aspect_ratio: [2, 1]}", "augment", "[2.0, 1.0]"),
+        ("eval: {crop_pct: 0}", "eval.crop_pct", "0"),
+        ("parallel: {dp: many}", "parallel.dp", "'many'"),
+        ("parallel: {sharding_stage: 4}", "parallel.sharding_stage", "4"),
+        ("name: a/b", "name", "'a/b'"),
+        ("name: ''", "name", "''"),
+        ("model: 3", "model", "3"),
+        ("model: [1, 2]", "model", "[1, 2]"),
+        ("model: {1: 2}", "model.1", "1"),
+        ("1: 2", "1", "1"),
+        ("null: 2", "None", "None"),
+    ],
+)
+def test_a_wrong_value_is_told_with_its_file_its_path_and_what_it_is(
+    load_text, text: str, key: str, value: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_text(text)
+    where, _, what = message_of(error).partition("run.yaml: ")
+    assert where and what.startswith((f"{key} = ", f"{key}: "))
+    assert value in what
+
+
+@pytest.mark.parametrize(
+    "text", ["seed: true", "optim: {lr: true}", "data: {global_batch_size: true}", "model: {dropout: no}"]
+)
+def test_a_boolean_is_no_number(load_text, text: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_text(text)
+    assert text.partition(":")[0] in message_of(error)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: [",
+        "a: b: c",
+        "model:\n\tdepth: 3",
+        "a: *nowhere",
+        "[1, 2]: 3",
+        "<<: 3",
+        "a: !!python/object/apply:os.system [true]",
+        "- 1\n- 2\n",
+        "3",
+        "'text'",
+        "optim: &loop {lr: *loop}",
+        "model: {depth: {a: [{b: [[1, {c: 2}]]}]}}",
+        "model: {depth: [[[[[[[[[[[[]]]]]]]]]]]]}",
+        "a\\nb: 3",
+        '"a\\nb": 3',
+        'optim: {"a\\nb": 3}',
+        'optim: {lr: "a\\nb"}',
+        "model: " + "[" * 3000,
+        "x" * 5000,
+        b"\xff\xfe\x00\x80",
+        b"\x89PNG\r\n\x1a\n\x00\x00",
+        b"seed: \x01",
+        b"seed: 1\x00",
+    ],
+    ids=lambda text: repr(text)[:40],
+)
+def test_junk_is_refused_in_one_line_that_names_the_file(load_text, text: str | bytes) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_text(text)
+    assert "run.yaml: " in message_of(error)
+
+
+def test_a_file_that_cant_be_read_is_named(tmp_path: Path) -> None:
+    for path, problem in ((tmp_path / "gone.yaml", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(ConfigError) as error:
+            load_config(path)
+        assert message_of(error).startswith(f"{path}: ")
+        assert problem in message_of(error)
+
+
+@pytest.mark.parametrize("override", ["optim.lr", "", "=3", "optim.lr:3"])
+def test_an_override_without_key_or_value_is_told_how_to_write_it(override: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(None, [override])
+    assert message_of(error).startswith(f"-o {override}: must be section.key=value")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model=3",
+        "optim.lr=fast",
+        "optim.lr=*x",
+        "optim.lr=[",
+        "optim.lr.x=3",
+        "a.b.c=3",
+        "..=3",
+        "optim.=3",
+        ".lr=3",
+        "optim.lr={a: 1}",
+        "seed=1.5",
+        "model.drop\nout=1",
+        "no newline\nbut no equals sign",
+        "seed=\x00",
+    ],
+)
+def test_a_wrong_override_is_refused_in_one_line_that_says_so(override: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(None, [override])
+    assert message_of(error).startswith("-o")
+
+
+def test_an_override_into_what_is_no_section_is_refused(load_text) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_text("model: 3", "model.depth=2")
+    assert "model is not a section" in message_of(error)
+
+
+def test_a_mistake_in_an_override_isnt_blamed_on_the_file(load_text) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_text("optim: {lr: 1}", "optim.lr=-1")
+    assert message_of(error).startswith("-o")
+
+
+def test_an_unknown_variant_is_told_with_those_that_there_are() -> None:
+    with pytest.raises(ConfigError) as error:
+        variant_of(ModelConfig(variant="B/17"))
+    assert "'B/17'" in message_of(error)
+    assert all(name in message_of(error) for name in VARIANTS)
+
+
+@pytest.mark.parametrize(
+    ("size", "patch_size", "would_do"),
+    [
+        ((225, 224), 16, [224, 224]),
+        ((224, 250), 16, [224, 256]),
+        ((3, 224), 16, [16, 224]),
+        ((224, 224), 30, [210, 210]),
+    ],
+)
+def test_an_image_that_patches_dont_tile_is_told_with_a_size_that_would_do(
+    size: tuple[int, int], patch_size: int, would_do: list[int]
+) -> None:
+    config = ModelConfig(image_size=size, patch_size=patch_size)
+    with pytest.raises(ConfigError) as error:
+        variant_of(config)
+    assert str(list(size)) in message_of(error)
+    assert str(would_do) in message_of(error)
+    rows, columns = grid_of(config.model_copy(update={"image_size": tuple(would_do)}))
+    assert (rows * patch_size, columns * patch_size) == tuple(would_do)
+
+
+def test_heads_that_dont_divide_the_width_are_told_with_both_numbers() -> None:
+    with pytest.raises(ConfigError) as error:
+        variant_of(ModelConfig(num_heads=7))
+    assert "model.num_heads = 7" in message_of(error)
+    assert "768" in message_of(error)
+
+
+def test_sincos_wants_a_width_that_4_divides() -> None:
+    for key in ("pos_embed", "pos_embed_init"):
+        with pytest.raises(ConfigError) as error:
+            variant_of(ModelConfig(width=18, num_heads=3, **{key: "sincos2d"}))
+        assert "18" in message_of(error)
+
+
+def test_keys_override_the_variant_one_by_one() -> None:
+    variant = variant_of(ModelConfig(variant="S/16", depth=3, mlp_dim=100))
+    assert (variant.depth, variant.mlp_dim) == (3, 100)
+    assert (variant.patch_size, variant.width, variant.num_heads) == (16, 384, 6)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "max_steps", "num_images", "global_batch_size", "steps"),
+    [
+        (1, None, 100, 10, 10),
+        (1, None, 109, 10, 10),  # what is left of the last epoch and fills no batch is not trained on
+        (2, None, 109, 10, 21),  # but an epoch's end is no batch's end
+        (0.5, None, 100, 10, 5),
+        (1, None, 3, 10, 1),
+        (1e-9, None, 100, 10, 1),
+        (5, 7, 100, 10, 7),
+        (5, 1000, 100, 10, 50),
+        (300, None, 1_281_167, 4096, 93_835),  # the seed's B/16 at 224
+        (8, None, 1_281_167, 512, 20_018),  # and its finetuning at 384
+    ],
+)
+def test_total_steps(epochs: float, max_steps: int | None, num_images: int, global_batch_size: int, steps: int) -> None:
+    assert total_steps(TrainConfig(epochs=epochs, max_steps=max_steps), num_images, global_batch_size) == steps

@@ -1,0 +1,94 @@
+"""List files: what they hold, in whatever way they are written, and what is said of a line that is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vit_static.common.errors import DataError
+from vit_static.data import list_file
+from vit_static.data.list_file import read_list
+
+
+def written(folder: Path, text: bytes) -> Path:
+    path = folder / "list.txt"
+    path.write_bytes(text)
+    return path
+
+
+def read(path: Path) -> list[tuple[str, list[int]]]:
+    lines = read_list(path)
+    return [(lines.path(n).decode(), lines.labels.of(n).tolist()) for n in range(len(lines))]
+
+
+def test_a_line_is_a_path_and_its_label(tmp_path: Path) -> None:
+    path = written(tmp_path, b"train/a/1.jpeg 0\ntrain/b/2.jpeg 17\ntrain/b/3.jpeg 999\n")
+    assert read(path) == [("train/a/1.jpeg", [0]), ("train/b/2.jpeg", [17]), ("train/b/3.jpeg", [999])]
+    assert read_list(path).labels.offsets is None
+
+
+def test_a_line_may_have_several_labels(tmp_path: Path) -> None:
+    path = written(tmp_path, b"a.jpeg 3\nb.jpeg 0,21840\nc.jpeg 1,2,3\n")
+    assert read(path) == [("a.jpeg", [3]), ("b.jpeg", [0, 21840]), ("c.jpeg", [1, 2, 3])]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (b"a.jpeg 1", [("a.jpeg", [1])]),
+        (b"a.jpeg 1\r\nb.jpeg 2\r\n", [("a.jpeg", [1]), ("b.jpeg", [2])]),
+        (b"a.jpeg\t1\n", [("a.jpeg", [1])]),
+        (b"\na.jpeg 1\n\n\nb.jpeg 2\n\n", [("a.jpeg", [1]), ("b.jpeg", [2])]),
+        (b"a b, c.jpeg 1\n", [("a b, c.jpeg", [1])]),
+        (b"a,1,2 3.jpeg 4,5\n", [("a,1,2 3.jpeg", [4, 5])]),
+        ("größer.jpeg 7\n".encode(), [("größer.jpeg", [7])]),
+        (b"a.jpeg 007\n", [("a.jpeg", [7])]),
+    ],
+    ids=["no newline", "windows", "tab", "empty lines", "blanks", "commas", "umlauts", "zeros"],
+)
+def test_lists_may_be_written_in_many_ways(tmp_path: Path, text: bytes, found: list[tuple[str, list[int]]]) -> None:
+    assert read(written(tmp_path, text)) == found
+
+
+@pytest.mark.parametrize(
+    "line", [b"b.jpeg", b"b.jpeg ", b" 1", b"b.jpeg x", b"b.jpeg -1", b"b.jpeg 1,", b"b.jpeg ,1", b"b.jpeg 1.0",
+             b"b.jpeg 12345678901", b"b.jpeg 1;2"]
+)  # fmt: skip
+def test_a_wrong_line_is_named_by_its_number_and_text(tmp_path: Path, line: bytes) -> None:
+    path = written(tmp_path, b"a.jpeg 1\n\n" + line + b"\nc.jpeg 2\n")
+    with pytest.raises(DataError) as error:
+        read_list(path)
+    assert f"{path}, line 3" in str(error.value)
+    assert line.decode().strip() in str(error.value)
+
+
+def test_an_empty_list_is_refused(tmp_path: Path) -> None:
+    for text in (b"", b"\n\n"):
+        with pytest.raises(DataError, match="empty"):
+            read_list(written(tmp_path, text))
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_a_long_list_is_read_in_pieces_as_python_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, multi_label: bool
+) -> None:
+    monkeypatch.setattr(list_file, "_PIECE_BYTES", 1000)
+    rng = np.random.default_rng(0)
+    expected = [
+        (f"{'x' * int(rng.integers(30))}/{n}.jpeg", rng.integers(30_000, size=rng.integers(1, 4 if multi_label else 2)))
+        for n in range(500)
+    ]
+    path = written(tmp_path, "".join(f"{name} {','.join(map(str, labels))}\n" for name, labels in expected).encode())
+    assert read(path) == [(name, labels.tolist()) for name, labels in expected]
+    (tmp_path / "late.txt").write_bytes(path.read_bytes() + b"oops\n")
+    with pytest.raises(DataError, match="line 501, 'oops'"):
+        read_list(tmp_path / "late.txt")
+
+
+def test_some_lines_can_be_left_out(tmp_path: Path) -> None:
+    lines = read_list(written(tmp_path, b"a 1\nb 2,3\nc 4\nd 5,6,7\n")).where(np.array([True, False, True, True]))
+    assert [(lines.path(n), lines.labels.of(n).tolist()) for n in range(3)] == [
+        (b"a", [1]), (b"c", [4]), (b"d", [5, 6, 7]),
+    ]  # fmt: skip

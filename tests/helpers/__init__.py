@@ -1,0 +1,1 @@
+"""Fixtures and small models shared by the tests."""

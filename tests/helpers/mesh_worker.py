@@ -1,0 +1,211 @@
+"""What each process of tests/test_meshes.py runs: cases one after the other, on one mesh after the other.
+
+`main` is called with a JSON file of `Case`s, a folder for this rank's `Outcome` of each (NAME.RANK, pickled), and a set
+of images.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import pir
+from paddle.static import MetaTensor
+from paddle.static.python_op import register_op
+from pydantic import BaseModel, TypeAdapter
+
+from helpers.small import images_and_labels
+from vit_static.config.schema import (
+    AugmentConfig,
+    DataConfig,
+    EvalConfig,
+    KernelsConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+)
+from vit_static.data.loader import EvalLoader
+from vit_static.data.mixup import Mixup
+from vit_static.data.open_set import open_set
+from vit_static.model.loss import Criterion
+from vit_static.model.variants import variant_of
+from vit_static.model.vit import build
+from vit_static.parallel import gloo
+from vit_static.parallel.mesh import Mesh, MeshShape, make_mesh, rank_and_world_size, resolve_mesh, start_mesh
+from vit_static.plan.costs import Collective
+from vit_static.program.precision import Precision, choose_attention
+from vit_static.program.program import Program
+from vit_static.report.error_analysis import Predictions
+from vit_static.train.evaluate import EvalMetrics, evaluate, predict_all
+
+BATCH_SIZE = 20
+EVAL_BATCH_SIZE = 8
+
+
+class Case(BaseModel):
+    """A short training run: on any mesh the same images and labels."""
+
+    name: str
+    model: ModelConfig
+    optim: OptimConfig
+    parallel: ParallelConfig  # `dp` a number
+    steps: list[int] = list(range(10))  # what `train_step` gets
+    evaluates: bool = False  # after the last step
+    records_masks: bool = False
+    mixes: bool = False  # images with each other, and so has targets in place of labels
+
+    @property
+    def world_size(self) -> int:
+        return self.parallel.dp * self.parallel.mp * self.parallel.pp
+
+
+@dataclass
+class Part:
+    """What one rank holds of a tensor."""
+
+    local: np.ndarray
+    shape: tuple[int, ...]  # of the whole
+    num_parts: tuple[int, ...]  # along each axis of the tensor
+    place: tuple[int, ...]  # which of them this is
+
+
+@dataclass
+class Outcome:
+    """A case on one rank."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)  # NaN where the rank doesn't know it
+    state: dict[str, Part] = field(default_factory=dict)
+    # a step each; by the dropout's number in the model, what it kept, in the order of its executions
+    masks: list[dict[int, list[np.ndarray]]] = field(default_factory=list)
+    evaluation: EvalMetrics | None = None
+    answers: Predictions | None = None  # which it is of
+    averaged: EvalMetrics | None = None  # of the weights' average
+    collectives: tuple[Collective, ...] = ()
+    moved: dict[str, tuple[int, int]] = field(default_factory=dict)  # in the last step: calls and bytes by kind
+
+
+class RecordingProgram(Program):
+    """A program that leaves the mask of each dropout in `masks`, each time that it draws one."""
+
+    def _run_passes(self, compiled: Any) -> None:
+        super()._change(compiled)
+        with paddle.static.program_guard(compiled):
+            for operation in list(compiled.global_block().ops):
+                # The engine shows a program in one piece twice.
+                if operation.name() == "pd_op.dropout" and not operation.has_attr("recorded"):
+                    operation.set_bool_attr("recorded", True)
+                    pir.set_insertion_point_after(operation)
+                    recorded = record(operation.result(1), operation.attrs()["vit_static_dropout"])
+                    recorded.get_defining_op().op_role = operation.op_role
+
+
+masks: dict[int, list[np.ndarray]] = defaultdict(list)
+
+
+def _like(x: MetaTensor, dropout: int) -> MetaTensor:
+    return MetaTensor(shape=x.shape, dtype=x.dtype)
+
+
+@register_op(name="test_record", infer_meta=_like, input_names=["x"], output_names=["out"])
+def record(x: paddle.Tensor, dropout: int) -> paddle.Tensor:
+    masks[dropout].append(np.array(x))
+    return x
+
+
+def run(case: Case, mesh: Mesh, images_root: Path) -> Outcome:
+    paddle.seed(3)
+    model = build(case.model, choose_attention(case.model, case.parallel, KernelsConfig(), "cpu"))
+    program = (RecordingProgram if case.records_masks else Program)(
+        model,
+        Criterion(LossConfig()),
+        mesh,
+        Precision("O0", "float32"),
+        image_size=case.model.image_size,
+        batch_size=BATCH_SIZE,
+        eval_batch_size=EVAL_BATCH_SIZE,
+        optim=case.optim,
+        learning_rate=lambda step: case.optim.lr,
+        parallel=case.parallel,
+        seed=5,
+        train_targets=case.model.num_classes if case.mixes else None,
+    )
+    mixup = Mixup(AugmentConfig(mixup_alpha=0.8, cutmix_alpha=1.0) if case.mixes else AugmentConfig(), 6, seed=5)
+    outcome = Outcome()
+    size = BATCH_SIZE // mesh.dp_size
+    own = slice(mesh.dp_rank * size, (mesh.dp_rank + 1) * size)
+    for step in case.steps:
+        images, labels = images_and_labels(BATCH_SIZE, case.model, seed=step)
+        masks.clear()
+        gloo.moved_bytes.clear()
+        gloo.num_calls.clear()
+        batch = mixup((images[own], labels[own]), step)
+        loss = program.loss_value(program.train_step(*batch, step))
+        outcome.moved = what_moved()
+        outcome.losses.append(mesh.mean(loss))
+        outcome.grad_norms.append(program.grad_norm())
+        outcome.masks.append(dict(masks))
+    if case.evaluates:
+        outcome.answers = predict_all(program, eval_feed(case, mesh, images_root), mesh)
+        outcome.evaluation = EvalMetrics.of(outcome.answers)
+    if case.evaluates and case.optim.ema_decay:
+        before = program.weights()
+        with program.averaged():
+            outcome.averaged = evaluate(program, eval_feed(case, mesh, images_root), mesh)
+        after = program.weights()
+        assert all(np.array_equal(before[name], after[name]) for name in before)
+    outcome.state = {name: part for name, tensor in program.state().items() if (part := part_of(tensor, mesh))}
+    outcome.collectives = program.costs().collectives
+    return outcome
+
+
+def what_moved() -> dict[str, tuple[int, int]]:
+    totals: dict[str, tuple[int, int]] = {}
+    for (kind, ring), calls in gloo.num_calls.items():
+        before = totals.get(kind, (0, 0))
+        totals[kind] = (before[0] + calls, before[1] + gloo.moved_bytes[kind, ring])
+    return totals
+
+
+def eval_feed(case: Case, mesh: Mesh, images_root: Path) -> EvalLoader:
+    data = DataConfig(root=str(images_root), num_threads=1)
+    return EvalLoader(
+        open_set(data, "val", case.model.num_classes),
+        case.model.image_size,
+        EVAL_BATCH_SIZE,
+        data,
+        EvalConfig(),
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+        device_id=None,
+    )
+
+
+def part_of(tensor: paddle.Tensor, mesh: Mesh) -> Part | None:
+    """None of what another stage of the pipeline holds."""
+    ranks = np.reshape(tensor.process_mesh.process_ids, tensor.process_mesh.shape)
+    if mesh.rank not in ranks:
+        return None
+    num_parts, place = [1] * len(tensor.shape), [0] * len(tensor.shape)
+    for axis, placement in enumerate(tensor.placements):
+        if placement.is_shard():
+            num_parts[placement.get_dim()] = ranks.shape[axis]
+            place[placement.get_dim()] = int(np.argwhere(ranks == mesh.rank)[0][axis])
+    return Part(np.array(tensor._local_value()), tuple(tensor.shape), tuple(num_parts), tuple(place))
+
+
+def main(cases: Path, folder: Path, images_root: Path) -> None:
+    rank, world_size = rank_and_world_size()
+    start_mesh(MeshShape(world_size, 1, 1), "cpu")
+    for case in TypeAdapter(list[Case]).validate_json(cases.read_bytes()):
+        sizes = resolve_mesh(case.parallel, world_size, BATCH_SIZE, variant_of(case.model))
+        # Paddle names the parameters of every model alike, and keeps what it finds by a name in the scope.
+        with paddle.static.scope_guard(paddle.static.Scope()):
+            outcome = run(case, make_mesh(rank, sizes, "cpu"), images_root)
+        (folder / f"{case.name}.{rank}").write_bytes(pickle.dumps(outcome))

@@ -1,0 +1,57 @@
+"""The small model that the tests use, inputs for it, and where things lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+from vit_static.config.schema import ModelConfig
+from vit_static.model.vit import build
+from vit_static.weights.formats import State, read_weights
+from vit_static.weights.load import file_state
+
+ROOT = Path(__file__).resolve().parents[2]
+REFERENCE = ROOT / "tests" / "reference"
+
+# Small, and nothing in it square or equal by chance: 12 x 16 pixels in patches of 4, 24 wide, 3 heads, 5 classes.
+SMALL = ModelConfig(
+    variant="Ti/16",
+    image_size=(12, 16),
+    patch_size=4,
+    width=24,
+    depth=2,
+    num_heads=3,
+    mlp_dim=48,
+    num_classes=5,
+    representation_size=24,
+    layer_scale_init=0.5,
+)
+
+
+def images_and_labels(
+    num_images: int, config: ModelConfig = SMALL, seed: int = 0
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """Normally distributed images and uniform labels."""
+    rng = np.random.default_rng(seed)
+    images = rng.standard_normal((num_images, 3, *config.image_size)).astype(np.float32)
+    return paddle.to_tensor(images), paddle.to_tensor(rng.integers(0, config.num_classes, num_images))
+
+
+def read_state(path: Path) -> State:
+    """The arrays of a file of weights."""
+    return read_weights(path).state
+
+
+def model_logits(model: paddle.nn.Layer, images: paddle.Tensor) -> np.ndarray:
+    """Of a plain model, as it evaluates."""
+    model.eval()
+    with paddle.no_grad():
+        return model(images).numpy()
+
+
+def random_state(seed: int = 0, **changed: object) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    state = file_state(build(SMALL.model_copy(update=changed)))
+    return {name: (0.1 * rng.standard_normal(value.shape)).astype(np.float32) for name, value in state.items()}

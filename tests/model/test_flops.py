@@ -1,0 +1,84 @@
+"""The counts of operations against published figures and against the products that a model makes."""
+
+from __future__ import annotations
+
+import math
+
+import paddle
+import pytest
+from helpers.small import SMALL, images_and_labels
+
+from vit_static.common.hardware import peak_flops
+from vit_static.config.schema import ModelConfig
+from vit_static.model.flops import forward_macs, train_flops
+from vit_static.model.variants import shape_of
+from vit_static.model.vit import PatchProjection, attention_by_matmul, build
+
+
+@pytest.mark.parametrize(("side", "published"), [(224, 17.58), (384, 55.54)])
+def test_b16_is_what_is_published(side: int, published: float) -> None:
+    """fvcore's figures, in GMACs. They count 5 a number of each layer norm, we none: 0.1 %."""
+    macs = forward_macs(shape_of(ModelConfig(variant="B/16", image_size=(side, side))))
+    norms = 5 * (2 * 12 + 1) * ((side // 16) ** 2 + 1) * 768
+    assert round((macs + norms) / 1e9, 2) == published
+    assert macs == pytest.approx(1e9 * published, rel=1.01e-3)
+
+
+def test_training_is_three_forwards_of_two_operations_a_mac() -> None:
+    shape = shape_of(ModelConfig(variant="B/16"))
+    assert train_flops(shape) == 6 * forward_macs(shape)
+    assert train_flops(shape) == pytest.approx(6 * 17.58e9, rel=1e-3)
+
+
+def counted_while_running(config: ModelConfig) -> int:
+    """The multiply-adds of one image's forward pass, seen by hooks: rows x inner x columns of every product."""
+    products: list[tuple[int, int, int]] = []
+
+    def attention(query: paddle.Tensor, key: paddle.Tensor, value: paddle.Tensor, *rest: object) -> paddle.Tensor:
+        _, num_queries, num_heads, head_dim = query.shape
+        products.append((num_heads * num_queries, head_dim, key.shape[1]))
+        products.append((num_heads * num_queries, value.shape[1], head_dim))
+        return attention_by_matmul(query, key, value, *rest)
+
+    def record(layer: paddle.nn.Layer, inputs: tuple[paddle.Tensor, ...], output: paddle.Tensor) -> None:
+        inner = inputs[0].shape[-1]
+        products.append((math.prod(inputs[0].shape) // inner, inner, output.shape[-1]))
+
+    model = build(config, attention)
+    for layer in model.sublayers():
+        if isinstance(layer, (paddle.nn.Linear, PatchProjection)):
+            layer.register_forward_post_hook(record)
+    model(images_and_labels(1, config)[0])
+    return sum(math.prod(product) for product in products)
+
+
+@pytest.mark.parametrize("pool", ["cls", "gap"])
+@pytest.mark.parametrize("representation_size", [None, 20])
+def test_the_count_is_that_of_the_products_made(pool: str, representation_size: int | None) -> None:
+    config = SMALL.model_copy(update={"pool": pool, "representation_size": representation_size})
+    assert forward_macs(shape_of(config)) == counted_while_running(config)
+
+
+@pytest.mark.parametrize(
+    ("device_name", "dtype", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "bfloat16", 312e12),
+        ("NVIDIA A100-PCIE-40GB", "float32", 19.5e12),
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12),
+        ("NVIDIA H100 PCIe", "bfloat16", 756e12),
+        ("NVIDIA H200", "float16", 989e12),
+        ("NVIDIA A10", "bfloat16", 125e12),
+        ("NVIDIA L4", "float16", 121e12),
+        ("NVIDIA L40", "float16", 181e12),
+        ("NVIDIA L40S", "float16", 362e12),
+        ("Tesla V100-SXM2-32GB", "float16", 125e12),
+        ("Tesla V100-SXM2-32GB", "bfloat16", None),
+        ("NVIDIA RTX A1000", "bfloat16", None),  # a workstation's card of 6.7 TFLOP/s, no A100
+        ("NVIDIA A10G", "bfloat16", None),  # a cloud's slower A10
+        ("NVIDIA GeForce RTX 4090", "bfloat16", None),
+        ("AMD EPYC 7B13", "float32", None),
+        ("", "float32", None),
+    ],
+)
+def test_peaks(device_name: str, dtype: str, peak: float | None) -> None:
+    assert peak_flops(device_name, dtype) == peak

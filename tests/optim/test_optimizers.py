@@ -1,0 +1,227 @@
+"""The optimizers against torch's, timm's and optax's arithmetic; each parameter's own rate and decay; the average."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+from helpers.small import REFERENCE, SMALL, images_and_labels
+from paddle import nn
+from reference.closed_form import uniform
+
+from vit_static.config.schema import OptimConfig
+from vit_static.model.vit import attention_by_matmul, build
+from vit_static.optim.optimizers import ema_decay
+from vit_static.optim.param_groups import param_group
+
+NUM_STEPS = 20
+
+
+class GivenGradients(nn.Layer):
+    """Parameters whose gradients are the numbers in its input: the sum of parameter x input."""
+
+    def __init__(self, initial: dict[str, np.ndarray]) -> None:
+        super().__init__()
+        for name, value in initial.items():
+            *layers, last = name.split(".")
+            layer: nn.Layer = self
+            for part in layers:
+                if part not in layer._sub_layers:
+                    layer.add_sublayer(part, nn.Layer())
+                layer = layer._sub_layers[part]
+            initializer = nn.initializer.Assign(value)
+            layer.add_parameter(last, layer.create_parameter(value.shape, default_initializer=initializer))
+
+    def forward(self, images: paddle.Tensor) -> paddle.Tensor:
+        numbers, total, start = images.flatten(), 0.0, 0
+        for parameter in self.parameters():
+            count = int(np.prod(parameter.shape))
+            total = total + (numbers[start : start + count].reshape(parameter.shape) * parameter).sum()
+            start += count
+        return total
+
+
+class ItsOutput(nn.Layer):
+    def forward(self, output: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
+        return output
+
+
+def updates(make_program: Any, initial: dict[str, Any], gradients: dict[str, Any], optim: OptimConfig, **more: Any):
+    """The program after each of the steps that the gradients are of, [steps, *shape] each by name."""
+    side = 64 if sum(value.size for value in initial.values()) > 54 else 6
+    program = make_program(
+        GivenGradients(initial), 1, optim, criterion=ItsOutput(), image_size=(side // 2, side), **more
+    )
+    names = [name for name, _ in GivenGradients(initial).named_parameters()]
+    for step in range(NUM_STEPS):
+        images = np.zeros((1, 3, side // 2, side), np.float32)
+        flat = np.concatenate([gradients[name][step].ravel() for name in names])
+        images.ravel()[: len(flat)] = flat
+        program.train_step(paddle.to_tensor(images), paddle.zeros([1], "int64"), step)
+        yield step, program
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_twenty_updates_are_torchs(make_program, kernels, name) -> None:
+    """With clipping that bites in half of them, decay on everything, and a rate that changes every step."""
+    golden = np.load(REFERENCE / "optimizers.npz")
+    rates = golden["learning_rates"]
+    keys = ("weight", "bias", "kernel")
+    optim = OptimConfig(name=name, weight_decay={"adamw": 0.3, "sgd": 1e-4}[name], momentum=0.9, clip_norm=1.0)
+    initial, gradients = ({key: golden[f"{kind}/{key}"] for key in keys} for kind in ("initial", "grad"))
+    given = {"kernels": kernels, "learning_rate": lambda step: float(rates[step])}
+    for step, program in updates(make_program, initial, gradients, optim, **given):
+        assert program.grad_norm() == pytest.approx(float(golden["grad_norms"][step]), rel=1e-5)
+        for key, value in program.weights().items():
+            np.testing.assert_allclose(
+                value, golden[f"{name}/{key}"][step], rtol=2e-6, atol=2e-6, err_msg=f"{key} {step}"
+            )
+
+
+# Named so that what the golden file has for each follows from the config: rates of a quarter, a half and one with a
+# layer decay of a half, and no decay for the bias.
+NAMES = {"weight": "blocks.0.weight", "kernel": "blocks.1.kernel", "bias": "head.bias"}
+SHAPES = {"weight": (34, 33), "kernel": (3, 2, 2), "bias": (5,)}
+CASES: dict[str, dict[str, Any]] = {
+    "lamb": {"name": "lamb", "epsilon": 1e-6, "weight_decay": 0.05, "no_decay": ("bias",)},
+    "lion": {"name": "lion", "betas": (0.9, 0.99), "weight_decay": 0.1},
+    "adafactor": {"name": "adafactor", "weight_decay": 0.03},
+    "adamw_bigvision": {"name": "adamw", "weight_decay": 0.01, "decay_times_lr": False},
+    "adamw_groups": {"name": "adamw", "weight_decay": 0.3, "no_decay": ("bias",), "layer_decay": 0.5},
+    "ema_warmup": {"ema_decay": 0.99},
+    "ema": {"ema_decay": 0.9, "ema_warmup": False},
+}
+for averaged in ("ema_warmup", "ema"):
+    CASES[averaged] |= CASES["adamw_groups"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_twenty_updates_are_the_recipes(make_program, case: str) -> None:
+    """timm's LAMB and averages, optax's Lion, big_vision's Adafactor and AdamW, torch's AdamW with groups."""
+    golden = np.load(REFERENCE / "optimizers_of_recipes.npz")
+    rates, scales = golden["learning_rates"], golden["gradient_scales"]
+    initial = {NAMES[key]: uniform(f"initial/{key}", shape) for key, shape in SHAPES.items()}
+    gradients = {
+        NAMES[key]: uniform(f"grad/{key}", (NUM_STEPS, *shape)) * scales.reshape(-1, *[1] * len(shape))
+        for key, shape in SHAPES.items()
+    }
+    optim = OptimConfig(lr=float(rates[3]), clip_norm=1.0, **CASES[case])
+    for step, program in updates(
+        make_program, initial, gradients, optim, learning_rate=lambda step: float(rates[step])
+    ):
+        assert program.grad_norm() == pytest.approx(float(golden["grad_norms"][step]), rel=1e-5)
+        if optim.ema_decay:
+            assert ema_decay(step, optim) == pytest.approx(float(golden[f"{case}/decays"][step]), abs=1e-7)
+        if step % 5 == 4:
+            values = program.weights(averaged=optim.ema_decay > 0.0)
+            for key, name in NAMES.items():
+                expected = golden[f"{case}/{key}"][step // 5]
+                np.testing.assert_allclose(values[name], expected, rtol=2e-6, atol=2e-6, err_msg=f"{key} {step}")
+
+
+def test_adafactors_second_moment_is_that_of_the_rows_and_the_columns(make_program) -> None:
+    """Of a matrix within more axes, as a position embedding is, the two largest; the same update as of the matrix."""
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((33, 34)).astype(np.float32)
+    gradients = rng.standard_normal((NUM_STEPS, 33, 34)).astype(np.float32)
+    found = []
+    for shape in ((33, 34), (1, 33, 34)):
+        optim = OptimConfig(name="adafactor", lr=0.01, clip_norm=None)
+        given = {"pos_embed": gradients.reshape(NUM_STEPS, *shape)}
+        *_, (_, program) = updates(make_program, {"pos_embed": matrix.reshape(shape)}, given, optim)
+        kept = {name: list(tensor.shape) for name, tensor in program.state().items()}
+        assert kept["pos_embed@row_moment2"] == list(shape[:-1])
+        assert kept["pos_embed@column_moment2"] == [*shape[:-2], shape[-1]]
+        found.append(program.weights()["pos_embed"].reshape(33, 34))
+    assert np.array_equal(*found)
+
+
+def test_the_averages_warmup_ends_at_its_decay() -> None:
+    """timm's docstring: with power 2/3 a decay of 0.999 is reached after some 31,600 updates, 0.99 after 1,000."""
+    optim = OptimConfig(ema_decay=0.99)
+    assert ema_decay(998, optim) < 0.99 == ema_decay(1000, optim) == ema_decay(10**6, optim)
+    assert ema_decay(31_622, OptimConfig(ema_decay=0.9999)) == pytest.approx(0.999, abs=1e-6)
+
+
+def test_every_parameters_rate_and_decay() -> None:
+    """BEiT's and MAE's rule of layers, spelled out for a model of 12 blocks."""
+    optim = OptimConfig(layer_decay=0.75, no_decay=("bias", "norm", "embedding"))
+    expected = {
+        "cls_token": (13, False),
+        "pos_embed": (13, False),
+        "reg_token": (13, False),
+        "patch_embed.proj.weight": (13, True),
+        "patch_embed.proj.bias": (13, False),
+        "blocks.0.attn.q.weight": (12, True),
+        "blocks.0.attn.q.bias": (12, False),
+        "blocks.11.mlp.fc2.weight": (1, True),
+        "blocks.11.norm1.weight": (1, False),
+        "blocks.11.ls2.gamma": (1, False),
+        "norm.weight": (0, False),
+        "head.weight": (0, True),
+        "head0.bias": (0, False),
+    }
+    for name, (above, decays) in expected.items():
+        group = param_group(name, 12, optim)
+        assert (group.rate, group.decays) == (pytest.approx(0.75**above), decays), name
+    assert all(param_group(name, 12, OptimConfig()).decays for name in expected)  # the seed's
+    only_bias = OptimConfig(no_decay=("bias",))
+    assert param_group("blocks.3.norm1.weight", 12, only_bias).decays
+    assert not param_group("blocks.3.norm1.bias", 12, only_bias).decays
+
+
+def test_every_name_of_the_model_has_its_group() -> None:
+    config = SMALL.model_copy(update={"register_tokens": 2, "pool": "cls_gap"})
+    names = dict(build(config).named_parameters())
+    optim = OptimConfig(no_decay=("bias", "norm", "embedding"))
+    decaying = {name for name in names if param_group(name, 2, optim).decays}
+    assert decaying == {
+        name for name, value in names.items() if value.ndim > 1 and not name.endswith(("token", "embed"))
+    }
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_a_frozen_body_stays_and_the_head_learns(make_program, kernels, optimizer: str) -> None:
+    """The same head as a linear layer has that is trained on the body's features."""
+    config = SMALL.model_copy(update={"representation_size": None})
+    paddle.seed(3)
+    model = build(config, attention_by_matmul)
+    before = {name: value.numpy().copy() for name, value in model.state_dict().items()}
+    model.eval()
+    batches = [images_and_labels(8, config, seed=step) for step in range(5)]
+    with paddle.no_grad():
+        features = [model.features(images) for images, _ in batches]
+    optim = OptimConfig(name=optimizer, lr=0.1, weight_decay=0.1, clip_norm=None)
+    program = make_program(model, 8, optim, freeze="backbone", kernels=kernels)
+    for step, (images, labels) in enumerate(batches):
+        program.train_step(images, labels, step)
+    after = program.weights()
+    moved = {name for name in after if name in before and not np.array_equal(after[name], before[name])}
+    assert moved == {"head.weight", "head.bias"}
+    kept = {name for name in program.state() if "@" in name}
+    assert {name.split("@")[0] for name in kept} == moved
+    if optimizer == "adamw":
+        head = nn.Linear(24, config.num_classes)
+        head.set_state_dict({"weight": before["head.weight"], "bias": before["head.bias"]})
+        alone = paddle.optimizer.AdamW(0.1, parameters=head.parameters(), weight_decay=0.1)
+        for (_, labels), state in zip(batches, features, strict=True):
+            nn.functional.cross_entropy(head(state), labels).backward()
+            alone.step()
+            alone.clear_grad()
+        np.testing.assert_allclose(after["head.weight"], head.weight.numpy(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion", "adafactor"])
+def test_what_an_optimizer_keeps_is_what_the_plan_counts(make_program, name: str) -> None:
+    """To the byte, with the average; and an average is one copy of the weights."""
+    config = SMALL.model_copy(update={"width": 36})
+    sizes = []
+    for decay in (0.0, 0.9):
+        program = make_program(build(config, attention_by_matmul), 8, OptimConfig(name=name, ema_decay=decay))
+        kept = {key: 4 * int(np.prod(tensor.shape)) for key, tensor in program.state().items()}
+        state = sum(size for key, size in kept.items() if "@" in key)
+        assert program.costs().optimizer_state == state
+        sizes.append(state)
+    assert sizes[1] - sizes[0] == program.costs().parameters

@@ -1,0 +1,543 @@
+"""Every mesh trains as one process does: losses, weights, masks, what moves between ranks. In real processes.
+
+Cases of one number of processes share these, so that Paddle starts once; see mesh_worker.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.mesh_worker import BATCH_SIZE, Case, Outcome, Part
+from helpers.small import ROOT
+from PIL import Image
+from pydantic import TypeAdapter
+
+from vit_static.config.schema import AmpConfig, Config, DataConfig, ModelConfig, OptimConfig, ParallelConfig
+from vit_static.launch import __main__
+from vit_static.plan.costs import by_kind
+from vit_static.plan.planner import Place, make_plan
+
+pytestmark = pytest.mark.early
+
+TIME_LIMIT_S = 900
+NUM_EVAL_IMAGES = 101
+
+# Nothing in it square or equal by chance; 2 and 4 divide the heads and mlp_dim, 2 the classes. Of two stages the first
+# has two blocks, the second one; a model of two blocks compiles sooner.
+MODEL = ModelConfig(
+    variant="Ti/16",
+    image_size=(12, 16),
+    patch_size=4,
+    width=32,
+    depth=3,
+    num_heads=4,
+    mlp_dim=56,
+    num_classes=6,
+    layer_scale_init=0.5,
+)
+
+
+def changed(**update: object) -> ModelConfig:
+    return MODEL.model_copy(update=update)
+
+
+MODELS = {
+    "cls": MODEL,
+    "gap": changed(depth=2, pool="gap", pos_embed="sincos2d", representation_size=24),
+    # no 2 ranks can split its head
+    "seven": changed(depth=2, num_classes=7, qkv_bias=False, layer_scale_init=None),
+    "dropped_paths": changed(pool="gap", drop_path_rate=0.3),
+    "tokens": changed(depth=2, pool="cls_gap", register_tokens=2, class_token_pos_embed=False),
+    "dropout": changed(dropout=0.1, attention_dropout=0.1, drop_path_rate=0.3),
+}
+OPTIMIZERS = {
+    "adamw": OptimConfig(name="adamw", weight_decay=0.1),
+    "sgd": OptimConfig(name="sgd", lr=0.1, momentum=0.9, clip_norm=0.3),  # bites in every step
+}
+
+
+def mesh(dp: int = 1, mp: int = 1, pp: int = 1, **others: object) -> ParallelConfig:
+    return ParallelConfig(dp=dp, mp=mp, pp=pp, **others)
+
+
+MESHES = {
+    "accum2": (mesh(grad_accum_steps=2), "gap"),
+    "recompute": (mesh(recompute="block"), "gap"),
+    "recompute_every_2nd": (mesh(recompute=2), "cls"),
+    "dp2": (mesh(dp=2), "cls"),
+    "mp2": (mesh(mp=2), "cls"),
+    "mp2_whole_head": (mesh(mp=2), "seven"),
+    "pp2_1F1B": (mesh(pp=2), "cls"),
+    "pp2_1F1B_accum4": (mesh(pp=2, grad_accum_steps=4), "cls"),
+    "pp2_FThenB_accum4": (mesh(pp=2, grad_accum_steps=4, pp_schedule="FThenB"), "gap"),
+    "dp2_sharding1": (mesh(dp=2, sharding_stage=1), "cls"),
+    "dp2_sharding2": (mesh(dp=2, sharding_stage=2), "gap"),
+    "dp2_sharding3": (mesh(dp=2, sharding_stage=3), "seven"),
+    "dp2_accum2_sharding2": (mesh(dp=2, grad_accum_steps=2, sharding_stage=2), "cls"),
+    "dp4": (mesh(dp=4, bucket_mb=0.02), "cls"),  # several buckets
+    "dp2_mp2": (mesh(dp=2, mp=2, bucket_mb=0), "gap"),
+    "mp2_pp2": (mesh(mp=2, pp=2), "cls"),
+    "dp2_pp2": (mesh(dp=2, pp=2), "gap"),
+    "dp2_pp2_sharding3": (mesh(dp=2, pp=2, sharding_stage=3), "seven"),
+    "dp2_mp2_sharding1": (mesh(dp=2, mp=2, sharding_stage=1), "cls"),
+}
+EVALUATED_AVERAGES = ["one", "dp2_sharding2", "pp2", "dp2_mp2_sharding1"]
+EVALUATED = ["one_cls_sgd", "dp2_sgd", "mp2_sgd", "pp2_1F1B_sgd", "dp4_sgd", "mp2_pp2_sgd", "dp2_sharding1_sgd"]
+# the recipes' optimizers, with all that they may be given, for a few steps
+RECIPES = {
+    "adamw": OptimConfig(weight_decay=0.1, no_decay=("bias", "norm"), layer_decay=0.7, ema_decay=0.9),
+    "lamb": OptimConfig(name="lamb", epsilon=1e-3, weight_decay=0.1, no_decay=("bias",), ema_decay=0.9),
+    "lion": OptimConfig(name="lion", lr=1e-4, betas=(0.9, 0.99), weight_decay=0.1, decay_times_lr=False),
+    "adafactor": OptimConfig(name="adafactor", betas=(0.9, 0.99), weight_decay=0.1, ema_decay=0.9),
+}
+RECIPES_MESHES = {
+    "dp2": mesh(dp=2),
+    "mp2": mesh(mp=2),
+    "pp2": mesh(pp=2),
+    "accum2": mesh(grad_accum_steps=2),
+    "dp2_sharding2": mesh(dp=2, sharding_stage=2),
+    "dp2_sharding3": mesh(dp=2, sharding_stage=3),
+    "dp2_mp2_sharding1": mesh(dp=2, mp=2, sharding_stage=1),
+}
+# with drop path alone, and the run in one process that draws the same
+DROPPING_PATHS = {
+    "paths_dp2": (mesh(dp=2), "paths_one"),
+    "paths_dp4": (mesh(dp=4), "paths_one"),
+    "paths_mp2": (mesh(mp=2), "paths_one"),
+    "paths_dp2_mp2": (mesh(dp=2, mp=2), "paths_one"),
+    "paths_pp2": (mesh(pp=2), "paths_accum2"),
+}
+# with images mixed with each other
+MIXED = {
+    "mixed_dp2": mesh(dp=2),
+    "mixed_mp2": mesh(mp=2),
+    "mixed_pp2": mesh(pp=2),
+    "mixed_accum2": mesh(grad_accum_steps=2),
+    "mixed_dp2_sharding3": mesh(dp=2, sharding_stage=3),
+}
+# with all kinds of dropout, for a few steps, one of them twice
+DROPPING = {
+    "dropout_one": mesh(),
+    "dropout_accum2": mesh(grad_accum_steps=2),
+    "dropout_recompute": mesh(recompute="block"),
+    "dropout_recompute_accum2": mesh(recompute=2, grad_accum_steps=2),
+    "dropout_dp2": mesh(dp=2),
+    "dropout_mp2": mesh(mp=2),
+    "dropout_mp2_recompute": mesh(mp=2, recompute="block"),
+    "dropout_pp2": mesh(pp=2),
+    "dropout_pp2_recompute": mesh(pp=2, recompute="block"),
+    "dropout_dp2_mp2": mesh(dp=2, mp=2),
+}
+SAME_STEP_TWICE = [0, 1, 2, 1]
+
+
+def all_cases() -> list[Case]:
+    named = []
+    for optimizer, optim in OPTIMIZERS.items():
+        for model in ("cls", "gap", "seven"):
+            named.append((f"one_{model}_{optimizer}", MODELS[model], optim, mesh(), {}))
+        for name, (parallel, model) in MESHES.items():
+            named.append((f"{name}_{optimizer}", MODELS[model], optim, parallel, {}))
+    for name, parallel in {"paths_one": mesh(), "paths_accum2": mesh(grad_accum_steps=2)}.items():
+        named.append((name, MODELS["dropped_paths"], OPTIMIZERS["adamw"], parallel, {}))
+    for name, (parallel, _) in DROPPING_PATHS.items():
+        named.append((name, MODELS["dropped_paths"], OPTIMIZERS["adamw"], parallel, {}))
+    for name, parallel in {"mixed_one": mesh(), **MIXED}.items():
+        named.append((name, MODEL, OPTIMIZERS["sgd"], parallel, {"mixes": True}))
+    for optimizer, optim in RECIPES.items():
+        for name, parallel in {"one": mesh(), **RECIPES_MESHES}.items():
+            named.append((f"recipe_{name}_{optimizer}", MODELS["tokens"], optim, parallel, {"steps": list(range(4))}))
+    for name, parallel in DROPPING.items():
+        recorded = {"steps": SAME_STEP_TWICE, "records_masks": True}
+        named.append((name, MODELS["dropout"], OPTIMIZERS["sgd"], parallel, recorded))
+    evaluated = {*EVALUATED, *(f"recipe_{name}_adamw" for name in EVALUATED_AVERAGES)}
+    return [
+        Case(name=name, model=model, optim=optim, parallel=parallel, evaluates=name in evaluated, **others)
+        for name, model, optim, parallel, others in named
+    ]
+
+
+CASES = {case.name: case for case in all_cases()}
+
+
+class Runs:
+    """What every rank has found in a case. Cases of as many processes run when the first of them is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._logs: dict[int, str] = {}  # by world size
+        make_images(folder / "images", NUM_EVAL_IMAGES, MODEL.num_classes)
+
+    def __call__(self, name: str) -> list[Outcome]:
+        world_size = CASES[name].world_size
+        if world_size not in self._logs:
+            self._logs[world_size] = self._run([case for case in CASES.values() if case.world_size == world_size])
+        paths = [self._folder / f"{name}.{rank}" for rank in range(world_size)]
+        if not all(path.is_file() for path in paths):
+            pytest.fail(f"{name} has no outcome; its processes' last words:\n{self._logs[world_size]}", pytrace=False)
+        return [pickle.loads(path.read_bytes()) for path in paths]
+
+    def one(self, name: str) -> Outcome:
+        """Of a case of one process."""
+        (outcome,) = self(name)
+        return outcome
+
+    def _run(self, cases: list[Case]) -> str:
+        """Runs cases of one world size; what their processes said last."""
+        world_size = cases[0].world_size
+        path = self._folder / f"cases_{world_size}.json"
+        path.write_bytes(TypeAdapter(list[Case]).dump_json(cases, by_alias=True))
+        environs = environments(world_size)
+        logs = [self._folder / f"log_{world_size}.{rank}" for rank in range(world_size)]
+        processes = [
+            start([path, self._folder, self._folder / "images"], environ, log)
+            for environ, log in zip(environs, logs, strict=True)
+        ]
+        with ThreadPoolExecutor(world_size) as threads:
+            ends = [threads.submit(end_well, process) for process in processes]
+            wait(ends, TIME_LIMIT_S, return_when=FIRST_EXCEPTION)
+            for process in processes:  # those that wait for one that has failed
+                process.kill()
+        return "\n".join(f"rank {rank}: {log.read_text(errors='replace')[-2000:]}" for rank, log in enumerate(logs))
+
+
+def environments(world_size: int) -> list[dict[str, str]]:
+    """Each rank's, as launch.py makes it."""
+    with ExitStack() as stack:
+        free = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(world_size + 1)]
+        store, *endpoints = [f"127.0.0.1:{listening.getsockname()[1]}" for listening in free]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PADDLE_", "SLURM_"))}
+    common = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "GLOO_SOCKET_IFNAME": __main__.interface_of("127.0.0.1") or "",
+        "PADDLE_DISTRI_BACKEND": "gloo",
+        "PADDLE_MASTER": store,
+        "PADDLE_NNODES": "1",
+        "PADDLE_TRAINERS_NUM": str(world_size),
+        "PADDLE_TRAINER_ENDPOINTS": ",".join(endpoints),
+    }
+    own = [{"PADDLE_TRAINER_ID": str(rank), "PADDLE_CURRENT_ENDPOINT": at} for rank, at in enumerate(endpoints)]
+    return [kept | common | values for values in own]
+
+
+def start(arguments: list[Path], environ: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    call = "import sys; from pathlib import Path; from helpers.mesh_worker import main; main(*map(Path, sys.argv[1:]))"
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-c", call, *map(str, arguments)],
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            preexec_fn=__main__.stop_with_parent,
+        )
+
+
+def end_well(process: subprocess.Popen[bytes]) -> None:
+    if process.wait():
+        raise ChildProcessError
+
+
+def make_images(root: Path, num_images: int, num_classes: int) -> None:
+    """A validation set of noise, its classes of unequal size."""
+    rng = np.random.default_rng(0)
+    for number in range(num_images):
+        folder = root / "val" / str(number % num_classes)
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (4, 5, 3), np.uint8)
+        Image.fromarray(pixels).resize((20, 16), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("meshes"))
+
+
+def whole(outcomes: list[Outcome]) -> dict[str, np.ndarray]:
+    """The state put together from all ranks' parts; parts that several hold must be the same bits."""
+    arrays = {}
+    for name in {name: None for outcome in outcomes for name in outcome.state}:
+        held = [outcome.state[name] for outcome in outcomes if name in outcome.state]
+        parts: dict[tuple[int, ...], Part] = {}
+        for part in held:
+            first = parts.setdefault(part.place, part)
+            assert part.local.tobytes() == first.local.tobytes(), f"{name} {part.place}"
+        array = together({place: part.local for place, part in parts.items()}, held[0].num_parts)
+        assert array.shape == held[0].shape, name
+        arrays[name] = array
+    return arrays
+
+
+def together(parts: dict[tuple[int, ...], np.ndarray], num_parts: tuple[int, ...]) -> np.ndarray:
+    """One array of its parts, by their place along each axis."""
+    assert set(parts) == set(itertools.product(*map(range, num_parts)))
+    for axis in reversed(range(len(num_parts))):
+        starts = sorted({place[:axis] for place in parts})
+        parts = {at: np.concatenate([parts[(*at, n)] for n in range(num_parts[axis])], axis) for at in starts}
+    return parts[()]
+
+
+# Losses and weights
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", MESHES)
+def test_a_mesh_trains_as_one_process(runs: Runs, name: str, optimizer: str) -> None:
+    """Ten steps with clipping, and decay or momentum."""
+    one, outcomes = runs.one(f"one_{MESHES[name][1]}_{optimizer}"), runs(f"{name}_{optimizer}")
+    for outcome in outcomes:
+        np.testing.assert_allclose(outcome.losses, one.losses, rtol=1e-5)
+        if not np.isnan(outcome.grad_norms).all():
+            np.testing.assert_allclose(outcome.grad_norms, one.grad_norms, rtol=1e-5)
+    assert not np.isnan(outcomes[0].grad_norms).any()
+    weights, expected = whole(outcomes), whole([one])
+    assert weights.keys() == expected.keys()
+    assert all(weights[key].shape == expected[key].shape for key in weights)
+    if optimizer == "sgd":
+        assert min(one.grad_norms) > OPTIMIZERS["sgd"].clip_norm
+        for key, value in expected.items():
+            np.testing.assert_allclose(weights[key], value, rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("optimizer", RECIPES)
+@pytest.mark.parametrize("name", RECIPES_MESHES)
+def test_a_recipes_optimizer_updates_as_in_one_process(runs: Runs, name: str, optimizer: str) -> None:
+    """What it keeps, and the weights' average, too; but where a gradient is rounding errors, which k's bias has, and
+    of Lion, which goes by signs."""
+    one, outcomes = runs.one(f"recipe_one_{optimizer}"), runs(f"recipe_{name}_{optimizer}")
+    for outcome in outcomes:
+        np.testing.assert_allclose(outcome.losses, one.losses, rtol=1e-5)
+    state, expected = whole(outcomes), whole([one])
+    assert state.keys() == expected.keys()
+    assert sum(key.endswith("@ema") for key in state) == (0 if optimizer == "lion" else len(one_of_each(state)))
+    if optimizer == "adafactor":
+        assert expected["blocks.0.attn.q.weight@row_moment2"].shape == (32,)
+    for key, value in expected.items():
+        assert state[key].shape == value.shape, key
+        if optimizer in ("adamw", "lamb") and ".attn.k.bias" not in key:
+            np.testing.assert_allclose(state[key], value, rtol=1e-3, atol=2e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("name", EVALUATED_AVERAGES)
+def test_an_average_is_evaluated_on_any_mesh(runs: Runs, name: str) -> None:
+    """And the weights are then what they were, which the worker looks at."""
+    one = runs.one("recipe_one_adamw")
+    assert one.averaged.loss != one.evaluation.loss
+    for outcome in runs(f"recipe_{name}_adamw"):
+        assert outcome.averaged.loss == pytest.approx(one.averaged.loss, rel=1e-5)
+
+
+def one_of_each(state: dict[str, np.ndarray]) -> list[str]:
+    """The weights' names."""
+    return [key for key in state if "@" not in key]
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_mixed_images_are_those_of_one_process(runs: Runs, name: str) -> None:
+    one, outcomes = runs.one("mixed_one"), runs(name)
+    for outcome in outcomes:
+        np.testing.assert_allclose(outcome.losses, one.losses, rtol=1e-5)
+    assert np.abs(np.subtract(one.losses, runs.one("one_cls_sgd").losses)).max() > 1e-2
+    whole(outcomes)
+
+
+@pytest.mark.parametrize("name", [name for name in MESHES if "sharding" in name])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_zero_splits_what_it_can(runs: Runs, name: str, optimizer: str) -> None:
+    """The moments, and in stage 3 the parameters: over both data-parallel ranks along the first axis that divides."""
+    stage = MESHES[name][0].sharding_stage
+    for outcome in runs(f"{name}_{optimizer}"):
+        moments = {key: part for key, part in outcome.state.items() if key.endswith(("moment1", "moment2", "velocity"))}
+        for key, moment in moments.items():
+            parameter = outcome.state[key.split("@")[0]]
+            mp_parts = parameter.num_parts if stage < 3 else (1,) * len(parameter.shape)
+            free = [n for n, size in enumerate(parameter.shape) if mp_parts[n] == 1 and size % 2 == 0]
+            expected = [2 if n in free[:1] else parts for n, parts in enumerate(mp_parts)]
+            assert list(moment.num_parts) == expected, key
+            assert [n * parts for n, parts in zip(moment.local.shape, expected, strict=True)] == list(moment.shape), key
+            assert stage < 3 or parameter.num_parts == moment.num_parts, key
+        assert sum(2 in part.num_parts for part in moments.values()) > 0.9 * len(moments)
+        assert all(part.num_parts == (1,) for key, part in moments.items() if part.shape == (7,))  # the head's bias
+
+
+@pytest.mark.parametrize("name", EVALUATED[1:])
+def test_every_image_counts_once_on_any_mesh(runs: Runs, name: str) -> None:
+    """101 images in batches of 8: the last batch is filled up. Every rank knows what is said of each."""
+    one, answers = runs.one(EVALUATED[0]).evaluation, runs.one(EVALUATED[0]).answers
+    assert one.num_images == NUM_EVAL_IMAGES
+    for outcome in runs(name):
+        found = outcome.evaluation
+        assert (found.num_images, found.top1, found.top5) == (one.num_images, one.top1, one.top5)
+        assert found.loss == pytest.approx(one.loss, rel=1e-5)
+        np.testing.assert_array_equal(outcome.answers.classes, answers.classes)
+        np.testing.assert_array_equal(outcome.answers.labels, answers.labels)
+        np.testing.assert_allclose(outcome.answers.probabilities, answers.probabilities, rtol=1e-4)
+
+
+# Masks
+
+
+@pytest.mark.parametrize("name", DROPPING_PATHS)
+def test_dropped_paths_are_those_of_one_process(runs: Runs, name: str) -> None:
+    one = runs.one(DROPPING_PATHS[name][1])
+    for outcome in runs(name):
+        np.testing.assert_allclose(outcome.losses, one.losses, rtol=1e-5)
+    whole(runs(name))
+
+
+def test_a_dropped_path_makes_a_difference(runs: Runs) -> None:
+    whole_batch, micro_batches = runs.one("paths_one").losses, runs.one("paths_accum2").losses
+    assert whole_batch[0] == pytest.approx(micro_batches[0])  # of a head of zeros
+    assert np.abs(np.subtract(whole_batch, micro_batches))[1:].max() > 1e-3
+
+
+RECOMPUTED = {
+    "dropout_recompute": ("dropout_one", [0, 1, 2]),
+    "dropout_recompute_accum2": ("dropout_accum2", [0, 2]),
+    "dropout_mp2_recompute": ("dropout_mp2", [0, 1, 2]),
+    "dropout_pp2_recompute": ("dropout_pp2", [0, 1, 2]),
+}
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_recomputed_blocks_draw_their_masks_again(runs: Runs, name: str) -> None:
+    """So that losses and weights are those without recomputing, to the last bit."""
+    without, blocks = RECOMPUTED[name]
+    drawn_again = set()
+    for outcome, kept in zip(runs(name), runs(without), strict=True):
+        assert outcome.losses == kept.losses
+        assert all(part.local.tobytes() == kept.state[key].local.tobytes() for key, part in outcome.state.items())
+        for masks, masks_without in zip(outcome.masks, kept.masks, strict=True):
+            for dropout, drawn in masks_without.items():
+                again = masks[dropout]
+                assert {mask.tobytes() for mask in again} == {mask.tobytes() for mask in drawn}
+                if len(again) > len(drawn):
+                    assert len(again) == 2 * len(drawn)
+                    drawn_again.add(dropout)
+    # The first dropout is that of the position embedding; then come six a block.
+    assert sorted({(dropout - 1) // 6 for dropout in drawn_again}) == blocks
+    assert len(drawn_again) == sum(6 if block > 0 else 4 for block in blocks)  # the first block's paths never drop
+
+
+def test_a_pipeline_draws_the_masks_of_its_micro_batches(runs: Runs) -> None:
+    one = runs.one("dropout_accum2")
+    for outcome in runs("dropout_pp2"):
+        np.testing.assert_allclose(outcome.losses, one.losses, rtol=1e-5)
+        for masks, masks_of_one in zip(outcome.masks, one.masks, strict=True):
+            assert all(np.array_equal(drawn, masks_of_one[dropout]) for dropout, drawn in masks.items())
+
+
+@pytest.mark.parametrize("name", ["dropout_one", "dropout_accum2", "dropout_pp2"])
+def test_steps_micro_batches_and_layers_draw_different_masks(runs: Runs, name: str) -> None:
+    """And the same step the same again."""
+    outcomes = runs(name)
+    first, second, third, second_again = (
+        [mask for outcome in outcomes for drawn in outcome.masks[n].values() for mask in drawn if is_large(mask)]
+        for n in range(len(SAME_STEP_TWICE))
+    )
+    num_dropouts = 1 + 4 * MODEL.depth
+    assert len(first) == num_dropouts * (1 if name == "dropout_one" else 2)
+    drawn = [mask.tobytes() for mask in (*first, *second, *third)]
+    assert len(set(drawn)) == len(drawn)
+    assert [mask.tobytes() for mask in second_again] == [mask.tobytes() for mask in second]
+
+
+@pytest.mark.parametrize("name", ["dropout_dp2", "dropout_mp2", "dropout_dp2_mp2"])
+def test_masks_follow_what_the_ranks_hold(runs: Runs, name: str) -> None:
+    """Ranks that hold the same activations drop the same of them, and others other ones."""
+    outcomes, parallel = runs(name), CASES[name].parallel
+    whole(outcomes)
+    for step, dropout in itertools.product(range(len(SAME_STEP_TWICE)), outcomes[0].masks[0]):
+        masks = [outcome.masks[step][dropout] for outcome in outcomes]
+        assert all(len(drawn) == 1 for drawn in masks)
+        for rank, other in itertools.combinations(range(len(outcomes)), 2):
+            (mask,), (others,) = masks[rank], masks[other]
+            is_split = holds_split_activations(mask, parallel.mp)
+            same_images = rank // parallel.mp == other // parallel.mp or not is_large(mask)
+            same_channels = rank % parallel.mp == other % parallel.mp or not is_split
+            assert np.array_equal(mask, others) == (same_images and same_channels), f"dropout {dropout} {mask.shape}"
+
+
+def is_large(mask: np.ndarray) -> bool:
+    """Not of a dropped path, which draws a number an image, of the whole batch on every rank."""
+    return mask[0].size > 1
+
+
+def holds_split_activations(mask: np.ndarray, mp: int) -> bool:
+    """Whether tensor parallelism splits them: attention's weights by heads, the MLP's hidden channels."""
+    heads, hidden = MODEL.num_heads // mp, MODEL.mlp_dim // mp
+    assert mask.shape[1:] in [(heads, 13, 13), (13, hidden), (13, MODEL.width), (1, 1)]
+    return mp > 1 and mask.shape[1:] in [(heads, 13, 13), (13, hidden)]
+
+
+# What moves
+
+
+@pytest.mark.parametrize("name", ["mp2", "mp2_whole_head", "dp2_mp2", "mp2_pp2"])
+def test_tensor_parallelism_sums_twice_a_block_and_way(runs: Runs, name: str) -> None:
+    """Megatron-LM's four sums of activations (arXiv 1909.08053, figure 4), and nothing else but the logits."""
+    parallel, model = MESHES[name][0], MODELS[MESHES[name][1]]
+    tokens = 12 + (model.pool == "cls")
+    batch = BATCH_SIZE // parallel.dp // parallel.pp  # a micro-batch
+    for rank, outcome in enumerate(runs(f"{name}_adamw")):
+        stage = rank // (parallel.dp * parallel.mp)
+        is_last = stage == parallel.pp - 1
+        num_blocks = model.depth if parallel.pp == 1 else [2, 1][stage]
+        first = rank // 2 * 2
+        between = [found for found in outcome.collectives if found.ranks == (first, first + 1)]
+        moved = [(found.kind, found.role, found.num_bytes) for found in between if found.role != "update"]
+        activations = 4 * batch * tokens * model.width
+        expected = 2 * num_blocks * [("all_reduce", role, activations) for role in ("forward", "backward")]
+        if is_last and model.num_classes % 2 == 0:
+            head_inputs = 4 * batch * (model.representation_size or model.width)
+            expected.append(("all_gather", "forward", 4 * batch * model.num_classes // 2))
+            expected.append(("all_reduce", "backward", head_inputs))
+        assert sorted(moved) == sorted(expected), rank
+        # The gradients' norms: a number a block, and a few for what lies outside.
+        update = [found.num_bytes for found in between if found.role == "update"]
+        assert all(num_bytes <= 4 * (model.depth + 6) for num_bytes in update)
+
+
+# The plan
+
+
+PLANNED = [
+    *("one_cls_adamw", "dp2_adamw", "dp4_adamw", "mp2_adamw", "dp2_mp2_adamw", "pp2_1F1B_adamw", "mp2_sgd"),
+    *("dp2_sharding1_adamw", "dp2_sharding2_adamw", "dp2_sharding3_adamw", "dp2_mp2_sharding1_adamw"),
+    *("dp2_accum2_sharding2_adamw", "pp2_1F1B_accum4_adamw", "recompute_adamw"),
+]
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_a_plan_is_what_the_run_does(runs: Runs, name: str) -> None:
+    """Of every rank: the bytes that it holds between steps, and the collectives and bytes of a step."""
+    case = CASES[name]
+    config = Config(
+        name=name,
+        model=case.model,
+        optim=case.optim,
+        data=DataConfig(global_batch_size=BATCH_SIZE),
+        amp=AmpConfig(level="O0"),
+    )
+    for rank, outcome in enumerate(runs(name)):
+        found = make_plan(config, case.parallel, case.world_size, Place("a100-80g", "ib-hdr"), rank)
+        held = {key: part.local.nbytes for key, part in outcome.state.items()}
+        assert found.costs.parameters == sum(size for key, size in held.items() if "@" not in key)
+        assert found.costs.optimizer_state == sum(size for key, size in held.items() if "@" in key)
+        table = by_kind(found.costs.collectives, found.num_micro_batches)
+        moved: dict[str, tuple[int, int]] = {}
+        for (kind, _, _), (count, num_bytes) in table.items():
+            calls, before = moved.get(kind, (0, 0))
+            moved[kind] = (calls + count, before + num_bytes)
+        assert outcome.moved == moved

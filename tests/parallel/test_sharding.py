@@ -1,0 +1,151 @@
+"""How the model is split over ranks, and which meshes can be: what can be said without starting processes."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import replace
+
+import paddle
+import pytest
+
+from vit_static.common.errors import ConfigError
+from vit_static.config.schema import ModelConfig, ParallelConfig
+from vit_static.model.variants import VARIANTS, Variant
+from vit_static.model.vit import build
+from vit_static.parallel.mesh import MeshShape, resolve_mesh, why_invalid
+from vit_static.parallel.sharding import TP_SHARDING_RULES, stage_of_blocks, tp_axis, zero_shard_axis
+
+# What a config may add to a variant's parameters, or take from them.
+KINDS = {
+    "plain": {},
+    "more": {"layer_scale_init": 0.1, "representation_size": 24},
+    "less": {"pool": "gap", "pos_embed": "sincos2d", "qkv_bias": False},
+}
+SMALL = Variant(patch_size=4, width=24, depth=3, num_heads=6, mlp_dim=54)
+
+
+def parameters(variant: str, kind: str) -> dict[str, list[int]]:
+    """The shapes of a model's parameters, which aren't made."""
+    config = ModelConfig(variant=variant, image_size=VARIANTS[variant].patch_size * 3, **KINDS[kind])
+    with paddle.LazyGuard():
+        return {name: list(value.shape) for name, value in build(config).named_parameters()}
+
+
+def lines(name: str) -> list[str]:
+    return [pattern for pattern in TP_SHARDING_RULES if re.fullmatch(pattern, name)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_parameter_has_one_line_of_the_table(variant: str, kind: str) -> None:
+    for name in parameters(variant, kind):
+        assert len(lines(name)) == 1, name
+
+
+def test_every_line_of_the_table_has_parameters() -> None:
+    names = {name for kind in KINDS for name in parameters("Ti/16", kind)}
+    assert {line for name in names for line in lines(name)} == set(TP_SHARDING_RULES)
+
+
+def test_a_rank_has_whole_heads_and_hidden_channels() -> None:
+    """What is split by columns before the attention and the activation is split by rows behind them."""
+    by_columns, by_rows = ["attn.q", "attn.k", "attn.v", "mlp.fc1"], ["attn.proj", "mlp.fc2"]
+    for name, shape in parameters("B/16", "more").items():
+        layer = ".".join(name.split(".")[2:-1])
+        axis = len(shape) - 1 if layer in by_columns or name.startswith("head.") else None
+        if layer in by_rows and name.endswith(".weight"):
+            axis = 0
+        assert tp_axis(name, shape, mp=4) == axis, name
+        assert tp_axis(name, shape, mp=1) is None
+
+
+def test_a_head_whose_classes_do_not_divide_is_whole() -> None:
+    assert tp_axis("head.weight", [24, 7], mp=2) is None and tp_axis("head.bias", [7], mp=2) is None
+    assert tp_axis("head.weight", [24, 6], mp=2) == 1 and tp_axis("head.bias", [6], mp=2) == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "mp_axis", "mp", "dp", "axis"),
+    [
+        ([32, 6], None, 1, 2, 0),
+        ([7, 32], None, 1, 2, 1),
+        ([1, 13, 32], None, 1, 4, 2),
+        ([7], None, 1, 2, None),
+        ([6], None, 1, 4, None),
+        ([32, 6], 1, 2, 2, 0),
+        ([56, 32], 0, 2, 2, 1),  # of two axes tensor parallelism has one
+        ([6], 0, 2, 2, None),
+    ],
+)
+def test_zero_splits_the_first_axis_that_divides(shape: list, mp_axis: int, mp: int, dp: int, axis: int) -> None:
+    assert zero_shard_axis(shape, mp_axis, mp, dp) == axis
+
+
+@pytest.mark.parametrize(
+    ("depth", "pp", "stages"),
+    [(3, 1, [0, 0, 0]), (3, 2, [0, 0, 1]), (4, 4, [0, 1, 2, 3]), (8, 3, [0, 0, 0, 1, 1, 1, 2, 2])],
+)
+def test_blocks_are_dealt_out_evenly(depth: int, pp: int, stages: list[int]) -> None:
+    assert stage_of_blocks(depth, pp) == stages
+
+
+@pytest.mark.parametrize(
+    ("variant", "parallel", "world_size", "batch_size", "reason", "nearest"),
+    [
+        (SMALL, {"mp": 4}, 8, 24, r"parallel\.mp = 4: .* num_heads of 6", (4, 2, 1)),
+        (replace(SMALL, num_heads=4), {"mp": 4}, 4, 24, r"parallel\.mp = 4: .* mlp_dim of 54", (2, 2, 1)),
+        (SMALL, {"pp": 4}, 4, 24, r"parallel\.pp = 4: .* only 3 blocks", (2, 1, 2)),
+        (SMALL, {"mp": 2}, 3, 24, r"mp=2, pp=1 is a mesh of 2 processes, and there are 3", (1, 3, 1)),
+        (SMALL, {"dp": 3}, 4, 6, r"dp=3, .* is a mesh of 3 processes, and there are 4; .*NPROC=3", (2, 2, 1)),
+        (SMALL, {}, 4, 6, r"data\.global_batch_size = 6: 4 data-parallel ranks x 1 micro-batches", (2, 2, 1)),
+        (replace(SMALL, depth=1), {"grad_accum_steps": 3}, 2, 15, r"global_batch_size = 15: 2 .* x 3 micro", (1, 2, 1)),
+        (SMALL, {"pp": 2}, 4, 6, r"global_batch_size = 6: 2 .* x 2 micro-batches", (1, 2, 2)),
+    ],
+)
+def test_a_mesh_that_can_not_be_is_refused_with_the_nearest_that_can(
+    variant: Variant, parallel: dict, world_size: int, batch_size: int, reason: str, nearest: tuple[int, int, int]
+) -> None:
+    config = ParallelConfig(**parallel)
+    with pytest.raises(ConfigError, match=reason) as error:
+        resolve_mesh(config, world_size, batch_size, variant)
+    (named,) = re.findall(r"dp=(\d+), mp=(\d+), pp=(\d+)$", str(error.value))
+    assert tuple(map(int, named)) == nearest
+    dp, mp, pp = nearest
+    as_named = config.model_copy(update={"dp": dp, "mp": mp, "pp": pp})
+    assert why_invalid(as_named, MeshShape(*nearest), world_size, batch_size, variant) is None
+
+
+@pytest.mark.parametrize("pp", [1, 2, 4])
+@pytest.mark.parametrize("mp", [1, 2, 3, 4])
+@pytest.mark.parametrize("dp", ["auto", 1, 2, 3])
+def test_every_remedy_that_is_named_would_do(dp: int | str, mp: int, pp: int) -> None:
+    for world_size, batch_size, others in itertools.product(
+        range(1, 9), (6, 20, 24), ({}, {"grad_accum_steps": 3}, {"sharding_stage": 1})
+    ):
+        config = ParallelConfig(dp=dp, mp=mp, pp=pp, **others)
+        try:
+            resolve_mesh(config, world_size, batch_size, SMALL)
+        except ConfigError as error:
+            remedies = str(error).partition("; ")[2]
+            assert "=" in remedies or "no mesh" in remedies
+            for *sizes, other_world in re.findall(r"dp=(\d+), mp=(\d+), pp=(\d+)(?: of (\d+) proc)?", remedies):
+                named = ParallelConfig(**others, **dict(zip(("dp", "mp", "pp"), map(int, sizes), strict=True)))
+                resolve_mesh(named, int(other_world or world_size), batch_size, SMALL)
+            for number in re.findall(r"NPROC=(\d+)", remedies):
+                resolve_mesh(config, int(number), batch_size, SMALL)
+            for number in re.findall(r"data\.global_batch_size=(\d+)", remedies):
+                resolve_mesh(config, world_size, int(number), SMALL)
+
+
+def test_where_no_mesh_can_be_that_is_said() -> None:
+    with pytest.raises(ConfigError, match="no mesh of 7 processes can be"):
+        resolve_mesh(ParallelConfig(mp=7), 7, 24, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world_size", "sizes"),
+    [({}, 1, (1, 1, 1)), ({}, 4, (4, 1, 1)), ({"mp": 2}, 8, (4, 2, 1)), ({"mp": 2, "pp": 3}, 12, (2, 2, 3))],
+)
+def test_data_parallelism_takes_what_is_left_of_the_world(parallel: dict, world_size: int, sizes: tuple) -> None:
+    assert resolve_mesh(ParallelConfig(**parallel), world_size, 24, SMALL) == MeshShape(*sizes)

@@ -1,0 +1,136 @@
+"""What becomes of a compiled program's operators on a CPU: the same numbers, by fewer and quicker operators."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import paddle
+import pytest
+from helpers.small import SMALL, images_and_labels
+
+from vit_static.bench.profile import plain
+from vit_static.common.cpu import cpu_has_bfloat16
+from vit_static.config.schema import KernelsConfig, LossConfig, ModelConfig, OptimConfig, ParallelConfig
+from vit_static.model.loss import Criterion
+from vit_static.model.vit import attention_by_matmul, build
+from vit_static.program.precision import Precision
+
+PLAIN = SMALL.model_copy(update={"layer_scale_init": None, "representation_size": None})
+VARIATIONS: dict[str, ModelConfig] = {
+    "plain": PLAIN,
+    "layer scale, representation": SMALL,
+    "pooled": PLAIN.model_copy(update={"pool": "gap"}),
+    "no bias in q, k, v": PLAIN.model_copy(update={"qkv_bias": False}),
+    "fixed positions": PLAIN.model_copy(update={"pos_embed": "sincos2d"}),
+    "one class": PLAIN.model_copy(update={"num_classes": 1}),
+    "one head": PLAIN.model_copy(update={"num_heads": 1}),
+    "approximate gelu": PLAIN.model_copy(update={"gelu": "tanh"}),
+    "all tokens": PLAIN.model_copy(update={"pool": "cls_gap", "register_tokens": 2, "class_token_pos_embed": False}),
+    "norm after the pooling": PLAIN.model_copy(update={"pool": "gap", "class_token": True, "fc_norm": True}),
+    "one patch": PLAIN.model_copy(update={"patch_size": 4, "image_size": (4, 4), "pool": "gap"}),
+    "dropout": PLAIN.model_copy(update={"dropout": 0.2, "attention_dropout": 0.2, "drop_path_rate": 0.2}),
+    "dropout outside attention": PLAIN.model_copy(update={"dropout": 0.2}),
+}
+PARALLEL = {
+    "": ParallelConfig(),
+    "micro-batches": ParallelConfig(grad_accum_steps=2),
+    "recompute": ParallelConfig(recompute="block"),
+}
+
+
+def trained(make_program, config: ModelConfig, onednn: bool, **arguments):
+    """(losses, weights, an evaluation) of a few steps."""
+    paddle.seed(3)
+    kernels = KernelsConfig(onednn=onednn)
+    optim = OptimConfig(name="sgd", lr=0.1, clip_norm=0.5)
+    loss = Criterion(LossConfig(name="sigmoid" if config.num_classes == 1 else "softmax"))
+    program = make_program(
+        build(config, attention_by_matmul),
+        8,
+        optim,
+        kernels=kernels,
+        criterion=loss,
+        image_size=config.image_size,
+        **arguments,
+    )
+    losses = [program.loss_value(program.train_step(*images_and_labels(8, config, seed=n), n)) for n in range(5)]
+    return np.array(losses), program.weights(), program.eval_step(*images_and_labels(8, config, seed=9))
+
+
+def operators(program, mode: str = "train") -> Counter[str]:
+    return Counter(plain(op.name()) for op in program.compiled(mode).global_block().ops)
+
+
+TOGETHER = ("plain", "dropout", "layer scale, representation", "pooled")  # with micro-batches and recomputation
+
+
+@pytest.mark.parametrize(
+    ("variation", "parallel"),
+    [
+        (variation, parallel)
+        for variation in VARIATIONS
+        for parallel in PARALLEL
+        if not parallel or variation in TOGETHER
+    ],
+)
+def test_training_and_evaluation_are_those_of_paddles_kernels(make_program, variation, parallel) -> None:
+    runs = [
+        trained(make_program, VARIATIONS[variation], onednn, parallel=PARALLEL[parallel]) for onednn in (False, True)
+    ]
+    for expected, found in zip(*((losses, evaluation) for losses, _, evaluation in runs), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=2e-5)
+    for name, weight in runs[0][1].items():
+        np.testing.assert_allclose(runs[1][1][name], weight, rtol=1e-4, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU multiplies no bfloat16")
+@pytest.mark.parametrize("variation", VARIATIONS)
+def test_the_first_ten_losses_in_bfloat16_are_float32s_within_a_hundredth(make_program, variation) -> None:
+    losses = {}
+    for precision in (Precision("O0", "float32"), Precision("O1", "bfloat16")):
+        paddle.seed(3)
+        config = VARIATIONS[variation]
+        program = make_program(build(config, attention_by_matmul), 8, precision=precision, image_size=config.image_size)
+        losses[precision.level] = [
+            program.loss_value(program.train_step(*images_and_labels(8, config, seed=n), n)) for n in range(10)
+        ]
+    np.testing.assert_allclose(losses["O1"], losses["O0"], rtol=1e-2)
+
+
+def test_what_a_block_is_made_of(make_program) -> None:
+    """Six products forward, twelve backward, and attention; no transposition, cast, bias or residual by itself."""
+    paddle.seed(3)
+    program = make_program(build(PLAIN, attention_by_matmul), 8)
+    found, depth = operators(program), 2
+    in_blocks = 6 * depth  # q, k, v, the projection, fc1, fc2
+    beside = 2  # the patches' embedding, whose images need no gradient, and the head
+    assert found["matmul_float32"] == 3 * in_blocks + 3 * beside - 1
+    assert found["attention_float32"] == found["attention_backward_float32"] == depth
+    assert found["gelu_float32"] == 2 * depth and found["gelu_backward_float32"] == depth
+    assert found["layer_norm_float32"] == found["layer_norm_backward_float32"] == 2 * depth + 1
+    # Biases, and the two that are repeated for every image: the class token and the positions.
+    assert found["column_sum_float32"] == in_blocks + beside + 2
+    assert found["transpose"] == 1  # the images, into patches
+    gone = {"matmul", "matmul_grad", "softmax", "softmax_grad", "add_grad", "transpose_grad", "reshape_grad", "cast"}
+    assert not gone & set(found)
+
+
+@pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU multiplies no bfloat16")
+def test_mixed_precision_casts_weights_and_the_residuals_gradient_alone(make_program) -> None:
+    paddle.seed(3)
+    program = make_program(build(PLAIN, attention_by_matmul), 8, precision=Precision("O1", "bfloat16"))
+    found, depth = operators(program), 2
+    weights = 6 * depth + 2
+    residual_gradients = 2 * depth
+    beside = 4  # the patches, the class token's state before the head, and the gradients of the two
+    assert found["convert"] == weights + residual_gradients + beside
+    assert found["cast"] == 0
+
+
+def test_evaluation_keeps_nothing_for_a_backward(make_program) -> None:
+    paddle.seed(3)
+    program = make_program(build(PLAIN, attention_by_matmul), 8, learning_rate=None)
+    found = operators(program, "eval")
+    assert found["attention_float32"] == 2 and found["matmul_float32"] == 14
+    assert not {"matmul", "softmax", "gelu", "layer_norm", "attention_backward_float32"} & set(found)

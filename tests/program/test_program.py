@@ -1,0 +1,400 @@
+"""The compiled program: what it computes, in training and evaluation, with each optimizer and each kind of kernel."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+from helpers.small import SMALL, images_and_labels
+from paddle import nn
+
+from vit_static.checkpoint.sharded_state import ShardedReader, rank_shard, write_shard
+from vit_static.common.cpu import cpu_has_bfloat16
+from vit_static.common.errors import ConfigError
+from vit_static.config.schema import AmpConfig, KernelsConfig, OptimConfig, ParallelConfig
+from vit_static.model.vit import attention_by_matmul, build
+from vit_static.optim.optimizers import AdamW, RuleOptimizer
+from vit_static.program.precision import Precision, choose_precision
+from vit_static.weights.load import file_state
+
+OPTIMIZERS = {"adamw": OptimConfig(name="adamw", weight_decay=0.1), "sgd": OptimConfig(name="sgd", lr=0.1)}
+ALL_OPTIMIZERS = {
+    **OPTIMIZERS,
+    "lamb": OptimConfig(name="lamb", weight_decay=0.1, no_decay=("bias",)),
+    "lion": OptimConfig(name="lion", lr=1e-4, betas=(0.9, 0.99)),
+    "adafactor": OptimConfig(name="adafactor", weight_decay=0.1, decay_times_lr=False, ema_decay=0.9),
+}
+
+
+def trained(make_program, steps: int, *, batch_size: int = 8, model_seed: int = 3, **program_arguments):
+    """(losses, weights) of a fresh small model after some steps on random images, new ones each step."""
+    config = program_arguments.pop("config", SMALL)
+    paddle.seed(model_seed)
+    model = build(config, attention_by_matmul)
+    program = make_program(model, batch_size, **program_arguments)
+    losses = []
+    for step in range(steps):
+        loss = program.train_step(*images_and_labels(batch_size, config, seed=step), step)
+        losses.append(program.loss_value(loss))
+    return np.array(losses), program.weights()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("pool", ["cls", "gap"])
+def test_every_parameter_moves(make_program, kernels, name, pool) -> None:
+    """In one step, except k's bias, to which softmax is blind: it gets rounding errors or nothing."""
+    config = SMALL.model_copy(update={"pool": pool})
+    paddle.seed(3)
+    before = file_state(build(config))
+    _, after = trained(make_program, 1, config=config, optim=OPTIMIZERS[name], kernels=kernels)
+    width = 24
+    for key, old in before.items():
+        moved = after[key] != old
+        if key.endswith("attn.qkv.bias"):
+            moved = np.delete(moved, np.arange(width, 2 * width))
+        assert moved.mean() > 0.9, key
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_onednn_trains_as_without(make_program, name) -> None:
+    runs = []
+    for use in (False, True):
+        runs.append(trained(make_program, 10, optim=OPTIMIZERS[name], kernels=KernelsConfig(onednn=use)))
+    np.testing.assert_allclose(runs[1][0], runs[0][0], rtol=1e-4)
+
+
+def call_as_mixed_precision_does(self, loss, startup_program, params_grads, param_group_idx=0):
+    """O2's wrapper of an optimizer, which only cards run, goes by this method."""
+    return self.apply_gradients(params_grads)
+
+
+@pytest.mark.parametrize("name", ALL_OPTIMIZERS)
+@pytest.mark.parametrize("mixed_precisions_way", [False, True])
+def test_accumulated_gradients_are_the_big_batchs(make_program, monkeypatch, name, mixed_precisions_way) -> None:
+    """The losses and weights of 4 micro-batches are those of one batch, with a clip that bites.
+
+    With an epsilon that is no small number beside the gradients: AdamW would else hide a wrong scale of theirs.
+    """
+    if mixed_precisions_way:
+        for optimizer in (AdamW, RuleOptimizer):
+            monkeypatch.setattr(optimizer, "_apply_optimize", call_as_mixed_precision_does)
+    optim = OptimConfig(name=name, lr=0.1, epsilon=1.0, clip_norm=0.1)
+    whole = trained(make_program, 5, optim=optim)
+    parts = trained(make_program, 5, optim=optim, parallel=ParallelConfig(grad_accum_steps=4))
+    np.testing.assert_allclose(parts[0], whole[0], rtol=1e-5)
+    for name, value in whole[1].items():
+        got = parts[1][name]
+        if name.endswith("attn.qkv.bias"):  # k's has a gradient of rounding errors, whose sign Lion goes by
+            value, got = (np.delete(array, np.arange(24, 48)) for array in (value, got))
+        np.testing.assert_allclose(got, value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_gradient_norm_is_that_before_clipping(make_program) -> None:
+    paddle.seed(3)
+    model = build(SMALL)
+    program = make_program(model, 8, OptimConfig(name="sgd", lr=0.0, clip_norm=1e-3))
+    program.train_step(*images_and_labels(8), 0)
+    paddle.seed(3)
+    program_without = make_program(build(SMALL), 8, OptimConfig(name="sgd", lr=0.0, clip_norm=None))
+    program_without.train_step(*images_and_labels(8), 0)
+    assert program.grad_norm() == pytest.approx(program_without.grad_norm(), rel=1e-6)
+    assert program.grad_norm() > 0.1
+
+
+def test_dynamic_static_and_compiled_models_agree(make_program) -> None:
+    """One input through the layers, through `to_static`, and through the distributed engine's evaluation."""
+    paddle.seed(3)
+    model = build(SMALL.model_copy(update={"dropout": 0.3, "drop_path_rate": 0.3}))
+    model.eval()
+    images, labels = images_and_labels(8)
+    dynamic = model(images).numpy().astype(np.float64)
+    static = paddle.jit.to_static(model, full_graph=True)(images).numpy()
+    np.testing.assert_allclose(static, dynamic, rtol=1e-5, atol=1e-6)
+    log_softmax = dynamic - np.log(np.exp(dynamic).sum(axis=1, keepdims=True))
+    expected = -log_softmax[np.arange(8), labels.numpy()]
+    paddle.seed(3)
+    fresh = build(SMALL.model_copy(update={"dropout": 0.3, "drop_path_rate": 0.3}))
+    program = make_program(fresh, 8, learning_rate=None)
+    np.testing.assert_allclose(program.eval_step(images, labels)[:, 0], expected, rtol=1e-5)
+
+
+def test_evaluation_between_steps_changes_nothing(make_program) -> None:
+    optim = OPTIMIZERS["adamw"]
+    losses, weights = trained(make_program, 4, optim=optim, config=SMALL.model_copy(update={"dropout": 0.1}))
+    paddle.seed(3)
+    program = make_program(build(SMALL.model_copy(update={"dropout": 0.1})), 8, optim)
+    for step in range(4):
+        loss = program.train_step(*images_and_labels(8, seed=step), step)
+        assert program.loss_value(loss) == losses[step]
+        program.eval_step(*images_and_labels(8, seed=100))
+    assert all(np.array_equal(program.weights()[name], weights[name]) for name in weights)
+
+
+def test_dropout_masks_are_a_function_of_seed_and_step(make_program) -> None:
+    """Two programs that begin at different steps draw the same mask at the same step, and another at another."""
+    config = SMALL.model_copy(update={"dropout": 0.3, "attention_dropout": 0.2, "drop_path_rate": 0.3})
+
+    def loss_at(step: int, warm_up: int = 0, seed: int = 0) -> float:
+        paddle.seed(3)
+        model = build(config, attention_by_matmul)
+        program = make_program(model, 8, OptimConfig(lr=0.0), seed=seed)
+        for _ in range(warm_up):
+            program.train_step(*images_and_labels(8), 0)
+        loss = program.train_step(*images_and_labels(8), step)
+        return program.loss_value(loss)
+
+    assert loss_at(5) == loss_at(5, warm_up=3)
+    assert loss_at(5) != loss_at(6)
+    assert loss_at(5) != loss_at(5, seed=1)
+
+
+def saved(program, folder: Path) -> ShardedReader:
+    """A program's state, by way of a checkpoint's part."""
+    folder.mkdir(parents=True)
+    write_shard(rank_shard(program.state(), rank=0), folder / "part.safetensors", {})
+    return ShardedReader([folder / "part.safetensors"])
+
+
+def test_state_round_trip_goes_on_to_the_same_bits(make_program, tmp_path: Path) -> None:
+    """All that training changes is in `state`: set into another program, it goes on as the first does."""
+    for name, optim in OPTIMIZERS.items():
+        paddle.seed(3)
+        first = make_program(build(SMALL), 8, optim)
+        for step in range(3):
+            first.train_step(*images_and_labels(8, seed=step), step)
+        parts = saved(first, tmp_path / name)
+        first_loss = first.train_step(*images_and_labels(8, seed=9), 3)
+        paddle.seed(77)
+        second = make_program(build(SMALL), 8, optim)
+        assert set(second.state()) == set(parts), name
+        second.restore(parts)
+        second_loss = second.train_step(*images_and_labels(8, seed=9), 3)
+        assert second.loss_value(second_loss) == first.loss_value(first_loss), name
+        assert all(np.array_equal(second.weights()[key], value) for key, value in first.weights().items()), name
+
+
+def test_o2s_state_is_float32_and_goes_on_in_any_precision(
+    make_program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU Paddle's `decorate` leaves the weights in float32, so the test casts them; its AdamW takes no others."""
+
+    def cast(model: paddle.nn.Layer, optimizer: Any, *, dtype: str, **others: Any) -> tuple[paddle.nn.Layer, Any]:
+        return model.to(dtype=dtype), optimizer
+
+    monkeypatch.setattr(paddle.amp, "decorate", cast)
+    optim = OptimConfig(name="lamb", lr=1e-2, ema_decay=0.5)
+    half = {"precision": Precision("O2", "bfloat16"), "amp": AmpConfig(level="O2", dtype="bfloat16")}
+    first = make_program(build(SMALL), 8, optim, **half)
+    for step in range(3):
+        first.train_step(*images_and_labels(8, seed=step), step)
+    parts = saved(first, tmp_path / "half")
+    with first.averaged():
+        pass  # the half-precision weights come back as they were
+    batch = images_and_labels(8, seed=9)
+    loss = first.loss_value(first.train_step(*batch, 3))  # now: later programs' variables have the same names
+    assert {parts.read(name).dtype for name in parts} == {np.dtype("float32")}
+    weight, average = parts.read("head.weight"), parts.read("head.weight@ema")
+    assert not np.array_equal(weight, average)
+    assert np.any(weight.view(np.uint32) & 0xFFFF)  # the master's own bits, not those of bfloat16
+
+    second = make_program(build(SMALL), 8, optim, **half)
+    second.restore(parts)
+    assert second.loss_value(second.train_step(*batch, 3)) == loss
+    whole = make_program(build(SMALL), 8, optim)
+    assert set(whole.state()) == set(parts)
+    whole.restore(parts)
+    assert np.array_equal(whole.weights()["head.weight"], weight)
+    assert np.array_equal(whole.weights(averaged=True)["head.weight"], average)
+    assert whole.loss_value(whole.train_step(*batch, 3)) == pytest.approx(loss, rel=0.1)
+
+
+def test_float16s_scale_of_the_loss_is_part_of_the_state(make_program) -> None:
+    half = {"precision": Precision("O2", "float16"), "amp": AmpConfig(level="O2", dtype="float16")}
+    state = make_program(build(SMALL), 8, **half).state()
+    assert {name for name in state if name.startswith("@")} == {"@loss_scaling", "@num_good_steps", "@num_bad_steps"}
+
+
+def test_the_first_step_whose_gradients_are_not_finite_is_known(make_program) -> None:
+    """Also some steps later, when the weights have become NaN: the block that the infinity came from is told apart."""
+    program = make_program(build(SMALL), 8, OptimConfig(name="sgd", lr=1e-3, clip_norm=1.0))
+    images, labels = images_and_labels(8)
+    for step in range(2):
+        program.train_step(images, labels, step)
+    assert program.first_nonfinite_step() is None
+    broken = images.clone()
+    broken[3, 0, 0, 0] = float("inf")
+    program.train_step(broken, labels, 2)
+    for step in (3, 4):
+        program.train_step(images, labels, step)
+    found = program.first_nonfinite_step()
+    assert found is not None and found[0] == 3
+    assert set(found[1]) == {"patch_embed", "cls_token", "pos_embed", "blocks.0", "blocks.1", "norm", "head0", "head"}
+    assert not np.isfinite(found[1]["patch_embed"])
+    program.clear_nonfinite()
+    assert program.first_nonfinite_step() is None
+
+
+def test_norms_by_block_add_up_to_the_norm(make_program) -> None:
+    """Those that are kept for the case that a step's aren't finite."""
+    program = make_program(build(SMALL), 8, OptimConfig(name="sgd", lr=0.0))
+    images, labels = images_and_labels(8)
+    program.train_step(images, labels, 0)
+    variable = paddle.static.global_scope().find_var(program._clip._norms)
+    norms = np.asarray(variable.get_tensor())
+    assert np.sqrt(np.square(norms).sum()) == pytest.approx(program.grad_norm(), rel=1e-6)
+
+
+def kernels_by_dtype(program, mode: str) -> dict[str, set[str]]:
+    """By kernel, the dtypes in which the program's operators of ours run."""
+    found: dict[str, set[str]] = {}
+    for op in program.compiled(mode).global_block().ops:
+        match = re.fullmatch(r"py_op\.vit_static_(\w+)_(float32|bfloat16)_\d+", op.name())
+        if match:
+            found.setdefault(match[1], set()).add(match[2])
+    return found
+
+
+@pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU multiplies no bfloat16")
+def test_mixed_precision_multiplies_in_bfloat16_and_normalises_in_float32(make_program) -> None:
+    """Every product of the compiled program; softmax is inside attention, whose scores are float32."""
+    paddle.seed(3)
+    program = make_program(build(SMALL, attention_by_matmul), 8, precision=Precision("O1", "bfloat16"))
+    found = kernels_by_dtype(program, "train")
+    for kernel in ("matmul", "attention", "attention_backward", "gelu", "gelu_backward"):
+        assert found[kernel] == {"bfloat16"}, kernel
+    assert found["layer_norm"] == found["layer_norm_backward"] == {"float32"}
+    names = [op.name() for op in program.compiled("train").global_block().ops]
+    assert not {"pd_op.matmul", "pd_op.matmul_grad", "pd_op.softmax", "pd_op.cast"} & set(names)
+    losses = [op for op in program.compiled("train").global_block().ops if op.name() == "pd_op.log_softmax"]
+    assert [op.result(0).dtype for op in losses] == [paddle.float32]
+    assert all(value.dtype == paddle.float32 for value in program.state().values())
+
+
+def test_paddles_own_list_keeps_softmax_in_float32(make_program) -> None:
+    """In the program before it is put on oneDNN's kernels, which attention's dropout keeps from being fused."""
+    paddle.seed(3)
+    model = build(SMALL.model_copy(update={"attention_dropout": 0.1}), attention_by_matmul)
+    program = make_program(model, 8, precision=Precision("O1", "bfloat16"), kernels=KernelsConfig(onednn=False))
+    operations = program.compiled("train").global_block().ops
+    dtypes = {
+        name: {op.operand_source(0).dtype for op in operations if op.name() == f"pd_op.{name}"}
+        for name in ("matmul", "softmax", "layer_norm", "log_softmax", "tanh")
+    }
+    assert dtypes["matmul"] == {paddle.bfloat16}
+    assert dtypes["softmax"] == dtypes["layer_norm"] == dtypes["log_softmax"] == {paddle.float32}
+
+
+@pytest.mark.parametrize(
+    ("amp", "device", "has_bfloat16", "chosen"),
+    [
+        (AmpConfig(), "cpu", True, Precision("O1", "bfloat16")),
+        (AmpConfig(), "cpu", False, Precision("O0", "float32")),
+        (AmpConfig(), "gpu", False, Precision("O2", "bfloat16")),
+        (AmpConfig(level="O1"), "cpu", True, Precision("O1", "bfloat16")),
+        (AmpConfig(level="O2", dtype="float16"), "gpu", True, Precision("O2", "float16")),
+        (AmpConfig(level="O0", dtype="float16"), "gpu", True, Precision("O0", "float32")),
+    ],
+)
+def test_precision_is_what_was_asked_for(amp, device, has_bfloat16, chosen) -> None:
+    assert choose_precision(amp, device, cpu_has_bfloat16=has_bfloat16) == chosen
+
+
+def test_auto_without_onednn_is_float32() -> None:
+    precision = choose_precision(AmpConfig(), "cpu", KernelsConfig(onednn=False), cpu_has_bfloat16=True)
+    assert precision == Precision("O0", "float32")
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+@pytest.mark.parametrize(
+    "amp", [AmpConfig(level="O2"), AmpConfig(level="O1", dtype="float16"), AmpConfig(dtype="float16")]
+)
+def test_a_precision_that_no_cpu_has_is_refused(amp, has_bfloat16) -> None:
+    with pytest.raises(ConfigError, match=r"set amp\.level=O1"):
+        choose_precision(amp, "cpu", cpu_has_bfloat16=has_bfloat16)
+
+
+def test_split_parameters_are_float32_on_a_cpu() -> None:
+    """Paddle's CPU build gathers none in bfloat16."""
+    third = ParallelConfig(sharding_stage=3)
+    assert choose_precision(AmpConfig(), "cpu", None, third, cpu_has_bfloat16=True) == Precision("O0", "float32")
+    with pytest.raises(ConfigError, match="sharding_stage below 3"):
+        choose_precision(AmpConfig(level="O1"), "cpu", None, third, cpu_has_bfloat16=True)
+    assert choose_precision(AmpConfig(), "gpu", None, third).level == "O2"
+
+
+def test_bfloat16_by_name_is_refused_where_nothing_multiplies_it() -> None:
+    with pytest.raises(ConfigError, match=r"set amp\.level=O0"):
+        choose_precision(AmpConfig(level="O1"), "cpu", cpu_has_bfloat16=False)
+    with pytest.raises(ConfigError, match=r"set kernels\.onednn=true"):
+        choose_precision(AmpConfig(level="O1"), "cpu", KernelsConfig(onednn=False), cpu_has_bfloat16=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scaling"), [("float16", (True, 1024.0)), ("bfloat16", (False, 1.0))], ids=["float16", "bfloat16"]
+)
+def test_what_a_card_is_given_for_o2(make_program, monkeypatch, dtype, scaling) -> None:
+    """The program itself can't be compiled on a CPU: every field of the strategy, and what `decorate` gets."""
+    decorated: list[dict] = []
+    monkeypatch.setattr(
+        paddle.amp, "decorate", lambda model, optimizer, **given: decorated.append(given) or (model, optimizer)
+    )
+    amp = AmpConfig(level="O2", dtype=dtype, init_loss_scaling=1024.0, white_list=("softmax",), black_list=("tanh",))
+    paddle.seed(3)
+    program = make_program(build(SMALL, attention_by_matmul), 8, precision=choose_precision(amp, "gpu"), amp=amp)
+    given = program._program._engine._strategy.amp.to_dict()
+    in_float32 = set(given.pop("custom_black_list"))
+    assert {"tanh", "log_softmax", "logsigmoid", "reduce_sum", "reduce_mean", "exp", "log"} <= in_float32
+    assert not {"softmax", "layer_norm", "matmul_v2", "gelu"} & in_float32
+    assert given == {
+        "enable": True,
+        "dtype": dtype,
+        "level": "O2",
+        "init_loss_scaling": scaling[1],
+        "use_dynamic_loss_scaling": scaling[0],
+        "incr_every_n_steps": 1000,
+        "incr_ratio": 2.0,
+        "decr_every_n_nan_or_inf": 2,
+        "decr_ratio": 0.8,
+        "custom_white_list": ["softmax"],
+        "custom_black_varnames": [],
+        "use_fp16_guard": False,
+        "use_bf16_guard": False,
+        "use_master_grad": True,
+        "use_promote": True,
+    }
+    assert decorated == [{"level": "O2", "dtype": dtype, "master_weight": True, "master_grad": True}]
+
+
+@pytest.mark.parametrize("name", ALL_OPTIMIZERS)
+def test_low_precision_parameters_get_float32_masters_and_moments(cpu_mesh, name) -> None:
+    """Of the optimizer alone, on parameters in bfloat16."""
+    from vit_static.optim.optimizers import make_optimizer
+
+    layer = nn.Linear(3, 4)
+    layer.to(dtype="bfloat16")
+    optimizer, *_ = make_optimizer(layer, ALL_OPTIMIZERS[name], lambda step: 1e-3, low_precision=True)
+    main, startup = paddle.static.Program(), paddle.static.Program()
+    assert optimizer._multi_precision
+    with paddle.pir_utils.IrGuard(), paddle.static.program_guard(main, startup):
+        parameter = paddle.pir.core.create_parameter(
+            "bfloat16", [3, 4], name="low", initializer=nn.initializer.Constant(0.0)
+        )
+        optimizer._create_accumulators(main.global_block(), [parameter])
+    kept = [*optimizer._master_weights.values()]
+    kept += [value for values in optimizer._accumulators.values() for value in values.values()]
+    assert len(kept) >= 2 and all(value.dtype == paddle.float32 for value in kept)
+
+
+def test_parameters_keep_their_names_in_the_state(make_program) -> None:
+    paddle.seed(3)
+    model = build(SMALL)
+    own = set(model.state_dict())
+    state = make_program(model, 8, OPTIMIZERS["adamw"]).state()
+    assert {name for name in state if "@" not in name} == own
+    assert {name.split("@")[0] for name in state} == own
+    kinds = {name.split("@")[1] for name in state if "@" in name}
+    assert kinds == {"moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc"}

@@ -1,0 +1,214 @@
+"""Runs that are killed, for real and at any moment, and go on to the same bits; what they are given a long time for.
+
+`./run.sh test -m reliability` runs these and tests/test_bad_input.py, and prints what was tried.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.small import ROOT, read_state
+
+from vit_static.checkpoint.resume import verify_files
+
+pytestmark = [pytest.mark.reliability, pytest.mark.slow]
+
+# All that a state can hold: dropout, drop path, augmentation, mixing, accumulation, an average, mixed precision.
+CONFIG = """
+model: {variant: Ti/16, image_size: 16, patch_size: 8, width: 32, depth: 2, num_heads: 2, mlp_dim: 64,
+        num_classes: 10, dropout: 0.1, drop_path_rate: 0.1}
+data: {global_batch_size: 16, num_threads: 1}
+augment: {policy: randaugment, mixup_alpha: 0.2, cutmix_alpha: 0.5}
+optim: {ema_decay: 0.9, clip_norm: 1.0}
+parallel: {grad_accum_steps: 2}
+train: {epochs: 1000, max_steps: 240}
+eval: {every_epochs: 4}
+checkpoint: {every_steps: 3}
+log: {every_steps: 5}
+"""
+NUM_KILLS = 20
+
+
+def environ() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def start(folder: Path, name: str, *overrides: str, code: str | None = None) -> subprocess.Popen[str]:
+    """A run as the launcher starts it; its output goes to NAME.log."""
+    config = ["pretrain", "-c", "run.yaml", "-o", f"name={name}"]
+    arguments = [*config, *(word for override in overrides for word in ("-o", override))]
+    program = ["-m", "vit_static"] if code is None else ["-c", code]
+    with (folder / f"{name}.log").open("a") as log:
+        return subprocess.Popen(
+            [sys.executable, *program, *arguments], cwd=folder, env=environ(), stdout=log, stderr=log, text=True
+        )
+
+
+def weights(folder: Path, name: str) -> dict[str, np.ndarray]:
+    run = folder / "output" / name
+    return {
+        f"{file} {key}": value
+        for file in ("model.pdparams", "model_ema.pdparams")
+        for key, value in read_state(run / file).items()
+    }
+
+
+def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory, small_digits: Path) -> Path:
+    folder = tmp_path_factory.mktemp("reliability")
+    (folder / "run.yaml").write_text(CONFIG.replace("data: {", f"data: {{root: {small_digits}, "))
+    return folder
+
+
+def wait_for_line(path: Path, text: str, process: subprocess.Popen[str], since: int) -> bool:
+    """Whether it came before the process's end."""
+    while process.poll() is None:
+        if text in path.read_text()[since:]:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def kill_at_random(folder: Path, name: str, num_kills: int, seed: int) -> int:
+    """Kills a run so often, within a second of training each time, lets it end, and returns how often it was killed."""
+    moments, num_killed = random.Random(seed), 0
+    while True:
+        log = folder / f"{name}.log"
+        since = len(log.read_text()) if log.exists() else 0
+        process = start(folder, name)
+        if num_killed < num_kills and wait_for_line(log, "training and", process, since):
+            time.sleep(moments.uniform(0.0, 1.0))
+            process.kill()
+        if process.wait(120) == 0:
+            return num_killed
+        assert process.returncode == -signal.SIGKILL, log.read_text()[-2000:]
+        num_killed += 1
+
+
+def test_a_run_that_is_killed_twenty_times_ends_with_the_same_bits(workplace: Path, tally: Callable[..., None]) -> None:
+    """Two runs of one config, ten kills each; and what is lost of a run by a kill is what came since its checkpoint."""
+    with ThreadPoolExecutor(2) as lanes:
+        whole = lanes.submit(lambda: start(workplace, "whole").wait(240))
+        killed = [lanes.submit(kill_at_random, workplace, f"killed{lane}", NUM_KILLS // 2, lane) for lane in (1, 2)]
+        assert whole.result() == 0
+        num_killed = sum(lane.result() for lane in killed)
+    expected = weights(workplace, "whole")
+    for name in ("killed1", "killed2"):
+        assert_equal(weights(workplace, name), expected)
+    assert num_killed == NUM_KILLS
+    tally("SIGKILL at a random moment", num_killed)
+    tally("SIGKILL at a random moment", num_killed, "survived")
+    tally("SIGKILL at a random moment", 0, "bytes lost")
+
+
+# Where exactly a process kills itself: a function, which of its calls count, the how manieth, what it still does.
+MOMENTS = {
+    "before `best` is moved": ("saving.point_to", "args[0].name == 'best'", 1, ""),
+    "in a step": ("step.Program.train_step", "True", 5, ""),
+    "in an evaluation": ("step.Program.eval_step", "True", 2, ""),
+    "with half a part written": ("saving.write", "True", 2, "args[1].write_bytes(b'half')"),
+    "before the manifest": ("saving.Saver._complete", "True", 2, ""),
+    "before the rename": ("checkpoint.sync", "args[0].name.endswith('.part')", 2, ""),
+    "before `latest` is moved": ("checkpoint.point_to", "os.readlink(args[0]) != args[1]", 1, ""),
+    "with an old one half removed": (
+        "checkpoint.shutil.rmtree",
+        "args[0].is_dir()",
+        1,
+        "next(args[0].iterdir()).unlink()",
+    ),
+    "before the weights are merged": ("train.write_pdparams", "True", 1, ""),
+}
+KILL = """
+import os, signal, sys
+from vit_static import runtime
+runtime.prepare(False)
+from vit_static import __main__ as command, checkpoint, saving, step, train
+count, function = 0, {path}
+def killing(*args, **named):
+    global count
+    count += {counts}
+    if count == {which} and {counts}:
+        {first}
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(*args, **named)
+{path} = killing
+sys.exit(command.main())
+"""
+
+
+def test_a_run_that_is_killed_at_each_delicate_moment_goes_on(workplace: Path, tally: Callable[..., None]) -> None:
+    """One run, killed at one after the other; then as if nothing had been."""
+    short = ["train.max_steps=90", "eval.every_epochs=0.5"]
+    with ThreadPoolExecutor(2) as lanes:
+        whole = lanes.submit(lambda: start(workplace, "short", *short).wait(240))
+        for moment, (path, counts, which, first) in MOMENTS.items():
+            code = KILL.format(path=path, counts=f"({counts})", which=which, first=first or "pass")
+            process = start(workplace, "delicate", *short, code=code)
+            assert process.wait(120) == -signal.SIGKILL, (moment, (workplace / "delicate.log").read_text()[-2000:])
+            for folder in (workplace / "output/delicate/checkpoints").glob("step_*"):
+                verify_files(folder)
+            tally(f"SIGKILL {moment}")
+        assert whole.result() == 0
+    assert start(workplace, "delicate", *short).wait(120) == 0
+    assert_equal(weights(workplace, "delicate"), weights(workplace, "short"))
+    names = {path.name for path in (workplace / "output/delicate/checkpoints").iterdir()}
+    assert not [name for name in names if name.startswith(".")]
+    links = {link: (workplace / f"output/delicate/checkpoints/{link}").resolve().name for link in ("latest", "best")}
+    expected = {link: (workplace / f"output/short/checkpoints/{link}").resolve().name for link in ("latest", "best")}
+    assert links == expected
+    for moment in MOMENTS:
+        tally(f"SIGKILL {moment}", 1, "survived")
+        tally(f"SIGKILL {moment}", 0, "bytes lost")
+
+
+def resident_mb(process: subprocess.Popen[str]) -> float | None:
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:")]
+    return int(found[0]) / 1024 if found else None
+
+
+def test_memory_does_not_grow(workplace: Path, tally: Callable[..., None]) -> None:
+    """The quickstart, 2,000 steps of it and 20 evaluations, in smaller batches, so that it is over sooner."""
+    subprocess.run([sys.executable, "-m", "data_tools", "digits"], cwd=workplace, env=environ(), check=True)
+    arguments = ["-c", str(ROOT / "configs/quickstart.yaml"), "-o", "name=long", "-o", "train.max_steps=2000"]
+    arguments += ["-o", "data.global_batch_size=16", "-o", "train.epochs=1000", "-o", "log.every_steps=50"]
+    arguments += ["-o", f"eval.every_epochs={2000 * 16 / 20 / 1437:.4f}"]
+    with (workplace / "long.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vit_static", "pretrain", *arguments], cwd=workplace, env=environ(), stdout=log
+        )
+    metrics, sizes = workplace / "output/long/metrics.jsonl", []
+    while process.poll() is None:
+        time.sleep(0.3)
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        steps = [json.loads(line)["step"] for line in lines if line.endswith("}")]
+        size = resident_mb(process)
+        if steps and size is not None:
+            sizes.append((max(steps), size))
+    assert process.returncode == 0
+    evaluations = [line for line in metrics.read_text().splitlines() if '"eval"' in line]
+    assert len(evaluations) >= 20
+    early = max(size for step, size in sizes if 200 <= step <= 300)
+    late = max(size for step, size in sizes if step >= 1900)
+    tally("memory after step 200", round(early), "MB")
+    tally("memory after 2,000 steps, 20 evaluations", round(late), "MB")
+    assert late < 1.03 * early, sizes[:: max(len(sizes) // 20, 1)]

@@ -1,0 +1,46 @@
+"""Photographs for the benchmarks of data: JPEG files of ImageNet's usual size, made for the run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vit_static.common.errors import UserError
+
+NUM_PHOTOS, NUM_PHOTO_CLASSES = 256, 2
+PHOTO_SIZE, JPEG_QUALITY = (500, 375), 97  # ImageNet's commonest width and height; files of 95 kB
+
+
+def write_photos(root: Path) -> str:
+    """A training set of crops from scikit-learn's two sample photographs, a class each; returns what it is."""
+    try:
+        from sklearn.datasets import load_sample_images
+    except ImportError:
+        raise UserError(
+            f"bench data: no images in data.root, and no scikit-learn to make some of ({sys.executable} -m pip install "
+            "scikit-learn); name a folder with -o data.root=ROOT"
+        ) from None
+    photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]  # 640 wide, 427 high
+    width, height = PHOTO_SIZE
+    rng = np.random.default_rng(0)
+    num_bytes = 0
+    for number in range(NUM_PHOTOS):
+        label = number % NUM_PHOTO_CLASSES
+        photograph = photographs[label]
+        crop_height = int(photograph.height * rng.uniform(0.75, 1.0))
+        crop_width = crop_height * width // height
+        left = int(rng.integers(photograph.width - crop_width + 1))
+        upper = int(rng.integers(photograph.height - crop_height + 1))
+        image = photograph.crop((left, upper, left + crop_width, upper + crop_height))
+        image = image.resize(PHOTO_SIZE, Image.Resampling.BICUBIC)
+        if rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        path = root / "train" / str(label) / f"{number:04d}.jpeg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, quality=JPEG_QUALITY)
+        num_bytes += path.stat().st_size
+    kilobytes = num_bytes / NUM_PHOTOS / 1e3
+    return f"{NUM_PHOTOS} JPEG files of {width}x{height} pixels, {kilobytes:.0f} kB each, made for this run"

@@ -1,0 +1,1 @@
+"""Sharded, atomic, resumable checkpoints."""

@@ -1,0 +1,1 @@
+"""Errors, files, process start-up and other basics shared by every folder."""

@@ -1,0 +1,1 @@
+"""Run exported models: predict, serve, visualize."""

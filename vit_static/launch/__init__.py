@@ -1,0 +1,1 @@
+"""Start a verb in one or many processes."""

@@ -1,0 +1,1 @@
+"""oneDNN kernels for compiled programs on CPUs."""

@@ -1,0 +1,70 @@
+"""A trace of some of a run's steps, for Chrome's and Perfetto's viewers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import paddle
+
+from vit_static.parallel.mesh import Mesh
+
+
+class StepTrace:
+    """Paddle's profiler from the first to the last of `steps`, both included and counted from 1; None: never.
+
+    What is in it: the program's operators, on a card its kernels (CUPTI; not run), and the loop's own spans. It ends
+    where the step after the last begins, so that it has the evaluation and the checkpoint that may lie between.
+    """
+
+    def __init__(self, steps: tuple[int, int] | None, folder: Path, mesh: Mesh, say: Callable[[str], None]) -> None:
+        self._steps, self._folder, self._mesh, self._say = steps, folder, mesh, say
+        self._profiler: Any = None
+        self._first = self._last = 0
+
+    def __enter__(self) -> StepTrace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around a step."""
+        if self._steps is not None:
+            first, last = self._steps
+            if number > last:
+                self.close()
+            elif number >= first and self._profiler is None:
+                self._start(number)
+        with self.span(f"step {number}"):
+            yield
+        self._last = number
+
+    def span(self, name: str) -> AbstractContextManager[Any]:
+        """A part of the loop, by its name."""
+        return nullcontext() if self._profiler is None else paddle.profiler.RecordEvent(name)
+
+    def close(self) -> None:
+        """Writes what has been traced, if there was anything, and says where."""
+        if self._profiler is None:
+            return
+        profiler, self._profiler = self._profiler, None
+        if self._mesh.device == "gpu":
+            paddle.device.synchronize()
+        profiler.stop()
+        of_rank = f"_rank_{self._mesh.rank}" if self._mesh.world_size > 1 else ""
+        path = self._folder / f"trace_steps_{self._first}_{self._last}{of_rank}.json"
+        profiler.export(str(path), "json")
+        self._say(f"{path}: where the time of those steps went; chrome://tracing and ui.perfetto.dev open it")
+
+    def _start(self, number: int) -> None:
+        targets = [paddle.profiler.ProfilerTarget.CPU]
+        if self._mesh.device == "gpu":
+            targets.append(paddle.profiler.ProfilerTarget.GPU)
+        self._first = number
+        # Not its own handler of a finished trace, which would write one into a folder of its own.
+        self._profiler = paddle.profiler.Profiler(targets=targets, on_trace_ready=lambda finished: None)
+        self._profiler.start()

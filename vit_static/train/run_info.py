@@ -1,0 +1,118 @@
+"""What a run runs on, as its beginning records it: machines, versions, the mesh; and how much memory it takes."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import socket
+import subprocess
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import paddle
+from nvidia import dali
+
+import vit_static
+from vit_static.common.cpu import _read, cpu_model
+from vit_static.common.startup import user_environ
+from vit_static.config.schema import Config
+from vit_static.parallel.mesh import Mesh, device_name, num_micro_batches
+
+_CHECKOUT = Path(__file__).resolve().parents[2]
+_DRIVER = Path("/proc/driver/nvidia/version")
+_STATUS = Path("/proc/self/status")
+
+
+def describe_run(config: Config, mesh: Mesh, precision: str) -> dict[str, Any]:
+    """For the event that a run begins with: `time`, `mesh`, `environment`; what JSON can hold. All ranks call it."""
+    hosts = mesh.all_gather_object(socket.gethostname())
+    return {
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "mesh": _mesh(config, mesh, precision),
+        "environment": {
+            "vit_static": vit_static.__version__,
+            "commit": _commit(_CHECKOUT),
+            "paddle": paddle.version.full_version,
+            "dali": dali.__version__,
+            "python": platform.python_version(),
+            "hosts": sorted(set(hosts)),
+            "system": platform.platform(),
+            "cpu": cpu_model(),
+            "cores": len(os.sched_getaffinity(0)),
+            "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+            "card": device_name(mesh) if mesh.device == "gpu" else None,
+            "cuda": str(paddle.version.cuda()) if mesh.device == "gpu" else None,
+            "driver": gpu_driver(),
+        },
+    }
+
+
+def _mesh(config: Config, mesh: Mesh, precision: str) -> dict[str, Any]:
+    parallel = config.parallel
+    return {
+        "world_size": mesh.world_size,
+        "dp": mesh.shape.dp,
+        "mp": mesh.shape.mp,
+        "pp": mesh.shape.pp,
+        "sharding_stage": parallel.sharding_stage,
+        "device": mesh.device,
+        "batch_size": config.data.global_batch_size,
+        "batch_size_per_rank": config.data.global_batch_size // mesh.shape.dp,
+        "micro_batches": num_micro_batches(parallel),
+        "precision": precision,
+        "passes": _passes(config, mesh, precision),
+    }
+
+
+def _passes(config: Config, mesh: Mesh, precision: str) -> list[str]:
+    """The switches that change this run's program, by their keys in the config."""
+    kernels, parallel = config.kernels, config.parallel
+    is_on_card, is_split = mesh.device == "gpu", mesh.world_size > 1
+    is_low = not precision.startswith("O0")
+    on = {
+        "kernels.onednn": kernels.onednn and not is_on_card,
+        "kernels.flash_attention": kernels.flash_attention and is_on_card,
+        "kernels.fused_linear": kernels.fused_linear and is_on_card and is_low,
+        "kernels.fused_gelu": kernels.fused_linear and kernels.fused_gelu and is_on_card and is_low,
+        "kernels.fused_dropout": kernels.fused_dropout and is_on_card,
+        "parallel.bucket_mb": parallel.bucket_mb > 0.0 and is_split,
+        "parallel.overlap_gradients": parallel.overlap_gradients and parallel.bucket_mb > 0.0 and is_split,
+        f"parallel.reduce_dtype={parallel.reduce_dtype}": parallel.reduce_dtype != "float32" and is_split,
+        f"parallel.recompute={parallel.recompute}": parallel.recompute != "none",
+        f"parallel.pp_schedule={parallel.pp_schedule}": mesh.shape.pp > 1,
+    }
+    return [name for name, is_on in on.items() if is_on]
+
+
+def gpu_driver(version: Path = _DRIVER) -> str | None:
+    """The NVIDIA driver's version, where there is one."""
+    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", _read(version))
+    return found[1] if found else None
+
+
+def _commit(checkout: Path) -> str | None:
+    """The commit of the checkout that this program runs from, '-dirty' after it where files differ; None where it is
+    no checkout, or git isn't there or won't say."""
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        found = subprocess.run(command, env=user_environ(), capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
+
+
+def memory_mb(mesh: Mesh) -> float:
+    """Of the rank that has taken most, in MB: on a card at most so far, on CPUs the process's resident set now. All
+    ranks call it."""
+    return max(mesh.all_gather_object(_own_memory_mb(mesh)))
+
+
+def _own_memory_mb(mesh: Mesh) -> float:
+    if mesh.device == "gpu":
+        return paddle.device.cuda.max_memory_allocated(mesh.device_id) / 1e6
+    found = re.search(r"^VmRSS:\s*(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 / 1e6 if found else 0.0

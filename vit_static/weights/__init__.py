@@ -1,0 +1,1 @@
+"""Read, convert and load weights of every supported format."""

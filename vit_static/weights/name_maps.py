@@ -1,0 +1,234 @@
+"""Other programs' names for a ViT's arrays, beside ours, and what becomes of each array on the way in and out.
+
+A new format is a new `Table`; formats.py reads and writes by it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of an array on the way in, and on the way out, where the number of heads is known."""
+
+    to_own: Callable[[np.ndarray], np.ndarray]
+    from_own: Callable[[np.ndarray, int], np.ndarray]
+
+
+IDENTITY = Change(lambda x: x, lambda x, _: x)
+TRANSPOSE = Change(lambda x: x.T, lambda x, _: x.T)  # linear layers of torch are [out, in]
+IMAGE_LAST = Change(lambda x: x.transpose(3, 2, 0, 1), lambda x, _: x.transpose(2, 3, 1, 0))  # kernels [p, p, 3, C]
+TO_HEADS = Change(lambda x: x.reshape(x.shape[0], -1), lambda x, h: x.reshape(x.shape[0], h, -1))  # [C, H, d]
+HEADS = Change(lambda x: x.reshape(-1), lambda x, h: x.reshape(h, -1))  # biases [H, d]
+FROM_HEADS = Change(lambda x: x.reshape(-1, x.shape[-1]), lambda x, h: x.reshape(h, -1, x.shape[-1]))  # [H, d, C]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Another program's names beside ours, with the change; `{}` is a block's number. `ignored` and `refused`: patterns
+    of names, and why."""
+
+    format: str
+    block: str  # the pattern of a block's number
+    names: Mapping[str, tuple[str, Change]]
+    model_hints: Mapping[str, Any] = field(default_factory=dict)
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    def for_blocks(self, numbers: Iterable[int]) -> dict[str, tuple[str, Change]]:
+        """The names of a model with these blocks."""
+        listed = list(numbers)
+        return {
+            theirs.format(number): (ours.format(number), change)
+            for theirs, (ours, change) in self.names.items()
+            for number in (listed if "{}" in theirs else [0])
+        }
+
+    def blocks_in(self, names: Iterable[str]) -> list[int]:
+        return sorted({int(found[1]) for name in names if (found := re.match(self.block, name))})
+
+
+Names = dict[str, tuple[str, Change]]
+
+
+def _same(*names: str) -> Names:
+    return {name: (name, IDENTITY) for name in names}
+
+
+def _norms(pairs: Mapping[str, str], weight: str = "weight") -> Names:
+    return {
+        f"{theirs}{kind}": (f"{ours}.{own_kind}", IDENTITY)
+        for theirs, ours in pairs.items()
+        for kind, own_kind in ((weight, "weight"), ("bias", "bias"))
+    }
+
+
+def _linears(pairs: Mapping[str, str], change: Change, kernel: str = "weight") -> Names:
+    """Linear layers, whose biases are the same everywhere."""
+    found: Names = {}
+    for theirs, ours in pairs.items():
+        found[f"{theirs}{kernel}"] = (f"{ours}.weight", change)
+        found[f"{theirs}bias"] = (f"{ours}.bias", IDENTITY)
+    return found
+
+
+_DISTILLED = "a distilled DeiT has two heads, and this model one: take one without distillation"
+_ATTENTION_POOL = "pools by attention, and this model by the class token or the mean: take weights with either"
+_PRETRAINING = "only pretraining uses it"
+
+_IN_TORCH = {
+    "blocks.{}.attn.qkv.": "blocks.{}.attn.qkv",
+    "blocks.{}.attn.proj.": "blocks.{}.attn.proj",
+    "blocks.{}.mlp.fc1.": "blocks.{}.mlp.fc1",
+    "blocks.{}.mlp.fc2.": "blocks.{}.mlp.fc2",
+    "head.": "head",
+}
+_NORMS_IN_TORCH = {"blocks.{}.norm1.": "blocks.{}.norm1", "blocks.{}.norm2.": "blocks.{}.norm2", "norm.": "norm"}
+_EMBEDDINGS = _same("cls_token", "reg_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias")
+_SCALES = _same("blocks.{}.ls1.gamma", "blocks.{}.ls2.gamma")
+
+PLSC = Table(
+    "PLSC's or this program's .pdparams",
+    r"blocks\.([0-9]{1,4})\.",
+    _EMBEDDINGS | _SCALES | _norms(_NORMS_IN_TORCH) | _linears({**_IN_TORCH, "head0.": "head0"}, IDENTITY),
+)
+PLSC_HINTS: dict[str, Any] = {"gelu": "erf", "layer_norm_epsilon": 1e-6}
+TIMM = Table(
+    "timm's .safetensors",
+    r"blocks\.([0-9]{1,4})\.",
+    _EMBEDDINGS
+    | _SCALES
+    | _norms({**_NORMS_IN_TORCH, "fc_norm.": "norm"})
+    | _linears({**_IN_TORCH, "pre_logits.fc.": "head0"}, TRANSPOSE),
+    model_hints={"gelu": "erf", "layer_norm_epsilon": 1e-6},
+    ignored={r"mask_token": _PRETRAINING, r"decoder_.*|decoder\..*": _PRETRAINING},
+    refused={
+        r"dist_token|head_dist\..*": _DISTILLED,
+        r"attn_pool\..*": _ATTENTION_POOL,
+        r"blocks\.\d+\.attn\.[qk]_norm\..*": "norms queries and keys, and this model doesn't",
+        r"norm_pre\..*": "norms before the blocks, as CLIP, and this model doesn't",
+        r"blocks\.\d+\.mlp\.(w12|w3|fc1_g|fc1_x)\..*": "has a gated MLP (SwiGLU), and this model a plain one",
+    },
+)
+_HF_BLOCK = "encoder.layer.{}."
+_HF_QKV = {
+    f"{_HF_BLOCK}attention.attention.{name}.": f"blocks.{{}}.attn.{name[0]}" for name in ("query", "key", "value")
+}
+_HF_EMBEDDINGS: Names = {
+    "embeddings.cls_token": ("cls_token", IDENTITY),
+    "embeddings.register_tokens": ("reg_token", IDENTITY),
+    "embeddings.position_embeddings": ("pos_embed", IDENTITY),
+    "embeddings.patch_embeddings.projection.weight": ("patch_embed.proj.weight", IDENTITY),
+    "embeddings.patch_embeddings.projection.bias": ("patch_embed.proj.bias", IDENTITY),
+}
+_HF_REFUSED = {
+    r"embeddings\.distillation_token|(cls|distillation)_classifier\..*": _DISTILLED,
+    r"encoder\.layer\.\d+\.mlp\.weights_(in|out)\..*": "has a gated MLP (SwiGLU), and this model a plain one",
+}
+HF_VIT = Table(
+    "Hugging Face ViT's .safetensors",
+    r"encoder\.layer\.([0-9]{1,4})\.",
+    _HF_EMBEDDINGS
+    | _norms(
+        {
+            f"{_HF_BLOCK}layernorm_before.": "blocks.{}.norm1",
+            f"{_HF_BLOCK}layernorm_after.": "blocks.{}.norm2",
+            "layernorm.": "norm",
+        }
+    )
+    | _linears(
+        {
+            **_HF_QKV,
+            f"{_HF_BLOCK}attention.output.dense.": "blocks.{}.attn.proj",
+            f"{_HF_BLOCK}intermediate.dense.": "blocks.{}.mlp.fc1",
+            f"{_HF_BLOCK}output.dense.": "blocks.{}.mlp.fc2",
+            "classifier.": "head",
+        },
+        TRANSPOSE,
+    ),
+    model_hints={"gelu": "erf", "layer_norm_epsilon": 1e-12, "class_token_pos_embed": True},
+    ignored={
+        r"embeddings\.mask_token": _PRETRAINING,
+        r"decoder\..*": _PRETRAINING,
+        r"pooler\.dense\..*": "no classifier of Hugging Face's reads it",
+    },
+    refused=_HF_REFUSED,
+)
+HF_DINOV2 = Table(
+    "Hugging Face DINOv2's .safetensors",
+    r"encoder\.layer\.([0-9]{1,4})\.",
+    _HF_EMBEDDINGS
+    | {f"{_HF_BLOCK}layer_scale{branch}.lambda1": (f"blocks.{{}}.ls{branch}.gamma", IDENTITY) for branch in (1, 2)}
+    | _norms({f"{_HF_BLOCK}norm1.": "blocks.{}.norm1", f"{_HF_BLOCK}norm2.": "blocks.{}.norm2", "layernorm.": "norm"})
+    | _linears(
+        {
+            **_HF_QKV,
+            f"{_HF_BLOCK}attention.output.dense.": "blocks.{}.attn.proj",
+            f"{_HF_BLOCK}mlp.fc1.": "blocks.{}.mlp.fc1",
+            f"{_HF_BLOCK}mlp.fc2.": "blocks.{}.mlp.fc2",
+            "classifier.": "head",
+        },
+        TRANSPOSE,
+    ),
+    model_hints={"gelu": "erf", "layer_norm_epsilon": 1e-6, "class_token_pos_embed": True},
+    ignored={r"embeddings\.mask_token": _PRETRAINING},
+    refused=_HF_REFUSED,
+)
+
+
+def _google(
+    name: str, attention: str, norms: tuple[str, str], mlp: str, position: str, class_token_pos_embed: bool
+) -> Table:
+    """Flax's layouts, which differ in how the parts of a block are counted."""
+    block = "Transformer/encoderblock_{}/"
+    return Table(
+        name,
+        r"Transformer/encoderblock_([0-9]{1,4})/",
+        {
+            "cls": ("cls_token", IDENTITY),
+            position: ("pos_embed", IDENTITY),
+            "embedding/kernel": ("patch_embed.proj.weight", IMAGE_LAST),
+            "embedding/bias": ("patch_embed.proj.bias", IDENTITY),
+            f"{block}{attention}/out/kernel": ("blocks.{}.attn.proj.weight", FROM_HEADS),
+            f"{block}{attention}/out/bias": ("blocks.{}.attn.proj.bias", IDENTITY),
+        }
+        | {
+            f"{block}{attention}/{part}/{kind}": (f"blocks.{{}}.attn.{part[0]}.{own_kind}", change)
+            for part in ("query", "key", "value")
+            for kind, own_kind, change in (("kernel", "weight", TO_HEADS), ("bias", "bias", HEADS))
+        }
+        | _norms(
+            {
+                f"{block}{norms[0]}/": "blocks.{}.norm1",
+                f"{block}{norms[1]}/": "blocks.{}.norm2",
+                "Transformer/encoder_norm/": "norm",
+            },
+            "scale",
+        )
+        | _linears(
+            {
+                f"{block}{mlp}/Dense_0/": "blocks.{}.mlp.fc1",
+                f"{block}{mlp}/Dense_1/": "blocks.{}.mlp.fc2",
+                "pre_logits/": "head0",
+                "head/": "head",
+            },
+            IDENTITY,
+            "kernel",
+        ),
+        model_hints={"gelu": "tanh", "layer_norm_epsilon": 1e-6, "class_token_pos_embed": class_token_pos_embed},
+        refused={r"MAPHead_0/.*": _ATTENTION_POOL},
+    )
+
+
+_PUBLISHED = ("MultiHeadDotProductAttention_1", ("LayerNorm_0", "LayerNorm_2"), "MlpBlock_3")
+_BY_CLASS = ("MultiHeadDotProductAttention_0", ("LayerNorm_0", "LayerNorm_1"), "MlpBlock_0")  # as Flax counts now
+WITH_CLASS, _OF_PATCHES = "Transformer/posembed_input/pos_embedding", "pos_embedding"
+VIT_JAX = _google("vit_jax's .npz", *_PUBLISHED, WITH_CLASS, class_token_pos_embed=True)
+VIT_JAX_NOW = _google("vit_jax's .npz", *_BY_CLASS, WITH_CLASS, class_token_pos_embed=True)
+BIG_VISION = _google("big_vision's .npz", *_BY_CLASS, _OF_PATCHES, class_token_pos_embed=False)
