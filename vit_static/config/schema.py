@@ -293,7 +293,7 @@ class TrainConfig(Section):
             and not 0 <= self.profile_steps[1] - self.profile_steps[0] < _MAX_PROFILED_STEPS
         ):
             raise ValueError(
-                f"profile_steps = {list(self.profile_steps)}: must be [first, last], at most {_MAX_PROFILED_STEPS} steps"
+                f"profile_steps = {list(self.profile_steps)}: set [first, last], {_MAX_PROFILED_STEPS} steps at most"
             )
         return self
 
