@@ -176,21 +176,18 @@ def make_parser() -> argparse.ArgumentParser:
         "--device", choices=["cpu", "gpu"], default="cpu", help="gpu: a card's pixels and speed against the CPU's"
     )
     verb.add_argument("--scale", action="store_true", help="instead: what lists of 1.28 and 14.2 million images cost")
-    verb.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # for its own use
     verb = add_bench("infer", "the exported model against PyTorch and ONNX Runtime", "bench_s16.yaml")
     add_rounds(verb, 5)
     verb.add_argument("--checkpoint", type=Path, help="a trained model, and its validation set: top-1, too")
     verb.add_argument(
         "--batch-size", type=_at_least_one, action="append", dest="batch_sizes", metavar="N", help="default: 1, 8, 32"
     )
-    verb.add_argument("--serve", metavar="SPEC", help=argparse.SUPPRESS)  # for its own use
     verb = add_bench("profile", "where a training step's time goes, by operator", "bench_s16.yaml")
     verb.add_argument("--steps", type=_at_least_one, default=3, help="to average over (default: 3)")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write what was found there too")
     verb = add_bench("step", "this layout's training step, as a line of JSON", "quickstart.yaml")
     verb.add_argument("--seconds", type=_more_than_0, default=10.0, help="to measure for (default: 10)")
-    verb.add_argument("--fed", action="store_true", help="on images of data.root, not on noise")
-    verb.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # for bench train's own use
+    verb.add_argument("--real-data", action="store_true", help="on images of data.root instead of noise")
     return parser
 
 
@@ -301,7 +298,7 @@ def _bench(arguments: argparse.Namespace, config: Config) -> None:
     elif arguments.bench == "train":
         from vit_static.bench import train
 
-        train.run(config, *given, arguments.rounds, arguments.seconds, arguments.json)
+        train.run(config, arguments.rounds, arguments.seconds, arguments.json)
     elif arguments.bench == "data" and arguments.scale:
         from vit_static.bench import data_scale
 
@@ -309,19 +306,13 @@ def _bench(arguments: argparse.Namespace, config: Config) -> None:
     elif arguments.bench == "data":
         from vit_static.bench import data
 
-        if arguments.serve:
-            data.serve(config)
-        else:
-            data.run(config, *given, arguments.rounds, arguments.seconds, arguments.json)
+        data.run(config, *given, arguments.rounds, arguments.seconds, arguments.json)
     elif arguments.bench == "infer":
         from vit_static.bench import infer
 
-        if arguments.serve:
-            infer.serve(arguments.serve)
-        else:
-            sizes = tuple(arguments.batch_sizes or infer.BATCH_SIZES)
-            of_what = config, arguments.checkpoint, arguments.overrides
-            infer.run(*of_what, sizes, arguments.rounds, arguments.seconds, arguments.json)
+        sizes = tuple(arguments.batch_sizes or infer.BATCH_SIZES)
+        weights = config, arguments.checkpoint, arguments.overrides
+        infer.run(*weights, sizes, arguments.rounds, arguments.seconds, arguments.json)
     elif arguments.bench == "profile":
         from vit_static.bench import profile
 
@@ -329,4 +320,4 @@ def _bench(arguments: argparse.Namespace, config: Config) -> None:
     else:
         from vit_static.bench import step
 
-        step.serve(config) if arguments.serve else step.run(config, arguments.seconds, arguments.fed)
+        step.run(config, arguments.seconds, arguments.real_data)

@@ -19,8 +19,19 @@ from helpers.small import ROOT
 from PIL import Image
 
 from vit_static.bench import infer
-from vit_static.bench.harness import PEERS, Contender, Result, print_table, ratio, run_in_turns, write_json
+from vit_static.bench.harness import (
+    PEERS,
+    Contender,
+    Result,
+    config_spec,
+    print_table,
+    ratio,
+    run_in_turns,
+    worker_command,
+    write_json,
+)
 from vit_static.common.errors import UserError
+from vit_static.config.loader import load_config
 
 TINY = {
     "model.variant": "Ti/16",
@@ -36,13 +47,12 @@ TINY = {
 OVERRIDES = [argument for key, value in TINY.items() for argument in ("-o", f"{key}={value}")]
 
 
-def bench(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
     """`./run.sh bench ...` on a tiny model, in the environment of the tests."""
     return subprocess.run(
         [sys.executable, "-m", "vit_static", "bench", *map(str, arguments), *OVERRIDES],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        input=stdin,
         capture_output=True,
         text=True,
         timeout=240,
@@ -172,7 +182,16 @@ def test_profile_prints_shares_of_a_whole(tmp_path: Path) -> None:
 
 
 def test_the_training_step_is_a_contender() -> None:
-    done = bench("step", "--serve", stdin="0.1\n0.2\n")
+    config = load_config(ROOT / "configs" / "quickstart.yaml", [f"{key}={value}" for key, value in TINY.items()])
+    done = subprocess.run(
+        worker_command("step", config_spec(config)),
+        cwd=ROOT,
+        input="0.1\n0.2\n",
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     ready, first, second, end = (json.loads(line) for line in done.stdout.splitlines())
     assert ready["ready"] and end["peak_bytes"] > 1e6

@@ -21,6 +21,7 @@ from vit_static.bench.harness import (
     ROOT,
     Contender,
     check_writable,
+    config_spec,
     our_python,
     peer,
     peers_python,
@@ -28,6 +29,7 @@ from vit_static.bench.harness import (
     print_table,
     ratio,
     run_in_turns,
+    worker_command,
     write_json,
 )
 from vit_static.bench.peers import protocol
@@ -73,7 +75,7 @@ def run(
         config = load_config(config_path, changed)
         images = open_set(config.data, "train", config.model.num_classes)
         print(f"images of {config.data.root}\n", flush=True)
-        results = run_in_turns(contenders_for(config, config_path, changed), rounds, seconds)
+        results = run_in_turns(contenders_for(config), rounds, seconds)
         ratios = {
             f"dali_vs_pil_{cores}_cores": ratio(results[f"dali_{cores}"], results[f"pil_{cores}"])
             for cores in core_counts()
@@ -105,13 +107,11 @@ def core_counts() -> list[int]:
     return sorted({1, num_cores()})
 
 
-def contenders_for(config: Config, config_path: Path, overrides: Sequence[str]) -> list[Contender]:
+def contenders_for(config: Config) -> list[Contender]:
     """DALI's pipeline as training has it, and the same operations by PIL, on as many cores: on one, and on all."""
     found = []
     for cores in core_counts():
-        given = [argument for override in overrides for argument in ("-o", override)]
-        given += ["-o", f"data.num_threads={cores}"]
-        ours = (our_python(), "-m", "vit_static", "bench", "data", "--serve", "-c", str(config_path), *given)
+        ours = config.model_copy(update={"data": config.data.model_copy(update={"num_threads": cores})})
         augment = config.augment.model_dump(
             include={"crop_scale", "crop_aspect_ratio", "interpolation", "flip_probability"}
         )
@@ -128,14 +128,16 @@ def contenders_for(config: Config, config_path: Path, overrides: Sequence[str]) 
         }
         of = f"{cores} core{'s' if cores > 1 else ''},"
         found += [
-            Contender(f"dali_{cores}", f"vit_static, {of} DALI", ours, cores=cores),
+            Contender(
+                f"dali_{cores}", f"vit_static, {of} DALI", worker_command("data", config_spec(ours)), cores=cores
+            ),
             peer(f"pil_{cores}", f"PIL, {of}", peers_python(), "pil_data.py", spec, cores=cores),
         ]
     return found
 
 
 def serve(config: Config) -> None:
-    """`bench data --serve`: training's images, as a contender of bench/contenders.py."""
+    """Load training batches, as a worker of the harness."""
     batch = fed_batches(config)
     for _ in range(_WARM_UP_BATCHES):
         batch()
@@ -241,7 +243,7 @@ def medians_in_turns(works: Mapping[str, Work], rounds: int, seconds: float) -> 
 def data_wait(config: Config, seconds: float) -> tuple[float, float]:
     """The share of its time that the training loop waits for DALI, 0 to 1, after a few steps, over `seconds`; and
     training's images a second."""
-    step = MeasuredStep(config, fed=True)
+    step = MeasuredStep(config, real_data=True)
     assert step.feed is not None
     waited, num_images, started = step.feed.seconds_waited, 0, time.perf_counter()
     while (elapsed := time.perf_counter() - started) < seconds:

@@ -25,6 +25,7 @@ import numpy as np
 from vit_static.common.errors import UserError
 from vit_static.common.io import write_atomically
 from vit_static.common.startup import user_environ
+from vit_static.config.schema import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = Path(__file__).resolve().parent / "peers"
@@ -84,6 +85,16 @@ def peers_python() -> str:
 
 def our_python() -> str:
     return sys.executable
+
+
+def worker_command(kind: str, spec: str) -> tuple[str, ...]:
+    """Return the command that starts one of our workers (worker.py)."""
+    return our_python(), "-m", "vit_static.bench.worker", kind, spec
+
+
+def config_spec(config: Config) -> str:
+    """Return the config as the JSON that worker.py reads."""
+    return config.model_dump_json(by_alias=True)
 
 
 def peer(

@@ -17,13 +17,13 @@ from vit_static.bench.harness import (
     Contender,
     Result,
     check_writable,
-    our_python,
     peer,
     peers_python,
     print_ratios,
     print_table,
     ratio,
     run_in_turns,
+    worker_command,
     write_json,
 )
 from vit_static.bench.peers import protocol
@@ -162,7 +162,7 @@ def contenders_for(model: Mapping[str, int], folder: Path, batch_size: int) -> l
             "folder": str(folder / precision),
         }
         title, name = f"{precision}, batch {batch_size},", f"{precision}_batch_{batch_size}"
-        ours = (our_python(), "-m", "vit_static", "bench", "infer", "--serve", json.dumps(spec))
+        ours = worker_command("infer", json.dumps(spec))
         contenders.append(Contender(f"ours_{name}", f"vit_static {title}", ours))
         for of_peer, said, script in (
             ("pytorch", "PyTorch", "pytorch_infer.py"),
@@ -218,9 +218,8 @@ def print_top1(comparisons: Mapping[str, Comparison]) -> None:
         )
 
 
-def serve(spec_text: str) -> None:
-    """`bench infer --serve SPEC`: the exported model at work, as a contender of bench/contenders.py."""
-    spec: dict[str, Any] = json.loads(spec_text)
+def serve(spec: Mapping[str, Any]) -> None:
+    """Run the exported model, as a worker of the harness. `spec` has the keys of `contenders_for`."""
     predictor = Predictor(Path(spec["folder"]))
     images, batch_size = np.load(spec["images"]), int(spec["batch_size"])
     logits = predictor.logits(images[:2]).tolist()

@@ -40,10 +40,10 @@ class Speed:
 class MeasuredStep:
     """A config's program on this rank, compiled and warm; each call is a step, waited for.
 
-    On images of noise, always the same, or where it is `fed` on those of data.root.
+    On images of noise, always the same, or with `real_data` on those of data.root.
     """
 
-    def __init__(self, config: Config, fed: bool = False) -> None:
+    def __init__(self, config: Config, real_data: bool = False) -> None:
         self.config = config
         _, world_size = rank_and_world_size()
         variant = variant_of(config.model)
@@ -70,7 +70,7 @@ class MeasuredStep:
             train_targets=config.train_targets,
         )
         self._mixer = Mixup(config.augment, config.model.num_classes, config.seed)
-        self.feed = feed_of(config, self.mesh) if fed else None
+        self.feed = feed_of(config, self.mesh) if real_data else None
         rng = np.random.default_rng(self.mesh.dp_rank)
         part = self.batch_size // self.mesh.dp_size
         self._images = paddle.to_tensor(rng.standard_normal((part, 3, *config.model.image_size)).astype(np.float32))
@@ -107,13 +107,13 @@ def feed_of(config: Config, mesh: Mesh) -> Any:
 
 
 def serve(config: Config) -> None:
-    """`bench step --serve`: a contender of bench/contenders.py."""
+    """Repeat the training step, as a worker of the harness."""
     protocol.serve(MeasuredStep(config))
 
 
-def run(config: Config, seconds: float, fed: bool) -> None:
+def run(config: Config, seconds: float, real_data: bool) -> None:
     """`bench step`: rank 0 prints the speed as a line of JSON."""
-    step = MeasuredStep(config, fed)
+    step = MeasuredStep(config, real_data)
     mesh = step.mesh
     mesh.barrier()
     gloo.seconds_spent = 0.0

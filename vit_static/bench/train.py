@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from vit_static.bench.harness import (
     Contender,
     check_writable,
+    config_spec,
     our_python,
     peer,
     peers_python,
@@ -15,6 +15,7 @@ from vit_static.bench.harness import (
     print_table,
     ratio,
     run_in_turns,
+    worker_command,
     write_json,
 )
 from vit_static.common.cpu import cpu_has_bfloat16
@@ -30,12 +31,10 @@ TARGETS = {
 }
 
 
-def run(
-    config: Config, config_path: Path, overrides: Sequence[str], rounds: int, seconds: float, json_path: Path | None
-) -> None:
+def run(config: Config, rounds: int, seconds: float, json_path: Path | None) -> None:
     """Prints speeds and their ratios, and writes them to `json_path`. On a CPU without bfloat16, float32 alone."""
     check_writable(json_path)
-    contenders = contenders_for(config, config_path, overrides)
+    contenders = contenders_for(config)
     results = run_in_turns(contenders, rounds, seconds)
     ratios = {"fp32_vs_pytorch": ratio(results["ours_fp32"], results["pytorch_fp32"])}
     memory = [results["ours_fp32"].peak_bytes / results["pytorch_fp32"].peak_bytes]
@@ -50,7 +49,7 @@ def run(
     write_json(json_path, ratios, results)
 
 
-def contenders_for(config: Config, config_path: Path, overrides: Sequence[str]) -> list[Contender]:
+def contenders_for(config: Config) -> list[Contender]:
     """Ours, PyTorch's and the dynamic loop, on the same model, batch and optimizer, each on all cores."""
     if config.optim.name != "adamw":
         raise ConfigError("bench train: the peers have AdamW; set optim.name=adamw")
@@ -61,17 +60,16 @@ def contenders_for(config: Config, config_path: Path, overrides: Sequence[str]) 
         "weight_decay": config.optim.weight_decay,
         "clip_norm": config.optim.clip_norm or float("inf"),
     }
-    given = [argument for override in overrides for argument in ("-o", override)]
-    ours = (our_python(), "-m", "vit_static", "bench", "step", "--serve", "-c", str(config_path), *given)
     peers = peers_python()
     contenders = []
     for precision, level in (("fp32", "O0"), ("bf16", "O1")):
         if precision == "bf16" and not cpu_has_bfloat16():
             print("this CPU multiplies no bfloat16: float32 alone is measured")
             continue
+        ours = config.model_copy(update={"amp": config.amp.model_copy(update={"level": level})})
         dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
         contenders += [
-            Contender(f"ours_{precision}", f"vit_static {precision}", (*ours, "-o", f"amp.level={level}")),
+            Contender(f"ours_{precision}", f"vit_static {precision}", worker_command("step", config_spec(ours))),
             peer(
                 f"pytorch_{precision}",
                 f"PyTorch {precision}",

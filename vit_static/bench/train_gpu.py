@@ -46,7 +46,7 @@ def run(overrides: Sequence[str], seconds: float, json_path: Path | None) -> Non
         for name, plsc in PLSC.items():
             given = [*own_batch(name, num_cards), *overrides]
             noise = _measure(name, given, seconds)
-            fed = _measure(name, [*given, *made], seconds, "--fed")
+            fed = _measure(name, [*given, *made], seconds, "--real-data")
             found[name] = {"noise": noise, "dali": fed}
             mfu = "" if noise.mfu is None else f"{noise.mfu:.1%}"
             print(
