@@ -28,7 +28,7 @@ from vit_static.config.schema import Config
 from vit_static.export.exporter import export_checkpoint
 from vit_static.report import charts
 from vit_static.report.error_analysis import (
-    FILE,
+    EVALUATION_FILE,
     MAX_IMAGES,
     ErrorAnalysis,
     Predictions,
@@ -146,7 +146,7 @@ def test_confusions_are_those_of_the_exported_model(finished: Finished, small_di
     elsewhere(export_checkpoint, None, run, tmp_path / "model", [])
     paths = sorted((small_digits / "val").glob("*/*"))
     answers = elsewhere(predictions, tmp_path / "model", paths, 10)
-    found = ErrorAnalysis.model_validate_json((run / FILE).read_bytes())
+    found = ErrorAnalysis.model_validate_json((run / EVALUATION_FILE).read_bytes())
     pairs = Counter((int(path.parent.name), answer.classes[0]) for path, answer in zip(paths, answers, strict=True))
     wrong = Counter({pair: count for pair, count in pairs.items() if pair[0] != pair[1]})
     assert 0 < wrong.total() < 25  # it has learned something
@@ -154,8 +154,8 @@ def test_confusions_are_those_of_the_exported_model(finished: Finished, small_di
     assert {(one.label, one.predicted): one.num_images for one in found.confusions} == dict(wrong)
     counts = [one.num_images for one in found.confusions]
     assert counts == sorted(counts, reverse=True)
-    assert {one.label: one.num_hits for one in found.classes} == {label: pairs[label, label] for label in range(10)}
-    assert (found.num_images, found.num_hits) == (30, 30 - wrong.total())
+    assert {one.label: one.num_correct for one in found.classes} == {label: pairs[label, label] for label in range(10)}
+    assert (found.num_images, found.num_correct) == (30, 30 - wrong.total())
     by_path = {str(path.relative_to(small_digits)): answer for path, answer in zip(paths, answers, strict=True)}
     for image in found.images:
         answer, (label,) = by_path[image.path], image.labels
@@ -170,7 +170,7 @@ def test_confusions_are_those_of_the_exported_model(finished: Finished, small_di
 
 def test_the_page_has_the_mistakes_the_config_and_the_machine(finished: Finished) -> None:
     page, run = finished.page, finished.config.run_dir
-    found = ErrorAnalysis.model_validate_json((run / FILE).read_bytes())
+    found = ErrorAnalysis.model_validate_json((run / EVALUATION_FILE).read_bytes())
     assert page.sources == [f"data:image/jpeg;base64,{image.thumbnail}" for image in found.images]
     for image in found.images:
         assert image.path in page.words
@@ -279,7 +279,7 @@ def test_nobodys_text_is_html(tmp_path: Path) -> None:
         write_log(
             tmp_path / name, entries, f"name: x\ndata: {{root: {json.dumps(ODD[:-2])}}}\n{name!r}: {{'<b>': 1}}\n"
         )
-        odd_mistakes.write(tmp_path / name / FILE)
+        odd_mistakes.write(tmp_path / name / EVALUATION_FILE)
     texts = [write_report(tmp_path / name).read_text() for name in ("a", "b<i>'\"&")]
     texts.append(write_comparison([tmp_path / "a", tmp_path / "b<i>'\"&"], tmp_path / "two.html").read_text())
     for text in texts:
@@ -340,14 +340,14 @@ def test_a_page_that_cannot_be_written_stops_no_run(config: Config, capsys: pyte
     (config.run_dir / "report.html" / "file").touch()
     assert train(config) and happened(config.run_dir) == ["finished"]
     assert capsys.readouterr().out.count("the report could not be written: ") == 3  # two evaluations, and the end
-    assert (config.run_dir / FILE).is_file()
+    assert (config.run_dir / EVALUATION_FILE).is_file()
 
 
 def test_mistakes_of_another_run_or_of_nothing_are_not_shown(config: Config) -> None:
     train(config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 3})}))
     run = read_run(config.run_dir)
     assert run.mistakes is not None and run.mistakes.step == 3
-    path = config.run_dir / FILE
+    path = config.run_dir / EVALUATION_FILE
     of_another = run.mistakes.model_copy(update={"step": 2})
     of_another.write(path)
     assert read_run(config.run_dir).mistakes is None
@@ -378,7 +378,7 @@ def test_mistakes_of_as_many_classes_as_imagenet_21k_has() -> None:
     assert all(wrong[one.label, one.predicted] == one.num_images for one in found.confusions)
     totals = Counter(labels.tolist())
     accuracy = sorted(pairs[label, label] / count for label, count in totals.items())
-    assert [one.num_hits / one.num_images for one in found.classes] == accuracy[:20]
+    assert [one.num_correct / one.num_images for one in found.classes] == accuracy[:20]
     assert all(totals[one.label] == one.num_images for one in found.classes)
     wrong_losses = np.sort(losses[labels != classes])[::-1]
     assert [image.loss for image in found.images] == wrong_losses[:MAX_IMAGES].tolist()

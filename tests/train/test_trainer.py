@@ -14,7 +14,7 @@ from helpers.small import read_state
 from vit_static.common.errors import ConfigError, WeightsError
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
-from vit_static.report.run_log import last_run, read_metrics
+from vit_static.report.run_log import latest_run, read_metrics
 from vit_static.train.trainer import train
 from vit_static.weights.source import load_weights
 
@@ -80,7 +80,7 @@ def test_never_resuming_begins_anew(run: Config) -> None:
     state = read_state(run.run_dir / "model.pdparams")
     assert all(np.array_equal(merged[name], state[name]) for name in state)
     assert (run.run_dir / "checkpoints_before_1" / "step_00000011").is_dir()  # the first run's are kept
-    lines = last_run(read_metrics(run.run_dir / "metrics.jsonl"))
+    lines = latest_run(read_metrics(run.run_dir / "metrics.jsonl"))
     assert [line["step"] for line in lines if line["kind"] == "train"] == [3, 6]
 
 
@@ -150,7 +150,7 @@ def test_images_of_several_labels_train_and_are_evaluated(config: Config, tmp_pa
     assert evaluations[-1]["top1"] > 40 and evaluations[-1]["num_images"] == 30
     assert evaluations[-1]["loss"] < evaluations[0]["loss"]
     mistakes = json.loads((several.run_dir / "evaluation.json").read_text())
-    assert mistakes["num_hits"] == round(0.3 * evaluations[-1]["top1"]) and mistakes["confusions"] is None
+    assert mistakes["num_correct"] == round(0.3 * evaluations[-1]["top1"]) and mistakes["confusions"] is None
     for image in mistakes["images"]:  # val.txt names them from its folder
         digit = int(Path(image["path"]).parent.name)
         assert image["labels"] == [digit, 10 + digit % 2] and image["predicted"] not in image["labels"]

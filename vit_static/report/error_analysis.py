@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 
 from vit_static.common.io import write_atomically
 
-FILE = "evaluation.json"  # in a run's folder, of its last evaluation
+EVALUATION_FILE = "evaluation.json"  # in a run's folder, of its last evaluation
 MAX_CONFUSIONS, MAX_CLASSES, MAX_IMAGES = 20, 20, 16
 LARGEST_MATRIX = 50  # classes, beyond which the whole matrix is not for people
 THUMBNAIL = 128  # pixels of the longer side
@@ -27,7 +27,7 @@ class Predictions:
     """What a model says of each image of a set, in the set's order; [num_images] each."""
 
     losses: np.ndarray
-    ranks: np.ndarray  # how many classes come before the label: 0 is a hit
+    label_ranks: np.ndarray  # how many classes come before the label: 0 is a hit
     classes: np.ndarray  # the ones that come first, int64
     probabilities: np.ndarray  # of those
     labels: np.ndarray | None  # int64; None where an image may have several
@@ -50,13 +50,13 @@ class Confusion(BaseModel):
     num_images: int
 
 
-class ClassHits(BaseModel):
+class ClassAccuracy(BaseModel):
     label: int
     num_images: int
-    num_hits: int
+    num_correct: int
 
 
-class WrongImage(BaseModel):
+class MisclassifiedImage(BaseModel):
     path: str
     labels: list[int]
     predicted: int
@@ -70,15 +70,15 @@ class ErrorAnalysis(BaseModel):
     is said of classes: which of the labels was mistaken can't be told."""
 
     step: int
-    of_average: bool  # of the weights' moving average, not the weights
+    is_ema: bool  # of the weights' moving average, not the weights
     num_images: int
-    num_hits: int
+    num_correct: int
     num_classes: int
     class_names: dict[int, str]  # of the classes that are named here
     confusions: list[Confusion] | None  # the most frequent first
     matrix: list[list[int]] | None  # images by label and first class, of few classes
-    classes: list[ClassHits] | None  # the worst first, of those that have images
-    images: list[WrongImage]  # of those that are no hits the ones with the greatest loss, that first
+    classes: list[ClassAccuracy] | None  # the worst first, of those that have images
+    images: list[MisclassifiedImage]  # of those that are no hits the ones with the greatest loss, that first
 
     def write(self, path: Path) -> None:
         with write_atomically(path) as temporary:
@@ -87,7 +87,7 @@ class ErrorAnalysis(BaseModel):
 
 def worst_images(answers: Predictions) -> np.ndarray:
     """By number, of those that are no hits the ones with the greatest loss; what is no number is the greatest."""
-    wrong = np.flatnonzero(answers.ranks >= 1)
+    wrong = np.flatnonzero(answers.label_ranks >= 1)
     losses = np.nan_to_num(answers.losses[wrong], nan=np.inf, posinf=np.inf)
     return wrong[np.argsort(-losses, kind="stable")[:MAX_IMAGES]]
 
@@ -98,7 +98,7 @@ def analyze_errors(
     num_classes: int,
     worst: Sequence[Sample],
     step: int,
-    of_average: bool,
+    is_ema: bool,
 ) -> ErrorAnalysis:
     """`worst` are those of `worst_images`, in its order."""
     confusions = matrix = classes = None
@@ -106,14 +106,14 @@ def analyze_errors(
     if answers.labels is not None:
         pairs = answers.labels * num_classes + answers.classes
         confusions = _confusions(pairs[answers.labels != answers.classes], num_classes)
-        classes = _worst_classes(answers.labels, answers.ranks < 1, num_classes)
+        classes = _worst_classes(answers.labels, answers.label_ranks < 1, num_classes)
         if num_classes <= LARGEST_MATRIX:
             matrix = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes).tolist()
             named |= set(range(num_classes))
         named |= {number for found in confusions for number in (found.label, found.predicted)}
         named |= {found.label for found in classes}
     images = [
-        WrongImage(
+        MisclassifiedImage(
             path=shown.path,
             labels=[] if shown.labels is None else shown.labels.tolist(),
             predicted=int(answers.classes[number]),
@@ -126,9 +126,9 @@ def analyze_errors(
     named |= {number for image in images for number in (*image.labels, image.predicted)}
     return ErrorAnalysis(
         step=step,
-        of_average=of_average,
-        num_images=len(answers.ranks),
-        num_hits=int((answers.ranks < 1).sum()),
+        is_ema=is_ema,
+        num_images=len(answers.label_ranks),
+        num_correct=int((answers.label_ranks < 1).sum()),
         num_classes=num_classes,
         class_names={number: class_names[number] for number in sorted(named) if number < len(class_names)},
         confusions=confusions,
@@ -148,14 +148,15 @@ def _confusions(pairs: np.ndarray, num_classes: int) -> list[Confusion]:
     ]
 
 
-def _worst_classes(labels: np.ndarray, hits: np.ndarray, num_classes: int) -> list[ClassHits]:
+def _worst_classes(labels: np.ndarray, hits: np.ndarray, num_classes: int) -> list[ClassAccuracy]:
     """Of equally bad ones those of more images first."""
     num_images = np.bincount(labels, minlength=num_classes)
-    num_hits = np.bincount(labels[hits], minlength=num_classes)
-    order = np.lexsort((-num_images, num_hits / np.maximum(num_images, 1)))
+    num_correct = np.bincount(labels[hits], minlength=num_classes)
+    order = np.lexsort((-num_images, num_correct / np.maximum(num_images, 1)))
     order = order[num_images[order] > 0][:MAX_CLASSES]
     return [
-        ClassHits(label=int(label), num_images=int(num_images[label]), num_hits=int(num_hits[label])) for label in order
+        ClassAccuracy(label=int(label), num_images=int(num_images[label]), num_correct=int(num_correct[label]))
+        for label in order
     ]
 
 

@@ -15,10 +15,10 @@ _SEVERAL_LABELS = (
 def section(found: ErrorAnalysis | None) -> str:
     if found is None:
         return ""
-    whose = "the weights' moving average" if found.of_average else "the weights"
+    whose = "the weights' moving average" if found.is_ema else "the weights"
     parts = [
         f"<h2>Mistakes</h2><p>Of the last evaluation, at step {found.step:,}, of {whose}: "
-        f"{found.num_images - found.num_hits:,} of {found.num_images:,} images.</p>",
+        f"{found.num_images - found.num_correct:,} of {found.num_images:,} images.</p>",
         _SEVERAL_LABELS if found.classes is None else "",
         _matrix(found),
         f'<div class="beside">{_classes(found)}{_confusions(found)}</div>',
@@ -55,7 +55,7 @@ def _matrix(found: ErrorAnalysis) -> str:
 
 def _classes(found: ErrorAnalysis) -> str:
     rows = [
-        [_named(found, one.label), f"{100 * one.num_hits / max(one.num_images, 1):.1f}", f"{one.num_images:,}"]
+        [_named(found, one.label), f"{100 * one.num_correct / max(one.num_images, 1):.1f}", f"{one.num_images:,}"]
         for one in found.classes or ()
     ]
     return f"<div><h3>The worst classes</h3>{table(['class', 'top-1 %', 'images'], rows, 1)}</div>" if rows else ""

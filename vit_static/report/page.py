@@ -14,7 +14,7 @@ from vit_static.report.charts import Mark, Series
 from vit_static.report.html import MISSING, STYLE, escaped, folded, said_of, table
 from vit_static.report.run_log import RunLogData, Session, read_run
 
-FILE = "report.html"
+REPORT_FILE = "report.html"
 # What is drawn: the title, the kind of line in metrics.jsonl, the key
 CURVES = [
     ("training loss", "train", "loss"),
@@ -35,7 +35,7 @@ _ROWS_IN_SIGHT = 12  # of the evaluations; more are folded away
 def write_report(run_dir: Path, path: Path | None = None) -> Path:
     """Writes a run's page anew, into its folder where no other path is given; the path."""
     run = read_run(run_dir)
-    return _write(path or run_dir / FILE, run.name, _single_run(run))
+    return _write(path or run_dir / REPORT_FILE, run.name, _single_run(run))
 
 
 def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
@@ -51,8 +51,10 @@ def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
 def write_reports(run_dirs: Sequence[Path], out: Path | None) -> None:
     """The verb. Raises UserError for what is no run's folder."""
     if out is not None and out.is_dir():
-        raise UserError(f"{out}: is a folder; --out names the file to write, such as {out / FILE}")
-    print(write_report(run_dirs[0], out) if len(run_dirs) == 1 else write_comparison(run_dirs, out or Path(FILE)))
+        raise UserError(f"{out}: is a folder; --out names the file to write, such as {out / REPORT_FILE}")
+    print(
+        write_report(run_dirs[0], out) if len(run_dirs) == 1 else write_comparison(run_dirs, out or Path(REPORT_FILE))
+    )
 
 
 def _write(path: Path, title: str, body: str) -> Path:

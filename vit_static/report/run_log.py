@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from vit_static.common.errors import UserError
 from vit_static.config.schema import Config
 from vit_static.config.yaml_loader import YamlError, read_yaml
-from vit_static.report.error_analysis import FILE, ErrorAnalysis
+from vit_static.report.error_analysis import EVALUATION_FILE, ErrorAnalysis
 
 METRICS = "metrics.jsonl"
 ENDS = {
@@ -163,11 +163,11 @@ def read_run(run_dir: Path, name: str | None = None) -> RunLogData:
     path = run_dir / METRICS
     if not path.is_file():
         raise UserError(f"{run_dir}: no run's folder, which has a {METRICS}; name one such as output/quickstart")
-    entries = last_run(read_metrics(path))
+    entries = latest_run(read_metrics(path))
     if not entries:
         raise UserError(f"{path}: has no line of a run yet; wait for the first, or name another run")
     text, config = _config(run_dir / "config.yaml")
-    run = RunLogData(name or run_dir.resolve().name, entries, config, text, _mistakes(run_dir / FILE))
+    run = RunLogData(name or run_dir.resolve().name, entries, config, text, _mistakes(run_dir / EVALUATION_FILE))
     if run.mistakes is not None and run.mistakes.step not in [entry["step"] for entry in run.evaluations]:
         return RunLogData(run.name, run.all_entries, run.config, run.config_text, None)  # an earlier run's
     return run
@@ -186,7 +186,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def last_run(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def latest_run(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Without those of runs in the same folder before it was begun anew (--resume never)."""
     begun = [place for place, entry in enumerate(entries) if entry.get("event") == "started"]
     return entries[begun[-1] :] if begun else entries

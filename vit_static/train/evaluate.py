@@ -39,10 +39,10 @@ class EvalMetrics:
     @classmethod
     def of(cls, answers: Predictions) -> EvalMetrics:
         return cls(
-            top1=100.0 * float((answers.ranks < 1).mean()),
-            top5=100.0 * float((answers.ranks < 5).mean()),
+            top1=100.0 * float((answers.label_ranks < 1).mean()),
+            top5=100.0 * float((answers.label_ranks < 5).mean()),
             loss=float(answers.losses.mean()),
-            num_images=len(answers.ranks),
+            num_images=len(answers.label_ranks),
         )
 
 

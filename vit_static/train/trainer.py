@@ -41,7 +41,7 @@ from vit_static.optim.schedule import learning_rate
 from vit_static.parallel.mesh import device_name, rank_and_world_size, resolve_mesh, seed_everything, start_mesh
 from vit_static.program.precision import choose_attention, choose_precision
 from vit_static.program.program import Program
-from vit_static.report.error_analysis import FILE
+from vit_static.report.error_analysis import EVALUATION_FILE
 from vit_static.report.page import write_report
 from vit_static.train.checkpointing import log_save_results
 from vit_static.train.evaluate import EvalMetrics, analyze_errors_of, describe, eval_batch_size, eval_feed, predict_all
@@ -314,7 +314,7 @@ def train(config: Config, resume: str = "auto") -> bool:
                             found = analyze_errors_of(
                                 answers, validation, config.model.num_classes, progress.step, averaged is not None
                             )
-                            found.write(config.run_dir / FILE)
+                            found.write(config.run_dir / EVALUATION_FILE)
                             write_report(config.run_dir)
                     mesh.first_non_none(
                         None
