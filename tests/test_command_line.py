@@ -419,6 +419,7 @@ MISTAKES = {
     "wrong type": (["pretrain", "-c", "tiny.yaml", "-o", "optim.lr=fast"], ["optim.lr", "fast"]),
     "no such config": (["pretrain", "-c", "nowhere.yaml"], ["nowhere.yaml"]),
     "unknown verb": (["pretrian"], ["pretrian"]),
+    "renamed verb": (["attend", "--model", "exported", "one.png"], ["attend is now called visualize"]),
     "unknown flag": (["pretrain", "--resum", "x"], ["--resum"]),
     "a batch that doesn't divide": (
         ["pretrain", "-c", "tiny.yaml", "-o", "parallel.grad_accum_steps=3"],

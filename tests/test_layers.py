@@ -15,6 +15,7 @@ PEERS = PACKAGE / "bench" / "peers"  # scripts for other environments, which imp
 LAYERS = [
     "__main__",
     "cli",
+    "verbs",
     "bench",
     "export",
     "inference",

@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from vit_static.cli import make_parser, run
+from vit_static.cli import parse_arguments
 from vit_static.common.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Until the training loop, which saves its state first, SIGTERM ends a verb as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        arguments = make_parser().parse_args(argv)
-        return run(arguments)
+        arguments = parse_arguments(argv)
+        return arguments.handler(arguments)
     except BrokenPipeError:  # what reads the output has seen enough, such as `head`
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - for what Python flushes at its end
         return EXIT_DONE

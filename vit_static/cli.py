@@ -1,323 +1,338 @@
-"""The command line: one parser, one handler per verb."""
+"""Command-line parser: the verbs and their flags. Handlers are in `verbs.py`."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import TYPE_CHECKING, NoReturn, get_args
 
-from vit_static.common.errors import EXIT_DONE, EXIT_STOPPED, UserError
+from vit_static import verbs
+from vit_static.common.errors import UserError
 from vit_static.common.hardware import DEVICES, GPUS_PER_NODE, INTERCONNECTS
-from vit_static.common.startup import prepare_process
-from vit_static.config.loader import CONFIGS, DEFAULT_CONFIGS, load_config
-from vit_static.config.schema import Config, InferencePrecision
+from vit_static.config.loader import CONFIGS, DEFAULT_CONFIGS
+from vit_static.config.schema import InferencePrecision
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction["_Parser"]
+
+Handler = Callable[[argparse.Namespace], int]
+
+RENAMED_VERBS = {"attend": "visualize"}  # by the old name
+RUN_SH_VERBS = {"setup": "install the environment", "test": "run the tests", "data": "prepare data sets"}
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises UserError for a wrong argument, where argparse would print its usage above the mistake."""
+    """Raise UserError for a wrong argument, instead of printing the usage and exiting as argparse does."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} ('./run.sh --help' lists the verbs, './run.sh VERB --help' the arguments)")
 
 
-def _at_least_one(text: str) -> int:
-    """An argument that counts something."""
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the parsed command line; its `handler` runs the verb. Raise UserError for a wrong argument."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in RENAMED_VERBS:
+        raise UserError(f"the verb {argv[0]} is now called {RENAMED_VERBS[argv[0]]}: ./run.sh {RENAMED_VERBS[argv[0]]}")
+    return make_parser().parse_args(argv)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all verbs, in the order in which --help lists them."""
+    parser = _Parser(prog="./run.sh", description="Vision Transformers: train, evaluate, export, predict.")
+    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
+    for name, help_text in RUN_SH_VERBS.items():  # run.sh runs these itself; they are here to be listed
+        _add_verb(subparsers, name, help_text, verbs.refuse_run_sh_verb)
+    for name, default_config in DEFAULT_CONFIGS.items():
+        _add_training(subparsers, name, default_config)
+    _add_eval(subparsers)
+    _add_export(subparsers)
+    _add_predict(subparsers)
+    _add_serve(subparsers)
+    _add_visualize(subparsers)
+    _add_report(subparsers)
+    _add_convert(subparsers)
+    _add_plan(subparsers)
+    bench_help = "measure speeds, as ratios within one run"
+    bench = subparsers.add_parser("bench", help=bench_help, description=bench_help)
+    benches = bench.add_subparsers(dest="bench", required=True, metavar="BENCHMARK", parser_class=_Parser)
+    _add_bench_train(benches)
+    _add_bench_data(benches)
+    _add_bench_infer(benches)
+    _add_bench_profile(benches)
+    _add_bench_step(benches)
+    return parser
+
+
+# Arguments that several verbs share
+
+
+def _add_verb(subparsers: Subparsers, name: str, help_text: str, handler: Handler) -> argparse.ArgumentParser:
+    verb = subparsers.add_parser(name, help=help_text, description=help_text)
+    verb.add_argument("-v", "--verbose", action="store_true", help="also show the messages of Paddle and DALI")
+    verb.set_defaults(handler=handler)
+    return verb
+
+
+def _add_config(verb: argparse.ArgumentParser, default: Path | None) -> None:
+    default_name = "the config stored with the weights" if default is None else default.name
+    verb.add_argument("-c", "--config", type=Path, default=default, help=f"YAML file (default: {default_name})")
+    verb.add_argument(
+        "-o", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a config key"
+    )
+
+
+def _add_checkpoint(
+    verb: argparse.ArgumentParser, alternatives: argparse._MutuallyExclusiveGroup | None = None
+) -> None:
+    (alternatives or verb).add_argument(
+        "--checkpoint",
+        type=Path,
+        required=alternatives is None,
+        help="a run folder, a checkpoint, or a file: .pdparams, .npz, .safetensors",
+    )
+    verb.add_argument("--ema", action="store_true", help="use the moving average of the weights (optim.ema_decay)")
+
+
+def _add_exported_model(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--model", type=Path, required=True, help="folder written by export")
+    verb.add_argument(
+        "--precision",
+        choices=get_args(InferencePrecision),
+        help="precision of the computation (default: the one the model was exported for)",
+    )
+
+
+def _add_json(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+
+
+def _add_rounds(verb: argparse.ArgumentParser, rounds: int = 5) -> None:
+    verb.add_argument(
+        "--rounds", type=_positive_int, default=rounds, help=f"in each, all are measured in turn (default: {rounds})"
+    )
+    verb.add_argument(
+        "--seconds", type=_positive_float, default=8.0, help="how long to measure each in a round (default: 8)"
+    )
+    _add_json(verb)
+
+
+def _positive_int(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
     return number
 
 
-def _more_than_0(text: str) -> float:
+def _positive_float(text: str) -> float:
     number = float(text)
     if not 0.0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text}: must be more than 0")
     return number
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="./run.sh", description="Vision Transformers: train, evaluate, export, predict.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
+# Parsers
 
-    def add(name: str, help_text: str) -> argparse.ArgumentParser:
-        verb = verbs.add_parser(name, help=help_text, description=help_text)
-        verb.add_argument("-v", "--verbose", action="store_true", help="Paddle's and DALI's own messages too")
-        return verb
 
-    def add_config(verb: argparse.ArgumentParser, default: Path | None) -> None:
-        said = "the weights' own" if default is None else default.name
-        verb.add_argument("-c", "--config", type=Path, default=default, help=f"YAML file (default: {said})")
-        verb.add_argument(
-            "-o", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE", help="overrides a key"
-        )
-
-    def add_checkpoint(verb: argparse.ArgumentParser, choice: argparse._MutuallyExclusiveGroup | None = None) -> None:
-        what = "a run's folder, a checkpoint, or a file: .pdparams, .npz, .safetensors"
-        (choice or verb).add_argument("--checkpoint", type=Path, required=choice is None, help=what)
-        verb.add_argument("--ema", action="store_true", help="the weights' moving average (optim.ema_decay)")
-
-    def add_exported(verb: argparse.ArgumentParser) -> None:
-        verb.add_argument("--model", type=Path, required=True, help="folder that export wrote")
-        known = get_args(InferencePrecision)
-        verb.add_argument("--precision", choices=known, help="to run it in (default: what it was exported for)")
-
-    for name in ("setup", "test", "data"):  # run.sh's own; here for the list of verbs
-        add(name, {"setup": "make the environment", "test": "run the tests", "data": "prepare data sets"}[name])
-    for name, default in DEFAULT_CONFIGS.items():
-        verb = add(name, f"train; without arguments {default.name}")
-        add_config(verb, default)
-        verb.add_argument(
-            "--resume",
-            default="auto",
-            metavar="auto|never|PATH",
-            help="auto: go on from the run's latest checkpoint, if there is one; PATH: from this one, or this run's",
-        )
-    verb = add("eval", "top-1, top-5 and loss over the validation images")
-    add_config(verb, None)
-    add_checkpoint(verb)
-    judge = verb.add_mutually_exclusive_group()
-    judge.add_argument("--real", type=Path, metavar="FILE", help="by the ReaL labels of ImageNet, its real.json")
-    judge.add_argument("--imagenet-v2", type=Path, metavar="DIR", help="on ImageNet-V2: folders called 0 to 999")
-    verb = add("export", "files for inference, checked against the trained model")
-    add_config(verb, None)
-    add_checkpoint(verb)
-    verb.add_argument("--out", type=Path, required=True, help="folder to write to")
-    verb.add_argument("--onnx", action="store_true", help="write model.onnx (float32), too")
-    verb = add("predict", "a line an image: its path and its classes, the likeliest first")
-    add_exported(verb)
-    verb.add_argument("--top-k", type=int, default=5)
-    verb.add_argument("--batch-size", type=int, default=32)
-    verb.add_argument("--format", choices=["json", "csv", "table"], default="json", help="default: json, a line each")
-    what = "write what the head reads of each image there, too: a row a line, NaN for an image that can't be read"
-    verb.add_argument("--features", type=Path, metavar="OUT.npy", help=what)
+def _add_training(subparsers: Subparsers, name: str, default_config: Path) -> None:
+    verb = _add_verb(subparsers, name, f"train a model; without arguments: {default_config.name}", verbs.run_training)
+    _add_config(verb, default_config)
     verb.add_argument(
-        "images", nargs="+", type=Path, metavar="IMAGE", help="files, folders of them, - for a list of files on stdin"
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto (default): resume from the latest checkpoint of the run, if there is one; never: start from the "
+        "beginning; PATH: resume from this checkpoint or run",
     )
-    verb = add("serve", "an exported model over HTTP: POST /predict an image; a page at /, /health, /metrics")
-    add_exported(verb)
-    verb.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
-    verb.add_argument("--port", type=int, default=8000, help="default: 8000; 0: any that is free")
-    verb.add_argument("--batch-size", type=_at_least_one, default=32, help="at most (default: 32)")
-    verb.add_argument("--max-wait-ms", type=float, default=5.0, help="of a request for others (default: 5)")
-    verb.add_argument("--max-mb", type=_more_than_0, default=20.0, help="of an image file (default: 20)")
-    verb.add_argument("--max-megapixels", type=_more_than_0, default=64.0, help="of an image (default: 64)")
-    verb.add_argument("--max-waiting", type=_at_least_one, default=256, help="requests at once (default: 256)")
-    verb.add_argument("--timeout-s", type=_more_than_0, default=30.0, help="of a request (default: 30)")
-    verb = add("attend", "pictures of what a model attends to, of its position embedding and its patch filters")
-    add_config(verb, None)
-    whose = verb.add_mutually_exclusive_group(required=True)
-    whose.add_argument("--model", type=Path, help="folder that export wrote")
-    add_checkpoint(verb, whose)
-    verb.add_argument("--out", type=Path, default=Path("attend"), help="folder to write to (default: attend)")
+
+
+def _add_eval(subparsers: Subparsers) -> None:
+    verb = _add_verb(subparsers, "eval", "measure top-1, top-5 and loss on the validation images", verbs.run_eval)
+    _add_config(verb, None)
+    _add_checkpoint(verb)
+    labels = verb.add_mutually_exclusive_group()
+    labels.add_argument("--real", type=Path, metavar="FILE", help="use ImageNet's ReaL labels: the file real.json")
+    labels.add_argument(
+        "--imagenet-v2", type=Path, metavar="DIR", help="use ImageNet-V2: a folder with subfolders 0 to 999"
+    )
+
+
+def _add_export(subparsers: Subparsers) -> None:
+    verb = _add_verb(
+        subparsers, "export", "write files for inference, checked against the trained model", verbs.run_export
+    )
+    _add_config(verb, None)
+    _add_checkpoint(verb)
+    verb.add_argument("--out", type=Path, required=True, help="folder to write to")
+    verb.add_argument("--onnx", action="store_true", help="also write model.onnx (float32)")
+
+
+def _add_predict(subparsers: Subparsers) -> None:
+    verb = _add_verb(
+        subparsers, "predict", "print one line per image: its path and its most likely classes", verbs.run_predict
+    )
+    _add_exported_model(verb)
+    verb.add_argument("--top-k", type=int, default=5, help="number of classes per image (default: 5)")
+    verb.add_argument("--batch-size", type=int, default=32, help="images per batch (default: 32)")
+    verb.add_argument(
+        "--format", choices=["json", "csv", "table"], default="json", help="default: json, one object per line"
+    )
+    verb.add_argument(
+        "--features",
+        type=Path,
+        metavar="OUT.npy",
+        help="also write the features that the head reads: one row per line printed, NaN for an unreadable image",
+    )
+    verb.add_argument(
+        "images", nargs="+", type=Path, metavar="IMAGE", help="files or folders; - reads a list of files from stdin"
+    )
+
+
+def _add_serve(subparsers: Subparsers) -> None:
+    help_text = "serve an exported model over HTTP: POST an image to /predict; a page at /, /health, /metrics"
+    verb = _add_verb(subparsers, "serve", help_text, verbs.run_serve)
+    _add_exported_model(verb)
+    verb.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, only this machine")
+    verb.add_argument("--port", type=int, default=8000, help="default: 8000; 0: any free port")
+    verb.add_argument("--batch-size", type=_positive_int, default=32, help="images per batch at most (default: 32)")
+    verb.add_argument(
+        "--max-wait-ms", type=float, default=5.0, help="how long a request waits for others to join (default: 5)"
+    )
+    verb.add_argument("--max-mb", type=_positive_float, default=20.0, help="size of an image file (default: 20)")
+    verb.add_argument("--max-megapixels", type=_positive_float, default=64.0, help="size of an image (default: 64)")
+    verb.add_argument("--max-waiting", type=_positive_int, default=256, help="waiting requests (default: 256)")
+    verb.add_argument("--timeout-s", type=_positive_float, default=30.0, help="per request (default: 30)")
+
+
+def _add_visualize(subparsers: Subparsers) -> None:
+    help_text = "draw what a model attends to, its position embedding and its patch filters"
+    verb = _add_verb(subparsers, "visualize", help_text, verbs.run_visualize)
+    _add_config(verb, None)
+    source = verb.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", type=Path, help="folder written by export")
+    _add_checkpoint(verb, source)
+    verb.add_argument("--out", type=Path, default=Path("visualize"), help="folder to write to (default: visualize)")
     verb.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
-    verb = add("report", "a run's page anew, or several runs side by side on one")
-    verb.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, such as output/quickstart")
-    what = "file to write (default: report.html, in the folder of one run, or here for several)"
-    verb.add_argument("--out", type=Path, metavar="FILE", help=what)
-    verb = add("convert", "weights from one format into another, told by their content")
-    add_config(verb, None)
-    verb.add_argument("--from", dest="source", type=Path, required=True, metavar="FILE", help="or a run, a checkpoint")
+
+
+def _add_report(subparsers: Subparsers) -> None:
+    verb = _add_verb(
+        subparsers, "report", "write the page of a run, or one page that compares several runs", verbs.run_report
+    )
+    verb.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, such as output/quickstart")
+    verb.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="file to write (default: report.html in the folder of a single run, or here for several)",
+    )
+
+
+def _add_convert(subparsers: Subparsers) -> None:
+    help_text = "convert weights between formats; the format of the input is detected from its content"
+    verb = _add_verb(subparsers, "convert", help_text, verbs.run_convert)
+    _add_config(verb, None)
+    verb.add_argument(
+        "--from", dest="source", type=Path, required=True, metavar="FILE", help="a file, a run folder or a checkpoint"
+    )
     verb.add_argument("--to", type=Path, required=True, metavar="FILE", help="ends with .pdparams, .npz, .safetensors")
     verb.add_argument(
         "--format",
         choices=["plsc", "timm", "huggingface", "google"],
-        help="default: by --to's ending, timm for .safetensors; huggingface writes config.json beside it",
+        help="default: from the ending of --to, timm for .safetensors; huggingface also writes config.json",
     )
-    verb.add_argument("--head", choices=["keep", "drop"], default="keep", help="with its tanh layer (default: keep)")
-    verb.add_argument("--fold-layer-scale", action="store_true", help="into the layers before it")
-    verb.add_argument("--ema", action="store_true", help="of a run or checkpoint, the weights' moving average")
     verb.add_argument(
-        "--image-size", type=int, nargs=2, metavar=("H", "W"), help="of the weights, where the grid is no square"
+        "--head", choices=["keep", "drop"], default="keep", help="the head and its tanh layer (default: keep)"
     )
-    verb = add("plan", "what a run will cost on a mesh of cards, found without them")
-    add_config(verb, CONFIGS / "quickstart.yaml")
+    verb.add_argument("--fold-layer-scale", action="store_true", help="multiply LayerScale into the layers before it")
+    verb.add_argument("--ema", action="store_true", help="of a run or checkpoint: the moving average of the weights")
+    verb.add_argument(
+        "--image-size",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="image size of the weights, needed if their grid of patches isn't square",
+    )
+
+
+def _add_plan(subparsers: Subparsers) -> None:
+    verb = _add_verb(
+        subparsers, "plan", "predict the cost of a run on a mesh of GPUs, without these GPUs", verbs.run_plan
+    )
+    _add_config(verb, CONFIGS / "quickstart.yaml")
     verb.add_argument(
         "--mesh",
         metavar="dp=8,mp=2,sharding=1",
-        help="in place of the config's: dp, mp, pp, sharding (stage), accum (grad_accum_steps), recompute",
+        help="instead of the mesh of the config: dp, mp, pp, sharding (stage), accum (grad_accum_steps), recompute",
     )
-    verb.add_argument(
-        "--world", type=_at_least_one, metavar="N", help="number of cards (default: as many as the mesh has)"
-    )
-    verb.add_argument("--device", default="a100-80g", choices=list(DEVICES), help="the card (default: a100-80g)")
+    verb.add_argument("--world", type=_positive_int, metavar="N", help="number of GPUs (default: the mesh's)")
+    verb.add_argument("--device", default="a100-80g", choices=list(DEVICES), help="GPU model (default: a100-80g)")
     verb.add_argument(
         "--interconnect", default="ib-hdr", choices=list(INTERCONNECTS), help="between nodes (default: ib-hdr)"
     )
-    verb.add_argument("--cards-per-node", type=_at_least_one, default=GPUS_PER_NODE, metavar="N")
-    verb.add_argument("--rank", type=int, default=0, help="whose part to compile (default: 0, the first stage)")
-    verb.add_argument("--search", action="store_true", help="rank every mesh of --world cards that can be")
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the plan there too")
-    benches = add("bench", "speeds, as ratios measured in one run").add_subparsers(
-        dest="bench", required=True, metavar="WHAT", parser_class=_Parser
-    )
-
-    def add_bench(name: str, help_text: str, config: str) -> argparse.ArgumentParser:
-        verb = benches.add_parser(name, help=help_text, description=help_text)
-        add_config(verb, CONFIGS / config)
-        verb.add_argument("-v", "--verbose", action="store_true", help="Paddle's and DALI's own messages too")
-        return verb
-
-    def add_rounds(verb: argparse.ArgumentParser, rounds: int) -> None:
-        verb.add_argument("--rounds", type=_at_least_one, default=rounds, help=f"of all in turn (default: {rounds})")
-        verb.add_argument("--seconds", type=_more_than_0, default=8.0, help="of each in a round (default: 8)")
-        verb.add_argument("--json", type=Path, metavar="FILE", help="write what was found there too")
-
-    verb = add_bench("train", "the training step against PyTorch and a dynamic-graph Paddle loop", "bench_s16.yaml")
-    add_rounds(verb, 5)
     verb.add_argument(
-        "--device", choices=["cpu", "gpu"], default="cpu", help="gpu: the seed's four configs on this machine's cards"
+        "--gpus-per-node", type=_positive_int, default=GPUS_PER_NODE, metavar="N", help=f"default: {GPUS_PER_NODE}"
     )
     verb.add_argument(
-        "--scaling", action="store_true", help="instead: one process against several, data- and tensor-parallel"
+        "--rank", type=int, default=0, help="rank whose program is compiled (default: 0, in the first stage)"
     )
-    verb = add_bench("data", "DALI's training images against PIL's; how long training waits for them", "bench_s16.yaml")
-    add_rounds(verb, 5)
-    verb.add_argument(
-        "--device", choices=["cpu", "gpu"], default="cpu", help="gpu: a card's pixels and speed against the CPU's"
+    verb.add_argument("--search", action="store_true", help="compare all valid meshes of --world GPUs")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="also write the plan to this file")
+
+
+def _add_bench_train(subparsers: Subparsers) -> None:
+    help_text = "the training step against PyTorch and a dynamic-graph Paddle loop"
+    bench = _add_verb(subparsers, "train", help_text, verbs.run_bench_train)
+    _add_config(bench, CONFIGS / "bench_s16.yaml")
+    _add_rounds(bench)
+    bench.add_argument(
+        "--device", choices=["cpu", "gpu"], default="cpu", help="gpu: the four configs of PLSC on this machine's GPUs"
     )
-    verb.add_argument("--scale", action="store_true", help="instead: what lists of 1.28 and 14.2 million images cost")
-    verb = add_bench("infer", "the exported model against PyTorch and ONNX Runtime", "bench_s16.yaml")
-    add_rounds(verb, 5)
-    verb.add_argument("--checkpoint", type=Path, help="a trained model, and its validation set: top-1, too")
-    verb.add_argument(
-        "--batch-size", type=_at_least_one, action="append", dest="batch_sizes", metavar="N", help="default: 1, 8, 32"
+    bench.add_argument(
+        "--scaling",
+        action="store_true",
+        help="instead compare one process with several, data-parallel and tensor-parallel",
     )
-    verb = add_bench("profile", "where a training step's time goes, by operator", "bench_s16.yaml")
-    verb.add_argument("--steps", type=_at_least_one, default=3, help="to average over (default: 3)")
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write what was found there too")
-    verb = add_bench("step", "this layout's training step, as a line of JSON", "quickstart.yaml")
-    verb.add_argument("--seconds", type=_more_than_0, default=10.0, help="to measure for (default: 10)")
-    verb.add_argument("--real-data", action="store_true", help="on images of data.root instead of noise")
-    return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
-    if arguments.verb in ("setup", "test", "data"):
-        raise UserError(f"{arguments.verb} is run.sh's own verb: ./run.sh {arguments.verb}")
-    given = getattr(arguments, "config", None)
-    config = None if given is None else load_config(given, arguments.overrides)
-    if (arguments.verb, getattr(arguments, "bench", None), getattr(arguments, "device", None)) == (
-        "bench",
-        "data",
-        "gpu",
-    ):
-        from vit_static.bench import data_gpu
-
-        assert config is not None
-        data_gpu.run(
-            config, arguments.seconds, arguments.json
-        )  # DALI alone, on machines where Paddle's build can't run
-        return EXIT_DONE
-    if arguments.verb == "report":
-        from vit_static.report.page import write_reports
-
-        write_reports(arguments.runs, arguments.out)
-        return EXIT_DONE
-    prepare_process(arguments.verbose)  # before what imports Paddle, which is why the verbs are imported here
-    if arguments.verb in ("pretrain", "finetune"):
-        from vit_static.train.trainer import train
-
-        assert config is not None
-        return EXIT_DONE if train(config, arguments.resume) else EXIT_STOPPED
-    if arguments.verb == "predict":
-        from vit_static.inference.predict import predict_images
-
-        return predict_images(
-            arguments.model,
-            arguments.images,
-            arguments.top_k,
-            arguments.batch_size,
-            arguments.format,
-            arguments.features,
-            arguments.precision,
-        )
-    if arguments.verb == "attend":
-        from vit_static.inference.attention_maps import visualize
-
-        given_images = arguments.images, arguments.out, arguments.overrides
-        return visualize(config, arguments.model, arguments.checkpoint, *given_images, averaged=arguments.ema)
-    if arguments.verb == "serve":
-        from vit_static.inference.server import Limits, serve_model
-
-        limits = Limits(
-            batch_size=arguments.batch_size,
-            max_wait_s=arguments.max_wait_ms / 1e3,
-            max_bytes=round(arguments.max_mb * 1e6),
-            max_pixels=round(arguments.max_megapixels * 1e6),
-            max_waiting=arguments.max_waiting,
-            timeout_s=arguments.timeout_s,
-        )
-        serve_model(arguments.model, arguments.host, arguments.port, limits, arguments.precision)
-    elif arguments.verb == "eval":
-        from vit_static.train.evaluate import evaluate_checkpoint
-
-        judges = {"real": arguments.real, "v2": arguments.imagenet_v2}
-        evaluate_checkpoint(config, arguments.checkpoint, arguments.overrides, averaged=arguments.ema, **judges)
-    elif arguments.verb == "convert":
-        from vit_static.weights.convert import convert_weights
-
-        convert_weights(
-            config,
-            arguments.source,
-            arguments.to,
-            arguments.overrides,
-            to=arguments.format,
-            head=arguments.head,
-            image_size=arguments.image_size and tuple(arguments.image_size),
-            fold_layer_scale=arguments.fold_layer_scale,
-            averaged=arguments.ema,
-        )
-    elif arguments.verb == "plan":
-        from vit_static.plan.planner import Place
-        from vit_static.plan.tables import plan_run
-
-        assert config is not None
-        place = Place(arguments.device, arguments.interconnect, arguments.cards_per_node)
-        plan_run(config, arguments.mesh, arguments.world, place, arguments.rank, arguments.search, arguments.json)
-    elif arguments.verb == "bench":
-        assert config is not None
-        _bench(arguments, config)
-    else:
-        from vit_static.export.exporter import export_checkpoint
-
-        given_weights = config, arguments.checkpoint, arguments.out, arguments.overrides
-        export_checkpoint(*given_weights, averaged=arguments.ema, onnx=arguments.onnx)
-    return EXIT_DONE
+def _add_bench_data(subparsers: Subparsers) -> None:
+    help_text = "DALI's training images against PIL's, and how long training waits for them"
+    bench = _add_verb(subparsers, "data", help_text, verbs.run_bench_data)
+    _add_config(bench, CONFIGS / "bench_s16.yaml")
+    _add_rounds(bench)
+    bench.add_argument(
+        "--device", choices=["cpu", "gpu"], default="cpu", help="gpu: pixels and speed of a GPU against the CPU's"
+    )
+    bench.add_argument(
+        "--scale", action="store_true", help="instead measure the cost of lists of 1.28 and 14.2 million images"
+    )
 
 
-def _bench(arguments: argparse.Namespace, config: Config) -> None:
-    given = arguments.config, arguments.overrides
-    if arguments.bench == "train" and arguments.scaling:
-        from vit_static.bench import scaling
+def _add_bench_infer(subparsers: Subparsers) -> None:
+    help_text = "the exported model against PyTorch and ONNX Runtime"
+    bench = _add_verb(subparsers, "infer", help_text, verbs.run_bench_infer)
+    _add_config(bench, CONFIGS / "bench_s16.yaml")
+    _add_rounds(bench)
+    bench.add_argument(
+        "--checkpoint", type=Path, help="also measure the top-1 of this trained model, on its validation images"
+    )
+    bench.add_argument(
+        "--batch-size", type=_positive_int, action="append", dest="batch_sizes", metavar="N", help="default: 1, 8, 32"
+    )
 
-        scaling.run(*given, arguments.rounds, arguments.seconds)
-    elif arguments.bench == "train" and arguments.device == "gpu":
-        from vit_static.bench import train_gpu
 
-        train_gpu.run(arguments.overrides, arguments.seconds, arguments.json)
-    elif arguments.bench == "train":
-        from vit_static.bench import train
+def _add_bench_profile(subparsers: Subparsers) -> None:
+    help_text = "the time of a training step, by operator"
+    bench = _add_verb(subparsers, "profile", help_text, verbs.run_bench_profile)
+    _add_config(bench, CONFIGS / "bench_s16.yaml")
+    bench.add_argument("--steps", type=_positive_int, default=3, help="number of steps to average over (default: 3)")
+    _add_json(bench)
 
-        train.run(config, arguments.rounds, arguments.seconds, arguments.json)
-    elif arguments.bench == "data" and arguments.scale:
-        from vit_static.bench import data_scale
 
-        data_scale.run(config, arguments.json)
-    elif arguments.bench == "data":
-        from vit_static.bench import data
-
-        data.run(config, *given, arguments.rounds, arguments.seconds, arguments.json)
-    elif arguments.bench == "infer":
-        from vit_static.bench import infer
-
-        sizes = tuple(arguments.batch_sizes or infer.BATCH_SIZES)
-        weights = config, arguments.checkpoint, arguments.overrides
-        infer.run(*weights, sizes, arguments.rounds, arguments.seconds, arguments.json)
-    elif arguments.bench == "profile":
-        from vit_static.bench import profile
-
-        profile.run(config, arguments.steps, arguments.json)
-    else:
-        from vit_static.bench import step
-
-        step.run(config, arguments.seconds, arguments.real_data)
+def _add_bench_step(subparsers: Subparsers) -> None:
+    help_text = "the training step of this mesh alone, as a line of JSON"
+    bench = _add_verb(subparsers, "step", help_text, verbs.run_bench_step)
+    _add_config(bench, CONFIGS / "quickstart.yaml")
+    bench.add_argument("--seconds", type=_positive_float, default=10.0, help="how long to measure (default: 10)")
+    bench.add_argument("--real-data", action="store_true", help="train on images of data.root instead of noise")

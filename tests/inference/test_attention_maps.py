@@ -328,7 +328,7 @@ DRAWN = [f"{name}_{what}.png" for name in ("one", "one_2", "two words") for what
 def test_a_run_and_its_export_give_the_same_pictures(workplace: Path) -> None:
     told = {}
     for way, given in {"run": ["--checkpoint", "output/tiny"], "export": ["--model", "exported"]}.items():
-        done = run_verb(workplace, "attend", *given, *IMAGES, "--out", f"out/{way}")
+        done = run_verb(workplace, "visualize", *given, *IMAGES, "--out", f"out/{way}")
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "1 images" in done.stderr
         lines = done.stdout.splitlines()
         files = ["position_similarity.png", "patch_filters.png", *DRAWN]
@@ -347,9 +347,9 @@ def test_a_run_and_its_export_give_the_same_pictures(workplace: Path) -> None:
 
 
 def test_it_predicts_what_predict_does(workplace: Path) -> None:
-    done = run_verb(workplace, "attend", "--model", "exported", "one.png", "more", "two words.jpeg")
+    done = run_verb(workplace, "visualize", "--model", "exported", "one.png", "more", "two words.jpeg")
     assert done.returncode == 0 and done.stderr == ""
-    assert (workplace / "attend" / "one_rollout.png").is_file()
+    assert (workplace / "visualize" / "one_rollout.png").is_file()
     found = [json.loads(line) for line in done.stdout.splitlines() if line[0] == "{"]
     arguments = ["predict", "--model", "exported", "--top-k", "1", "one.png", "more", "two words.jpeg"]
     predicted = run_verb(workplace, *arguments)
@@ -360,9 +360,8 @@ def test_it_predicts_what_predict_does(workplace: Path) -> None:
 
 
 def test_a_file_of_weights_with_its_config_does_as_well(workplace: Path) -> None:
-    done = run_verb(
-        workplace, "attend", "--checkpoint", "bare/weights.pdparams", "-c", "tiny.yaml", "one.png", "--out", "out/bare"
-    )
+    given = ["--checkpoint", "bare/weights.pdparams", "-c", "tiny.yaml", "--out", "out/bare"]
+    done = run_verb(workplace, "visualize", *given, "one.png")
     assert done.returncode == 0, done.stderr
     assert (workplace / "out/bare/position_similarity.png").is_file()
     assert json.loads(done.stdout.splitlines()[-1])["top"][0]["name"].isdigit()  # no names lie beside the file
@@ -385,12 +384,12 @@ def test_mistakes_say_what_to_do(
 ) -> None:
     monkeypatch.chdir(workplace)
     with pytest.raises(UserError, match=said) as error:
-        given = make_parser().parse_args(["attend", *arguments])
+        given = make_parser().parse_args(["visualize", *arguments])
         visualize(None, given.model, given.checkpoint, given.images, given.out, given.overrides)
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_image_is_a_line_and_nothing_is_drawn(workplace: Path) -> None:
-    done = run_verb(workplace, "attend", "--model", "exported", "missing.png", "--out", "out/none")
+    done = run_verb(workplace, "visualize", "--model", "exported", "missing.png", "--out", "out/none")
     assert done.returncode == 2 and done.stdout == "" and not (workplace / "out/none").exists()
     assert done.stderr == "vit_static: missing.png: no such file or folder\n"

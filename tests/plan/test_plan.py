@@ -275,7 +275,7 @@ def test_the_verb_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--mesh", "tp=2"], ["tp=2", "mp=N"]),
         (["--mesh", "dp=2", "--rank", "2"], ["--rank 2", "0 to 1"]),
         (["--world", "0"], ["--world", "at least 1"]),
-        (["--cards-per-node", "0"], ["--cards-per-node", "at least 1"]),
+        (["--gpus-per-node", "0"], ["--gpus-per-node", "at least 1"]),
         (["--device", "v100-32g"], ["v100-32g", "bfloat16", "amp.dtype=float16"]),
         (["--world", "100000000000"], ["--world", "65536"]),
         (["--json", "."], ["--json .", "folder"]),

@@ -1,5 +1,5 @@
 """What a model looks at: attention over the image, its position embedding and its patch filters, as pictures; and the
-verb `attend`.
+verb `visualize`.
 
 The pictures are those of figures 6 and 7 of the ViT paper (arXiv 2010.11929). The rollout is Abnar and Zuidema's
 (arXiv 2005.00928, section 3).

@@ -1,0 +1,227 @@
+"""Handlers of the command line's verbs.
+
+Each handler takes the parsed arguments and returns the exit code. Handlers load the config first, so that a mistake in
+it is reported at once; then `prepare_process` imports Paddle; only then come the imports of modules that use it.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from vit_static.common.errors import EXIT_DONE, EXIT_STOPPED, UserError
+from vit_static.common.startup import prepare_process
+from vit_static.config.loader import load_config
+from vit_static.config.schema import Config
+
+
+def _load_config(arguments: argparse.Namespace) -> Config:
+    return load_config(arguments.config, arguments.overrides)
+
+
+def _load_optional_config(arguments: argparse.Namespace) -> Config | None:
+    """None without -c: the config then comes with the weights."""
+    return None if arguments.config is None else _load_config(arguments)
+
+
+def refuse_run_sh_verb(arguments: argparse.Namespace) -> int:
+    """Point to run.sh, which runs these verbs itself."""
+    raise UserError(f"{arguments.verb} is a verb of run.sh itself: call ./run.sh {arguments.verb}")
+
+
+def run_training(arguments: argparse.Namespace) -> int:
+    """Train: `pretrain` and `finetune` differ only in their default config."""
+    config = _load_config(arguments)
+    prepare_process(arguments.verbose)
+    from vit_static.train.trainer import train
+
+    return EXIT_DONE if train(config, arguments.resume) else EXIT_STOPPED
+
+
+def run_eval(arguments: argparse.Namespace) -> int:
+    """Evaluate a checkpoint on the validation images."""
+    config = _load_optional_config(arguments)
+    prepare_process(arguments.verbose)
+    from vit_static.train.evaluate import evaluate_checkpoint
+
+    labels = {"real": arguments.real, "v2": arguments.imagenet_v2}
+    evaluate_checkpoint(config, arguments.checkpoint, arguments.overrides, averaged=arguments.ema, **labels)
+    return EXIT_DONE
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """Export a checkpoint for inference."""
+    config = _load_optional_config(arguments)
+    prepare_process(arguments.verbose)
+    from vit_static.export.exporter import export_checkpoint
+
+    export_checkpoint(
+        config,
+        arguments.checkpoint,
+        arguments.out,
+        arguments.overrides,
+        averaged=arguments.ema,
+        onnx=arguments.onnx,
+    )
+    return EXIT_DONE
+
+
+def run_predict(arguments: argparse.Namespace) -> int:
+    """Classify images with an exported model."""
+    prepare_process(arguments.verbose)
+    from vit_static.inference.predict import predict_images
+
+    return predict_images(
+        arguments.model,
+        arguments.images,
+        arguments.top_k,
+        arguments.batch_size,
+        arguments.format,
+        arguments.features,
+        arguments.precision,
+    )
+
+
+def run_serve(arguments: argparse.Namespace) -> int:
+    """Serve an exported model over HTTP until a signal stops it."""
+    prepare_process(arguments.verbose)
+    from vit_static.inference.server import Limits, serve_model
+
+    limits = Limits(
+        batch_size=arguments.batch_size,
+        max_wait_s=arguments.max_wait_ms / 1e3,
+        max_bytes=round(arguments.max_mb * 1e6),
+        max_pixels=round(arguments.max_megapixels * 1e6),
+        max_waiting=arguments.max_waiting,
+        timeout_s=arguments.timeout_s,
+    )
+    serve_model(arguments.model, arguments.host, arguments.port, limits, arguments.precision)
+    return EXIT_DONE
+
+
+def run_visualize(arguments: argparse.Namespace) -> int:
+    """Draw attention maps, position embedding and patch filters."""
+    config = _load_optional_config(arguments)
+    prepare_process(arguments.verbose)
+    from vit_static.inference.attention_maps import visualize
+
+    return visualize(
+        config,
+        arguments.model,
+        arguments.checkpoint,
+        arguments.images,
+        arguments.out,
+        arguments.overrides,
+        averaged=arguments.ema,
+    )
+
+
+def run_report(arguments: argparse.Namespace) -> int:
+    """Write the HTML page of runs. This needs no Paddle."""
+    from vit_static.report.page import write_reports
+
+    write_reports(arguments.runs, arguments.out)
+    return EXIT_DONE
+
+
+def run_convert(arguments: argparse.Namespace) -> int:
+    """Convert weights from one format to another."""
+    config = _load_optional_config(arguments)
+    prepare_process(arguments.verbose)
+    from vit_static.weights.convert import convert_weights
+
+    convert_weights(
+        config,
+        arguments.source,
+        arguments.to,
+        arguments.overrides,
+        to=arguments.format,
+        head=arguments.head,
+        image_size=arguments.image_size and tuple(arguments.image_size),
+        fold_layer_scale=arguments.fold_layer_scale,
+        averaged=arguments.ema,
+    )
+    return EXIT_DONE
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    """Predict the cost of a run on a mesh."""
+    config = _load_config(arguments)
+    prepare_process(arguments.verbose)
+    from vit_static.plan.planner import Place
+    from vit_static.plan.tables import plan_run
+
+    place = Place(arguments.device, arguments.interconnect, arguments.gpus_per_node)
+    plan_run(config, arguments.mesh, arguments.world, place, arguments.rank, arguments.search, arguments.json)
+    return EXIT_DONE
+
+
+def run_bench_train(arguments: argparse.Namespace) -> int:
+    """Measure the training step, or how it scales over processes, or that of PLSC's configs on GPUs."""
+    config = _load_config(arguments)
+    prepare_process(arguments.verbose)
+    from vit_static.bench import scaling, train, train_gpu
+
+    if arguments.scaling:
+        scaling.run(arguments.config, arguments.overrides, arguments.rounds, arguments.seconds)
+    elif arguments.device == "gpu":
+        train_gpu.run(arguments.overrides, arguments.seconds, arguments.json)
+    else:
+        train.run(config, arguments.rounds, arguments.seconds, arguments.json)
+    return EXIT_DONE
+
+
+def run_bench_data(arguments: argparse.Namespace) -> int:
+    """Measure the data pipeline, on the CPU or a GPU, or the cost of long image lists."""
+    config = _load_config(arguments)
+    if arguments.device == "gpu":  # only DALI: this also runs on machines where Paddle's GPU build doesn't
+        from vit_static.bench import data_gpu
+
+        data_gpu.run(config, arguments.seconds, arguments.json)
+        return EXIT_DONE
+    prepare_process(arguments.verbose)
+    from vit_static.bench import data, data_scale
+
+    if arguments.scale:
+        data_scale.run(config, arguments.json)
+    else:
+        given = arguments.config, arguments.overrides
+        data.run(config, *given, arguments.rounds, arguments.seconds, arguments.json)
+    return EXIT_DONE
+
+
+def run_bench_infer(arguments: argparse.Namespace) -> int:
+    """Measure the exported model."""
+    config = _load_config(arguments)
+    prepare_process(arguments.verbose)
+    from vit_static.bench import infer
+
+    infer.run(
+        config,
+        arguments.checkpoint,
+        arguments.overrides,
+        tuple(arguments.batch_sizes or infer.BATCH_SIZES),
+        arguments.rounds,
+        arguments.seconds,
+        arguments.json,
+    )
+    return EXIT_DONE
+
+
+def run_bench_profile(arguments: argparse.Namespace) -> int:
+    """Profile a training step by operator."""
+    config = _load_config(arguments)
+    prepare_process(arguments.verbose)
+    from vit_static.bench import profile
+
+    profile.run(config, arguments.steps, arguments.json)
+    return EXIT_DONE
+
+
+def run_bench_step(arguments: argparse.Namespace) -> int:
+    """Measure the training step of this mesh."""
+    config = _load_config(arguments)
+    prepare_process(arguments.verbose)
+    from vit_static.bench import step
+
+    step.run(config, arguments.seconds, arguments.real_data)
+    return EXIT_DONE
