@@ -171,15 +171,17 @@ def num_names(root: Path) -> int | None:
 def label_problems(root: Path, sets: dict[str, ImageDataset], lists: set[str]) -> list[Problem]:
     """Of lists: labels beyond the classes that the set names, or that the training list has."""
     train = sets["train"]
-    of_train = 1 + int(train.lines.labels.values.max()) if isinstance(train, FileDataset) and "train" in lists else None
+    of_train = (
+        1 + int(train.image_list.labels.values.max()) if isinstance(train, FileDataset) and "train" in lists else None
+    )
     num_classes = num_names(root) or of_train
     found = []
     for split in sorted(lists):
         images = sets[split]
         assert isinstance(images, FileDataset)
         if num_classes is not None:
-            for number in (n for n in range(len(images)) if images.lines.labels.of(n).max() >= num_classes):
-                label = int(images.lines.labels.of(number).max())
+            for number in (n for n in range(len(images)) if images.image_list.labels.of(n).max() >= num_classes):
+                label = int(images.image_list.labels.of(number).max())
                 said = f"label {label} of {num_classes} classes, which begin at 0"
                 found.append(problem(split, images.relative_name(number), "label", said))
     return found
@@ -426,7 +428,7 @@ def write_fixed(folder: Path, root: Path, sets: dict[str, ImageDataset], problem
         num_left_out = 0
         with write_atomically(folder / f"{split}_list.txt") as temporary, temporary.open("wb") as file:
             for number in range(len(images)):
-                labels = images.lines.labels.of(number).tolist()
+                labels = images.image_list.labels.of(number).tolist()
                 if (split, images.relative_name(number)) in bad or min(labels) < 0:
                     num_left_out += 1
                     continue

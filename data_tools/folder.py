@@ -138,7 +138,7 @@ def listed(data: DataConfig, split: str) -> FileDataset:
             warn(f"left out: {len(skipped_batches)} {what}, such as {skipped_batches[0]}")
     images = open_set(data, split, len(folders))
     assert isinstance(images, FileDataset)
-    return FileDataset(images.root, images.lines, [folder.name for folder in folders])
+    return FileDataset(images.root, images.image_list, [folder.name for folder in folders])
 
 
 def read(images: FileDataset, seed: int) -> Iterator[OwnImage]:

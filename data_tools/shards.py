@@ -30,7 +30,7 @@ from data_tools.arguments import ToolParser
 from vit_static.common.io import lock, write_atomically
 from vit_static.config.schema import DataConfig
 from vit_static.data.image_set import FileDataset
-from vit_static.data.open_set import CLASS_NAMES_FILE, num_classes_of, open_set
+from vit_static.data.open_set import CLASS_NAMES_FILE, count_classes, open_set
 from vit_static.data.webdataset import LABEL_EXTENSION, UNFINISHED_FILE
 
 MANIFEST_FILE, CONTENTS_FILE = "shards.json", "contents.txt"
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"shards: no {root / place}, so there will be no validation shards")
             continue
         data = DataConfig(root=str(root), train=arguments.train, val=arguments.val, multi_label=True)
-        images = open_set(data, split, num_classes_of(data, split))
+        images = open_set(data, split, count_classes(data, split))
         if not isinstance(images, FileDataset):
             raise ValueError(f"{root / place}: holds shards already; --{split} takes class folders or a list file")
         pack(images, out / split, arguments.shard_mb, arguments.seed if split == "train" else None)

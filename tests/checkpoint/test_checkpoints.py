@@ -321,7 +321,7 @@ def test_a_mistake_leaves_no_folder(config: Config) -> None:
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, batches: set[int]) -> None:
     """Some batches of the order give an infinite pixel, whichever step gets them."""
-    mixed = Mixup.mixed
+    mixed = Mixup.__call__
     names: dict[int, int] = {}
 
     def poison(self: Mixup, batch: tuple[Any, ...], step: int) -> tuple[Any, Any]:
@@ -332,7 +332,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, batches: set[int]) -> None:
             images[0, 0, 0, 0] = float("inf")
         return images, labels
 
-    monkeypatch.setattr(Mixup, "mixed", poison)
+    monkeypatch.setattr(Mixup, "__call__", poison)
 
 
 def test_a_run_stops_before_unsound_weights_overwrite_anything(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vit_static.config.schema import AugmentConfig
-from vit_static.data.augment import Op, layer_kinds, num_draws, parameters
+from vit_static.data.augment import Op, layer_kinds, num_draws_per_image, op_parameters
 
 NUM_IMAGES = 40_000
 SIZE = (224, 224)
@@ -19,8 +19,8 @@ THREE = AugmentConfig(policy="three_augment")
 
 
 def drawn(config: AugmentConfig, num_images: int = NUM_IMAGES, size: tuple[int, int] = SIZE) -> dict[str, np.ndarray]:
-    draws = np.random.default_rng(0).random((num_images, num_draws(config)))
-    return parameters(draws, config, size)
+    draws = np.random.default_rng(0).random((num_images, num_draws_per_image(config)))
+    return op_parameters(draws, config, size)
 
 
 def moves_of(found: dict[str, np.ndarray], layer: int = 0) -> dict[str, np.ndarray]:
@@ -185,10 +185,10 @@ def test_no_box_is_as_large_as_the_image() -> None:
     "config", [RANDAUGMENT, TIMM, TRIVIAL, THREE, AugmentConfig(color_jitter=0.4, random_erasing_probability=0.5)]
 )
 def test_an_image_gets_the_same_among_any_others(config: AugmentConfig) -> None:
-    draws = np.random.default_rng(0).random((50, num_draws(config)))
-    together = parameters(draws, config, SIZE)
+    draws = np.random.default_rng(0).random((50, num_draws_per_image(config)))
+    together = op_parameters(draws, config, SIZE)
     for number in (0, 17, 49):
-        alone = parameters(draws[number : number + 1], config, SIZE)
+        alone = op_parameters(draws[number : number + 1], config, SIZE)
         assert alone.keys() == together.keys()
         for name, value in alone.items():
             np.testing.assert_array_equal(value[0], together[name][number])
@@ -196,7 +196,7 @@ def test_an_image_gets_the_same_among_any_others(config: AugmentConfig) -> None:
 
 
 def test_nothing_configured_draws_nothing() -> None:
-    assert num_draws(AugmentConfig()) == 0
+    assert num_draws_per_image(AugmentConfig()) == 0
     assert layer_kinds(AugmentConfig()) == []
     for config in (RANDAUGMENT, TRIVIAL, THREE, AugmentConfig(random_erasing_probability=0.1)):
-        assert num_draws(config) % 4 == 0 and num_draws(config) > 0
+        assert num_draws_per_image(config) % 4 == 0 and num_draws_per_image(config) > 0

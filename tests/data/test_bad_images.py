@@ -23,7 +23,7 @@ from PIL import Image
 from data_tools import check
 from vit_static.common.errors import PredictError
 from vit_static.config.schema import AugmentConfig, DataConfig, EvalConfig
-from vit_static.data.dali_pipeline import decoding_pipeline, pixels_pipeline
+from vit_static.data.dali_pipeline import decoding_pipeline, preprocessing_pipeline
 from vit_static.data.image_set import FileDataset, ImageDataset
 from vit_static.data.loader import EvalLoader, TrainLoader, why_undecodable
 from vit_static.data.open_set import open_set
@@ -167,7 +167,7 @@ def test_what_the_check_lets_pass_is_trained_on_and_evaluated(
         number = next(number for number in range(len(everything)) if everything.relative_name(number) == name)
         with trial.of("images: check, training, evaluation", name):
             if place < 2:
-                alone = everything.without([everything.relative_name(n) for n in range(len(images)) if n != number])
+                alone = everything.exclude([everything.relative_name(n) for n in range(len(images)) if n != number])
                 next(iter((train_feed, eval_feed)[place](alone, data)))
             elif (problem := why_undecodable(everything, number)) is not None:
                 raise problem
@@ -205,7 +205,7 @@ def test_the_middle_of_a_slim_image_is_what_is_seen(shape: tuple[int, int]) -> N
     top, left = (height - 24) // 2, (width - 24) // 2
     whole = Image.fromarray(grey).resize((width, height), Image.Resampling.BICUBIC)
     expected = np.asarray(whole.crop((left, top, left + 24, top + 24)), np.float32)
-    run = pixels_pipeline(1, 1, (24, 24), DataConfig(), EvalConfig(crop_pct=1.0)).run
+    run = preprocessing_pipeline(1, 1, (24, 24), DataConfig(), EvalConfig(crop_pct=1.0)).run
     seen = np.asarray(run(pixels=[np.repeat(grey[..., None], 3, axis=2)])[0].as_tensor())[0, 0]
     assert expected.max() - expected.min() > 100
     np.testing.assert_allclose((seen + 1.0) * 127.5, expected, atol=1.0)

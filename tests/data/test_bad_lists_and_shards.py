@@ -50,7 +50,7 @@ def test_lists(trial: Trial, content: bytes, multi_label: bool) -> None:
         images = open_set(data, "train", 3)
         assert len(images) and images.digest()
         for number in range(len(images)):
-            assert images.lines.labels.of(number).max() < 3
+            assert images.image_list.labels.of(number).max() < 3
             try:
                 images.read(number)
             except DataError as error:
@@ -200,4 +200,4 @@ def test_real_labels(trial: Trial, content: bytes) -> None:
     (trial.folder / "real.json").write_bytes(content)
     with trial.of("real.json", "real.json"):
         found = with_real_labels(images, trial.folder / "real.json", 2)
-        assert all(found.lines.labels.of(number).max() < 2 for number in range(len(found)))
+        assert all(found.image_list.labels.of(number).max() < 2 for number in range(len(found)))

@@ -12,7 +12,7 @@ from nvidia.dali import fn, pipeline_def, types
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
 from vit_static.config.schema import AugmentConfig
-from vit_static.data.augment import Op, num_draws, parameters
+from vit_static.data.augment import Op, num_draws_per_image, op_parameters
 from vit_static.data.dali_ops import augmented, erased, noise_plate
 
 HEIGHT, WIDTH = 96, 128
@@ -58,7 +58,7 @@ def done(images: list[Image.Image], config: AugmentConfig, kind: int, factor: fl
     }
     for name, value in {"kind": kind, "factor": factor, **inputs}.items():
         values[name][:, 0] = value
-    needed = parameters(np.zeros((1, num_draws(config))), config, (HEIGHT, WIDTH))
+    needed = op_parameters(np.zeros((1, num_draws_per_image(config))), config, (HEIGHT, WIDTH))
     return run(images, {name: value for name, value in values.items() if name in needed}, config)
 
 
@@ -216,8 +216,8 @@ def test_an_image_is_augmented_alike_among_any_others(name: str) -> None:
     """Permuting a batch permutes what becomes of it, and layers come one after the other."""
     config = POLICIES[name]
     images = [photo(HEIGHT, WIDTH, seed=seed) for seed in range(40)]
-    draws = np.random.default_rng(1).random((40, num_draws(config)))
-    values = parameters(draws, config, (HEIGHT, WIDTH))
+    draws = np.random.default_rng(1).random((40, num_draws_per_image(config)))
+    values = op_parameters(draws, config, (HEIGHT, WIDTH))
     together = run(images, values, config)
     order = np.random.default_rng(2).permutation(40)
     permuted = run([images[n] for n in order], {key: value[order] for key, value in values.items()}, config)

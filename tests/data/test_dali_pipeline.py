@@ -16,11 +16,11 @@ from PIL import Image
 from data_tools.digits import make_digits
 from vit_static.common.errors import DataError
 from vit_static.config.schema import AugmentConfig, DataConfig, EvalConfig
-from vit_static.data.dali_pipeline import eval_pipeline, pixels_pipeline, random_crop, train_pipeline
+from vit_static.data.dali_pipeline import eval_pipeline, preprocessing_pipeline, random_crop, train_pipeline
 from vit_static.data.image_set import ImageDataset
 from vit_static.data.loader import EvalLoader, TrainLoader
 from vit_static.data.open_set import open_set
-from vit_static.data.sampler import NUM_DRAWS, ShuffledSampler
+from vit_static.data.sampler import NUM_CROP_FLIP_DRAWS, ShuffledSampler
 
 # ImageNet's: so that a mix-up of the channels' means and deviations would show
 DATA = DataConfig(num_threads=1, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -60,7 +60,7 @@ def evaluated(paths: Sequence[Path], image_size: tuple[int, int], evaluation: Ev
 def trained(
     paths: Sequence[Path], draws: np.ndarray, image_size: tuple[int, int], augment: AugmentConfig
 ) -> np.ndarray:
-    """The training pipeline's images for the draws [num_images, NUM_DRAWS]."""
+    """The training pipeline's images for the draws [num_images, NUM_CROP_FLIP_DRAWS]."""
     zeros = np.zeros(len(paths), np.int64)
     pipeline = train_pipeline(
         lambda n: (encoded_of(paths), zeros, draws), len(paths), image_size, DATA, augment, device_id=None
@@ -119,7 +119,7 @@ def test_antialiasing_can_be_left_out_and_then_shows(photos: list[Path], antiali
 def test_decoded_images_are_preprocessed_as_files_are(photos: list[Path]) -> None:
     """What `predict` does is what the evaluation does, to the last bit."""
     evaluation = EvalConfig()
-    pipeline = pixels_pipeline(len(photos), 1, (64, 96), DATA, evaluation)
+    pipeline = preprocessing_pipeline(len(photos), 1, (64, 96), DATA, evaluation)
     pixels = [np.asarray(Image.open(path).convert("RGB")) for path in photos]
     (from_pixels,) = pipeline.run(pixels=pixels)
     np.testing.assert_array_equal(from_pixels.as_array(), evaluated(photos, (64, 96), evaluation))
@@ -176,7 +176,7 @@ def test_the_random_crop_is_torchvisions(augment: AugmentConfig) -> None:
     tiny, usual = rng.integers(1, 4, (100, 2)), rng.integers(1, 700, (400 - len(EXTREME_SHAPES), 2))
     sizes = np.concatenate([EXTREME_SHAPES, tiny, usual])
     shapes = np.column_stack([sizes, np.full(500, 3)]).astype(np.int64)
-    draws = rng.random((500, NUM_DRAWS), np.float32)
+    draws = rng.random((500, NUM_CROP_FLIP_DRAWS), np.float32)
     crops = crops_of(shapes, draws, augment)
     assert (crops[:, 2:] >= 1).all()
     assert (crops[:, :2] >= 0).all()
@@ -192,7 +192,7 @@ def test_a_crop_stays_in_the_image_for_draws_at_the_ends() -> None:
     least, most = np.float32(0), np.nextafter(np.float32(1), np.float32(0))
     shapes = np.array([[h, w, 3] for h, w in [*EXTREME_SHAPES, *SIZES]], np.int64)
     for draw in (least, most):
-        crops = crops_of(shapes, np.full((len(shapes), NUM_DRAWS), draw), AugmentConfig())
+        crops = crops_of(shapes, np.full((len(shapes), NUM_CROP_FLIP_DRAWS), draw), AugmentConfig())
         assert (crops[:, :2] >= 0).all() and (crops[:, 2:] >= 1).all()
         assert (crops[:, :2] + crops[:, 2:] <= shapes[:, :2]).all()
 
@@ -201,7 +201,7 @@ def test_a_crop_stays_in_the_image_for_draws_at_the_ends() -> None:
 def test_training_sees_the_pixels_that_pil_gives(photos: list[Path], interpolation: str) -> None:
     """A draw's crop, resized and perhaps flipped, within the evaluation's bound; the cause of the rest is the same."""
     augment = AugmentConfig(interpolation=interpolation)
-    draws = ShuffledSampler(len(photos), seed=4).draws(0, len(photos))
+    draws = ShuffledSampler(len(photos), seed=4).crop_flip_draws(0, len(photos))
     ours = trained(photos, draws, (96, 64), augment)
     num_flipped = 0
     for path, row, image in zip(photos, draws, ours, strict=True):
@@ -216,7 +216,7 @@ def test_training_sees_the_pixels_that_pil_gives(photos: list[Path], interpolati
 
 
 def test_flips_come_never_always_or_as_often_as_asked_for(photos: list[Path]) -> None:
-    draws = ShuffledSampler(len(photos), seed=4).draws(0, len(photos))
+    draws = ShuffledSampler(len(photos), seed=4).crop_flip_draws(0, len(photos))
 
     def images(flip_probability: float) -> np.ndarray:
         return trained(photos, draws, (64, 64), AugmentConfig(flip_probability=flip_probability))

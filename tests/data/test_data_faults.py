@@ -38,7 +38,7 @@ def image_at(config: Config, position: int) -> Path:
     """The training image at a position of the run's order."""
     images = open_set(config.data, "train", config.model.num_classes)
     order = ShuffledSampler(len(images), config.seed, config.augment.repeated_aug)
-    return Path(images.name(int(order.images(position, position + 1)[0])))
+    return Path(images.name(int(order.indices(position, position + 1)[0])))
 
 
 def as_gif(path: Path) -> bytes:

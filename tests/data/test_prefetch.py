@@ -13,7 +13,7 @@ from vit_static.common.errors import DataError
 from vit_static.config.schema import DataConfig
 from vit_static.data.image_set import FileDataset
 from vit_static.data.open_set import open_set
-from vit_static.data.prefetch import Reader
+from vit_static.data.prefetch import Prefetcher
 
 
 @pytest.fixture
@@ -27,11 +27,11 @@ def listed(tmp_path: Path) -> FileDataset:
     return images
 
 
-def reader(images: FileDataset, batch_size: int = 5, **data: float) -> Reader:
+def reader(images: FileDataset, batch_size: int = 5, **data: float) -> Prefetcher:
     def numbers_of(n: int) -> np.ndarray:
         return np.arange(n * batch_size, (n + 1) * batch_size) % len(images)
 
-    return Reader(images, numbers_of, DataConfig(**data))  # type: ignore[arg-type]
+    return Prefetcher(images, numbers_of, DataConfig(**data))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("num_readers", [1, 2, 7])
@@ -74,7 +74,7 @@ class DeadDisk(FileDataset):
 def test_a_read_that_never_ends_is_an_error_with_the_path(listed: FileDataset, tmp_path: Path) -> None:
     (tmp_path / "8.bin").unlink()
     os.mkfifo(tmp_path / "8.bin")
-    files = reader(DeadDisk(listed.root, listed.lines, listed.class_names), read_timeout_s=0.8, num_readers=2)
+    files = reader(DeadDisk(listed.root, listed.image_list, listed.class_names), read_timeout_s=0.8, num_readers=2)
     assert len(files.batch(0).encoded) == 5
     with pytest.raises(DataError) as error:
         files.batch(1)
@@ -93,7 +93,7 @@ class SlowSet(FileDataset):
 
 
 def test_a_slow_disk_is_waited_for_while_it_gives_something(listed: FileDataset) -> None:
-    slow = SlowSet(Path(listed.name(0)).parent, listed.lines, listed.class_names)
+    slow = SlowSet(Path(listed.name(0)).parent, listed.image_list, listed.class_names)
     assert len(reader(slow, read_timeout_s=1.0, num_readers=1).batch(0).encoded) == 5  # 1.5 s in all
     slow.seconds = 2.0
     with pytest.raises(DataError, match="given nothing for 1 s"):

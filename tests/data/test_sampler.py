@@ -13,7 +13,7 @@ from vit_static.config.schema import AugmentConfig, DataConfig
 from vit_static.data.image_set import ImageDataset
 from vit_static.data.loader import TrainLoader
 from vit_static.data.open_set import open_set
-from vit_static.data.sampler import NUM_DRAWS, ShuffledSampler
+from vit_static.data.sampler import NUM_CROP_FLIP_DRAWS, ShuffledSampler
 
 
 def in_chunks(read, stop: int, size: int) -> np.ndarray:
@@ -25,19 +25,19 @@ def in_chunks(read, stop: int, size: int) -> np.ndarray:
 @pytest.mark.parametrize("batch_size", [1, 7, 32, 250])
 def test_every_image_comes_exactly_once_an_epoch(num_images: int, batch_size: int) -> None:
     """With batches that end inside an epoch, that reach over its end, and that are longer than it."""
-    line = in_chunks(ShuffledSampler(num_images, seed=3).images, 4 * num_images, batch_size)
+    line = in_chunks(ShuffledSampler(num_images, seed=3).indices, 4 * num_images, batch_size)
     for epoch in line.reshape(4, num_images):
         np.testing.assert_array_equal(np.sort(epoch), np.arange(num_images))
 
 
 def test_epochs_differ_and_none_is_the_list_itself() -> None:
-    epochs = ShuffledSampler(100, seed=0).images(0, 500).reshape(5, 100)
+    epochs = ShuffledSampler(100, seed=0).indices(0, 500).reshape(5, 100)
     assert len({tuple(epoch) for epoch in [*epochs, np.arange(100)]}) == 6
 
 
 def test_neighbours_in_the_list_are_no_neighbours_in_the_line() -> None:
     """Of 999 pairs in a shuffle, 2 on average are of neighbours."""
-    steps = np.abs(np.diff(ShuffledSampler(1000, seed=0).images(0, 1000)))
+    steps = np.abs(np.diff(ShuffledSampler(1000, seed=0).indices(0, 1000)))
     assert (steps == 1).sum() < 12
     assert 300 < steps.mean() < 367  # 1000 / 3
 
@@ -45,7 +45,7 @@ def test_neighbours_in_the_list_are_no_neighbours_in_the_line() -> None:
 def test_the_seed_makes_the_order_and_the_draws() -> None:
     def line(seed: int) -> tuple[list[int], list[float]]:
         order = ShuffledSampler(100, seed)
-        return order.images(0, 100).tolist(), order.draws(0, 4).ravel().tolist()
+        return order.indices(0, 100).tolist(), order.crop_flip_draws(0, 4).ravel().tolist()
 
     assert line(5) == line(5)
     assert line(5)[0] != line(6)[0]
@@ -56,31 +56,31 @@ def test_the_seed_makes_the_order_and_the_draws() -> None:
 def test_the_line_doesnt_depend_on_how_it_is_asked_for(size: int) -> None:
     whole = ShuffledSampler(13, seed=1)
     chunked = ShuffledSampler(13, seed=1)
-    np.testing.assert_array_equal(in_chunks(chunked.images, 200, size), whole.images(0, 200))
-    np.testing.assert_array_equal(in_chunks(chunked.draws, 200, size), whole.draws(0, 200))
+    np.testing.assert_array_equal(in_chunks(chunked.indices, 200, size), whole.indices(0, 200))
+    np.testing.assert_array_equal(in_chunks(chunked.crop_flip_draws, 200, size), whole.crop_flip_draws(0, 200))
 
 
 def test_the_line_can_be_entered_anywhere_and_in_any_order() -> None:
     order = ShuffledSampler(13, seed=1)
-    line, draws = order.images(0, 200), order.draws(0, 200)
+    line, draws = order.indices(0, 200), order.crop_flip_draws(0, 200)
     for start in (150, 0, 37, 12, 13, 150):
-        np.testing.assert_array_equal(order.images(start, start + 30), line[start : start + 30])
-        np.testing.assert_array_equal(order.draws(start, start + 30), draws[start : start + 30])
+        np.testing.assert_array_equal(order.indices(start, start + 30), line[start : start + 30])
+        np.testing.assert_array_equal(order.crop_flip_draws(start, start + 30), draws[start : start + 30])
 
 
 def test_positions_of_a_trillion_are_quick() -> None:
     started = time.perf_counter()
     order = ShuffledSampler(1000, seed=1)
-    first, draws = order.images(10**12, 10**12 + 2000), order.draws(10**12, 10**12 + 64)
+    first, draws = order.indices(10**12, 10**12 + 2000), order.crop_flip_draws(10**12, 10**12 + 64)
     assert time.perf_counter() - started < 1
     np.testing.assert_array_equal(np.sort(first.reshape(2, 1000)), [np.arange(1000)] * 2)
-    np.testing.assert_array_equal(draws[10:20], order.draws(10**12 + 10, 10**12 + 20))
-    assert not np.array_equal(draws, order.draws(0, 64))
+    np.testing.assert_array_equal(draws[10:20], order.crop_flip_draws(10**12 + 10, 10**12 + 20))
+    assert not np.array_equal(draws, order.crop_flip_draws(0, 64))
 
 
 def test_draws_are_uniform_and_differ_by_position_and_by_column() -> None:
-    draws = ShuffledSampler(7, seed=2).draws(0, 10_000)
-    assert draws.shape == (10_000, NUM_DRAWS)
+    draws = ShuffledSampler(7, seed=2).crop_flip_draws(0, 10_000)
+    assert draws.shape == (10_000, NUM_CROP_FLIP_DRAWS)
     assert draws.dtype == np.float32
     assert draws.min() >= 0 and draws.max() < 1
     assert len(np.unique(draws, axis=0)) == 10_000  # the 7 images' draws are other ones every epoch
@@ -89,7 +89,7 @@ def test_draws_are_uniform_and_differ_by_position_and_by_column() -> None:
         counts = np.histogram(column, bins=10, range=(0, 1))[0]
         assert np.abs(counts - 1000).max() < 5 * np.sqrt(900)
         assert abs(column.mean() - 0.5) < 5 * np.sqrt(1 / 12 / 10_000)
-    between_columns = np.corrcoef(draws.T) - np.eye(NUM_DRAWS)
+    between_columns = np.corrcoef(draws.T) - np.eye(NUM_CROP_FLIP_DRAWS)
     assert np.abs(between_columns).max() < 0.05
     between_neighbours = np.corrcoef(draws[:-1].ravel(), draws[1:].ravel())[0, 1]
     assert abs(between_neighbours) < 0.01
@@ -97,14 +97,14 @@ def test_draws_are_uniform_and_differ_by_position_and_by_column() -> None:
 
 def test_no_draw_is_rounded_up_to_1() -> None:
     """In float64 this one is above 1 - 2**-25, which float32 rounds to 1: one draw of 30 million, 275 in a run."""
-    assert ShuffledSampler(1, seed=2).draws(1_416_165, 1_416_166).max() < 1
+    assert ShuffledSampler(1, seed=2).crop_flip_draws(1_416_165, 1_416_166).max() < 1
 
 
 @pytest.mark.parametrize("num_images", [6, 13, 100])
 @pytest.mark.parametrize("repeats", [2, 3])
 def test_repeated_images_come_together_and_an_epoch_has_fewer(num_images: int, repeats: int) -> None:
-    line = ShuffledSampler(num_images, seed=3, repeated_aug=repeats).images(0, 4 * num_images).reshape(4, num_images)
-    once = ShuffledSampler(num_images, seed=3).images(0, 4 * num_images).reshape(4, num_images)
+    line = ShuffledSampler(num_images, seed=3, repeated_aug=repeats).indices(0, 4 * num_images).reshape(4, num_images)
+    once = ShuffledSampler(num_images, seed=3).indices(0, 4 * num_images).reshape(4, num_images)
     for epoch, shuffle in zip(line, once, strict=True):
         images, counts = np.unique(epoch, return_counts=True)
         assert counts.max() == repeats
@@ -118,14 +118,14 @@ def test_repeated_images_come_together_and_an_epoch_has_fewer(num_images: int, r
 
 def test_repeats_of_1_are_the_usual_order() -> None:
     np.testing.assert_array_equal(
-        ShuffledSampler(13, seed=3, repeated_aug=1).images(0, 50), ShuffledSampler(13, seed=3).images(0, 50)
+        ShuffledSampler(13, seed=3, repeated_aug=1).indices(0, 50), ShuffledSampler(13, seed=3).indices(0, 50)
     )
 
 
 def test_augmentations_have_draws_of_their_own() -> None:
     order = ShuffledSampler(7, seed=2)
     draws = order.augmentation_draws(0, 50, 24)
-    assert not np.isin(draws, order.draws(0, 50)).any()
+    assert not np.isin(draws, order.crop_flip_draws(0, 50)).any()
     np.testing.assert_array_equal(order.augmentation_draws(20, 30, 24), draws[20:30])
     assert len(np.unique(order.augmentation_draws(0, 1000, 12), axis=0)) == 1000
 
@@ -157,7 +157,7 @@ def test_the_ranks_batches_together_are_the_global_batch(numbered_images: ImageD
         )
         for rank in range(dp_size)
     ]
-    line = ShuffledSampler(10, seed=9).images(0, 8 * 7)
+    line = ShuffledSampler(10, seed=9).indices(0, 8 * 7)
     for step in range(3, 7):
         labels = np.concatenate([next(feed)[1].numpy() for feed in feeds])
         np.testing.assert_array_equal(labels, line[8 * step : 8 * (step + 1)])

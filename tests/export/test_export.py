@@ -176,7 +176,7 @@ class Wrong(ImageDataset):
     def digest(self) -> str:
         raise NotImplementedError
 
-    def without(self, names: Any) -> ImageDataset:
+    def exclude(self, names: Any) -> ImageDataset:
         raise NotImplementedError
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vit_static.common.errors import UserError
-from vit_static.data.list_file import Labels, Lines
+from vit_static.data.list_file import ImageList, Labels
 
 pytestmark = [
     pytest.mark.reliability,
@@ -184,8 +184,8 @@ def picture(mode: str, file_format: str, size: tuple[int, int]) -> bytes:
     return file.getvalue()
 
 
-def one_line(path: bytes) -> Lines:
-    return Lines(np.frombuffer(path, np.uint8), np.array([0]), np.array([len(path)]), Labels(np.zeros(1, np.int32)))
+def one_line(path: bytes) -> ImageList:
+    return ImageList(np.frombuffer(path, np.uint8), np.array([0]), np.array([len(path)]), Labels(np.zeros(1, np.int32)))
 
 
 card_values = st.sampled_from(

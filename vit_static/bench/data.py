@@ -38,11 +38,11 @@ from vit_static.bench.step import MeasuredStep, feed_of
 from vit_static.common.errors import ConfigError
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
-from vit_static.data import augment as augment_module
+from vit_static.data.augment import num_draws_per_image, op_parameters
 from vit_static.data.dali_pipeline import train_pipeline
 from vit_static.data.image_set import IMAGE_SUFFIXES, ImageDataset
 from vit_static.data.open_set import open_set
-from vit_static.data.prefetch import Reader
+from vit_static.data.prefetch import Prefetcher
 from vit_static.data.sampler import ShuffledSampler
 from vit_static.parallel.mesh import MeshShape, choose_device, start_mesh
 
@@ -173,8 +173,8 @@ def stage_work(config: Config, images: ImageDataset, last_stage: Stage) -> Work:
     """A pipeline that ends with a stage, on the CPU."""
     augment, batch_size, image_size = config.augment, config.data.global_batch_size, config.model.image_size
     order = ShuffledSampler(len(images), config.seed, augment.repeated_aug)
-    reader = Reader(images, lambda n: order.images(n * batch_size, (n + 1) * batch_size), config.data)
-    num_draws = augment_module.num_draws(augment)
+    reader = Prefetcher(images, lambda n: order.indices(n * batch_size, (n + 1) * batch_size), config.data)
+    num_draws = num_draws_per_image(augment)
     if last_stage == "read":
         numbers = iter(range(1 << 62))
         return lambda: len(reader.batch(next(numbers)).encoded)
@@ -182,8 +182,8 @@ def stage_work(config: Config, images: ImageDataset, last_stage: Stage) -> Work:
     def source(n: int) -> tuple[Any, ...]:
         positions = n * batch_size, (n + 1) * batch_size
         draws = order.augmentation_draws(*positions, num_draws) if num_draws else None
-        values = () if draws is None else augment_module.parameters(draws, augment, image_size).values()
-        return reader.batch(n).encoded, np.zeros(batch_size, np.int64), order.draws(*positions), *values
+        values = () if draws is None else op_parameters(draws, augment, image_size).values()
+        return reader.batch(n).encoded, np.zeros(batch_size, np.int64), order.crop_flip_draws(*positions), *values
 
     data = config.data.model_copy(update={"multi_label": False})  # labels don't matter here
     pipeline = train_pipeline(source, batch_size, image_size, data, augment, None, last_stage)

@@ -18,7 +18,7 @@ from vit_static.bench.harness import check_writable, write_json
 from vit_static.bench.photos import NUM_PHOTO_CLASSES, write_photos
 from vit_static.common.errors import UserError
 from vit_static.config.schema import AugmentConfig, Config, DataConfig
-from vit_static.data import augment as augment_module
+from vit_static.data.augment import num_draws_per_image, op_parameters
 from vit_static.data.dali_pipeline import eval_pipeline, train_pipeline
 from vit_static.data.image_set import ImageDataset
 from vit_static.data.open_set import open_set
@@ -97,11 +97,11 @@ def _pipeline(
     if augment is None:
         rows: Sequence[np.ndarray] = [np.ones(batch_size, np.float32)]
         return eval_pipeline(lambda n: (encoded, labels, *rows), batch_size, image_size, data, config.eval, device_id)
-    order, num_draws = ShuffledSampler(len(images), config.seed), augment_module.num_draws(augment)
-    rows = [order.draws(0, batch_size)]
+    order, num_draws = ShuffledSampler(len(images), config.seed), num_draws_per_image(augment)
+    rows = [order.crop_flip_draws(0, batch_size)]
     if num_draws:
         draws = order.augmentation_draws(0, batch_size, num_draws)
-        rows += augment_module.parameters(draws, augment, image_size).values()
+        rows += op_parameters(draws, augment, image_size).values()
     return train_pipeline(lambda n: (encoded, labels, *rows), batch_size, image_size, data, augment, device_id)
 
 

@@ -100,7 +100,7 @@ def measure(folder: Path, num_images: int, config: Config, started_at: float) ->
     from_start_s = time.time() - started_at
     anonymous_bytes = _anonymous_bytes()
     started = time.perf_counter()
-    ShuffledSampler(len(images), config.seed).images(0, batch_size)
+    ShuffledSampler(len(images), config.seed).indices(0, batch_size)
     shuffle_s = time.perf_counter() - started
     started = time.perf_counter()
     digest = images.digest()

@@ -126,7 +126,7 @@ def layer_kinds(config: AugmentConfig) -> list[set[int]]:
     return of_policy + ([set(_JITTERED)] * 3 if config.color_jitter > 0.0 else [])
 
 
-def num_draws(config: AugmentConfig) -> int:
+def num_draws_per_image(config: AugmentConfig) -> int:
     """How many uniform numbers an image takes, a multiple of 4; 0 where nothing is done."""
     return (
         _DRAWS_A_LAYER * _num_policy_layers(config)
@@ -135,7 +135,7 @@ def num_draws(config: AugmentConfig) -> int:
     )
 
 
-def parameters(draws: np.ndarray, config: AugmentConfig, image_size: tuple[int, int]) -> dict[str, np.ndarray]:
+def op_parameters(draws: np.ndarray, config: AugmentConfig, image_size: tuple[int, int]) -> dict[str, np.ndarray]:
     """Of draws [B, num_draws] in [0, 1), what operations.py takes, float32 or int32, as far as the config needs it:
 
     `kind` [B, layers]; `factor` [B, layers]; `matrix` [B, layers, 2, 3], from a place in the result (x, y, 1) to one in

@@ -17,12 +17,12 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
 from vit_static.config.schema import AugmentConfig, DataConfig, EvalConfig
-from vit_static.data import augment as augment_module
+from vit_static.data.augment import num_draws_per_image, op_parameters
 from vit_static.data.dali_ops import augmented, erased
-from vit_static.data.sampler import NUM_DRAWS
+from vit_static.data.sampler import NUM_CROP_FLIP_DRAWS
 
 NUM_CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop
-MAX_TIMES_THE_CROP = 16  # what an image is resized to, along its longer side
+MAX_RESIZE_TO_CROP_RATIO = 16  # what an image is resized to, along its longer side
 _INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 # For the n-th batch: a list of the encoded images, [num_bytes] uint8 each; labels [B] int64 or [B, num_classes] uint8;
@@ -41,15 +41,15 @@ def train_pipeline(
 ) -> Pipeline:
     """Images [B, 3, height, width] float32 and their labels; of an earlier `last_stage`, images as it leaves them.
 
-    `source` gives with the images and labels uniform draws [B, NUM_DRAWS], and then augment.parameters's arrays.
+    `source` gives with the images and labels uniform draws [B, NUM_CROP_FLIP_DRAWS], and then augment.parameters's arrays.
     `device_id` None is a pipeline on the CPU; a number decodes and transforms on that card.
     """
-    num_draws = augment_module.num_draws(augment)
-    examples = augment_module.parameters(np.zeros((1, num_draws), np.float32), augment, image_size) if num_draws else {}
+    num_draws = num_draws_per_image(augment)
+    examples = op_parameters(np.zeros((1, num_draws), np.float32), augment, image_size) if num_draws else {}
 
     @pipeline_def(enable_conditionals=num_draws > 0)
     def pipeline() -> tuple[Any, Any]:
-        crop_draws = np.zeros((1, NUM_DRAWS), np.float32)
+        crop_draws = np.zeros((1, NUM_CROP_FLIP_DRAWS), np.float32)
         encoded, labels, draws, *values = _inputs(source, data, crop_draws, *examples.values())
         parameters = dict(zip(examples, values))  # noqa: B905 - DALI puts its own zip in place, without `strict`
         start, shape = random_crop(fn.peek_image_shape(encoded, adjust_orientation=False), draws, augment)
@@ -131,7 +131,7 @@ def eval_pipeline(
     return _build(pipeline, batch_size, data.num_threads, data.prefetch_batches, device_id)
 
 
-def pixels_pipeline(
+def preprocessing_pipeline(
     batch_size: int, num_threads: int, image_size: tuple[int, int], data: DataConfig, evaluation: EvalConfig
 ) -> Pipeline:
     """The evaluation's preprocessing of images that are decoded already, on the CPU: ``run(pixels=[...])``.
@@ -177,11 +177,11 @@ def preprocessed(images: Any, image_size: tuple[int, int], data: DataConfig, eva
         return _normalised(fn.resize(images, size=list(image_size), **resize), data)
     # Not DALI's mode="not_smaller": the seed rounds the long side, and the centre's corner down.
     shape = images.shape(dtype=types.FLOAT)
-    least_height, least_width = resized_before_crop(image_size, evaluation)
+    least_height, least_width = size_before_crop(image_size, evaluation)
     scale = dali_math.max(least_height / shape[0], least_width / shape[1])
     # Of an image of 20,000 pixels by 1 only the middle, which is all that is cut out: else it would be resized to
     # millions by 256.
-    most = types.Constant([MAX_TIMES_THE_CROP * float(side) for side in (least_height, least_width)])
+    most = types.Constant([MAX_RESIZE_TO_CROP_RATIO * float(side) for side in (least_height, least_width)])
     kept = dali_math.min(shape[0:2], dali_math.ceil(most / scale))
     images = fn.slice(
         images,
@@ -195,7 +195,7 @@ def preprocessed(images: Any, image_size: tuple[int, int], data: DataConfig, eva
     return _normalised(images, data, crop=list(image_size), rounding="truncate")
 
 
-def resized_before_crop(image_size: tuple[int, int], evaluation: EvalConfig) -> tuple[int, int]:
+def size_before_crop(image_size: tuple[int, int], evaluation: EvalConfig) -> tuple[int, int]:
     """The least size, height and width, to which an image is resized before its centre is cut out."""
     return (round(image_size[0] / evaluation.crop_pct), round(image_size[1] / evaluation.crop_pct))
 

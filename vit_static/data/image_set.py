@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from vit_static.common.errors import DataError, truncate
-from vit_static.data.list_file import Lines
+from vit_static.data.list_file import ImageList
 
 # What DALI's and Pillow's decoders both read. Other files in a class folder (.DS_Store, notes) are no images.
 IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
@@ -72,39 +72,39 @@ class ImageDataset(ABC):
         """In hexadecimal: the same for the same names and labels in the same order, wherever their root is."""
 
     @abstractmethod
-    def without(self, names: Collection[str]) -> ImageDataset:
+    def exclude(self, names: Collection[str]) -> ImageDataset:
         """The set without the images that have these names, relative to data.root."""
 
 
 class FileDataset(ImageDataset):
     """Images that are files below a root: those of class folders or of a list."""
 
-    def __init__(self, root: Path, lines: Lines, class_names: list[str]) -> None:
+    def __init__(self, root: Path, image_list: ImageList, class_names: list[str]) -> None:
         super().__init__(root, class_names)
-        self._folder, self.lines = os.fsencode(root), lines
+        self._folder, self.image_list = os.fsencode(root), image_list
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self.image_list)
 
     def relative_name(self, number: int) -> str:
-        return os.fsdecode(self.lines.path(number))
+        return os.fsdecode(self.image_list.path(number))
 
     def _read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        path = os.path.join(self._folder, self.lines.path(number))  # noqa: PTH118 - a Path for each image is slow
-        return read_whole(path), self.lines.labels.of(number)
+        path = os.path.join(self._folder, self.image_list.path(number))  # noqa: PTH118 - a Path for each image is slow
+        return read_whole(path), self.image_list.labels.of(number)
 
     def digest(self) -> str:
-        lines = self.lines
+        lines = self.image_list
         found = hashlib.blake2b(digest_size=16)
         for array in (lines.text, lines.starts, lines.stops, lines.labels.values, lines.labels.offsets):
             if array is not None:
                 found.update(array.data)
         return found.hexdigest()
 
-    def without(self, names: Collection[str]) -> FileDataset:
+    def exclude(self, names: Collection[str]) -> FileDataset:
         excluded = {os.fsencode(name) for name in names}
-        kept = np.fromiter((self.lines.path(n) not in excluded for n in range(len(self))), bool, len(self))
-        return FileDataset(self.root, self.lines.where(kept), self.class_names)
+        kept = np.fromiter((self.image_list.path(n) not in excluded for n in range(len(self))), bool, len(self))
+        return FileDataset(self.root, self.image_list.where(kept), self.class_names)
 
 
 def read_whole(path: bytes) -> np.ndarray:

@@ -40,7 +40,7 @@ def with_real_labels(images: ImageDataset, path: Path, num_classes: int) -> File
         raise DataError(f"{path}: has labels beyond the model's {num_classes} classes; ReaL's are of ImageNet-1k")
     of_each = np.zeros(len(images), np.int64)
     for number in range(len(images)):
-        found = _VALIDATION_IMAGE.fullmatch(os.path.basename(images.lines.path(number)))  # noqa: PTH119 - bytes
+        found = _VALIDATION_IMAGE.fullmatch(os.path.basename(images.image_list.path(number)))  # noqa: PTH119 - bytes
         if found is None or not 1 <= int(found[1]) <= len(counts):
             raise DataError(
                 f"{images.name(number)}: isn't ILSVRC2012_val_N.JPEG with N from 1 to {len(counts)}, by which {path} "
@@ -51,7 +51,7 @@ def with_real_labels(images: ImageDataset, path: Path, num_classes: int) -> File
     chosen = [values[starts[place] : starts[place + 1]] for place in of_each]
     offsets = np.concatenate([[0], np.cumsum(counts[of_each])])
     relabelled = Labels(np.concatenate(chosen), offsets)
-    lines = images.lines
+    lines = images.image_list
     lines = type(lines)(lines.text, lines.starts, lines.stops, relabelled)
     return FileDataset(images.root, lines.where(counts[of_each] > 0), images.class_names)
 

@@ -43,7 +43,7 @@ class Labels:
 
 
 @dataclass(frozen=True)
-class Lines:
+class ImageList:
     """The lines of a list: path n is `text[starts[n]:stops[n]]`."""
 
     text: np.ndarray  # uint8
@@ -57,12 +57,12 @@ class Lines:
     def path(self, number: int) -> bytes:
         return self.text[self.starts[number] : self.stops[number]].tobytes()
 
-    def where(self, kept: np.ndarray) -> Lines:
+    def where(self, kept: np.ndarray) -> ImageList:
         """Those for which `kept` [num_images] is True."""
-        return Lines(self.text, self.starts[kept], self.stops[kept], self.labels.where(kept))
+        return ImageList(self.text, self.starts[kept], self.stops[kept], self.labels.where(kept))
 
 
-def read_list(path: Path) -> Lines:
+def read_list(path: Path) -> ImageList:
     """A list file. The last blank or tab of a line stands before its label, so that paths may hold blanks.
 
     Raises DataError, with the number of the line, where a line isn't a path and a label or labels.
@@ -88,7 +88,7 @@ def read_list(path: Path) -> Lines:
         raise DataError(f"{path}: is an empty list; it must hold a line an image, its path and its label")
     counts = counts[:num_lines]
     labels = Labels(np.concatenate(values), None if (counts == 1).all() else _offsets(counts))
-    return Lines(text, starts[:num_lines], stops[:num_lines], labels)
+    return ImageList(text, starts[:num_lines], stops[:num_lines], labels)
 
 
 def _pieces(content: mmap.mmap | bytes) -> Iterator[tuple[int, int]]:

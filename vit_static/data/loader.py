@@ -14,10 +14,10 @@ from paddle.utils.dlpack import from_dlpack
 
 from vit_static.common.errors import DataError
 from vit_static.config.schema import AugmentConfig, DataConfig, EvalConfig
-from vit_static.data import augment as augment_module
+from vit_static.data.augment import num_draws_per_image, op_parameters
 from vit_static.data.dali_pipeline import decoders_words, decoding_pipeline, eval_pipeline, train_pipeline
 from vit_static.data.image_set import ImageDataset
-from vit_static.data.prefetch import ReadBatch, Reader
+from vit_static.data.prefetch import EncodedBatch, Prefetcher
 from vit_static.data.sampler import ShuffledSampler, nth_batch
 
 Batch = tuple[paddle.Tensor, ...]
@@ -50,11 +50,11 @@ class TrainLoader:
         self._images, self._image_size, self._augment = images, image_size, augment
         self._multi_hot = len(images.class_names) if data.multi_label else None
         self._order = ShuffledSampler(len(images), seed, augment.repeated_aug)
-        self._num_draws = augment_module.num_draws(augment)
+        self._num_draws = num_draws_per_image(augment)
         self._global_batch_size = data.global_batch_size
         self._batch_size = data.global_batch_size // dp_size
         self._first_place = dp_rank * self._batch_size  # in a global batch
-        self._reader = Reader(images, lambda n: self._order.images(*self._positions(n)), data)
+        self._reader = Prefetcher(images, lambda n: self._order.indices(*self._positions(n)), data)
         pipeline = train_pipeline(self._source, self._batch_size, image_size, data, augment, device_id)
         self._outputs = _Outputs(pipeline, images, self._reader, data.prefetch_batches, device_id)
 
@@ -77,8 +77,8 @@ class TrainLoader:
         values: tuple[np.ndarray, ...] = ()
         if self._num_draws:
             draws = self._order.augmentation_draws(*positions, self._num_draws)
-            values = tuple(augment_module.parameters(draws, self._augment, self._image_size).values())
-        return batch.encoded, _labels(batch, self._multi_hot), self._order.draws(*positions), *values
+            values = tuple(op_parameters(draws, self._augment, self._image_size).values())
+        return batch.encoded, _labels(batch, self._multi_hot), self._order.crop_flip_draws(*positions), *values
 
 
 class EvalLoader:
@@ -114,9 +114,9 @@ class EvalLoader:
         def source(n: int) -> tuple[Any, ...]:
             n = min(n, len(self) - 1)  # DALI asks for batches beyond the last
             batch = outputs.read(n)
-            return batch.encoded, _labels(batch, self._multi_hot), self.numbers(n)[1].astype(np.float32)
+            return batch.encoded, _labels(batch, self._multi_hot), self.indices(n)[1].astype(np.float32)
 
-        reader = Reader(self.images, lambda n: self.numbers(n)[0], self._data)
+        reader = Prefetcher(self.images, lambda n: self.indices(n)[0], self._data)
         pipeline = eval_pipeline(
             source, self._batch_size, self._image_size, self._data, self._evaluation, self._device_id
         )
@@ -128,15 +128,15 @@ class EvalLoader:
             reader.close()
             outputs.close()
 
-    def read(self, numbers: np.ndarray) -> ReadBatch:
+    def read(self, numbers: np.ndarray) -> EncodedBatch:
         """Some images of the set, at least one, as they are stored. Raises DataError as a pass does."""
-        reader = Reader(self.images, lambda n: numbers[:0] if n else numbers, self._data)
+        reader = Prefetcher(self.images, lambda n: numbers[:0] if n else numbers, self._data)
         try:
             return reader.batch(0)
         finally:
             reader.close()
 
-    def numbers(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+    def indices(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """This rank's images of the n-th batch, by number, and which of them are there for the first time."""
         start = (n * self._dp_size + self._dp_rank) * self._batch_size
         numbers = np.arange(start, start + self._batch_size)
@@ -148,7 +148,7 @@ class _Outputs:
     """A pipeline's outputs as Paddle tensors that share DALI's memory, which is held as long as it can be read."""
 
     def __init__(
-        self, pipeline: Any, images: ImageDataset, reader: Reader, num_ahead: int, device_id: int | None
+        self, pipeline: Any, images: ImageDataset, reader: Prefetcher, num_ahead: int, device_id: int | None
     ) -> None:
         self.seconds_waited = 0.0  # for the pipeline alone, not for the card
         self._pipeline = pipeline
@@ -165,7 +165,7 @@ class _Outputs:
         self._pipeline = self._last = None
         self._in_use.clear()
 
-    def read(self, n: int) -> ReadBatch:
+    def read(self, n: int) -> EncodedBatch:
         """What the pipeline's source gets its images from."""
         try:
             batch = self._reader.batch(n)
@@ -218,7 +218,7 @@ def why_undecodable(images: ImageDataset, number: int, device_id: int | None = N
     return None
 
 
-def _labels(batch: ReadBatch, multi_hot: int | None) -> np.ndarray:
+def _labels(batch: EncodedBatch, multi_hot: int | None) -> np.ndarray:
     """[B] int64, or [B, multi_hot] uint8 of zeros and, for the labels that an image has, ones."""
     if multi_hot is None:
         return np.concatenate(batch.labels).astype(np.int64)

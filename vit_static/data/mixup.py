@@ -13,7 +13,7 @@ import paddle
 import paddle.nn.functional as F
 
 from vit_static.config.schema import AugmentConfig
-from vit_static.data.sampler import mix_generator
+from vit_static.data.sampler import mixup_generator
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def draw_mix(augment: AugmentConfig, image_size: tuple[int, int], seed: int, ste
     mixup: arXiv 1710.09412. CutMix: arXiv 1905.04899, with the share that the box, cut off at the image's borders,
     really leaves. Where both are on, one is chosen a batch, and one share is drawn a batch, as in DeiT's recipe.
     """
-    generator = mix_generator(seed, step)
+    generator = mixup_generator(seed, step)
     is_mixed, is_cutmix = generator.random(2) < (augment.mix_probability, augment.mixup_switch_prob)
     if not is_mixed:
         return Mix(1.0)

@@ -12,7 +12,7 @@ import numpy as np
 from vit_static.common.errors import DataError
 from vit_static.config.schema import DataConfig
 from vit_static.data.image_set import IMAGE_SUFFIXES, FileDataset, ImageDataset
-from vit_static.data.list_file import Labels, Lines, read_list
+from vit_static.data.list_file import ImageList, Labels, read_list
 from vit_static.data.webdataset import UNFINISHED_FILE, open_shards
 
 CLASS_NAMES_FILE = "class_names.txt"
@@ -30,7 +30,7 @@ def open_set(data: DataConfig, split: str, num_classes: int) -> ImageDataset:
     place = root / {"train": data.train, "val": data.val}[split]
     images = _open(place, root, data, split, num_classes)
     if data.on_bad_image == "skip":
-        images = images.without(_bad_images(data))
+        images = images.exclude(_bad_images(data))
         if not len(images):
             raise DataError(f"{place}: all of its images are bad ones by {root / CHECK_FILE}")
     return images
@@ -71,7 +71,7 @@ def _open_folders(place: Path, root: Path, data: DataConfig, split: str, num_cla
     return FileDataset(root, lines, [names.get(folder.name, folder.name) for folder in folders])
 
 
-def list_folders(folders: list[Path], root: Path) -> tuple[Lines, np.ndarray]:
+def list_folders(folders: list[Path], root: Path) -> tuple[ImageList, np.ndarray]:
     """The images of class folders by folder and name, the folders' numbers as labels; how many are in each folder."""
     paths: list[bytes] = []
     counts = np.zeros(len(folders), np.int64)
@@ -83,7 +83,7 @@ def list_folders(folders: list[Path], root: Path) -> tuple[Lines, np.ndarray]:
     lengths = np.fromiter(map(len, paths), np.int64, len(paths))
     stops = np.cumsum(lengths)
     labels = np.repeat(np.arange(len(folders), dtype=np.int32), counts)
-    return Lines(np.frombuffer(b"".join(paths), np.uint8), stops - lengths, stops, Labels(labels)), counts
+    return ImageList(np.frombuffer(b"".join(paths), np.uint8), stops - lengths, stops, Labels(labels)), counts
 
 
 def _images_in(folder: Path) -> Iterator[bytes]:
@@ -115,7 +115,7 @@ def class_folders(folder: Path) -> list[Path]:
     return folders
 
 
-def num_classes_of(data: DataConfig, split: str) -> int:
+def count_classes(data: DataConfig, split: str) -> int:
     """How many classes a set of class folders has, or a list by its highest label."""
     place = Path(data.root) / {"train": data.train, "val": data.val}[split]
     return 1 + int(read_list(place).labels.values.max()) if place.is_file() else len(class_folders(place))

@@ -25,7 +25,7 @@ _LOOK_EVERY_S = 0.5
 
 
 @dataclass
-class ReadBatch:
+class EncodedBatch:
     """A batch's encoded images [num_bytes] uint8 and their labels [num_labels], when `done` is set; or what failed."""
 
     numbers: np.ndarray
@@ -57,7 +57,7 @@ class ReadBatch:
         return self._num_left
 
 
-class Reader:
+class Prefetcher:
     """Batch n is read by the time that `batch(n)` is asked for, if the disk keeps up; n must not go down.
 
     `numbers_of` gives a batch's images. Threads end with the process, or once the reader is gone.
@@ -67,8 +67,8 @@ class Reader:
         self._images, self._numbers_of = images, numbers_of
         self._num_ahead = data.prefetch_batches
         self._timeout_s = data.read_timeout_s
-        self._asked: dict[int, ReadBatch] = {}
-        self._tasks: SimpleQueue[tuple[ReadBatch, int] | None] = SimpleQueue()
+        self._asked: dict[int, EncodedBatch] = {}
+        self._tasks: SimpleQueue[tuple[EncodedBatch, int] | None] = SimpleQueue()
         self._now_reading: dict[int, tuple[int, float]] = {}  # by thread: the image, and since when
         self._num_threads = data.num_readers
         for number in range(data.num_readers):
@@ -84,7 +84,7 @@ class Reader:
 
     __del__ = close
 
-    def batch(self, n: int) -> ReadBatch:
+    def batch(self, n: int) -> EncodedBatch:
         """Waits for a batch. Raises DataError, with the path, where a file can't be read or gives nothing in time."""
         for wanted in range(n, n + 1 + self._num_ahead):
             if wanted not in self._asked:
@@ -97,11 +97,11 @@ class Reader:
         return batch
 
     def _ask(self, n: int) -> None:
-        batch = self._asked[n] = ReadBatch(self._numbers_of(n))
+        batch = self._asked[n] = EncodedBatch(self._numbers_of(n))
         for place in range(len(batch.numbers)):
             self._tasks.put((batch, place))
 
-    def _wait_for(self, batch: ReadBatch) -> None:
+    def _wait_for(self, batch: EncodedBatch) -> None:
         started = last_progress = time.monotonic()
         num_left, has_said = batch.num_left, False
         while not batch.done.wait(_LOOK_EVERY_S):

@@ -11,7 +11,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-NUM_DRAWS = 24  # random numbers an image's crop and flip take; a multiple of 4: a step of Philox's counter gives 4
+NUM_CROP_FLIP_DRAWS = (
+    24  # random numbers an image's crop and flip take; a multiple of 4: a step of Philox's counter gives 4
+)
 _SHUFFLES, _DRAWS, _AUGMENTATIONS, _MIXES = range(4)  # the streams of a seed
 
 
@@ -29,7 +31,7 @@ class ShuffledSampler:
         self.repeated_aug = repeated_aug
         self._shuffles: dict[int, np.ndarray] = {}
 
-    def images(self, start: int, stop: int) -> np.ndarray:
+    def indices(self, start: int, stop: int) -> np.ndarray:
         """The numbers of the images at positions `start` to `stop`, [stop - start], int64."""
         positions = np.arange(start, stop)
         epochs, places = positions // self.num_images, positions % self.num_images
@@ -41,9 +43,9 @@ class ShuffledSampler:
             found[here] = self._shuffle(int(epoch))[places[here]]
         return found
 
-    def draws(self, start: int, stop: int) -> np.ndarray:
-        """Uniform numbers in [0, 1) for the positions' crops and flips, [stop - start, NUM_DRAWS], float32."""
-        return self._uniform(_DRAWS, start, stop, NUM_DRAWS)
+    def crop_flip_draws(self, start: int, stop: int) -> np.ndarray:
+        """Uniform numbers in [0, 1) for the positions' crops and flips, [stop - start, NUM_CROP_FLIP_DRAWS], float32."""
+        return self._uniform(_DRAWS, start, stop, NUM_CROP_FLIP_DRAWS)
 
     def augmentation_draws(self, start: int, stop: int, num_draws: int) -> np.ndarray:
         """The same for what comes after the crop, [stop - start, num_draws]; `num_draws` is a multiple of 4."""
@@ -71,6 +73,6 @@ def nth_batch(n: int, skipped_batches: Iterable[int] = ()) -> int:
     return n
 
 
-def mix_generator(seed: int, step: int) -> np.random.Generator:
+def mixup_generator(seed: int, step: int) -> np.random.Generator:
     """The random numbers of a step's mixing, the same on every rank."""
     return np.random.Generator(np.random.Philox(key=[seed, _MIXES], counter=[0, 0, 0, step]))

@@ -94,7 +94,7 @@ class ShardDataset(ImageDataset):
             found.update(self._kept.data)
         return found.hexdigest()
 
-    def without(self, names: Collection[str]) -> ShardDataset:
+    def exclude(self, names: Collection[str]) -> ShardDataset:
         excluded = set(names)
         kept = np.array([number for number in range(len(self)) if self.relative_name(number) not in excluded], int)
         numbers = kept if self._kept is None else self._kept[kept]

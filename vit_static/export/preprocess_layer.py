@@ -8,7 +8,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from vit_static.data.dali_pipeline import MAX_TIMES_THE_CROP, resized_before_crop
+from vit_static.data.dali_pipeline import MAX_RESIZE_TO_CROP_RATIO, size_before_crop
 from vit_static.inference.artifact import Preprocessing
 
 _RADIUS = {"bilinear": 1, "bicubic": 2}  # of the kernel, in pixels
@@ -39,7 +39,7 @@ class FromPixels(nn.Layer):
         shape = paddle.shape(pixels).astype("float32")
         height, width = shape[1], shape[2]
         scale = None
-        least = resized_before_crop(asked.image_size, asked.as_evaluation())
+        least = size_before_crop(asked.image_size, asked.as_evaluation())
         if asked.resize == "short":
             scale = paddle.maximum(least[0] / height, least[1] / width)
         rows = self._weights(height, asked.image_size[0], scale, least[0])  # [h, height]
@@ -60,7 +60,7 @@ class FromPixels(nn.Layer):
         asked = self.preprocessing
         start, taken, wanted = 0.0, side, kept
         if scale is not None:
-            taken = paddle.minimum(side, paddle.ceil(MAX_TIMES_THE_CROP * float(least) / scale))
+            taken = paddle.minimum(side, paddle.ceil(MAX_RESIZE_TO_CROP_RATIO * float(least) / scale))
             start, wanted = paddle.floor((side - taken) / 2.0), paddle.floor(taken * scale + 0.5)
         factor = taken / wanted
         width = paddle.maximum(factor, paddle.ones([])) if asked.antialias else paddle.ones([])

@@ -32,7 +32,7 @@ import numpy as np
 from vit_static.common.cpu import cpu_has_bfloat16
 from vit_static.common.errors import PredictError, truncate
 from vit_static.config.schema import DataConfig, InferencePrecision
-from vit_static.data.dali_pipeline import pixels_pipeline
+from vit_static.data.dali_pipeline import preprocessing_pipeline
 from vit_static.inference.artifact import REMEDY, SPEC_FILE, Preprocessing, read_spec
 from vit_static.inference.backends import Session, open_session
 from vit_static.inference.image_io import ImageLike, to_pixels
@@ -97,7 +97,7 @@ class Preprocessor:
         if len(pixels) > self._largest:
             self._largest = len(pixels)
             arguments = self._largest, self._num_threads, self._image_size, self._data, self._evaluation
-            self._pipeline = pixels_pipeline(*arguments)
+            self._pipeline = preprocessing_pipeline(*arguments)
         (images,) = self._pipeline.run(pixels=list(pixels))
         return np.array(images.as_tensor())  # a copy: the next run writes in the same place
 

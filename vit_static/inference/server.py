@@ -33,7 +33,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vit_static.common.errors import PredictError, UserError
 from vit_static.config.schema import InferencePrecision
-from vit_static.data.dali_pipeline import resized_before_crop
+from vit_static.data.dali_pipeline import size_before_crop
 from vit_static.inference.attention_maps import attention_map, load_exported
 from vit_static.inference.image_io import read_pixels
 from vit_static.inference.predict import say
@@ -219,7 +219,7 @@ class Service:
         asked = self.predictor.card.preprocessing
         if asked.resize == "direct":
             return [0.0, 0.0, 1.0, 1.0]
-        least = resized_before_crop(asked.image_size, asked.as_evaluation())
+        least = size_before_crop(asked.image_size, asked.as_evaluation())
         scale = max(least[0] / height, least[1] / width)
         shares = [
             min(side / (whole * scale), 1.0) for side, whole in zip(asked.image_size, (height, width), strict=True)

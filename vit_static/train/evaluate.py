@@ -62,7 +62,7 @@ def predict_all(program: Program, feed: EvalLoader, mesh: Mesh) -> Predictions:
     try:
         for n, (images, labels, weights) in enumerate(feed):
             real = np.asarray(weights) > 0
-            numbers = feed.numbers(n)[0][real]
+            numbers = feed.indices(n)[0][real]
             has_one_label = labels.ndim == 1
             found[0, numbers] += 1.0
             found[1:5, numbers] = program.eval_step(images, labels)[real].T

@@ -25,7 +25,7 @@ class NonFiniteReport:
     def write(self, run_dir: Path, images: ImageDataset, position: DataPosition) -> Path:
         """With the names of the batch's images; the file."""
         order = ShuffledSampler(position.num_images, position.seed, position.repeated_aug)
-        numbers = order.images(self.batch * self.batch_size, (self.batch + 1) * self.batch_size)
+        numbers = order.indices(self.batch * self.batch_size, (self.batch + 1) * self.batch_size)
         # JSON has none for what is no number.
         norms = {block: norm if math.isfinite(norm) else str(norm) for block, norm in self.grad_norms.items()}
         names = [images.name(int(number)) for number in numbers]
