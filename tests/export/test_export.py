@@ -17,7 +17,7 @@ import onnxruntime
 import paddle
 import pytest
 from helpers.exported import Exported, elsewhere, written
-from helpers.models import KINDS, build, config_of, ordinary
+from helpers.models import KINDS, config_of, recording_model, without_recorder
 from helpers.small import read_state
 
 from vit_static.common.cpu import cpu_has_bfloat16
@@ -33,7 +33,7 @@ from vit_static.inference.artifact import MODEL_FILE, ONNX_FILE, SPEC_FILE, WEIG
 from vit_static.inference.attention_maps import load_model
 from vit_static.inference.image_io import read_pixels
 from vit_static.inference.predictor import Predictor
-from vit_static.model import vit
+from vit_static.model.vit import VisionTransformer
 from vit_static.weights.convert import convert_weights
 from vit_static.weights.formats import read_weights
 from vit_static.weights.load import init_from
@@ -53,8 +53,8 @@ def answers(folder: Path, images: list[Path], precision: Any = None) -> tuple[np
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_inference_model_is_the_model(kind: str) -> None:
     """In float32 to rounding, in bfloat16's weights to bfloat16's."""
-    model = build(config_of(kind))
-    plain = ordinary(model, config_of(kind))
+    model = recording_model(config_of(kind))
+    plain = without_recorder(model, config_of(kind))
     images = paddle.to_tensor(np.random.default_rng(1).standard_normal((3, 3, 12, 16)).astype(np.float32))
     exported = InferenceModel(plain)
     with paddle.no_grad():
@@ -77,7 +77,7 @@ def test_each_precision_answers_as_the_trained_model(exported: Exported, tmp_pat
     assert error is None, error
     images = exported.validation()
     inputs, logits = elsewhere(answers, out, images)
-    model = ordinary(export_model(exported), read_spec(exported.folder).model)
+    model = without_recorder(export_model(exported), read_spec(exported.folder).model)
     with paddle.no_grad():
         trained = model(paddle.to_tensor(inputs)).numpy()
     truth = np.array([int(path.parent.name) for path in images])
@@ -100,7 +100,7 @@ def test_each_precision_answers_as_the_trained_model(exported: Exported, tmp_pat
 def export_model(exported: Exported) -> Any:
     """The trained model, from its weights."""
     config = load_config(exported.run / "config.yaml")
-    model = vit.build(config.model)
+    model = VisionTransformer(config.model)
     init_from(model, config.model, read_weights(exported.run / "model.pdparams"), "", InitConfig(head="keep"))
     return model
 
@@ -184,7 +184,7 @@ def compared_with_another(run: Path, folder: Path) -> dict[str, Any]:
     """An export against a model that isn't the one that it is of."""
     config = load_config(run / "config.yaml")
     paddle.seed(3)
-    other = vit.build(config.model)
+    other = VisionTransformer(config.model)
     other.head.weight.set_value(paddle.randn(other.head.weight.shape))
     other.eval()
     images = Wrong(open_set(config.data, "val", config.model.num_classes), 4)

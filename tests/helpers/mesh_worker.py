@@ -35,7 +35,7 @@ from vit_static.data.mixup import Mixup
 from vit_static.data.open_set import open_set
 from vit_static.model.loss import Criterion
 from vit_static.model.variants import variant_of
-from vit_static.model.vit import build
+from vit_static.model.vit import VisionTransformer
 from vit_static.parallel import gloo
 from vit_static.parallel.mesh import Mesh, MeshShape, make_mesh, rank_and_world_size, resolve_mesh, start_mesh
 from vit_static.plan.costs import Collective
@@ -121,7 +121,7 @@ def record(x: paddle.Tensor, dropout: int) -> paddle.Tensor:
 
 def run(case: Case, mesh: Mesh, images_root: Path) -> Outcome:
     paddle.seed(3)
-    model = build(case.model, choose_attention(case.model, case.parallel, KernelsConfig(), "cpu"))
+    model = VisionTransformer(case.model, choose_attention(case.model, case.parallel, KernelsConfig(), "cpu"))
     program = (RecordingProgram if case.records_masks else Program)(
         model,
         Criterion(LossConfig()),

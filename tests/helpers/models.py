@@ -10,7 +10,6 @@ import paddle
 from helpers.small import SMALL
 from vit_static.config.schema import ModelConfig
 from vit_static.inference.attention_maps import AttentionRecorder
-from vit_static.model import vit
 from vit_static.model.vit import VisionTransformer
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -28,10 +27,10 @@ def config_of(kind: str) -> ModelConfig:
     return ModelConfig.model_validate({**SMALL.model_dump(), **KINDS[kind]})
 
 
-def build(config: ModelConfig, seed: int = 0) -> VisionTransformer:
+def recording_model(config: ModelConfig, seed: int = 0) -> VisionTransformer:
     """The model that records its attention, with weights so large that it attends to some patches more than others."""
     paddle.seed(seed)
-    model = vit.build(config, AttentionRecorder())
+    model = VisionTransformer(config, AttentionRecorder())
     rng = np.random.default_rng(seed)
     for tensor in model.parameters():
         tensor.set_value(tensor.numpy() + rng.normal(0.0, 0.3, tensor.shape).astype(np.float32))
@@ -39,9 +38,9 @@ def build(config: ModelConfig, seed: int = 0) -> VisionTransformer:
     return model
 
 
-def ordinary(model: VisionTransformer, config: ModelConfig) -> VisionTransformer:
+def without_recorder(model: VisionTransformer, config: ModelConfig) -> VisionTransformer:
     """The same weights in a model that records nothing."""
-    found = vit.build(config)
+    found = VisionTransformer(config)
     found.set_state_dict(model.state_dict())
     found.eval()
     return found

@@ -8,7 +8,7 @@ import numpy as np
 import paddle
 
 from vit_static.config.schema import ModelConfig
-from vit_static.model.vit import build
+from vit_static.model.vit import VisionTransformer
 from vit_static.weights.formats import State, read_weights
 from vit_static.weights.load import file_state
 
@@ -53,5 +53,5 @@ def model_logits(model: paddle.nn.Layer, images: paddle.Tensor) -> np.ndarray:
 
 def random_state(seed: int = 0, **changed: object) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    state = file_state(build(SMALL.model_copy(update=changed)))
+    state = file_state(VisionTransformer(SMALL.model_copy(update=changed)))
     return {name: (0.1 * rng.standard_normal(value.shape)).astype(np.float32) for name, value in state.items()}

@@ -15,7 +15,7 @@ import numpy as np
 import paddle
 import pytest
 from helpers import numpy_vit
-from helpers.models import KINDS, build, config_of, ordinary
+from helpers.models import KINDS, config_of, recording_model, without_recorder
 from helpers.sets import photo
 from helpers.small import ROOT, SMALL, images_and_labels, model_logits
 from PIL import Image
@@ -41,7 +41,6 @@ from vit_static.inference.attention_maps import (
     visualize,
 )
 from vit_static.inference.predictor import Preprocessor
-from vit_static.model import vit
 from vit_static.model.vit import VisionTransformer
 from vit_static.weights.load import file_state
 
@@ -73,7 +72,7 @@ def numpy_attention(model: VisionTransformer, images: np.ndarray) -> list[np.nda
 
 @kinds
 def test_the_recorded_weights_are_those_of_the_paper_s_equations(kind: str) -> None:
-    model = build(config_of(kind))
+    model = recording_model(config_of(kind))
     images = images_and_labels(2)[0].numpy()
     seen = observe(model, images)
     expected = numpy_attention(model, images)
@@ -84,14 +83,14 @@ def test_the_recorded_weights_are_those_of_the_paper_s_equations(kind: str) -> N
     np.testing.assert_allclose(seen.last_heads, expected[-1], atol=2e-5)
     np.testing.assert_allclose(seen.last_heads.sum(axis=-1), 1.0, atol=1e-5)
     assert seen.last_heads.max() > 2.0 / seen.last_heads.shape[-1]  # else an average over anything would do
-    expected_logits = model_logits(ordinary(model, config_of(kind)), paddle.to_tensor(images))
+    expected_logits = model_logits(without_recorder(model, config_of(kind)), paddle.to_tensor(images))
     np.testing.assert_allclose(seen.logits, expected_logits, atol=1e-4)
 
 
 @kinds
 def test_the_maps_are_of_what_the_head_reads(kind: str) -> None:
     """The product of whole matrices in float64, against ours from the query's side."""
-    model = build(config_of(kind), seed=1)
+    model = recording_model(config_of(kind), seed=1)
     images = images_and_labels(3, seed=1)[0].numpy()
     attention = numpy_attention(model, images)
     tokens, prefix = list(READS[kind][0]), READS[kind][1]
@@ -129,7 +128,7 @@ def test_rollout_takes_the_layers_in_their_order() -> None:
 
 
 def test_a_model_that_attends_to_all_alike_has_a_flat_map() -> None:
-    model = build(SMALL)
+    model = recording_model(SMALL)
     for block in model.blocks:
         block.attn.q.weight.set_value(paddle.zeros_like(block.attn.q.weight))
         block.attn.q.bias.set_value(paddle.zeros_like(block.attn.q.bias))
@@ -137,7 +136,7 @@ def test_a_model_that_attends_to_all_alike_has_a_flat_map() -> None:
 
 
 def test_threads_with_a_lock_get_what_one_gets_alone() -> None:
-    model, lock = build(SMALL), Lock()
+    model, lock = recording_model(SMALL), Lock()
     batches = [images_and_labels(1 + seed % 3, seed=seed)[0].numpy() for seed in range(12)]
     alone = [attention_map(model, images) for images in batches]
 
@@ -152,12 +151,12 @@ def test_threads_with_a_lock_get_what_one_gets_alone() -> None:
 
 def test_a_model_that_records_nothing_is_refused() -> None:
     with pytest.raises(TypeError, match="AttentionRecorder"):
-        attention_map(vit.build(SMALL), images_and_labels(1)[0].numpy())
+        attention_map(VisionTransformer(SMALL), images_and_labels(1)[0].numpy())
 
 
 @kinds
 def test_position_similarity_is_the_cosine_of_the_patches_alone(kind: str) -> None:
-    model = build(config_of(kind))
+    model = recording_model(config_of(kind))
     table = model.pos_embed.numpy()[0].astype(np.float64)
     table = table[len(table) - 12 :]
     found = position_similarity(model)
@@ -169,7 +168,7 @@ def test_position_similarity_is_the_cosine_of_the_patches_alone(kind: str) -> No
 
 
 def test_position_similarity_of_centred_rows_is_their_correlation_and_of_no_row_nothing() -> None:
-    model = build(SMALL)
+    model = recording_model(SMALL)
     table = np.random.default_rng(0).standard_normal((1, 13, 24))
     table -= table.mean(axis=2, keepdims=True)
     model.pos_embed.set_value(table.astype(np.float32))
@@ -180,7 +179,7 @@ def test_position_similarity_of_centred_rows_is_their_correlation_and_of_no_row_
 
 
 def test_filters_are_the_covariance_s_eigenvectors() -> None:
-    model = build(SMALL)
+    model = recording_model(SMALL)
     kernel = model.patch_embed.proj.weight.numpy().astype(np.float64).reshape(24, 48)
     values, vectors = np.linalg.eigh(np.cov(kernel.T))
     found, shares = patch_filters(model)
@@ -194,7 +193,7 @@ def test_filters_are_the_covariance_s_eigenvectors() -> None:
 
 def test_filters_made_of_known_patterns_give_them_back() -> None:
     """Cosines across and down the patch, and a colour, with standard deviations of 3, 2, 1 around a common filter."""
-    model = build(ModelConfig.model_validate({**SMALL.model_dump(), "width": 192, "num_heads": 3}))
+    model = recording_model(ModelConfig.model_validate({**SMALL.model_dump(), "width": 192, "num_heads": 3}))
     wave = np.cos(np.pi * (np.arange(4) + 0.5) / 4)
     patterns = np.zeros((3, 3, 4, 4))
     patterns[0], patterns[1] = wave[None, None, :], wave[None, :, None]
@@ -213,8 +212,8 @@ def test_filters_made_of_known_patterns_give_them_back() -> None:
 def test_weights_come_back_from_an_export(kind: str, tmp_path: Path) -> None:
     """Also of a model that is not the first of its process, whose layers have other numbers in Paddle's names."""
     config = Config.model_validate({"name": "small", "model": config_of(kind).model_dump()})
-    model = build(config.model)
-    write(ordinary(model, config.model), config, spec_of(config, list("abcde")), tmp_path)
+    model = recording_model(config.model)
+    write(without_recorder(model, config.model), config, spec_of(config, list("abcde")), tmp_path)
     again, card = load_exported(tmp_path)
     assert card.model == config.model
     mine, theirs = file_state(model), file_state(again)
@@ -229,7 +228,9 @@ def test_weights_come_back_from_an_export(kind: str, tmp_path: Path) -> None:
 )
 def test_an_export_with_another_model_s_card_is_refused(tmp_path: Path, changed: dict[str, int], said: str) -> None:
     config = Config.model_validate({"name": "small", "model": SMALL.model_dump()})
-    write(ordinary(build(config.model), config.model), config, spec_of(config, list("abcde")), tmp_path)
+    write(
+        without_recorder(recording_model(config.model), config.model), config, spec_of(config, list("abcde")), tmp_path
+    )
     card = json.loads((tmp_path / SPEC_FILE).read_text())
     card["model"].update(changed)
     (tmp_path / SPEC_FILE).write_text(json.dumps(card))
@@ -267,7 +268,7 @@ def test_the_heat_lies_where_the_patch_does() -> None:
 
 
 def test_the_grid_of_grids_is_lightest_at_each_one_s_own_place() -> None:
-    picture = draw_similarity(position_similarity(build(SMALL)))
+    picture = draw_similarity(position_similarity(recording_model(SMALL)))
     (lightest,) = drawing.colours(np.array([1.0]))
     is_lightest = (picture == lightest).all(axis=2)
     # 50 pixels a patch; 4 x 3 maps of 4 x 3 patches, 10 pixels apart, from (12, 52) on

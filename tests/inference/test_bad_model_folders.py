@@ -20,7 +20,7 @@ from vit_static.common.errors import PredictError
 from vit_static.config.schema import Config
 from vit_static.export.exporter import write
 from vit_static.inference.artifact import MODEL_FILE, SPEC_FILE, WEIGHTS_FILE, spec_of
-from vit_static.model.vit import build
+from vit_static.model.vit import VisionTransformer
 
 MODEL = SMALL.model_copy(update={"representation_size": None, "layer_scale_init": None})
 FILES = (MODEL_FILE, WEIGHTS_FILE, SPEC_FILE)
@@ -32,7 +32,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, by
     found = {}
     for name in ("one", "other", "nan"):
         folder = tmp_path_factory.mktemp(name)
-        model = build(MODEL)
+        model = VisionTransformer(MODEL)
         if name == "nan":
             model.set_state_dict({key: value * float("nan") for key, value in model.state_dict().items()})
         model.eval()

@@ -12,7 +12,7 @@ from vit_static.common.hardware import peak_flops
 from vit_static.config.schema import ModelConfig
 from vit_static.model.flops import forward_macs, train_flops
 from vit_static.model.variants import shape_of
-from vit_static.model.vit import PatchProjection, attention_by_matmul, build
+from vit_static.model.vit import PatchProjection, VisionTransformer, attention_by_matmul
 
 
 @pytest.mark.parametrize(("side", "published"), [(224, 17.58), (384, 55.54)])
@@ -44,7 +44,7 @@ def counted_while_running(config: ModelConfig) -> int:
         inner = inputs[0].shape[-1]
         products.append((math.prod(inputs[0].shape) // inner, inner, output.shape[-1]))
 
-    model = build(config, attention)
+    model = VisionTransformer(config, attention)
     for layer in model.sublayers():
         if isinstance(layer, (paddle.nn.Linear, PatchProjection)):
             layer.register_forward_post_hook(record)

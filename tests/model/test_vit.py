@@ -11,7 +11,7 @@ from helpers.small import REFERENCE, SMALL, images_and_labels
 from vit_static.config.schema import KernelsConfig, ModelConfig, OptimConfig
 from vit_static.model.pos_embed import resample_pos_embed, sincos2d_pos_embed
 from vit_static.model.variants import VARIANTS, variant_of
-from vit_static.model.vit import attention_by_matmul, build
+from vit_static.model.vit import VisionTransformer, attention_by_matmul
 from vit_static.program.precision import Precision
 from vit_static.weights.formats import fuse_qkv, split_qkv
 from vit_static.weights.load import file_state, load_state
@@ -19,7 +19,7 @@ from vit_static.weights.load import file_state, load_state
 
 def randomised(config: ModelConfig, seed: int = 0, **build_arguments: object):
     """A model whose every weight is random, so that none is 0 or 1 by its initialisation."""
-    model = build(config, **build_arguments)
+    model = VisionTransformer(config, **build_arguments)
     rng = np.random.default_rng(seed)
     for name, value in model.state_dict().items():
         around = 1.0 if "norm" in name and name.endswith("weight") else 0.0
@@ -48,7 +48,7 @@ def counted_by_hand(name: str) -> int:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_parameter_counts(name: str) -> None:
     with paddle.LazyGuard():  # shapes alone: 6B/14 needs no 24 GB
-        counted = num_parameters(build(ModelConfig(variant=name)))
+        counted = num_parameters(VisionTransformer(ModelConfig(variant=name)))
     assert counted == PUBLISHED.get(name, counted_by_hand(name))
     assert counted_by_hand(name) == counted
 
@@ -90,7 +90,7 @@ def test_logits_without_layer_scale_and_qkv_bias() -> None:
 
 def test_file_names_are_plscs() -> None:
     config = SMALL.model_copy(update={"layer_scale_init": None, "depth": 1})
-    state = file_state(build(config))
+    state = file_state(VisionTransformer(config))
     block = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
     layers = ["patch_embed.proj", *(f"blocks.0.{layer}" for layer in block), "norm", "head0", "head"]
     assert set(state) == {"cls_token", "pos_embed"} | {
@@ -112,7 +112,7 @@ def test_fused_and_split_qkv_are_each_others_inverse() -> None:
 def test_initial_weights_are_the_seeds() -> None:
     """Its limits and deviations, estimated from the 590,000 numbers of a matrix of B/16's size."""
     paddle.seed(0)
-    model = build(ModelConfig(variant="B/16", depth=1, representation_size=768, head_bias_init=-10.0))
+    model = VisionTransformer(ModelConfig(variant="B/16", depth=1, representation_size=768, head_bias_init=-10.0))
     state = file_state(model)
 
     def limit(fan_in: int, fan_out: int) -> float:
@@ -132,7 +132,9 @@ def test_initial_weights_are_the_seeds() -> None:
     assert state["pos_embed"].std() == pytest.approx(0.02, rel=1e-2)
     assert not state["cls_token"].any() and not state["blocks.0.attn.qkv.bias"].any()
     assert (state["head.bias"] == -10.0).all()
-    assert not file_state(build(SMALL.model_copy(update={"representation_size": None})))["head.weight"].any()
+    assert not file_state(VisionTransformer(SMALL.model_copy(update={"representation_size": None})))[
+        "head.weight"
+    ].any()
 
 
 def test_drop_path_drops_whole_images_and_keeps_the_mean() -> None:
@@ -150,9 +152,11 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean() -> None:
 
 
 def test_drop_path_rises_linearly_to_the_last_block() -> None:
-    model = build(SMALL.model_copy(update={"depth": 5, "drop_path_rate": 0.2}))
+    model = VisionTransformer(SMALL.model_copy(update={"depth": 5, "drop_path_rate": 0.2}))
     assert [block.drop_path1.drop.p for block in model.blocks] == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
-    alike = build(SMALL.model_copy(update={"depth": 3, "drop_path_rate": 0.2, "drop_path_schedule": "constant"}))
+    alike = VisionTransformer(
+        SMALL.model_copy(update={"depth": 3, "drop_path_rate": 0.2, "drop_path_schedule": "constant"})
+    )
     assert [block.drop_path2.drop.p for block in alike.blocks] == [0.2] * 3
 
 
@@ -188,7 +192,7 @@ def test_gradients_are_torchs(make_program, kernels) -> None:
     """Every parameter's, through the whole path: one step of plain SGD at rate 1 moves a weight by its gradient."""
     golden = np.load(REFERENCE / "vit_gradients.npz")
     weights = {name.removeprefix("param/"): golden[name] for name in golden if name.startswith("param/")}
-    model = build(SMALL, attention_by_matmul)
+    model = VisionTransformer(SMALL, attention_by_matmul)
     load_state(model, weights, "golden")
     program = make_program(model, 3, OptimConfig(name="sgd", lr=1.0, momentum=0.0, clip_norm=None), kernels=kernels)
     loss = program.train_step(paddle.to_tensor(golden["images"]), paddle.to_tensor(golden["labels"]), 0)
@@ -222,7 +226,7 @@ def test_gradients_at_s16_width_are_torchs(make_program, onednn, precision, tole
 
     golden = np.load(REFERENCE / "vit_s16_gradients.npz")
     config = ModelConfig(variant="S/16", depth=1, num_classes=10)
-    model = build(config, attention_by_matmul)
+    model = VisionTransformer(config, attention_by_matmul)
     shapes = {name: value.shape for name, value in file_state(model).items()}
     weights = {name: closed_form.vit_parameter(name, shape).astype(np.float32) for name, shape in shapes.items()}
     load_state(model, weights, "closed form")

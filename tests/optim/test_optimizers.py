@@ -12,7 +12,7 @@ from paddle import nn
 from reference.closed_form import uniform
 
 from vit_static.config.schema import OptimConfig
-from vit_static.model.vit import attention_by_matmul, build
+from vit_static.model.vit import VisionTransformer, attention_by_matmul
 from vit_static.optim.optimizers import ema_decay
 from vit_static.optim.param_groups import param_group
 
@@ -174,7 +174,7 @@ def test_every_parameters_rate_and_decay() -> None:
 
 def test_every_name_of_the_model_has_its_group() -> None:
     config = SMALL.model_copy(update={"register_tokens": 2, "pool": "cls_gap"})
-    names = dict(build(config).named_parameters())
+    names = dict(VisionTransformer(config).named_parameters())
     optim = OptimConfig(no_decay=("bias", "norm", "embedding"))
     decaying = {name for name in names if param_group(name, 2, optim).decays}
     assert decaying == {
@@ -187,7 +187,7 @@ def test_a_frozen_body_stays_and_the_head_learns(make_program, kernels, optimize
     """The same head as a linear layer has that is trained on the body's features."""
     config = SMALL.model_copy(update={"representation_size": None})
     paddle.seed(3)
-    model = build(config, attention_by_matmul)
+    model = VisionTransformer(config, attention_by_matmul)
     before = {name: value.numpy().copy() for name, value in model.state_dict().items()}
     model.eval()
     batches = [images_and_labels(8, config, seed=step) for step in range(5)]
@@ -219,7 +219,9 @@ def test_what_an_optimizer_keeps_is_what_the_plan_counts(make_program, name: str
     config = SMALL.model_copy(update={"width": 36})
     sizes = []
     for decay in (0.0, 0.9):
-        program = make_program(build(config, attention_by_matmul), 8, OptimConfig(name=name, ema_decay=decay))
+        program = make_program(
+            VisionTransformer(config, attention_by_matmul), 8, OptimConfig(name=name, ema_decay=decay)
+        )
         kept = {key: 4 * int(np.prod(tensor.shape)) for key, tensor in program.state().items()}
         state = sum(size for key, size in kept.items() if "@" in key)
         assert program.costs().optimizer_state == state

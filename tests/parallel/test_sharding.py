@@ -12,7 +12,7 @@ import pytest
 from vit_static.common.errors import ConfigError
 from vit_static.config.schema import ModelConfig, ParallelConfig
 from vit_static.model.variants import VARIANTS, Variant
-from vit_static.model.vit import build
+from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import MeshShape, resolve_mesh, why_invalid
 from vit_static.parallel.sharding import TP_SHARDING_RULES, stage_of_blocks, tp_axis, zero_shard_axis
 
@@ -29,7 +29,7 @@ def parameters(variant: str, kind: str) -> dict[str, list[int]]:
     """The shapes of a model's parameters, which aren't made."""
     config = ModelConfig(variant=variant, image_size=VARIANTS[variant].patch_size * 3, **KINDS[kind])
     with paddle.LazyGuard():
-        return {name: list(value.shape) for name, value in build(config).named_parameters()}
+        return {name: list(value.shape) for name, value in VisionTransformer(config).named_parameters()}
 
 
 def lines(name: str) -> list[str]:

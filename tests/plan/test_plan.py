@@ -18,7 +18,7 @@ from vit_static.config.schema import Config, KernelsConfig, ParallelConfig
 from vit_static.model import flops
 from vit_static.model.loss import Criterion
 from vit_static.model.variants import shape_of, variant_of
-from vit_static.model.vit import build
+from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import Mesh, MeshShape, all_mesh_shapes, why_invalid
 from vit_static.plan.costs import Collective, Costs, Operator, scale_costs
 from vit_static.plan.planner import Place, Plan, _world, make_plan, search_meshes, with_mesh
@@ -46,7 +46,7 @@ def alone() -> Plan:
 
 
 def num_parameters(config: Config) -> int:
-    return sum(math.prod(parameter.shape) for parameter in build(config.model).parameters())
+    return sum(math.prod(parameter.shape) for parameter in VisionTransformer(config.model).parameters())
 
 
 def test_operations_of_one_rank_are_the_closed_forms(alone: Plan) -> None:
@@ -61,7 +61,7 @@ def test_memory_of_one_rank_is_counted_by_hand(alone: Plan) -> None:
     """AdamW: two moments of every parameter, and two powers of beta."""
     config = small_config()
     count = num_parameters(config)
-    tensors = len(build(config.model).parameters())
+    tensors = len(VisionTransformer(config.model).parameters())
     assert alone.costs.parameters == alone.costs.gradients == 4 * count
     assert alone.costs.optimizer_state == 8 * count + 8 * tensors
     assert alone.costs.collectives == ()
@@ -75,7 +75,7 @@ def test_a_step_allocates_what_is_planned(cpu_mesh: Mesh, override: str) -> None
     quickstarts = [f"model.{key}=null" for key in ("patch_size", "width", "num_heads", "mlp_dim")]
     config = small_config(*quickstarts, *model, f"parallel.{override}")
     program = Program(
-        build(config.model),
+        VisionTransformer(config.model),
         Criterion(config.loss),
         cpu_mesh,
         Precision("O0", "float32"),
@@ -122,7 +122,7 @@ def test_buckets_sum_gradients_together() -> None:
         bucket_mb: len(planned(small_config(f"parallel.bucket_mb={bucket_mb}"), "dp=2").costs.collectives)
         for bucket_mb in (0, 1, 64)
     }
-    tensors = len(build(small_config().model).parameters())
+    tensors = len(VisionTransformer(small_config().model).parameters())
     assert counts[0] >= tensors > counts[1] > counts[64]
     assert counts[64] <= 5
 

@@ -21,7 +21,7 @@ from vit_static.config.schema import (
     ParallelConfig,
 )
 from vit_static.model.loss import Criterion
-from vit_static.model.vit import build
+from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import Mesh, MeshShape, start_mesh
 from vit_static.program.precision import Precision, choose_attention
 from vit_static.program.program import Program
@@ -43,7 +43,7 @@ def program_on(card: Mesh, precision: Precision, **changed: Any) -> Program:
     parallel = changed.pop("parallel", ParallelConfig())
     config = changed.pop("config", CONFIG)
     return Program(
-        build(config, choose_attention(config, parallel, kernels, "gpu")),
+        VisionTransformer(config, choose_attention(config, parallel, kernels, "gpu")),
         Criterion(LossConfig(name=changed.pop("loss", "softmax"))),
         card,
         precision,

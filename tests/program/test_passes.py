@@ -16,7 +16,7 @@ from helpers.small import SMALL
 from vit_static.common.cpu import cpu_has_bfloat16
 from vit_static.config.schema import AmpConfig, KernelsConfig, LossConfig, OptimConfig, ParallelConfig
 from vit_static.model.loss import Criterion
-from vit_static.model.vit import attention_by_matmul, build
+from vit_static.model.vit import VisionTransformer, attention_by_matmul
 from vit_static.parallel.mesh import MeshShape, make_mesh
 from vit_static.program import grad_buckets, passes
 from vit_static.program.engine import fake_world
@@ -38,7 +38,7 @@ def in_bfloat16(make_program, config=CONFIG):
     """A program whose linear layers are in bfloat16 throughout, as O2's are on a card."""
     paddle.seed(3)
     program = make_program(
-        build(config, attention_by_matmul),
+        VisionTransformer(config, attention_by_matmul),
         8,
         precision=Precision("O1", "bfloat16"),
         amp=AmpConfig(white_list=("elementwise_add",)),
@@ -74,7 +74,9 @@ def test_the_activation_is_fused_on_demand(make_program) -> None:
 
 def test_dropout_and_residual_become_one_operator(make_program) -> None:
     paddle.seed(3)
-    program = make_program(build(CONFIG.model_copy(update={"dropout": 0.1}), attention_by_matmul), 8, kernels=PADDLES)
+    program = make_program(
+        VisionTransformer(CONFIG.model_copy(update={"dropout": 0.1}), attention_by_matmul), 8, kernels=PADDLES
+    )
     compiled = program.compiled("train")
     before = counted(compiled)
     passes.fuse_dropouts(compiled)
@@ -122,7 +124,7 @@ def exchanged(exchange: GradSyncConfig, parallel: ParallelConfig) -> tuple[Count
         patch.setattr(grad_buckets, "fuse_exchanges", recorded)
         mesh = make_mesh(0, MeshShape(dp=2, mp=1, pp=1), "gpu")
         with paddle.LazyGuard():
-            model = build(CONFIG, attention_by_matmul)
+            model = VisionTransformer(CONFIG, attention_by_matmul)
         program = Program(
             model,
             Criterion(LossConfig()),

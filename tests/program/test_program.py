@@ -16,7 +16,7 @@ from vit_static.checkpoint.sharded_state import ShardedReader, rank_shard, write
 from vit_static.common.cpu import cpu_has_bfloat16
 from vit_static.common.errors import ConfigError
 from vit_static.config.schema import AmpConfig, KernelsConfig, OptimConfig, ParallelConfig
-from vit_static.model.vit import attention_by_matmul, build
+from vit_static.model.vit import VisionTransformer, attention_by_matmul
 from vit_static.optim.optimizers import AdamW, RuleOptimizer
 from vit_static.program.precision import Precision, choose_precision
 from vit_static.weights.load import file_state
@@ -34,7 +34,7 @@ def trained(make_program, steps: int, *, batch_size: int = 8, model_seed: int = 
     """(losses, weights) of a fresh small model after some steps on random images, new ones each step."""
     config = program_arguments.pop("config", SMALL)
     paddle.seed(model_seed)
-    model = build(config, attention_by_matmul)
+    model = VisionTransformer(config, attention_by_matmul)
     program = make_program(model, batch_size, **program_arguments)
     losses = []
     for step in range(steps):
@@ -49,7 +49,7 @@ def test_every_parameter_moves(make_program, kernels, name, pool) -> None:
     """In one step, except k's bias, to which softmax is blind: it gets rounding errors or nothing."""
     config = SMALL.model_copy(update={"pool": pool})
     paddle.seed(3)
-    before = file_state(build(config))
+    before = file_state(VisionTransformer(config))
     _, after = trained(make_program, 1, config=config, optim=OPTIMIZERS[name], kernels=kernels)
     width = 24
     for key, old in before.items():
@@ -95,11 +95,11 @@ def test_accumulated_gradients_are_the_big_batchs(make_program, monkeypatch, nam
 
 def test_gradient_norm_is_that_before_clipping(make_program) -> None:
     paddle.seed(3)
-    model = build(SMALL)
+    model = VisionTransformer(SMALL)
     program = make_program(model, 8, OptimConfig(name="sgd", lr=0.0, clip_norm=1e-3))
     program.train_step(*images_and_labels(8), 0)
     paddle.seed(3)
-    program_without = make_program(build(SMALL), 8, OptimConfig(name="sgd", lr=0.0, clip_norm=None))
+    program_without = make_program(VisionTransformer(SMALL), 8, OptimConfig(name="sgd", lr=0.0, clip_norm=None))
     program_without.train_step(*images_and_labels(8), 0)
     assert program.grad_norm() == pytest.approx(program_without.grad_norm(), rel=1e-6)
     assert program.grad_norm() > 0.1
@@ -108,7 +108,7 @@ def test_gradient_norm_is_that_before_clipping(make_program) -> None:
 def test_dynamic_static_and_compiled_models_agree(make_program) -> None:
     """One input through the layers, through `to_static`, and through the distributed engine's evaluation."""
     paddle.seed(3)
-    model = build(SMALL.model_copy(update={"dropout": 0.3, "drop_path_rate": 0.3}))
+    model = VisionTransformer(SMALL.model_copy(update={"dropout": 0.3, "drop_path_rate": 0.3}))
     model.eval()
     images, labels = images_and_labels(8)
     dynamic = model(images).numpy().astype(np.float64)
@@ -117,7 +117,7 @@ def test_dynamic_static_and_compiled_models_agree(make_program) -> None:
     log_softmax = dynamic - np.log(np.exp(dynamic).sum(axis=1, keepdims=True))
     expected = -log_softmax[np.arange(8), labels.numpy()]
     paddle.seed(3)
-    fresh = build(SMALL.model_copy(update={"dropout": 0.3, "drop_path_rate": 0.3}))
+    fresh = VisionTransformer(SMALL.model_copy(update={"dropout": 0.3, "drop_path_rate": 0.3}))
     program = make_program(fresh, 8, learning_rate=None)
     np.testing.assert_allclose(program.eval_step(images, labels)[:, 0], expected, rtol=1e-5)
 
@@ -126,7 +126,7 @@ def test_evaluation_between_steps_changes_nothing(make_program) -> None:
     optim = OPTIMIZERS["adamw"]
     losses, weights = trained(make_program, 4, optim=optim, config=SMALL.model_copy(update={"dropout": 0.1}))
     paddle.seed(3)
-    program = make_program(build(SMALL.model_copy(update={"dropout": 0.1})), 8, optim)
+    program = make_program(VisionTransformer(SMALL.model_copy(update={"dropout": 0.1})), 8, optim)
     for step in range(4):
         loss = program.train_step(*images_and_labels(8, seed=step), step)
         assert program.loss_value(loss) == losses[step]
@@ -140,7 +140,7 @@ def test_dropout_masks_are_a_function_of_seed_and_step(make_program) -> None:
 
     def loss_at(step: int, warm_up: int = 0, seed: int = 0) -> float:
         paddle.seed(3)
-        model = build(config, attention_by_matmul)
+        model = VisionTransformer(config, attention_by_matmul)
         program = make_program(model, 8, OptimConfig(lr=0.0), seed=seed)
         for _ in range(warm_up):
             program.train_step(*images_and_labels(8), 0)
@@ -163,13 +163,13 @@ def test_state_round_trip_goes_on_to_the_same_bits(make_program, tmp_path: Path)
     """All that training changes is in `state`: set into another program, it goes on as the first does."""
     for name, optim in OPTIMIZERS.items():
         paddle.seed(3)
-        first = make_program(build(SMALL), 8, optim)
+        first = make_program(VisionTransformer(SMALL), 8, optim)
         for step in range(3):
             first.train_step(*images_and_labels(8, seed=step), step)
         parts = saved(first, tmp_path / name)
         first_loss = first.train_step(*images_and_labels(8, seed=9), 3)
         paddle.seed(77)
-        second = make_program(build(SMALL), 8, optim)
+        second = make_program(VisionTransformer(SMALL), 8, optim)
         assert set(second.state()) == set(parts), name
         second.restore(parts)
         second_loss = second.train_step(*images_and_labels(8, seed=9), 3)
@@ -188,7 +188,7 @@ def test_o2s_state_is_float32_and_goes_on_in_any_precision(
     monkeypatch.setattr(paddle.amp, "decorate", cast)
     optim = OptimConfig(name="lamb", lr=1e-2, ema_decay=0.5)
     half = {"precision": Precision("O2", "bfloat16"), "amp": AmpConfig(level="O2", dtype="bfloat16")}
-    first = make_program(build(SMALL), 8, optim, **half)
+    first = make_program(VisionTransformer(SMALL), 8, optim, **half)
     for step in range(3):
         first.train_step(*images_and_labels(8, seed=step), step)
     parts = saved(first, tmp_path / "half")
@@ -201,10 +201,10 @@ def test_o2s_state_is_float32_and_goes_on_in_any_precision(
     assert not np.array_equal(weight, average)
     assert np.any(weight.view(np.uint32) & 0xFFFF)  # the master's own bits, not those of bfloat16
 
-    second = make_program(build(SMALL), 8, optim, **half)
+    second = make_program(VisionTransformer(SMALL), 8, optim, **half)
     second.restore(parts)
     assert second.loss_value(second.train_step(*batch, 3)) == loss
-    whole = make_program(build(SMALL), 8, optim)
+    whole = make_program(VisionTransformer(SMALL), 8, optim)
     assert set(whole.state()) == set(parts)
     whole.restore(parts)
     assert np.array_equal(whole.weights()["head.weight"], weight)
@@ -214,13 +214,13 @@ def test_o2s_state_is_float32_and_goes_on_in_any_precision(
 
 def test_float16s_scale_of_the_loss_is_part_of_the_state(make_program) -> None:
     half = {"precision": Precision("O2", "float16"), "amp": AmpConfig(level="O2", dtype="float16")}
-    state = make_program(build(SMALL), 8, **half).state()
+    state = make_program(VisionTransformer(SMALL), 8, **half).state()
     assert {name for name in state if name.startswith("@")} == {"@loss_scaling", "@num_good_steps", "@num_bad_steps"}
 
 
 def test_the_first_step_whose_gradients_are_not_finite_is_known(make_program) -> None:
     """Also some steps later, when the weights have become NaN: the block that the infinity came from is told apart."""
-    program = make_program(build(SMALL), 8, OptimConfig(name="sgd", lr=1e-3, clip_norm=1.0))
+    program = make_program(VisionTransformer(SMALL), 8, OptimConfig(name="sgd", lr=1e-3, clip_norm=1.0))
     images, labels = images_and_labels(8)
     for step in range(2):
         program.train_step(images, labels, step)
@@ -240,7 +240,7 @@ def test_the_first_step_whose_gradients_are_not_finite_is_known(make_program) ->
 
 def test_norms_by_block_add_up_to_the_norm(make_program) -> None:
     """Those that are kept for the case that a step's aren't finite."""
-    program = make_program(build(SMALL), 8, OptimConfig(name="sgd", lr=0.0))
+    program = make_program(VisionTransformer(SMALL), 8, OptimConfig(name="sgd", lr=0.0))
     images, labels = images_and_labels(8)
     program.train_step(images, labels, 0)
     variable = paddle.static.global_scope().find_var(program._clip._norms)
@@ -262,7 +262,7 @@ def kernels_by_dtype(program, mode: str) -> dict[str, set[str]]:
 def test_mixed_precision_multiplies_in_bfloat16_and_normalises_in_float32(make_program) -> None:
     """Every product of the compiled program; softmax is inside attention, whose scores are float32."""
     paddle.seed(3)
-    program = make_program(build(SMALL, attention_by_matmul), 8, precision=Precision("O1", "bfloat16"))
+    program = make_program(VisionTransformer(SMALL, attention_by_matmul), 8, precision=Precision("O1", "bfloat16"))
     found = kernels_by_dtype(program, "train")
     for kernel in ("matmul", "attention", "attention_backward", "gelu", "gelu_backward"):
         assert found[kernel] == {"bfloat16"}, kernel
@@ -277,7 +277,7 @@ def test_mixed_precision_multiplies_in_bfloat16_and_normalises_in_float32(make_p
 def test_paddles_own_list_keeps_softmax_in_float32(make_program) -> None:
     """In the program before it is put on oneDNN's kernels, which attention's dropout keeps from being fused."""
     paddle.seed(3)
-    model = build(SMALL.model_copy(update={"attention_dropout": 0.1}), attention_by_matmul)
+    model = VisionTransformer(SMALL.model_copy(update={"attention_dropout": 0.1}), attention_by_matmul)
     program = make_program(model, 8, precision=Precision("O1", "bfloat16"), kernels=KernelsConfig(onednn=False))
     operations = program.compiled("train").global_block().ops
     dtypes = {
@@ -344,7 +344,9 @@ def test_what_a_card_is_given_for_o2(make_program, monkeypatch, dtype, scaling) 
     )
     amp = AmpConfig(level="O2", dtype=dtype, init_loss_scaling=1024.0, white_list=("softmax",), black_list=("tanh",))
     paddle.seed(3)
-    program = make_program(build(SMALL, attention_by_matmul), 8, precision=choose_precision(amp, "gpu"), amp=amp)
+    program = make_program(
+        VisionTransformer(SMALL, attention_by_matmul), 8, precision=choose_precision(amp, "gpu"), amp=amp
+    )
     given = program._program._engine._strategy.amp.to_dict()
     in_float32 = set(given.pop("custom_black_list"))
     assert {"tanh", "log_softmax", "logsigmoid", "reduce_sum", "reduce_mean", "exp", "log"} <= in_float32
@@ -391,7 +393,7 @@ def test_low_precision_parameters_get_float32_masters_and_moments(cpu_mesh, name
 
 def test_parameters_keep_their_names_in_the_state(make_program) -> None:
     paddle.seed(3)
-    model = build(SMALL)
+    model = VisionTransformer(SMALL)
     own = set(model.state_dict())
     state = make_program(model, 8, OPTIMIZERS["adamw"]).state()
     assert {name for name in state if "@" not in name} == own

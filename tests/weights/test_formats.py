@@ -24,7 +24,7 @@ from vit_static.__main__ import main
 from vit_static.common.errors import WeightsError
 from vit_static.config.schema import InitConfig, ModelConfig
 from vit_static.model.pos_embed import resample_pos_embed
-from vit_static.model.vit import build
+from vit_static.model.vit import VisionTransformer
 from vit_static.weights import readers
 from vit_static.weights.convert import config_of, convert_state, write_converted
 from vit_static.weights.formats import ExternalWeights, fuse_qkv, read_weights, save_file
@@ -64,7 +64,7 @@ def model_of_file(name: str, *overrides: str) -> tuple[ExternalWeights, ModelCon
 
 
 def loaded(found: ExternalWeights, config: ModelConfig) -> Any:
-    model = build(config)
+    model = VisionTransformer(config)
     grid = (config.image_size[0] // 4, config.image_size[1] // 4)
     report = init_from(model, config, found, "golden", InitConfig(head="keep"), grid)
     assert not report.reinitialized and not report.resampled
@@ -175,7 +175,7 @@ def test_what_a_program_computes_otherwise_is_told() -> None:
     for name, said in (("vit_jax", "model.gelu=tanh"), ("hf_vit", "model.layer_norm_epsilon=1e-12")):
         found, config = model_of_file(name)
         ours = config.model_copy(update={"gelu": "erf", "layer_norm_epsilon": 1e-6})
-        report = init_from(build(ours), ours, found, name, InitConfig(), grid_of(config))
+        report = init_from(VisionTransformer(ours), ours, found, name, InitConfig(), grid_of(config))
         assert any(said in note for note in report.notes)
 
 
@@ -352,7 +352,7 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch, capfd, arguments: list[
 
 def test_an_unknown_model_of_a_file_is_told_by_its_arrays() -> None:
     config = SMALL.model_copy(update={"register_tokens": 3, "pool": "cls_gap", "class_token_pos_embed": False})
-    model = build(config)
+    model = VisionTransformer(config)
     state = fuse_qkv({name: value.numpy() for name, value in model.state_dict().items()})
     told = config_of(ExternalWeights(state, "ours", {"pool": "cls_gap"}), "x", ["model.num_heads=3"], (12, 16)).model
     wanted = ("width", "depth", "mlp_dim", "patch_size", "num_classes", "representation_size", "register_tokens")
@@ -486,5 +486,5 @@ def test_a_square_and_the_models_own_grid_of_as_many_patches_are_not_guessed() -
     config = SMALL.model_copy(update={"image_size": (8, 32)})  # 2 x 8 patches, as many as 4 x 4
     state = random_state(image_size=(8, 32))
     with pytest.raises(WeightsError, match="4x4 patches or of the model's 2x8"):
-        init_from(build(config), config, ExternalWeights(state, "test"), "x", InitConfig())
-    init_from(build(config), config, ExternalWeights(state, "test"), "x", InitConfig(), (2, 8))
+        init_from(VisionTransformer(config), config, ExternalWeights(state, "test"), "x", InitConfig())
+    init_from(VisionTransformer(config), config, ExternalWeights(state, "test"), "x", InitConfig(), (2, 8))

@@ -15,7 +15,7 @@ from helpers.small import SMALL, images_and_labels, model_logits, random_state, 
 from vit_static.common.errors import WeightsError
 from vit_static.config.schema import InitConfig
 from vit_static.model.pos_embed import resample_pos_embed
-from vit_static.model.vit import build
+from vit_static.model.vit import VisionTransformer
 from vit_static.weights.formats import ExternalWeights
 from vit_static.weights.load import file_state, init_from, load_state, write_pdparams
 
@@ -36,7 +36,7 @@ def test_a_file_in_plscs_layout_gives_its_logits(tmp_path: Path, dtype: str) -> 
     """Saved by Paddle from layers, as PLSC saves, in half precision too; the logits are the equations'."""
     state = {name: value.astype(dtype) for name, value in random_state().items()}
     paddle.save({name: paddle.to_tensor(value) for name, value in state.items()}, str(tmp_path / "plsc.pdparams"))
-    model = build(SMALL)
+    model = VisionTransformer(SMALL)
     load_state(model, read_state(tmp_path / "plsc.pdparams"), "plsc.pdparams")
     model.eval()
     images, _ = images_and_labels(2)
@@ -87,14 +87,14 @@ def test_truncated_file(tmp_path: Path) -> None:
 )
 def test_another_models_weights_are_refused(changed, named) -> None:
     with pytest.raises(WeightsError, match="another model") as error:
-        load_state(build(SMALL), random_state(**changed), "other.pdparams")
+        load_state(VisionTransformer(SMALL), random_state(**changed), "other.pdparams")
     assert named in str(error.value) and "other.pdparams" in str(error.value)
 
 
 def started(state: dict[str, np.ndarray], init: InitConfig, **changed: object):
     """A fresh small model that starts from a state, and what became of that."""
     config = SMALL.model_copy(update=changed)
-    model = build(config)
+    model = VisionTransformer(config)
     return model, init_from(model, config, ExternalWeights(dict(state), "test"), "run", init, source_grid=(3, 4))
 
 
@@ -123,7 +123,7 @@ def test_a_grid_that_cannot_be_known_is_an_error_not_a_guess() -> None:
     state = random_state()
     state["pos_embed"] = state["pos_embed"][:, :12]  # 12 or 11 patches are no square
     with pytest.raises(WeightsError, match="pos_embed"):
-        init_from(build(config), config, ExternalWeights(state, "test"), "run", InitConfig(head="keep"))
+        init_from(VisionTransformer(config), config, ExternalWeights(state, "test"), "run", InitConfig(head="keep"))
 
 
 def test_a_kept_head_must_fit() -> None:

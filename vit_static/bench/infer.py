@@ -36,7 +36,7 @@ from vit_static.export import onnx as onnx_export
 from vit_static.export.exporter import compare, read, spread_over, write
 from vit_static.inference.artifact import Comparison, spec_of
 from vit_static.inference.predictor import Predictor
-from vit_static.model.vit import VisionTransformer, build
+from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import seed_everything
 from vit_static.weights.load import file_state, init_from
 from vit_static.weights.source import load_weights
@@ -92,7 +92,7 @@ def write_fresh(config: Config, folder: Path, batch_size: int) -> dict[str, Comp
     """The config's model with fresh weights, its head too, and noise for images."""
     paddle.set_device("cpu")
     seed_everything(config.seed)
-    model = build(config.model)
+    model = VisionTransformer(config.model)
     model.head.weight.set_value(paddle.randn(model.head.weight.shape) * model.head.weight.shape[0] ** -0.5)
     model.eval()
     shape = (max(batch_size, _NUM_CALIBRATION_IMAGES), 3, *config.model.image_size)
@@ -109,7 +109,7 @@ def write_trained(
     loaded = load_weights(checkpoint)
     config = loaded.config_with(overrides)
     paddle.set_device("cpu")
-    model = build(config.model)
+    model = VisionTransformer(config.model)
     keeping = InitConfig(head="keep", pos_embed=config.init.pos_embed)
     init_from(model, config.model, loaded.found, str(loaded.source), keeping, loaded.grid)
     model.eval()

@@ -17,7 +17,7 @@ from vit_static.data.mixup import Mixup
 from vit_static.model import flops
 from vit_static.model.loss import Criterion
 from vit_static.model.variants import shape_of, variant_of
-from vit_static.model.vit import build
+from vit_static.model.vit import VisionTransformer
 from vit_static.parallel import gloo
 from vit_static.parallel.mesh import Mesh, device_name, rank_and_world_size, resolve_mesh, seed_everything, start_mesh
 from vit_static.program.precision import choose_attention, choose_precision
@@ -54,7 +54,7 @@ class MeasuredStep:
         seed_everything(config.seed)
         attention = choose_attention(config.model, config.parallel, config.kernels, self.mesh.device)
         self.program = Program(
-            build(config.model, attention),
+            VisionTransformer(config.model, attention),
             Criterion(config.loss),
             self.mesh,
             self.precision,

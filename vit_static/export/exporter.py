@@ -41,7 +41,7 @@ from vit_static.inference.backends import OnnxSession, PaddleSession, check_mach
 from vit_static.inference.image_io import read_pixels
 from vit_static.inference.predictor import Preprocessor, probabilities_of
 from vit_static.model.variants import shape_of
-from vit_static.model.vit import VisionTransformer, build
+from vit_static.model.vit import VisionTransformer
 from vit_static.weights.load import init_from
 from vit_static.weights.source import Weights, load_weights
 
@@ -128,7 +128,7 @@ def _replacing(out: Path) -> Iterator[Path]:
 
 def _export(loaded: Weights, config: Config, images: ImageDataset, folder: Path, name: str, *, onnx: bool) -> None:
     """The files of one image size; `name` says which, if there are several."""
-    model = build(config.model)
+    model = VisionTransformer(config.model)
     keeping = InitConfig(head="keep", pos_embed=config.init.pos_embed)
     init_from(model, config.model, loaded.found, str(loaded.source), keeping, loaded.grid)
     model.eval()

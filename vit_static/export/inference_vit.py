@@ -9,7 +9,7 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from vit_static.config.schema import InferencePrecision
-from vit_static.model.vit import Attention, Block, VisionTransformer
+from vit_static.model.vit import Attention, Block, VisionTransformer, attention_by_matmul
 
 _PARTS = ("q", "k", "v")
 
@@ -41,7 +41,7 @@ class InferenceModel(nn.Layer):
 
     def forward(self, images: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
         body = self.body
-        x = body.embedded(images.astype(self.dtype))  # [B, N, C]
+        x = body.embed(images.astype(self.dtype))  # [B, N, C]
         last = len(body.blocks) - 1
         for index, block in enumerate(body.blocks):
             reads_one = index == last and body.pool == "cls"
@@ -50,7 +50,7 @@ class InferenceModel(nn.Layer):
         if body.pool == "cls":
             features = body.norm(x[:, 0])
         else:
-            features = body.norm(body.pooled(x)) if body.fc_norm else body.pooled(body.norm(x))
+            features = body.norm(body.pool_tokens(x)) if body.fc_norm else body.pool_tokens(body.norm(x))
         representation = features
         if body.head0 is not None:
             representation = F.tanh(self._in_float32(body.head0, representation))
@@ -82,6 +82,7 @@ class _Attention(nn.Layer):
         self.qkv.weight.set_value(paddle.concat([part.weight for part in parts], axis=1))
         if has_bias:
             self.qkv.bias.set_value(paddle.concat([part.bias for part in parts]))
+        self.attention_drop = attention.attention_drop
         self.proj = attention.proj
 
     def forward(self, x: paddle.Tensor, only: int | None) -> paddle.Tensor:
@@ -92,12 +93,8 @@ class _Attention(nn.Layer):
         if only is not None:
             query = query[:, only : only + 1]
         query, key, value = (
-            part.reshape([0, 0, self.num_heads, width // self.num_heads]).transpose([0, 2, 1, 3])
-            for part in (query, key, value)
-        )  # [B, H, N, d]
-        # In this order and with `reshape`, not `flatten`: Paddle Inference's passes know it, and put the factor and the
-        # transpositions into the products.
-        query = query * (width // self.num_heads) ** -0.5
-        shares = F.softmax(paddle.matmul(query, key, transpose_y=True), axis=-1)  # [B, H, N, N]
-        out = paddle.matmul(shares, value).transpose([0, 2, 1, 3]).reshape([0, 0, width])
-        return self.proj(out)
+            part.reshape([0, 0, self.num_heads, width // self.num_heads]) for part in (query, key, value)
+        )  # [B, N, H, d]
+        x = attention_by_matmul(query, key, value, self.attention_drop)
+        # Not `flatten`: Paddle Inference's passes fuse attention only if it ends with `reshape`.
+        return self.proj(x.reshape([0, 0, width]))

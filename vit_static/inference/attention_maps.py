@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import paddle
-import paddle.nn.functional as F
 
 from vit_static.common.drawing import colours, darkened, heat, scaled, sheet, squares, write_png
 from vit_static.common.errors import PredictError, UserError
@@ -27,7 +26,7 @@ from vit_static.inference.artifact import MODEL_FILE, ModelSpec, Preprocessing, 
 from vit_static.inference.image_io import find_images
 from vit_static.inference.predictor import Preprocessor, batches, probabilities_of
 from vit_static.model.variants import shape_of, variant_of
-from vit_static.model.vit import AttentionFunction, Dropout, VisionTransformer, build, flash_attention
+from vit_static.model.vit import AttentionFunction, Dropout, VisionTransformer, attention_by_matmul, flash_attention
 from vit_static.weights.formats import split_qkv
 from vit_static.weights.load import init_from
 from vit_static.weights.source import load_weights
@@ -54,12 +53,13 @@ class AttentionRecorder:
     def __call__(
         self, query: paddle.Tensor, key: paddle.Tensor, value: paddle.Tensor, dropout: Dropout
     ) -> paddle.Tensor:
-        query = query * query.shape[-1] ** -0.5
-        query, key, value = (x.transpose([0, 2, 1, 3]) for x in (query, key, value))  # [B, H, N, d]
-        weights = F.softmax(paddle.matmul(query, key, transpose_y=True), axis=-1)  # [B, H, N, N]
+        return attention_by_matmul(query, key, value, lambda weights: dropout(self._record(weights)))
+
+    def _record(self, weights: paddle.Tensor) -> paddle.Tensor:
+        """Keep attention weights [B, H, N, N] of one layer, and return them."""
         self.last_heads = weights.numpy()
         self.layers.append(self.last_heads.mean(axis=1))
-        return paddle.matmul(dropout(weights), value).transpose([0, 2, 1, 3])  # [B, N, H, d]
+        return weights
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def load_checkpoint(
     loaded = load_weights(checkpoint, averaged=averaged)
     config = config or loaded.config_with(overrides)
     paddle.set_device("cpu")
-    model = build(config.model, AttentionRecorder())
+    model = VisionTransformer(config.model, AttentionRecorder())
     keeping = InitConfig(head="keep", pos_embed=config.init.pos_embed)
     init_from(model, config.model, loaded.found, str(loaded.source), keeping, loaded.grid)
     model.eval()
@@ -337,7 +337,7 @@ def load_model(folder: Path, attention: AttentionFunction = flash_attention) -> 
     card = read_spec(folder)
     if card.precision == "int8":
         raise PredictError(f"{folder}: int8 can't be looked into; use the run that it is of, or a float32 export")
-    model = build(card.model, attention)
+    model = VisionTransformer(card.model, attention)
     # Paddle puts a number behind each name that it loads.
     program = paddle.jit.load(str(folder / MODEL_FILE.removesuffix(".json")))
     found = {one.name.rpartition("_")[0]: one.astype("float32").numpy() for one in program.parameters()}

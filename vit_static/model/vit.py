@@ -1,18 +1,17 @@
-"""The Vision Transformer (Dosovitskiy et al., arXiv 2010.11929): architecture, variants, position embeddings.
+"""Vision Transformer (Dosovitskiy et al., arXiv 2010.11929).
 
-The layers know nothing of precision, meshes, checkpoints or files. Shapes in the trailing comments:
-B images, N tokens (patches, and the class token if there is one), C the width, H heads of d = C / H channels.
+The layers know nothing of precision, meshes, checkpoints or files. Shapes in the trailing comments: B images, N tokens
+(registers, class token, patches), C the width, H heads with d = C / H channels each.
 
-In memory the query, key and value projections are three layers, so that tensor parallelism can split each of
-them by heads without moving anything. In files they are one matrix, ``attn.qkv``, as PLSC and timm have it:
-`formats.fuse_qkv` and `split_qkv` go from one to the other.
+In memory the query, key and value projections are three layers, so that tensor parallelism can split each of them by
+heads without moving data. In files they are one matrix, ``attn.qkv``, as in PLSC and timm; `weights.formats.fuse_qkv`
+and `split_qkv` convert between the two.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import paddle
@@ -22,17 +21,17 @@ from paddle.nn.initializer import Assign, Constant, Normal, XavierUniform
 
 from vit_static.config.schema import ModelConfig
 from vit_static.model.pos_embed import sincos2d_pos_embed
-from vit_static.model.variants import variant_of
+from vit_static.model.variants import Variant, grid_of, variant_of
 
-# F.dropout's first arguments and `training`
+# (x, p, training=...) -> x with dropout applied; the signature of F.dropout's first arguments
 DropoutFunction = Callable[..., paddle.Tensor]
 
 
 class Dropout(nn.Layer):
-    """Sets elements to 0 with probability `p`, and scales the others by 1 / (1 - p).
+    """Set each element to 0 with probability `p`, and scale the others by 1 / (1 - p).
 
-    `function` draws the mask; step.py puts one in F.dropout's place whose masks follow the mesh. Each use of dropout is
-    a layer of its own.
+    `function` draws the mask. program/seeded_dropout.py replaces it by one whose masks don't depend on the mesh, so
+    every use of dropout in the model is a layer of its own.
     """
 
     def __init__(self, p: float) -> None:
@@ -44,28 +43,34 @@ class Dropout(nn.Layer):
         return self.function(x, self.p, training=True) if self.p > 0.0 and self.training else x
 
 
-# (query, key, value [B, N, H, d], the dropout of the attention's weights) -> [B, N, H, d]
+# (query, key, value [B, N, H, d], dropout of the attention weights) -> [B, N, H, d]
 AttentionFunction = Callable[[paddle.Tensor, paddle.Tensor, paddle.Tensor, Dropout], paddle.Tensor]
 
 
 def flash_attention(query: paddle.Tensor, key: paddle.Tensor, value: paddle.Tensor, dropout: Dropout) -> paddle.Tensor:
-    """Paddle's fused attention: FlashAttention on a card, plain products on a CPU. Draws its own masks."""
+    """Apply Paddle's fused attention: FlashAttention on a GPU, matrix products on a CPU. It draws its own masks."""
     return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout.p, training=dropout.training)
 
 
 def attention_by_matmul(
-    query: paddle.Tensor, key: paddle.Tensor, value: paddle.Tensor, dropout: Dropout
+    query: paddle.Tensor,
+    key: paddle.Tensor,
+    value: paddle.Tensor,
+    dropout: Callable[[paddle.Tensor], paddle.Tensor],
 ) -> paddle.Tensor:
-    """The same attention in plain products, its masks drawn by `dropout`."""
-    query = query * query.shape[-1] ** -0.5
+    """Compute the same attention, softmax(q k^T / sqrt(d)) v, with separate matrix products.
+
+    `dropout` is applied to the attention weights [B, H, N, N]. The number of queries may differ from that of keys.
+    """
     query, key, value = (x.transpose([0, 2, 1, 3]) for x in (query, key, value))  # [B, H, N, d]
-    scores = paddle.matmul(query, key, transpose_y=True)  # [B, H, N, N]
-    out = paddle.matmul(dropout(F.softmax(scores, axis=-1)), value)  # [B, H, N, d]
-    return out.transpose([0, 2, 1, 3])  # [B, N, H, d]
+    # Scaled after the transposition: Paddle Inference fuses this order into the matrix product, and no other.
+    query = query * query.shape[-1] ** -0.5
+    weights = F.softmax(paddle.matmul(query, key, transpose_y=True), axis=-1)  # [B, H, N, N]
+    return paddle.matmul(dropout(weights), value).transpose([0, 2, 1, 3])  # [B, N, H, d]
 
 
-def patches(images: paddle.Tensor, patch_size: int) -> paddle.Tensor:
-    """Images [B, 3, height, width] cut into [B, rows * columns, 3 * patch_size**2], row by row."""
+def split_into_patches(images: paddle.Tensor, patch_size: int) -> paddle.Tensor:
+    """Cut images [B, 3, height, width] into patches [B, rows * columns, 3 * patch_size**2], row by row."""
     channels, height, width = images.shape[1:]
     rows, columns = height // patch_size, width // patch_size
     x = images.reshape([0, channels, rows, patch_size, columns, patch_size])
@@ -74,9 +79,9 @@ def patches(images: paddle.Tensor, patch_size: int) -> paddle.Tensor:
 
 
 class PatchProjection(nn.Layer):
-    """The patch embedding's weights in a convolution's layout; the convolution itself as one matrix product.
+    """Patch embedding with a convolution's weight layout, computed as one matrix product.
 
-    Stride and kernel are equal, so the two are the same sums; the product is quicker and can be sharded.
+    Stride and kernel size are equal, so both compute the same sums. The matrix product is faster and can be sharded.
     """
 
     def __init__(self, patch_size: int, width: int) -> None:
@@ -93,17 +98,19 @@ class PatchProjection(nn.Layer):
 
 
 class PatchEmbed(nn.Layer):
+    """Images [B, 3, height, width] to tokens [B, N, C]."""
+
     def __init__(self, patch_size: int, width: int) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.proj = PatchProjection(patch_size, width)
 
     def forward(self, images: paddle.Tensor) -> paddle.Tensor:
-        return self.proj(patches(images, self.patch_size))  # [B, N, C]
+        return self.proj(split_into_patches(images, self.patch_size))  # [B, N, C]
 
 
 class DropPath(nn.Layer):
-    """Stochastic depth (arXiv 1603.09382): drops the whole branch of an image with probability `p`."""
+    """Stochastic depth (arXiv 1603.09382): drop an image's residual branch with probability `p`."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -112,14 +119,14 @@ class DropPath(nn.Layer):
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         if self.drop.p == 0.0 or not self.training:
             return x
-        # One draw an image, by a dropout of ones: `F.dropout(x, axis=0)` draws a uniform of a computed shape, which
-        # the auto-parallel passes of Paddle 3.3.1 refuse. The ones are those of the whole batch on every rank, which
-        # takes its part of the result: so each image's draw is the same on any mesh.
+        # One draw per image, by dropout applied to ones: `F.dropout(x, axis=0)` draws a tensor of computed shape,
+        # which Paddle 3.3.1's auto-parallel passes refuse. Every rank creates the ones of the global batch and takes
+        # its part of the result, so that an image's draw doesn't depend on the mesh.
         return x * self.drop(paddle.ones([x.shape[0], 1, 1], dtype=x.dtype))
 
 
 class LayerScale(nn.Layer):
-    """A learned factor a channel on a residual branch (CaiT, arXiv 2103.17239)."""
+    """Learned factor per channel on a residual branch (CaiT, arXiv 2103.17239)."""
 
     def __init__(self, width: int, init: float) -> None:
         super().__init__()
@@ -137,7 +144,7 @@ def linear(
     weight_init: Any = None,
     bias_init: float | Normal = 0.0,
 ) -> nn.Linear:
-    """A linear layer, its weight Xavier-uniform unless `weight_init` says otherwise."""
+    """Create a linear layer. `weight_init` None means Xavier uniform."""
     return nn.Linear(
         in_features,
         out_features,
@@ -149,30 +156,25 @@ def linear(
 
 
 class Attention(nn.Layer):
-    def __init__(
-        self,
-        width: int,
-        num_heads: int,
-        *,
-        qkv_bias: bool,
-        dropout: float,
-        attention_dropout: float,
-        attention: AttentionFunction,
-    ) -> None:
+    """Multi-head self-attention, [B, N, C] in and out (appendix A of the paper)."""
+
+    def __init__(self, config: ModelConfig, variant: Variant, attention: AttentionFunction) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.attention_drop = Dropout(attention_dropout)
+        width = variant.width
+        self.num_heads = variant.num_heads
+        self.attention_drop = Dropout(config.attention_dropout)
         self.attention = attention
-        # The seed draws q, k and v as one matrix of `width` rows and 3 * `width` columns: the same limits here.
+        # PLSC initialises q, k and v as one matrix of `width` rows and 3 * `width` columns: use the same limits here.
         fused = XavierUniform(fan_in=width, fan_out=3 * width)
-        self.q = linear(width, width, bias=qkv_bias, weight_init=fused)
-        self.k = linear(width, width, bias=qkv_bias, weight_init=fused)
-        self.v = linear(width, width, bias=qkv_bias, weight_init=fused)
+        self.q = linear(width, width, bias=config.qkv_bias, weight_init=fused)
+        self.k = linear(width, width, bias=config.qkv_bias, weight_init=fused)
+        self.v = linear(width, width, bias=config.qkv_bias, weight_init=fused)
         self.proj = linear(width, width)
-        self.proj_drop = Dropout(dropout)
+        self.proj_drop = Dropout(config.dropout)
 
     def split_heads(self, x: paddle.Tensor) -> paddle.Tensor:
-        return x.reshape([0, 0, self.num_heads, x.shape[-1] // self.num_heads])  # [B, N, H, d]
+        """Reshape [B, N, C] to [B, N, H, d]."""
+        return x.reshape([0, 0, self.num_heads, x.shape[-1] // self.num_heads])
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         query, key, value = self.split_heads(self.q(x)), self.split_heads(self.k(x)), self.split_heads(self.v(x))
@@ -181,207 +183,134 @@ class Attention(nn.Layer):
 
 
 class Mlp(nn.Layer):
-    def __init__(self, width: int, hidden: int, dropout: float, gelu: str) -> None:
+    """Two linear layers with a GELU between them, [B, N, C] in and out."""
+
+    def __init__(self, config: ModelConfig, variant: Variant) -> None:
         super().__init__()
-        self.approximate = gelu == "tanh"
-        self.fc1 = linear(width, hidden, bias_init=Normal(0.0, 1e-6))
-        self.fc2 = linear(hidden, width, bias_init=Normal(0.0, 1e-6))
-        self.drop1 = Dropout(dropout)
-        self.drop2 = Dropout(dropout)
+        self.approximate = config.gelu == "tanh"
+        self.fc1 = linear(variant.width, variant.mlp_dim, bias_init=Normal(0.0, 1e-6))
+        self.fc2 = linear(variant.mlp_dim, variant.width, bias_init=Normal(0.0, 1e-6))
+        self.drop1 = Dropout(config.dropout)
+        self.drop2 = Dropout(config.dropout)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        return self.drop2(self.fc2(self.drop1(F.gelu(self.fc1(x), self.approximate))))  # [B, N, hidden], then [B, N, C]
+        x = self.drop1(F.gelu(self.fc1(x), self.approximate))  # [B, N, mlp_dim]
+        return self.drop2(self.fc2(x))  # [B, N, C]
 
 
 class Block(nn.Layer):
-    """A pre-norm Transformer block (eq. 2 and 3 of the paper)."""
+    """Pre-norm Transformer block, [B, N, C] in and out (eq. 2 and 3 of the paper)."""
 
     def __init__(
-        self,
-        width: int,
-        mlp_dim: int,
-        attention: Attention,
-        *,
-        dropout: float,
-        drop_path_rate: float,
-        layer_scale_init: float | None,
-        layer_norm_epsilon: float,
-        gelu: str,
+        self, config: ModelConfig, variant: Variant, drop_path_rate: float, attention: AttentionFunction
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, layer_norm_epsilon)
-        self.attn = attention
-        self.norm2 = nn.LayerNorm(width, layer_norm_epsilon)
-        self.mlp = Mlp(width, mlp_dim, dropout, gelu)
+        width = variant.width
+        self.norm1 = nn.LayerNorm(width, config.layer_norm_epsilon)
+        self.attn = Attention(config, variant, attention)
+        self.norm2 = nn.LayerNorm(width, config.layer_norm_epsilon)
+        self.mlp = Mlp(config, variant)
         self.drop_path1 = DropPath(drop_path_rate)
         self.drop_path2 = DropPath(drop_path_rate)
-        self.ls1 = nn.Identity() if layer_scale_init is None else LayerScale(width, layer_scale_init)
-        self.ls2 = nn.Identity() if layer_scale_init is None else LayerScale(width, layer_scale_init)
+        self.ls1 = _layer_scale(config, width)
+        self.ls2 = _layer_scale(config, width)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         x = self.drop_path1(self.ls1(self.attn(self.norm1(x)))) + x
         return self.drop_path2(self.ls2(self.mlp(self.norm2(x)))) + x  # [B, N, C]
 
 
-def build(config: ModelConfig, attention: AttentionFunction = flash_attention) -> VisionTransformer:
-    """The config's model, freshly initialised. Raises ConfigError for what no ViT can be."""
-    return VisionTransformer(
-        **asdict(variant_of(config)),
-        image_size=config.image_size,
-        num_classes=config.num_classes,
-        pool=config.pool,
-        class_token=config.has_class_token,
-        class_token_pos_embed=config.class_token_pos_embed,
-        register_tokens=config.register_tokens,
-        fc_norm=config.fc_norm,
-        layer_norm_epsilon=config.layer_norm_epsilon,
-        gelu=config.gelu,
-        pos_embed=config.pos_embed,
-        pos_embed_init=config.pos_embed_init,
-        representation_size=config.representation_size,
-        head_bias_init=config.head_bias_init,
-        head_init_std=config.head_init_std,
-        qkv_bias=config.qkv_bias,
-        dropout=config.dropout,
-        attention_dropout=config.attention_dropout,
-        drop_path_rate=config.drop_path_rate,
-        drop_path_schedule=config.drop_path_schedule,
-        layer_scale_init=config.layer_scale_init,
-        attention=attention,
-    )
+def _layer_scale(config: ModelConfig, width: int) -> nn.Layer:
+    return nn.Identity() if config.layer_scale_init is None else LayerScale(width, config.layer_scale_init)
 
 
 class VisionTransformer(nn.Layer):
-    """Images [B, 3, height, width], normalised, to logits [B, num_classes].
+    """Vision Transformer: normalised images [B, 3, height, width] to logits [B, num_classes].
 
-    `pool` is what the head reads: ``cls``, the class token's last state; ``gap``, the patches' mean; ``cls_gap``, both
-    side by side (DINOv2's). The last norm is of each token's state, as in the paper, or with
-    `fc_norm` of what is pooled, as in MAE's finetuning. A class token that isn't read may be there, too (None:
-    it is there if it is read). `register_tokens` stand between it and the patches, without a position; without
-    `class_token_pos_embed` the class token has none either (DeiT III). `pos_embed` is ``learn`` or ``sincos2d``
-    (fixed); a learned one begins as `pos_embed_init` says.
-    `representation_size` puts a tanh layer of that width before the head (the paper's pretraining head).
-    `drop_path_rate` is the last block's; the others' rise linearly from 0, or are the same (`drop_path_schedule`).
+    The fields of `ModelConfig` describe the options. With `fc_norm` the last LayerNorm is applied to the pooled state
+    instead of to each token, as in MAE's finetuning. Register tokens come before the class token and have no position
+    embedding; without `class_token_pos_embed` the class token has none either (DeiT III).
+
+    `attention` computes the attention of every block. Raises ConfigError if the config describes no valid ViT.
     """
 
-    def __init__(
-        self,
-        *,
-        image_size: tuple[int, int],
-        patch_size: int,
-        width: int,
-        depth: int,
-        num_heads: int,
-        mlp_dim: int,
-        num_classes: int,
-        pool: str = "cls",
-        class_token: bool | None = None,
-        class_token_pos_embed: bool = True,
-        register_tokens: int = 0,
-        fc_norm: bool = False,
-        layer_norm_epsilon: float = 1e-6,
-        gelu: str = "erf",
-        pos_embed: str = "learn",
-        pos_embed_init: str = "normal",
-        representation_size: int | None = None,
-        head_bias_init: float = 0.0,
-        head_init_std: float = 0.0,
-        qkv_bias: bool = True,
-        dropout: float = 0.0,
-        attention_dropout: float = 0.0,
-        drop_path_rate: float = 0.0,
-        drop_path_schedule: str = "linear",
-        layer_scale_init: float | None = None,
-        attention: AttentionFunction = flash_attention,
-    ) -> None:
+    def __init__(self, config: ModelConfig, attention: AttentionFunction = flash_attention) -> None:
         super().__init__()
-        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
-        self.pool, self.fc_norm, self.class_token_pos_embed = pool, fc_norm, class_token_pos_embed
-        has_class_token = pool != "gap" if class_token is None else class_token
-        self.num_prefix_tokens = has_class_token + register_tokens
-        num_prefix_positions = int(has_class_token and class_token_pos_embed)
-        num_positions = num_prefix_positions + self.grid[0] * self.grid[1]
+        variant = variant_of(config)
+        width = variant.width
+        self.grid = grid_of(config)
+        self.pool, self.fc_norm = config.pool, config.fc_norm
+        self.class_token_pos_embed = config.class_token_pos_embed
+        self.num_prefix_tokens = config.num_prefix_tokens
 
-        self.patch_embed = PatchEmbed(patch_size, width)
+        # Layers draw their weights from one random generator: keep the order of creation.
+        self.patch_embed = PatchEmbed(variant.patch_size, width)
         self.cls_token, self.reg_token = None, None
-        if has_class_token:
+        if config.has_class_token:
             self.cls_token = self.create_parameter([1, 1, width], default_initializer=Constant(0.0))
-        if register_tokens:
-            self.reg_token = self.create_parameter([1, register_tokens, width], default_initializer=Normal(0.0, 0.02))
-        if pos_embed == "learn":
-            begin = Normal(0.0, 0.02)
-            if pos_embed_init == "sincos2d":
-                begin = Assign(sincos2d_pos_embed(self.grid, width, num_prefix_positions))
-            self.pos_embed = self.create_parameter([1, num_positions, width], default_initializer=begin)
+        if config.register_tokens:
+            self.reg_token = self.create_parameter(
+                [1, config.register_tokens, width], default_initializer=Normal(0.0, 0.02)
+            )
+        self._create_pos_embed(config, width)
+        self.pos_drop = Dropout(config.dropout)
+        rates = _drop_path_rates(config, variant.depth)
+        self.blocks = nn.LayerList([Block(config, variant, rate, attention) for rate in rates])
+
+        pooled_width = 2 * width if config.pool == "cls_gap" else width
+        self.norm = nn.LayerNorm(pooled_width if config.fc_norm else width, config.layer_norm_epsilon)
+        self.head0 = None
+        if config.representation_size is None:
+            std = config.head_init_std
+            weight_init = Normal(0.0, std) if std > 0.0 else Constant(0.0)
+            self.head = linear(
+                pooled_width, config.num_classes, weight_init=weight_init, bias_init=config.head_bias_init
+            )
         else:
-            fixed = sincos2d_pos_embed(self.grid, width, num_prefix_positions)
+            self.head0 = linear(pooled_width, config.representation_size)
+            self.head = linear(config.representation_size, config.num_classes, bias_init=config.head_bias_init)
+
+    def _create_pos_embed(self, config: ModelConfig, width: int) -> None:
+        """Create the position embedding [1, positions, C]: a parameter, or a buffer if it is fixed."""
+        num_positions = config.num_prefix_positions + self.grid[0] * self.grid[1]
+        if config.pos_embed == "learn":
+            initializer = Normal(0.0, 0.02)
+            if config.pos_embed_init == "sincos2d":
+                initializer = Assign(sincos2d_pos_embed(self.grid, width, config.num_prefix_positions))
+            self.pos_embed = self.create_parameter([1, num_positions, width], default_initializer=initializer)
+        else:
+            fixed = sincos2d_pos_embed(self.grid, width, config.num_prefix_positions)
             self.register_buffer("pos_embed", paddle.to_tensor(fixed), persistable=False)
-        self.pos_drop = Dropout(dropout)
 
-        rates = [drop_path_rate] * depth
-        if drop_path_schedule == "linear":
-            rates = [drop_path_rate * index / max(depth - 1, 1) for index in range(depth)]
-        self.blocks = nn.LayerList(
-            [
-                Block(
-                    width,
-                    mlp_dim,
-                    Attention(
-                        width,
-                        num_heads,
-                        qkv_bias=qkv_bias,
-                        dropout=dropout,
-                        attention_dropout=attention_dropout,
-                        attention=attention,
-                    ),
-                    dropout=dropout,
-                    drop_path_rate=rates[index],
-                    layer_scale_init=layer_scale_init,
-                    layer_norm_epsilon=layer_norm_epsilon,
-                    gelu=gelu,
-                )
-                for index in range(depth)
-            ]
-        )
-        pooled_width = 2 * width if pool == "cls_gap" else width
-        self.norm = nn.LayerNorm(pooled_width if fc_norm else width, layer_norm_epsilon)
-        if representation_size is None:
-            self.head0 = None
-            weight_init = Normal(0.0, head_init_std) if head_init_std > 0.0 else Constant(0.0)
-            self.head = linear(pooled_width, num_classes, weight_init=weight_init, bias_init=head_bias_init)
-        else:
-            self.head0 = linear(pooled_width, representation_size)
-            self.head = linear(representation_size, num_classes, bias_init=head_bias_init)
-
-    def embedded(self, images: paddle.Tensor) -> paddle.Tensor:
-        """What the first block gets, [B, N, C]: registers, class token, patches."""
+    def embed(self, images: paddle.Tensor) -> paddle.Tensor:
+        """Compute the first block's input [B, N, C]: registers, class token, patches."""
         x = self.patch_embed(images)  # [B, rows * columns, C]
         if self.cls_token is not None and self.class_token_pos_embed:
-            x = _with_tokens(self.cls_token, x)
+            x = _prepend_tokens(self.cls_token, x)
         x = x + self.pos_embed
         if self.cls_token is not None and not self.class_token_pos_embed:
-            x = _with_tokens(self.cls_token, x)
+            x = _prepend_tokens(self.cls_token, x)
         if self.reg_token is not None:
-            x = _with_tokens(self.reg_token, x)
+            x = _prepend_tokens(self.reg_token, x)
         return self.pos_drop(x)
 
     def features(self, images: paddle.Tensor) -> paddle.Tensor:
-        """The pooled state after the last norm, [B, C] ([B, 2 C] of cls_gap)."""
-        x = self.embedded(images)
+        """Compute the pooled, normalised state that the head reads: [B, C], or [B, 2 C] with cls_gap."""
+        x = self.embed(images)
         for block in self.blocks:
             x = block(x)  # [B, N, C]
-        return self.norm(self.pooled(x)) if self.fc_norm else self.pooled(self.norm(x))
+        return self.norm(self.pool_tokens(x)) if self.fc_norm else self.pool_tokens(self.norm(x))
 
-    def pooled(self, x: paddle.Tensor) -> paddle.Tensor:
-        """What the head reads of the tokens, [B, N, C]."""
+    def pool_tokens(self, x: paddle.Tensor) -> paddle.Tensor:
+        """Pool tokens [B, N, C] to [B, C], or to [B, 2 C] with cls_gap."""
         states = [x[:, self.num_prefix_tokens - 1]] if self.pool != "gap" else []
         if self.pool != "cls":
             states.append((x[:, self.num_prefix_tokens :] if self.num_prefix_tokens else x).mean(axis=1))
-        # Not `concat`, whose gradient Paddle 3.3.1 gets wrong where the head is split over ranks, without an error.
+        # Not `concat`: with a head split over ranks, Paddle 3.3.1 computes a wrong gradient for it without an error.
         return states[0] if len(states) == 1 else paddle.stack(states, axis=1).flatten(1)
 
     def logits(self, features: paddle.Tensor) -> paddle.Tensor:
-        """What `features` gives to logits [B, num_classes]."""
+        """Apply the head to the result of `features`; return logits [B, num_classes]."""
         if self.head0 is not None:
             features = F.tanh(self.head0(features))
         return self.head(features)
@@ -390,10 +319,17 @@ class VisionTransformer(nn.Layer):
         return self.logits(self.features(images))
 
 
-def _with_tokens(tokens: paddle.Tensor, x: paddle.Tensor) -> paddle.Tensor:
-    """Learned tokens [1, T, C] before those of each image [B, N, C].
+def _drop_path_rates(config: ModelConfig, depth: int) -> list[float]:
+    """Return the drop-path rate of each block."""
+    if config.drop_path_schedule == "linear":
+        return [config.drop_path_rate * index / max(depth - 1, 1) for index in range(depth)]
+    return [config.drop_path_rate] * depth
 
-    A broadcast sum, not `expand`: under data parallelism Paddle 3.3.1 leaves the gradient of an expanded token
-    unreduced, without an error.
+
+def _prepend_tokens(tokens: paddle.Tensor, x: paddle.Tensor) -> paddle.Tensor:
+    """Prepend learned tokens [1, T, C] to the tokens of each image [B, N, C].
+
+    This is a broadcast sum and not `expand`: under data parallelism Paddle 3.3.1 doesn't reduce the gradient of an
+    expanded token over the ranks, and raises no error.
     """
     return paddle.concat([paddle.zeros_like(x[:, :1]) + tokens, x], axis=1)

@@ -21,7 +21,7 @@ from vit_static.config.schema import Config, ParallelConfig
 from vit_static.model import flops
 from vit_static.model.loss import Criterion
 from vit_static.model.variants import shape_of, variant_of
-from vit_static.model.vit import build, flash_attention
+from vit_static.model.vit import VisionTransformer, flash_attention
 from vit_static.parallel.mesh import (
     Mesh,
     MeshShape,
@@ -237,7 +237,7 @@ def _compile(config: Config, parallel: ParallelConfig, mesh: Mesh, precision: Pr
     attention = choose_attention(config.model, parallel, config.kernels, "gpu")
     is_fused = attention is flash_attention and precision.dtype != "float32"
     with paddle.LazyGuard():
-        model = build(config.model, attention)
+        model = VisionTransformer(config.model, attention)
     counting = costs.CostModel(
         item_size=2 if precision.level == "O2" else 4,
         master_gradients=config.amp.master_grad,

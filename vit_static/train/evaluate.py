@@ -17,7 +17,7 @@ from vit_static.data.imagenet_eval import imagenet_v2, with_real_labels
 from vit_static.data.loader import EvalLoader
 from vit_static.data.open_set import open_set
 from vit_static.model.loss import Criterion
-from vit_static.model.vit import build
+from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import Mesh, MeshShape, num_micro_batches, rank_and_world_size, start_mesh
 from vit_static.program.precision import choose_attention, choose_precision
 from vit_static.program.program import Program
@@ -154,7 +154,7 @@ def evaluate_checkpoint(
         images = with_real_labels(images, real, num_classes)
         config = config.with_several_labels()
     attention = choose_attention(config.model, config.parallel, config.kernels, mesh.device)
-    model = build(config.model, attention)
+    model = VisionTransformer(config.model, attention)
     keeping = InitConfig(head="keep", pos_embed=config.init.pos_embed)
     init_from(model, config.model, loaded.found, str(loaded.source), keeping, loaded.grid)
     program = Program(

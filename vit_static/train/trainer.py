@@ -35,7 +35,7 @@ from vit_static.data.open_set import check_command, open_set
 from vit_static.model import flops
 from vit_static.model.loss import Criterion
 from vit_static.model.variants import shape_of, variant_of
-from vit_static.model.vit import build
+from vit_static.model.vit import VisionTransformer
 from vit_static.optim import schedule
 from vit_static.optim.schedule import learning_rate
 from vit_static.parallel.mesh import device_name, rank_and_world_size, resolve_mesh, seed_everything, start_mesh
@@ -98,7 +98,9 @@ def train(config: Config, resume: str = "auto") -> bool:
 
         # -- the model, and what it starts from: a checkpoint > init.from > fresh weights ------------------------
         seed_everything(config.seed)
-        model = build(config.model, choose_attention(config.model, config.parallel, config.kernels, mesh.device))
+        model = VisionTransformer(
+            config.model, choose_attention(config.model, config.parallel, config.kernels, mesh.device)
+        )
         progress, run = Progress(step=0), mesh.first_non_none(secrets.token_hex(8))
         position = DataPosition(0, len(train_images), train_images.digest(), config.seed, config.augment.repeated_aug)
         start, loading = "fresh weights", None

@@ -12,7 +12,7 @@ from vit_static.common.errors import WeightsError
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config, InitConfig, ModelConfig
 from vit_static.model.variants import VARIANTS, variant_of
-from vit_static.model.vit import build
+from vit_static.model.vit import VisionTransformer
 from vit_static.weights.formats import ExternalWeights, FormatName, State, computed_otherwise, write_weights
 from vit_static.weights.load import LoadReport, adapt_state, check_state, model_of, position_counts, write_pdparams
 from vit_static.weights.source import load_weights
@@ -136,7 +136,7 @@ def _image_size(found: ExternalWeights, patch_size: int) -> tuple[int, int] | No
 def expected_shapes(model: ModelConfig, with_head: bool) -> dict[str, list[int]]:
     """Of the model's weights, by the layers' names, without making them."""
     with paddle.LazyGuard():
-        built = build(model)
+        built = VisionTransformer(model)
     shapes = {name: list(value.shape) for name, value in built.named_parameters()}
     return {name: shape for name, shape in shapes.items() if with_head or not name.startswith(("head.", "head0."))}
 

@@ -13,7 +13,7 @@ from vit_static.bench.profile import plain
 from vit_static.common.cpu import cpu_has_bfloat16
 from vit_static.config.schema import KernelsConfig, LossConfig, ModelConfig, OptimConfig, ParallelConfig
 from vit_static.model.loss import Criterion
-from vit_static.model.vit import attention_by_matmul, build
+from vit_static.model.vit import VisionTransformer, attention_by_matmul
 from vit_static.program.precision import Precision
 
 PLAIN = SMALL.model_copy(update={"layer_scale_init": None, "representation_size": None})
@@ -46,7 +46,7 @@ def trained(make_program, config: ModelConfig, onednn: bool, **arguments):
     optim = OptimConfig(name="sgd", lr=0.1, clip_norm=0.5)
     loss = Criterion(LossConfig(name="sigmoid" if config.num_classes == 1 else "softmax"))
     program = make_program(
-        build(config, attention_by_matmul),
+        VisionTransformer(config, attention_by_matmul),
         8,
         optim,
         kernels=kernels,
@@ -91,7 +91,9 @@ def test_the_first_ten_losses_in_bfloat16_are_float32s_within_a_hundredth(make_p
     for precision in (Precision("O0", "float32"), Precision("O1", "bfloat16")):
         paddle.seed(3)
         config = VARIATIONS[variation]
-        program = make_program(build(config, attention_by_matmul), 8, precision=precision, image_size=config.image_size)
+        program = make_program(
+            VisionTransformer(config, attention_by_matmul), 8, precision=precision, image_size=config.image_size
+        )
         losses[precision.level] = [
             program.loss_value(program.train_step(*images_and_labels(8, config, seed=n), n)) for n in range(10)
         ]
@@ -101,7 +103,7 @@ def test_the_first_ten_losses_in_bfloat16_are_float32s_within_a_hundredth(make_p
 def test_what_a_block_is_made_of(make_program) -> None:
     """Six products forward, twelve backward, and attention; no transposition, cast, bias or residual by itself."""
     paddle.seed(3)
-    program = make_program(build(PLAIN, attention_by_matmul), 8)
+    program = make_program(VisionTransformer(PLAIN, attention_by_matmul), 8)
     found, depth = operators(program), 2
     in_blocks = 6 * depth  # q, k, v, the projection, fc1, fc2
     beside = 2  # the patches' embedding, whose images need no gradient, and the head
@@ -119,7 +121,7 @@ def test_what_a_block_is_made_of(make_program) -> None:
 @pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU multiplies no bfloat16")
 def test_mixed_precision_casts_weights_and_the_residuals_gradient_alone(make_program) -> None:
     paddle.seed(3)
-    program = make_program(build(PLAIN, attention_by_matmul), 8, precision=Precision("O1", "bfloat16"))
+    program = make_program(VisionTransformer(PLAIN, attention_by_matmul), 8, precision=Precision("O1", "bfloat16"))
     found, depth = operators(program), 2
     weights = 6 * depth + 2
     residual_gradients = 2 * depth
@@ -130,7 +132,7 @@ def test_mixed_precision_casts_weights_and_the_residuals_gradient_alone(make_pro
 
 def test_evaluation_keeps_nothing_for_a_backward(make_program) -> None:
     paddle.seed(3)
-    program = make_program(build(PLAIN, attention_by_matmul), 8, learning_rate=None)
+    program = make_program(VisionTransformer(PLAIN, attention_by_matmul), 8, learning_rate=None)
     found = operators(program, "eval")
     assert found["attention_float32"] == 2 and found["matmul_float32"] == 14
     assert not {"matmul", "softmax", "gelu", "layer_norm", "attention_backward_float32"} & set(found)
