@@ -8,6 +8,15 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from vit_static.common.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    EXIT_USER_MISTAKE,
+    USER_ERRNOS,
+    escape,
+)
+
 # name: (module, what it does); a module is imported only when its tool runs, and has main(argv) -> exit code
 TOOLS = {
     "digits": ("data_tools.digits", "scikit-learn's 1,797 handwritten digits as a tree of JPEG files"),
@@ -19,13 +28,8 @@ TOOLS = {
     "shards": ("data_tools.shards", "WebDataset shards of a set, for network disks"),
 }
 
-# How the system refuses a path that the user should not have given; a full disk, say, is no such mistake.
-USER_ERRNOS = frozenset({
-    errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR,
-    errno.EPERM, errno.EROFS,
-})  # fmt: skip
-
-EXIT_DONE, EXIT_FAILED, EXIT_USER_MISTAKE, EXIT_STOPPED = 0, 1, 2, 75
+# A tool opens the paths that it is given without a check of its own.
+PATH_ERRNOS = USER_ERRNOS | {errno.ENOENT}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(prefix, str(error))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        code = EXIT_USER_MISTAKE if error.errno in USER_ERRNOS else EXIT_FAILED
+        code = EXIT_USER_MISTAKE if error.errno in PATH_ERRNOS else EXIT_FAILED
         return fail(prefix, f"{where}{error.strerror or error}", code)
     except KeyboardInterrupt:
         return fail(prefix, "stopped on request", EXIT_STOPPED)
@@ -59,7 +63,7 @@ def print_tools() -> None:
 
 
 def fail(prefix: str, message: str, code: int = EXIT_USER_MISTAKE) -> int:
-    print(f"{prefix}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{prefix}: {escape(message.strip())}", file=sys.stderr)
     return code
 
 

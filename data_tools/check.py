@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from data_tools.arguments import ToolParser
 from vit_static.common.errors import DataError, truncate
-from vit_static.common.io import lock, write_atomically
+from vit_static.common.io import lock, write_atomically, write_json
 from vit_static.data.dali_pipeline import decoders_words, decoding_pipeline
 from vit_static.data.image_set import FileDataset, ImageDataset
 from vit_static.data.list_file import read_list
@@ -116,8 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "num_copies_within": {split: num_copies(found) for split, found in digests.items()},
         "problems": [asdict(problem) for problem in problems],
     }
-    with write_atomically(path) as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(report, path)
     journal.remove()
     print_report(report, problems, path)
     if arguments.fix is not None:

@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_tools.arguments import ToolParser
-from vit_static.common.io import lock
+from vit_static.common.io import lock, write_json
 from vit_static.data.open_set import CLASS_NAMES_FILE
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -117,7 +117,7 @@ def write_set(folder: Path, batches: dict[str, tuple[np.ndarray, list[int]]], im
                     Image.fromarray(image).save(folder / split / CLASSES[label] / f"{number:05d}.png")
                     bar.update()
     (folder / CLASS_NAMES_FILE).write_text("".join(f"{name} {name}\n" for name in CLASSES))
-    (folder / "source.json").write_text(json.dumps(manifest(images_a_batch), indent=1) + "\n")
+    write_json(manifest(images_a_batch), folder / "source.json")
 
 
 def manifest(images_a_batch: int) -> dict[str, str | int]:

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_tools.arguments import ToolParser
+from vit_static.common.io import write_json
 
 # labels: {folder: name}, folders in label order
 CLASS_NAMES = {
@@ -147,7 +148,7 @@ def write_set(folder: Path, images: NDArray[np.uint8], digits: NDArray[np.int64]
         enlarged.convert("RGB").save(encoded, "JPEG", quality=JPEG_QUALITY)
         path.write_bytes(encoded.getvalue())
     (folder / "class_names.txt").write_text(class_names_text(labels), encoding="utf-8")
-    (folder / "source.json").write_text(json.dumps(manifest(labels, size), indent=2) + "\n", encoding="utf-8")
+    write_json(manifest(labels, size), folder / "source.json")
     assert is_complete(folder, labels, size), "scikit-learn's digits are not the 1,797 that we know"
 
 

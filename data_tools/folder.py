@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data_tools.arguments import ToolParser
 from vit_static.common.errors import DataError
-from vit_static.common.io import write_atomically
+from vit_static.common.io import write_atomically, write_json
 from vit_static.config.schema import DataConfig
 from vit_static.data.image_set import IMAGE_SUFFIXES, FileDataset
 from vit_static.data.open_set import CLASS_NAMES_FILE, class_folders, open_set
@@ -244,8 +244,7 @@ def write(
 ) -> None:
     """split.json first: it says whose the lists are."""
     out.mkdir(parents=True, exist_ok=True)
-    with write_atomically(out / SPLIT_FILE) as temporary:
-        temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_json(summary, out / SPLIT_FILE)
     prefix = "" if out.resolve() == root.resolve() else f"{root.resolve()}/"
     for split, path in lists_in(out).items():
         with write_atomically(path) as temporary, temporary.open("wb") as file:

@@ -31,7 +31,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data_tools.arguments import ToolParser
-from vit_static.common.io import lock, write_atomically
+from vit_static.common.io import lock, write_atomically, write_json
 from vit_static.data.open_set import CLASS_NAMES_FILE, class_folders, list_folders
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
@@ -356,5 +356,4 @@ def read_source(path: Path) -> dict[str, Any]:
 
 
 def write_source(path: Path, splits: Mapping[str, Any]) -> None:
-    with write_atomically(path) as temporary:
-        temporary.write_text(json.dumps({"source": SOURCE, **splits}, indent=1) + "\n", encoding="utf-8")
+    write_json({"source": SOURCE, **splits}, path)

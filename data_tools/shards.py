@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_tools.arguments import ToolParser
-from vit_static.common.io import lock, write_atomically
+from vit_static.common.io import lock, write_atomically, write_json
 from vit_static.config.schema import DataConfig
 from vit_static.data.image_set import FileDataset
 from vit_static.data.open_set import CLASS_NAMES_FILE, count_classes, open_set
@@ -101,9 +101,9 @@ def pack(images: FileDataset, folder: Path, shard_mb: float, seed: int | None) -
     with lock(folder, f"{folder}: another run is writing it; wait until that has ended"):
         for path in half_written:
             path.unlink(missing_ok=True)
-        _write_json(unfinished, manifest)
+        write_json(manifest, unfinished)
         num_shards = write_shards(images, folder, shard_mb, seed, sizes)
-        _write_json(folder / MANIFEST_FILE, manifest)
+        write_json(manifest, folder / MANIFEST_FILE)
         unfinished.unlink()
     print(f"shards: {len(images)} images written in {num_shards} shards in {folder}")
 
@@ -209,8 +209,3 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
-
-
-def _write_json(path: Path, content: Any) -> None:
-    with write_atomically(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The command line: verbs, their flags, exit codes. No logic."""
+"""Entry point: run a verb and turn errors into exit codes."""
 
 from __future__ import annotations
 
@@ -19,40 +19,48 @@ from vit_static.common.errors import (
     UserError,
 )
 from vit_static.common.library_output import library_output
+from vit_static.common.text import say
 
-NUM_LINES = 40  # of what libraries have said, where something fails
+MAX_LIBRARY_LINES = 40  # shown before a traceback
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a verb. A user's mistake is one line on stderr and exit code 2; anything else keeps its traceback."""
-    # Until the training loop, which saves its state first, SIGTERM ends a verb as Ctrl-C does.
+    """Run a verb and return its exit code.
+
+    A user's mistake is one line on stderr and exit code 2. An unexpected error shows its traceback, after the last
+    lines that libraries printed, and is exit code 1.
+    """
+    # Until the training loop starts, which handles SIGTERM itself to save its state, SIGTERM acts like Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         arguments = parse_arguments(argv)
-        return arguments.handler(arguments)
-    except BrokenPipeError:  # what reads the output has seen enough, such as `head`
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - for what Python flushes at its end
+        return int(arguments.handler(arguments))
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - Python flushes stdout once more when it exits
         return EXIT_DONE
     except UserError as error:
-        print(f"vit_static: {error}", file=sys.stderr)
-        return EXIT_USER_MISTAKE
-    except OSError as error:
-        if error.errno not in USER_ERRNOS:
-            print(library_output(NUM_LINES), end="", file=sys.stderr)
-            traceback.print_exc()
-            return EXIT_FAILED
-        print(f"vit_static: {error.filename}: {error.strerror}; name another path, or mend this one", file=sys.stderr)
+        say(str(error))
         return EXIT_USER_MISTAKE
     except RunFailed as error:
-        print(f"vit_static: {error}", file=sys.stderr)
+        say(str(error))
         return EXIT_FAILED
+    except OSError as error:
+        if error.errno not in USER_ERRNOS:
+            return _fail_with_traceback()
+        where = f"{error.filename}: " if error.filename else ""
+        say(f"{where}{error.strerror}; use another path, or fix this one")
+        return EXIT_USER_MISTAKE
     except KeyboardInterrupt:
-        print("vit_static: stopped on request", file=sys.stderr)
+        say("stopped on request")
         return EXIT_STOPPED
     except Exception:
-        print(library_output(NUM_LINES), end="", file=sys.stderr)
-        traceback.print_exc()
-        return EXIT_FAILED
+        return _fail_with_traceback()
+
+
+def _fail_with_traceback() -> int:
+    print(library_output(MAX_LIBRARY_LINES), end="", file=sys.stderr)
+    traceback.print_exc()
+    return EXIT_FAILED
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from vit_static.bench.harness import (
     ratio,
     run_in_turns,
     worker_command,
-    write_json,
+    write_results,
 )
 from vit_static.common.errors import UserError
 from vit_static.config.loader import load_config
@@ -110,7 +110,7 @@ def test_a_ratio_is_the_median_of_the_rounds(tmp_path: Path) -> None:
     """Not the ratio of the medians, 20 / 10: neighbours in time are compared."""
     ours, theirs = Result("ours", "", [10.0, 20.0, 60.0]), Result("theirs", "", [2.0, 40.0, 10.0])
     assert ratio(ours, theirs) == 5.0
-    write_json(tmp_path / "found.json", {"a_vs_b": 5.0}, {"ours": ours}, {"data_wait": 0.25})
+    write_results(tmp_path / "found.json", {"a_vs_b": 5.0}, {"ours": ours}, {"data_wait": 0.25})
     found = json.loads((tmp_path / "found.json").read_text())
     assert (found["ratios"], found["data_wait"]) == ({"a_vs_b": 5.0}, 0.25)
     assert found["contenders"]["ours"]["median_images_per_s"] == 20.0

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from helpers.small import ROOT, read_state
 
@@ -179,11 +180,9 @@ def test_a_run_that_is_killed_at_each_delicate_moment_goes_on(workplace: Path, t
 
 def resident_mb(process: subprocess.Popen[str]) -> float | None:
     try:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-    except OSError:
+        return psutil.Process(process.pid).memory_info().rss / 2**20 or None
+    except psutil.NoSuchProcess:
         return None
-    found = [line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:")]
-    return int(found[0]) / 1024 if found else None
 
 
 def test_memory_does_not_grow(workplace: Path, tally: Callable[..., None]) -> None:

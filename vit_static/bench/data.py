@@ -30,7 +30,7 @@ from vit_static.bench.harness import (
     ratio,
     run_in_turns,
     worker_command,
-    write_json,
+    write_results,
 )
 from vit_static.bench.peers import protocol
 from vit_static.bench.photos import NUM_PHOTO_CLASSES, write_photos
@@ -99,7 +99,7 @@ def run(
         "stages": stages,
         "sources": sources,
     }
-    write_json(json_path, ratios, results, others)
+    write_results(json_path, ratios, results, others)
 
 
 def core_counts() -> list[int]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_static.bench.harness import check_writable, write_json
+from vit_static.bench.harness import check_writable, write_results
 from vit_static.bench.photos import NUM_PHOTO_CLASSES, write_photos
 from vit_static.common.errors import UserError
 from vit_static.config.schema import AugmentConfig, Config, DataConfig
@@ -51,7 +51,7 @@ def run(config: Config, seconds: float, json_path: Path | None) -> None:
             _print_row(name, found[name])
         found["evaluation"] = compare(config, images, data, None, seconds)
         _print_row("evaluation", found["evaluation"])
-    write_json(json_path, {}, {}, found)
+    write_results(json_path, {}, {}, found)
     worst = max(found, key=lambda name: found[name]["mean_difference"])
     if found[worst]["mean_difference"] > LARGEST_MEAN_DIFFERENCE:
         raise RuntimeError(f"{worst}: the card's pixels differ by more than {LARGEST_MEAN_DIFFERENCE} grey levels")

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
+import psutil
 
-from vit_static.bench.harness import check_writable, write_json
+from vit_static.bench.harness import check_writable, write_results
 from vit_static.bench.photos import write_photos
 from vit_static.checkpoint.progress import DataPosition
 from vit_static.config.schema import Config, DataConfig
@@ -68,7 +69,7 @@ def run(config: Config, json_path: Path | None) -> None:
     print(f"{'added memory':<18}{shown[0]:>22}{shown[1]:>22}{added[1] / added[0]:10.1f}")
     print(f"the list grows by {growth:.1f}; the first batch of {name} has a target of {FIRST_BATCH_TARGET_S:.0f} s")
     if json_path is not None:
-        write_json(json_path, {}, {}, {name: asdict(cost) for name, cost in costs.items()})
+        write_results(json_path, {}, {}, {name: asdict(cost) for name, cost in costs.items()})
 
 
 def measure(folder: Path, num_images: int, config: Config, started_at: float) -> Cost:
@@ -135,9 +136,9 @@ def write_list(folder: Path, num_images: int) -> None:
 
 
 def _anonymous_bytes() -> int:
-    """This process's memory that is no file's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+    """Return this process's resident memory without mapped files and shared memory."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - memory.shared)
 
 
 def _shown(name: str, value: float) -> str:

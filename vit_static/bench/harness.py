@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from vit_static.common.errors import UserError
-from vit_static.common.io import write_atomically
+from vit_static.common.io import write_json
 from vit_static.common.startup import user_environ
 from vit_static.config.schema import Config
 
@@ -199,7 +199,7 @@ def print_ratios(ratios: Mapping[str, float], targets: Mapping[str, float] | Non
         print(f"{name:<46}{value:10.2f}{'' if target is None else f'{target:.1f}':>9}")
 
 
-def write_json(
+def write_results(
     path: Path | None,
     ratios: Mapping[str, float],
     results: Mapping[str, Result],
@@ -223,8 +223,7 @@ def write_json(
             for name, result in results.items()
         },
     }
-    with write_atomically(path) as temporary:
-        temporary.write_text(json.dumps(found, indent=1))
+    write_json(found, path)
 
 
 def check_writable(path: Path | None) -> None:

@@ -24,7 +24,7 @@ from vit_static.bench.harness import (
     ratio,
     run_in_turns,
     worker_command,
-    write_json,
+    write_results,
 )
 from vit_static.bench.peers import protocol
 from vit_static.bench.train import peers_model
@@ -80,7 +80,7 @@ def run(
     print_ratios(ratios, _TARGETS)
     print_top1(comparisons)
     top1 = {name: found.model_dump() for name, found in comparisons.items()}
-    write_json(json_path, ratios, results, {"top1": top1})
+    write_results(json_path, ratios, results, {"top1": top1})
 
 
 def precisions() -> list[str]:

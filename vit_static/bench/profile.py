@@ -13,7 +13,7 @@ import paddle
 
 from vit_static.bench.harness import check_writable
 from vit_static.bench.step import MeasuredStep
-from vit_static.common.io import write_atomically
+from vit_static.common.io import write_json
 from vit_static.config.schema import Config
 
 NUM_LINES = 25
@@ -56,8 +56,7 @@ def run(config: Config, num_steps: int, json_path: Path | None) -> None:
             "neither_product_nor_attention": 1 - products / seconds,
             "operators": {share.name: {"calls": share.num_calls, "seconds": share.seconds} for share in shares},
         }
-        with write_atomically(json_path) as temporary:
-            temporary.write_text(json.dumps(found, indent=1))
+        write_json(found, json_path)
 
 
 def profile(step: MeasuredStep, num_steps: int) -> tuple[float, list[Share]]:

@@ -16,7 +16,7 @@ from vit_static.bench.harness import (
     ratio,
     run_in_turns,
     worker_command,
-    write_json,
+    write_results,
 )
 from vit_static.common.cpu import cpu_has_bfloat16
 from vit_static.common.errors import ConfigError
@@ -46,7 +46,7 @@ def run(config: Config, rounds: int, seconds: float, json_path: Path | None) -> 
     print_table(results, rounds)
     print_ratios(ratios, TARGETS)
     print("(memory: the greater of the two precisions' ratios)")
-    write_json(json_path, ratios, results)
+    write_results(json_path, ratios, results)
 
 
 def contenders_for(config: Config) -> list[Contender]:

@@ -17,7 +17,7 @@ from vit_static.bench.data import NUM_PHOTO_CLASSES, write_photos
 from vit_static.bench.harness import ROOT, check_writable
 from vit_static.bench.step import Speed
 from vit_static.common.errors import ConfigError
-from vit_static.common.io import write_atomically
+from vit_static.common.io import write_json
 from vit_static.config.loader import load_config
 
 # PLSC's images a second and A100, by config.
@@ -56,8 +56,7 @@ def run(overrides: Sequence[str], seconds: float, json_path: Path | None) -> Non
             )
     if json_path is not None:
         speeds = {name: {kind: vars(speed) for kind, speed in kinds.items()} for name, kinds in found.items()}
-        with write_atomically(json_path) as temporary:
-            temporary.write_text(json.dumps({"num_cards": num_cards, "configs": speeds}, indent=1))
+        write_json({"num_cards": num_cards, "configs": speeds}, json_path)
 
 
 def own_batch(name: str, num_cards: int) -> list[str]:

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from vit_static.checkpoint.progress import FileRecord, Manifest, Progress
 from vit_static.checkpoint.sharded_state import ShardedReader
 from vit_static.common.errors import WeightsError, truncate
-from vit_static.common.io import fsync, replace_symlink, write_atomically
+from vit_static.common.io import fsync, replace_symlink, write_atomically, write_json
 
 FORMAT = 3
 META, CONFIG, CLASS_NAMES, MANIFEST = "meta.json", "config.yaml", "class_names.txt", "manifest.json"
@@ -55,8 +55,7 @@ def _digest(file: Any) -> str:
 def commit_checkpoint(part: Path, final: Path, manifest: Manifest) -> None:
     """Makes a checkpoint of a folder with all of its files: the manifest goes into it, and it gets its name."""
     content = {"format": FORMAT, **asdict(manifest)}
-    with write_atomically(part / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(content, indent=1))
+    write_json(content, part / MANIFEST)
     fsync(part)
     older = final.with_name(f".{final.name}.older")
     if final.exists():  # the same step again, after a resume

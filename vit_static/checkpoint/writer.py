@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -29,7 +28,7 @@ from vit_static.checkpoint.folder import (
 )
 from vit_static.checkpoint.progress import DataPosition, FileRecord, Manifest, Progress
 from vit_static.checkpoint.sharded_state import RankShard, rank_shard, write_shard
-from vit_static.common.io import fsync, replace_symlink
+from vit_static.common.io import fsync, replace_symlink, write_json
 from vit_static.config.loader import dump_config
 from vit_static.config.schema import Config
 from vit_static.parallel.host_collectives import HostGroup
@@ -173,8 +172,7 @@ class CheckpointWriter:
     def _complete(self, unfinished: Path, final: Path, records: dict[str, FileRecord], meta: dict[str, Any]) -> None:
         dump_config(self._config, unfinished / CONFIG)
         write_class_names(unfinished, self._class_names)
-        (unfinished / META).write_text(json.dumps(meta, indent=1))
-        fsync(unfinished / META)
+        write_json(meta, unfinished / META)
         for name in (CONFIG, CLASS_NAMES, META):
             records[name] = file_record(unfinished / name)
         commit_checkpoint(unfinished, final, Manifest(self._run, meta["progress"]["step"], records))

@@ -1,4 +1,4 @@
-"""Errors that are shown to users, exit codes, and values formatted for messages."""
+"""Errors shown to users, exit codes, and formatting of values in messages."""
 
 from __future__ import annotations
 
@@ -7,59 +7,44 @@ import reprlib
 from typing import Any
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_MISTAKE, EXIT_STOPPED = 0, 1, 2, 75
-# How the system refuses a path that the user should not have given; a full disk, say, is no such mistake.
-USER_ERRNOS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG})
+
+# System errors caused by a path that the user gave, as opposed to a full disk, for example. ENOENT isn't among them:
+# every path that a user names is checked where it is read, so a file that is missing later has vanished during the run
+# (exit code 1, which `train.max_restarts` restarts) or points to a bug (whose traceback must be shown).
+USER_ERRNOS = frozenset(
+    {
+        errno.EACCES,
+        errno.EEXIST,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EROFS,
+    }
+)
 
 
 class UserError(ValueError):
-    """A user's mistake: a message of one line that names the thing and the remedy, whatever a name in it holds.
+    """A user's mistake. The message is one printable line that says what happened, where, and what to do.
 
-    What a terminal would obey is shown by its escape.
+    Line breaks and control characters, for example in the name of a file, are shown as escapes.
     """
 
     def __init__(self, message: str) -> None:
-        line = " ".join(message.split())
-        super().__init__(
-            line
-            if line.isprintable()
-            else "".join(
-                character if character.isprintable() else character.encode("unicode_escape").decode()
-                for character in line
-            )
-        )
+        super().__init__(escape(message.strip()))
 
 
 class RunFailed(RuntimeError):
-    """What ends a run though the command was right, in words for people: exit code 1."""
+    """A failure that isn't the user's mistake, with a message for users: exit code 1, no traceback."""
 
 
 class ConfigError(UserError):
     """A mistake in a config file or an override."""
 
 
-def truncate(text: str, most: int = 100) -> str:
-    """A text as a message has it: its beginning."""
-    return text if len(text) <= most else f"{text[:most]}..."
-
-
-def format_value(value: Any, most: int = 100) -> str:
-    """A value as a message has it: its beginning, whatever it is; aliases in YAML make 2**60 values of a few lines."""
-    try:
-        text = _REPR.repr(value)
-    except ValueError:  # a number of more digits than Python writes
-        return "a number of thousands of digits"
-    return truncate(text, most)
-
-
-_REPR = reprlib.Repr()
-_REPR.maxlevel, _REPR.maxlist, _REPR.maxdict, _REPR.maxstring, _REPR.maxlong, _REPR.maxother = 3, 12, 6, 90, 90, 90
-
-
-pass
-
-
 class DataError(UserError):
-    """A data set that can't be used as it is. `kind` is data_tools.check's word for an image that can't be read."""
+    """A data set that can't be used. `kind` classifies an image that can't be read, as `data check` reports it."""
 
     def __init__(self, message: str, kind: str = "unreadable") -> None:
         super().__init__(message)
@@ -67,15 +52,39 @@ class DataError(UserError):
 
 
 class ExportError(RunFailed):
-    """The exported model doesn't answer as the trained one."""
+    """An exported model whose outputs differ from the trained model's."""
 
 
 class PredictError(UserError):
     """A model folder that can't be used, or an image that can't be read."""
 
 
-pass
-
-
 class WeightsError(UserError):
     """A file of weights that can't be read, or doesn't fit the model."""
+
+
+def escape(text: str) -> str:
+    """Return `text` with its unprintable characters as escapes, so that it is one line and can't control a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+
+
+def truncate(text: str, max_length: int = 100) -> str:
+    """Return the beginning of `text`, marked with dots if it was longer."""
+    return text if len(text) <= max_length else f"{text[:max_length]}..."
+
+
+def format_value(value: Any, max_length: int = 100) -> str:
+    """Return the beginning of `repr(value)`; huge or deeply nested values are cut without formatting all of them."""
+    try:
+        text = _REPR.repr(value)
+    except ValueError:  # an integer with more digits than Python converts
+        return "a number of thousands of digits"
+    return truncate(text, max_length)
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxlist, _REPR.maxdict, _REPR.maxstring, _REPR.maxlong, _REPR.maxother = 3, 12, 6, 90, 90, 90

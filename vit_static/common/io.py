@@ -1,24 +1,28 @@
-"""Writing files so that a run that is killed leaves the last good one, and two runs don't write the same."""
+"""Atomic writes, fsync and file locks."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vit_static.common.text import say
+
 
 @contextmanager
 def write_atomically(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; what was written takes its place at the end, and only if all went well."""
+    """Yield a temporary path beside `path`; rename it to `path` at the end, or remove it if the block raises.
+
+    So a process that is killed leaves the previous file. Missing parent folders are created.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.unlink(missing_ok=True)  # a killed run's, or a link to elsewhere
+    temporary.unlink(missing_ok=True)  # left by a killed process, or a symbolic link to somewhere else
     try:
         yield temporary
         fsync(temporary)
@@ -27,8 +31,14 @@ def write_atomically(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_json(values: Any, path: Path) -> None:
+    """Write `values` as JSON, atomically."""
+    with write_atomically(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
 def replace_symlink(link: Path, target: str) -> None:
-    """Makes `link` a symbolic link to `target` (relative to the link's folder), replacing an older one at once."""
+    """Atomically make `link` a symbolic link to `target`, which is relative to the folder of `link`."""
     temporary = link.with_name(f".{link.name}.{os.getpid()}.part")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
@@ -36,7 +46,7 @@ def replace_symlink(link: Path, target: str) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Returns when the file's or folder's content has reached the disk."""
+    """Block until the content of a file or folder has reached the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -44,39 +54,34 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(values: Any, path: Path) -> None:
-    with write_atomically(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-
-
 @contextmanager
 def lock(path: Path, refusal: str, wait_s: float = 0.0) -> Iterator[None]:
-    """Holds an existing file or folder against every other run. Raises ValueError(refusal) while another has it, after
-    waiting so long for it.
+    """Hold an exclusive lock on an existing file or folder. Raise ValueError(refusal) if another process still holds
+    it after `wait_s` seconds.
 
-    The kernel forgets a lock with its process, also one that is killed. Some network disks have no locks: nobody is
-    kept out there.
+    The kernel releases a lock when its process ends, even if it is killed. On network disks that don't support locks,
+    this doesn't exclude anyone.
     """
     descriptor = os.open(path, os.O_RDONLY)
-    deadline, has_said = time.monotonic() + wait_s, False
+    deadline, has_announced_wait = time.monotonic() + wait_s, False
     try:
-        while not _has_locked(descriptor):
+        while not _try_lock(descriptor):
             if time.monotonic() > deadline:
                 raise ValueError(refusal)
-            if not has_said:
-                print(f"vit_static: {path} is in use; waiting up to {wait_s:.0f} s for it", file=sys.stderr)
-                has_said = True
+            if not has_announced_wait:
+                say(f"{path} is in use; waiting up to {wait_s:.0f} s for it")
+                has_announced_wait = True
             time.sleep(0.2)
         yield
     finally:
         os.close(descriptor)
 
 
-def _has_locked(descriptor: int) -> bool:
+def _try_lock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # no locks here
+    except OSError:  # this file system doesn't support locks
         pass
     return True

@@ -17,6 +17,7 @@ import numpy as np
 
 from vit_static.common.errors import PredictError
 from vit_static.common.io import write_atomically
+from vit_static.common.text import say
 from vit_static.config.schema import InferencePrecision
 from vit_static.inference.image_io import find_images, listed_on
 from vit_static.inference.predictor import Prediction, Predictor, load_predictor
@@ -66,11 +67,6 @@ def predict_images(
         nan = f", their rows in {features} are NaN" if features else ""
         say(f"{num_failed} images have no classes; their lines say why{nan}")
     return 2 if num_failed else 0
-
-
-def say(text: str) -> None:
-    """On stderr, beside the answers."""
-    print(f"vit_static: {text}", file=sys.stderr, flush=True)
 
 
 def _predicted(

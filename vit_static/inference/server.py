@@ -32,11 +32,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vit_static.common.errors import PredictError, UserError
+from vit_static.common.text import say
 from vit_static.config.schema import InferencePrecision
 from vit_static.data.dali_pipeline import size_before_crop
 from vit_static.inference.attention_maps import attention_map, load_exported
 from vit_static.inference.image_io import read_pixels
-from vit_static.inference.predict import say
 from vit_static.inference.predictor import Predictor, load_predictor
 from vit_static.inference.server_page import PAGE
 from vit_static.model.vit import VisionTransformer

@@ -43,12 +43,11 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vit_static.common.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USER_MISTAKE
 from vit_static.common.text import positive_int, say
 from vit_static.config.loader import DEFAULT_CONFIGS, load_config
 from vit_static.config.schema import Config
 from vit_static.launch.rendezvous import (
-    EXIT_FAILED,
-    EXIT_USER_MISTAKE,
     POLL_S,
     RENDEZVOUS_TIMEOUT_S,
     Cluster,
@@ -59,7 +58,6 @@ from vit_static.launch.rendezvous import (
 )
 from vit_static.launch.topology import Layout, find_layout, is_worker, warn_of_idle_nodes
 
-EXIT_STOPPED = 75
 # How long the others may take to fail by themselves once a worker has: they wait for it in a
 # collective, perhaps for ever. After it comes SIGTERM, and after that once more, SIGKILL.
 FAILURE_GRACE_S = 10.0

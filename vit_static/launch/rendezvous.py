@@ -14,10 +14,10 @@ from contextlib import ExitStack, suppress
 from ipaddress import ip_address
 from typing import Any, NamedTuple
 
+from vit_static.common.errors import EXIT_FAILED, EXIT_USER_MISTAKE
 from vit_static.launch.slurm import SlurmTask
 from vit_static.launch.topology import Layout
 
-EXIT_FAILED, EXIT_USER_MISTAKE = 1, 2
 POLL_S = 0.05
 RENDEZVOUS_TIMEOUT_S = 900.0
 

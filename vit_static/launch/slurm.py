@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from vit_static.common.text import positive_int, whole_number
+from vit_static.common.text import non_negative_int, positive_int
 
 SLURM_PORTS = range(20000, 30000)  # below those that Linux hands out by itself
 
@@ -47,17 +47,17 @@ def find_slurm_task(environ: Mapping[str, str]) -> SlurmTask | None:
         return None
     num_job_nodes = positive_int(environ, "SLURM_NNODES", positive_int(environ, "SLURM_JOB_NUM_NODES", 1))
     num_nodes = positive_int(environ, "SLURM_STEP_NUM_NODES", num_job_nodes)
-    node = whole_number(environ, "SLURM_NODEID")
+    node = non_negative_int(environ, "SLURM_NODEID")
     tasks_per_node = expand_counts(environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    job, step = whole_number(environ, "SLURM_JOB_ID"), whole_number(environ, "SLURM_STEP_ID")
+    job, step = non_negative_int(environ, "SLURM_JOB_ID"), non_negative_int(environ, "SLURM_STEP_ID")
     # 16: steps of one job that run at once should differ, and not have the next job's ports.
     port = SLURM_PORTS[(16 * job + step) % len(SLURM_PORTS)]
     return SlurmTask(
         step=f"{job}.{step}",
-        number=whole_number(environ, "SLURM_PROCID"),
+        number=non_negative_int(environ, "SLURM_PROCID"),
         num_tasks=num_tasks,
         num_nodes=num_nodes,
-        local_number=whole_number(environ, "SLURM_LOCALID"),
+        local_number=non_negative_int(environ, "SLURM_LOCALID"),
         num_local=tasks_per_node[node] if node < len(tasks_per_node) else -(-num_tasks // num_nodes),
         master=environ.get("PADDLE_MASTER") or f"{'127.0.0.1' if num_nodes == 1 else first_host(environ)}:{port}",
     )

@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from vit_static.common.text import positive_int, say, whole_number
+from vit_static.common.text import non_negative_int, positive_int, say
 from vit_static.launch.slurm import SlurmTask, find_slurm_task
 
 
@@ -79,7 +79,7 @@ def count_visible_gpus(environ: Mapping[str, str]) -> int:
 def warn_of_idle_nodes(environ: Mapping[str, str]) -> None:
     """Says where a job of several nodes runs this on one, as it does without srun (see `find_slurm_task`)."""
     decided = any(environ.get(name) for name in ("SLURM_STEP_ID", "PADDLE_NNODES", "PADDLE_CURRENT_ENDPOINT"))
-    num_nodes = whole_number(environ, "SLURM_JOB_NUM_NODES")
+    num_nodes = non_negative_int(environ, "SLURM_JOB_NUM_NODES")
     if not decided and num_nodes > 1:
         say(
             f"this runs on one of the Slurm job's {num_nodes} nodes; start it with srun to use all, "

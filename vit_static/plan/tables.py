@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from vit_static.common.errors import ConfigError
 from vit_static.common.hardware import DEVICES, RESERVED_BYTES
-from vit_static.common.io import write_atomically
+from vit_static.common.io import write_json
 from vit_static.config.schema import Config
 from vit_static.plan.costs import by_kind
 from vit_static.plan.planner import Place, Plan, _world, make_plan, search_meshes, with_mesh
@@ -38,8 +37,7 @@ def plan_run(
         print("\n".join(describe(plan)))
         written = plan.as_json()
     if out is not None:
-        with write_atomically(out) as temporary:
-            temporary.write_text(json.dumps(written, indent=1) + "\n")
+        write_json(written, out)
 
 
 def describe(plan: Plan) -> list[str]:

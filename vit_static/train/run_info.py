@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import paddle
+import psutil
 from nvidia import dali
 
 import vit_static
-from vit_static.common.cpu import _read, cpu_model
+from vit_static.common.cpu import cpu_model
 from vit_static.common.startup import user_environ
 from vit_static.config.schema import Config
 from vit_static.parallel.mesh import Mesh, device_name, num_micro_batches
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _DRIVER = Path("/proc/driver/nvidia/version")
-_STATUS = Path("/proc/self/status")
 
 
 def describe_run(config: Config, mesh: Mesh, precision: str) -> dict[str, Any]:
@@ -87,9 +87,13 @@ def _passes(config: Config, mesh: Mesh, precision: str) -> list[str]:
 
 
 def gpu_driver(version: Path = _DRIVER) -> str | None:
-    """The NVIDIA driver's version, where there is one."""
-    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", _read(version))
-    return found[1] if found else None
+    """Return the NVIDIA driver's version, or None without one."""
+    try:
+        text = version.read_text()
+    except OSError:
+        return None
+    match = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", text)
+    return match[1] if match else None
 
 
 def _commit(checkout: Path) -> str | None:
@@ -114,5 +118,4 @@ def memory_mb(mesh: Mesh) -> float:
 def _own_memory_mb(mesh: Mesh) -> float:
     if mesh.device == "gpu":
         return paddle.device.cuda.max_memory_allocated(mesh.device_id) / 1e6
-    found = re.search(r"^VmRSS:\s*(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
-    return int(found[1]) * 1024 / 1e6 if found else 0.0
+    return psutil.Process().memory_info().rss / 1e6

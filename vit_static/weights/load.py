@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,7 +13,7 @@ import paddle
 from paddle import nn
 
 from vit_static.common.errors import WeightsError
-from vit_static.common.io import write_atomically
+from vit_static.common.io import write_atomically, write_json
 from vit_static.config.schema import InitConfig, ModelConfig
 from vit_static.model.pos_embed import resample_pos_embed
 from vit_static.model.variants import grid_of, variant_of
@@ -77,9 +76,7 @@ class LoadReport:
 
     def write(self, path: Path) -> None:
         """All of it, as JSON; what is missing or unexpected is never here, but an error."""
-        with write_atomically(path) as temporary:
-            content = {**asdict(self), "missing": [], "unexpected": []}
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json({**asdict(self), "missing": [], "unexpected": []}, path)
 
 
 def _listed(names: Mapping[str, str], most: int = 3) -> str:
