@@ -261,7 +261,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(workplace: Path, number: signal.
     run = workplace / f"output/stopped{int(number)}"
     assert not (run / "model.pdparams").exists()
     done = run_sh(*arguments, cwd=workplace, OMP_NUM_THREADS=threads)
-    assert done.returncode == 0 and "going on from" in done.stdout
+    assert done.returncode == 0 and "resumed from" in done.stdout
     whole, parts = (
         read_state(workplace / f"output/{name}{int(number)}/model.pdparams") for name in ("unbroken", "stopped")
     )

@@ -27,7 +27,7 @@ from vit_static.checkpoint.resume import read_progress, verify_files
 from vit_static.common.errors import ConfigError, RunFailed, WeightsError
 from vit_static.config.schema import Config
 from vit_static.data.mixup import Mixup
-from vit_static.train import trainer
+from vit_static.train import run_dir, start_point
 from vit_static.train.trainer import train
 from vit_static.weights.source import load_weights
 
@@ -274,7 +274,7 @@ def test_a_run_stops_where_that_is_asked_for(run: Config, failing: Callable[...,
     spoil, mend, name, why = FAILURES[failure]
     failing(spoil, mend, 2)
     longer = changed(changed(run, "train", epochs=3.0), "checkpoint", every_steps=4, on_failure="stop")
-    with pytest.raises(RunFailed, match=f"{name}.*{why}.*goes on from.*step_00000012"):
+    with pytest.raises(RunFailed, match=f"{name}.*{why}.*resumes from.*step_00000012"):
         train(longer)
     assert steps_of(longer) == [4, 8, 11, 12] and happened(longer.run_dir)[-1] == "not saved"
     assert train(longer)
@@ -283,7 +283,7 @@ def test_a_run_stops_where_that_is_asked_for(run: Config, failing: Callable[...,
 def test_the_last_one_failing_is_told(run: Config, failing: Callable[..., None]) -> None:
     """There would be nothing to merge weights from."""
     failing(fill_disk, empty_disk, 1)
-    with pytest.raises(RunFailed, match=r"Stopped at step 14; the same command goes on from .*step_00000011"):
+    with pytest.raises(RunFailed, match=r"Stopped at step 14; the same command resumes from .*step_00000011"):
         train(changed(changed(run, "train", max_steps=14, epochs=9.0), "checkpoint", every_steps=100))
     assert not (run.run_dir / "model.pdparams").exists()
 
@@ -293,10 +293,10 @@ def test_the_last_one_failing_is_told(run: Config, failing: Callable[..., None])
 
 def test_a_folder_is_one_runs(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing in it changes; a lock that a killed run leaves is the kernel's, which forgets it."""
-    monkeypatch.setattr(trainer, "LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr(run_dir, "LOCK_WAIT_S", 0.1)
     before = {path: path.stat().st_mtime_ns for path in run.run_dir.rglob("*")}
     hold = (
-        "import sys, time; from pathlib import Path; from vit_static.files import lock\n"
+        "import sys, time; from pathlib import Path; from vit_static.common.io import lock\n"
         "with lock(Path(sys.argv[1]), ''): print('held', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", hold, str(run.run_dir)], stdout=subprocess.PIPE, cwd=ROOT)
@@ -321,11 +321,11 @@ def test_a_mistake_leaves_no_folder(config: Config) -> None:
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, batches: set[int]) -> None:
     """Some batches of the order give an infinite pixel, whichever step gets them."""
-    mixed = Mixup.__call__
+    mix = Mixup.__call__
     names: dict[int, int] = {}
 
     def poison(self: Mixup, batch: tuple[Any, ...], step: int) -> tuple[Any, Any]:
-        images, labels = mixed(self, batch, step)
+        images, labels = mix(self, batch, step)
         number = names.setdefault(hash(images.numpy().tobytes()), len(names))
         if number in batches:
             images = images.clone()
@@ -340,7 +340,7 @@ def test_a_run_stops_before_unsound_weights_overwrite_anything(
 ) -> None:
     """Found at the next log step, or before a checkpoint, and the first of the steps is named."""
     poisoned(monkeypatch, {6})
-    with pytest.raises(RunFailed, match=r"gradients of step 7 are not finite.*goes on from.*step_00000004") as error:
+    with pytest.raises(RunFailed, match=r"gradients of step 7 are not finite.*resumes from.*step_00000004") as error:
         train(config)
     assert "\n" not in str(error.value)
     assert steps_of(config) == [4] and happened(config.run_dir) == ["not finite"]
@@ -371,7 +371,7 @@ def test_a_run_rolls_back_and_leaves_the_batch_out(
     expected = read_state(config.run_dir / "model.pdparams")
     monkeypatch.undo()
     without = healing.model_copy(update={"name": "without"})
-    monkeypatch.setattr(trainer, "Progress", partial(Progress, skipped_batches=(6,)))
+    monkeypatch.setattr(start_point, "Progress", partial(Progress, skipped_batches=(6,)))
     assert train(without)
     again = read_state(without.run_dir / "model.pdparams")
     assert all(np.array_equal(again[name], expected[name]) for name in expected)

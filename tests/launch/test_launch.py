@@ -652,7 +652,7 @@ def test_a_run_whose_rank_is_killed_goes_on_by_itself_to_the_same_bits(
     os.kill(job.worker(rank=1), signal.SIGKILL)
     ((code, stdout, stderr),) = job.end()
     assert code == 0 and "rank 1 was killed by signal 9" in stderr
-    assert "restart 1 of 1, from the latest checkpoint" in stderr and "going on from" in stdout
+    assert "restart 1 of 1, from the latest checkpoint" in stderr and "resumed from" in stdout
     weights, expected = (read_state(each.folder / "output/tiny/model.pdparams") for each in (job, undisturbed))
     assert weights.keys() == expected.keys()
     assert all(weights[name].tobytes() == expected[name].tobytes() for name in expected)

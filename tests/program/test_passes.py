@@ -195,8 +195,8 @@ def test_gradients_travel_in_the_dtype_that_is_asked_for_and_norms_in_float32() 
 def test_a_cards_linear_layers_are_products_and_sums() -> None:
     """Those of a CUDA build, which has one operator for both, for whose gradient the engine has no rule."""
     script = """
-from vit_static import runtime
-runtime.prepare(verbose=True)
+from vit_static.common.startup import prepare_process
+prepare_process(verbose=True)
 import paddle
 paddle.is_compiled_with_cuda = lambda: True
 paddle.enable_static()

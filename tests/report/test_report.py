@@ -232,7 +232,7 @@ def test_what_was_undone_is_not_shown_and_where_is_marked(tmp_path: Path) -> Non
             line(1, 8.0, 1.0), line(2, 7.0, 2.0), line(3, 6.0, 3.0),
             {"kind": "event", "step": 2, "event": "resumed", "mesh": mesh | {"dp": 2}, "time": "at nine"},
             line(4, 5.0, 10.0), line(5, None, 11.0), line(6, 4.0, 12.0),
-            {"kind": "event", "step": 4, "event": "rolled back", "unsound_step": 7},
+            {"kind": "event", "step": 4, "event": "rolled back", "nonfinite_step": 7},
             line(7, 3.0, 15.0),
         ],
     )  # fmt: skip

@@ -120,26 +120,28 @@ def test_a_run_that_is_killed_twenty_times_ends_with_the_same_bits(workplace: Pa
 
 # Where exactly a process kills itself: a function, which of its calls count, the how manieth, what it still does.
 MOMENTS = {
-    "before `best` is moved": ("saving.point_to", "args[0].name == 'best'", 1, ""),
-    "in a step": ("step.Program.train_step", "True", 5, ""),
-    "in an evaluation": ("step.Program.eval_step", "True", 2, ""),
-    "with half a part written": ("saving.write", "True", 2, "args[1].write_bytes(b'half')"),
-    "before the manifest": ("saving.Saver._complete", "True", 2, ""),
-    "before the rename": ("checkpoint.sync", "args[0].name.endswith('.part')", 2, ""),
-    "before `latest` is moved": ("checkpoint.point_to", "os.readlink(args[0]) != args[1]", 1, ""),
+    "before `best` is moved": ("checkpoint.writer.replace_symlink", "args[0].name == 'best'", 1, ""),
+    "in a step": ("program.program.Program.train_step", "True", 5, ""),
+    "in an evaluation": ("program.program.Program.eval_step", "True", 2, ""),
+    "with half a shard written": ("checkpoint.writer.write_shard", "True", 2, "args[1].write_bytes(b'half')"),
+    "before the manifest": ("checkpoint.writer.CheckpointWriter._complete", "True", 2, ""),
+    "before the rename": ("checkpoint.folder.fsync", "args[0].name.endswith('.part')", 2, ""),
+    "before `latest` is moved": ("checkpoint.folder.replace_symlink", "os.readlink(args[0]) != args[1]", 1, ""),
     "with an old one half removed": (
-        "checkpoint.shutil.rmtree",
+        "checkpoint.folder.shutil.rmtree",
         "args[0].is_dir()",
         1,
         "next(args[0].iterdir()).unlink()",
     ),
-    "before the weights are merged": ("train.write_pdparams", "True", 1, ""),
+    "before the weights are merged": ("train.trainer.write_pdparams", "True", 1, ""),
 }
 KILL = """
 import os, signal, sys
-from vit_static import runtime
-runtime.prepare(False)
-from vit_static import __main__ as command, checkpoint, saving, step, train
+from vit_static.common.startup import prepare_process
+prepare_process(False)
+import vit_static.checkpoint.folder, vit_static.checkpoint.writer, vit_static.program.program, vit_static.train.trainer
+from vit_static import __main__ as command
+from vit_static import checkpoint, program, train
 count, function = 0, {path}
 def killing(*args, **named):
     global count

@@ -23,6 +23,8 @@ from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
 from vit_static.model import flops
 from vit_static.model.variants import shape_of
+from vit_static.parallel.mesh import MeshShape
+from vit_static.train.run_spec import RunSpec
 from vit_static.train.summary import expected_end, start_screen
 from vit_static.train.trainer import train
 
@@ -116,24 +118,27 @@ def test_what_can_not_be_traced_is_a_mistake() -> None:
 
 def test_the_first_screen() -> None:
     recipe = load_config(ROOT / "configs" / "deit3_b16.yaml", ["parallel.grad_accum_steps=2"])
-    shape = shape_of(recipe.model)
+    forward_gflop = 2 * flops.forward_macs(shape_of(recipe.model)) / 1e9
     mesh = {"world_size": 8, "device": "gpu", "dp": 4, "mp": 2, "pp": 1, "sharding_stage": 1, "micro_batches": 2}
     mesh |= {"batch_size": 2048, "batch_size_per_rank": 512, "precision": "O2 bfloat16", "passes": ["a", "b"]}
-    text = start_screen(recipe, shape, 86_600_000, "fresh weights", (1_281_167, 50_000), 500_400, 3, 7, mesh, "H100")
+    images: dict[str, Any] = {"train_images": range(1_281_167), "val_images": range(50_000)}
+    spec = RunSpec(recipe, 0, MeshShape(4, 2, 1), **images, total_steps=500_400, warmup_steps=3)
+    info = {"mesh": mesh, "environment": {"gpu": "H100", "cpu": "a CPU"}}
+    text = start_screen(spec, 7, "fresh weights", 86_600_000, info)
     lines = text.splitlines()
     assert max(map(len, lines)) <= 100 and len(lines) <= 18
-    for said in (
+    for expected in (
         "B/16, 768 wide, 12 deep, 12 heads",
-        f"86.60 M parameters; {2 * flops.forward_macs(shape) / 1e9:.2f} GFLOP an image",
+        f"86.60 M parameters; {forward_gflop:.2f} GFLOP per image",
         "1281167 training and 50000 validation images",
-        "2048 images, 512 a data-parallel rank, in 2 parts",
+        "2048 images, 512 per data-parallel rank, in 2 micro-batches",
         "8 x gpu (H100): dp 4, mp 2, pp 1, sharding stage 1",
         "O2 bfloat16",
         "a, b",
         "lamb, lr",
-        "500400 (799.9 epochs), from step 7 on",
+        "500400 (799.9 epochs), starting after step 7",
     ):
-        assert said in " ".join(text.split()), said
+        assert expected in " ".join(text.split()), expected
 
 
 def test_the_expected_end() -> None:
@@ -188,8 +193,9 @@ def test_a_terminal_shows_the_screen_the_bar_and_no_noise(place: Path) -> None:
 PROGRAM = """
 import logging, os, sys, warnings
 from pathlib import Path
-from vit_static import runtime
-runtime.prepare()
+from vit_static.common.library_output import library_output, redirect_library_output
+from vit_static.common.startup import prepare_process
+prepare_process()
 os.write(1, b"of C++ on stdout\\n")
 os.write(2, b"of C++ on stderr\\n")
 warnings.warn("of Python")
@@ -198,10 +204,10 @@ logging.basicConfig()
 logging.getLogger("any").warning("logged again")
 logging.getLogger("any").error("an error")
 print("ours")
-runtime.keep_aside(Path("log/rank_0.log"))
+redirect_library_output(Path("log/rank_0.log"))
 os.write(2, b"".join(b"line %d\\n" % number for number in range(100)))
-assert runtime.said_aside(3).splitlines() == [
-    f"... the last 3 of {runtime.said_aside().count(chr(10))} lines that libraries printed (log/rank_0.log has all):",
+assert library_output(3).splitlines() == [
+    f"... the last 3 of {library_output().count(chr(10))} lines that libraries printed (log/rank_0.log has all):",
     "line 97", "line 98", "line 99",
 ]
 if sys.argv[1:]:

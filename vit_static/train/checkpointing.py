@@ -1,28 +1,55 @@
-"""Log what becomes of asynchronous checkpoint writes."""
+"""A run's asynchronous checkpoints: what was saved, what failed, what training waited."""
 
 from __future__ import annotations
 
-from vit_static.checkpoint.writer import CheckpointWriter
-from vit_static.train.metrics import RunLog
+from vit_static.checkpoint.progress import Progress
+from vit_static.checkpoint.writer import CheckpointWriter, SaveResult
+from vit_static.program.program import Program
+from vit_static.train.metrics import MetricLogger
+from vit_static.train.run_spec import RunSpec
 
 
-def log_save_results(
-    saver: CheckpointWriter, log: RunLog, num_images: int, batch_size: int, unwritten: str | None
-) -> str | None:
-    """Logs what has become of checkpoints. Why the last of them couldn't be written, or None if it could."""
-    while not saver.written.empty():
-        written = saver.written.get()
-        unwritten = written.problem
-        log.record(
-            "event",
-            written.step,
-            written.step * batch_size / num_images,
-            event="checkpoint" if written.problem is None else "no checkpoint",
-            seconds_waited=round(written.seconds_waited, 4),
-            seconds_written=round(written.seconds_written, 4),
-            bytes=written.num_bytes,
-            problem=written.problem,
+class Checkpointer:
+    """Saves the state without holding up training, and logs the results as they come in."""
+
+    def __init__(self, writer: CheckpointWriter, spec: RunSpec, metrics: MetricLogger, saved: Progress) -> None:
+        """`saved`: the progress that needs no saving, since the run starts from it."""
+        self.problem: str | None = None  # why the last checkpoint couldn't be written
+        self._writer, self._spec, self._metrics, self._saved = writer, spec, metrics, saved
+
+    def save(self, program: Program, progress: Progress) -> None:
+        """Copy the state and let a thread write it; nothing where this progress has been saved. All ranks together."""
+        if progress != self._saved:
+            position = self._spec.data_position(progress)
+            self._writer.save_async(program.state(), progress, position, self._spec.lr_at(progress.step))
+            self._saved = progress
+
+    def restored(self, progress: Progress) -> None:
+        """Note that the state is that of an earlier checkpoint again."""
+        self._saved = progress
+
+    def wait(self) -> None:
+        """Return when nothing is being written."""
+        self._writer.wait()
+
+    def log_save_results(self) -> None:
+        """Log what has become of checkpoints since the last call; `problem` is the last one's."""
+        while not self._writer.written.empty():
+            self._log_result(self._writer.written.get())
+
+    def describe(self) -> str | None:
+        """What all checkpoints have cost, if there were any."""
+        return self._writer.costs.describe() if self._writer.costs.num_written else None
+
+    def _log_result(self, result: SaveResult) -> None:
+        self.problem = result.problem
+        self._metrics.log_event(
+            result.step,
+            "checkpoint" if result.problem is None else "no checkpoint",
+            seconds_waited=round(result.seconds_waited, 4),
+            seconds_written=round(result.seconds_written, 4),
+            bytes=result.num_bytes,
+            problem=result.problem,
         )
-        if written.problem is not None:
-            log.say(f"the checkpoint of step {written.step} could not be written: {written.problem}")
-    return unwritten
+        if result.problem is not None:
+            self._metrics.say(f"the checkpoint of step {result.step} could not be written: {result.problem}")

@@ -1,4 +1,4 @@
-"""Top-1, top-5 and loss over a validation set, every image counted once; and the verb `eval`."""
+"""Evaluation on a validation set, every image counted once; the verb `eval`."""
 
 from __future__ import annotations
 
@@ -22,98 +22,114 @@ from vit_static.parallel.mesh import Mesh, MeshShape, num_micro_batches, rank_an
 from vit_static.program.precision import choose_attention, choose_precision
 from vit_static.program.program import Program
 from vit_static.report.error_analysis import ErrorAnalysis, Predictions, Sample, analyze_errors, worst_images
-from vit_static.train.metrics import RunLog
+from vit_static.train.log import RunLog
+from vit_static.train.metrics import EvalMetrics
 from vit_static.weights.load import init_from
 from vit_static.weights.source import load_weights
 
 
-@dataclass(frozen=True)
-class EvalMetrics:
-    """Per cent, the mean loss, and how many images they are of."""
-
-    top1: float
-    top5: float
-    loss: float
-    num_images: int
-
-    @classmethod
-    def of(cls, answers: Predictions) -> EvalMetrics:
-        return cls(
-            top1=100.0 * float((answers.label_ranks < 1).mean()),
-            top5=100.0 * float((answers.label_ranks < 5).mean()),
-            loss=float(answers.losses.mean()),
-            num_images=len(answers.label_ranks),
-        )
+def evaluate(program: Program, loader: EvalLoader, mesh: Mesh) -> EvalMetrics:
+    """Return the metrics of `predict_all`."""
+    return EvalMetrics.of(predict_all(program, loader, mesh))
 
 
-def evaluate(program: Program, feed: EvalLoader, mesh: Mesh) -> EvalMetrics:
-    """The figures of `all_answers`."""
-    return EvalMetrics.of(predict_all(program, feed, mesh))
+def predict_all(program: Program, loader: EvalLoader, mesh: Mesh) -> Predictions:
+    """Run every image of the loader through the program.
 
-
-def predict_all(program: Program, feed: EvalLoader, mesh: Mesh) -> Predictions:
-    """Runs every image of the feed through the program. All ranks call it together and get the same of all images, or
-    the same DataError where one of them meets an image that can't be read."""
-    # Of each image: how often it came, loss, label's rank, first class, its probability, label. A rank fills in its
-    # own, so that their sum over the ranks is everybody's: 48 bytes an image.
-    found = np.zeros((6, len(feed.images)))
+    All ranks call it together and get the same predictions for all images. Raises DataError, the same on all ranks,
+    where one of them can't read an image.
+    """
+    # Per image: how often it came, loss, rank of the label, top class, its probability, label. Each rank fills in its
+    # own images, so the sum over the ranks covers the whole set, with 48 bytes per image.
+    columns = np.zeros((6, len(loader.images)))
     has_one_label = True
     problem = None
     try:
-        for n, (images, labels, weights) in enumerate(feed):
-            real = np.asarray(weights) > 0
-            numbers = feed.indices(n)[0][real]
+        for n, (images, labels, weights) in enumerate(loader):
+            is_real = np.asarray(weights) > 0
+            numbers = loader.indices(n)[0][is_real]
             has_one_label = labels.ndim == 1
-            found[0, numbers] += 1.0
-            found[1:5, numbers] = program.eval_step(images, labels)[real].T
+            columns[0, numbers] += 1.0
+            columns[1:5, numbers] = program.eval_step(images, labels)[is_real].T
             if has_one_label:
-                found[5, numbers] = np.asarray(labels)[real]
+                columns[5, numbers] = np.asarray(labels)[is_real]
     except DataError as error:
         problem = str(error)
     problem = mesh.first_non_none(problem)
     if problem is not None:
         raise DataError(problem)
-    counts, losses, ranks, classes, probabilities, labels_of_all = mesh.all_reduce_sum(found)
+    counts, losses, ranks, classes, probabilities, all_labels = mesh.all_reduce_sum(columns)
     assert (counts == 1.0).all()
     return Predictions(
         losses,
         ranks,
         classes.astype(np.int64),
         probabilities,
-        labels_of_all.astype(np.int64) if has_one_label else None,
+        all_labels.astype(np.int64) if has_one_label else None,
     )
 
 
-def analyze_errors_of(
-    answers: Predictions, feed: EvalLoader, num_classes: int, step: int, of_average: bool
-) -> ErrorAnalysis:
-    """What the answers after `step` steps have wrong, with pictures of the worst images, as far as they can be read."""
-    worst = worst_images(answers)
-    encoded, labels = [], []
-    if len(worst):
-        with suppress(DataError):  # a disk that has failed since; the next step will tell
-            read = feed.read(worst)
-            encoded, labels = read.encoded, read.labels
-    return analyze_errors(
-        answers,
-        feed.images.class_names,
-        num_classes,
-        [
-            Sample(feed.images.relative_name(int(number)), *of_image)
-            for number, *of_image in zip_longest(worst, encoded, labels)
-        ],
-        step,
-        of_average,
-    )
+@dataclass(frozen=True)
+class EvalResult:
+    """One evaluation: the metrics of the weights, those of their moving average if there is one, and the predictions
+    of what people will use, the average where there is one."""
+
+    metrics: EvalMetrics
+    ema: EvalMetrics | None
+    predictions: Predictions
+
+    @property
+    def judged(self) -> EvalMetrics:
+        """The metrics that decide which checkpoint is the best."""
+        return self.ema or self.metrics
+
+
+class Evaluator:
+    """Evaluates a run's weights on its validation images."""
+
+    def __init__(self, config: Config, images: ImageDataset, mesh: Mesh) -> None:
+        self._config, self._mesh = config, mesh
+        self._loader = eval_loader(config, images, mesh)
+
+    def evaluate(self, program: Program) -> EvalResult:
+        """Evaluate the weights and their moving average. Raises DataError, the same on all ranks."""
+        predictions = predict_all(program, self._loader, self._mesh)
+        metrics, ema = EvalMetrics.of(predictions), None
+        if self._config.optim.ema_decay > 0.0:
+            with program.averaged():
+                predictions = predict_all(program, self._loader, self._mesh)
+            ema = EvalMetrics.of(predictions)
+        return EvalResult(metrics, ema, predictions)
+
+    def analyze_errors(self, result: EvalResult, step: int) -> ErrorAnalysis:
+        """Summarize what the model gets wrong, with the worst images as far as they can be read."""
+        worst = worst_images(result.predictions)
+        encoded, labels = [], []
+        if len(worst):
+            with suppress(DataError):  # a disk that has failed meanwhile; the next step reports it
+                batch = self._loader.read(worst)
+                encoded, labels = batch.encoded, batch.labels
+        return analyze_errors(
+            result.predictions,
+            self._loader.images.class_names,
+            self._config.model.num_classes,
+            [
+                Sample(self._loader.images.relative_name(int(number)), *fields)
+                for number, *fields in zip_longest(worst, encoded, labels)
+            ],
+            step,
+            result.ema is not None,
+        )
 
 
 def eval_batch_size(config: Config, mesh: Mesh) -> int:
-    """The evaluation's batch over all ranks: as asked for, or the training micro-batch, made divisible by the ranks."""
-    wanted = config.eval.batch_size or config.data.global_batch_size // num_micro_batches(config.parallel)
-    return max(wanted // mesh.dp_size, 1) * mesh.dp_size
+    """Return the evaluation's batch size over all ranks: eval.batch_size, or the training micro-batch, rounded down to
+    a multiple of the data-parallel ranks."""
+    batch_size = config.eval.batch_size or config.data.global_batch_size // num_micro_batches(config.parallel)
+    return max(batch_size // mesh.dp_size, 1) * mesh.dp_size
 
 
-def eval_feed(config: Config, images: ImageDataset, mesh: Mesh) -> EvalLoader:
+def eval_loader(config: Config, images: ImageDataset, mesh: Mesh) -> EvalLoader:
     return EvalLoader(
         images,
         config.model.image_size,
@@ -135,12 +151,13 @@ def evaluate_checkpoint(
     real: Path | None = None,
     v2: Path | None = None,
 ) -> None:
-    """The verb: evaluates a checkpoint, with the config that it was trained with unless another is given.
+    """Evaluate a checkpoint with the config that it was trained with, unless another is given (the verb `eval`).
 
-    `averaged`: the weights' moving average. `real`: ReaL's labels, `v2`: ImageNet-V2's images (data/relabelled.py).
+    `averaged`: the weights' moving average. `real`: the file of ReaL labels, `v2`: the folder of ImageNet-V2's images
+    (data/imagenet_eval.py).
     """
-    # Every rank evaluates the whole model on its part, whatever mesh trained it and whatever batch it trained with.
-    # The processes come first: a sharded checkpoint is read by all of them together.
+    # Every rank evaluates the whole model on its share of the images, whatever mesh and batch size trained it. The
+    # processes connect first, since all of them read a sharded checkpoint together.
     device = (config or load_config(None, overrides)).device
     mesh = start_mesh(MeshShape(dp=rank_and_world_size()[1], mp=1, pp=1), device)
     loaded = load_weights(checkpoint, averaged=averaged)
@@ -167,16 +184,11 @@ def evaluate_checkpoint(
         kernels=config.kernels,
         eval_targets=config.eval_targets,
     )
-    result = evaluate(program, eval_feed(config, images, mesh), mesh)
-    found = asdict(result)
+    metrics = evaluate(program, eval_loader(config, images, mesh), mesh)
+    text, values = metrics.describe(), asdict(metrics)
     if real is not None:
-        del found["loss"]  # of several labels that exclude each other it says nothing
+        del values["loss"]  # meaningless for several labels that exclude each other
+        text = text.replace(f"  loss {metrics.loss:.4f}", "  ReaL")
     with RunLog(None, mesh.rank) as log:
-        log.say(describe(result) if real is None else describe(result).replace(f"  loss {result.loss:.4f}", "  ReaL"))
-        log.say_json(found)
-
-
-def describe(result: EvalMetrics) -> str:
-    return (
-        f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  loss {result.loss:.4f}  over {result.num_images} images"
-    )
+        log.say(text)
+        log.say_json(values)

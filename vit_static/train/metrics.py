@@ -1,153 +1,162 @@
-"""What a run says: rank 0's console, ``metrics.jsonl``, TensorBoard."""
+"""What a run measures: evaluation metrics, throughput, and the log of both."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TextIO
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from tqdm import tqdm
+from vit_static.checkpoint.progress import Progress
+from vit_static.common.hardware import peak_flops
+from vit_static.model.flops import train_flops
+from vit_static.model.variants import shape_of
+from vit_static.parallel.mesh import Mesh, device_name
+from vit_static.program.program import Program
+from vit_static.report.error_analysis import Predictions
+from vit_static.train.log import RunLog
+from vit_static.train.run_info import memory_mb
+from vit_static.train.run_spec import RunSpec
+from vit_static.train.summary import expected_end
 
-from vit_static.common.text import duration
 
+@dataclass(frozen=True)
+class EvalMetrics:
+    """Top-1 and top-5 in per cent, the mean loss, and the number of images that they cover."""
 
-class RunLog:
-    """The log of one rank; all but rank 0's are silent. A context manager: the end closes its files.
+    top1: float
+    top5: float
+    loss: float
+    num_images: int
 
-    `run_dir` None writes to the console alone. `done_steps`: of a run that goes on; what an earlier process has written
-    of later steps TensorBoard then passes over.
-    """
-
-    def __init__(self, run_dir: Path | None, rank: int = 0, tensorboard: bool = True, done_steps: int = 0) -> None:
-        self.speaks = rank == 0
-        self._metrics: TextIO | None = None
-        self._events: Any = None
-        self._bar: tqdm[Any] | None = None
-        if run_dir is not None and self.speaks:
-            path = run_dir / "metrics.jsonl"
-            unfinished = path.exists() and not path.read_bytes().endswith(b"\n")
-            self._metrics = path.open("a", encoding="utf-8")
-            if unfinished and path.stat().st_size:
-                self._metrics.write("\n")  # a killed run left half a line: what follows must not join it
-            if tensorboard:
-                from tensorboardX import SummaryWriter
-
-                self._events = SummaryWriter(str(run_dir), purge_step=done_steps + 1 if done_steps else None)
-
-    def __enter__(self) -> RunLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close_bar()
-        if self._metrics is not None:
-            self._metrics.close()
-        if self._events is not None:
-            self._events.close()
-
-    def say(self, text: str) -> None:
-        """A line on the console, above the bar if there is one."""
-        if not self.speaks:
-            return
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)
-        else:
-            print(text, flush=True)
-
-    def say_json(self, values: dict[str, Any]) -> None:
-        """The same for a program that reads the console: one line of JSON."""
-        self.say(json.dumps(values))
-
-    def record(self, kind: str, step: int, epoch: float, **values: Any) -> None:
-        """A line of metrics.jsonl; the numbers of training and evaluations go to TensorBoard as ``kind/key``."""
-        if self._metrics is not None:
-            entry = {"kind": kind, "step": step, "epoch": round(epoch, 4), **values}
-            finite = {
-                key: None if isinstance(value, float) and not math.isfinite(value) else value
-                for key, value in entry.items()
-            }
-            self._metrics.write(json.dumps(finite) + "\n")
-            self._metrics.flush()
-        if self._events is not None and kind != "event":
-            for key, value in values.items():
-                if isinstance(value, (int, float)) and not isinstance(value, bool):
-                    self._events.add_scalar(f"{kind}/{key}", value, step)
-
-    def open_bar(self, total_steps: int, done_steps: int) -> None:
-        """A bar with the time left, on a terminal; elsewhere the log steps' lines are all there is."""
-        if self.speaks and sys.stdout.isatty():
-            num_columns = os.get_terminal_size(sys.stdout.fileno()).columns
-            self._bar = tqdm(
-                total=total_steps,
-                initial=done_steps,
-                unit="step",
-                # Some pseudo-terminals say 0, at which tqdm shows nothing.
-                ncols=None if num_columns else 100,
-                nrows=None if num_columns else 20,
-                dynamic_ncols=num_columns > 0,
-                file=sys.stdout,
-            )
-
-    def reopen_bar(self, total_steps: int, done_steps: int) -> None:
-        """For a run that has gone back."""
-        if self._bar is not None:
-            self.close_bar()
-            self.open_bar(total_steps, done_steps)
-
-    def advance_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.update()
-
-    def close_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def train_line(self, step: int, total_steps: int, values: dict[str, float], seconds_left: float) -> None:
-        """The console's view of a log step: in the bar, or a plain line."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {values['images_per_s']:.0f} images/s")
-            return
-        shown = (
-            f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  grad_norm {values['grad_norm']:.2f}  "
-            f"{values['images_per_s']:.0f} images/s  data_wait {values['data_wait']:.1%}"
+    @classmethod
+    def of(cls, predictions: Predictions) -> EvalMetrics:
+        return cls(
+            top1=100.0 * float((predictions.label_ranks < 1).mean()),
+            top5=100.0 * float((predictions.label_ranks < 5).mean()),
+            loss=float(predictions.losses.mean()),
+            num_images=len(predictions.label_ranks),
         )
-        if values.get("mfu") is not None:
-            shown += f"  mfu {values['mfu']:.1%}"
-        self.say(f"step {step}/{total_steps}  {shown}  {duration(seconds_left)} left")
+
+    def describe(self) -> str:
+        return f"top-1 {self.top1:.2f} %  top-5 {self.top5:.2f} %  loss {self.loss:.4f}  over {self.num_images} images"
 
 
 class ThroughputMeter:
-    """Images a second and the share of the time that data was waited for, between log steps."""
+    """Images per second, and the share of the time spent waiting for data, between log steps."""
 
     def __init__(self) -> None:
         self.reset(0.0)
 
     def reset(self, seconds_waited: float) -> None:
-        """Starts a new interval; `seconds_waited` is the feed's running total."""
+        """Start a new interval; `seconds_waited` is the loader's running total."""
         self._started = time.perf_counter()
         self._waited = seconds_waited
         self._paused = 0.0
 
-    def pause(self, seconds: float) -> None:
-        """Takes time that was not training (an evaluation, a checkpoint) out of the interval."""
-        self._paused += seconds
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Exclude the time inside from the current interval."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - max(began, self._started)
 
     def read(self, num_images: int, seconds_waited: float) -> tuple[float, float]:
-        """(images a second, data wait 0-1) since the last reset."""
+        """Return (images per second, data wait 0-1) since the last reset."""
         seconds = max(time.perf_counter() - self._started - self._paused, 1e-9)
         return num_images / seconds, min(max((seconds_waited - self._waited) / seconds, 0.0), 1.0)
 
 
-@contextmanager
-def log_exceptions(log: RunLog, what: str) -> Iterator[None]:
-    """What fails inside is a line of the log: a run doesn't end for something that can be made again."""
-    try:
-        yield
-    except Exception as error:  # anything, a mistake of ours as a full disk
-        log.say(f"{what} could not be written: {type(error).__name__}: {error}")
+class MetricLogger:
+    """Logs one run's training steps, evaluations and events, and measures its throughput."""
+
+    def __init__(self, log: RunLog, spec: RunSpec, mesh: Mesh, start_step: int, dtype: str) -> None:
+        """`dtype`: that of the matrix products, for the MFU."""
+        self.logged_step = start_step
+        self.loss: float | None = None  # the last logged step's, averaged over all ranks
+        self._log, self._spec, self._mesh = log, spec, mesh
+        self._start_step = start_step
+        self._flops_per_image = train_flops(shape_of(spec.config.model))
+        self._peak_flops = peak_flops(device_name(mesh), dtype)  # FLOP/s per device; None where unknown
+        self._meter, self._started = ThroughputMeter(), time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Since the run started."""
+        return time.perf_counter() - self._started
+
+    def say(self, text: str) -> None:
+        self._log.say(text)
+
+    def log_train(self, progress: Progress, program: Program, loss: Any, seconds_waited: float) -> None:
+        """Log the last training step. The only place between evaluations and saves that waits for the device.
+
+        `seconds_waited` is the loader's running total. All ranks call it together.
+        """
+        step, spec = progress.step, self._spec
+        self.loss = self._mesh.mean(program.loss_value(loss))
+        images_per_s, data_wait = self._meter.read((step - self.logged_step) * spec.batch_size, seconds_waited)
+        peak = self._peak_flops
+        values: dict[str, Any] = {
+            "loss": self.loss,
+            "lr": spec.lr_at(step - 1),
+            "grad_norm": program.grad_norm(),
+            "images_per_s": images_per_s,
+            "data_wait": data_wait,
+            "mfu": None if peak is None else images_per_s * self._flops_per_image / (peak * self._mesh.world_size),
+            "memory_mb": memory_mb(self._mesh),
+            "seconds": self.seconds,
+        }
+        self._log.record("train", step, spec.epoch(step), **values)
+        seconds_left = self.seconds / (step - self._start_step) * (spec.total_steps - step)
+        if self.logged_step == self._start_step and seconds_left > 0.0:
+            self.say(expected_end(seconds_left))
+        self._log.say_train_step(step, spec.total_steps, values, seconds_left)
+        self.logged_step = step
+        self._meter.reset(seconds_waited)
+
+    def log_eval(self, step: int, metrics: EvalMetrics, ema: EvalMetrics | None, is_best: bool) -> None:
+        """Log an evaluation of the weights and, if there is one, of their moving average."""
+        values, text = asdict(metrics), metrics.describe()
+        if ema is not None:
+            values |= {f"ema_{name}": value for name, value in asdict(ema).items() if name != "num_images"}
+            text += f"; average: {ema.describe()}"
+        epoch = self._spec.epoch(step)
+        self._log.record("eval", step, epoch, **values, seconds=self.seconds)
+        self.say(f"epoch {epoch:.1f}  {text}{'  (best)' if is_best else ''}")
+
+    def log_event(self, step: int, event: str, **values: Any) -> None:
+        """Log something that happens at most a few times in a run."""
+        self._log.record("event", step, self._spec.epoch(step), event=event, **values)
+
+    @contextmanager
+    def not_training(self) -> Iterator[None]:
+        """Exclude the time inside, of an evaluation or a save, from the throughput."""
+        with self._meter.paused():
+            yield
+
+    def restart(self, step: int, seconds_waited: float) -> None:
+        """Continue from an earlier step after a rollback."""
+        self.logged_step = step
+        self._log.reopen_bar(self._spec.total_steps, step)
+        self._meter.reset(seconds_waited)
+
+    def open_bar(self, step: int) -> None:
+        self._log.open_bar(self._spec.total_steps, step)
+
+    def advance_bar(self) -> None:
+        self._log.advance_bar()
+
+    def close_bar(self) -> None:
+        self._log.close_bar()
+
+    @contextmanager
+    def log_exceptions(self, subject: str) -> Iterator[None]:
+        """Log an exception instead of raising it: the run doesn't end for something that can be made again."""
+        try:
+            yield
+        except Exception as error:  # anything, from a full disk to a mistake of ours
+            self.say(f"{subject} could not be written: {type(error).__name__}: {error}")

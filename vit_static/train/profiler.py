@@ -1,4 +1,4 @@
-"""A trace of some of a run's steps, for Chrome's and Perfetto's viewers."""
+"""Traces of some steps of a run, for Chrome's and Perfetto's viewers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from vit_static.parallel.mesh import Mesh
 
 
 class StepTrace:
-    """Paddle's profiler from the first to the last of `steps`, both included and counted from 1; None: never.
+    """Runs Paddle's profiler over `steps` = (first, last), both included and counted from 1; None: never.
 
-    What is in it: the program's operators, on a card its kernels (CUPTI; not run), and the loop's own spans. It ends
-    where the step after the last begins, so that it has the evaluation and the checkpoint that may lie between.
+    The trace holds the program's operators, on GPUs its kernels (CUPTI; not run), and the loop's own spans. It ends
+    when the step after the last begins, so it includes an evaluation or a save that lies between them.
     """
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path, mesh: Mesh, say: Callable[[str], None]) -> None:
@@ -32,7 +32,7 @@ class StepTrace:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around a step."""
+        """Mark a step, and start or end the trace."""
         if self._steps is not None:
             first, last = self._steps
             if number > last:
@@ -44,27 +44,27 @@ class StepTrace:
         self._last = number
 
     def span(self, name: str) -> AbstractContextManager[Any]:
-        """A part of the loop, by its name."""
+        """Mark a part of the loop by its name."""
         return nullcontext() if self._profiler is None else paddle.profiler.RecordEvent(name)
 
     def close(self) -> None:
-        """Writes what has been traced, if there was anything, and says where."""
+        """End the trace, if one was started, write it and print its path."""
         if self._profiler is None:
             return
         profiler, self._profiler = self._profiler, None
         if self._mesh.device == "gpu":
             paddle.device.synchronize()
         profiler.stop()
-        of_rank = f"_rank_{self._mesh.rank}" if self._mesh.world_size > 1 else ""
-        path = self._folder / f"trace_steps_{self._first}_{self._last}{of_rank}.json"
+        rank_suffix = f"_rank_{self._mesh.rank}" if self._mesh.world_size > 1 else ""
+        path = self._folder / f"trace_steps_{self._first}_{self._last}{rank_suffix}.json"
         profiler.export(str(path), "json")
-        self._say(f"{path}: where the time of those steps went; chrome://tracing and ui.perfetto.dev open it")
+        self._say(f"wrote {path}: a trace of those steps; open it with chrome://tracing or ui.perfetto.dev")
 
     def _start(self, number: int) -> None:
         targets = [paddle.profiler.ProfilerTarget.CPU]
         if self._mesh.device == "gpu":
             targets.append(paddle.profiler.ProfilerTarget.GPU)
         self._first = number
-        # Not its own handler of a finished trace, which would write one into a folder of its own.
+        # The default handler of a finished trace would write it into a folder of its own.
         self._profiler = paddle.profiler.Profiler(targets=targets, on_trace_ready=lambda finished: None)
         self._profiler.start()

@@ -1,4 +1,4 @@
-"""What a run runs on, as its beginning records it: machines, versions, the mesh; and how much memory it takes."""
+"""A run's surroundings as its first event records them: machines, versions, mesh; its memory use."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def describe_run(config: Config, mesh: Mesh, precision: str) -> dict[str, Any]:
-    """For the event that a run begins with: `time`, `mesh`, `environment`; what JSON can hold. All ranks call it."""
+    """Describe the run for its first event: `time`, `mesh`, `environment`, as JSON values. All ranks call it."""
     hosts = mesh.all_gather_object(socket.gethostname())
     return {
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -42,7 +42,7 @@ def describe_run(config: Config, mesh: Mesh, precision: str) -> dict[str, Any]:
             "cpu": cpu_model(),
             "cores": len(os.sched_getaffinity(0)),
             "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-            "card": device_name(mesh) if mesh.device == "gpu" else None,
+            "gpu": device_name(mesh) if mesh.device == "gpu" else None,
             "cuda": str(paddle.version.cuda()) if mesh.device == "gpu" else None,
             "driver": gpu_driver(),
         },
@@ -67,19 +67,19 @@ def _mesh(config: Config, mesh: Mesh, precision: str) -> dict[str, Any]:
 
 
 def _passes(config: Config, mesh: Mesh, precision: str) -> list[str]:
-    """The switches that change this run's program, by their keys in the config."""
+    """List the config keys that change this run's program."""
     kernels, parallel = config.kernels, config.parallel
-    is_on_card, is_split = mesh.device == "gpu", mesh.world_size > 1
-    is_low = not precision.startswith("O0")
+    is_gpu, is_parallel = mesh.device == "gpu", mesh.world_size > 1
+    is_half = not precision.startswith("O0")
     on = {
-        "kernels.onednn": kernels.onednn and not is_on_card,
-        "kernels.flash_attention": kernels.flash_attention and is_on_card,
-        "kernels.fused_linear": kernels.fused_linear and is_on_card and is_low,
-        "kernels.fused_gelu": kernels.fused_linear and kernels.fused_gelu and is_on_card and is_low,
-        "kernels.fused_dropout": kernels.fused_dropout and is_on_card,
-        "parallel.bucket_mb": parallel.bucket_mb > 0.0 and is_split,
-        "parallel.overlap_gradients": parallel.overlap_gradients and parallel.bucket_mb > 0.0 and is_split,
-        f"parallel.reduce_dtype={parallel.reduce_dtype}": parallel.reduce_dtype != "float32" and is_split,
+        "kernels.onednn": kernels.onednn and not is_gpu,
+        "kernels.flash_attention": kernels.flash_attention and is_gpu,
+        "kernels.fused_linear": kernels.fused_linear and is_gpu and is_half,
+        "kernels.fused_gelu": kernels.fused_linear and kernels.fused_gelu and is_gpu and is_half,
+        "kernels.fused_dropout": kernels.fused_dropout and is_gpu,
+        "parallel.bucket_mb": parallel.bucket_mb > 0.0 and is_parallel,
+        "parallel.overlap_gradients": parallel.overlap_gradients and parallel.bucket_mb > 0.0 and is_parallel,
+        f"parallel.reduce_dtype={parallel.reduce_dtype}": parallel.reduce_dtype != "float32" and is_parallel,
         f"parallel.recompute={parallel.recompute}": parallel.recompute != "none",
         f"parallel.pp_schedule={parallel.pp_schedule}": mesh.shape.pp > 1,
     }
@@ -87,7 +87,7 @@ def _passes(config: Config, mesh: Mesh, precision: str) -> list[str]:
 
 
 def gpu_driver(version: Path = _DRIVER) -> str | None:
-    """Return the NVIDIA driver's version, or None without one."""
+    """Return the NVIDIA driver's version, or None without a driver."""
     try:
         text = version.read_text()
     except OSError:
@@ -97,25 +97,27 @@ def gpu_driver(version: Path = _DRIVER) -> str | None:
 
 
 def _commit(checkout: Path) -> str | None:
-    """The commit of the checkout that this program runs from, '-dirty' after it where files differ; None where it is
-    no checkout, or git isn't there or won't say."""
+    """Return the commit of the checkout that this program runs from, with '-dirty' where files differ.
+
+    None outside a checkout, or where git is missing or fails.
+    """
     if not (checkout / ".git").exists():
         return None
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        found = subprocess.run(command, env=user_environ(), capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(command, env=user_environ(), capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None
+    return done.stdout.strip() or None
 
 
 def memory_mb(mesh: Mesh) -> float:
-    """Of the rank that has taken most, in MB: on a card at most so far, on CPUs the process's resident set now. All
-    ranks call it."""
-    return max(mesh.all_gather_object(_own_memory_mb(mesh)))
+    """Return the memory of the rank that uses most, in MB: on GPUs the peak so far, on CPUs the resident set now. All
+    ranks call it together."""
+    return max(mesh.all_gather_object(_rank_memory_mb(mesh)))
 
 
-def _own_memory_mb(mesh: Mesh) -> float:
+def _rank_memory_mb(mesh: Mesh) -> float:
     if mesh.device == "gpu":
         return paddle.device.cuda.max_memory_allocated(mesh.device_id) / 1e6
     return psutil.Process().memory_info().rss / 1e6

@@ -1,57 +1,123 @@
-"""Why and when a run stops: signals, bad images, failed saves."""
+"""Why and when a run stops: signals, unreadable images, failed saves, non-finite gradients."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
+
+from vit_static.common.errors import DataError, RunFailed
 
 BAD_IMAGE, ON_REQUEST, UNSAVED, NONFINITE = "bad image", "stopped", "not saved", "not finite"
 
 
 @dataclass(frozen=True)
 class Stop:
-    """Why a run ends before its time, and what is to be told of it."""
+    """Why a run stops before its last step: one of the reasons above, and a message for people."""
 
     reason: str
     message: str
 
     @property
-    def saves(self) -> bool:
-        """Whether there is a state worth saving, and somewhere to save it."""
+    def may_save(self) -> bool:
+        """Whether the state is worth saving and there is somewhere to save it."""
         return self.reason in (BAD_IMAGE, ON_REQUEST)
 
 
-def stop_of(agreed: list[str] | None) -> Stop | None:
-    return None if agreed is None else Stop(*agreed)
+class SignalWatch:
+    """Notes SIGTERM and SIGINT while open, instead of letting them end the process.
 
-
-class StopRequests:
-    """Whether SIGTERM or SIGINT has come. A second one ends the process at once, but not one within a second: a
-    scheduler and a launcher may both pass the same request on."""
+    A second signal ends the process at once, but not within a second of the first: a scheduler and a launcher may both
+    forward the same request.
+    """
 
     def __init__(self) -> None:
-        self.received = False
-        self._first = 0.0
+        self.has_received = False
+        self._received_at = 0.0
+        self._previous: dict[int, Any] = {}
 
-    def receive(self, signum: int, frame: Any) -> None:
-        if not self.received:
-            self.received, self._first = True, time.monotonic()
-        elif time.monotonic() - self._first > 1.0:
+    def __enter__(self) -> SignalWatch:
+        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        if not self.has_received:
+            self.has_received, self._received_at = True, time.monotonic()
+        elif time.monotonic() - self._received_at > 1.0:
             os._exit(128 + signum)
 
 
-@contextmanager
-def stop_requests() -> Iterator[StopRequests]:
-    """While open, the two signals are noted instead of ending the process."""
-    requests = StopRequests()
-    before = {number: signal.signal(number, requests.receive) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield requests
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+class StopController:
+    """Decides, together with all other ranks, whether and why the run stops."""
+
+    def __init__(
+        self,
+        agree: Callable[[list[str] | None], list[str] | None],
+        has_signal: Callable[[], bool],
+        *,
+        stops_on_failed_save: bool,
+    ) -> None:
+        """`agree` returns the first value that isn't None among those that the ranks pass, the same on all ranks."""
+        self._agree, self._has_signal = agree, has_signal
+        self._stops_on_failed_save = stops_on_failed_save
+        self._stop: Stop | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self._stop is not None
+
+    @property
+    def reason(self) -> str | None:
+        return None if self._stop is None else self._stop.reason
+
+    @property
+    def message(self) -> str | None:
+        return None if self._stop is None else self._stop.message
+
+    @property
+    def may_save(self) -> bool:
+        """Whether the state may be saved, which it always may while the run continues."""
+        return self._stop is None or self._stop.may_save
+
+    def poll(self, bad_image: str | None, failed_save: str | None) -> None:
+        """Agree once with all ranks, which all call this together: each passes what it knows of, one decision follows.
+
+        `bad_image`: why the next batch can't be read; `failed_save`: why the last checkpoint couldn't be written.
+        """
+        own: list[str] | None = None
+        if bad_image is not None:
+            own = [BAD_IMAGE, bad_image]
+        elif self._has_signal():
+            own = [ON_REQUEST, ""]
+        elif failed_save is not None and self._stops_on_failed_save:
+            own = [UNSAVED, failed_save]
+        agreed = self._agree(own)
+        if agreed is not None:
+            self._stop = Stop(*agreed)
+
+    def request(self, reason: str, message: str) -> None:
+        """Stop for a reason that all ranks know already."""
+        self._stop = Stop(reason, message)
+
+    def raise_if_failed(self, step: int, check_command: str, resume_hint: str) -> None:
+        """Raise the error that the run ends with, the same on all ranks; a stop on request is none.
+
+        `check_command` finds unreadable images, `resume_hint` says what can be resumed. Raises DataError for an image
+        that can't be read, RunFailed for a failed save or non-finite gradients.
+        """
+        if self._stop is None or self._stop.reason == ON_REQUEST:
+            return
+        if self._stop.reason == BAD_IMAGE:
+            raise DataError(
+                f"{self._stop.message}. Stopped at step {step}, from which the same command resumes; "
+                f"'{check_command}' finds all such files"
+            )
+        raise RunFailed(f"{self._stop.message}. Stopped at step {step}; {resume_hint}")

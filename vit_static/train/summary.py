@@ -1,4 +1,4 @@
-"""What a run says of itself before it begins: one screen."""
+"""The first screen of a run: model, data, mesh, optimizer and steps."""
 
 from __future__ import annotations
 
@@ -9,46 +9,38 @@ from typing import Any
 from vit_static.common.text import duration
 from vit_static.config.schema import AugmentConfig, Config
 from vit_static.model import flops
-from vit_static.model.variants import variant_of
+from vit_static.model.variants import shape_of, variant_of
+from vit_static.train.run_spec import RunSpec
 
 _WIDTH, _LABEL = 100, 11
 
 
-def start_screen(
-    config: Config,
-    shape: flops.Shape,
-    num_parameters: int,
-    start: str,
-    num_images: tuple[int, int],
-    total_steps: int,
-    warmup_steps: int,
-    done_steps: int,
-    mesh: dict[str, Any],
-    device: str,
-) -> str:
-    """`num_images`: for training and validation; `mesh`: environment.describe's; `start`: where the weights are from;
-    `device`: a card's or the CPU's name."""
+def start_screen(spec: RunSpec, done_steps: int, start: str, num_parameters: int, info: dict[str, Any]) -> str:
+    """Describe a run in one screen before its first step. `start`: where the weights come from; `info`: of
+    run_info.describe_run."""
+    config, mesh = spec.config, info["mesh"]
+    device = info["environment"]["gpu"] or info["environment"]["cpu"]
     variant, model, parallel = variant_of(config.model), config.model, config.parallel
+    shape = shape_of(model)
     height, width = model.image_size
-    epochs = total_steps * config.data.global_batch_size / num_images[0]
     every = config.checkpoint.every_steps
     rows = {
         "model": f"ViT {model.variant}, {variant.width} wide, {variant.depth} deep, {variant.num_heads} heads, patches "
         f"of {variant.patch_size} pixels, images of {height}x{width}, {model.num_classes} classes",
-        "size": f"{num_parameters / 1e6:.2f} M parameters; {2 * flops.forward_macs(shape) / 1e9:.2f} GFLOP an image, "
-        f"{flops.train_flops(shape) / 1e9:.2f} with its backward pass",
+        "size": f"{num_parameters / 1e6:.2f} M parameters; {2 * flops.forward_macs(shape) / 1e9:.2f} GFLOP per image, "
+        f"{flops.train_flops(shape) / 1e9:.2f} with the backward pass",
         "start": start,
-        "data": f"{num_images[0]} training and {num_images[1]} validation images in {config.data.root}; "
-        f"{_augmentation(config.augment)}",
-        "batch": f"{mesh['batch_size']} images, {mesh['batch_size_per_rank']} a data-parallel rank"
-        + (f", in {mesh['micro_batches']} parts" if mesh["micro_batches"] > 1 else ""),
+        "data": f"{len(spec.train_images)} training and {len(spec.val_images)} validation images in "
+        f"{config.data.root}; {_augmentation(config.augment)}",
+        "batch": f"{mesh['batch_size']} images, {mesh['batch_size_per_rank']} per data-parallel rank"
+        + (f", in {mesh['micro_batches']} micro-batches" if mesh["micro_batches"] > 1 else ""),
         "mesh": f"{mesh['world_size']} x {mesh['device']} ({device}): dp {mesh['dp']}, mp {mesh['mp']}, pp {mesh['pp']}"
         f", sharding stage {mesh['sharding_stage']}, recompute {parallel.recompute}",
         "precision": str(mesh["precision"]),
-        "passes": ", ".join(mesh["passes"]) or "none of ours",
-        "optimizer": _optimizer(config, warmup_steps),
-        "steps": f"{total_steps} ({epochs:.4g} epochs)"
-        + (f", from step {done_steps} on" if done_steps else "")
+        "passes": ", ".join(mesh["passes"]) or "none of this program",
+        "optimizer": _optimizer(config, spec.warmup_steps),
+        "steps": f"{spec.total_steps} ({spec.epoch(spec.total_steps):.4g} epochs)"
+        + (f", starting after step {done_steps}" if done_steps else "")
         + f"; evaluated every {config.eval.every_epochs} epochs, logged every {config.log.every_steps} steps, saved "
         + ("at every evaluation" if every is None else f"every {every} steps"),
         "folder": f"{config.run_dir}",
@@ -81,7 +73,7 @@ def _augmentation(augment: AugmentConfig) -> str:
         f"CutMix {augment.cutmix_alpha:g}": augment.cutmix_alpha > 0.0,
         f"each {augment.repeated_aug} times": augment.repeated_aug > 1,
     }
-    return ", ".join(name for name, is_on in named.items() if is_on) or "as they are"
+    return ", ".join(name for name, is_on in named.items() if is_on) or "no augmentation"
 
 
 def _optimizer(config: Config, warmup_steps: int) -> str:
@@ -96,6 +88,6 @@ def _optimizer(config: Config, warmup_steps: int) -> str:
 
 
 def expected_end(seconds_left: float, now: datetime | None = None) -> str:
-    """When a run that takes so much longer will be done."""
+    """When a run that takes `seconds_left` more will be done."""
     end = (now or datetime.now().astimezone()) + timedelta(seconds=seconds_left)
     return f"expected end {end:%a %d %b %H:%M:%S}, in {duration(seconds_left)}"

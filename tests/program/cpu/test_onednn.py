@@ -73,8 +73,8 @@ def test_products_of_length_one() -> None:
     """In a process of its own: oneDNN keeps the kernels that it has once chosen."""
     script = """
 import numpy as np
-from vit_static import runtime
-runtime.prepare(verbose=True)
+from vit_static.common.startup import prepare_process
+prepare_process(verbose=True)
 from vit_static import onednn
 from vit_static.onednn import dense
 for rows, columns in ((3, 24), (16, 384), (1, 5)):

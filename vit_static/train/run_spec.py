@@ -1,0 +1,118 @@
+"""Everything about a run that follows from its config, its data set and the number of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from vit_static.checkpoint.progress import DataPosition, Progress
+from vit_static.common.errors import ConfigError
+from vit_static.config.schema import Config
+from vit_static.data.image_set import ImageDataset
+from vit_static.data.open_set import open_set
+from vit_static.optim.schedule import learning_rate, total_steps, warmup_steps
+
+if TYPE_CHECKING:
+    from vit_static.parallel.mesh import MeshShape
+
+
+@dataclass(frozen=True)
+class Due:
+    """What a run has to do before its next step."""
+
+    log: bool
+    eval: bool
+    save: bool
+    last: bool
+
+    @property
+    def any(self) -> bool:
+        return self.log or self.eval or self.save or self.last
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """A run's config together with its images, its mesh shape and its number of steps."""
+
+    config: Config
+    rank: int
+    mesh_shape: MeshShape
+    train_images: ImageDataset
+    val_images: ImageDataset
+    total_steps: int
+    warmup_steps: int
+
+    @classmethod
+    def resolve(cls, config: Config) -> RunSpec:
+        """Derive the spec of a run. Raises UserError for every mistake that can be found before anything is built."""
+        # Imported here so that the rest of this module is usable without Paddle.
+        from vit_static.model.variants import variant_of
+        from vit_static.parallel.mesh import rank_and_world_size, resolve_mesh
+
+        rank, world_size = rank_and_world_size()
+        batch_size = config.data.global_batch_size
+        mesh_shape = resolve_mesh(config.parallel, world_size, batch_size, variant_of(config.model))
+        if config.mixes and batch_size // mesh_shape.dp % 2:
+            raise ConfigError(
+                f"data.global_batch_size = {batch_size}: each of the {mesh_shape.dp} data-parallel ranks gets an odd "
+                "number of images, and augment.mixup_alpha and cutmix_alpha mix images in pairs; set a multiple of "
+                f"{2 * mesh_shape.dp}"
+            )
+        train_images = open_set(config.data, "train", config.model.num_classes)
+        val_images = open_set(config.data, "val", config.model.num_classes)
+        return cls(
+            config,
+            rank,
+            mesh_shape,
+            train_images,
+            val_images,
+            total_steps(config.train, len(train_images), batch_size),
+            warmup_steps(config.schedule, len(train_images), batch_size),
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """Images per optimizer step, over all ranks."""
+        return self.config.data.global_batch_size
+
+    def epoch(self, step: int) -> float:
+        """Epochs done after `step` optimizer steps."""
+        return step * self.batch_size / len(self.train_images)
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of the update that follows `step` done ones."""
+        return learning_rate(step, self.total_steps, self.config.optim, self.config.schedule, self.warmup_steps)
+
+    def due(self, progress: Progress, logged_step: int) -> Due:
+        """What has to be done after `progress.step` steps, `logged_step` being the last one that was logged.
+
+        It depends on the progress alone, so a run that was stopped before an evaluation does it after it resumes.
+        """
+        step, every = progress.step, self.config
+        is_last = step >= self.total_steps
+        num_images = step * self.batch_size
+        images_per_eval = every.eval.every_epochs * len(self.train_images)
+        passes_eval = num_images // images_per_eval > max(num_images - self.batch_size, 0) // images_per_eval
+        save_steps = every.checkpoint.every_steps
+        return Due(
+            log=logged_step < step and (step % every.log.every_steps == 0 or is_last),
+            eval=(passes_eval or is_last) and progress.evaluated_step < step,
+            save=passes_eval if save_steps is None else step > 0 and step % save_steps == 0,
+            last=is_last,
+        )
+
+    @cached_property
+    def images_digest(self) -> str:
+        """Identifies the training images' names and labels."""
+        return self.train_images.digest()
+
+    def data_position(self, progress: Progress) -> DataPosition:
+        """The position of the next batch in the order of the training images, and what that order is of."""
+        return DataPosition(
+            progress.batch() * self.batch_size,
+            len(self.train_images),
+            self.images_digest,
+            self.config.seed,
+            self.config.augment.repeated_aug,
+        )

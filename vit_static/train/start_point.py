@@ -1,0 +1,108 @@
+"""Where a run starts: a checkpoint, before the weights that init.from names, before fresh weights."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from vit_static.checkpoint.folder import open_shards
+from vit_static.checkpoint.progress import Progress
+from vit_static.checkpoint.resume import (
+    check_same_images,
+    check_same_run,
+    read_progress,
+    resolve_resume,
+    suggest_fallback,
+    verify_files,
+)
+from vit_static.checkpoint.sharded_state import ShardedReader
+from vit_static.common.errors import WeightsError
+from vit_static.config.schema import Config
+from vit_static.model.vit import VisionTransformer
+from vit_static.parallel.mesh import Mesh
+from vit_static.train.run_dir import RunDir
+from vit_static.train.run_spec import RunSpec
+from vit_static.weights.load import LoadReport, init_from
+from vit_static.weights.source import load_weights
+
+
+@dataclass(frozen=True)
+class StartPoint:
+    """The checkpoint that a run resumes from, if any, and how it treats older checkpoints in its folder."""
+
+    checkpoint: Path | None
+    is_own: bool  # the checkpoint is one of this run's
+    archives: bool  # older checkpoints of the folder are moved away rather than continued
+
+    @classmethod
+    def find(cls, config: Config, run: RunDir, resume: str) -> StartPoint:
+        """Find the checkpoint to resume from, before the processes connect. `resume`: auto, never, or a path.
+
+        Raises WeightsError for a path without a checkpoint, ConfigError where the config doesn't fit the checkpoint.
+        """
+        checkpoint = resolve_resume(run.path, resume)
+        if checkpoint is None:
+            return cls(None, is_own=False, archives=resume != "auto")
+        verify_checkpoint(checkpoint)
+        check_same_run(checkpoint, config)
+        return cls(checkpoint, run.contains(checkpoint), archives=resume != "auto")
+
+    def load(self, spec: RunSpec, mesh: Mesh, model: VisionTransformer) -> Start:
+        """Verify the checkpoint on all ranks and read its progress; without one, fill the model from init.from.
+
+        Raises WeightsError, the same on all ranks, for a damaged checkpoint, ConfigError for other training images.
+        """
+        run_id = mesh.first_non_none(secrets.token_hex(8))
+        config = spec.config
+        if self.checkpoint is not None:
+            checkpoint_run_id = verify_checkpoint(self.checkpoint, mesh)
+            progress, position = read_progress(self.checkpoint)
+            check_same_images(self.checkpoint, position, spec.data_position(progress))
+            run_id = checkpoint_run_id if self.is_own else run_id
+            return Start(progress, run_id, f"resumed from {self.checkpoint}", True, None)
+        if config.init.from_ is not None:
+            weights = load_weights(Path(config.init.from_))
+            report = init_from(model, config.model, weights.found, str(weights.source), config.init, weights.grid)
+            description = f"weights from {weights.source}, {report.format}: {report.describe()}"
+            return Start(Progress(step=0), run_id, description, False, report)
+        return Start(Progress(step=0), run_id, "fresh weights", False, None)
+
+    def archive_after(self, progress: Progress) -> int | None:
+        """The step whose later checkpoints are moved out of the way; -1 for all of them, None for none."""
+        if not self.archives:
+            return None
+        return progress.step if self.is_own else -1
+
+    def open(self) -> ShardedReader | None:
+        """The checkpoint's tensors, if there is a checkpoint."""
+        return None if self.checkpoint is None else open_shards(self.checkpoint)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts with."""
+
+    progress: Progress
+    run_id: str  # shared by all checkpoints of a run
+    description: str
+    is_resumed: bool
+    init_report: LoadReport | None  # what became of the arrays of init.from
+
+
+def verify_checkpoint(path: Path, mesh: Mesh | None = None) -> str:
+    """Verify a checkpoint, each rank a share of its files (without a mesh, the manifest alone); return its run's id.
+
+    Raises WeightsError, the same on all ranks, which says what can be resumed instead.
+    """
+    share = slice(0) if mesh is None else slice(mesh.rank, None, mesh.world_size)
+    problem, run_id = None, ""
+    try:
+        run_id = verify_files(path, share).run
+    except WeightsError as error:
+        problem = str(error)
+    if mesh is not None:
+        problem = mesh.first_non_none(problem)
+    if problem is not None:
+        raise WeightsError(f"{problem}; {suggest_fallback(path)}")
+    return run_id
