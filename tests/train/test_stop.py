@@ -1,0 +1,115 @@
+"""Why and when a run stops, decided by all ranks together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from vit_static.common.errors import DataError, RunFailed
+from vit_static.train.stop import BAD_IMAGE, NONFINITE, ON_REQUEST, UNSAVED, SignalWatch, StopController
+
+
+class Ranks:
+    """Agreement as between several ranks, of which the others pass fixed values."""
+
+    def __init__(self, *others: list[str] | None) -> None:
+        self.others, self.num_rounds = others, 0
+
+    def __call__(self, value: list[str] | None) -> list[str] | None:
+        self.num_rounds += 1
+        return next((each for each in (value, *self.others) if each is not None), None)
+
+
+def controller(
+    ranks: Ranks | None = None, *, has_signal: bool = False, stops_on_failed_save: bool = False
+) -> StopController:
+    return StopController(ranks or Ranks(), lambda: has_signal, stops_on_failed_save=stops_on_failed_save)
+
+
+def test_a_run_continues_while_no_rank_has_a_reason_to_stop() -> None:
+    ranks = Ranks(None, None)
+    stop = controller(ranks)
+    for _ in range(3):
+        stop.poll(None, None)
+    assert not stop.requested and stop.may_save and stop.reason is None
+    assert ranks.num_rounds == 3  # one agreement per step, whatever a rank knows
+    stop.raise_if_failed(7, "check", "hint")
+
+
+@pytest.mark.parametrize(
+    ("bad_image", "has_signal", "failed_save", "stops_on_failed_save", "expected"),
+    [
+        ("a.jpg: is cut off", False, None, False, (BAD_IMAGE, "a.jpg: is cut off", True)),
+        ("a.jpg: is cut off", True, "disk full", True, (BAD_IMAGE, "a.jpg: is cut off", True)),
+        (None, True, None, False, (ON_REQUEST, "", True)),
+        (None, True, "disk full", True, (ON_REQUEST, "", True)),
+        (None, False, "disk full", True, (UNSAVED, "disk full", False)),
+        (None, False, "disk full", False, None),  # checkpoint.on_failure=continue
+    ],
+)
+def test_the_reasons_and_which_comes_first(
+    bad_image: str | None,
+    has_signal: bool,
+    failed_save: str | None,
+    stops_on_failed_save: bool,
+    expected: tuple[str, str, bool] | None,
+) -> None:
+    stop = controller(has_signal=has_signal, stops_on_failed_save=stops_on_failed_save)
+    stop.poll(bad_image, failed_save)
+    assert stop.requested == (expected is not None)
+    if expected is not None:
+        assert (stop.reason, stop.message, stop.may_save) == expected
+
+
+def test_another_ranks_reason_stops_this_one() -> None:
+    stop = controller(Ranks(None, [BAD_IMAGE, "b.jpg: is empty"]))
+    stop.poll(None, None)
+    with pytest.raises(DataError, match=r"^b.jpg: is empty. Stopped at step 7, .* 'data check' finds all such files$"):
+        stop.raise_if_failed(7, "data check", "hint")
+
+
+@pytest.mark.parametrize("reason", [UNSAVED, NONFINITE])
+def test_a_failed_run_says_what_can_be_resumed(reason: str) -> None:
+    stop = controller()
+    stop.request(reason, "the message")
+    assert not stop.may_save
+    with pytest.raises(RunFailed, match=r"^the message. Stopped at step 7; it has no checkpoint$"):
+        stop.raise_if_failed(7, "check", "it has no checkpoint")
+
+
+def test_a_stop_on_request_is_no_error() -> None:
+    stop = controller(has_signal=True)
+    stop.poll(None, None)
+    stop.raise_if_failed(7, "check", "hint")
+    assert stop.requested
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_are_noted_and_the_handlers_restored(number: int) -> None:
+    before = signal.getsignal(number)
+    with SignalWatch() as watch:
+        assert not watch.has_received
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # within a second: a scheduler and a launcher forward the same request
+        assert watch.has_received
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_after_a_second_ends_the_process() -> None:
+    code = (
+        "import os, signal, time\n"
+        "from vit_static.train.stop import SignalWatch\n"
+        "with SignalWatch():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(1.1)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(60)\n"
+    )
+    started = time.monotonic()
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 128 + signal.SIGTERM
+    assert time.monotonic() - started < 50
