@@ -1,4 +1,4 @@
-"""The configs: what each says of itself, what it costs, its curves; and that its settings train."""
+"""The recipes of configs/: their headers, their cost, their schedules, and that their settings train."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONFIGS = ROOT / "configs"
 NO_RECIPES = ("quickstart", "bench", "own_images")
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith(NO_RECIPES))
 NUM_IMAGES = {"data/ILSVRC2012": 1_281_167, "data/ImageNet21K": 14_197_087, "data/cifar10": 50_000}
-SEEDS = [name for name in RECIPES if name.startswith("ViT_")]
+PLSC_RECIPES = [name for name in RECIPES if name.startswith("ViT_")]
 DEVICES = {"A100 40 GB": "a100-40g"}
 
 
@@ -35,10 +35,10 @@ def recipe(name: str, *overrides: str) -> Config:
     return load_config(CONFIGS / f"{name}.yaml", overrides)
 
 
-def test_the_recipes_that_people_ask_for_are_there() -> None:
-    assert len(SEEDS) == 4
-    wanted = {"vit_s16_i1k_90ep", "vit_s16_i1k_300ep", "deit_s16", "deit_b16", "deit3_s16", "deit3_b16"}
-    assert wanted | {"augreg_b16_384_ft_in1k", "augreg_l16_384_ft_in1k", "augreg_b16_cifar10"} < set(RECIPES)
+def test_the_recipes_that_users_request_exist() -> None:
+    assert len(PLSC_RECIPES) == 4
+    names = {"vit_s16_i1k_90ep", "vit_s16_i1k_300ep", "deit_s16", "deit_b16", "deit3_s16", "deit3_b16"}
+    assert names | {"augreg_b16_384_ft_in1k", "augreg_l16_384_ft_in1k", "augreg_b16_cifar10"} < set(RECIPES)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -54,33 +54,39 @@ def test_a_recipe_opens_with_its_paper_its_command_and_what_to_expect(name: str)
 
 
 def machine(name: str) -> tuple[int, str]:
-    """How many cards a recipe says that it is for, and which."""
-    found = re.search(r"# Machine: (\d+) x (.+)\.\n", (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
-    assert found is not None
-    return int(found[1]), DEVICES[found[2]]
+    """The number and the kind of GPUs in a recipe's header."""
+    match = re.search(r"# Machine: (\d+) x (.+)\.\n", (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
+    assert match is not None
+    return int(match[1]), DEVICES[match[2]]
 
 
 def costs(name: str) -> str:
-    """What decides what a step costs."""
-    ours = recipe(name)
-    shape = (ours.model, ours.data.global_batch_size, ours.optim.name, ours.optim.ema_decay > 0.0, ours.train.freeze)
-    return repr((shape, ours.parallel, ours.amp, ours.loss.name, ours.train_targets, machine(name)))
+    """Everything that decides what a step costs."""
+    config = recipe(name)
+    shape = (
+        config.model,
+        config.data.global_batch_size,
+        config.optim.name,
+        config.optim.ema_decay > 0.0,
+        config.train.freeze,
+    )
+    return repr((shape, config.parallel, config.amp, config.loss.name, config.train_targets, machine(name)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", {costs(name): name for name in RECIPES}.values())
 def test_a_recipe_fits_its_machine(name: str) -> None:
-    num_cards, device = machine(name)
+    num_gpus, device = machine(name)
     config = recipe(name)
-    found = make_plan(config, config.parallel, num_cards, Place(device, "ib-hdr", 8))
-    assert found.fits and found.sizes.world == num_cards
+    plan = make_plan(config, config.parallel, num_gpus, Place(device, "ib-hdr", 8))
+    assert plan.fits and plan.mesh_shape.world == num_gpus
 
 
-# The curves of the seed's four, each in closed form from PLSC's ViTLRScheduler and its optimizers' update
+# The schedules of PLSC's four recipes, in closed form from its ViTLRScheduler and its optimizers' update
 
 
-def seeds_curve(name: str, steps: np.ndarray, total_steps: int) -> np.ndarray:
-    """The rates, from the numbers of PLSC's files."""
+def plsc_schedule(name: str, steps: np.ndarray, total_steps: int) -> np.ndarray:
+    """The learning rates, from the values in PLSC's configs."""
     peak, warmup_steps, end = {
         "ViT_base_patch16_224_in1k_1n8c_dp_fp16o2": (3e-3, 10_000, None),
         "ViT_base_patch16_384_ft_in1k_1n8c_dp_fp16o2": (3e-3, 500, None),
@@ -92,47 +98,47 @@ def seeds_curve(name: str, steps: np.ndarray, total_steps: int) -> np.ndarray:
     return decayed * np.minimum(steps / warmup_steps, 1.0)
 
 
-@pytest.mark.parametrize("name", SEEDS)
-def test_the_seeds_rates_and_decays(name: str) -> None:
-    """At 20 points of the run; the decay as what it takes of a weight whose gradient is 0, before any momentum."""
+@pytest.mark.parametrize("name", PLSC_RECIPES)
+def test_plscs_learning_rates_and_weight_decays(name: str) -> None:
+    """At 20 points of the run; the decay is the share that a weight with gradient 0 loses, before any momentum."""
     config = recipe(name)
     num_images, batch_size = NUM_IMAGES[config.data.root], config.data.global_batch_size
-    epochs, images_a_step = {"224_in1k": (300, 4096), "384": (8, 512), "21k": (90, 4096)}[
+    epochs, images_per_step = {"224_in1k": (300, 4096), "384": (8, 512), "21k": (90, 4096)}[
         next(part for part in ("224_in1k", "384", "21k") if part in name)
     ]
     total_steps = schedule_module.total_steps(config.train, num_images, batch_size)
-    assert total_steps == epochs * num_images // images_a_step
+    assert total_steps == epochs * num_images // images_per_step
     steps = np.linspace(0, total_steps - 1, 20).astype(int)
     warmup_steps = schedule_module.warmup_steps(config.schedule, num_images, batch_size)
     rates = [learning_rate(int(step), total_steps, config.optim, config.schedule, warmup_steps) for step in steps]
-    expected = seeds_curve(name, steps, total_steps)
+    expected = plsc_schedule(name, steps, total_steps)
     np.testing.assert_allclose(rates, expected, rtol=1e-9, atol=1e-12)
     decay = {"224_in1k": 0.3, "384": 1e-4, "21k": 0.15}[next(p for p in ("224_in1k", "384", "21k") if p in name)]
     shares = [rate * decay_coefficient(config.optim) for rate in rates]
     np.testing.assert_allclose(shares, expected * decay, rtol=1e-9, atol=1e-14)
-    assert config.optim.no_decay == ()  # on everything
+    assert config.optim.no_decay == ()  # every parameter decays
 
 
 def test_timms_schedule() -> None:
-    """DeiT's: a warmup from 1e-6, then a cosine to 1e-5 that counts from step 0 (timm without warmup_prefix)."""
+    """DeiT: a warmup from 1e-6, then a cosine to 1e-5 that counts from step 0 (timm without warmup_prefix)."""
     config = recipe("deit_s16")
-    steps_an_epoch = 1_281_167 / 1024
+    steps_per_epoch = 1_281_167 / 1024
     total_steps = schedule_module.total_steps(config.train, 1_281_167, 1024)
     warmup_steps = schedule_module.warmup_steps(config.schedule, 1_281_167, 1024)
-    assert warmup_steps == round(5 * steps_an_epoch)
+    assert warmup_steps == round(5 * steps_per_epoch)
     for epoch in (0.0, 2.5, 4.99, 5.1, 100.0, 299.9):
-        step = int(epoch * steps_an_epoch)
+        step = int(epoch * steps_per_epoch)
         if step < warmup_steps:
             expected = 1e-6 + (1e-3 - 1e-6) * step / warmup_steps
         else:
             expected = 1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * step / total_steps)) / 2
-        got = learning_rate(step, total_steps, config.optim, config.schedule, warmup_steps)
-        assert got == pytest.approx(expected, rel=1e-9)
+        rate = learning_rate(step, total_steps, config.optim, config.schedule, warmup_steps)
+        assert rate == pytest.approx(expected, rel=1e-9)
 
 
 # Finetuning the digits model with each recipe's settings
 
-# What is another model's, another set's or another length's.
+# Settings that belong to another model, data set or length of training.
 SHORTENED = [
     "device=cpu", "amp.level=O0", "amp.dtype=auto", "data.global_batch_size=64",
     "data.mean=[0.5, 0.5, 0.5]",
@@ -142,22 +148,22 @@ SHORTENED = [
     "train.max_steps=null", "parallel.grad_accum_steps=1", "eval.every_epochs=100", "eval.crop_pct=0.95",
     "eval.resize=short", "log.every_steps=1000", "log.tensorboard=false", "checkpoint.keep_last=1",
 ]  # fmt: skip
-# What suits some hundred steps of 64 images, where the recipe's rate is for 100 times as many or for larger batches.
-OTHERWISE = {
+# Learning rates for a few hundred steps of 64 images; the recipes' own are for 100 times as many or larger batches.
+ADJUSTED = {
     "ViT_base_patch16_384_ft_in1k_1n8c_dp_fp16o2": ["optim.lr=0.03"],
     "deit3_b16_224": ["optim.lr=5e-4"],
     "dinov2_b14_ft_in1k": ["optim.lr=1e-3"],
-    # By shares of each weight's norm a new head grows too slowly for so short a run: with the pretrained one.
+    # LAMB moves a weight by a share of its norm: a new head grows too slowly here, so the pretrained one stays.
     "deit3_b16": ["optim.lr=1e-3", "init.head=keep"],
 }
 
 
 def settings(name: str) -> str:
-    """What a recipe trains with, but for its rate, its clipping, its length and its model's size."""
-    ours = recipe(name)
-    optim = ours.optim.model_copy(update={"lr": 1.0, "clip_norm": None})
-    schedule = ours.schedule.model_copy(update={"warmup_steps": 0, "warmup_epochs": None})
-    return repr((ours.augment, ours.loss, optim, schedule, ours.train.freeze, ours.model.drop_path_schedule))
+    """A recipe's settings except its learning rate, clipping, length and model size."""
+    config = recipe(name)
+    optim = config.optim.model_copy(update={"lr": 1.0, "clip_norm": None})
+    schedule = config.schedule.model_copy(update={"warmup_steps": 0, "warmup_epochs": None})
+    return repr((config.augment, config.loss, optim, schedule, config.train.freeze, config.model.drop_path_schedule))
 
 
 DIFFERENT = list({settings(name): name for name in reversed(RECIPES)}.values())
@@ -165,7 +171,7 @@ DIFFERENT = list({settings(name): name for name in reversed(RECIPES)}.values())
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quickstart's run, in a process of its own, as everyone's first."""
+    """The quickstart run, in a separate process, as a new user starts it."""
     folder = tmp_path_factory.mktemp("recipes")
     command = [str(ROOT / "run.sh"), "pretrain", "-o", "train.epochs=20"]
     done = subprocess.run(command, cwd=folder, env=os.environ, capture_output=True, text=True, check=False)
@@ -176,7 +182,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_a_recipes_settings_finetune_the_digits(pretrained: Path, tmp_path: Path, name: str) -> None:
-    """Its loss, augmentation, optimizer, schedule, average, on the quickstart's model with a new head: above 95 %."""
+    """Its loss, augmentation, optimizer, schedule and average reach 95 % on the quickstart's model with a new head."""
     ours, digits = recipe(name), load_config(CONFIGS / "quickstart.yaml").model.model_dump(mode="json")
     regularisation = ("drop_path_rate", "drop_path_schedule", "dropout", "head_bias_init", "head_init_std")
     model = [
@@ -187,14 +193,14 @@ def test_a_recipes_settings_finetune_the_digits(pretrained: Path, tmp_path: Path
         name,
         *SHORTENED,
         *model,
-        f"train.epochs={10 if ours.augment.policy != 'none' else 5}",  # distorted, images are learned more slowly
+        f"train.epochs={10 if ours.augment.policy != 'none' else 5}",  # distorted images are learned more slowly
         "schedule.warmup_steps=0",
         "schedule.warmup_epochs=0.5",
         f"data.root={pretrained.parent.parent / 'data/digits'}",
         f"output_dir={tmp_path}",
         f"init.from={pretrained}",
         "init.head=reset",
-        *OTHERWISE.get(name, []),
+        *ADJUSTED.get(name, []),
     )
     assert config.optim.name == ours.optim.name and config.loss == ours.loss
     assert train(config)
@@ -207,4 +213,4 @@ def test_a_recipes_settings_finetune_the_digits(pretrained: Path, tmp_path: Path
     assert result["top1"] > 95.0
     assert ("ema_top1" in result) == (ours.optim.ema_decay > 0.0)
     report = json.loads((config.run_dir / "init.json").read_text())
-    assert report["reset"] == (["head.weight", "head.bias"] if config.init.head == "reset" else [])
+    assert report["reinitialized"] == (["head.weight", "head.bias"] if config.init.head == "reset" else [])

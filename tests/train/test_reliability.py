@@ -1,6 +1,6 @@
-"""Runs that are killed, for real and at any moment, and go on to the same bits; what they are given a long time for.
+"""Runs that are killed at any moment and resume to the same bits; memory over a long run.
 
-`./run.sh test -m reliability` runs these and tests/test_bad_input.py, and prints what was tried.
+`./run.sh test -m reliability` runs these and the tests of bad input, and prints how many cases were tried.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vit_static.checkpoint.resume import verify_files
 
 pytestmark = [pytest.mark.reliability, pytest.mark.slow]
 
-# All that a state can hold: dropout, drop path, augmentation, mixing, accumulation, an average, mixed precision.
+# Everything that a state can hold: dropout, drop path, augmentation, mixup, accumulation, a moving average.
 CONFIG = """
 model: {variant: Ti/16, image_size: 16, patch_size: 8, width: 32, depth: 2, num_heads: 2, mlp_dim: 64,
         num_classes: 10, dropout: 0.1, drop_path_rate: 0.1}
@@ -46,7 +46,7 @@ def environ() -> dict[str, str]:
 
 
 def start(folder: Path, name: str, *overrides: str, code: str | None = None) -> subprocess.Popen[str]:
-    """A run as the launcher starts it; its output goes to NAME.log."""
+    """Start a run as the launcher does; its output goes to NAME.log."""
     config = ["pretrain", "-c", "run.yaml", "-o", f"name={name}"]
     arguments = [*config, *(word for override in overrides for word in ("-o", override))]
     program = ["-m", "vit_static"] if code is None else ["-c", code]
@@ -65,9 +65,9 @@ def weights(folder: Path, name: str) -> dict[str, np.ndarray]:
     }
 
 
-def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert found.keys() == expected.keys()
-    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+def assert_equal(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert actual.keys() == expected.keys()
+    assert all(np.array_equal(actual[name], expected[name]) for name in expected)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, small_digits: Path) -> P
 
 
 def wait_for_line(path: Path, text: str, process: subprocess.Popen[str], since: int) -> bool:
-    """Whether it came before the process's end."""
+    """Whether the line appears before the process ends."""
     while process.poll() is None:
         if text in path.read_text()[since:]:
             return True
@@ -87,7 +87,7 @@ def wait_for_line(path: Path, text: str, process: subprocess.Popen[str], since: 
 
 
 def kill_at_random(folder: Path, name: str, num_kills: int, seed: int) -> int:
-    """Kills a run so often, within a second of training each time, lets it end, and returns how often it was killed."""
+    """Kill a run `num_kills` times, each within a second of training, then let it end; return the number of kills."""
     moments, num_killed = random.Random(seed), 0
     while True:
         log = folder / f"{name}.log"
@@ -103,13 +103,13 @@ def kill_at_random(folder: Path, name: str, num_kills: int, seed: int) -> int:
 
 
 def test_a_run_that_is_killed_twenty_times_ends_with_the_same_bits(workplace: Path, tally: Callable[..., None]) -> None:
-    """Two runs of one config, ten kills each; and what is lost of a run by a kill is what came since its checkpoint."""
+    """Two runs of one config, ten kills each; a kill loses only the steps since the last checkpoint."""
     with ThreadPoolExecutor(2) as lanes:
-        whole = lanes.submit(lambda: start(workplace, "whole").wait(240))
+        reference = lanes.submit(lambda: start(workplace, "reference").wait(240))
         killed = [lanes.submit(kill_at_random, workplace, f"killed{lane}", NUM_KILLS // 2, lane) for lane in (1, 2)]
-        assert whole.result() == 0
+        assert reference.result() == 0
         num_killed = sum(lane.result() for lane in killed)
-    expected = weights(workplace, "whole")
+    expected = weights(workplace, "reference")
     for name in ("killed1", "killed2"):
         assert_equal(weights(workplace, name), expected)
     assert num_killed == NUM_KILLS
@@ -118,7 +118,7 @@ def test_a_run_that_is_killed_twenty_times_ends_with_the_same_bits(workplace: Pa
     tally("SIGKILL at a random moment", 0, "bytes lost")
 
 
-# Where exactly a process kills itself: a function, which of its calls count, the how manieth, what it still does.
+# Where a process kills itself: the function, which of its calls count, at which of them, and what it does before.
 MOMENTS = {
     "before `best` is moved": ("checkpoint.writer.replace_symlink", "args[0].name == 'best'", 1, ""),
     "in a step": ("program.program.Program.train_step", "True", 5, ""),
@@ -127,7 +127,7 @@ MOMENTS = {
     "before the manifest": ("checkpoint.writer.CheckpointWriter._complete", "True", 2, ""),
     "before the rename": ("checkpoint.folder.fsync", "args[0].name.endswith('.part')", 2, ""),
     "before `latest` is moved": ("checkpoint.folder.replace_symlink", "os.readlink(args[0]) != args[1]", 1, ""),
-    "with an old one half removed": (
+    "with an old checkpoint half removed": (
         "checkpoint.folder.shutil.rmtree",
         "args[0].is_dir()",
         1,
@@ -155,24 +155,24 @@ sys.exit(command.main())
 """
 
 
-def test_a_run_that_is_killed_at_each_delicate_moment_goes_on(workplace: Path, tally: Callable[..., None]) -> None:
-    """One run, killed at one after the other; then as if nothing had been."""
+def test_a_run_that_is_killed_at_each_critical_moment_resumes(workplace: Path, tally: Callable[..., None]) -> None:
+    """One run, killed at one moment after the other, ends as a run that was never killed."""
     short = ["train.max_steps=90", "eval.every_epochs=0.5"]
     with ThreadPoolExecutor(2) as lanes:
-        whole = lanes.submit(lambda: start(workplace, "short", *short).wait(240))
+        reference = lanes.submit(lambda: start(workplace, "short", *short).wait(240))
         for moment, (path, counts, which, first) in MOMENTS.items():
             code = KILL.format(path=path, counts=f"({counts})", which=which, first=first or "pass")
-            process = start(workplace, "delicate", *short, code=code)
-            assert process.wait(120) == -signal.SIGKILL, (moment, (workplace / "delicate.log").read_text()[-2000:])
-            for folder in (workplace / "output/delicate/checkpoints").glob("step_*"):
+            process = start(workplace, "critical", *short, code=code)
+            assert process.wait(120) == -signal.SIGKILL, (moment, (workplace / "critical.log").read_text()[-2000:])
+            for folder in (workplace / "output/critical/checkpoints").glob("step_*"):
                 verify_files(folder)
             tally(f"SIGKILL {moment}")
-        assert whole.result() == 0
-    assert start(workplace, "delicate", *short).wait(120) == 0
-    assert_equal(weights(workplace, "delicate"), weights(workplace, "short"))
-    names = {path.name for path in (workplace / "output/delicate/checkpoints").iterdir()}
+        assert reference.result() == 0
+    assert start(workplace, "critical", *short).wait(120) == 0
+    assert_equal(weights(workplace, "critical"), weights(workplace, "short"))
+    names = {path.name for path in (workplace / "output/critical/checkpoints").iterdir()}
     assert not [name for name in names if name.startswith(".")]
-    links = {link: (workplace / f"output/delicate/checkpoints/{link}").resolve().name for link in ("latest", "best")}
+    links = {link: (workplace / f"output/critical/checkpoints/{link}").resolve().name for link in ("latest", "best")}
     expected = {link: (workplace / f"output/short/checkpoints/{link}").resolve().name for link in ("latest", "best")}
     assert links == expected
     for moment in MOMENTS:
@@ -188,7 +188,7 @@ def resident_mb(process: subprocess.Popen[str]) -> float | None:
 
 
 def test_memory_does_not_grow(workplace: Path, tally: Callable[..., None]) -> None:
-    """The quickstart, 2,000 steps of it and 20 evaluations, in smaller batches, so that it is over sooner."""
+    """2,000 steps of the quickstart with 20 evaluations, in smaller batches so that it takes less time."""
     subprocess.run([sys.executable, "-m", "data_tools", "digits"], cwd=workplace, env=environ(), check=True)
     arguments = ["-c", str(ROOT / "configs/quickstart.yaml"), "-o", "name=long", "-o", "train.max_steps=2000"]
     arguments += ["-o", "data.global_batch_size=16", "-o", "train.epochs=1000", "-o", "log.every_steps=50"]

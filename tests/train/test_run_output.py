@@ -1,4 +1,4 @@
-"""What a run shows of itself: its first screen, TensorBoard's events, a trace of its steps; and what it keeps quiet."""
+"""A run's first screen, TensorBoard events and traces, and the library output that stays off the console."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from vit_static.train.trainer import train
 NOISE = re.compile(r"^[IWEF]\d{4} |\b(INFO|WARNING)\b|Warning:|ccache", re.MULTILINE)
 
 
-def changed(given: Config, **sections: dict[str, Any]) -> Config:
-    dumped = given.model_dump(by_alias=True)
+def changed(config: Config, **sections: dict[str, Any]) -> Config:
+    dumped = config.model_dump(by_alias=True)
     for name, values in sections.items():
         dumped[name] = {**dumped[name], **values}
     return Config.model_validate(dumped)
@@ -43,17 +43,17 @@ def changed(given: Config, **sections: dict[str, Any]) -> Config:
 
 
 def events_of(path: Path) -> list[Event]:
-    """A file's events: records of a length, its checksum, the event, its checksum."""
-    content, found, place = path.read_bytes(), [], 0
-    while place < len(content):
-        (length,) = struct.unpack_from("<Q", content, place)
-        found.append(Event.FromString(content[place + 12 : place + 12 + length]))
-        place += 12 + length + 4
-    return found
+    """Read a file's events: records of a length, its checksum, the event, its checksum."""
+    content, events, offset = path.read_bytes(), [], 0
+    while offset < len(content):
+        (length,) = struct.unpack_from("<Q", content, offset)
+        events.append(Event.FromString(content[offset + 12 : offset + 12 + length]))
+        offset += 12 + length + 4
+    return events
 
 
 def test_tensorboard_has_the_names_and_numbers_of_metrics(config: Config) -> None:
-    """Of each step the last: what a run did again after it was stopped, TensorBoard passes over, by its purge_step."""
+    """The last value of each step: TensorBoard's purge_step drops what a resumed run does again."""
     config = changed(config, checkpoint={"every_steps": 3}, log={"every_steps": 1})
     assert train(changed(config, train={"max_steps": 5}))
     last = config.run_dir / "checkpoints" / "step_00000003"
@@ -73,7 +73,9 @@ def test_tensorboard_has_the_names_and_numbers_of_metrics(config: Config) -> Non
                 if key not in ("kind", "step", "epoch") and isinstance(value, (int, float)):
                     expected[f"{kind}/{key}", line["step"]] = value
     assert {step for _, step in expected} == {1, 2, 3, 4, 5, 6, 7} and len(files) == 2
-    stale = {key for key in expected if key[0].startswith("eval/") and key[1] == 5}  # of the run that went on otherwise
+    stale = {
+        key for key in expected if key[0].startswith("eval/") and key[1] == 5
+    }  # of the steps that the resumed run replaced
     assert set(shown) == set(expected) - stale
     assert shown == pytest.approx({key: expected[key] for key in shown}, rel=1e-6)
 
@@ -81,7 +83,7 @@ def test_tensorboard_has_the_names_and_numbers_of_metrics(config: Config) -> Non
 # -- the trace ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_trace_has_the_steps_that_were_asked_for_and_changes_no_bit(config: Config) -> None:
+def test_the_trace_has_the_requested_steps_and_changes_no_bit(config: Config) -> None:
     config = changed(config, log={"every_steps": 1}, train={"max_steps": 6})
     plain, traced = changed(config), config.model_copy(update={"name": "traced"})
     assert train(plain)
@@ -107,7 +109,7 @@ def test_the_trace_has_the_steps_that_were_asked_for_and_changes_no_bit(config: 
         assert sum("matmul" in event["name"] or "linear" in event["name"] for event in operators) > 10
 
 
-def test_what_can_not_be_traced_is_a_mistake() -> None:
+def test_an_invalid_range_of_steps_to_trace_is_refused() -> None:
     for steps in ("[5,4]", "[1,2000]", "[0,3]"):
         with pytest.raises(ConfigError, match="profile_steps"):
             load_config(ROOT / "configs" / "quickstart.yaml", [f"train.profile_steps={steps}"])
@@ -146,24 +148,24 @@ def test_the_expected_end() -> None:
     assert expected_end(3723.0, now) == "expected end Tue 01 Dec 01:01:03, in 1 h 02 min"
 
 
-# -- what is kept quiet ------------------------------------------------------------------------------------------------
+# -- library output ----------------------------------------------------------------------------------------------------
 
 
 def on_a_terminal(command: list[str], cwd: Path, environ: dict[str, str]) -> tuple[int, str]:
-    """The exit code and all that a terminal shows."""
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(command, cwd=cwd, env=environ, stdin=theirs, stdout=theirs, stderr=theirs)
-    os.close(theirs)
+    """Run a command on a pseudo-terminal; return its exit code and everything that the terminal shows."""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(command, cwd=cwd, env=environ, stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
     shown = b""
     while True:
         try:
-            part = os.read(ours, 65536)
-        except OSError:  # all that had it have ended
+            part = os.read(master, 65536)
+        except OSError:  # every process on the terminal has ended
             break
         if not part:
             break
         shown += part
-    os.close(ours)
+    os.close(master)
     return process.wait(timeout=60), shown.decode()
 
 
@@ -183,11 +185,11 @@ def test_a_terminal_shows_the_screen_the_bar_and_no_noise(place: Path) -> None:
     assert not NOISE.search(shown)
     assert "passes " in shown and "expected end" in shown and "done in" in shown
     assert re.search(r"11/11 .*(step/s|s/step)", shown), repr(shown)  # the bar
-    kept = (place / "output/tiny/log/rank_0.log").read_text()
-    assert NOISE.search(kept) and "images/s" not in kept
+    log = (place / "output/tiny/log/rank_0.log").read_text()
+    assert NOISE.search(log) and "images/s" not in log
     again, shown = on_a_terminal([*COMMAND, "--resume", "never", "-v"], place, {**os.environ, "PYTHONPATH": str(ROOT)})
     assert again == 0 and NOISE.search(shown)
-    assert (place / "output/tiny/log/rank_0.log").read_text() == kept
+    assert (place / "output/tiny/log/rank_0.log").read_text() == log
 
 
 PROGRAM = """
@@ -215,15 +217,15 @@ if sys.argv[1:]:
 """
 
 
-def test_what_libraries_say_is_kept_and_what_we_say_is_shown(tmp_path: Path) -> None:
+def test_library_output_goes_to_the_log_and_ours_to_the_console(tmp_path: Path) -> None:
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     (tmp_path / "log").mkdir()
     (tmp_path / "log/rank_0.log").write_text("of an earlier run\n")
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=tmp_path, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "ours\n" and done.stderr.endswith("an error\n") and done.stderr.count("\n") == 1
-    kept = (tmp_path / "log/rank_0.log").read_text()
-    said = [
+    log = (tmp_path / "log/rank_0.log").read_text()
+    lines = [
         "of an earlier run",
         "of C++ on stdout",
         "of C++ on stderr",
@@ -232,11 +234,11 @@ def test_what_libraries_say_is_kept_and_what_we_say_is_shown(tmp_path: Path) -> 
         "logged again",
         "line 99",
     ]
-    places = [kept.index(words) for words in said]
+    places = [log.index(line) for line in lines]
     assert places == sorted(places)
 
 
-def test_the_last_words_before_a_crash_are_in_the_file(tmp_path: Path) -> None:
+def test_the_last_lines_before_a_crash_are_in_the_log(tmp_path: Path) -> None:
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", PROGRAM, "abort"]
     died = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Whole runs in this process, on a small copy of the digits: what they leave, and how they go on."""
+"""Whole runs in this process, on a small copy of the digits: the files they write, and how they resume."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vit_static.train.trainer import train
 from vit_static.weights.source import load_weights
 
 
-def test_a_run_leaves_what_the_contract_says(finished: Config) -> None:
+def test_a_run_writes_the_files_of_the_contract(finished: Config) -> None:
     run = finished.run_dir
     # 120 images in batches of 16 for 1.5 epochs: 11 steps; evaluated after the first epoch (step 8) and at the end
     assert load_config(run / "config.yaml") == finished
@@ -41,10 +41,10 @@ def test_a_run_leaves_what_the_contract_says(finished: Config) -> None:
     assert all(np.array_equal(merged[name], state[name]) for name in state)
 
 
-def test_learning_rate_and_epoch_in_the_log_are_the_steps_own(finished: Config) -> None:
+def test_the_log_has_each_steps_learning_rate_and_epoch(finished: Config) -> None:
     for line in metrics(finished.run_dir, "train"):
-        done = line["step"] - 1
-        assert line["lr"] == pytest.approx(0.5 * 1e-3 * (1 + np.cos(np.pi * done / 11)), rel=1e-6)
+        done_steps = line["step"] - 1
+        assert line["lr"] == pytest.approx(0.5 * 1e-3 * (1 + np.cos(np.pi * done_steps / 11)), rel=1e-6)
         assert line["epoch"] == pytest.approx(line["step"] * 16 / 120, abs=1e-4)
 
 
@@ -62,48 +62,50 @@ def test_a_resumed_run_ends_with_the_same_bits(run: Config) -> None:
     assert happened(folder) == ["finished", "resumed", "finished"]
     resumed = metrics(folder, "train")[4:]
     assert [line["step"] for line in resumed] == [6, 9, 11]
-    # The first line's loss is of its own step, so it must be equal too.
+    # The first line's loss is that of one step, so it must be equal too.
     assert all(line["loss"] == losses[line["step"]] for line in resumed)
 
 
-def test_a_finished_run_is_left_as_it_is(run: Config) -> None:
+def test_a_finished_run_stays_unchanged(run: Config) -> None:
     before = (run.run_dir / "model.pdparams").read_bytes()
     assert train(run)
     assert (run.run_dir / "model.pdparams").read_bytes() == before
 
 
-def test_never_resuming_begins_anew(run: Config) -> None:
+def test_never_resuming_starts_again(run: Config) -> None:
     shorter = run.model_copy(update={"train": run.train.model_copy(update={"max_steps": 6}), "seed": 9})
     assert train(shorter, resume="never")
     assert [line["step"] for line in metrics(run.run_dir, "train")] == [3, 6, 9, 11, 3, 6]
     merged = load_weights(run.run_dir / "checkpoints" / "step_00000006").state
     state = read_state(run.run_dir / "model.pdparams")
     assert all(np.array_equal(merged[name], state[name]) for name in state)
-    assert (run.run_dir / "checkpoints_before_1" / "step_00000011").is_dir()  # the first run's are kept
+    assert (
+        run.run_dir / "checkpoints_before_1" / "step_00000011"
+    ).is_dir()  # the first run's checkpoints are still there
     lines = latest_run(read_metrics(run.run_dir / "metrics.jsonl"))
     assert [line["step"] for line in lines if line["kind"] == "train"] == [3, 6]
 
 
 @pytest.mark.parametrize(
-    ("override", "named"),
+    ("override", "key"),
     [("model.depth=3", "model.depth"), ("seed=6", "seed"), ("optim.name=sgd", "optim.name")],
 )
-def test_a_run_does_not_go_on_as_another(run: Config, override: str, named: str) -> None:
+def test_a_run_does_not_resume_with_another_model_or_order(run: Config, override: str, key: str) -> None:
     changed = load_config(run.run_dir / "config.yaml", [f"output_dir={run.output_dir}", "name=copy", override])
-    with pytest.raises(ConfigError, match=named) as error:
+    with pytest.raises(ConfigError, match=key) as error:
         train(changed)
     assert "\n" not in str(error.value) and "--resume never" in str(error.value)
 
 
-def test_more_epochs_may_be_asked_of_a_run(config: Config) -> None:
+def test_a_finished_run_resumes_for_more_epochs(config: Config) -> None:
     train(config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 4})}))
     assert train(config)
     assert (config.run_dir / "checkpoints" / "latest").resolve().name == "step_00000011"
 
 
-def test_old_checkpoints_go_but_not_the_best(config: Config) -> None:
-    kept = config.checkpoint.model_copy(update={"every_steps": 1, "keep_last": 2})
-    train(config.model_copy(update={"checkpoint": kept}))
+def test_old_checkpoints_are_removed_but_not_the_best(config: Config) -> None:
+    checkpoint = config.checkpoint.model_copy(update={"every_steps": 1, "keep_last": 2})
+    train(config.model_copy(update={"checkpoint": checkpoint}))
     folder = config.run_dir / "checkpoints"
     names = {path.name for path in folder.glob("step_*")}
     assert {"step_00000010", "step_00000011", (folder / "best").resolve().name} == names
@@ -111,7 +113,7 @@ def test_old_checkpoints_go_but_not_the_best(config: Config) -> None:
     assert (folder / "best").resolve().name == f"step_{best['step']:08d}"
 
 
-def test_a_line_that_a_killed_run_left_unfinished_spoils_no_other(config: Config) -> None:
+def test_a_half_written_line_of_a_killed_run_damages_no_other_line(config: Config) -> None:
     train(config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 4})}))
     path = config.run_dir / "metrics.jsonl"
     path.write_text(path.read_text() + '{"kind": "train", "st')
@@ -121,7 +123,7 @@ def test_a_line_that_a_killed_run_left_unfinished_spoils_no_other(config: Config
     assert len(entries) == len(path.read_text().splitlines()) - 1
 
 
-def test_a_shorter_schedule_than_what_is_done_ends_the_run(run: Config) -> None:
+def test_a_schedule_shorter_than_the_progress_ends_the_run(run: Config) -> None:
     """Its checkpoint may never have been evaluated."""
     for name in ("step_00000008", "step_00000011"):
         shutil.rmtree(run.run_dir / "checkpoints" / name)
@@ -130,7 +132,7 @@ def test_a_shorter_schedule_than_what_is_done_ends_the_run(run: Config) -> None:
 
 
 def test_images_of_several_labels_train_and_are_evaluated(config: Config, tmp_path: Path) -> None:
-    """Every digit is also of the class 10 or 11, by whether it is even."""
+    """Every digit also has class 10 or 11: even or odd."""
     root = Path(config.data.root)
     for split in ("train", "val"):
         lines = [
@@ -146,28 +148,28 @@ def test_images_of_several_labels_train_and_are_evaluated(config: Config, tmp_pa
     )  # fmt: skip
     assert train(several)
     evaluations = metrics(several.run_dir, "eval")
-    # By chance 2 of 12 hit; whether it is even is soon learned, or which of the two is commoner.
+    # Chance is 2 of 12; even or odd is soon learned, or at least which of the two is more frequent.
     assert evaluations[-1]["top1"] > 40 and evaluations[-1]["num_images"] == 30
     assert evaluations[-1]["loss"] < evaluations[0]["loss"]
-    mistakes = json.loads((several.run_dir / "evaluation.json").read_text())
-    assert mistakes["num_correct"] == round(0.3 * evaluations[-1]["top1"]) and mistakes["confusions"] is None
-    for image in mistakes["images"]:  # val.txt names them from its folder
+    errors = json.loads((several.run_dir / "evaluation.json").read_text())
+    assert errors["num_correct"] == round(0.3 * evaluations[-1]["top1"]) and errors["confusions"] is None
+    for image in errors["images"]:  # val.txt names them relative to its folder
         digit = int(Path(image["path"]).parent.name)
         assert image["labels"] == [digit, 10 + digit % 2] and image["predicted"] not in image["labels"]
     assert "Images may have several labels here" in (several.run_dir / "report.html").read_text()
 
 
-def test_several_labels_and_odd_batches_are_refused_where_they_cant_be(config: Config, tmp_path: Path) -> None:
-    for overrides, named in (
+def test_several_labels_with_softmax_and_odd_batches_with_mixup_are_refused(config: Config, tmp_path: Path) -> None:
+    for overrides, expected in (
         (["data.multi_label=true"], "loss.name=sigmoid"),
         (["augment.mixup_alpha=0.2", "data.global_batch_size=15"], "data.global_batch_size = 15"),
     ):
-        with pytest.raises(ConfigError, match=named):
+        with pytest.raises(ConfigError, match=expected):
             load_config(tmp_path / "tiny.yaml", overrides)
 
 
-def test_an_average_is_evaluated_saved_and_gone_on_with(config: Config, tmp_path: Path) -> None:
-    """To the same bits: from a checkpoint in mid-run, and under another optimizer than AdamW."""
+def test_a_moving_average_is_evaluated_saved_and_resumed(config: Config, tmp_path: Path) -> None:
+    """With the same bits, from a checkpoint in the middle of the run, and with another optimizer than AdamW."""
     averaged = config.model_copy(
         update={
             "optim": config.optim.model_copy(update={"name": "lamb", "ema_decay": 0.5}),
@@ -194,12 +196,12 @@ def test_an_average_is_evaluated_saved_and_gone_on_with(config: Config, tmp_path
     assert metrics(run, "eval")[-1]["ema_loss"] == losses[-1]["ema_loss"]
 
 
-def test_an_average_that_is_not_there_is_an_error(finished: Config) -> None:
+def test_a_missing_moving_average_is_an_error(finished: Config) -> None:
     with pytest.raises(WeightsError, match="no moving average"):
         load_weights(finished.run_dir / "checkpoints" / "latest", averaged=True)
 
 
-def test_what_another_optimizer_keeps_cannot_be_gone_on_with(run: Config) -> None:
+def test_a_run_does_not_resume_with_another_optimizer(run: Config) -> None:
     for section, change in (
         ("optim", {"ema_decay": 0.9}),
         ("train", {"freeze": "backbone"}),
