@@ -130,25 +130,34 @@ def kernels(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 def make_program(cpu_mesh: Any) -> Callable[..., Any]:
-    """make_program(model, batch_size, optim=..., ...): the compiled program of a model, as train.py builds it."""
+    """Return make(model, batch_size, optim, **changed), which makes the program of a model on one CPU process.
+
+    `changed`: other fields of its ProgramSpec and TrainingSpec, or `criterion`; `evaluates_only` leaves training out.
+    """
     from helpers.small import SMALL
 
     from vit_static.config.schema import LossConfig, OptimConfig
     from vit_static.model.loss import Criterion
+    from vit_static.plan.costs import program_costs
     from vit_static.program.precision import Precision
     from vit_static.program.program import Program
+    from vit_static.program.spec import ProgramSpec, TrainingSpec
 
-    def make(model: Any, batch_size: int, optim: OptimConfig | None = None, **changed: Any) -> Program:
+    def make(
+        model: Any,
+        batch_size: int,
+        optim: OptimConfig | None = None,
+        *,
+        criterion: Any = None,
+        evaluates_only: bool = False,
+        **changed: Any,
+    ) -> Program:
         optim = optim or OptimConfig()
-        arguments = {
-            "image_size": SMALL.image_size,
-            "batch_size": batch_size,
-            "eval_batch_size": batch_size,
-            "optim": optim,
-            "learning_rate": lambda step: optim.lr,
-        }
-        criterion = changed.pop("criterion", None) or Criterion(changed.pop("loss", LossConfig()))
-        precision = changed.pop("precision", Precision("O0", "float32"))
-        return Program(model, criterion, cpu_mesh, precision, **{**arguments, **changed})
+        fields = {"precision": Precision("O0", "float32"), "image_size": SMALL.image_size, **changed}
+        rate = fields.pop("learning_rate", lambda step: optim.lr)
+        freeze = fields.pop("freeze", "none")
+        training = TrainingSpec(optim, rate, batch_size, freeze=freeze, count_costs=program_costs)
+        spec = ProgramSpec(**fields, eval_batch_size=batch_size, training=None if evaluates_only else training)
+        return Program(model, criterion or Criterion(LossConfig()), cpu_mesh, spec)
 
     return make

@@ -22,10 +22,10 @@ from pydantic import BaseModel, TypeAdapter
 from helpers.small import images_and_labels
 from vit_static.config.schema import (
     AugmentConfig,
+    Config,
     DataConfig,
     EvalConfig,
     KernelsConfig,
-    LossConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -33,12 +33,11 @@ from vit_static.config.schema import (
 from vit_static.data.loader import EvalLoader
 from vit_static.data.mixup import Mixup
 from vit_static.data.open_set import open_set
-from vit_static.model.loss import Criterion
 from vit_static.model.variants import variant_of
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel import gloo
 from vit_static.parallel.mesh import Mesh, MeshShape, make_mesh, rank_and_world_size, resolve_mesh, start_mesh
-from vit_static.plan.costs import Collective
+from vit_static.plan.costs import Collective, program_costs
 from vit_static.program.precision import Precision, choose_attention
 from vit_static.program.program import Program
 from vit_static.report.error_analysis import Predictions
@@ -94,8 +93,8 @@ class Outcome:
 class RecordingProgram(Program):
     """A program that leaves the mask of each dropout in `masks`, each time that it draws one."""
 
-    def _run_passes(self, compiled: Any) -> None:
-        super()._change(compiled)
+    def _run_passes(self, mode: str, compiled: Any) -> None:
+        super()._run_passes(mode, compiled)
         with paddle.static.program_guard(compiled):
             for operation in list(compiled.global_block().ops):
                 # The engine shows a program in one piece twice.
@@ -122,21 +121,25 @@ def record(x: paddle.Tensor, dropout: int) -> paddle.Tensor:
 def run(case: Case, mesh: Mesh, images_root: Path) -> Outcome:
     paddle.seed(3)
     model = VisionTransformer(case.model, choose_attention(case.model, case.parallel, KernelsConfig(), "cpu"))
-    program = (RecordingProgram if case.records_masks else Program)(
+    config = Config(
+        name=case.name,
+        seed=5,
+        model=case.model,
+        data=DataConfig(global_batch_size=BATCH_SIZE),
+        augment=AugmentConfig(mixup_alpha=0.8, cutmix_alpha=1.0) if case.mixes else AugmentConfig(),
+        optim=case.optim,
+        parallel=case.parallel,
+    )
+    program = (RecordingProgram if case.records_masks else Program).for_training(
+        config,
         model,
-        Criterion(LossConfig()),
         mesh,
         Precision("O0", "float32"),
-        image_size=case.model.image_size,
-        batch_size=BATCH_SIZE,
-        eval_batch_size=EVAL_BATCH_SIZE,
-        optim=case.optim,
         learning_rate=lambda step: case.optim.lr,
-        parallel=case.parallel,
-        seed=5,
-        train_targets=case.model.num_classes if case.mixes else None,
+        eval_batch_size=EVAL_BATCH_SIZE,
+        count_costs=program_costs,
     )
-    mixup = Mixup(AugmentConfig(mixup_alpha=0.8, cutmix_alpha=1.0) if case.mixes else AugmentConfig(), 6, seed=5)
+    mixup = Mixup(config.augment, 6, seed=5)
     outcome = Outcome()
     size = BATCH_SIZE // mesh.dp_size
     own = slice(mesh.dp_rank * size, (mesh.dp_rank + 1) * size)
@@ -156,7 +159,7 @@ def run(case: Case, mesh: Mesh, images_root: Path) -> Outcome:
         outcome.evaluation = EvalMetrics.of(outcome.answers)
     if case.evaluates and case.optim.ema_decay:
         before = program.weights()
-        with program.averaged():
+        with program.ema_weights():
             outcome.averaged = evaluate(program, eval_feed(case, mesh, images_root), mesh)
         after = program.weights()
         assert all(np.array_equal(before[name], after[name]) for name in before)

@@ -115,7 +115,7 @@ def test_twenty_updates_are_the_recipes(make_program, case: str) -> None:
         if optim.ema_decay:
             assert ema_decay(step, optim) == pytest.approx(float(golden[f"{case}/decays"][step]), abs=1e-7)
         if step % 5 == 4:
-            values = program.weights(averaged=optim.ema_decay > 0.0)
+            values = program.weights(ema=optim.ema_decay > 0.0)
             for key, name in NAMES.items():
                 expected = golden[f"{case}/{key}"][step // 5]
                 np.testing.assert_allclose(values[name], expected, rtol=2e-6, atol=2e-6, err_msg=f"{key} {step}")

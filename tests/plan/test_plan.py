@@ -16,11 +16,10 @@ from vit_static.common.errors import ConfigError
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config, KernelsConfig, ParallelConfig
 from vit_static.model import flops
-from vit_static.model.loss import Criterion
 from vit_static.model.variants import shape_of, variant_of
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import Mesh, MeshShape, all_mesh_shapes, why_invalid
-from vit_static.plan.costs import Collective, Costs, Operator, scale_costs
+from vit_static.plan.costs import Collective, Costs, Operator, program_costs, scale_costs
 from vit_static.plan.planner import Place, Plan, _world, make_plan, search_meshes, with_mesh
 from vit_static.plan.tables import plan_run
 from vit_static.program.precision import Precision
@@ -74,18 +73,15 @@ def test_a_step_allocates_what_is_planned(cpu_mesh: Mesh, override: str) -> None
     model = ["model.variant=S/16", "model.image_size=96", "model.depth=6", "data.global_batch_size=16"]
     quickstarts = [f"model.{key}=null" for key in ("patch_size", "width", "num_heads", "mlp_dim")]
     config = small_config(*quickstarts, *model, f"parallel.{override}")
-    program = Program(
+    program = Program.for_training(
+        # A plan is for GPUs: it doesn't contain what the CPU kernels save.
+        config.model_copy(update={"kernels": KernelsConfig(onednn=False)}),
         VisionTransformer(config.model),
-        Criterion(config.loss),
         cpu_mesh,
         Precision("O0", "float32"),
-        image_size=config.model.image_size,
-        batch_size=16,
-        eval_batch_size=16,
-        optim=config.optim,
         learning_rate=lambda step: 1e-3,
-        parallel=config.parallel,
-        kernels=KernelsConfig(onednn=False),  # a plan is a card's: what a CPU's kernels save is not in it
+        eval_batch_size=16,
+        count_costs=program_costs,
     )
     for step in range(3):  # the first steps allocate what is kept, accumulated gradients among it
         before = core.host_memory_stat_current_value("Allocated", 0)

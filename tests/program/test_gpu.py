@@ -12,7 +12,7 @@ from helpers.small import SMALL, images_and_labels
 
 from vit_static.checkpoint.sharded_state import ShardedReader, rank_shard, write_shard
 from vit_static.config.schema import (
-    AmpConfig,
+    Config,
     DataConfig,
     EvalConfig,
     KernelsConfig,
@@ -20,7 +20,6 @@ from vit_static.config.schema import (
     OptimConfig,
     ParallelConfig,
 )
-from vit_static.model.loss import Criterion
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import Mesh, MeshShape, start_mesh
 from vit_static.program.precision import Precision, choose_attention
@@ -42,19 +41,21 @@ def program_on(card: Mesh, precision: Precision, **changed: Any) -> Program:
     kernels = changed.pop("kernels", KernelsConfig())
     parallel = changed.pop("parallel", ParallelConfig())
     config = changed.pop("config", CONFIG)
-    return Program(
+    return Program.for_training(
+        Config(
+            name="gpu",
+            model=config,
+            data=DataConfig(global_batch_size=8),
+            loss=LossConfig(name=changed.pop("loss", "softmax")),
+            optim=OptimConfig(weight_decay=0.1),
+            parallel=parallel,
+            kernels=kernels,
+        ),
         VisionTransformer(config, choose_attention(config, parallel, kernels, "gpu")),
-        Criterion(LossConfig(name=changed.pop("loss", "softmax"))),
         card,
         precision,
-        image_size=config.image_size,
-        batch_size=8,
-        eval_batch_size=8,
-        optim=OptimConfig(weight_decay=0.1),
-        amp=AmpConfig(),
         learning_rate=lambda step: 1e-3,
-        parallel=parallel,
-        kernels=kernels,
+        eval_batch_size=8,
     )
 
 

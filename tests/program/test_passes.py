@@ -14,8 +14,13 @@ import pytest
 from helpers.small import SMALL
 
 from vit_static.common.cpu import cpu_has_bfloat16
-from vit_static.config.schema import AmpConfig, KernelsConfig, LossConfig, OptimConfig, ParallelConfig
-from vit_static.model.loss import Criterion
+from vit_static.config.schema import (
+    AmpConfig,
+    Config,
+    DataConfig,
+    KernelsConfig,
+    ParallelConfig,
+)
 from vit_static.model.vit import VisionTransformer, attention_by_matmul
 from vit_static.parallel.mesh import MeshShape, make_mesh
 from vit_static.program import grad_buckets, passes
@@ -121,24 +126,25 @@ def exchanged(exchange: GradSyncConfig, parallel: ParallelConfig) -> tuple[Count
         found.append(remembered(program))
 
     with fake_world(0, 2), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grad_buckets, "fuse_exchanges", recorded)
+        patch.setattr(grad_buckets, "bucket_gradients", recorded)
         mesh = make_mesh(0, MeshShape(dp=2, mp=1, pp=1), "gpu")
         with paddle.LazyGuard():
             model = VisionTransformer(CONFIG, attention_by_matmul)
-        program = Program(
+        program = Program.for_training(
+            Config(
+                name="buckets",
+                model=CONFIG,
+                data=DataConfig(global_batch_size=8),
+                parallel=parallel,
+                kernels=KernelsConfig(fused_linear=False, fused_dropout=False),
+            ),
             model,
-            Criterion(LossConfig()),
             mesh,
             Precision("O0", "float32"),
-            image_size=CONFIG.image_size,
-            batch_size=8,
-            eval_batch_size=8,
-            optim=OptimConfig(),
             learning_rate=lambda step: 1e-3,
-            parallel=parallel,
-            kernels=KernelsConfig(fused_linear=False, fused_dropout=False),
+            eval_batch_size=8,
         )
-        program.costs()
+        program.compiled("train")
     return found[0], found[1]
 
 

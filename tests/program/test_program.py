@@ -118,7 +118,7 @@ def test_dynamic_static_and_compiled_models_agree(make_program) -> None:
     expected = -log_softmax[np.arange(8), labels.numpy()]
     paddle.seed(3)
     fresh = VisionTransformer(SMALL.model_copy(update={"dropout": 0.3, "drop_path_rate": 0.3}))
-    program = make_program(fresh, 8, learning_rate=None)
+    program = make_program(fresh, 8, evaluates_only=True)
     np.testing.assert_allclose(program.eval_step(images, labels)[:, 0], expected, rtol=1e-5)
 
 
@@ -192,7 +192,7 @@ def test_o2s_state_is_float32_and_goes_on_in_any_precision(
     for step in range(3):
         first.train_step(*images_and_labels(8, seed=step), step)
     parts = saved(first, tmp_path / "half")
-    with first.averaged():
+    with first.ema_weights():
         pass  # the half-precision weights come back as they were
     batch = images_and_labels(8, seed=9)
     loss = first.loss_value(first.train_step(*batch, 3))  # now: later programs' variables have the same names
@@ -208,7 +208,7 @@ def test_o2s_state_is_float32_and_goes_on_in_any_precision(
     assert set(whole.state()) == set(parts)
     whole.restore(parts)
     assert np.array_equal(whole.weights()["head.weight"], weight)
-    assert np.array_equal(whole.weights(averaged=True)["head.weight"], average)
+    assert np.array_equal(whole.weights(ema=True)["head.weight"], average)
     assert whole.loss_value(whole.train_step(*batch, 3)) == pytest.approx(loss, rel=0.1)
 
 

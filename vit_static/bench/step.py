@@ -15,7 +15,6 @@ from vit_static.common.hardware import peak_flops
 from vit_static.config.schema import Config
 from vit_static.data.mixup import Mixup
 from vit_static.model import flops
-from vit_static.model.loss import Criterion
 from vit_static.model.variants import shape_of, variant_of
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel import gloo
@@ -53,21 +52,13 @@ class MeasuredStep:
         self.precision = choose_precision(config.amp, self.mesh.device, config.kernels, config.parallel)
         seed_everything(config.seed)
         attention = choose_attention(config.model, config.parallel, config.kernels, self.mesh.device)
-        self.program = Program(
+        self.program = Program.for_training(
+            config,
             VisionTransformer(config.model, attention),
-            Criterion(config.loss),
             self.mesh,
             self.precision,
-            image_size=config.model.image_size,
-            batch_size=self.batch_size,
-            eval_batch_size=self.mesh.dp_size,
-            optim=config.optim,
-            amp=config.amp,
             learning_rate=lambda step: config.optim.lr,
-            parallel=config.parallel,
-            seed=config.seed,
-            kernels=config.kernels,
-            train_targets=config.train_targets,
+            eval_batch_size=self.mesh.dp_size,
         )
         self._mixer = Mixup(config.augment, config.model.num_classes, config.seed)
         self.feed = feed_of(config, self.mesh) if real_data else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import paddle
@@ -19,7 +20,6 @@ from vit_static.common.hardware import DEVICES, GPUS_PER_NODE, INTERCONNECTS, RE
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config, ParallelConfig
 from vit_static.model import flops
-from vit_static.model.loss import Criterion
 from vit_static.model.variants import shape_of, variant_of
 from vit_static.model.vit import VisionTransformer, flash_attention
 from vit_static.parallel.mesh import (
@@ -216,7 +216,7 @@ def make_plan(config: Config, parallel: ParallelConfig, world_size: int, place: 
     with engine.fake_world(rank, world_size):
         mesh = make_mesh(rank, sizes, "gpu")
         program = _compile(config, parallel, mesh, precision)
-        found = program.costs()
+        found: Costs = program.costs()
     return Plan(
         mesh_shape=sizes,
         sharding_stage=parallel.sharding_stage,
@@ -243,22 +243,14 @@ def _compile(config: Config, parallel: ParallelConfig, mesh: Mesh, precision: Pr
         master_gradients=config.amp.master_grad,
         fused_tokens=shape_of(config.model).num_tokens if is_fused else None,
     )
-    batch_size = config.data.global_batch_size
-    return Program(
+    return Program.for_training(
+        config.model_copy(update={"parallel": parallel}),
         model,
-        Criterion(config.loss),
         mesh,
         Precision("O0", "float32"),
-        image_size=config.model.image_size,
-        batch_size=batch_size,
-        eval_batch_size=mesh.dp_size,
-        optim=config.optim,
-        amp=config.amp,
         learning_rate=lambda step: config.optim.lr,
-        parallel=parallel,
-        train_targets=config.train_targets,
-        freeze=config.train.freeze,
-        counting=counting,
+        eval_batch_size=mesh.dp_size,
+        count_costs=partial(costs.program_costs, counting=counting),
     )
 
 

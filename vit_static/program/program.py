@@ -1,13 +1,12 @@
-"""The compiled program: the one place of `dist.to_static`, of the engine's strategy and of mixed precision.
+"""The compiled program: training and evaluation steps from a model, a loss, an optimizer and a mesh.
 
-From a model, a loss, an optimizer and a mesh to three callables: a training step, an evaluation step, the state.
+The only place that calls `dist.to_static` and that sets the engine's strategy and mixed precision.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -16,305 +15,264 @@ import paddle
 import paddle.distributed as dist
 from paddle import nn
 
-from vit_static.checkpoint.sharded_state import ShardedReader, slice_on_rank
+from vit_static.checkpoint.sharded_state import ShardedReader
 from vit_static.common.errors import ConfigError
-from vit_static.config.schema import AmpConfig, KernelsConfig, OptimConfig, ParallelConfig
+from vit_static.config.schema import AmpConfig, Config, ParallelConfig
 from vit_static.model.loss import Criterion
 from vit_static.model.vit import Dropout, VisionTransformer
-from vit_static.optim.optimizers import EMA, make_optimizer, step_scalars
+from vit_static.optim.optimizers import make_optimizer, step_scalars
 from vit_static.optim.param_groups import freeze_backbone
 from vit_static.parallel import gloo, sharding
-from vit_static.parallel.dist_values import local_array, local_tensor
 from vit_static.parallel.mesh import Mesh, num_micro_batches
-from vit_static.plan.costs import FLOAT32, CostModel, Costs, program_costs
 from vit_static.program import engine, grad_buckets, passes, seeded_dropout
 from vit_static.program.cpu import lowering
 from vit_static.program.grad_buckets import GradSyncConfig
 from vit_static.program.precision import Precision, _seeds_dropout
-from vit_static.weights.formats import State, fuse_qkv
-
-_MASTER = "@master"  # of a weight in half precision, among the names of the state
+from vit_static.program.spec import CountCosts, ProgramSpec, TrainingSpec
+from vit_static.program.state import ProgramState
+from vit_static.weights.formats import State
 
 
 class Program:
     """The model as a static program of this rank, compiled for training and evaluation.
 
-    `learning_rate` gives the rate of the n-th update; without it the program only evaluates. `batch_size` and
-    `eval_batch_size` are global. Batches are this rank's part. `train_targets`, `eval_targets`: None where labels are
-    [B], the number of classes where they are targets [B, num_classes] (loss.py). `counting`: how `costs` counts.
+    Batches are this rank's part of the global batch. Labels are int64 [B], or targets [B, K] where the spec has
+    `target_classes`.
     """
 
-    def __init__(
-        self,
+    def __init__(self, model: VisionTransformer, criterion: Criterion, mesh: Mesh, spec: ProgramSpec) -> None:
+        """Shard the model over the mesh and prepare it for compilation, which happens when a mode is first used.
+
+        Raises ConfigError for settings that the device doesn't support.
+        """
+        self._model, self._criterion, self._mesh, self._spec = model, criterion, mesh, spec
+        self._grad_sync = _grad_sync_config(spec.parallel, mesh)
+        self._mode: str | None = None
+        self._built: dict[str, Any] = {}
+        self._costs: Any = None
+        self._input_specs = {"eval": self._specs_of(spec.eval_batch_size, spec.eval_target_classes)}
+        stages = sharding.shard_model(model, mesh, spec.parallel.sharding_stage)
+        self._dropout = None
+        training = spec.training
+        if training is not None:
+            seeds_dropout = _seeds_dropout(spec.parallel, mesh.device)
+            self._dropout = _place_dropouts(model, mesh, spec.seed, stages, seeds_dropout)
+        _recompute_blocks(model, spec.parallel.recompute)
+        _open_in_forward(model, spec.precision, spec.amp, self._dropout)
+        layer, optimizer, strategy = model, None, _strategy(spec)
+        if training is not None:
+            layer, optimizer = self._make_optimizer(training, master_grad=strategy.amp.use_master_grad)
+            # The executor splits a batch into micro-batches.
+            micro_batch_size = training.batch_size // num_micro_batches(spec.parallel)
+            self._input_specs["train"] = self._specs_of(micro_batch_size, training.target_classes)
+        self._main_mode = "eval" if optimizer is None else "train"
+        input_spec = self._input_specs[self._main_mode]
+        self._program = dist.to_static(layer, None, criterion, optimizer, strategy=strategy, input_spec=input_spec)
+        self._state = ProgramState(self._program, mesh, enter_main_mode=partial(self._set_mode, self._main_mode))
+
+    @classmethod
+    def for_training(
+        cls,
+        config: Config,
         model: VisionTransformer,
-        criterion: Criterion,
         mesh: Mesh,
         precision: Precision,
         *,
-        image_size: tuple[int, int],
+        learning_rate: Callable[[int], float],
         eval_batch_size: int,
-        batch_size: int | None = None,
-        optim: OptimConfig | None = None,
-        amp: AmpConfig | None = None,
-        learning_rate: Callable[[int], float] | None = None,
-        parallel: ParallelConfig | None = None,
-        seed: int = 0,
-        kernels: KernelsConfig | None = None,
-        train_targets: int | None = None,
-        eval_targets: int | None = None,
-        freeze: str = "none",
-        counting: CostModel = FLOAT32,
-    ) -> None:
-        parallel, kernels = parallel or ParallelConfig(), kernels or KernelsConfig()
-        self._model, self._criterion, self._mesh = model, criterion, mesh
-        self._num_micro_batches = num_micro_batches(parallel)
-        self._seed = seed
-        self._mode: str | None = None
-        self._built: dict[str, Any] = {}
-        self._costs: Costs | None = None
-        self._counting = counting
-        self._sharding_stage = parallel.sharding_stage
-        self._exchange = _exchange(parallel, mesh)
-        self._kernels = kernels
-        self._skips_unsound = precision.dtype == "float16"
-        self._specs = {"eval": self._input_specs(eval_batch_size, image_size, eval_targets)}
-        stages = sharding.shard_model(model, mesh, parallel.sharding_stage)
-        self._dropout = None
-        if learning_rate is not None:
-            self._dropout = _place_dropouts(model, mesh, seed, stages, _seeds_dropout(parallel, mesh.device))
-        _recompute_blocks(model, parallel.recompute)
-        amp = amp or AmpConfig()
-        _open_in_forward(model, precision, amp, self._dropout)
-        strategy = _strategy(precision, amp, parallel, batch_size or eval_batch_size)
-        if freeze == "backbone":
-            freeze_backbone(model)
-        if learning_rate is None or optim is None or batch_size is None:
-            optimizer = None
-        else:
-            # A micro-batch: the executor cuts what it is fed into as many.
-            micro_batch_size = batch_size // self._num_micro_batches
-            self._specs["train"] = self._input_specs(micro_batch_size, image_size, train_targets)
-            low_precision = precision.level == "O2"
-            self._optim = optim
-            optimizer, self._scheduler, self._clip, self._numbers = make_optimizer(
-                model,
-                optim,
-                learning_rate,
-                num_micro_batches=self._num_micro_batches,
-                low_precision=low_precision,
-                sharding_stage=parallel.sharding_stage,
-                state_placements=partial(sharding.state_placements, mesh),
-            )
-            if low_precision:
-                model, optimizer = paddle.amp.decorate(
-                    model,
-                    optimizer,
-                    level="O2",
-                    dtype=precision.dtype,
-                    master_weight=True,
-                    master_grad=strategy.amp.use_master_grad,
-                )
-        self._main_mode = "eval" if optimizer is None else "train"
-        first = self._specs[self._main_mode]
-        self._program = dist.to_static(model, None, criterion, optimizer, strategy=strategy, input_spec=first)
+        count_costs: CountCosts | None = None,
+    ) -> Program:
+        """Make the program of a run, which trains and evaluates.
+
+        `learning_rate` maps the number of completed updates to the rate of the next. `eval_batch_size` is global.
+        `count_costs` is called with the compiled training program; `costs` returns its result.
+        """
+        training = TrainingSpec(
+            optim=config.optim,
+            learning_rate=learning_rate,
+            batch_size=config.data.global_batch_size,
+            target_classes=config.train_targets,
+            freeze=config.train.freeze,
+            count_costs=count_costs,
+        )
+        spec = ProgramSpec(
+            precision=precision,
+            image_size=config.model.image_size,
+            eval_batch_size=eval_batch_size,
+            eval_target_classes=config.eval_targets,
+            parallel=config.parallel,
+            amp=config.amp,
+            kernels=config.kernels,
+            seed=config.seed,
+            training=training,
+        )
+        return cls(model, Criterion(config.loss), mesh, spec)
+
+    @classmethod
+    def for_eval(
+        cls, config: Config, model: VisionTransformer, mesh: Mesh, precision: Precision, *, eval_batch_size: int
+    ) -> Program:
+        """Make a program that only evaluates, the whole model on every rank. `eval_batch_size` is global."""
+        spec = ProgramSpec(
+            precision=precision,
+            image_size=config.model.image_size,
+            eval_batch_size=eval_batch_size,
+            eval_target_classes=config.eval_targets,
+            amp=config.amp,
+            kernels=config.kernels,
+        )
+        return cls(model, Criterion(config.loss), mesh, spec)
 
     def train_step(self, images: paddle.Tensor, labels: paddle.Tensor, step: int) -> Any:
-        """One update, the one after `step` done ones: this rank's loss, which isn't waited for (`scalar` reads it)."""
+        """Run one update after `step` completed ones, without waiting for it; `loss_value` reads the returned loss."""
+        training = self._training()
         self._set_mode("train")
         self._scheduler.step(step)
-        self._numbers.set(step_scalars(step, self._optim))
-        # Masks are a function of the seed, the step and the rank's data, so a resumed run draws the same.
+        self._scalars.set(step_scalars(step, training.optim))
+        # Masks are a function of the seed, the step and the rank's data, so a resumed run draws the same masks.
         if self._dropout is not None:
             self._dropout.set_step(step)
         else:
-            draw = np.random.SeedSequence([self._seed, step, self._mesh.dp_rank, self._mesh.pp_rank]).generate_state(1)
-            paddle.seed(int(draw[0]))
+            entropy = [self._spec.seed, step, self._mesh.dp_rank, self._mesh.pp_rank]
+            paddle.seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         return self._program(images, _as_input(labels))
 
     def loss_value(self, loss: Any) -> float:
-        """A loss of `train_step` as a number: over its micro-batches, the mean. Waits for the device.
+        """Return a loss of `train_step` as a number, the mean over the micro-batches. Waits for the device.
 
-        0 on a rank of a pipeline's earlier stages, which has no loss (Mesh.mean doesn't count it).
+        0 on ranks of a pipeline's earlier stages, which have no loss (Mesh.mean doesn't count them).
         """
         return 0.0 if loss is None else float(np.mean(np.asarray(loss)))
 
     def grad_norm(self) -> float:
-        """The norm of the last update's gradients, all together and before clipping. Waits for the device.
+        """Return the global norm of the last update's gradients before clipping. Waits for the device.
 
-        NaN on a rank of a pipeline's later stages, which doesn't know it.
+        NaN on ranks of a pipeline's later stages, which don't know it.
         """
         return self._clip.norm()
 
     def first_nonfinite_step(self) -> tuple[int, dict[str, float]] | None:
-        """The number, from 1, of the first step whose gradients weren't finite, and their norms by block; None where
-        there is none. Waits for the device.
+        """Return the number (from 1) of the first step with non-finite gradients and their norms by block, or None.
+        Waits for the device.
 
-        None with float16, too, whose scale of the loss passes such steps over, and on later stages of a pipeline.
+        Always None with float16, whose loss scaling skips such steps, and on a pipeline's later stages.
         """
-        return None if self._skips_unsound else self._clip.first_nonfinite_step()
+        return None if self._spec.precision.dtype == "float16" else self._clip.first_nonfinite_step()
 
     def clear_nonfinite(self) -> None:
-        """Once what such a step has done to the state has been undone."""
+        """Forget the non-finite step, after its effect on the state has been undone."""
         self._clip.clear_nonfinite()
 
     def eval_step(self, images: paddle.Tensor, labels: paddle.Tensor) -> np.ndarray:
-        """What loss.Criterion gives of this rank's images, [B, 4]. Waits for the device.
+        """Return loss.Criterion's values for this rank's images, [B, 4]. Waits for the device.
 
-        Zeros on a rank of a pipeline's earlier stages, which has none of it (Mesh.total doesn't count them).
+        Zeros on ranks of a pipeline's earlier stages, which have no values (Mesh.all_reduce_sum doesn't count them).
         """
         self._set_mode("eval")
-        found = self._program(images, _as_input(labels))
-        return np.zeros((images.shape[0], 4), np.float32) if found is None else np.asarray(found)
+        values = self._program(images, _as_input(labels))
+        return np.zeros((images.shape[0], 4), np.float32) if values is None else np.asarray(values)
 
     def compiled(self, mode: str) -> Any:
-        """The program of `train` or `eval` as this rank executes it, for looking at."""
+        """Return the program of `train` or `eval` as this rank executes it, for inspection."""
         self._set_mode(mode)
         return engine.compiled_program(self._program)
 
     def state(self) -> dict[str, paddle.Tensor]:
-        """All that training changes, as distributed tensors, by names that don't depend on the layout of layers, nor on
-        the precision: weights are float32, their master copies in O2.
+        """Return all tensors that training changes, distributed, by canonical name (program/state.py)."""
+        return self._state.tensors()
 
-        Weights go by the model's own names, what the optimizer keeps of each by ``name@moment``, float16's scale of
-        the loss by ``@loss_scaling``.
-        """
-        named = self._named_state()
-        masters = {name.removesuffix(_MASTER): name for name in named if name.endswith(_MASTER)}
-        return {name: named[masters.get(name, name)][1] for name, _ in named.items() if not name.endswith(_MASTER)}
+    def restore(self, shards: ShardedReader) -> None:
+        """Load the state from a checkpoint of any mesh and precision. Raises WeightsError if tensors don't match."""
+        self._state.restore(shards)
 
-    def restore(self, parts: ShardedReader) -> None:
-        """Fills the state from a checkpoint's parts, whatever mesh and precision wrote them.
+    def weights(self, ema: bool = False) -> State:
+        """Return the weights (or their moving average) that this rank holds, as float32, in the file layout."""
+        return self._state.weights(ema)
 
-        Raises WeightsError where they lack something.
-        """
-        named = self._named_state()
-        for name, (_, tensor) in named.items():
-            region = slice_on_rank(tensor, self._mesh.rank)
-            if region is not None and (name.removesuffix(_MASTER) in parts or not name.startswith("@")):
-                self._put(tensor, paddle.to_tensor(parts.read(name.removesuffix(_MASTER), region)))
-        self._program.set_state_dict(dict(named.values()))
+    def ema_weights(self) -> AbstractContextManager[None]:
+        """Replace the weights by their moving average within a context. All ranks must enter and leave together."""
+        return self._state.ema_weights()
 
-    def _named_state(self) -> dict[str, tuple[str, paddle.Tensor]]:
-        """By canonical name, the program's own name of each tensor and the tensor."""
-        self._set_mode(self._main_mode)  # the evaluation's program knows nothing of the optimizer
-        names = engine.structured_names(self._program)
-        longest_first = sorted(names, key=len, reverse=True)  # linear_1.w_0 is no part of linear_11.w_0
-        named = {}
-        for key, tensor in self._program.state_dict("all").items():
-            layer_name = next((name for name in longest_first if key.startswith(name)), None)
-            of_loss = re.fullmatch(r"(loss_scaling|num_good_steps|num_bad_steps)_\d+", key)
-            if key in names.values():
-                named[key] = (key, tensor)
-            elif layer_name is not None:
-                # linear_3.w_0_moment1_7, say, of which the 7 counts the programs built in this process; of what has
-                # a master copy, linear_3.w_0_fp32_master_0_moment1_7.
-                kept = re.sub(r"_\d+$", "", key[len(layer_name) + 1 :])
-                kept = re.sub(r"^fp32_master_\d+_", "", kept)
-                named[f"{names[layer_name]}{_MASTER if kept == 'fp32_master' else f'@{kept}'}"] = (key, tensor)
-            elif of_loss is not None:
-                named[f"@{of_loss[1]}"] = (key, tensor)
-            # What is left is computed, not trained: the learning rate, a fixed position embedding.
-        return named
+    def costs(self) -> Any:
+        """Return the result of `count_costs` for the training program, which is compiled if it hasn't been."""
+        self._set_mode("train")
+        return self._costs
 
-    def weights(self, averaged: bool = False) -> State:
-        """The weights, or their moving average, in the files' layout, on this rank whole."""
-        suffix = f"@{EMA}" if averaged else ""
-        state = {name: tensor for name, tensor in self.state().items() if averaged or "@" not in name}
-        return fuse_qkv(
-            {
-                name.removesuffix(suffix): local_array(tensor).astype(np.float32)
-                for name, tensor in state.items()
-                if name.endswith(suffix)
-            }
+    def _training(self) -> TrainingSpec:
+        assert self._spec.training is not None, "a program that only evaluates"
+        return self._spec.training
+
+    def _make_optimizer(self, training: TrainingSpec, master_grad: bool) -> tuple[nn.Layer, Any]:
+        """Return the model and its optimizer, decorated for O2 if the precision is O2."""
+        spec, model = self._spec, self._model
+        if training.freeze == "backbone":
+            freeze_backbone(model)
+        low_precision = spec.precision.level == "O2"
+        optimizer, self._scheduler, self._clip, self._scalars = make_optimizer(
+            model,
+            training.optim,
+            training.learning_rate,
+            num_micro_batches=num_micro_batches(spec.parallel),
+            low_precision=low_precision,
+            sharding_stage=spec.parallel.sharding_stage,
+            state_placements=partial(sharding.state_placements, self._mesh),
         )
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, the weights are their moving average, for evaluating it. All ranks come and go together."""
-        named = self._named_state()
-        averages = {name: f"{name}@{EMA}" for name in named if f"{name}@{EMA}" in named}
-        weights = {name: named[name][1] for name in averages}
-        before = {name: local_tensor(tensor) for name, tensor in weights.items()}
-        before = {name: tensor.clone() for name, tensor in before.items() if tensor._is_initialized()}
-        by_program = dict(named[name] for name in averages)
-        try:
-            for name, tensor in weights.items():
-                self._put(tensor, paddle.to_tensor(self._gathered(named[averages[name]][1], tensor)))
-            self._program.set_state_dict(by_program)
-            yield
-        finally:
-            for name, values in before.items():
-                self._put(weights[name], values)
-            self._set_mode(self._main_mode)
-            self._program.set_state_dict(by_program)
-
-    def _put(self, tensor: paddle.Tensor, values: paddle.Tensor) -> None:
-        local = local_tensor(tensor)
-        if local._is_initialized():  # another stage's isn't
-            paddle.assign(values.astype(local.dtype), output=local)
-
-    def _gathered(self, part: paddle.Tensor, like: paddle.Tensor) -> np.ndarray:
-        """Of what ZeRO splits over the data-parallel ranks, as much as this rank has of `like`."""
-        local = local_array(part)
-        dp = list(part.process_mesh.dim_names).index("dp")
-        if part.placements == like.placements:
-            return local
-        # A sum over all ranks of what each has, and zeros: of each tensor-parallel rank by itself.
-        mesh, axis = self._mesh, part.placements[dp].get_dim()
-        of_rank = list(local.shape)
-        of_rank[axis] *= mesh.dp_size
-        whole = np.zeros([mesh.shape.mp, *of_rank], np.float32)
-        if mesh.rank in part.process_mesh.process_ids:
-            start = mesh.dp_rank * local.shape[axis]
-            np.moveaxis(whole[mesh.mp_rank], axis, 0)[start : start + local.shape[axis]] = np.moveaxis(local, axis, 0)
-        summed = paddle.to_tensor(whole)
-        dist.all_reduce(summed)
-        return summed[mesh.mp_rank].numpy()
+        if not low_precision:
+            return model, optimizer
+        layer, optimizer = paddle.amp.decorate(
+            model,
+            optimizer,
+            level="O2",
+            dtype=spec.precision.dtype,
+            master_weight=True,
+            master_grad=master_grad,
+        )
+        return layer, optimizer
 
     def _set_mode(self, mode: str) -> None:
-        """Makes `mode` the current one; builds and compiles it the first time."""
+        """Make `mode`, train or eval, the current one. Compiles its program the first time."""
         if self._mode == mode:
             return
         for layer in (self._model, self._criterion):
             layer.train() if mode == "train" else layer.eval()
         if mode not in self._built:
-            self._entering = mode
-            engine.set_input_specs(self._program, *self._specs[mode])
-            self._built[mode] = engine.build_mode(self._program, mode, self._run_passes)
+            engine.set_input_specs(self._program, *self._input_specs[mode])
+            self._built[mode] = engine.build_mode(self._program, mode, partial(self._run_passes, mode))
         engine.use_mode(self._program, mode, self._built[mode])
         self._mode = mode
 
-    def costs(self) -> Costs:
-        """What a training step costs this rank."""
-        self._set_mode("train")
-        assert self._costs is not None
-        return self._costs
-
-    def _run_passes(self, compiled: Any) -> None:
-        """What Paddle's passes leave to be done in a program of this rank."""
+    def _run_passes(self, mode: str, compiled: Any) -> None:
+        """Change the program that Paddle has compiled for this rank and `mode`."""
+        spec, is_training = self._spec, mode == "train"
         seeded_dropout.seed_dropouts(compiled)
-        if self._sharding_stage == 3:
+        if spec.parallel.sharding_stage == 3:
             passes.regather_params_in_backward(compiled)
-        if self._entering == "train" and self._exchange.bucket_bytes > 0:
-            grad_buckets.bucket_gradients(compiled, self._exchange)
-        if self._entering == "train" and self._costs is None:
-            self._costs = program_costs(compiled, engine.structured_names(self._program), self._counting)
+        if is_training and self._grad_sync.bucket_bytes > 0:
+            grad_buckets.bucket_gradients(compiled, self._grad_sync)
+        count_costs = self._training().count_costs if is_training else None
+        if count_costs is not None and self._costs is None:
+            self._costs = count_costs(compiled, engine.structured_names(self._program))
         if self._mesh.device == "cpu" and self._mesh.world_size > 1:
             gloo.replace_collectives(compiled)
-        if self._mesh.device == "cpu" and self._kernels.onednn:
+        if self._mesh.device == "cpu" and spec.kernels.onednn:
             lowering.lower(compiled)
-        if self._mesh.device == "gpu" and self._kernels.fused_linear:
-            passes.fuse_linears(compiled, self._kernels.fused_gelu)
-        if self._mesh.device == "gpu" and self._kernels.fused_dropout:
+        if self._mesh.device == "gpu" and spec.kernels.fused_linear:
+            passes.fuse_linears(compiled, spec.kernels.fused_gelu)
+        if self._mesh.device == "gpu" and spec.kernels.fused_dropout:
             passes.fuse_dropouts(compiled)
 
-    def _input_specs(self, batch_size: int, image_size: tuple[int, int], targets: int | None) -> list[list[Any]]:
+    def _specs_of(self, batch_size: int, target_classes: int | None) -> list[list[Any]]:
+        """Return the engine's input specs of images and of labels or targets, for a global batch."""
         mesh = self._mesh
         split = sharding.batch_placements(mesh)
-        shape, dtype = ([batch_size], paddle.int64) if targets is None else ([batch_size, targets], paddle.float32)
+        images = [batch_size, 3, *self._spec.image_size]
+        if target_classes is None:
+            labels, dtype = [batch_size], paddle.int64
+        else:
+            labels, dtype = [batch_size, target_classes], paddle.float32
         return [
-            [engine.input_spec("images", [batch_size, 3, *image_size], paddle.float32, mesh.first_stage, split)],
-            [engine.input_spec("labels", shape, dtype, mesh.last_stage, split)],
+            [engine.input_spec("images", images, paddle.float32, mesh.first_stage, split)],
+            [engine.input_spec("labels", labels, dtype, mesh.last_stage, split)],
         ]
 
 
@@ -323,19 +281,21 @@ def _as_input(labels: paddle.Tensor) -> paddle.Tensor:
     return labels if labels.ndim == 1 else labels.astype("float32")
 
 
-def _exchange(parallel: ParallelConfig, mesh: Mesh) -> GradSyncConfig:
+def _grad_sync_config(parallel: ParallelConfig, mesh: Mesh) -> GradSyncConfig:
     if parallel.reduce_dtype == "bfloat16" and mesh.device == "cpu" and mesh.world_size > 1:
         raise ConfigError(
-            "parallel.reduce_dtype = bfloat16: Paddle's CPU build compiles no exchange of it; set float32 or float16"
+            "parallel.reduce_dtype = bfloat16: Paddle's CPU build can't reduce bfloat16; set float32 or float16"
         )
     dtype = "" if parallel.reduce_dtype == "float32" else parallel.reduce_dtype
     return GradSyncConfig(int(parallel.bucket_mb * 1e6), parallel.overlap_gradients, dtype)
 
 
-def _strategy(precision: Precision, amp: AmpConfig, parallel: ParallelConfig, batch_size: int) -> dist.Strategy:
+def _strategy(spec: ProgramSpec) -> dist.Strategy:
+    """Return the engine's strategy: mixed precision, pipeline or gradient accumulation, recomputation."""
+    precision, amp, parallel = spec.precision, spec.amp, spec.parallel
     strategy = dist.Strategy()
     micro_batches = num_micro_batches(parallel)
-    # Reading a result is what waits for the device; those of micro-batches Paddle merges, which it does only in NumPy.
+    # Without NumPy a result doesn't wait for the device. Paddle can merge those of micro-batches only in NumPy.
     strategy.return_numpy = micro_batches > 1
     if precision.level == "O2":
         strategy.amp.enable = True
@@ -355,6 +315,7 @@ def _strategy(precision: Precision, amp: AmpConfig, parallel: ParallelConfig, ba
         strategy.pipeline.schedule_mode = parallel.pp_schedule
         strategy.pipeline.pp_degree = parallel.pp
         strategy.pipeline.accumulate_steps = micro_batches
+        batch_size = spec.eval_batch_size if spec.training is None else spec.training.batch_size
         strategy.pipeline.micro_batch_size = batch_size // micro_batches
     elif micro_batches > 1:
         strategy.gradient_merge.enable = True

@@ -16,7 +16,6 @@ from vit_static.data.image_set import ImageDataset
 from vit_static.data.imagenet_eval import imagenet_v2, with_real_labels
 from vit_static.data.loader import EvalLoader
 from vit_static.data.open_set import open_set
-from vit_static.model.loss import Criterion
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import Mesh, MeshShape, num_micro_batches, rank_and_world_size, start_mesh
 from vit_static.program.precision import choose_attention, choose_precision
@@ -96,7 +95,7 @@ class Evaluator:
         predictions = predict_all(program, self._loader, self._mesh)
         metrics, ema = EvalMetrics.of(predictions), None
         if self._config.optim.ema_decay > 0.0:
-            with program.averaged():
+            with program.ema_weights():
                 predictions = predict_all(program, self._loader, self._mesh)
             ema = EvalMetrics.of(predictions)
         return EvalResult(metrics, ema, predictions)
@@ -174,16 +173,8 @@ def evaluate_checkpoint(
     model = VisionTransformer(config.model, attention)
     keeping = InitConfig(head="keep", pos_embed=config.init.pos_embed)
     init_from(model, config.model, loaded.found, str(loaded.source), keeping, loaded.grid)
-    program = Program(
-        model,
-        Criterion(config.loss),
-        mesh,
-        choose_precision(config.amp, mesh.device, config.kernels),
-        image_size=config.model.image_size,
-        eval_batch_size=eval_batch_size(config, mesh),
-        kernels=config.kernels,
-        eval_targets=config.eval_targets,
-    )
+    precision = choose_precision(config.amp, mesh.device, config.kernels)
+    program = Program.for_eval(config, model, mesh, precision, eval_batch_size=eval_batch_size(config, mesh))
     metrics = evaluate(program, eval_loader(config, images, mesh), mesh)
     text, values = metrics.describe(), asdict(metrics)
     if real is not None:

@@ -24,7 +24,6 @@ from vit_static.config.schema import Config
 from vit_static.data.loader import TrainLoader
 from vit_static.data.mixup import Mixup
 from vit_static.data.open_set import check_command
-from vit_static.model.loss import Criterion
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import Mesh, seed_everything, start_mesh
 from vit_static.program.precision import Precision, choose_attention, choose_precision
@@ -288,22 +287,11 @@ class Trainer:
 
 
 def _build_program(spec: RunSpec, mesh: Mesh, model: VisionTransformer, precision: Precision) -> Program:
-    config = spec.config
-    return Program(
+    return Program.for_training(
+        spec.config,
         model,
-        Criterion(config.loss),
         mesh,
         precision,
-        image_size=config.model.image_size,
-        batch_size=spec.batch_size,
-        eval_batch_size=eval_batch_size(config, mesh),
-        optim=config.optim,
-        amp=config.amp,
         learning_rate=spec.lr_at,
-        parallel=config.parallel,
-        seed=config.seed,
-        kernels=config.kernels,
-        train_targets=config.train_targets,
-        eval_targets=config.eval_targets,
-        freeze=config.train.freeze,
+        eval_batch_size=eval_batch_size(spec.config, mesh),
     )

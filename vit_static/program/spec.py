@@ -1,0 +1,41 @@
+"""Settings that a program is compiled from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from vit_static.config.schema import AmpConfig, KernelsConfig, OptimConfig, ParallelConfig
+from vit_static.program.precision import Precision
+
+# From the training program of this rank, with the collectives as Paddle's own operators, and the names of its
+# parameters, to whatever `Program.costs` is to return.
+CountCosts = Callable[[Any, Iterable[str]], Any]
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """Settings of the training step."""
+
+    optim: OptimConfig
+    learning_rate: Callable[[int], float]  # from the number of completed updates to the rate of the next
+    batch_size: int  # global, per optimizer step
+    target_classes: int | None = None  # None: labels [B]; K: targets [B, K] (model/loss.py)
+    freeze: str = "none"  # train.freeze
+    count_costs: CountCosts | None = None
+
+
+@dataclass(frozen=True)
+class ProgramSpec:
+    """Settings of a program. Without `training` it only evaluates."""
+
+    precision: Precision
+    image_size: tuple[int, int]  # height, width
+    eval_batch_size: int  # global
+    eval_target_classes: int | None = None
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    amp: AmpConfig = field(default_factory=AmpConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    seed: int = 0
+    training: TrainingSpec | None = None

@@ -1,0 +1,133 @@
+"""The training state of a program: canonical names, restoring from a checkpoint, the moving average of the weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import paddle
+import paddle.distributed as dist
+
+from vit_static.checkpoint.sharded_state import ShardedReader, slice_on_rank
+from vit_static.optim.optimizers import EMA
+from vit_static.parallel.dist_values import local_array, local_tensor
+from vit_static.parallel.mesh import Mesh
+from vit_static.program import engine
+from vit_static.weights.formats import State, fuse_qkv
+
+_MASTER = "@master"  # suffix of the float32 master copy of a low-precision weight
+
+
+class ProgramState:
+    """All tensors that training changes, by names that depend neither on the layers' order nor on the precision.
+
+    A weight has the model's own name, an optimizer state of it ``name@moment``, and float16's loss scale
+    ``@loss_scaling``. In O2 the float32 master copy takes the weight's name.
+    """
+
+    def __init__(self, dist_model: dist.DistModel, mesh: Mesh, enter_main_mode: Callable[[], None]) -> None:
+        """`enter_main_mode` makes the mode with the optimizer current: the evaluation program doesn't know it."""
+        self._dist_model, self._mesh, self._enter_main_mode = dist_model, mesh, enter_main_mode
+
+    def tensors(self) -> dict[str, paddle.Tensor]:
+        """Return the distributed tensors by canonical name."""
+        named = self._named()
+        masters = {name.removesuffix(_MASTER): name for name in named if name.endswith(_MASTER)}
+        return {name: named[masters.get(name, name)][1] for name in named if not name.endswith(_MASTER)}
+
+    def restore(self, shards: ShardedReader) -> None:
+        """Load the state from a checkpoint, whatever mesh and precision wrote it.
+
+        Raises WeightsError if the checkpoint lacks a tensor or has it in another shape.
+        """
+        named = self._named()
+        for name, (_, tensor) in named.items():
+            tensor_slice = slice_on_rank(tensor, self._mesh.rank)
+            stored_name = name.removesuffix(_MASTER)
+            # The loss scale may be missing: a checkpoint of another precision has none.
+            if tensor_slice is not None and (stored_name in shards or not name.startswith("@")):
+                _assign(tensor, paddle.to_tensor(shards.read(stored_name, tensor_slice)))
+        self._dist_model.set_state_dict(dict(named.values()))
+
+    def weights(self, ema: bool = False) -> State:
+        """Return the weights (or their moving average) that this rank holds, as float32, in the file layout."""
+        suffix = f"@{EMA}" if ema else ""
+        state = {name: tensor for name, tensor in self.tensors().items() if ema or "@" not in name}
+        return fuse_qkv(
+            {
+                name.removesuffix(suffix): local_array(tensor).astype(np.float32)
+                for name, tensor in state.items()
+                if name.endswith(suffix)
+            }
+        )
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Replace the weights by their moving average within the context. All ranks must enter and leave together."""
+        named = self._named()
+        averages = {name: f"{name}@{EMA}" for name in named if f"{name}@{EMA}" in named}
+        weights = {name: named[name][1] for name in averages}
+        local_weights = {name: local_tensor(tensor) for name, tensor in weights.items()}
+        saved = {name: tensor.clone() for name, tensor in local_weights.items() if tensor._is_initialized()}
+        program_state = dict(named[name] for name in averages)
+        try:
+            for name, tensor in weights.items():
+                _assign(tensor, paddle.to_tensor(self._gather(named[averages[name]][1], tensor)))
+            self._dist_model.set_state_dict(program_state)
+            yield
+        finally:
+            for name, values in saved.items():
+                _assign(weights[name], values)
+            self._enter_main_mode()
+            self._dist_model.set_state_dict(program_state)
+
+    def _named(self) -> dict[str, tuple[str, paddle.Tensor]]:
+        """Return by canonical name the program's own name of each tensor, and the tensor."""
+        self._enter_main_mode()
+        model_names = engine.structured_names(self._dist_model)
+        longest_first = sorted(model_names, key=len, reverse=True)  # linear_11.w_0 also starts with linear_1
+        named = {}
+        for key, tensor in self._dist_model.state_dict("all").items():
+            layer_name = next((name for name in longest_first if key.startswith(name)), None)
+            loss_scale = re.fullmatch(r"(loss_scaling|num_good_steps|num_bad_steps)_\d+", key)
+            if key in model_names.values():
+                named[key] = (key, tensor)
+            elif layer_name is not None:
+                # Such as linear_3.w_0_moment1_7, where 7 counts the programs built in this process; for a weight with
+                # a master copy linear_3.w_0_fp32_master_0_moment1_7.
+                kind = re.sub(r"_\d+$", "", key[len(layer_name) + 1 :])
+                kind = re.sub(r"^fp32_master_\d+_", "", kind)
+                suffix = _MASTER if kind == "fp32_master" else f"@{kind}"
+                named[f"{model_names[layer_name]}{suffix}"] = (key, tensor)
+            elif loss_scale is not None:
+                named[f"@{loss_scale[1]}"] = (key, tensor)
+            # All others are computed, not trained: the learning rate, a fixed position embedding.
+        return named
+
+    def _gather(self, tensor: paddle.Tensor, like: paddle.Tensor) -> np.ndarray:
+        """Return the part of `tensor` that this rank holds of `like`, gathered from the data-parallel ranks if ZeRO
+        splits it."""
+        local = local_array(tensor)
+        dp = list(tensor.process_mesh.dim_names).index("dp")
+        if tensor.placements == like.placements:
+            return local
+        # All ranks sum arrays that are zero except for their own part, one array per tensor-parallel rank.
+        mesh, axis = self._mesh, tensor.placements[dp].get_dim()
+        gathered_shape = list(local.shape)
+        gathered_shape[axis] *= mesh.dp_size
+        parts = np.zeros([mesh.shape.mp, *gathered_shape], np.float32)
+        if mesh.rank in tensor.process_mesh.process_ids:
+            start = mesh.dp_rank * local.shape[axis]
+            np.moveaxis(parts[mesh.mp_rank], axis, 0)[start : start + local.shape[axis]] = np.moveaxis(local, axis, 0)
+        total = paddle.to_tensor(parts)
+        dist.all_reduce(total)
+        return total[mesh.mp_rank].numpy()
+
+
+def _assign(tensor: paddle.Tensor, values: paddle.Tensor) -> None:
+    """Copy values into this rank's part, if it has one: tensors of other pipeline stages are uninitialized."""
+    local = local_tensor(tensor)
+    if local._is_initialized():
+        paddle.assign(values.astype(local.dtype), output=local)
