@@ -1,96 +1,125 @@
-"""What a model has wrong, for a run's page: the matrix, classes, confusions, images."""
+"""The report's section on misclassified images: confusion matrix, worst classes, confusions, gallery."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from vit_static.report import charts
-from vit_static.report.error_analysis import ErrorAnalysis
-from vit_static.report.html import LONGEST, escaped, table
-
-_SEVERAL_LABELS = (
-    "<p>Images may have several labels here, and a hit is one whose likeliest class is among them. Which label was "
-    "taken for which can't be told, so there are no confusions.</p>"
-)
+from vit_static.report.error_analysis import ErrorAnalysis, MisclassifiedImage
+from vit_static.report.tables import MAX_NAME_LENGTH, Table, shorten
 
 
-def section(found: ErrorAnalysis | None) -> str:
-    if found is None:
-        return ""
-    whose = "the weights' moving average" if found.is_ema else "the weights"
-    parts = [
-        f"<h2>Mistakes</h2><p>Of the last evaluation, at step {found.step:,}, of {whose}: "
-        f"{found.num_images - found.num_correct:,} of {found.num_images:,} images.</p>",
-        _SEVERAL_LABELS if found.classes is None else "",
-        _matrix(found),
-        f'<div class="beside">{_classes(found)}{_confusions(found)}</div>',
-        _gallery(found),
-    ]
-    return "".join(parts)
+@dataclass(frozen=True)
+class MatrixCell:
+    """Images of one class that were predicted as one class. `opacity` is that of the cell's colour, 0-1."""
+
+    count: int
+    css_classes: str
+    opacity: str
+    tooltip: str
 
 
-def _matrix(found: ErrorAnalysis) -> str:
-    if found.matrix is None:
-        return ""
-    names = [_named(found, number) for number in range(len(found.matrix))]
-    rows = []
-    for label, counts in enumerate(found.matrix):
-        total = sum(counts)
-        cells = []
-        for predicted, count in enumerate(counts):
-            share = count / max(total, 1)
-            colour = "hit" if label == predicted else "miss"
-            title = f"{names[label]} taken for {names[predicted]}: {count:,} of {total:,}"
-            cells.append(
-                f'<td class="{colour}{" much" if share > 0.5 else ""}" style="--share:{0.12 + 0.88 * share:.2f}" '
-                f'title="{escaped(title)}">{count}</td>'
-                if count
-                else "<td></td>"
-            )
-        rows.append(f"<tr><th>{escaped(names[label])}</th>{''.join(cells)}</tr>")
-    head = "".join(f"<th>{escaped(name)}</th>" for name in names)
-    return (
-        '<h3>Images by class (rows) and by what they were taken for (columns)</h3><div class="wide">'
-        f'<table class="matrix"><thead><tr><td></td>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+@dataclass(frozen=True)
+class MatrixRow:
+    """The images of one class, by predicted class; None where there are none."""
+
+    name: str
+    cells: list[MatrixCell | None]
+
+
+@dataclass(frozen=True)
+class GalleryImage:
+    """A misclassified image and its caption. `thumbnail` is a JPEG file in base64, empty if unreadable."""
+
+    thumbnail: str
+    labels: str
+    predicted: str
+    probability: str
+    loss: str
+    path: str
+
+
+@dataclass(frozen=True)
+class ErrorSection:
+    """The texts of templates/errors.html.j2."""
+
+    step: str
+    weights: str
+    num_errors: str
+    num_images: str
+    has_several_labels: bool
+    matrix: list[MatrixRow]
+    worst_classes: Table
+    confusions: Table
+    gallery: list[GalleryImage]
+
+
+def error_section(analysis: ErrorAnalysis) -> ErrorSection:
+    """Format an error analysis for the template."""
+    return ErrorSection(
+        step=f"{analysis.step:,}",
+        weights="the weights' moving average" if analysis.is_ema else "the weights",
+        num_errors=f"{analysis.num_images - analysis.num_correct:,}",
+        num_images=f"{analysis.num_images:,}",
+        has_several_labels=analysis.classes is None,
+        matrix=_matrix(analysis),
+        worst_classes=_worst_classes(analysis),
+        confusions=_confusions(analysis),
+        gallery=[_gallery_image(analysis, image) for image in analysis.images],
     )
 
 
-def _classes(found: ErrorAnalysis) -> str:
+def _matrix(analysis: ErrorAnalysis) -> list[MatrixRow]:
+    counts = analysis.matrix or []
+    names = [_class_name(analysis, label) for label in range(len(counts))]
+    rows = []
+    for label, row in enumerate(counts):
+        total = sum(row)
+        cells: list[MatrixCell | None] = []
+        for predicted, count in enumerate(row):
+            share = count / max(total, 1)
+            colour = "hit" if label == predicted else "miss"
+            cell = MatrixCell(
+                count,
+                css_classes=f"{colour} much" if share > 0.5 else colour,
+                opacity=f"{0.12 + 0.88 * share:.2f}",
+                tooltip=f"{names[label]} taken for {names[predicted]}: {count:,} of {total:,}",
+            )
+            cells.append(cell if count else None)
+        rows.append(MatrixRow(names[label], cells))
+    return rows
+
+
+def _worst_classes(analysis: ErrorAnalysis) -> Table:
     rows = [
-        [_named(found, one.label), f"{100 * one.num_correct / max(one.num_images, 1):.1f}", f"{one.num_images:,}"]
-        for one in found.classes or ()
+        [
+            _class_name(analysis, entry.label),
+            f"{100 * entry.num_correct / max(entry.num_images, 1):.1f}",
+            f"{entry.num_images:,}",
+        ]
+        for entry in analysis.classes or ()
     ]
-    return f"<div><h3>The worst classes</h3>{table(['class', 'top-1 %', 'images'], rows, 1)}</div>" if rows else ""
+    return Table(["class", "top-1 %", "images"], rows, 1)
 
 
-def _confusions(found: ErrorAnalysis) -> str:
+def _confusions(analysis: ErrorAnalysis) -> Table:
     rows = [
-        [_named(found, one.label), _named(found, one.predicted), f"{one.num_images:,}"]
-        for one in found.confusions or ()
+        [_class_name(analysis, entry.label), _class_name(analysis, entry.predicted), f"{entry.num_images:,}"]
+        for entry in analysis.confusions or ()
     ]
-    head = ["class", "taken for", "images"]
-    return f"<div><h3>The most frequent confusions</h3>{table(head, rows, 2)}</div>" if rows else ""
+    return Table(["class", "taken for", "images"], rows, 2)
 
 
-def _gallery(found: ErrorAnalysis) -> str:
-    if not found.images:
-        return ""
-    figures = []
-    for image in found.images:
-        labels = escaped(", ".join(_named(found, label) for label in image.labels) or "?")
-        predicted = escaped(_named(found, image.predicted))
-        probability = "" if image.probability is None else f" ({100 * image.probability:.1f} %)"
-        loss = "no number" if image.loss is None else charts.number(image.loss)
-        picture = (
-            f'<img alt="{labels}, taken for {predicted}" src="data:image/jpeg;base64,{image.thumbnail}">'
-            if image.thumbnail
-            else '<span class="none"></span>'
-        )
-        figures.append(
-            f"<figure>{picture}<figcaption><b>{labels}</b> taken for <b>{predicted}</b>{probability}<br>"
-            f"loss {loss}<br>{escaped(image.path)}</figcaption></figure>"
-        )
-    return f'<h3>The wrong images of the greatest loss</h3><div class="gallery">{"".join(figures)}</div>'
+def _gallery_image(analysis: ErrorAnalysis, image: MisclassifiedImage) -> GalleryImage:
+    return GalleryImage(
+        thumbnail=image.thumbnail,
+        labels=", ".join(_class_name(analysis, label) for label in image.labels) or "?",
+        predicted=_class_name(analysis, image.predicted),
+        probability="" if image.probability is None else f" ({100 * image.probability:.1f} %)",
+        loss="no number" if image.loss is None else charts.number(image.loss),
+        path=image.path,
+    )
 
 
-def _named(found: ErrorAnalysis, number: int) -> str:
-    name = found.class_names.get(number, str(number))
-    return name if len(name) <= LONGEST else f"{name[:LONGEST]}…"
+def _class_name(analysis: ErrorAnalysis, label: int) -> str:
+    return shorten(analysis.class_names.get(label, str(label)), MAX_NAME_LENGTH)

@@ -1,4 +1,4 @@
-"""``report.html``: a run in one self-contained file, from its folder alone; and several runs side by side."""
+"""`report.html`: one run, or several side by side, as a self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 from vit_static.common.errors import UserError
 from vit_static.common.io import write_atomically
 from vit_static.common.text import duration
-from vit_static.report import charts, error_section
+from vit_static.report import charts
 from vit_static.report.charts import Mark, Series
-from vit_static.report.html import MISSING, STYLE, escaped, folded, said_of, table
-from vit_static.report.run_log import RunLogData, Session, read_run
+from vit_static.report.error_section import error_section
+from vit_static.report.run_log import RunLogData, read_run
+from vit_static.report.tables import MISSING, Table, format_setting
 
 REPORT_FILE = "report.html"
-# What is drawn: the title, the kind of line in metrics.jsonl, the key
+# The charts: title, kind of entry in metrics.jsonl, key.
 CURVES = [
     ("training loss", "train", "loss"),
     ("validation loss", "eval", "loss"),
@@ -27,43 +30,53 @@ CURVES = [
     ("memory of the fullest rank (MB)", "train", "memory_mb"),
     ("MFU (share of the peak rate)", "train", "mfu"),
 ]
-NOISY = frozenset({"loss", "grad_norm", "images_per_s", "data_wait", "mfu"})  # of training: a mean is drawn over them
-OF_ANY_SIZE = frozenset({"loss", "lr", "grad_norm"})
-_ROWS_IN_SIGHT = 12  # of the evaluations; more are folded away
+NOISY_KEYS = frozenset({"loss", "grad_norm", "images_per_s", "data_wait", "mfu"})  # a running mean is drawn over them
+LOG_SCALE_KEYS = frozenset({"loss", "lr", "grad_norm"})  # whose axis may be logarithmic
+MAX_VISIBLE_EVALUATIONS = 12  # earlier ones are folded away
+_TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
 def write_report(run_dir: Path, path: Path | None = None) -> Path:
-    """Writes a run's page anew, into its folder where no other path is given; the path."""
+    """Write the page of a run to `path` (default: report.html in the run's folder), and return the path.
+
+    Raises UserError if the folder is not a run's, or its log is still empty.
+    """
     run = read_run(run_dir)
-    return _write(path or run_dir / REPORT_FILE, run.name, _single_run(run))
+    return _render("run.html.j2", path or run_dir / REPORT_FILE, run.name, _run_page(run))
 
 
 def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
-    """A page of runs side by side; the path."""
+    """Write a page that compares runs to `path`, and return the path. Raises UserError as `write_report` does."""
     names = [run_dir.resolve().name for run_dir in run_dirs]
     runs = [
         read_run(run_dir, name if names.count(name) == 1 else str(run_dir))
         for run_dir, name in zip(run_dirs, names, strict=True)
     ]
-    return _write(path, f"{len(runs)} runs", _several_runs(runs))
+    return _render("comparison.html.j2", path, f"{len(runs)} runs", _comparison_page(runs))
 
 
 def write_reports(run_dirs: Sequence[Path], out: Path | None) -> None:
-    """The verb. Raises UserError for what is no run's folder."""
+    """Run the verb `report`: write the page of one run or the comparison of several, and print its path."""
     if out is not None and out.is_dir():
         raise UserError(f"{out}: is a folder; --out names the file to write, such as {out / REPORT_FILE}")
-    print(
-        write_report(run_dirs[0], out) if len(run_dirs) == 1 else write_comparison(run_dirs, out or Path(REPORT_FILE))
-    )
+    if len(run_dirs) == 1:
+        print(write_report(run_dirs[0], out))
+    else:
+        print(write_comparison(run_dirs, out or Path(REPORT_FILE)))
 
 
-def _write(path: Path, title: str, body: str) -> Path:
-    page = (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">\n'
-        f"<title>{escaped(title)}</title>\n<style>{STYLE}{charts.STYLE}</style></head>\n"
-        f"<body>\n{body}\n</body></html>\n"
+def _render(template: str, path: Path, title: str, content: dict[str, Any]) -> Path:
+    """Write a page from a template, and return its path. Jinja2 escapes every text of `content` but the charts, which
+    are HTML whose texts charts.py has escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
     )
+    page = environment.get_template(template).render(title=title, chart_style=charts.STYLE, **content)
     with write_atomically(path) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="replace")
     return path
@@ -78,8 +91,8 @@ def _chart(
         series,
         last_step,
         dots=kind == "eval",
-        smooth=kind == "train" and key in NOISY,
-        may_be_log=key in OF_ANY_SIZE,
+        smooth=kind == "train" and key in NOISY_KEYS,
+        may_be_log=key in LOG_SCALE_KEYS,
         marks=marks,
     )
 
@@ -87,20 +100,25 @@ def _chart(
 # -- one run ---------------------------------------------------------------------------------------------------------
 
 
-def _single_run(run: RunLogData) -> str:
-    parts = [
-        f"<h1>{escaped(run.name)}</h1>",
-        _facts(run),
-        _curves(run),
-        _evaluations(run),
-        error_section.section(run.mistakes),
-        _sessions(run.sessions),
-        _config(run),
-    ]
-    return "\n".join(part for part in parts if part)
+def _run_page(run: RunLogData) -> dict[str, Any]:
+    """The content of templates/run.html.j2."""
+    evaluations, earlier_evaluations = _evaluations(run)
+    sessions, num_same_sessions = _sessions(run)
+    return {
+        "facts": _facts(run),
+        "legend": _legend(run),
+        "charts": _charts(run),
+        "evaluations": evaluations,
+        "earlier_evaluations": earlier_evaluations,
+        "errors": None if run.mistakes is None else error_section(run.mistakes),
+        "sessions": sessions,
+        "num_same_sessions": num_same_sessions,
+        "settings": _settings(run),
+        "config_text": run.config_text,
+    }
 
 
-def _facts(run: RunLogData) -> str:
+def _facts(run: RunLogData) -> dict[str, str]:
     best, rate, memory, parameters = run.best, run.images_per_s, run.peak_memory_mb, run.num_parameters
     facts = {
         "best top-1": best and f"{best[1]:.2f} % at step {best[0]:,}",
@@ -112,11 +130,17 @@ def _facts(run: RunLogData) -> str:
         "parameters": parameters and f"{parameters:,}",
         "state": run.state,
     }
-    items = "".join(f"<div><dt>{name}</dt><dd>{escaped(str(said))}</dd></div>" for name, said in facts.items() if said)
-    return f'<dl class="facts">{items}</dl>'
+    return {name: str(fact) for name, fact in facts.items() if fact}
 
 
-def _curves(run: RunLogData) -> str:
+def _legend(run: RunLogData) -> str:
+    if not run.is_averaged:
+        return ""
+    both = [Series("weights", []), Series("their moving average", [], 1, dashed=True)]
+    return charts.legend(both)
+
+
+def _charts(run: RunLogData) -> list[str]:
     marks = [Mark(entry["step"], entry["event"], entry["event"] != "resumed") for entry in run.gone_back]
     drawn = []
     for title, kind, key in CURVES:
@@ -124,30 +148,22 @@ def _curves(run: RunLogData) -> str:
         if kind == "eval":
             series.append(Series("moving average", run.points(kind, f"ema_{key}"), 1, dashed=True))
         drawn.append(_chart(title, kind, key, series, run.last_step, marks))
-    both = [Series("weights", []), Series("their moving average", [], 1, dashed=True)]
-    return f"<h2>Curves</h2>{charts.legend(both) if run.is_averaged else ''}<div>{''.join(drawn)}</div>"
+    return drawn
 
 
-def _evaluations(run: RunLogData) -> str:
+def _evaluations(run: RunLogData) -> tuple[Table, Table]:
+    """The latest evaluations and the earlier ones, the latest first."""
     columns = ["epoch", "top1", "top5", "loss", "ema_top1", "ema_top5", "ema_loss", "num_images"]
     columns = [name for name in columns if any(entry.get(name) is not None for entry in run.evaluations)]
-    heads = {"top1": "top-1 %", "top5": "top-5 %", "num_images": "images"}
-    heads |= {f"ema_{name}": f"average's {heads.get(name, name)}" for name in ("top1", "top5", "loss")}
-    head = ["step", *(heads.get(name, name) for name in columns)]
-    latest_first = run.evaluations[::-1]
-    rows = [[f"{entry['step']:,}", *(_figure(name, entry.get(name)) for name in columns)] for entry in latest_first]
-    best = {
-        number for number, entry in enumerate(latest_first) if run.best is not None and entry["step"] == run.best[0]
-    }
-    if not rows:
-        return ""
-    said = '<h2>Evaluations</h2><p class="soft">The latest first; the best in bold.</p>'
-    said += table(head, rows[:_ROWS_IN_SIGHT], 0, best)
-    if len(rows) > _ROWS_IN_SIGHT:
-        of_rest = {number - _ROWS_IN_SIGHT for number in best}
-        rest = table(head, rows[_ROWS_IN_SIGHT:], 0, of_rest)
-        said += folded(f"{len(rows) - _ROWS_IN_SIGHT} earlier ones", rest)
-    return said
+    titles = {"top1": "top-1 %", "top5": "top-5 %", "num_images": "images"}
+    titles |= {f"ema_{name}": f"average's {titles.get(name, name)}" for name in ("top1", "top5", "loss")}
+    head = ["step", *(titles.get(name, name) for name in columns)]
+    entries = run.evaluations[::-1]
+    rows = [[f"{entry['step']:,}", *(_figure(name, entry.get(name)) for name in columns)] for entry in entries]
+    best_rows = {n for n, entry in enumerate(entries) if run.best is not None and entry["step"] == run.best[0]}
+    latest = Table(head, rows[:MAX_VISIBLE_EVALUATIONS], 0, best_rows)
+    best_earlier_rows = {n - MAX_VISIBLE_EVALUATIONS for n in best_rows}
+    return latest, Table(head, rows[MAX_VISIBLE_EVALUATIONS:], 0, best_earlier_rows)
 
 
 def _figure(name: str, value: Any) -> str:
@@ -157,73 +173,75 @@ def _figure(name: str, value: Any) -> str:
     return f"{value:,.{decimals}f}"
 
 
-def _sessions(sessions: Sequence[Session]) -> str:
-    """A column for each beginning whose mesh or environment is another than that of the one before."""
+def _sessions(run: RunLogData) -> tuple[dict[str, Table], int]:
+    """Tables of the mesh and of the environment, by heading, with one column per session that differs from the session
+    before it; and the number of sessions that don't."""
+    sessions = run.sessions
     changed = [
         session
         for number, session in enumerate(sessions)
         if session.facts and (number == 0 or session.facts != sessions[number - 1].facts)
     ]
     if not changed:
-        return "<h2>Mesh and environment</h2><p>Not in the log: the run is of an earlier version.</p>"
+        return {}, 0
     head = ["", *(f"{session.event}, step {session.step:,}" for session in changed)] if len(changed) > 1 else None
-    parts = []
-    for title, part in (("Mesh", "mesh"), ("Environment", "environment")):
-        found = [session.facts.get(part, {}) for session in changed]
+    tables = {}
+    for heading, part in (("Mesh", "mesh"), ("Environment", "environment")):
+        columns = [session.facts.get(part, {}) for session in changed]
         rows = [
-            [_words(key), *(said_of(facts.get(key, MISSING)) for facts in found)]
-            for key in dict.fromkeys(key for facts in found for key in facts)
-            if any(facts.get(key) not in (None, []) for facts in found)
+            [_spaced(key), *(format_setting(facts.get(key, MISSING)) for facts in columns)]
+            for key in dict.fromkeys(key for facts in columns for key in facts)
+            if any(facts.get(key) not in (None, []) for facts in columns)
         ]
-        differing = {number for number, row in enumerate(rows) if len(set(row[1:])) > 1}
+        differing_rows = {number for number, row in enumerate(rows) if len(set(row[1:])) > 1}
         if part == "environment":
             rows.append(["begun", *(session.time for session in changed)])
-        parts.append(f"<div><h2>{title}</h2>{table(head, rows, 1 + len(changed), differing)}</div>")
-    others = len(sessions) - len(changed)
-    note = f'<p class="soft">Other beginnings, on the same mesh and machines: {others}.</p>' if others else ""
-    return f'<div class="beside">{"".join(parts)}</div>{note}'
+        tables[heading] = Table(head, rows, 1 + len(changed), differing_rows)
+    return tables, len(sessions) - len(changed)
 
 
-def _words(key: str) -> str:
+def _spaced(key: str) -> str:
     return key if key == "vit_static" else key.replace("_", " ")
 
 
-def _config(run: RunLogData) -> str:
-    whole = f"<pre>{escaped(run.config_text)}</pre>"
+def _settings(run: RunLogData) -> Table | None:
+    """The settings that differ from the defaults; None where the config can't be read."""
     if run.config is None:
-        return f"<h2>Config</h2><p>config.yaml isn't there, or is none.</p>{whole if run.config_text else ''}"
-    rows = [[key, said_of(value), said_of(default)] for key, value, default in run.differences]
-    return (
-        '<h2>Config</h2><p class="soft">What differs from the defaults.</p>'
-        f"{table(['key', 'value', 'default'], rows, 3)}"
-        f"{folded('Everything: config.yaml, to be used again with -c', whole)}"
-    )
+        return None
+    rows = [[key, format_setting(value), format_setting(default)] for key, value, default in run.differences]
+    return Table(["key", "value", "default"], rows, 3)
 
 
 # -- several runs ----------------------------------------------------------------------------------------------------
 
 
-def _several_runs(runs: Sequence[RunLogData]) -> str:
+def _comparison_page(runs: Sequence[RunLogData]) -> dict[str, Any]:
+    """The content of templates/comparison.html.j2."""
+    names = [run.name for run in runs]
+    settings = [row for row in _differing_rows([run.config or {} for run in runs]) if row[0] != "name"]
+    environment = [[_spaced(key), *values] for key, *values in _differing_rows([run.last_facts for run in runs])]
+    return {
+        "results": _results(runs),
+        "legend": charts.legend([Series(name, [], number) for number, name in enumerate(names)]),
+        "charts": _comparison_charts(runs),
+        "settings": Table(["", *names], settings, 1 + len(names)),
+        "environment": Table(["", *names], environment, 1 + len(names)),
+    }
+
+
+def _comparison_charts(runs: Sequence[RunLogData]) -> list[str]:
     last_step = max(run.last_step for run in runs)
     drawn = []
     for title, kind, key in CURVES:
         series = []
         for number, run in enumerate(runs):
-            own_key = f"ema_{key}" if kind == "eval" and run.is_averaged else key
-            series.append(Series(run.name, run.points(kind, own_key), number))
+            run_key = f"ema_{key}" if kind == "eval" and run.is_averaged else key
+            series.append(Series(run.name, run.points(kind, run_key), number))
         drawn.append(_chart(title, kind, key, series, last_step))
-    names = [Series(run.name, [], number) for number, run in enumerate(runs)]
-    parts = [
-        f"<h1>{len(runs)} runs</h1>",
-        _results(runs),
-        '<h2>Curves</h2><p class="soft">Evaluations are of the weights\' moving average where a run has one.</p>',
-        f"{charts.legend(names)}<div>{''.join(drawn)}</div>",
-        _differences(runs),
-    ]
-    return "\n".join(parts)
+    return drawn
 
 
-def _results(runs: Sequence[RunLogData]) -> str:
+def _results(runs: Sequence[RunLogData]) -> Table:
     head = [
         "run",
         "best top-1 %",
@@ -233,6 +251,8 @@ def _results(runs: Sequence[RunLogData]) -> str:
         "images/s, median",
         "wall time",
         "peak memory, MB",
+        "parameters",
+        "state",
     ]
     rows = [
         [
@@ -249,25 +269,14 @@ def _results(runs: Sequence[RunLogData]) -> str:
         ]
         for run in runs
     ]
-    return f"<h2>Results</h2>{table([*head, 'parameters', 'state'], rows, 1)}"
+    return Table(head, rows, 1)
 
 
-def _differences(runs: Sequence[RunLogData]) -> str:
-    head = ["", *(run.name for run in runs)]
-    said = "<h2>Config: where the runs differ</h2>"
-    of_configs = [row for row in _rows_that_differ([run.config or {} for run in runs]) if row[0] != "name"]
-    said += table(head, of_configs, len(head)) if of_configs else "<p>Nowhere.</p>"
-    of_machines = _rows_that_differ([run.last_facts for run in runs])
-    if of_machines:
-        rows = [[_words(key), *values] for key, *values in of_machines]
-        said += f"<h2>Mesh and environment: where the runs differ</h2>{table(head, rows, len(head))}"
-    return said
-
-
-def _rows_that_differ(found: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """A row a key: the key, and what each has of it."""
+def _differing_rows(values_by_run: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """One row per key whose values differ: the key, then each run's value."""
+    first = values_by_run[0]
     return [
-        [key, *(said_of(of_run.get(key, MISSING)) for of_run in found)]
-        for key in dict.fromkeys(key for of_run in found for key in of_run)
-        if any(of_run.get(key, MISSING) != found[0].get(key, MISSING) for of_run in found)
+        [key, *(format_setting(values.get(key, MISSING)) for values in values_by_run)]
+        for key in dict.fromkeys(key for values in values_by_run for key in values)
+        if any(values.get(key, MISSING) != first.get(key, MISSING) for values in values_by_run)
     ]
