@@ -420,10 +420,11 @@ MISTAKES = {
     "no such config": (["pretrain", "-c", "nowhere.yaml"], ["nowhere.yaml"]),
     "unknown verb": (["pretrian"], ["pretrian"]),
     "renamed verb": (["attend", "--model", "exported", "one.png"], ["attend is now called visualize"]),
+    "renamed flag": (["plan", "--cards-per-node", "4"], ["--cards-per-node is now called --gpus-per-node"]),
     "unknown flag": (["pretrain", "--resum", "x"], ["--resum"]),
     "a batch that doesn't divide": (
         ["pretrain", "-c", "tiny.yaml", "-o", "parallel.grad_accum_steps=3"],
-        ["data.global_batch_size = 16", "15 would do"],
+        ["data.global_batch_size = 16", "data.global_batch_size=15"],
     ),
     "an image that doesn't divide": (
         ["pretrain", "-c", "tiny.yaml", "-o", "model.image_size=30"],

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn, get_args
 
 from vit_static import verbs
 from vit_static.common.errors import UserError
-from vit_static.common.hardware import DEVICES, GPUS_PER_NODE, INTERCONNECTS
+from vit_static.common.hardware import GPUS, GPUS_PER_NODE, INTERCONNECTS
 from vit_static.config.loader import CONFIGS, DEFAULT_CONFIGS
 from vit_static.config.schema import InferencePrecision
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Handler = Callable[[argparse.Namespace], int]
 
 RENAMED_VERBS = {"attend": "visualize"}  # by the old name
+RENAMED_FLAGS = {"--cards-per-node": "--gpus-per-node", "--fed": "--real-data"}
 RUN_SH_VERBS = {"setup": "install the environment", "test": "run the tests", "data": "prepare data sets"}
 
 
@@ -35,6 +36,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in RENAMED_VERBS:
         raise UserError(f"the verb {argv[0]} is now called {RENAMED_VERBS[argv[0]]}: ./run.sh {RENAMED_VERBS[argv[0]]}")
+    for argument in argv:
+        flag = argument.partition("=")[0]
+        if flag in RENAMED_FLAGS:
+            raise UserError(f"{flag} is now called {RENAMED_FLAGS[flag]}")
     return make_parser().parse_args(argv)
 
 
@@ -267,7 +272,7 @@ def _add_plan(subparsers: Subparsers) -> None:
         help="instead of the mesh of the config: dp, mp, pp, sharding (stage), accum (grad_accum_steps), recompute",
     )
     verb.add_argument("--world", type=_positive_int, metavar="N", help="number of GPUs (default: the mesh's)")
-    verb.add_argument("--device", default="a100-80g", choices=list(DEVICES), help="GPU model (default: a100-80g)")
+    verb.add_argument("--device", default="a100-80g", choices=list(GPUS), help="GPU model (default: a100-80g)")
     verb.add_argument(
         "--interconnect", default="ib-hdr", choices=list(INTERCONNECTS), help="between nodes (default: ib-hdr)"
     )

@@ -207,8 +207,8 @@ def main(cases: Path, folder: Path, images_root: Path) -> None:
     rank, world_size = rank_and_world_size()
     start_mesh(MeshShape(world_size, 1, 1), "cpu")
     for case in TypeAdapter(list[Case]).validate_json(cases.read_bytes()):
-        sizes = resolve_mesh(case.parallel, world_size, BATCH_SIZE, variant_of(case.model))
+        mesh_shape = resolve_mesh(case.parallel, world_size, BATCH_SIZE, variant_of(case.model))
         # Paddle names the parameters of every model alike, and keeps what it finds by a name in the scope.
         with paddle.static.scope_guard(paddle.static.Scope()):
-            outcome = run(case, make_mesh(rank, sizes, "cpu"), images_root)
+            outcome = run(case, make_mesh(rank, mesh_shape, "cpu"), images_root)
         (folder / f"{case.name}.{rank}").write_bytes(pickle.dumps(outcome))

@@ -90,62 +90,65 @@ def test_blocks_are_dealt_out_evenly(depth: int, pp: int, stages: list[int]) -> 
     assert stage_of_blocks(depth, pp) == stages
 
 
+HEADS_4 = replace(SMALL, num_heads=4)
+
+
 @pytest.mark.parametrize(
-    ("variant", "parallel", "world_size", "batch_size", "reason", "nearest"),
+    ("variant", "parallel", "world_size", "batch_size", "message"),
     [
-        (SMALL, {"mp": 4}, 8, 24, r"parallel\.mp = 4: .* num_heads of 6", (4, 2, 1)),
-        (replace(SMALL, num_heads=4), {"mp": 4}, 4, 24, r"parallel\.mp = 4: .* mlp_dim of 54", (2, 2, 1)),
-        (SMALL, {"pp": 4}, 4, 24, r"parallel\.pp = 4: .* only 3 blocks", (2, 1, 2)),
-        (SMALL, {"mp": 2}, 3, 24, r"mp=2, pp=1 is a mesh of 2 processes, and there are 3", (1, 3, 1)),
-        (SMALL, {"dp": 3}, 4, 6, r"dp=3, .* is a mesh of 3 processes, and there are 4; .*NPROC=3", (2, 2, 1)),
-        (SMALL, {}, 4, 6, r"data\.global_batch_size = 6: 4 data-parallel ranks x 1 micro-batches", (2, 2, 1)),
-        (replace(SMALL, depth=1), {"grad_accum_steps": 3}, 2, 15, r"global_batch_size = 15: 2 .* x 3 micro", (1, 2, 1)),
-        (SMALL, {"pp": 2}, 4, 6, r"global_batch_size = 6: 2 .* x 2 micro-batches", (1, 2, 2)),
+        (SMALL, {"mp": 4}, 8, 24, r"parallel\.mp = 4: .* num_heads of 6 and mlp_dim of 54; .* 1, 2, 3 or 6$"),
+        (HEADS_4, {"mp": 4}, 4, 24, r"parallel\.mp = 4: .* num_heads of 4 and mlp_dim of 54; .* 1 or 2$"),
+        (SMALL, {"mp": 7}, 7, 24, r"parallel\.mp = 7: .* 1, 2, 3 or 6$"),
+        (SMALL, {"pp": 4}, 4, 24, r"parallel\.pp = 4: .* only 3 blocks; set it to 3 or less$"),
+        (SMALL, {"mp": 2}, 3, 24, r"dp = auto, mp = 2, pp = 1: .* 2 processes, .* has 3; .*NPROC=2.* product is 3$"),
+        (SMALL, {"dp": 3}, 4, 6, r"dp = 3, mp = 1, pp = 1: .* 3 processes, .* has 4; .*NPROC=3.* product is 4$"),
+        (SMALL, {}, 4, 6, r"data\.global_batch_size = 6: .* 4 data-parallel ranks x 1 micro-batches; .*=8$"),
+        (SMALL, {"grad_accum_steps": 3}, 2, 15, r"data\.global_batch_size = 15: .* 2 .* x 3 micro-batches; .*=12$"),
+        (SMALL, {"pp": 2}, 4, 6, r"data\.global_batch_size = 6: .* 2 .* x 2 micro-batches; .*=8$"),
+        (SMALL, {}, 8, 3, r"data\.global_batch_size = 3: .* 8 .* x 1 micro-batches; .*=8$"),
     ],
 )
-def test_a_mesh_that_can_not_be_is_refused_with_the_nearest_that_can(
-    variant: Variant, parallel: dict, world_size: int, batch_size: int, reason: str, nearest: tuple[int, int, int]
+def test_an_invalid_mesh_is_refused_with_the_valid_sizes(
+    variant: Variant, parallel: dict, world_size: int, batch_size: int, message: str
 ) -> None:
-    config = ParallelConfig(**parallel)
-    with pytest.raises(ConfigError, match=reason) as error:
-        resolve_mesh(config, world_size, batch_size, variant)
-    (named,) = re.findall(r"dp=(\d+), mp=(\d+), pp=(\d+)$", str(error.value))
-    assert tuple(map(int, named)) == nearest
-    dp, mp, pp = nearest
-    as_named = config.model_copy(update={"dp": dp, "mp": mp, "pp": pp})
-    assert why_invalid(as_named, MeshShape(*nearest), world_size, batch_size, variant) is None
+    with pytest.raises(ConfigError, match=message):
+        resolve_mesh(ParallelConfig(**parallel), world_size, batch_size, variant)
 
 
 @pytest.mark.parametrize("pp", [1, 2, 4])
 @pytest.mark.parametrize("mp", [1, 2, 3, 4])
 @pytest.mark.parametrize("dp", ["auto", 1, 2, 3])
-def test_every_remedy_that_is_named_would_do(dp: int | str, mp: int, pp: int) -> None:
+def test_every_named_remedy_works(dp: int | str, mp: int, pp: int) -> None:
     for world_size, batch_size, others in itertools.product(
         range(1, 9), (6, 20, 24), ({}, {"grad_accum_steps": 3}, {"sharding_stage": 1})
     ):
         config = ParallelConfig(dp=dp, mp=mp, pp=pp, **others)
-        try:
-            resolve_mesh(config, world_size, batch_size, SMALL)
-        except ConfigError as error:
-            remedies = str(error).partition("; ")[2]
-            assert "=" in remedies or "no mesh" in remedies
-            for *sizes, other_world in re.findall(r"dp=(\d+), mp=(\d+), pp=(\d+)(?: of (\d+) proc)?", remedies):
-                named = ParallelConfig(**others, **dict(zip(("dp", "mp", "pp"), map(int, sizes), strict=True)))
-                resolve_mesh(named, int(other_world or world_size), batch_size, SMALL)
-            for number in re.findall(r"NPROC=(\d+)", remedies):
-                resolve_mesh(config, int(number), batch_size, SMALL)
-            for number in re.findall(r"data\.global_batch_size=(\d+)", remedies):
-                resolve_mesh(config, world_size, int(number), SMALL)
-
-
-def test_where_no_mesh_can_be_that_is_said() -> None:
-    with pytest.raises(ConfigError, match="no mesh of 7 processes can be"):
-        resolve_mesh(ParallelConfig(mp=7), 7, 24, SMALL)
+        shape = MeshShape(max(world_size // (mp * pp), 1) if dp == "auto" else dp, mp, pp)
+        reason = why_invalid(config, shape, world_size, batch_size, SMALL)
+        if reason is None:
+            assert shape.world_size == world_size
+            continue
+        remedy = reason.partition("; ")[2]
+        if reason.startswith("parallel.mp"):
+            for size in map(int, re.findall(r"\d+", remedy)):
+                after = why_invalid(config, replace(shape, mp=size), world_size, batch_size, SMALL)
+                assert after is None or not after.startswith("parallel.mp")
+        elif reason.startswith("parallel.pp"):
+            after = why_invalid(config, replace(shape, pp=SMALL.depth), world_size, batch_size, SMALL)
+            assert after is None or not after.startswith("parallel.pp")
+        elif reason.startswith("data.global_batch_size"):
+            batch_size = int(remedy.rpartition("=")[2])
+            after = why_invalid(config, shape, world_size, batch_size, SMALL)
+            assert after is None or "NPROC" in after
+            assert why_invalid(config, shape, shape.world_size, batch_size, SMALL) is None
+        else:
+            num_processes = int(re.search(r"NPROC=(\d+)", remedy)[1])
+            assert resolve_mesh(config, num_processes, batch_size, SMALL) == shape
 
 
 @pytest.mark.parametrize(
-    ("parallel", "world_size", "sizes"),
+    ("parallel", "world_size", "shape"),
     [({}, 1, (1, 1, 1)), ({}, 4, (4, 1, 1)), ({"mp": 2}, 8, (4, 2, 1)), ({"mp": 2, "pp": 3}, 12, (2, 2, 3))],
 )
-def test_data_parallelism_takes_what_is_left_of_the_world(parallel: dict, world_size: int, sizes: tuple) -> None:
-    assert resolve_mesh(ParallelConfig(**parallel), world_size, 24, SMALL) == MeshShape(*sizes)
+def test_auto_data_parallelism_takes_the_remaining_ranks(parallel: dict, world_size: int, shape: tuple) -> None:
+    assert resolve_mesh(ParallelConfig(**parallel), world_size, 24, SMALL) == MeshShape(*shape)

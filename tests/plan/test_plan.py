@@ -196,7 +196,7 @@ def test_a_pipelines_first_stage_holds_more_micro_batches() -> None:
 def test_times_are_a_rooflines() -> None:
     """By hand, of a made-up program on eight A100s of a node: 312 TFLOP/s, 2039 GB/s, 300 GB/s a way between them."""
     found = Plan(
-        sizes=MeshShape(8, 1, 1),
+        mesh_shape=MeshShape(8, 1, 1),
         sharding_stage=0,
         recompute="none",
         num_micro_batches=2,
@@ -224,7 +224,7 @@ def test_times_are_a_rooflines() -> None:
     assert found.mfu == pytest.approx(1e-3 / found.step_seconds)
     assert found.memory == 77e9 and found.fits
     assert not replace(found, num_in_flight=2).fits
-    two_nodes = replace(found, place=replace(A100, cards_a_node=4))
+    two_nodes = replace(found, place=replace(A100, gpus_per_node=4))
     assert two_nodes.communication_seconds == pytest.approx(2 * 7 / 8 * 8e9 / 100e9)  # four adapters of 25 GB/s a node
 
 
@@ -241,9 +241,9 @@ def test_search_ranks_every_mesh_that_can_be() -> None:
     found = search_meshes(config, config.parallel, 4, A100)
     variant = variant_of(config.model)
     can_be = {
-        sizes
-        for sizes in all_mesh_shapes(4)
-        if why_invalid(ParallelConfig(pp=sizes.pp), sizes, 4, config.data.global_batch_size, variant) is None
+        mesh_shape
+        for mesh_shape in all_mesh_shapes(4)
+        if why_invalid(ParallelConfig(pp=mesh_shape.pp), mesh_shape, 4, config.data.global_batch_size, variant) is None
     }
     assert {one.mesh_shape for one in found} == can_be and len(can_be) > 4 and MeshShape(1, 1, 4) not in can_be
     assert [one.step_seconds for one in found] == sorted(one.step_seconds for one in found)
@@ -265,9 +265,9 @@ def test_the_verb_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--mesh", "mp=3"], ["num_heads of 4", "no mesh of 3", "mp=2", "mp=4"]),
+        (["--mesh", "mp=3"], ["parallel.mp = 3", "num_heads of 4", "1, 2 or 4"]),
         (["--mesh", "dp=3"], ["global_batch_size = 64", "63"]),
-        (["--world", "8", "--mesh", "mp=8"], ["num_heads", "nearest", "mp=4"]),
+        (["--world", "8", "--mesh", "mp=8"], ["parallel.mp = 8", "num_heads of 4", "1, 2 or 4"]),
         (["--mesh", "tp=2"], ["tp=2", "mp=N"]),
         (["--mesh", "dp=2", "--rank", "2"], ["--rank 2", "0 to 1"]),
         (["--world", "0"], ["--world", "at least 1"]),

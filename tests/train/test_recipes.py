@@ -79,7 +79,7 @@ def test_a_recipe_fits_its_machine(name: str) -> None:
     num_gpus, device = machine(name)
     config = recipe(name)
     plan = make_plan(config, config.parallel, num_gpus, Place(device, "ib-hdr", 8))
-    assert plan.fits and plan.mesh_shape.world == num_gpus
+    assert plan.fits and plan.mesh_shape.world_size == num_gpus
 
 
 # The schedules of PLSC's four recipes, in closed form from its ViTLRScheduler and its optimizers' update

@@ -1,32 +1,43 @@
-"""Cards and networks that a plan can be made for: NVIDIA's data sheets, dense rates, decimal units."""
+"""GPUs and networks: memory, bandwidths and peak rates from NVIDIA's data sheets."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class DeviceSpec:
-    """A card. Bytes, bytes a second, operations a second; `link_bandwidth` in one direction, to the node's others."""
+class GpuSpec:
+    """Data sheet of a GPU: bytes, bytes per second, and operations per second without sparsity, in decimal units."""
 
-    card: str  # as its driver says it (flops.peak_flops)
+    driver_name: str  # the words of the driver's device name that identify the GPU
     memory: float
     memory_bandwidth: float
-    link_bandwidth: float
+    link_bandwidth: float  # in one direction, to the other GPUs of its node: NVLink, or PCIe where it has none
+    peak_flops: Mapping[str, float]  # by dtype; a dtype is missing where the GPU doesn't multiply it
 
 
-DEVICES: dict[str, DeviceSpec] = {
-    "v100-32g": DeviceSpec("V100", 32e9, 900e9, 150e9),
-    "a100-40g": DeviceSpec("A100", 40e9, 1555e9, 300e9),
-    "a100-80g": DeviceSpec("A100", 80e9, 2039e9, 300e9),
-    "h100": DeviceSpec("H100", 80e9, 3350e9, 450e9),
-    "h200": DeviceSpec("H200", 141e9, 4800e9, 450e9),
-    "l40s": DeviceSpec("L40S", 48e9, 864e9, 32e9),
-    "l4": DeviceSpec("L4", 24e9, 300e9, 32e9),
+def _peaks(half: float, float32: float) -> Mapping[str, float]:
+    return {"bfloat16": half, "float16": half, "float32": float32}
+
+
+# Of two GPUs whose driver names both occur in a device name, the more specific one comes first.
+GPUS: dict[str, GpuSpec] = {
+    "v100-32g": GpuSpec("V100", 32e9, 900e9, 150e9, {"float16": 125e12, "float32": 15.7e12}),
+    "a100-40g": GpuSpec("A100", 40e9, 1555e9, 300e9, _peaks(312e12, 19.5e12)),
+    "a100-80g": GpuSpec("A100", 80e9, 2039e9, 300e9, _peaks(312e12, 19.5e12)),
+    "h100-nvl": GpuSpec("H100 NVL", 94e9, 3900e9, 300e9, _peaks(835e12, 60e12)),
+    "h100-pcie": GpuSpec("H100 PCIe", 80e9, 2000e9, 64e9, _peaks(756e12, 51e12)),
+    "h100": GpuSpec("H100", 80e9, 3350e9, 450e9, _peaks(989e12, 67e12)),
+    "h200": GpuSpec("H200", 141e9, 4800e9, 450e9, _peaks(989e12, 67e12)),
+    "a10": GpuSpec("A10", 24e9, 600e9, 32e9, _peaks(125e12, 31.2e12)),
+    "l40s": GpuSpec("L40S", 48e9, 864e9, 32e9, _peaks(362e12, 91.6e12)),
+    "l40": GpuSpec("L40", 48e9, 864e9, 32e9, _peaks(181e12, 90.5e12)),
+    "l4": GpuSpec("L4", 24e9, 300e9, 32e9, _peaks(121e12, 30.3e12)),
 }
 
-# Between nodes: bytes a second and card in one direction, a network adapter for each card.
+# Between nodes, in bytes per second and GPU in one direction, with one network adapter per GPU.
 INTERCONNECTS: dict[str, float] = {
     "ib-ndr": 50e9,  # 400 Gb/s
     "ib-hdr": 25e9,  # 200 Gb/s
@@ -35,28 +46,16 @@ INTERCONNECTS: dict[str, float] = {
 }
 GPUS_PER_NODE = 8
 
-# What the driver's context, NCCL's buffers and the libraries' workspaces take of a card; of the order of what is seen.
+# Bytes of a GPU's memory that the driver's context, NCCL's buffers and library workspaces take: an order of magnitude.
 RESERVED_BYTES = 2e9
 
 
-# Dense peak in operations a second by a part of the card's name and by precision: NVIDIA's data sheets.
-_PEAK_FLOPS: dict[str, dict[str, float]] = {
-    "H200": {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12},
-    "H100 NVL": {"bfloat16": 835e12, "float16": 835e12, "float32": 60e12},
-    "H100 PCIe": {"bfloat16": 756e12, "float16": 756e12, "float32": 51e12},
-    "H100": {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12},
-    "A100": {"bfloat16": 312e12, "float16": 312e12, "float32": 19.5e12},
-    "V100": {"float16": 125e12, "float32": 15.7e12},
-    "A10": {"bfloat16": 125e12, "float16": 125e12, "float32": 31.2e12},
-    "L40S": {"bfloat16": 362e12, "float16": 362e12, "float32": 91.6e12},
-    "L40": {"bfloat16": 181e12, "float16": 181e12, "float32": 90.5e12},
-    "L4": {"bfloat16": 121e12, "float16": 121e12, "float32": 30.3e12},
-}
-
-
 def peak_flops(device_name: str, dtype: str) -> float | None:
-    """The card's dense peak for `dtype`, or None where it isn't known (every CPU, among others)."""
-    for name, rates in _PEAK_FLOPS.items():
-        if re.search(rf"\b{name}\b", device_name):
-            return rates.get(dtype)
+    """Return the peak rate of a GPU, in operations per second, by the name that its driver reports.
+
+    None if the rate isn't known: for an unlisted GPU or any CPU, or if the GPU doesn't multiply this dtype.
+    """
+    for gpu in GPUS.values():
+        if re.search(rf"\b{gpu.driver_name}\b", device_name):
+            return gpu.peak_flops.get(dtype)
     return None

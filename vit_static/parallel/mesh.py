@@ -1,6 +1,6 @@
-"""The processes of a run and how they share the work: which meshes can be, the start, this process's place.
+"""Device mesh: its validation, its start, and this process's coordinates in it.
 
-Of `PADDLE_*` it reads what a launcher tells a process (launch.py writes these; runtime.py reads one).
+Rank and world size come from the `PADDLE_*` variables that the launcher sets.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from vit_static.model.variants import Variant
 from vit_static.parallel import gloo
 from vit_static.parallel.host_collectives import HostGroup
 
-_host_group = HostGroup("steps")  # of this process with the others; no part of a mesh, which Paddle copies
+_host_group = HostGroup("steps")  # one per process; not an attribute of Mesh, because Paddle copies meshes
 
 
 @dataclass(frozen=True)
 class MeshShape:
-    """How many ranks stand along each axis of the mesh."""
+    """Number of ranks along each axis of the mesh: data-parallel, tensor-parallel, pipeline stages."""
 
     dp: int
     mp: int
     pp: int
 
     @property
-    def world(self) -> int:
+    def world_size(self) -> int:
         return self.dp * self.mp * self.pp
 
     def __str__(self) -> str:
@@ -44,22 +44,22 @@ class MeshShape:
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process among the others.
+    """Device mesh, seen from this process.
 
     Ranks are numbered along mp first, then dp, then pp, so that tensor parallelism stays within a machine.
-    Data-parallel rank r of n takes the r-th of n equal parts of a batch; ranks that differ in mp or pp alone take the
+    Data-parallel rank r of n takes the r-th of n equal parts of a batch. Ranks that differ only in mp or pp take the
     same part.
     """
 
     rank: int
     shape: MeshShape
     device: str  # cpu or gpu
-    device_id: int | None  # the card's number; None on a CPU
-    process_mesh: dist.ProcessMesh  # all ranks; its axes are dp, and of pp and mp those of more than one rank
+    device_id: int | None  # index of the GPU; None on a CPU
+    process_mesh: dist.ProcessMesh  # all ranks; axes pp, dp, mp, without pp or mp where it is 1
 
     @property
     def world_size(self) -> int:
-        return self.shape.world
+        return self.shape.world_size
 
     @property
     def dp_size(self) -> int:
@@ -79,11 +79,11 @@ class Mesh:
 
     @property
     def axes(self) -> list[str]:
-        """Those of a pipeline stage's mesh, in its order."""
+        """Axis names of a pipeline stage's mesh, in order."""
         return [axis for axis in self.process_mesh.dim_names if axis != "pp"]
 
     def stage(self, index: int) -> dist.ProcessMesh:
-        """The mesh of one pipeline stage; without a pipeline there is one, 0, of all ranks."""
+        """Return the mesh of a pipeline stage. Without a pipeline, stage 0 has all ranks."""
         return self.process_mesh if self.shape.pp == 1 else self.process_mesh.get_mesh_with_dim("pp", index)
 
     @property
@@ -95,23 +95,23 @@ class Mesh:
         return self.stage(self.shape.pp - 1)
 
     def all_reduce_sum(self, values: np.ndarray) -> np.ndarray:
-        """The element-wise sum over the data-parallel ranks, float64 in and out. Waits for all ranks.
+        """Return the element-wise sum over the data-parallel ranks, float64. Waits for all ranks.
 
-        Of ranks that share their images the one counts that computes the loss: mp's first of pp's last.
+        Of the ranks that share their images, only one contributes: mp rank 0 of the last stage, which has the loss.
         """
         if self.world_size == 1:
             return values
-        counts = self.mp_rank == 0 and self.pp_rank == self.shape.pp - 1
-        tensor = paddle.to_tensor(values if counts else np.zeros_like(values), dtype="float64")
+        contributes = self.mp_rank == 0 and self.pp_rank == self.shape.pp - 1
+        tensor = paddle.to_tensor(values if contributes else np.zeros_like(values), dtype="float64")
         dist.all_reduce(tensor)
         return tensor.numpy()
 
     def mean(self, value: float) -> float:
-        """The mean over the data-parallel ranks. Waits for all ranks."""
+        """Return the mean over the data-parallel ranks. Waits for all ranks."""
         return float(self.all_reduce_sum(np.array([value]))[0]) / self.dp_size
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether `flag` is set on any rank: what all of them must act on together. Waits for all ranks."""
+        """Return whether `flag` is set on any rank. Waits for all ranks."""
         if self.world_size == 1:
             return flag
         tensor = paddle.to_tensor([float(flag)], dtype="float64")
@@ -119,172 +119,137 @@ class Mesh:
         return bool(tensor.numpy()[0] > 0)
 
     def first_non_none(self, value: Any) -> Any:
-        """Of what ranks bring that isn't None, the first, the same on all of them; what JSON can hold.
+        """Return the first value of all ranks' that isn't None, the same on every rank. Values must be JSON.
 
-        Waits for all ranks, but not for the device, and for ranks that are late as long as they take.
+        Waits for all ranks, for any length of time, but not for the device.
         """
         return _host_group.first_non_none(value, self.rank, self.world_size)
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """What each rank brings, rank 0's first, the same list on all of them; waits as `first` does."""
+        """Return every rank's value, rank 0's first, the same list on all ranks. Waits like `first_non_none`."""
         return _host_group.all_gather_object(value, self.rank, self.world_size)
 
     def barrier(self) -> None:
-        """Returns when every rank has come here."""
+        """Wait until every rank has called this."""
         self.any_rank(False)
 
 
 def rank_and_world_size(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """As the launcher told this process; before, and without, importing anything heavy or connecting."""
+    """Return what the launcher set for this process. Imports and connects nothing."""
     return int(environ.get("PADDLE_TRAINER_ID", "0")), int(environ.get("PADDLE_TRAINERS_NUM", "1"))
 
 
 def choose_device(device: str) -> str:
-    """cpu or gpu for the config's `device`. Raises ConfigError where a card is asked for and there is none."""
-    has_card = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
+    """Resolve the config's `device` to cpu or gpu. Raises ConfigError for gpu on a machine without one."""
+    has_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
     if device == "auto":
-        return "gpu" if has_card else "cpu"
-    if device == "gpu" and not has_card:
+        return "gpu" if has_gpu else "cpu"
+    if device == "gpu" and not has_gpu:
         raise ConfigError(
-            "device = 'gpu': this machine has no card, or the CPU build of Paddle; set device=cpu (or auto), "
+            "device = 'gpu': this machine has no GPU, or Paddle's CPU build is installed; set device=cpu (or auto), "
             "or install the GPU build with VIT_STATIC_DEVICE=gpu ./run.sh setup"
         )
     return device
 
 
 def num_micro_batches(parallel: ParallelConfig) -> int:
-    """The parts that a rank's batch is computed in, one after the other: what `grad_accum_steps` says, but a pipeline
-    gets at least one for each of its stages."""
+    """Return the number of micro-batches per step and rank: `grad_accum_steps`, or if that is 1, one per stage."""
     return parallel.grad_accum_steps if parallel.grad_accum_steps > 1 else parallel.pp
 
 
 def resolve_mesh(parallel: ParallelConfig, world_size: int, global_batch_size: int, variant: Variant) -> MeshShape:
-    """The mesh's sizes. Raises ConfigError, before anything is built, with the reason and the nearest that can be."""
-    rest = parallel.mp * parallel.pp
-    dp = max(world_size // rest, 1) if parallel.dp == "auto" else parallel.dp
-    sizes = MeshShape(dp, parallel.mp, parallel.pp)
-    reason = why_invalid(parallel, sizes, world_size, global_batch_size, variant)
-    if reason is None:
-        return sizes
-    raise ConfigError(f"{reason}; {_remedy(parallel, sizes, world_size, global_batch_size, variant)}")
+    """Return the shape of the config's mesh, with `dp` computed if it is auto.
+
+    Raises ConfigError, before anything is built, if this mesh can't train the model.
+    """
+    dp = max(world_size // (parallel.mp * parallel.pp), 1) if parallel.dp == "auto" else parallel.dp
+    mesh_shape = MeshShape(dp, parallel.mp, parallel.pp)
+    reason = why_invalid(parallel, mesh_shape, world_size, global_batch_size, variant)
+    if reason is not None:
+        raise ConfigError(reason)
+    return mesh_shape
 
 
 def why_invalid(
-    parallel: ParallelConfig, sizes: MeshShape, world_size: int, global_batch_size: int, variant: Variant
+    parallel: ParallelConfig, shape: MeshShape, world_size: int, global_batch_size: int, variant: Variant
 ) -> str | None:
-    """Why these sizes can't be, or None where they can."""
-    if sizes.world != world_size:
-        key = "dp" if parallel.dp != "auto" else "mp" if sizes.mp > 1 else "pp"
-        size = getattr(sizes, key)
-        return f"parallel.{key} = {size}: {sizes} is a mesh of {sizes.world} processes, and there are {world_size}"
-    for name, size in (("num_heads", variant.num_heads), ("mlp_dim", variant.mlp_dim)):
-        if size % sizes.mp:
-            return f"parallel.mp = {sizes.mp}: doesn't divide the model's {name} of {size}"
-    if sizes.pp > variant.depth:
-        return f"parallel.pp = {sizes.pp}: the model has only {variant.depth} blocks"
-    micro_batches = num_micro_batches(parallel.model_copy(update={"pp": sizes.pp}))
-    parts = sizes.dp * micro_batches
-    if global_batch_size % parts:
+    """Return why a mesh can't train the model and what to change, or None if it can."""
+    if variant.num_heads % shape.mp or variant.mlp_dim % shape.mp:
         return (
-            f"data.global_batch_size = {global_batch_size}: {sizes.dp} data-parallel ranks x {micro_batches} "
-            "micro-batches don't divide it"
+            f"parallel.mp = {shape.mp}: must divide the model's num_heads of {variant.num_heads} and mlp_dim of "
+            f"{variant.mlp_dim}; set it to {_one_of(divisors(math.gcd(variant.num_heads, variant.mlp_dim)))}"
+        )
+    if shape.pp > variant.depth:
+        return f"parallel.pp = {shape.pp}: the model has only {variant.depth} blocks; set it to {variant.depth} or less"
+    micro_batches = num_micro_batches(parallel.model_copy(update={"pp": shape.pp}))
+    num_parts = shape.dp * micro_batches
+    if global_batch_size % num_parts:
+        nearest = max(round(global_batch_size / num_parts), 1) * num_parts
+        return (
+            f"data.global_batch_size = {global_batch_size}: can't be divided by {shape.dp} data-parallel ranks x "
+            f"{micro_batches} micro-batches; set data.global_batch_size={nearest}"
+        )
+    if shape.world_size != world_size:
+        return (
+            f"parallel.dp = {parallel.dp}, mp = {shape.mp}, pp = {shape.pp}: this mesh needs {shape.world_size} "
+            f"processes, and the run has {world_size}; start {shape.world_size} (NPROC={shape.world_size} on one "
+            f"machine), or choose dp, mp and pp whose product is {world_size}"
         )
     return None
 
 
+def divisors(number: int) -> list[int]:
+    """Return all divisors, in ascending order."""
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def _one_of(numbers: list[int]) -> str:
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 def all_mesh_shapes(world_size: int) -> Iterator[MeshShape]:
-    """Every way to write the world as dp x mp x pp."""
-    divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
-    for mp in divisors:
-        for pp in divisors:
-            if world_size % (mp * pp) == 0:
-                yield MeshShape(world_size // (mp * pp), mp, pp)
+    """Yield every way to write `world_size` as dp x mp x pp."""
+    for mp in divisors(world_size):
+        for pp in divisors(world_size // mp):
+            yield MeshShape(world_size // (mp * pp), mp, pp)
 
 
-def nearest_mesh(
-    parallel: ParallelConfig, wanted: MeshShape, world_size: int, global_batch_size: int, variant: Variant
-) -> MeshShape | None:
-    """Of the meshes that can be, the one whose mp and pp are nearest, by their ratios, to the wanted ones."""
+def start_mesh(mesh_shape: MeshShape, device: str) -> Mesh:
+    """Connect to the other processes, if there are any (NCCL on GPUs, gloo on CPUs), and return the mesh of them all.
 
-    def distance(sizes: MeshShape) -> float:
-        return abs(math.log(sizes.mp / wanted.mp)) + abs(math.log(sizes.pp / wanted.pp))
-
-    can_be = [
-        sizes
-        for sizes in all_mesh_shapes(world_size)
-        if why_invalid(parallel, sizes, world_size, global_batch_size, variant) is None
-    ]
-    return min(can_be, key=distance, default=None)
-
-
-def _remedy(
-    parallel: ParallelConfig, wanted: MeshShape, world_size: int, global_batch_size: int, variant: Variant
-) -> str:
-    near = nearest_mesh(parallel, wanted, world_size, global_batch_size, variant)
-    if wanted.world != world_size and why_invalid(parallel, wanted, wanted.world, global_batch_size, variant) is None:
-        start = f"start {wanted.world} (NPROC={wanted.world} on one machine)"
-        return f"{start}, or take the nearest mesh of {world_size}: {near}" if near else start
-    parts = wanted.dp * num_micro_batches(parallel)
-    batch = max(parts, round(global_batch_size / parts) * parts)
-    if wanted.world == world_size and why_invalid(parallel, wanted, world_size, batch, variant) is None:
-        return f"data.global_batch_size={batch} would do" + (f", or the mesh {near}" if near else "")
-    if near is None:
-        others = _others(parallel, wanted, global_batch_size, variant)
-        of_others = "; ".join(f"{sizes} of {sizes.world} processes" for sizes in others)
-        none = f"no mesh of {world_size} processes can be"
-        return f"{none}, but {of_others}" if others else f"{none}; change the batch or the model"
-    return f"the nearest mesh that can be is {near}"
-
-
-def _others(parallel: ParallelConfig, wanted: MeshShape, global_batch_size: int, variant: Variant) -> list[MeshShape]:
-    """The three meshes nearest to the wanted one that other numbers of processes could be."""
-
-    def distance(sizes: MeshShape) -> float:
-        pairs = ((sizes.dp, wanted.dp), (sizes.mp, wanted.mp), (sizes.pp, wanted.pp))
-        return sum(abs(math.log(size / other)) for size, other in pairs)
-
-    tried = [
-        MeshShape(dp, mp, pp)
-        for dp in {wanted.dp, max(wanted.dp - 1, 1), wanted.dp + 1}
-        for mp in range(1, 2 * wanted.mp + 1)
-        for pp in range(1, 2 * wanted.pp + 1)
-    ]
-    can_be = [sizes for sizes in tried if why_invalid(parallel, sizes, sizes.world, global_batch_size, variant) is None]
-    return sorted(can_be, key=distance)[:3]
-
-
-def start_mesh(sizes: MeshShape, device: str) -> Mesh:
-    """Joins the other processes, if there are any: NCCL on cards, gloo on CPUs. `sizes` are of the whole world."""
+    `device` is the config's. Raises ConfigError if this machine doesn't have it.
+    """
     rank, world_size = rank_and_world_size()
     device = choose_device(device)
     paddle.set_device(f"gpu:{dist.ParallelEnv().device_id}" if device == "gpu" else "cpu")
-    os.environ.pop("POD_NAME", None)  # a launcher's; it would make DistModel start `fleet`, which isn't used
+    os.environ.pop("POD_NAME", None)  # set by launchers; it would make DistModel start `fleet`, which isn't used here
     if world_size > 1:
         if device == "cpu":
             os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"
             gloo.install()
-        with redirect_stderr(io.StringIO()):  # a table of the flags that runtime.py has set
+        with redirect_stderr(io.StringIO()):  # Paddle prints a table of the flags that common/startup.py has set
             dist.init_parallel_env()
     device_id = paddle.device.cuda.current_device() if device == "gpu" else None
-    return make_mesh(rank, sizes, device, device_id)
+    return make_mesh(rank, mesh_shape, device, device_id)
 
 
-def make_mesh(rank: int, sizes: MeshShape, device: str, device_id: int | None = None) -> Mesh:
-    """The mesh of these sizes, and Paddle told of it; connects nothing."""
-    axes = {"pp": sizes.pp, "dp": sizes.dp, "mp": sizes.mp}
-    kept = {axis: size for axis, size in axes.items() if size > 1 or axis == "dp"}
-    ranks = np.arange(sizes.world).reshape(list(kept.values()))
-    process_mesh = dist.ProcessMesh(ranks.tolist(), dim_names=list(kept))
+def make_mesh(rank: int, mesh_shape: MeshShape, device: str, device_id: int | None = None) -> Mesh:
+    """Create the mesh as seen by `rank`, and make it Paddle's global mesh. Connects nothing."""
+    sizes = {"pp": mesh_shape.pp, "dp": mesh_shape.dp, "mp": mesh_shape.mp}
+    axes = [axis for axis, size in sizes.items() if size > 1 or axis == "dp"]
+    ranks = np.arange(mesh_shape.world_size).reshape([sizes[axis] for axis in axes])
+    process_mesh = dist.ProcessMesh(ranks.tolist(), dim_names=axes)
     dist.auto_parallel.set_mesh(process_mesh)
-    return Mesh(rank, sizes, device, device_id, process_mesh)
+    return Mesh(rank, mesh_shape, device, device_id, process_mesh)
 
 
 def seed_everything(seed: int) -> None:
-    """Paddle's and NumPy's generators, for the fresh weights: the same ones on every rank."""
+    """Seed the generators of Paddle and NumPy, from which the initial weights are drawn: the same on every rank."""
     paddle.seed(seed)
     np.random.seed(seed)
 
 
 def device_name(mesh: Mesh) -> str:
-    """The card's name as its driver says it, or 'cpu'."""
+    """Return the GPU's name as its driver reports it, or cpu."""
     return "cpu" if mesh.device == "cpu" else str(paddle.device.cuda.get_device_name(mesh.device_id))

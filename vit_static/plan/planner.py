@@ -16,7 +16,7 @@ from typing import Any
 import paddle
 
 from vit_static.common.errors import ConfigError
-from vit_static.common.hardware import DEVICES, GPUS_PER_NODE, INTERCONNECTS, RESERVED_BYTES, peak_flops
+from vit_static.common.hardware import GPUS, GPUS_PER_NODE, INTERCONNECTS, RESERVED_BYTES
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config, ParallelConfig
 from vit_static.model import flops
@@ -52,9 +52,9 @@ _LARGEST_WORLD = 2**16
 class Place:
     """What the mesh would stand on."""
 
-    device: str  # a name of devices.DEVICES
-    interconnect: str  # of devices.INTERCONNECTS
-    cards_a_node: int = GPUS_PER_NODE
+    device: str  # a name of hardware.GPUS
+    interconnect: str  # a name of hardware.INTERCONNECTS
+    gpus_per_node: int = GPUS_PER_NODE
 
 
 @dataclass(frozen=True)
@@ -83,19 +83,17 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.memory + RESERVED_BYTES <= DEVICES[self.place.device].memory
+        return self.memory + RESERVED_BYTES <= GPUS[self.place.device].memory
 
     @property
     def peak_flops(self) -> float:
-        """Of one card, in the precision's dtype."""
-        peak = peak_flops(DEVICES[self.place.device].card, self.dtype)
-        assert peak is not None
-        return peak
+        """Of one GPU, in the precision's dtype."""
+        return GPUS[self.place.device].peak_flops[self.dtype]
 
     @property
     def compute_seconds(self) -> float:
         """Of a step: every operator by the slower of its products and its memory; a pipeline's filling and draining."""
-        device = DEVICES[self.place.device]
+        device = GPUS[self.place.device]
         filling = (self.num_micro_batches + self.mesh_shape.pp - 1) / self.num_micro_batches
         return sum(
             costs.scale_costs(op.role, self.num_micro_batches)
@@ -107,8 +105,8 @@ class Plan:
     def link(self, collective: Collective) -> float:
         """Bytes a second that a rank's part of an exchange goes at: within a node, or through the network, where a
         group's ranks of a node have an adapter each, and share them."""
-        within, between = DEVICES[self.place.device].link_bandwidth, INTERCONNECTS[self.place.interconnect]
-        on_nodes = Counter(rank // self.place.cards_a_node for rank in collective.ranks)
+        within, between = GPUS[self.place.device].link_bandwidth, INTERCONNECTS[self.place.interconnect]
+        on_nodes = Counter(rank // self.place.gpus_per_node for rank in collective.ranks)
         if len(on_nodes) == 1:
             return within
         return between if collective.kind in ("send", "receive") else min(within, between * min(on_nodes.values()))
@@ -138,14 +136,14 @@ class Plan:
     @property
     def mfu(self) -> float:
         """The share of all cards' peak that the model's own operations are; what is computed again doesn't count."""
-        return self.model_flops / self.step_seconds / (self.peak_flops * self.mesh_shape.world)
+        return self.model_flops / self.step_seconds / (self.peak_flops * self.mesh_shape.world_size)
 
     def as_json(self) -> dict[str, Any]:
         found = self.costs
         table = costs.by_kind(found.collectives, self.num_micro_batches)
         return {
             "mesh": asdict(self.mesh_shape),
-            "world_size": self.mesh_shape.world,
+            "world_size": self.mesh_shape.world_size,
             "rank": self.rank,
             "sharding_stage": self.sharding_stage,
             "recompute": self.recompute,
@@ -161,7 +159,7 @@ class Plan:
                 "activations_peak_estimate": self.activations,
                 "total": self.memory,
                 "reserved": int(RESERVED_BYTES),
-                "device": int(DEVICES[self.place.device].memory),
+                "device": int(GPUS[self.place.device].memory),
             },
             "fits": self.fits,
             "collectives": [
@@ -206,19 +204,19 @@ def make_plan(config: Config, parallel: ParallelConfig, world_size: int, place: 
     """Compiles the run's program for one rank. Raises ConfigError for a mesh that can't be."""
     variant = variant_of(config.model)
     batch_size = config.data.global_batch_size
-    sizes = resolve_mesh(parallel, world_size, batch_size, variant)
+    mesh_shape = resolve_mesh(parallel, world_size, batch_size, variant)
     if not 0 <= rank < world_size:
         raise ConfigError(f"--rank {rank}: the mesh has the ranks 0 to {world_size - 1}")
     precision = choose_precision(config.amp, "gpu")
-    if peak_flops(DEVICES[place.device].card, precision.dtype) is None:
+    if precision.dtype not in GPUS[place.device].peak_flops:
         raise ConfigError(f"--device {place.device}: has no {precision.dtype}; set amp.dtype=float16, or amp.level=O0")
     micro_batches = num_micro_batches(parallel)
     with engine.fake_world(rank, world_size):
-        mesh = make_mesh(rank, sizes, "gpu")
+        mesh = make_mesh(rank, mesh_shape, "gpu")
         program = _compile(config, parallel, mesh, precision)
         found: Costs = program.costs()
     return Plan(
-        mesh_shape=sizes,
+        mesh_shape=mesh_shape,
         sharding_stage=parallel.sharding_stage,
         recompute=str(parallel.recompute),
         num_micro_batches=micro_batches,
@@ -269,14 +267,14 @@ def search_meshes(config: Config, parallel: ParallelConfig, world_size: int, pla
     """
     variant = variant_of(config.model)
     plans = []
-    for sizes in all_mesh_shapes(world_size):
-        if sizes.mp > place.cards_a_node:
+    for mesh_shape in all_mesh_shapes(world_size):
+        if mesh_shape.mp > place.gpus_per_node:
             continue
-        for stage in (0, 2, 3) if sizes.dp > 1 else (0,):
+        for stage in (0, 2, 3) if mesh_shape.dp > 1 else (0,):
             tried = parallel.model_copy(
-                update={"dp": sizes.dp, "mp": sizes.mp, "pp": sizes.pp, "sharding_stage": stage}
+                update={"dp": mesh_shape.dp, "mp": mesh_shape.mp, "pp": mesh_shape.pp, "sharding_stage": stage}
             )
-            if why_invalid(tried, sizes, world_size, config.data.global_batch_size, variant) is None:
+            if why_invalid(tried, mesh_shape, world_size, config.data.global_batch_size, variant) is None:
                 plans.append(_worst_stage(config, tried, world_size, place))
     if not plans:
         resolve_mesh(parallel, world_size, config.data.global_batch_size, variant)

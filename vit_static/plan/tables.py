@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_static.common.errors import ConfigError
-from vit_static.common.hardware import DEVICES, RESERVED_BYTES
+from vit_static.common.hardware import GPUS, RESERVED_BYTES
 from vit_static.common.io import write_json
 from vit_static.config.schema import Config
 from vit_static.plan.costs import by_kind
@@ -41,14 +41,15 @@ def plan_run(
 
 
 def describe(plan: Plan) -> list[str]:
-    found, device = plan.costs, DEVICES[plan.place.device]
+    found, device = plan.costs, GPUS[plan.place.device]
     stage = (
         f", pipeline stage {plan.rank // (plan.mesh_shape.mp * plan.mesh_shape.dp)}" if plan.mesh_shape.pp > 1 else ""
     )
     lines = [
-        f"rank {plan.rank} of {plan.mesh_shape.world}{stage}: {plan.mesh_shape}, sharding stage {plan.sharding_stage}, "
-        f"recompute {plan.recompute}; {plan.global_batch_size} images a step in {plan.num_micro_batches} micro-batches, "
-        f"{plan.dtype} on {plan.place.device}, {plan.place.interconnect} between nodes of {plan.place.cards_a_node}",
+        f"rank {plan.rank} of {plan.mesh_shape.world_size}{stage}: {plan.mesh_shape}, "
+        f"sharding stage {plan.sharding_stage}, recompute {plan.recompute}; "
+        f"{plan.global_batch_size} images per step in {plan.num_micro_batches} micro-batches, "
+        f"{plan.dtype} on {plan.place.device}, {plan.place.interconnect} between nodes of {plan.place.gpus_per_node}",
         "",
         "memory",
         f"  parameters           {_size(found.parameters)}",
@@ -90,7 +91,7 @@ def describe(plan: Plan) -> list[str]:
 
 def describe_search(plans: list[Plan]) -> list[str]:
     lines = [
-        f"{len(plans)} meshes of {plans[0].mesh_shape.world} {plans[0].place.device} can be; the best first",
+        f"{len(plans)} meshes of {plans[0].mesh_shape.world_size} {plans[0].place.device} can be; the best first",
         "  mesh                     sharding   memory a rank         step at least   images/s at most   MFU at most",
     ]
     for plan in plans:
