@@ -9,7 +9,7 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from vit_static.config.schema import InferencePrecision
-from vit_static.model.vit import Attention, Block, VisionTransformer, attention_by_matmul
+from vit_static.model.vit import Attention, Block, VisionTransformer, attend
 
 _PARTS = ("q", "k", "v")
 
@@ -93,8 +93,11 @@ class _Attention(nn.Layer):
         if only is not None:
             query = query[:, only : only + 1]
         query, key, value = (
-            part.reshape([0, 0, self.num_heads, width // self.num_heads]) for part in (query, key, value)
-        )  # [B, N, H, d]
-        x = attention_by_matmul(query, key, value, self.attention_drop)
-        # Not `flatten`: Paddle Inference's passes fuse attention only if it ends with `reshape`.
+            part.reshape([0, 0, self.num_heads, width // self.num_heads]).transpose([0, 2, 1, 3])
+            for part in (query, key, value)
+        )  # [B, H, N, d]
+        # Scaled after the transposition, and `reshape` instead of `flatten`: Paddle Inference's passes fuse only this
+        # sequence into the matrix products.
+        query = query * (width // self.num_heads) ** -0.5
+        x = attend(query, key, value, self.attention_drop).transpose([0, 2, 1, 3])  # [B, N, H, d]
         return self.proj(x.reshape([0, 0, width]))

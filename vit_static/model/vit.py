@@ -58,15 +58,21 @@ def attention_by_matmul(
     value: paddle.Tensor,
     dropout: Callable[[paddle.Tensor], paddle.Tensor],
 ) -> paddle.Tensor:
-    """Compute the same attention, softmax(q k^T / sqrt(d)) v, with separate matrix products.
-
-    `dropout` is applied to the attention weights [B, H, N, N]. The number of queries may differ from that of keys.
-    """
-    query, key, value = (x.transpose([0, 2, 1, 3]) for x in (query, key, value))  # [B, H, N, d]
-    # Scaled after the transposition: Paddle Inference fuses this order into the matrix product, and no other.
+    """Compute the same attention with separate matrix products; `dropout` is applied to the weights [B, H, N, N]."""
     query = query * query.shape[-1] ** -0.5
+    query, key, value = (x.transpose([0, 2, 1, 3]) for x in (query, key, value))  # [B, H, N, d]
+    return attend(query, key, value, dropout).transpose([0, 2, 1, 3])  # [B, N, H, d]
+
+
+def attend(
+    query: paddle.Tensor,
+    key: paddle.Tensor,
+    value: paddle.Tensor,
+    dropout: Callable[[paddle.Tensor], paddle.Tensor],
+) -> paddle.Tensor:
+    """Compute softmax(q k^T) v for heads [B, H, N, d] whose queries are scaled already; there may be fewer queries."""
     weights = F.softmax(paddle.matmul(query, key, transpose_y=True), axis=-1)  # [B, H, N, N]
-    return paddle.matmul(dropout(weights), value).transpose([0, 2, 1, 3])  # [B, N, H, d]
+    return paddle.matmul(dropout(weights), value)  # [B, H, N, d]
 
 
 def split_into_patches(images: paddle.Tensor, patch_size: int) -> paddle.Tensor:
