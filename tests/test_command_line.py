@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.command_line import run_sh, the_tests_own_environment  # noqa: F401 - a fixture
+from helpers.command_line import run_sh, use_test_environment  # noqa: F401 - a fixture
 from helpers.sets import copy_of_some
 from helpers.small import ROOT, read_state
 from PIL import Image

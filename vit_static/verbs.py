@@ -59,7 +59,7 @@ def run_export(arguments: argparse.Namespace) -> int:
         arguments.checkpoint,
         arguments.out,
         arguments.overrides,
-        averaged=arguments.ema,
+        ema=arguments.ema,
         onnx=arguments.onnx,
     )
     return EXIT_DONE
@@ -111,7 +111,7 @@ def run_visualize(arguments: argparse.Namespace) -> int:
         arguments.images,
         arguments.out,
         arguments.overrides,
-        averaged=arguments.ema,
+        ema=arguments.ema,
     )
 
 

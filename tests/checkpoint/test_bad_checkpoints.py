@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers.bad_input import Trial, card_values, cases, damaged, pytestmark  # noqa: F401
+from helpers.bad_input import Trial, cases, damaged, json_values, pytestmark  # noqa: F401
 from helpers.runs import TINY
 from hypothesis import given
 from hypothesis import strategies as st
@@ -77,7 +77,7 @@ def test_checkpoints_that_were_made_to_harm(
         places = [content, *(value for value in content.values() if isinstance(value, dict))]
         inside = data.draw(st.sampled_from(places))
         key = data.draw(st.sampled_from(sorted(inside)))
-        inside[key] = data.draw(card_values)
+        inside[key] = data.draw(json_values)
         files[name] = json.dumps(content).encode()
     else:
         files[name] = damaged(files[name], data.draw)

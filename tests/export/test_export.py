@@ -16,7 +16,9 @@ import numpy as np
 import onnxruntime
 import paddle
 import pytest
-from helpers.exported import Exported, elsewhere, written
+from helpers.exported import Exported
+from helpers.exported import in_inference_process as elsewhere
+from helpers.exported import run_export as written
 from helpers.models import KINDS, config_of, recording_model, without_recorder
 from helpers.small import read_state
 
@@ -30,7 +32,7 @@ from vit_static.export import onnx as onnx_export
 from vit_static.export.exporter import BOUNDS, compare, export_checkpoint, num_hits, spread_over
 from vit_static.export.inference_vit import InferenceModel
 from vit_static.inference.artifact import MODEL_FILE, ONNX_FILE, SPEC_FILE, WEIGHTS_FILE, read_spec
-from vit_static.inference.attention_maps import load_model
+from vit_static.inference.attention_maps import load_as_layer
 from vit_static.inference.image_io import read_pixels
 from vit_static.inference.predictor import Predictor
 from vit_static.model.vit import VisionTransformer
@@ -75,7 +77,7 @@ def test_each_precision_answers_as_the_trained_model(exported: Exported, tmp_pat
     out = tmp_path / "model"
     said, error = elsewhere(written, exported.run, out, [f"export.precision={precision}"])
     assert error is None, error
-    images = exported.validation()
+    images = exported.validation_images()
     inputs, logits = elsewhere(answers, out, images)
     model = without_recorder(export_model(exported), read_spec(exported.folder).model)
     with paddle.no_grad():
@@ -108,7 +110,7 @@ def export_model(exported: Exported) -> Any:
 def test_the_onnx_file_in_onnx_runtime(exported: Exported, tmp_path: Path) -> None:
     said, error = elsewhere(with_onnx, exported.run, tmp_path / "model")
     assert error is None and "model.onnx (float32): largest difference" in said
-    inputs, logits = elsewhere(answers, tmp_path / "model", exported.validation())
+    inputs, logits = elsewhere(answers, tmp_path / "model", exported.validation_images())
     session = onnxruntime.InferenceSession(str(tmp_path / "model" / ONNX_FILE), providers=["CPUExecutionProvider"])
     (image,) = session.get_inputs()
     assert (image.name, image.shape, image.type) == ("images", ["batch", 3, 16, 32], "tensor(float)")
@@ -128,7 +130,7 @@ def test_several_sizes_are_a_folder_each(exported: Exported, tmp_path: Path) -> 
     said, error = elsewhere(written, exported.run, out, ["export.image_sizes=[[16, 32], 24]"])
     assert error is None, error
     assert {path.name for path in out.iterdir()} == {"16x32", "24x24"} and said.count("top-1") == 2
-    images = exported.validation()[:5]
+    images = exported.validation_images()[:5]
     np.testing.assert_array_equal(
         elsewhere(answers, out / "16x32", images)[1], elsewhere(answers, exported.folder, images)[1]
     )
@@ -236,7 +238,7 @@ def test_what_is_missing_is_said_before_anything_is_done(
     monkeypatch.setitem(sys.modules, "paddle2onnx", None)
     with pytest.raises(UserError, match="paddle2onnx is not installed"):
         onnx_export.check_installed()
-    with pytest.raises(UserError, match="float16: needs a card"):
+    with pytest.raises(UserError, match="float16: needs a GPU"):
         export_checkpoint(None, exported.run, tmp_path / "model", ["export.precision=float16"])
     with pytest.raises(UserError, match=r"export\.pixels"):
         export_checkpoint(None, exported.run, tmp_path / "model", ["export.precision=int8", "export.pixels=true"])
@@ -256,8 +258,8 @@ def test_the_card_for_people(exported: Exported) -> None:
 
 def test_a_precision_runs_in_what_it_can(exported: Exported, tmp_path: Path) -> None:
     assert elsewhere(written, exported.run, tmp_path / "int8", ["export.precision=int8"])[1] is None
-    images = exported.validation()[:3]
+    images = exported.validation_images()[:3]
     with pytest.raises(PredictError, match=r"exported for int8, and does not run in float32; .*precision=float32"):
         elsewhere(answers, tmp_path / "int8", images, "float32")
-    with pytest.raises(PredictError, match="int8 can't be looked into"):
-        load_model(tmp_path / "int8")
+    with pytest.raises(PredictError, match="int8 model gives no attention"):
+        load_as_layer(tmp_path / "int8")

@@ -1,4 +1,4 @@
-"""The preprocessing inside the exported program, against DALI's and Pillow's."""
+"""Preprocessing inside the exported program, against DALI and Pillow."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
-from helpers.exported import Exported, elsewhere, written
+from helpers.exported import Exported, in_inference_process, run_export
 from helpers.sets import photo
 from PIL import Image
 
@@ -19,88 +19,93 @@ from vit_static.inference.backends import PaddleSession
 from vit_static.inference.image_io import read_pixels
 from vit_static.inference.predictor import Predictor, Preprocessor
 
-# Height, width: of photographs, smaller than the crop, of one pixel, far longer than wide
+# (height, width): photographs, images smaller than the crop, of one pixel, and far longer than wide
 SIZES = [(100, 130), (375, 500), (55, 73), (30, 20), (64, 64), (1, 50), (50, 1), (300, 2000), (5000, 3)]
 
 
-def asked(**changed: object) -> Preprocessing:
-    """Normalisation leaves grey levels as they are."""
-    plain = {"image_size": (48, 64), "resize": "short", "crop_pct": 0.875, "interpolation": "bicubic"}
-    plain |= {"antialias": True, "mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
-    return Preprocessing.model_validate(plain | changed)
+def make_preprocessing(**changed: object) -> Preprocessing:
+    """Return a preprocessing to 48x64 pixels whose normalisation keeps grey levels as they are."""
+    values = {"image_size": (48, 64), "resize": "short", "crop_pct": 0.875, "interpolation": "bicubic"}
+    values |= {"antialias": True, "mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
+    return Preprocessing.model_validate(values | changed)
 
 
-def in_program(pixels: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+def preprocess_in_program(pixels: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     layer = FromPixels(paddle.nn.Identity(), preprocessing, "softmax")
-    return layer.preprocessed(paddle.to_tensor(pixels)).numpy()
+    return layer.preprocess(paddle.to_tensor(pixels)).numpy()
 
 
 @pytest.mark.parametrize(
     ("resize", "interpolation", "antialias"),
     list(itertools.product(["short", "direct"], ["bicubic", "bilinear"], [True, False])),
 )
-def test_it_is_dalis_to_a_grey_level(resize: str, interpolation: str, antialias: bool) -> None:
-    preprocessing = asked(resize=resize, interpolation=interpolation, antialias=antialias)
+def test_it_agrees_with_dali_to_one_grey_level(resize: str, interpolation: str, antialias: bool) -> None:
+    preprocessing = make_preprocessing(resize=resize, interpolation=interpolation, antialias=antialias)
     dali = Preprocessor(preprocessing, 1)
     for seed, (height, width) in enumerate(SIZES):
         pixels = np.ascontiguousarray(np.asarray(photo(max(height, 9), max(width, 9), seed=seed))[:height, :width])
-        ours, theirs = in_program(pixels[None], preprocessing)[0], dali([pixels])[0]
-        assert ours.shape == (3, 48, 64)
-        assert np.abs(ours - theirs).max() <= 1.001 and np.abs(ours - theirs).mean() <= 0.12, (height, width)
+        result, expected = preprocess_in_program(pixels[None], preprocessing)[0], dali([pixels])[0]
+        assert result.shape == (3, 48, 64)
+        difference = np.abs(result - expected)
+        assert difference.max() <= 1.001 and difference.mean() <= 0.12, (height, width)
 
 
-def test_it_is_pillows_to_its_rounding() -> None:
+def test_it_agrees_with_pillow_to_its_rounding() -> None:
     """Pillow rounds after each of its two passes."""
     for seed, (height, width) in enumerate([(375, 500), (100, 130), (31, 20)]):
-        picture = photo(height, width, seed=seed)
-        theirs = picture.resize((64, 48), Image.Resampling.BICUBIC)
-        ours = in_program(np.asarray(picture)[None], asked(resize="direct"))[0].transpose(1, 2, 0)
-        assert np.abs(ours - np.asarray(theirs)).mean() < 0.5 and np.abs(ours - np.asarray(theirs)).max() <= 2.001
+        image = photo(height, width, seed=seed)
+        expected = np.asarray(image.resize((64, 48), Image.Resampling.BICUBIC))
+        result = preprocess_in_program(np.asarray(image)[None], make_preprocessing(resize="direct"))[0]
+        difference = np.abs(result.transpose(1, 2, 0) - expected)
+        assert difference.mean() < 0.5 and difference.max() <= 2.001
 
 
-def test_means_and_deviations_are_each_channels() -> None:
+def test_each_channel_is_normalised_with_its_mean_and_deviation() -> None:
     pixels = np.asarray(photo(60, 80, seed=1))[None]
-    plain = in_program(pixels, asked())
+    levels = preprocess_in_program(pixels, make_preprocessing())
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    changed = in_program(pixels, asked(mean=mean, std=std))
-    expected = (plain / 255 - np.reshape(mean, (1, 3, 1, 1))) / np.reshape(std, (1, 3, 1, 1))
-    np.testing.assert_allclose(changed, expected, atol=1e-5)
+    result = preprocess_in_program(pixels, make_preprocessing(mean=mean, std=std))
+    expected = (levels / 255 - np.reshape(mean, (1, 3, 1, 1))) / np.reshape(std, (1, 3, 1, 1))
+    np.testing.assert_allclose(result, expected, atol=1e-5)
 
 
-def shares_of(folder: Path, paths: list[Path]) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
-    """Of the program with the preprocessing, one image at a time and three copies at once, and of the one without."""
+def predict_both_ways(folder: Path, paths: list[Path]) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
+    """Return probabilities by the program with preprocessing and by the one without, and the shape of its features.
+
+    The program with preprocessing must give the same for an image alone and for a batch of three copies.
+    """
     precision = read_spec(folder).precision
     program = PaddleSession(folder / PIXELS_FILE, folder / WEIGHTS_FILE, 2, precision=precision)
-    found, features = [], None
+    rows, features = [], None
     for path in paths:
         pixels = read_pixels(path)
-        (one,) = program.outputs(pixels[None])[0].copy_to_cpu()
-        shares, features = program.outputs(np.stack([pixels] * 3))
-        np.testing.assert_allclose(shares.copy_to_cpu(), [one] * 3, atol=2e-3 if precision == "bfloat16" else 1e-5)
-        found.append(one)
+        (row,) = program.outputs(pixels[None])[0].copy_to_cpu()
+        batch_rows, features = program.outputs(np.stack([pixels] * 3))
+        np.testing.assert_allclose(batch_rows.copy_to_cpu(), [row] * 3, atol=2e-3 if precision == "bfloat16" else 1e-5)
+        rows.append(row)
     assert features is not None
-    return np.stack(found), Predictor(folder).probabilities(paths), tuple(features.copy_to_cpu().shape)
+    return np.stack(rows), Predictor(folder).probabilities(paths), tuple(features.copy_to_cpu().shape)
 
 
 @pytest.mark.parametrize(
     "precision",
     ["float32", pytest.param("bfloat16", marks=pytest.mark.skipif(not cpu_has_bfloat16(), reason="no bfloat16 here"))],
 )
-def test_the_exported_program_answers_as_the_one_without_it(exported: Exported, tmp_path: Path, precision: str) -> None:
-    said, error = elsewhere(
-        written, exported.run, tmp_path / "model", ["export.pixels=true", f"export.precision={precision}"]
+def test_programs_with_and_without_preprocessing_agree(exported: Exported, tmp_path: Path, precision: str) -> None:
+    output, error = in_inference_process(
+        run_export, exported.run, tmp_path / "model", ["export.pixels=true", f"export.precision={precision}"]
     )
     assert error is None, error
-    assert f"pixels.json ({precision}): largest difference of a probability from the trained model's" in said
-    card = read_spec(tmp_path / "model")
-    assert set(card.comparisons) == {MODEL_FILE, PIXELS_FILE} and PIXELS_FILE in card.files
+    assert f"pixels.json ({precision}): largest difference of a probability from the trained model's" in output
+    spec = read_spec(tmp_path / "model")
+    assert set(spec.comparisons) == {MODEL_FILE, PIXELS_FILE} and PIXELS_FILE in spec.files
     assert not (tmp_path / "model" / "pixels.pdiparams").exists()
     assert "`pixels` [B, height, width, 3] uint8" in (tmp_path / "model/MODEL_CARD.md").read_text()
-    paths = exported.validation()[:3]
-    for number, (height, width) in enumerate([(40, 90), (200, 31), (12, 12)]):
-        photo(height, width, seed=number).save(tmp_path / f"{number}.png")
-        paths.append(tmp_path / f"{number}.png")
-    found, expected, shape = elsewhere(shares_of, tmp_path / "model", paths)
-    np.testing.assert_allclose(found.sum(axis=1), 1.0, atol=1e-5)
-    np.testing.assert_allclose(found, expected, atol=0.01)
-    assert shape == (3, 32)
+    paths = exported.validation_images()[:3]
+    for seed, (height, width) in enumerate([(40, 90), (200, 31), (12, 12)]):
+        photo(height, width, seed=seed).save(tmp_path / f"{seed}.png")
+        paths.append(tmp_path / f"{seed}.png")
+    probabilities, expected, features_shape = in_inference_process(predict_both_ways, tmp_path / "model", paths)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, atol=1e-5)
+    np.testing.assert_allclose(probabilities, expected, atol=0.01)
+    assert features_shape == (3, 32)

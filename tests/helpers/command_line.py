@@ -1,4 +1,4 @@
-"""run.sh as people call it, in the environment that runs the tests."""
+"""run.sh as a subprocess, in the environment that runs the tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from helpers.small import ROOT
 
 
 def run_sh(*arguments: object, cwd: Path, timeout: float = 240, **environ: str) -> subprocess.CompletedProcess[str]:
-    """run.sh in the environment that runs the tests, so that it installs nothing."""
+    """Call run.sh in the environment that runs the tests, so that it installs nothing."""
     return subprocess.run(
         [ROOT / "run.sh", *map(str, arguments)],
         cwd=cwd,
@@ -27,11 +27,11 @@ def run_sh(*arguments: object, cwd: Path, timeout: float = 240, **environ: str) 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def the_tests_own_environment() -> Iterator[None]:
-    """run.sh takes the active environment: this one, marked as set up, as it is where run.sh started the tests."""
+def use_test_environment() -> Iterator[None]:
+    """Make run.sh use the environment that runs the tests, provided that run.sh has set it up."""
     with pytest.MonkeyPatch.context() as patch:
         if not (Path(sys.prefix) / ".vit_static-setup").is_file():
-            pytest.fail("run the tests with ./run.sh test: these start run.sh, which would set this environment up")
+            pytest.fail("run.sh would set this environment up again; run the tests with ./run.sh test")
         if Path(sys.prefix) != ROOT / ".venv":
             patch.setenv("VIRTUAL_ENV", sys.prefix)
         patch.setenv("VIT_STATIC_DEVICE", os.environ.get("VIT_STATIC_DEVICE", "cpu"))

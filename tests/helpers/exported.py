@@ -1,4 +1,4 @@
-"""A small trained model, exported, for the tests of `predict` and `serve`."""
+"""A small trained and exported model, and a process in which Paddle Inference can open exported models."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+import vit_static
 from helpers.runs import TINY
 from vit_static.common.errors import ExportError, UserError
 from vit_static.common.startup import prepare_process
@@ -22,51 +23,52 @@ from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
 from vit_static.export.exporter import export_checkpoint
 from vit_static.inference.predict import predict_images
-from vit_static.inference.predictor import Prediction, Predictor, load_predictor
+from vit_static.inference.predictor import Prediction, Predictor
 from vit_static.train.trainer import train
 
 
 class Exported(NamedTuple):
-    """What `export` wrote, the run that it is of, and the images."""
+    """The exported model's folder, the folder of its run, and its data set."""
 
     folder: Path
     run: Path
     digits: Path
 
-    def validation(self) -> list[Path]:
+    def validation_images(self) -> list[Path]:
         return sorted((self.digits / "val").glob("*/*"))
 
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory, small_digits: Path) -> Exported:
+    """Train a small model on digits for images of 16x32, and export it in float32."""
     base = tmp_path_factory.mktemp("exported")
     (base / "tiny.yaml").write_text(TINY)
     overrides = [f"data.root={small_digits}", f"output_dir={base}", "model.image_size=[16,32]", "optim.lr=3e-3"]
     config = load_config(base / "tiny.yaml", overrides)
     assert train(config)
-    elsewhere(export_checkpoint, None, config.run_dir, base / "model", [])
+    in_inference_process(export_checkpoint, None, config.run_dir, base / "model", [])
     return Exported(base / "model", config.run_dir, small_digits)
 
 
 @functools.cache
-def _process() -> ProcessPoolExecutor:
-    """One that trains nothing: Paddle Inference opens no program after that (cpu_kernels.has_operators)."""
+def _inference_process() -> ProcessPoolExecutor:
+    """Start a process that doesn't train: Paddle Inference can't open a program in one that has (backends.py)."""
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepare_process, (True,))
 
 
-def elsewhere(do: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a function of a module, in that process."""
-    return _process().submit(do, *arguments).result(timeout=120)
+def in_inference_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a module's function in the inference process and return its result."""
+    return _inference_process().submit(function, *arguments).result(timeout=120)
 
 
-def in_a_process_of_its_own(test: Callable[..., None]) -> Callable[..., None]:
-    """A test, with the fixtures' values, in a process of these tests'."""
+def runs_in_inference_process(test: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a test so that it runs, with the values of its fixtures, in the inference process."""
 
     @functools.wraps(test)
-    def sent(**fixtures: Any) -> None:
-        elsewhere(_run_test, test.__module__, test.__name__, fixtures)
+    def wrapper(**fixtures: Any) -> None:
+        in_inference_process(_run_test, test.__module__, test.__name__, fixtures)
 
-    return sent
+    return wrapper
 
 
 def _run_test(module: str, name: str, fixtures: dict[str, Any]) -> None:
@@ -74,34 +76,36 @@ def _run_test(module: str, name: str, fixtures: dict[str, Any]) -> None:
 
 
 @functools.cache
-def opened(folder: Path) -> Predictor:
-    """In that process alone."""
-    return load_predictor(str(folder))
+def open_predictor(folder: Path) -> Predictor:
+    """Open an exported model by the documented entry point, once per process."""
+    return vit_static.load(str(folder))
 
 
-def predictions(folder: Path, paths: list[Path], top_k: int = 5) -> list[Prediction]:
-    return opened(folder)(paths, top_k)
+def predict(folder: Path, paths: list[Path], top_k: int = 5) -> list[Prediction]:
+    """Return the predictions of an exported model."""
+    return open_predictor(folder)(paths, top_k)
 
 
-def features(folder: Path, paths: list[Path]) -> np.ndarray:
-    return opened(folder).features(paths)
+def compute_features(folder: Path, paths: list[Path]) -> np.ndarray:
+    """Return the features of an exported model."""
+    return open_predictor(folder).features(paths)
 
 
-def shape_of_answer(folder: Path) -> tuple[int, ...]:
-    """Of a folder that may hold anything, as far as the probabilities of an image."""
+def probabilities_shape(folder: Path) -> tuple[int, ...]:
+    """Return the shape of the probabilities for one image, from a folder that may be damaged."""
     return Predictor(folder, num_threads=1).probabilities([np.full((9, 30, 3), 99, np.uint8)]).shape
 
 
-def printed(folder: Path, images: list[Path]) -> tuple[int, str]:
-    """The exit code and the output of the verb."""
+def run_predict(folder: Path, images: list[Path]) -> tuple[int, str]:
+    """Run the verb `predict`, and return the exit code and its output."""
     with redirect_stdout(io.StringIO()) as output:
         return predict_images(folder, images, top_k=5, batch_size=4), output.getvalue()
 
 
-def written(
+def run_export(
     source: Path, out: Path, overrides: list[str], config: Config | None = None, **options: bool
 ) -> tuple[str, str | None]:
-    """What the verb prints, and the error that it ends with."""
+    """Run the verb `export`, and return its output and its error, with the error's class, if there is one."""
     with redirect_stdout(io.StringIO()) as output:
         try:
             export_checkpoint(config, source, out, overrides, **options)

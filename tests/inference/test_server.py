@@ -1,4 +1,4 @@
-"""The server as people run it: a process of its own, real HTTP clients, a real browser."""
+"""The server in its own process, with real HTTP clients and a real browser."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ import httpx
 import numpy as np
 import pytest
 from helpers.browser import Browser
-from helpers.command_line import run_sh, the_tests_own_environment  # noqa: F401 - a fixture
-from helpers.exported import Exported, elsewhere, predictions
+from helpers.command_line import run_sh, use_test_environment  # noqa: F401 - a fixture
+from helpers.exported import Exported, in_inference_process, predict
 from helpers.small import ROOT
 from PIL import Image
 
@@ -31,7 +31,7 @@ from vit_static.inference.server import Batcher
 
 
 class Server:
-    """`./run.sh serve` at work on a free port."""
+    """`./run.sh serve` on a free port."""
 
     def __init__(self, folder: Path, *flags: object) -> None:
         command = [ROOT / "run.sh", "serve", "--model", folder, "--port", 0, *flags]
@@ -39,38 +39,39 @@ class Server:
             list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         assert self.process.stdout is not None
-        said = self.process.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:(\d+)/", said)
-        assert found, said + self.process.communicate(timeout=30)[1]
-        self.url, self.port = found[0].rstrip("/"), int(found[1])
+        first_line = self.process.stdout.readline()
+        url = re.search(r"http://127\.0\.0\.1:(\d+)/", first_line)
+        assert url, first_line + self.process.communicate(timeout=30)[1]
+        self.url, self.port = url[0].rstrip("/"), int(url[1])
 
     def metrics(self) -> dict[str, float]:
+        """Return the value of each metric by its name and labels."""
         lines = httpx.get(f"{self.url}/metrics").text.splitlines()
         return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
 
-    def answers(self) -> dict[str, float]:
-        """Of /predict, by status."""
-        found = {
-            re.search(r'requests_total\{path="/predict",status="(.+)"', name): n for name, n in self.metrics().items()
-        }
-        return {match[1]: number for match, number in found.items() if match}
+    def num_responses(self) -> dict[str, float]:
+        """Return the number of responses of /predict by status."""
+        pattern = re.compile(r'requests_total\{path="/predict",status="(.+)"')
+        matches = ((pattern.search(name), value) for name, value in self.metrics().items())
+        return {match[1]: value for match, value in matches if match}
 
-    def wait_for_requests(self, number: int) -> None:
-        """Until so many images are under way."""
+    def wait_for_requests(self, num_requests: int) -> None:
+        """Wait until this many requests are under way."""
         deadline = time.monotonic() + 30
-        while self.metrics()["vit_static_requests_under_way"] != number:
+        while self.metrics()["vit_static_requests_under_way"] != num_requests:
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
     def stop(self) -> tuple[int, str, str]:
-        """The exit code, and what was said on stdout after the first line, and on stderr."""
+        """Interrupt the server, and return its exit code, stdout after the first line, and stderr."""
         self.process.send_signal(signal.SIGINT)
-        rest, errors = self.process.communicate(timeout=60)
-        return self.process.returncode, rest, errors
+        stdout, stderr = self.process.communicate(timeout=60)
+        return self.process.returncode, stdout, stderr
 
 
 @contextlib.contextmanager
 def serving(exported: Exported, *flags: object) -> Iterator[Server]:
+    """Run a server, and kill it if it hasn't ended by itself."""
     server = Server(exported.folder, *flags)
     try:
         yield server
@@ -88,31 +89,30 @@ def server(exported: Exported) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def expected(exported: Exported) -> dict[Path, list[dict[str, Any]]]:
-    """What `predict` says of the validation images."""
-    paths = exported.validation()
-    found = elsewhere(predictions, exported.folder, paths)
-    return {path: prediction.top() for path, prediction in zip(paths, found, strict=True)}
+    """Return the classes of the validation images as `predict` gives them."""
+    paths = exported.validation_images()
+    predictions = in_inference_process(predict, exported.folder, paths)
+    return {path: prediction.top() for path, prediction in zip(paths, predictions, strict=True)}
 
 
-def same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
-    """Within the rounding that another size of the batch may bring."""
-    shares = [[entry["probability"] for entry in top] for top in (found, expected)]
-    return [entry["class"] for entry in found] == [entry["class"] for entry in expected] and bool(
-        np.allclose(*shares, atol=2e-6)
+def is_same(top: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
+    """Compare classes, and probabilities up to the rounding that depends on the batch size."""
+    probabilities = [[entry["probability"] for entry in entries] for entries in (top, expected)]
+    return [entry["class"] for entry in top] == [entry["class"] for entry in expected] and bool(
+        np.allclose(*probabilities, atol=2e-6)
     )
 
 
-def connect(server: Server, body: bytes, sent: int, path: str = "/predict") -> socket.socket:
-    """A request of which the first `sent` bytes of the body are on their way."""
+def start_request(server: Server, body: bytes, num_bytes: int, path: str = "/predict") -> socket.socket:
+    """Send the headers of a request, and the first `num_bytes` of its body."""
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=60)
-    connection.sendall(
-        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body[:sent]
-    )
+    headers = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection.sendall(headers.encode() + body[:num_bytes])
     return connection
 
 
-def answer_on(connection: socket.socket) -> tuple[int, dict[str, str], Any]:
-    """Status, headers and JSON, from a connection that the server may leave open."""
+def receive_response(connection: socket.socket) -> tuple[int, dict[str, str], Any]:
+    """Return status, headers and JSON from a connection that the server may leave open."""
     with connection, connection.makefile("rb") as lines:
         status = int(lines.readline().split()[1])
         headers = {}
@@ -123,192 +123,193 @@ def answer_on(connection: socket.socket) -> tuple[int, dict[str, str], Any]:
 
 
 @pytest.mark.slow
-def test_an_answer_is_what_predict_says(server: Server, expected: dict[Path, list[dict[str, Any]]]) -> None:
+def test_the_response_agrees_with_predict(server: Server, expected: dict[Path, list[dict[str, Any]]]) -> None:
     for path, top in list(expected.items())[:5]:
-        answer = httpx.post(f"{server.url}/predict", content=path.read_bytes())
-        assert answer.status_code == 200 and same(answer.json()["top"], top)
+        response = httpx.post(f"{server.url}/predict", content=path.read_bytes())
+        assert response.status_code == 200 and is_same(response.json()["top"], top)
     png = io.BytesIO()
     Image.open(path).save(png, "PNG")
-    as_form = httpx.post(
+    other_type = httpx.post(
         f"{server.url}/predict?top_k=1", content=png.getvalue(), headers={"Content-Type": "text/plain"}
     )
-    assert same(as_form.json()["top"], top[:1])
+    assert is_same(other_type.json()["top"], top[:1])
     health = httpx.get(f"{server.url}/health").json()
     assert health["status"] == "ok" and health["num_classes"] == 10 and "float32" in health["runs_in"]
 
 
 def png_of(image: Image.Image, **options: Any) -> bytes:
-    written = io.BytesIO()
-    image.save(written, "PNG", **options)
-    return written.getvalue()
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **options)
+    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
-def bad(exported: Exported) -> dict[str, tuple[bytes, int, str]]:
-    """Bodies, and the status and the words with which they are refused."""
-    whole = exported.validation()[0].read_bytes()
-    program = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(program, "EPS")
+def bad_bodies(exported: Exported) -> dict[str, tuple[bytes, int, str]]:
+    """Return bodies that are refused, with the status and a part of the message."""
+    image = exported.validation_images()[0].read_bytes()
+    eps = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(eps, "EPS")
     return {
-        "truncated": (whole[: len(whole) // 2], 400, "truncated"),
-        "text": (b"This is no picture.", 400, "no known format"),
+        "truncated": (image[: len(image) // 2], 400, "truncated"),
+        "text": (b"This is no image.", 400, "unknown format"),
         "empty": (b"", 400, "empty"),
         "too large": (os.urandom(5_000_000), 413, "1000000 bytes"),
-        "a bomb": (png_of(Image.new("1", (9000, 9000))), 400, "9000x9000 pixels"),
-        "Pillow's bomb": (png_of(Image.new("1", (20000, 10000)), compress_level=9), 400, "pixels"),
-        "a program": (program.getvalue(), 400, "no known format"),
+        "large image": (png_of(Image.new("1", (9000, 9000))), 400, "9000x9000 pixels"),
+        "decompression bomb": (png_of(Image.new("1", (20000, 10000)), compress_level=9), 400, "pixels"),
+        "EPS": (eps.getvalue(), 400, "unknown format"),
     }
 
 
 @pytest.mark.slow
-def test_two_hundred_at_once_with_bad_ones_among_them(
-    server: Server, expected: dict[Path, list[dict[str, Any]]], bad: dict[str, tuple[bytes, int, str]]
+def test_200_requests_at_once_with_bad_bodies_among_them(
+    server: Server, expected: dict[Path, list[dict[str, Any]]], bad_bodies: dict[str, tuple[bytes, int, str]]
 ) -> None:
-    """Each gets its own answer, the metrics count them all, and the server is as well as before."""
-    before, batches = server.answers(), server.metrics()["vit_static_batch_size_count"]
-    slow = [connect(server, b"x" * 1000, 10) for _ in range(2)]  # and nothing more comes
+    """Each request gets the right response, the metrics count all of them, and the server stays healthy."""
+    before, num_batches = server.num_responses(), server.metrics()["vit_static_batch_size_count"]
+    stalled = [start_request(server, b"x" * 1000, 10) for _ in range(2)]
     bodies = {path: path.read_bytes() for path in expected}
-    wanted: list[tuple[str, bytes, Any]] = []
-    for number in range(198):
-        if number % 5 == 2:
-            name = list(bad)[number // 5 % len(bad)]
-            wanted.append((name, bad[name][0], bad[name][1:]))
+    requests: list[tuple[str, bytes, Any]] = []  # name, body, and the expected classes or refusal
+    for index in range(198):
+        if index % 5 == 2:
+            name = list(bad_bodies)[index // 5 % len(bad_bodies)]
+            requests.append((name, bad_bodies[name][0], bad_bodies[name][1:]))
         else:
-            path = list(bodies)[number % len(bodies)]
-            wanted.append((path.name, bodies[path], expected[path]))
+            path = list(bodies)[index % len(bodies)]
+            requests.append((path.name, bodies[path], expected[path]))
 
-    async def ask_all() -> list[httpx.Response]:
+    async def post_all() -> list[httpx.Response]:
         limits = httpx.Limits(max_connections=198)
         async with httpx.AsyncClient(limits=limits, timeout=60) as client:
-            return await asyncio.gather(*(client.post(f"{server.url}/predict", content=body) for _, body, _ in wanted))
+            return await asyncio.gather(
+                *(client.post(f"{server.url}/predict", content=body) for _, body, _ in requests)
+            )
 
-    for (name, _, want), answer in zip(wanted, asyncio.run(ask_all()), strict=True):
-        if isinstance(want, list):
-            assert answer.status_code == 200 and same(answer.json()["top"], want), name
+    for (name, _, result), response in zip(requests, asyncio.run(post_all()), strict=True):
+        if isinstance(result, list):
+            assert response.status_code == 200 and is_same(response.json()["top"], result), name
         else:
-            assert (answer.status_code, want[1] in answer.json()["error"]) == (want[0], True), (name, answer.text)
-    for connection in slow:
-        status, _, found = answer_on(connection)
-        assert status == 408 and "within 10 s" in found["error"]
+            status, message = result
+            assert (response.status_code, message in response.json()["error"]) == (status, True), (name, response.text)
+    for connection in stalled:
+        status, _, content = receive_response(connection)
+        assert status == 408 and "within 10 s" in content["error"]
 
     assert httpx.get(f"{server.url}/health").json()["status"] == "ok"
-    statuses = ["200" if isinstance(want, list) else str(want[0]) for _, _, want in wanted] + ["408", "408"]
-    added = {status: number - before.get(status, 0) for status, number in server.answers().items()}
-    assert {status: number for status, number in added.items() if number} == {
+    statuses = ["200" if isinstance(result, list) else str(result[0]) for _, _, result in requests] + ["408", "408"]
+    increase = {status: value - before.get(status, 0) for status, value in server.num_responses().items()}
+    assert {status: value for status, value in increase.items() if value} == {
         status: statuses.count(status) for status in statuses
     }
     metrics = server.metrics()
     assert metrics["vit_static_requests_under_way"] == 0
-    assert metrics["vit_static_batch_size_sum"] == server.answers()["200"]
-    assert metrics["vit_static_batch_size_count"] - batches < statuses.count("200") / 2  # they were put together
+    assert metrics["vit_static_batch_size_sum"] == server.num_responses()["200"]
+    assert metrics["vit_static_batch_size_count"] - num_batches < statuses.count("200") / 2  # batches were formed
 
 
 @pytest.mark.slow
-def test_other_mistakes_are_said_in_json(server: Server, exported: Exported) -> None:
-    image = exported.validation()[0].read_bytes()
+def test_other_mistakes_are_reported_in_json(server: Server, exported: Exported) -> None:
+    image = exported.validation_images()[0].read_bytes()
     for top_k in ("0", "-1", "many", "٣"):
-        answer = httpx.post(f"{server.url}/predict", params={"top_k": top_k}, content=image)
-        assert answer.status_code == 400 and "top_k" in answer.json()["error"]
+        response = httpx.post(f"{server.url}/predict", params={"top_k": top_k}, content=image)
+        assert response.status_code == 400 and "top_k" in response.json()["error"]
     assert httpx.get(f"{server.url}/predict").status_code == 405
     assert httpx.get(f"{server.url}/nowhere").json() == {"error": "Not Found"}
 
 
 @pytest.mark.slow
-def test_a_body_whose_size_is_not_said_is_refused_too(server: Server) -> None:
-    """As soon as it is too large; the client learns of it at the end of it, if it has one."""
+def test_a_large_body_without_a_declared_size_is_refused(server: Server) -> None:
+    """It is refused as soon as it is too large; the client sees the response when it has sent the body."""
 
-    def chunks(number: float) -> Iterator[bytes]:
-        while (number := number - 1) >= 0:
+    def chunks(num_chunks: float) -> Iterator[bytes]:
+        while (num_chunks := num_chunks - 1) >= 0:
             yield bytes(100_000)
 
-    answer = httpx.post(f"{server.url}/predict", content=chunks(30))
-    assert answer.status_code == 413 and "1000000 bytes" in answer.json()["error"]
-    before = server.answers()["413"]
-    with contextlib.suppress(httpx.TransportError):  # it is still sending when the connection ends
+    response = httpx.post(f"{server.url}/predict", content=chunks(30))
+    assert response.status_code == 413 and "1000000 bytes" in response.json()["error"]
+    before = server.num_responses()["413"]
+    with contextlib.suppress(httpx.TransportError):  # the client is still sending when the connection is closed
         assert httpx.post(f"{server.url}/predict", content=chunks(float("inf"))).status_code == 413
-    assert server.answers()["413"] == before + 1
+    assert server.num_responses()["413"] == before + 1
 
 
 @pytest.mark.slow
-def test_a_stop_loses_no_request_that_is_under_way(
-    exported: Exported, expected: dict[Path, list[dict[str, Any]]]
-) -> None:
+def test_a_stop_answers_the_requests_under_way(exported: Exported, expected: dict[Path, list[dict[str, Any]]]) -> None:
     with serving(exported, "--timeout-s", 20) as server:
         images = [(path.read_bytes(), top) for path, top in list(expected.items())[:12]]
-        connections = [connect(server, body, len(body) // 2) for body, _ in images]
+        connections = [start_request(server, body, len(body) // 2) for body, _ in images]
         server.wait_for_requests(len(images))
         server.process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + 30
-        with pytest.raises(OSError):  # no new connections
+        with pytest.raises(OSError):  # new connections are refused
             while time.monotonic() < deadline:
                 socket.create_connection(("127.0.0.1", server.port), timeout=5).close()
                 time.sleep(0.01)
         for connection, (body, _) in zip(connections, images, strict=True):
             connection.sendall(body[len(body) // 2 :])
         for connection, (_, top) in zip(connections, images, strict=True):
-            status, _, found = answer_on(connection)
-            assert status == 200 and same(found["top"], top)
-        rest, errors = server.process.communicate(timeout=60)
-        assert server.process.returncode == 75 and rest == ""
-        assert len(errors.splitlines()) == 2 and "stopped on request" in errors
+            status, _, content = receive_response(connection)
+            assert status == 200 and is_same(content["top"], top)
+        stdout, stderr = server.process.communicate(timeout=60)
+        assert server.process.returncode == 75 and stdout == ""
+        assert len(stderr.splitlines()) == 2 and "stopped on request" in stderr
 
 
 @pytest.mark.slow
-def test_too_many_and_too_late_are_503(exported: Exported) -> None:
-    """One place, and a batch that would wait longer than a request may."""
-    image = exported.validation()[0].read_bytes()
+def test_too_many_and_too_slow_requests_get_503(exported: Exported) -> None:
+    """The limit is one request, and a batch waits longer than a request may take."""
+    image = exported.validation_images()[0].read_bytes()
     with serving(exported, "--max-waiting", 1, "--timeout-s", 2, "--max-wait-ms", 60_000) as server:
-        first = connect(server, image, len(image))
+        first = start_request(server, image, len(image))
         server.wait_for_requests(1)
         refused = httpx.post(f"{server.url}/predict", content=image)
         assert refused.status_code == 503 and refused.headers["Retry-After"] == "1"
         assert "1 requests are under way" in refused.json()["error"]
-        status, headers, found = answer_on(first)
-        assert status == 503 and headers["retry-after"] == "1" and "no answer within 2 s" in found["error"]
-        code, _, errors = server.stop()
-        assert code == 75 and "Traceback" not in errors
+        status, headers, content = receive_response(first)
+        assert status == 503 and headers["retry-after"] == "1" and "no answer within 2 s" in content["error"]
+        exit_code, _, stderr = server.stop()
+        assert exit_code == 75 and "Traceback" not in stderr
 
 
 @pytest.mark.slow
-def test_a_port_that_is_taken_is_one_line(server: Server, exported: Exported, tmp_path: Path) -> None:
-    done = run_sh("serve", "--model", exported.folder, "--port", server.port, cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == ""
-    assert f"--port {server.port}" in done.stderr and len(done.stderr.splitlines()) == 1
+def test_a_port_in_use_is_reported_in_one_line(server: Server, exported: Exported, tmp_path: Path) -> None:
+    finished = run_sh("serve", "--model", exported.folder, "--port", server.port, cwd=tmp_path)
+    assert finished.returncode == 2 and finished.stdout == ""
+    assert f"--port {server.port}" in finished.stderr and len(finished.stderr.splitlines()) == 1
 
 
-def test_a_batch_is_what_waits_and_a_failure_is_its_own() -> None:
-    """The model is busy while five come: they are its next batches, of three and two."""
-    sizes, busy, go_on = [], threading.Event(), threading.Event()
+def test_waiting_inputs_form_batches_and_a_failure_stays_in_its_batch() -> None:
+    """Six inputs arrive while the function runs, and one is cancelled; the next batches have three and two."""
+    sizes, is_running, may_finish = [], threading.Event(), threading.Event()
 
     def run(inputs: np.ndarray) -> np.ndarray:
         sizes.append(len(inputs))
-        busy.set()
-        assert go_on.wait(10)
+        is_running.set()
+        assert may_finish.wait(10)
         if (inputs < 0).any():
             raise ValueError("negative")
         return 2 * inputs
 
     batcher = Batcher(run, batch_size=3, max_wait_s=0.0)
     first = batcher.submit(np.array([[0.0]]))
-    assert busy.wait(10)
-    rest = [batcher.submit(np.array([[value]])) for value in (1.0, -2.0, 3.0, 4.0, 5.0, 6.0)]
-    assert rest[4].cancel()  # its asker is gone
-    go_on.set()
+    assert is_running.wait(10)
+    waiting = [batcher.submit(np.array([[value]])) for value in (1.0, -2.0, 3.0, 4.0, 5.0, 6.0)]
+    assert waiting[4].cancel()
+    may_finish.set()
     assert first.result(10) == 0.0
-    for future in rest[:3]:
+    for future in waiting[:3]:
         with pytest.raises(ValueError, match="negative"):
             future.result(10)
-    assert [rest[3].result(10), rest[5].result(10)] == [8.0, 12.0]
+    assert [waiting[3].result(10), waiting[5].result(10)] == [8.0, 12.0]
     batcher.close()
     assert sizes == [1, 3, 2] and not batcher.is_alive()
 
 
 @pytest.mark.slow
-def test_attention_says_which_part_of_the_image_it_is_of(server: Server) -> None:
-    """16 x 32 pixels from 100 x 300: the short side to 16 / 0.875 rounded, 18, the centre cut out."""
-    found = httpx.post(f"{server.url}/attention", content=png_of(Image.new("RGB", (300, 100), "red"))).json()
-    assert np.shape(found["grid"]) == (2, 4) and np.sum(found["grid"]) == pytest.approx(1.0, abs=1e-4)
-    left, top, width, height = found["box"]
+def test_attention_gives_the_part_of_the_image_that_it_covers(server: Server) -> None:
+    """16x32 pixels of 100x300: the short side is resized to round(16 / 0.875) = 18, and the centre cropped."""
+    content = httpx.post(f"{server.url}/attention", content=png_of(Image.new("RGB", (300, 100), "red"))).json()
+    assert np.shape(content["grid"]) == (2, 4) and np.sum(content["grid"]) == pytest.approx(1.0, abs=1e-4)
+    left, top, width, height = content["box"]
     assert [width, height] == pytest.approx([32 / 54, 16 / 18])
     assert [left, top] == pytest.approx([(1 - width) / 2, (1 - height) / 2])
 
@@ -317,20 +318,20 @@ def test_attention_says_which_part_of_the_image_it_is_of(server: Server) -> None
 def browser() -> Iterator[Browser]:
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:
-        pytest.skip("no Chromium")
+        pytest.skip("Chromium is not installed")
     with Browser(program) as started:
         yield started
 
 
 @pytest.mark.slow
-def test_the_page_shows_a_dropped_images_classes_and_where_the_model_looked(
+def test_the_page_shows_the_classes_and_the_attention_of_a_dropped_image(
     server: Server, browser: Browser, exported: Exported, expected: dict[Path, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
     path, top = list(expected.items())[7]
     browser.open(f"{server.url}/")
     browser.wait_until("document.querySelector('#about').textContent.includes('10 classes')")
     browser.drop("#drop", path)
-    browser.wait_until(f"document.querySelector('#said').textContent === {json.dumps(path.name)}")
+    browser.wait_until(f"document.querySelector('#status').textContent === {json.dumps(path.name)}")
     lines = browser.evaluate("[...document.querySelectorAll('#classes li span span')].map(line => line.textContent)")
     assert lines[::2] == [entry["name"] for entry in top]
     assert [float(line.removesuffix(" %")) for line in lines[1::2]] == pytest.approx(
@@ -338,13 +339,13 @@ def test_the_page_shows_a_dropped_images_classes_and_where_the_model_looked(
     )
     widths = browser.evaluate("[...document.querySelectorAll('#classes i')].map(bar => bar.offsetWidth)")
     assert widths == sorted(widths, reverse=True) and widths[0] > widths[-1]
-    pixels = "document.querySelector('#picture').toDataURL()"
-    with_attention = browser.evaluate(pixels)
-    browser.evaluate("document.querySelector('#shown').click()")
-    assert browser.evaluate(pixels) != with_attention
+    drawn_pixels = "document.querySelector('#image').toDataURL()"
+    with_attention = browser.evaluate(drawn_pixels)
+    browser.evaluate("document.querySelector('#show-attention').click()")
+    assert browser.evaluate(drawn_pixels) != with_attention
 
     (tmp_path / "notes.txt").write_text("no image")
     browser.choose("#file", tmp_path / "notes.txt")
-    browser.wait_until("document.querySelector('#said').className === 'error'")
-    assert "can't be read as an image" in browser.evaluate("document.querySelector('#said').textContent")
-    assert browser.complaints == []
+    browser.wait_until("document.querySelector('#status').className === 'error'")
+    assert "can't be read as an image" in browser.evaluate("document.querySelector('#status').textContent")
+    assert browser.page_errors == []

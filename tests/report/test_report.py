@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from helpers.exported import elsewhere, predictions
+from helpers.exported import in_inference_process, predict
 from helpers.runs import TINY, happened, metrics
 from hypothesis import given
 from hypothesis import strategies as st
@@ -143,9 +143,9 @@ def test_a_curve_is_the_logs(finished: Finished, title: str, kind: str, key: str
 def test_confusions_are_those_of_the_exported_model(finished: Finished, small_digits: Path, tmp_path: Path) -> None:
     """Counted one by one from what Paddle Inference says of each validation image."""
     run = finished.config.run_dir
-    elsewhere(export_checkpoint, None, run, tmp_path / "model", [])
+    in_inference_process(export_checkpoint, None, run, tmp_path / "model", [])
     paths = sorted((small_digits / "val").glob("*/*"))
-    answers = elsewhere(predictions, tmp_path / "model", paths, 10)
+    answers = in_inference_process(predict, tmp_path / "model", paths, 10)
     found = ErrorAnalysis.model_validate_json((run / EVALUATION_FILE).read_bytes())
     pairs = Counter((int(path.parent.name), answer.classes[0]) for path, answer in zip(paths, answers, strict=True))
     wrong = Counter({pair: count for pair, count in pairs.items() if pair[0] != pair[1]})

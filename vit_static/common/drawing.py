@@ -1,4 +1,4 @@
-"""Drawing with NumPy and Pillow: numbers as colours, pictures beside each other with captions, a scale of the colours.
+"""Image composition with NumPy and Pillow: colormaps, heat-map overlays, grids with captions and a colour bar.
 
 A picture is an array [height, width, 3] uint8, RGB.
 """
@@ -14,123 +14,129 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vit_static.common.io import write_atomically
 
-# From dark to light with rising lightness, so that it is read alike in grey and with any eyes: place, RGB.
-_COLOURS = ((0.0, 9, 8, 36), (0.25, 84, 18, 112), (0.5, 188, 48, 88), (0.75, 244, 132, 36), (1.0, 252, 250, 174))
+# (value, R, G, B): lightness rises with the value, so the map also reads well in grey and for colour-blind readers.
+_COLORMAP = ((0.0, 9, 8, 36), (0.25, 84, 18, 112), (0.5, 188, 48, 88), (0.75, 244, 132, 36), (1.0, 252, 250, 174))
 _BACKGROUND, _INK = (255, 255, 255), (40, 40, 40)
-_FONT_SIZE, _LINE, _MARGIN = 14, 20, 12  # pixels
-_WHOLE_FROM = 3  # an image enlarged so many times shows its pixels as squares; less, and they are interpolated
+_FONT_SIZE, _LINE_HEIGHT, _MARGIN = 14, 20, 12  # pixels
+_MIN_NEAREST_FACTOR = 3  # enlarged by this factor or more, a picture shows its pixels as squares; below, it is smoothed
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-def colours(values: np.ndarray) -> np.ndarray:
-    """Values 0-1 (what lies outside is cut off), [...], to colours [..., 3] uint8: dark for 0, light for 1."""
-    places, *channels = np.array(_COLOURS).T
-    mixed = np.stack([np.interp(values, places, channel) for channel in channels], axis=-1)
-    return mixed.round().astype(np.uint8)
+def apply_colormap(values: np.ndarray) -> np.ndarray:
+    """Map values from 0 to 1, [...], to colours [..., 3] uint8, from dark to light; other values are clipped."""
+    positions, *channels = np.array(_COLORMAP).T
+    colours = np.stack([np.interp(values, positions, channel) for channel in channels], axis=-1)
+    return colours.round().astype(np.uint8)
 
 
-def squares(values: np.ndarray, side: int) -> np.ndarray:
-    """Each of [height, width, ...] as side x side pixels."""
-    return values.repeat(side, axis=0).repeat(side, axis=1)
+def enlarge_pixels(values: np.ndarray, factor: int) -> np.ndarray:
+    """Repeat each pixel of [height, width, ...] `factor` times along both axes."""
+    return values.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def scaled(picture: np.ndarray, least: int, most: int) -> np.ndarray:
-    """Enlarged by a whole factor until its shorter side has about `least` pixels; made smaller if it has over `most`.
+def fit_for_display(picture: np.ndarray, min_side: int, max_side: int) -> np.ndarray:
+    """Enlarge by an integer factor to a shorter side of about `min_side` pixels, or shrink to one of `max_side`.
 
-    A few pixels become squares, as they are what the model saw; a photo is interpolated.
+    A picture of a few pixels keeps them as squares, because they are what the model receives; a photo is interpolated.
     """
     height, width = picture.shape[:2]
-    factor = max(round(least / min(height, width)), 1)
-    if factor >= _WHOLE_FROM:
-        return squares(picture, factor)
-    scale = min(factor, most / min(height, width))
+    factor = max(round(min_side / min(height, width)), 1)
+    if factor >= _MIN_NEAREST_FACTOR:
+        return enlarge_pixels(picture, factor)
+    scale = min(factor, max_side / min(height, width))
     if scale == 1.0:
         return picture
     size = (max(round(width * scale), 1), max(round(height * scale), 1))
     return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
 
 
-def heat(picture: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Values 0-1 of patches, [rows, columns], as colours over the picture, which is made grey; light where they are 1.
+def overlay_heatmap(picture: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Blend one value per patch, [rows, columns] from 0 to 1, as colours over the picture in grey.
 
-    Between the patches' centres they are interpolated.
+    Values are interpolated between the patches' centres.
     """
-    grey = picture @ np.array([0.299, 0.587, 0.114])  # ITU-R BT.601's luma
-    return (0.3 * grey[..., None] + 0.7 * colours(_smooth(values, picture))).round().astype(np.uint8)
+    grey = picture @ np.array([0.299, 0.587, 0.114])  # luma of ITU-R BT.601
+    return (0.3 * grey[..., None] + 0.7 * apply_colormap(_upsample(values, picture))).round().astype(np.uint8)
 
 
-def darkened(picture: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The picture times values 0-1 of patches, [rows, columns], interpolated: black where they are 0."""
-    return (picture * _smooth(values, picture)[..., None]).round().astype(np.uint8)
+def darken(picture: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Multiply the picture by one value per patch, [rows, columns] from 0 to 1, interpolated: black where it is 0."""
+    return (picture * _upsample(values, picture)[..., None]).round().astype(np.uint8)
 
 
-def _smooth(values: np.ndarray, picture: np.ndarray) -> np.ndarray:
+def _upsample(values: np.ndarray, picture: np.ndarray) -> np.ndarray:
     height, width = picture.shape[:2]
     patches = Image.fromarray(values.astype(np.float32))
     return np.asarray(patches.resize((width, height), Image.Resampling.BICUBIC)).clip(0.0, 1.0)
 
 
-def sheet(
+def image_grid(
     pictures: Sequence[np.ndarray],
     captions: Sequence[str] | None,
-    columns: int,
+    num_columns: int,
     title: str,
     *,
     gap: int = _MARGIN,
-    scale: tuple[str, str] | None = None,
+    colour_bar: tuple[str, str] | None = None,
 ) -> np.ndarray:
-    """Pictures of one size in rows of `columns`, each below its caption, `gap` pixels apart; a title of one or more
-    lines above; with `scale`, to the right, the colours with the words for 0 and for 1. Captions are cut off at
-    their picture's end."""
+    """Arrange pictures of one size in rows of `num_columns`, `gap` pixels apart, each below its caption.
+
+    The title, of one or more lines, stands above. `colour_bar` adds the colormap on the right, with these labels for 0
+    and for 1. Captions are truncated to the width of a picture.
+    """
     height, width = pictures[0].shape[:2]
-    rows = -(-len(pictures) // columns)
-    line = 0 if captions is None else _LINE
+    num_rows = -(-len(pictures) // num_columns)
+    caption_height = 0 if captions is None else _LINE_HEIGHT
     font = ImageFont.load_default(_FONT_SIZE)
-    titles = title.splitlines()
-    top = _MARGIN + _LINE * len(titles)
-    inner_width = columns * (width + gap) - gap
-    inner_height = rows * (height + line + gap) - gap
-    bar = 0 if scale is None else 3 * _MARGIN + max(int(font.getlength(word)) for word in scale)
-    total_width = max(2 * _MARGIN + inner_width + bar, _MARGIN + max(int(font.getlength(row)) for row in titles) + 1)
-    canvas = Image.new("RGB", (total_width, top + inner_height + _MARGIN), _BACKGROUND)
+    title_lines = title.splitlines()
+    top = _MARGIN + _LINE_HEIGHT * len(title_lines)
+    grid_width = num_columns * (width + gap) - gap
+    grid_height = num_rows * (height + caption_height + gap) - gap
+    bar_width = 0 if colour_bar is None else 3 * _MARGIN + max(int(font.getlength(label)) for label in colour_bar)
+    title_width = _MARGIN + max(int(font.getlength(line)) for line in title_lines) + 1
+    total_width = max(2 * _MARGIN + grid_width + bar_width, title_width)
+    canvas = Image.new("RGB", (total_width, top + grid_height + _MARGIN), _BACKGROUND)
     draw = ImageDraw.Draw(canvas)
-    for number, row in enumerate(titles):
-        draw.text((_MARGIN, _MARGIN // 2 + _LINE * number), row, _INK, font)
-    for number, picture in enumerate(pictures):
-        x = _MARGIN + number % columns * (width + gap)
-        y = top + number // columns * (height + line + gap)
+    for index, line in enumerate(title_lines):
+        draw.text((_MARGIN, _MARGIN // 2 + _LINE_HEIGHT * index), line, _INK, font)
+    for index, picture in enumerate(pictures):
+        x = _MARGIN + index % num_columns * (width + gap)
+        y = top + index // num_columns * (height + caption_height + gap)
         if captions is not None:
-            draw.text((x, y), shortened(captions[number], width, font), _INK, font)
-        canvas.paste(Image.fromarray(picture), (x, y + line))
-    if scale is not None:
-        x, y = _MARGIN + inner_width + _MARGIN, top + line
-        length = inner_height - line
-        ramp = colours(np.linspace(1.0, 0.0, length))[:, None].repeat(_MARGIN, axis=1)
-        canvas.paste(Image.fromarray(ramp), (x, y))
-        draw.text((x + _MARGIN + 4, y), scale[1], _INK, font)
-        draw.text((x + _MARGIN + 4, y + length), scale[0], _INK, font, anchor="ls")
+            draw.text((x, y), truncate_to_width(captions[index], width, font), _INK, font)
+        canvas.paste(Image.fromarray(picture), (x, y + caption_height))
+    if colour_bar is not None:
+        x, y = _MARGIN + grid_width + _MARGIN, top + caption_height
+        length = grid_height - caption_height
+        bar = apply_colormap(np.linspace(1.0, 0.0, length))[:, None].repeat(_MARGIN, axis=1)
+        canvas.paste(Image.fromarray(bar), (x, y))
+        draw.text((x + _MARGIN + 4, y), colour_bar[1], _INK, font)
+        draw.text((x + _MARGIN + 4, y + length), colour_bar[0], _INK, font, anchor="ls")
     return np.asarray(canvas)
 
 
-def shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """As much of the text as `width` pixels hold."""
+def truncate_to_width(text: str, width: int, font: Font) -> str:
+    """Return as much of the text as fits into `width` pixels, with an ellipsis where something is left out."""
     while text and font.getlength(text) > width:
         text = text[:-2].rstrip() + "…" if len(text) > 2 else ""
     return text
 
 
-def thumbnail(encoded: bytes, longest: int) -> bytes:
-    """An image file made small, as a JPEG file: its longer side has at most `longest` pixels.
+def thumbnail(encoded: bytes, max_side: int) -> bytes:
+    """Shrink an image file to a JPEG file whose longer side has at most `max_side` pixels.
 
-    Raises OSError, and whatever a decoder raises of a file that is broken.
+    Raises OSError, and whatever else a decoder raises for a damaged file.
     """
     with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG", "BMP", "WEBP", "TIFF")) as image:
-        image.draft("RGB", (longest, longest))  # a JPEG needn't be decoded whole
-        image.thumbnail((longest, longest))
+        image.draft("RGB", (max_side, max_side))  # decodes a JPEG at a reduced size
+        image.thumbnail((max_side, max_side))
         file = io.BytesIO()
         image.convert("RGB").save(file, format="JPEG", quality=80)
     return file.getvalue()
 
 
 def write_png(picture: np.ndarray, path: Path) -> None:
+    """Write the picture as a PNG file, atomically."""
     with write_atomically(path) as temporary:
         Image.fromarray(picture).save(temporary, format="PNG")

@@ -34,12 +34,12 @@ from vit_static.inference.artifact import (
     WEIGHTS_FILE,
     Comparison,
     ModelSpec,
-    manifest,
+    file_records,
     spec_of,
 )
-from vit_static.inference.backends import OnnxSession, PaddleSession, check_machine, has_card
+from vit_static.inference.backends import OnnxSession, PaddleSession, check_machine, has_gpu
 from vit_static.inference.image_io import read_pixels
-from vit_static.inference.predictor import Preprocessor, probabilities_of
+from vit_static.inference.predictor import Preprocessor, to_probabilities
 from vit_static.model.variants import shape_of
 from vit_static.model.vit import VisionTransformer
 from vit_static.weights.load import init_from
@@ -79,11 +79,11 @@ def export_checkpoint(
     out: Path,
     overrides: list[str],
     *,
-    averaged: bool = False,
+    ema: bool = False,
     onnx: bool = False,
 ) -> None:
     """The verb: writes the config's files for inference and their cards into `out`, once all of them are checked."""
-    loaded = load_weights(checkpoint, averaged=averaged)
+    loaded = load_weights(checkpoint, averaged=ema)
     config = config or loaded.config_with(overrides)
     asked = config.export
     check_machine(asked.precision)
@@ -97,7 +97,7 @@ def export_checkpoint(
         raise UserError(f"{out}: is a file; --out takes a folder")
     if out.exists() and any(out.iterdir()) and not any(out.rglob(SPEC_FILE)):
         raise UserError(f"{out}: is not empty, and not an exported model; name another folder with --out")
-    paddle.set_device("gpu" if has_card() and config.device != "cpu" else "cpu")
+    paddle.set_device("gpu" if has_gpu() and config.device != "cpu" else "cpu")
     sizes = asked.image_sizes or (config.model.image_size,)
     with _replacing(out) as part:
         for size in sizes:
@@ -153,7 +153,7 @@ def _export(loaded: Weights, config: Config, images: ImageDataset, folder: Path,
         )
         if not (found.largest_difference <= found.bound and abs(difference) <= allowed + 1e-9):
             raise ExportError(f"{what}: differs from the trained model: nothing was written")
-    card = card.model_copy(update={"files": manifest(folder), "comparisons": comparisons})
+    card = card.model_copy(update={"files": file_records(folder), "comparisons": comparisons})
     (folder / SPEC_FILE).write_text(card.model_dump_json(indent=1), encoding="utf-8")
     shape, num_parameters = shape_of(config.model), sum(p.size for p in model.parameters())
     card_text = model_card.model_card_text(card, config, str(loaded.source), shape, int(num_parameters))
@@ -189,7 +189,7 @@ def write(
             with tempfile.TemporaryDirectory() as name:
                 _save(model, card, "float32", Path(name))
                 onnx_export.write_onnx(Path(name), folder / ONNX_FILE)
-    card = card.model_copy(update={"files": manifest(folder)})
+    card = card.model_copy(update={"files": file_records(folder)})
     (folder / SPEC_FILE).write_text(card.model_dump_json(indent=1), encoding="utf-8")
 
 
@@ -279,7 +279,7 @@ def compare(
                 tallies[name].add(session.run(inputs)[0], logits, labels)
             if from_pixels is not None:
                 found = np.concatenate([from_pixels.outputs(one[None])[0].copy_to_cpu() for one in pixels])
-                tallies[PIXELS_FILE].add(found, probabilities_of(logits, card.activation), labels)
+                tallies[PIXELS_FILE].add(found, to_probabilities(logits, card.activation), labels)
             bar.update(len(inputs))
     spread = float(np.sqrt(np.mean(trained.variances)))
     return {

@@ -1,4 +1,4 @@
-"""The model as it is exported: what it computes, in the form that Paddle Inference runs quickest."""
+"""The model in the form that Paddle Inference runs fastest."""
 
 from __future__ import annotations
 
@@ -11,27 +11,25 @@ from paddle import nn
 from vit_static.config.schema import InferencePrecision
 from vit_static.model.vit import Attention, Block, VisionTransformer, attend
 
-_PARTS = ("q", "k", "v")
-
 
 class InferenceModel(nn.Layer):
-    """Images [B, 3, height, width] float32 to logits [B, num_classes] and features [B, C], both float32: those of
-    `model`, whose weights these are copies of, as if in evaluation.
+    """Images [B, 3, height, width] float32 to the logits [B, num_classes] and features [B, C] of a model in evaluation.
 
-    Queries, keys and values are one product, and where the head reads the class token alone, the last block computes
-    nothing else than it. In bfloat16 and float16 weights and activations are that, the norms' factors and all after the
-    last block float32. Parameters have the names of PLSC's and timm's (`blocks.0.attn.qkv.weight`), by which
-    `predict.load_model` finds them again.
+    Both outputs are float32. The weights are copies of the model's. Queries, keys and values come from one matrix
+    product. If the head reads only the class token, the last block computes only that token. In bfloat16 and float16,
+    weights and activations have that type, except for the norms' parameters and everything after the last block, which
+    stay float32. Parameters have the names of PLSC and timm (`blocks.0.attn.qkv.weight`), by which
+    `attention_maps.load_as_layer` identifies them.
     """
 
     def __init__(self, model: VisionTransformer, dtype: InferencePrecision = "float32") -> None:
         super().__init__()
-        self.dtype, self.low = dtype, dtype != "float32"
+        self.dtype, self.is_low_precision = dtype, dtype != "float32"
         self.body = copy.deepcopy(model)
         for block in self.body.blocks:
-            block.attn = _Attention(block.attn)
+            block.attn = _FusedQkvAttention(block.attn)
         self.body.eval()
-        if self.low:
+        if self.is_low_precision:
             self.body.to(dtype=dtype)
             for layer in self.body.sublayers():
                 if isinstance(layer, nn.LayerNorm):
@@ -44,8 +42,8 @@ class InferenceModel(nn.Layer):
         x = body.embed(images.astype(self.dtype))  # [B, N, C]
         last = len(body.blocks) - 1
         for index, block in enumerate(body.blocks):
-            reads_one = index == last and body.pool == "cls"
-            x = _through(block, x, body.num_prefix_tokens - 1 if reads_one else None)
+            needs_only_class_token = index == last and body.pool == "cls"
+            x = _apply_block(block, x, body.num_prefix_tokens - 1 if needs_only_class_token else None)
         x = x.astype("float32")
         if body.pool == "cls":
             features = body.norm(x[:, 0])
@@ -57,41 +55,41 @@ class InferenceModel(nn.Layer):
         return self._in_float32(body.head, representation), features
 
     def _in_float32(self, layer: nn.Linear, x: paddle.Tensor) -> paddle.Tensor:
-        if not self.low:
+        if not self.is_low_precision:
             return layer(x)
         return F.linear(x, layer.weight.astype("float32"), layer.bias.astype("float32"))
 
 
-def _through(block: Block, x: paddle.Tensor, only: int | None) -> paddle.Tensor:
-    """A block's tokens [B, N, C]; `only`: of this one alone, [B, 1, C]."""
-    attended = block.attn(block.norm1(x), only)
-    x = block.ls1(attended) + (x if only is None else x[:, only : only + 1])
+def _apply_block(block: Block, x: paddle.Tensor, token: int | None) -> paddle.Tensor:
+    """Return the block's output for tokens [B, N, C], or for the token with this index only, [B, 1, C]."""
+    branch = block.attn(block.norm1(x), token)
+    x = block.ls1(branch) + (x if token is None else x[:, token : token + 1])
     return block.ls2(block.mlp(block.norm2(x))) + x
 
 
-class _Attention(nn.Layer):
-    """Self-attention with its three projections as one."""
+class _FusedQkvAttention(nn.Layer):
+    """Self-attention whose query, key and value projections are one linear layer."""
 
     def __init__(self, attention: Attention) -> None:
         super().__init__()
         self.num_heads = attention.num_heads
         self.width = attention.q.weight.shape[1]
-        parts = [getattr(attention, name) for name in _PARTS]
+        projections = [attention.q, attention.k, attention.v]
         has_bias = attention.q.bias is not None
         self.qkv = nn.Linear(self.width, 3 * self.width, bias_attr=None if has_bias else False)
-        self.qkv.weight.set_value(paddle.concat([part.weight for part in parts], axis=1))
+        self.qkv.weight.set_value(paddle.concat([projection.weight for projection in projections], axis=1))
         if has_bias:
-            self.qkv.bias.set_value(paddle.concat([part.bias for part in parts]))
+            self.qkv.bias.set_value(paddle.concat([projection.bias for projection in projections]))
         self.attention_drop = attention.attention_drop
         self.proj = attention.proj
 
-    def forward(self, x: paddle.Tensor, only: int | None) -> paddle.Tensor:
-        """Of tokens [B, N, C] all, or `only` one, [B, 1, C]."""
+    def forward(self, x: paddle.Tensor, token: int | None) -> paddle.Tensor:
+        """Return the output for all tokens [B, N, C], or for the token with this index only, [B, 1, C]."""
         width = self.width
         qkv = self.qkv(x)
-        query, key, value = (qkv[:, :, part * width : (part + 1) * width] for part in range(3))
-        if only is not None:
-            query = query[:, only : only + 1]
+        query, key, value = (qkv[:, :, index * width : (index + 1) * width] for index in range(3))
+        if token is not None:
+            query = query[:, token : token + 1]
         query, key, value = (
             part.reshape([0, 0, self.num_heads, width // self.num_heads]).transpose([0, 2, 1, 3])
             for part in (query, key, value)

@@ -1,4 +1,4 @@
-"""The card of an exported model for people, MODEL_CARD.md."""
+"""Model card of an exported model, MODEL_CARD.md."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from vit_static.config.schema import Config
 from vit_static.inference.artifact import MODEL_FILE, ONNX_FILE, PIXELS_FILE, SPEC_FILE, WEIGHTS_FILE, ModelSpec
 from vit_static.model import flops
 
-_MAX_NAMES = 20  # of classes, in the text
+_MAX_CLASS_NAMES = 20  # shown in the text
 
-_PADDLE = """```python
+_PADDLE_EXAMPLE = """```python
 from paddle import inference
 
 config = inference.Config("{model}", "{weights}")
-config.enable_mkldnn()  # a CPU; on a card config.enable_use_gpu(256, 0)
+config.enable_mkldnn()  # on a CPU; on a GPU: config.enable_use_gpu(256, 0)
 predictor = inference.create_predictor(config)
 images = predictor.get_input_handle("images")
 images.copy_from_cpu(batch)  # {shape} float32
@@ -20,7 +20,7 @@ predictor.run()
 logits = predictor.get_output_handle(predictor.get_output_names()[0]).copy_to_cpu()
 ```"""
 
-_ONNX = """```python
+_ONNX_EXAMPLE = """```python
 import onnxruntime
 
 session = onnxruntime.InferenceSession("{onnx}")
@@ -28,75 +28,87 @@ logits, features = session.run(["logits", "features"], {{"images": batch}})  # {
 ```"""
 
 
-def model_card_text(card: ModelSpec, config: Config, source: str, shape: flops.Shape, num_parameters: int) -> str:
-    """The whole file, in Markdown. `source`: where the weights are from."""
-    height, width = card.model.image_size
-    batch = f"[B, 3, {height}, {width}]"
+def model_card_text(spec: ModelSpec, config: Config, source: str, shape: flops.Shape, num_parameters: int) -> str:
+    """Return the model card in Markdown; `source` is the path of the weights."""
+    input_shape = "[B, 3, {}, {}]".format(*spec.model.image_size)
     parts = [
-        f"# {_plain(config.name)}",
-        f"A Vision Transformer {card.model.variant}, {shape.width} wide, {shape.depth} deep, of "
-        f"{num_parameters / 1e6:.2f} million parameters and {2 * flops.forward_macs(shape) / 1e9:.2f} GFLOP an image "
-        f"of {height}x{width} pixels, for {len(card.class_names)} classes ({_plain(_names(card.class_names))}). The "
-        f"weights: `{_plain(source)}`; the images that it was trained on: `{_plain(config.data.root)}`.",
-        "## What it does",
-        _table(
-            ["file", "precision", "top-1 %", "the trained model's", "same class %", "largest difference"],
-            [
-                [
-                    name,
-                    "float32" if name == ONNX_FILE and card.precision != "int8" else card.precision,
-                    f"{found.top1_exported:.2f}",
-                    f"{found.top1_trained:.2f}",
-                    f"{found.same_class:.2f}",
-                    f"{found.largest_difference:.1e}",
-                ]
-                for name, found in card.comparisons.items()
-            ],
-        ),
-        f"Over {max((found.num_images for found in card.comparisons.values()), default=0)} images of the validation "
-        "set. The difference is that of a logit, or where the program has the preprocessing in it of a probability, "
-        "from the trained model in float32.",
+        f"# {_escape_markdown(config.name)}",
+        _introduction(spec, config, source, shape, num_parameters),
+        "## Accuracy",
+        *_accuracy(spec),
         "## Input and output",
-        f"`images` {batch} float32, any B: RGB, {_preprocessing(card)}. Outputs: logits [B, {len(card.class_names)}], "
-        f"whose {'softmax' if card.activation == 'softmax' else 'sigmoid'} are the probabilities, and features, what "
-        "the head reads; both float32.",
+        f"`images` {input_shape} float32, any B: RGB, {_describe_preprocessing(spec)}. Outputs: logits "
+        f"[B, {len(spec.class_names)}], whose {'softmax' if spec.activation == 'softmax' else 'sigmoid'} gives the "
+        "probabilities, and features, the input of the classification head; both float32.",
     ]
-    if PIXELS_FILE in card.files:
+    if PIXELS_FILE in spec.files:
         parts.append(
-            f"`{PIXELS_FILE}` (with `{WEIGHTS_FILE}`) has all of that in itself: `pixels` [B, height, width, 3] uint8 "
-            "of any size to probabilities and features."
+            f"`{PIXELS_FILE}` (with `{WEIGHTS_FILE}`) includes the preprocessing: from `pixels` [B, height, width, 3] "
+            "uint8 of any size to probabilities and features."
         )
-    parts += ["## How to use it", "`./run.sh predict --model DIR IMAGE` or `./run.sh serve --model DIR`, or"]
-    if MODEL_FILE in card.files:
-        parts.append(_PADDLE.format(model=MODEL_FILE, weights=WEIGHTS_FILE, shape=batch))
-    if ONNX_FILE in card.files:
-        parts.append(_ONNX.format(onnx=ONNX_FILE, shape=batch))
-    parts.append(f"The classes' names, in order, and the preprocessing stand in `{SPEC_FILE}`, for programs.")
+    parts += ["## Usage", "`./run.sh predict --model DIR IMAGE` or `./run.sh serve --model DIR`, or"]
+    if MODEL_FILE in spec.files:
+        parts.append(_PADDLE_EXAMPLE.format(model=MODEL_FILE, weights=WEIGHTS_FILE, shape=input_shape))
+    if ONNX_FILE in spec.files:
+        parts.append(_ONNX_EXAMPLE.format(onnx=ONNX_FILE, shape=input_shape))
+    parts.append(f"`{SPEC_FILE}` holds the class names, in order, and the preprocessing for programs.")
     return "\n\n".join(parts) + "\n"
 
 
-def _preprocessing(card: ModelSpec) -> str:
-    asked = card.preprocessing
-    height, width = asked.image_size
-    kernel = f"{asked.interpolation}{', antialiased' if asked.antialias else ''}"
-    if asked.resize == "direct":
+def _introduction(spec: ModelSpec, config: Config, source: str, shape: flops.Shape, num_parameters: int) -> str:
+    height, width = spec.model.image_size
+    return (
+        f"A Vision Transformer {spec.model.variant} of width {shape.width} and depth {shape.depth}, with "
+        f"{num_parameters / 1e6:.2f} million parameters and {2 * flops.forward_macs(shape) / 1e9:.2f} GFLOP per image "
+        f"of {height}x{width} pixels, for {len(spec.class_names)} classes "
+        f"({_escape_markdown(_list_names(spec.class_names))}). Weights: `{_escape_markdown(source)}`. Training images: "
+        f"`{_escape_markdown(config.data.root)}`."
+    )
+
+
+def _accuracy(spec: ModelSpec) -> list[str]:
+    """Return the table of comparisons with the trained model, and a sentence about it."""
+    rows = [
+        [
+            name,
+            "float32" if name == ONNX_FILE and spec.precision != "int8" else spec.precision,
+            f"{comparison.top1_exported:.2f}",
+            f"{comparison.top1_trained:.2f}",
+            f"{comparison.same_class:.2f}",
+            f"{comparison.largest_difference:.1e}",
+        ]
+        for name, comparison in spec.comparisons.items()
+    ]
+    num_images = max((comparison.num_images for comparison in spec.comparisons.values()), default=0)
+    return [
+        _table(["file", "precision", "top-1 %", "the trained model's", "same class %", "largest difference"], rows),
+        f"Measured on {num_images} validation images. The difference is that of a logit from the trained model's in "
+        "float32, or of a probability if the program includes the preprocessing.",
+    ]
+
+
+def _describe_preprocessing(spec: ModelSpec) -> str:
+    preprocessing = spec.preprocessing
+    height, width = preprocessing.image_size
+    kernel = f"{preprocessing.interpolation}{', antialiased' if preprocessing.antialias else ''}"
+    if preprocessing.resize == "direct":
         resized = f"resized to {height}x{width} ({kernel})"
     else:
-        least = round(height / asked.crop_pct), round(width / asked.crop_pct)
-        resized = f"resized until it covers {least[0]}x{least[1]} ({kernel}), the middle {height}x{width} cut out"
-    return f"{resized}, (pixel / 255 - {list(asked.mean)}) / {list(asked.std)}"
+        min_height, min_width = round(height / preprocessing.crop_pct), round(width / preprocessing.crop_pct)
+        resized = f"resized to cover {min_height}x{min_width} ({kernel}), cropped to the central {height}x{width}"
+    return f"{resized}, (pixel / 255 - {list(preprocessing.mean)}) / {list(preprocessing.std)}"
 
 
-def _names(names: list[str]) -> str:
-    shown = ", ".join(names[:_MAX_NAMES])
-    return shown if len(names) <= _MAX_NAMES else f"{shown}, ..."
+def _list_names(names: list[str]) -> str:
+    listed = ", ".join(names[:_MAX_CLASS_NAMES])
+    return listed if len(names) <= _MAX_CLASS_NAMES else f"{listed}, ..."
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
 
 
-def _plain(given: str) -> str:
-    """A name as text in Markdown: of a stranger's class names nothing is a link or a tag."""
-    escaped = "".join(f"\\{letter}" if letter in "\\`*_{}[]()#+!|<>~&" else letter for letter in given)
-    return " ".join(escaped.split())
+def _escape_markdown(text: str) -> str:
+    """Escape text, so that a class name from elsewhere can't contain a link or a tag."""
+    one_line = "".join(" " if letter.isspace() else letter for letter in text)
+    return "".join(f"\\{letter}" if letter in "\\`*_{}[]()#+!|<>~&" else letter for letter in one_line)

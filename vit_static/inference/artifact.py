@@ -1,4 +1,4 @@
-"""The folder that `export` writes: its files, and the card that says what they are; without Paddle."""
+"""The folder that `export` writes: its files and their description, `vit_static.json`; needs no Paddle."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ from vit_static.config.schema import (
 )
 from vit_static.data.image_set import MAX_PIXELS
 
-MODEL_FILE, WEIGHTS_FILE = "model.json", "model.pdiparams"  # Paddle Inference's
-PIXELS_FILE = "pixels.json"  # the same with its preprocessing, and the same weights
+MODEL_FILE, WEIGHTS_FILE = "model.json", "model.pdiparams"  # the program and the weights, for Paddle Inference
+PIXELS_FILE = "pixels.json"  # the program with its preprocessing; uses the same weights
 ONNX_FILE = "model.onnx"
-SPEC_FILE, MODEL_CARD_FILE = "vit_static.json", "MODEL_CARD.md"  # for programs, for people
+SPEC_FILE = "vit_static.json"  # the description for programs
+MODEL_CARD_FILE = "MODEL_CARD.md"  # the description for people
 
 REMEDY = "export it again: './run.sh export --checkpoint RUN --out DIR'"
+_NOT_EXPORTED = "no such file; --model takes a folder that './run.sh export' wrote"
 
 
 class Preprocessing(Section):
-    """How a decoded image becomes the model's input; `eval` and `data` say what the keys mean."""
+    """Preprocessing from a decoded image to the model's input; the keys mean what they mean in `eval` and `data`."""
 
     image_size: ImageSize
     resize: Literal["short", "direct"]
@@ -41,7 +43,8 @@ class Preprocessing(Section):
     mean: tuple[float, float, float]
     std: tuple[Positive, Positive, Positive]
 
-    def as_evaluation(self) -> EvalConfig:
+    def to_eval_config(self) -> EvalConfig:
+        """Return the keys that belong to the config's `eval` section."""
         return EvalConfig(
             resize=self.resize,
             crop_pct=self.crop_pct,
@@ -51,27 +54,28 @@ class Preprocessing(Section):
 
 
 class ArtifactFile(Section):
-    """What a file is known by."""
+    """Size and digest of a file, by which damage is detected."""
 
     size: Annotated[int, Field(ge=0)]  # bytes
     sha256: str
 
 
 class Comparison(Section):
-    """What `export` found when it ran the trained model, in float32, and a file of the folder on validation images."""
+    """Difference between an exported file and the trained model in float32, measured on validation images."""
 
     num_images: int
-    largest_difference: float  # of a logit
-    bound: float  # that it was held to
-    same_class: float  # per cent of the images whose likeliest class is the same
+    largest_difference: float  # of a logit; for PIXELS_FILE, of a probability
+    bound: float  # the largest difference that was allowed
+    same_class: float  # per cent of the images for which both predict the same class
     top1_trained: float  # per cent
-    top1_exported: float
+    top1_exported: float  # per cent
 
 
 class ModelSpec(Section):
-    """The small file beside the exported model: what its input and its classes are, and what its files are known by.
+    """Description of an exported model: preprocessing, classes, architecture, and a record of each file.
 
-    Paddle Inference trusts its files, and dies of a damaged one: none is given to it that isn't what was written.
+    Paddle Inference doesn't validate its files, and a damaged one ends the process. Therefore each file is compared
+    with its record before it is opened.
     """
 
     class_names: list[str]
@@ -83,9 +87,9 @@ class ModelSpec(Section):
     comparisons: dict[str, Comparison] = Field({}, description="by file")
 
     @model_validator(mode="after")
-    def _of_one_model(self) -> ModelSpec:
+    def _check_consistency(self) -> ModelSpec:
         if self.preprocessing.image_size != self.model.image_size:
-            raise ValueError("its preprocessing and its model have other image sizes")
+            raise ValueError("the image sizes of its preprocessing and its model differ")
         if math.prod(self.model.image_size) > MAX_PIXELS:
             raise ValueError(f"its images have more than {MAX_PIXELS} pixels")
         if len(self.class_names) != self.model.num_classes:
@@ -94,17 +98,18 @@ class ModelSpec(Section):
 
     @property
     def program_files(self) -> tuple[str, ...]:
-        """What predicting needs of the folder: an int8 model is ONNX Runtime's, all others are Paddle Inference's."""
+        """The files that prediction needs: an int8 model runs in ONNX Runtime, all others in Paddle Inference."""
         return (ONNX_FILE,) if self.precision == "int8" else (MODEL_FILE, WEIGHTS_FILE)
 
 
-def manifest(folder: Path) -> dict[str, ArtifactFile]:
-    """What the files of an exported model are known by, for its card."""
-    known = (MODEL_FILE, WEIGHTS_FILE, PIXELS_FILE, ONNX_FILE)
-    return {name: file_record(folder / name) for name in known if (folder / name).is_file()}
+def file_records(folder: Path) -> dict[str, ArtifactFile]:
+    """Return the records of those program files that are in `folder`, by name."""
+    names = (MODEL_FILE, WEIGHTS_FILE, PIXELS_FILE, ONNX_FILE)
+    return {name: file_record(folder / name) for name in names if (folder / name).is_file()}
 
 
 def file_record(path: Path) -> ArtifactFile:
+    """Read the file and return its record."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -113,42 +118,42 @@ def file_record(path: Path) -> ArtifactFile:
 
 
 def read_spec(folder: Path) -> ModelSpec:
-    """Raises PredictError where a file is missing, isn't what `export` writes, or isn't what it wrote."""
+    """Read an exported model's description and verify its files.
+
+    Raises PredictError if a file is missing or damaged, or if the folder isn't one that `export` wrote.
+    """
     path = folder / SPEC_FILE
     if not path.is_file():
-        sizes = sorted(inside.parent.name for inside in folder.glob(f"*/{SPEC_FILE}"))
+        sizes = sorted(file.parent.name for file in folder.glob(f"*/{SPEC_FILE}"))
         if sizes:
-            raise PredictError(f"{folder}: holds a model for each of several image sizes: {', '.join(sizes)}; name one")
-        raise PredictError(f"{path}: no such file; --model takes a folder that './run.sh export' wrote")
+            raise PredictError(f"{folder}: contains one model per image size; name one of them: {', '.join(sizes)}")
+        raise PredictError(f"{path}: {_NOT_EXPORTED}")
     try:
-        card = ModelSpec.model_validate_json(path.read_bytes())
+        spec = ModelSpec.model_validate_json(path.read_bytes())
     except ValidationError as error:
         mistake = error.errors(include_input=False, include_url=False)[0]
         if mistake["loc"] == ("files",) and mistake["type"] == "missing":
             raise PredictError(
-                f"{path}: is of an older version's export, without the sizes and digests of its files; {REMEDY}"
+                f"{path}: was written by an older version, without the sizes and digests of the files; {REMEDY}"
             ) from None
-        place = truncate(".".join(map(str, mistake["loc"]))) or "it"
-        said = truncate(mistake["msg"].removeprefix("Value error, "))
-        raise PredictError(f"{path}: is not a card of an exported model ({place}: {said}); {REMEDY}") from None
-    for name in card.program_files:
+        key = truncate(".".join(map(str, mistake["loc"]))) or "all of it"
+        reason = truncate(mistake["msg"].removeprefix("Value error, "))
+        raise PredictError(f"{path}: does not describe an exported model ({key}: {reason}); {REMEDY}") from None
+    for name in spec.program_files:
         if not (folder / name).is_file():
-            raise PredictError(f"{folder / name}: no such file; --model takes a folder that './run.sh export' wrote")
-        if name not in card.files:
+            raise PredictError(f"{folder / name}: {_NOT_EXPORTED}")
+        if name not in spec.files:
             raise PredictError(f"{path}: has no record of {name}; {REMEDY}")
-        if file_record(folder / name) != card.files[name]:
+        if file_record(folder / name) != spec.files[name]:
             raise PredictError(
-                f"{folder / name}: is damaged, or of another export than {SPEC_FILE} beside it; copy the folder again, "
-                f"or {REMEDY}"
+                f"{folder / name}: is damaged, or belongs to another export than {SPEC_FILE} beside it; copy the "
+                f"folder again, or {REMEDY}"
             )
-    return card
-
-
-pass
+    return spec
 
 
 def spec_of(config: Config, class_names: list[str]) -> ModelSpec:
-    """What the card of a config's model says, before there are files."""
+    """Return the description of the config's model, without file records."""
     return ModelSpec(
         class_names=class_names,
         preprocessing=Preprocessing(

@@ -1,7 +1,6 @@
-"""What a model looks at: attention over the image, its position embedding and its patch filters, as pictures; and the
-verb `visualize`.
+"""Attention rollout, per-head attention, position-embedding similarity and patch filters as pictures; verb `visualize`.
 
-The pictures are those of figures 6 and 7 of the ViT paper (arXiv 2010.11929). The rollout is Abnar and Zuidema's
+The pictures follow figures 6 and 7 of the ViT paper (arXiv 2010.11929). The rollout is that of Abnar and Zuidema
 (arXiv 2005.00928, section 3).
 """
 
@@ -19,34 +18,46 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from vit_static.common.drawing import colours, darkened, heat, scaled, sheet, squares, write_png
+from vit_static.common.drawing import (
+    apply_colormap,
+    darken,
+    enlarge_pixels,
+    fit_for_display,
+    image_grid,
+    overlay_heatmap,
+    write_png,
+)
 from vit_static.common.errors import PredictError, UserError
+from vit_static.common.text import say
 from vit_static.config.schema import Config, InitConfig, ModelConfig
-from vit_static.inference.artifact import MODEL_FILE, ModelSpec, Preprocessing, read_spec, spec_of
+from vit_static.inference.artifact import MODEL_FILE, SPEC_FILE, ModelSpec, Preprocessing, read_spec, spec_of
 from vit_static.inference.image_io import find_images
-from vit_static.inference.predictor import Preprocessor, batches, probabilities_of
+from vit_static.inference.predictor import Preprocessor, prefetch_batches, to_probabilities
 from vit_static.model.variants import shape_of, variant_of
 from vit_static.model.vit import AttentionFunction, Dropout, VisionTransformer, attention_by_matmul, flash_attention
 from vit_static.weights.formats import split_qkv
 from vit_static.weights.load import init_from
 from vit_static.weights.source import load_weights
 
-NUM_FILTERS, _FILTER_COLUMNS = 28, 7  # figure 7's
-_SIMILARITY_SIDE = 800  # pixels, about, of the grid of grids; more where a pixel each needs it
+MAX_FILTERS, _NUM_FILTER_COLUMNS = 28, 7  # as in figure 7
+_SIMILARITY_SIDE = 800  # pixels, about, of the similarity picture; larger if it needs one pixel per patch
 _TINY = np.finfo(np.float64).tiny
-_MAX_IMAGES, _MAX_WEIGHTS = 8, 2**26  # a batch's images, and a layer's attention weights (256 MiB)
+_MAX_BATCH_SIZE, _MAX_BATCH_WEIGHTS = 8, 2**26  # images; attention weights of a layer (256 MiB)
+# Relative to the largest logit: above float32's rounding, and far below the difference between two models.
+_MAX_DIFFERENCE = 1e-3
 
 
 class AttentionRecorder:
-    """An attention function (model.AttentionFunction) that keeps its weights, on their way through a model's layers.
+    """Attention function (`vit.AttentionFunction`) that records the weights of each layer of a model.
 
-    What it holds is of the forward passes since `clear`: see Observation. Not for several threads at once.
+    It holds the weights of the forward passes since `clear`. Not for use by several threads at once.
     """
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
+        """Forget the recorded weights."""
         self.layers: list[np.ndarray] = []
         self.last_heads = np.zeros((0, 0, 0, 0), np.float32)
 
@@ -56,24 +67,26 @@ class AttentionRecorder:
         return attention_by_matmul(query, key, value, lambda weights: dropout(self._record(weights)))
 
     def _record(self, weights: paddle.Tensor) -> paddle.Tensor:
-        """Keep attention weights [B, H, N, N] of one layer, and return them."""
+        """Record the attention weights [B, H, N, N] of one layer, and return them."""
         self.last_heads = weights.numpy()
         self.layers.append(self.last_heads.mean(axis=1))
         return weights
 
 
 @dataclass(frozen=True)
-class Observation:
-    """A forward pass: what came out, and who attended to whom. N tokens: registers, class token, patches."""
+class RecordedAttention:
+    """Logits and attention weights of a forward pass over N tokens: registers, class token, patches."""
 
     logits: np.ndarray  # [B, num_classes]
-    layers: list[np.ndarray]  # of each, the first one first, the heads' mean: [B, N queries, N keys], rows' sum 1
-    last_heads: np.ndarray  # of the last: [B, H, N queries, N keys]
+    layers: list[np.ndarray]  # first layer first: means over the heads, [B, N queries, N keys]; each row sums to 1
+    last_heads: np.ndarray  # of the last layer: [B, H, N queries, N keys]
 
 
-def observe(model: VisionTransformer, images: np.ndarray) -> Observation:
-    """Runs images [B, 3, height, width], as the preprocessing leaves them, through a model built with an
-    AttentionRecorder. From one thread at a time."""
+def record_attention(model: VisionTransformer, images: np.ndarray) -> RecordedAttention:
+    """Run preprocessed images [B, 3, height, width] through a model built with an AttentionRecorder.
+
+    Only one thread at a time may use the model.
+    """
     recorder = model.blocks[0].attn.attention
     if not isinstance(recorder, AttentionRecorder):
         raise TypeError("the model must have been built with an AttentionRecorder as its attention")
@@ -82,94 +95,98 @@ def observe(model: VisionTransformer, images: np.ndarray) -> Observation:
     try:
         with paddle.no_grad():
             logits = model(paddle.to_tensor(images, place=paddle.CPUPlace())).numpy()
-        return Observation(logits, recorder.layers, recorder.last_heads)
+        return RecordedAttention(logits, recorder.layers, recorder.last_heads)
     finally:
         recorder.clear()
 
 
 def attention_map(model: VisionTransformer, images: np.ndarray) -> np.ndarray:
-    """How much each patch has to say in what the head reads: the rollout, [B, rows, columns] float32, sum 1 an image.
+    """Return each patch's share in what the head reads, by attention rollout: [B, rows, columns] float32, sum 1.
 
-    `images` [B, 3, height, width] float32, as the preprocessing leaves them; `model` as `load_exported` or
-    `load_checkpoint` give it. Several threads may call it with one model, if a lock lets in one at a time.
+    `images` are preprocessed, [B, 3, height, width] float32; `model` comes from `load_exported` or `load_checkpoint`.
+    Only one thread at a time may use the model.
     """
-    return map_of(model, observe(model, images))
+    return rollout_map(model, record_attention(model, images))
 
 
-def map_of(model: VisionTransformer, seen: Observation) -> np.ndarray:
-    """`attention_map` of what was seen already."""
-    found = rollout(seen.layers, _query(model, seen))[:, model.num_prefix_tokens :]
-    # A patch keeps some of itself, but a class token may in theory look at nothing but itself.
-    found = found / np.maximum(found.sum(axis=1, keepdims=True), _TINY)
-    return found.reshape(-1, *model.grid).astype(np.float32)
+def rollout_map(model: VisionTransformer, recorded: RecordedAttention) -> np.ndarray:
+    """Return `attention_map` from attention that has been recorded."""
+    shares = rollout(recorded.layers, _query_weights(model, recorded))[:, model.num_prefix_tokens :]
+    # The sum is 0 only for a class token that attends to nothing but itself in every layer.
+    shares = shares / np.maximum(shares.sum(axis=1, keepdims=True), _TINY)
+    return shares.reshape(-1, *model.grid).astype(np.float32)
 
 
-def rollout(layers: Sequence[np.ndarray], query: np.ndarray) -> np.ndarray:
-    """How the tokens of the last layer, weighed by `query` [N], are made up of those before the first: [B, N] float64.
+def rollout(layers: Sequence[np.ndarray], query_weights: np.ndarray) -> np.ndarray:
+    """Return the share of each input token in the output tokens, averaged with `query_weights` [N]: [B, N] float64.
 
-    `layers` [B, N, N] each, the first one first. The residual beside each is the identity: half of each token comes
-    from itself. The product is taken from the query's side, a vector at a time.
+    `layers` are [B, N, N] each, first layer first. The residual connection counts as the identity, so half of each
+    token comes from itself. The product is a vector times matrices, starting from the last layer.
     """
-    found = np.broadcast_to(query.astype(np.float64), layers[0].shape[:2])  # [B, N]
+    shares = np.broadcast_to(query_weights.astype(np.float64), layers[0].shape[:2])  # [B, N]
     for weights in reversed(layers):
-        found = 0.5 * found + 0.5 * np.einsum("bq,bqk->bk", found, weights)
-    return found
+        shares = 0.5 * shares + 0.5 * np.einsum("bq,bqk->bk", shares, weights)
+    return shares
 
 
-def head_maps(model: VisionTransformer, seen: Observation) -> np.ndarray:
-    """How much each head of the last layer attends to each patch, [B, H, rows, columns]; the weights themselves."""
-    weights = np.einsum("q,bhqk->bhk", _query(model, seen), seen.last_heads)
+def head_maps(model: VisionTransformer, recorded: RecordedAttention) -> np.ndarray:
+    """Return the attention weights of each head of the last layer to each patch, [B, H, rows, columns] float32."""
+    weights = np.einsum("q,bhqk->bhk", _query_weights(model, recorded), recorded.last_heads)
     return weights[..., model.num_prefix_tokens :].reshape(*weights.shape[:2], *model.grid).astype(np.float32)
 
 
-def _query(model: VisionTransformer, seen: Observation) -> np.ndarray:
-    """Which tokens' attention is asked for, [N] of sum 1: what the head reads, the class token or the patches alike.
+def _query_weights(model: VisionTransformer, recorded: RecordedAttention) -> np.ndarray:
+    """Return the weight of each token in what the head reads, [N], sum 1: the class token, or the patches equally.
 
-    A class token that no head reads (pool gap) has learned nothing in the last layer. Of both (cls_gap) it is the class
-    token, as in DINOv2's pictures.
+    With pool gap the head doesn't read the class token, so its attention in the last layer is untrained. With cls_gap,
+    which reads both, it is the class token, as in DINOv2's pictures.
     """
-    num_tokens, prefix = seen.last_heads.shape[-1], model.num_prefix_tokens
-    query = np.zeros(num_tokens)
+    num_tokens, num_prefix = recorded.last_heads.shape[-1], model.num_prefix_tokens
+    query_weights = np.zeros(num_tokens)
     if model.pool == "gap":
-        query[prefix:] = 1.0 / (num_tokens - prefix)
+        query_weights[num_prefix:] = 1.0 / (num_tokens - num_prefix)
     else:
-        query[prefix - 1] = 1.0
-    return query
+        query_weights[num_prefix - 1] = 1.0
+    return query_weights
 
 
 def position_similarity(model: VisionTransformer) -> np.ndarray:
-    """The cosine of each patch's position embedding with every other's, [rows, columns, rows, columns]; 0 for one
-    that is 0 throughout. The class token's position is left out."""
+    """Return the cosine similarity of each patch's position embedding with all others, [rows, columns, rows, columns].
+
+    It is 0 for an embedding of zeros. The class token's position is left out.
+    """
     table = model.pos_embed.numpy()[0].astype(np.float64)[-math.prod(model.grid) :]  # [rows * columns, C]
-    lengths = np.linalg.norm(table, axis=1, keepdims=True)
-    directions = table / np.where(lengths > 0.0, lengths, 1.0)
+    norms = np.linalg.norm(table, axis=1, keepdims=True)
+    directions = table / np.where(norms > 0.0, norms, 1.0)
     return (directions @ directions.T).reshape(*model.grid, *model.grid)
 
 
-def patch_filters(model: VisionTransformer, most: int = NUM_FILTERS) -> tuple[np.ndarray, np.ndarray]:
-    """The principal components of the patch embedding's filters, [K, 3, patch, patch] of length 1, and each one's share
-    of their variance, [K], the largest first.
+def patch_filters(model: VisionTransformer, max_filters: int = MAX_FILTERS) -> tuple[np.ndarray, np.ndarray]:
+    """Return the principal components of the patch embedding's filters, and each one's share of their variance.
 
-    Their signs are free: the element that is largest by its absolute value is positive. K is `most`, or as many as so
-    many filters and pixels can have.
+    The components are [K, 3, patch, patch] with norm 1, the shares [K], the largest first. K is `max_filters`, or fewer
+    if the filters have fewer components. Signs are arbitrary; here the element with the largest absolute value is
+    positive.
     """
     kernel = model.patch_embed.proj.weight.numpy().astype(np.float64)  # [C, 3, patch, patch]
     flat = kernel.reshape(len(kernel), -1)
-    _, lengths, components = np.linalg.svd(flat - flat.mean(axis=0), full_matrices=False)
-    num_found = max(min(most, len(flat) - 1, flat.shape[1]), 1)
-    components = components[:num_found]
+    _, singular_values, components = np.linalg.svd(flat - flat.mean(axis=0), full_matrices=False)
+    num_components = max(min(max_filters, len(flat) - 1, flat.shape[1]), 1)
+    components = components[:num_components]
     largest = np.take_along_axis(components, np.abs(components).argmax(axis=1)[:, None], axis=1)
-    variances = lengths**2
-    shares = variances[:num_found] / max(variances.sum(), _TINY)
-    return (components * np.sign(largest)).reshape(num_found, *kernel.shape[1:]), shares
+    variances = singular_values**2
+    shares = variances[:num_components] / max(variances.sum(), _TINY)
+    return (components * np.sign(largest)).reshape(num_components, *kernel.shape[1:]), shares
 
 
 def load_checkpoint(
-    config: Config | None, checkpoint: Path, overrides: list[str], *, averaged: bool = False
+    config: Config | None, checkpoint: Path, overrides: list[str], *, ema: bool = False
 ) -> tuple[VisionTransformer, ModelSpec]:
-    """The model of a run, a checkpoint or a file of weights, ready for `attention_map`, and what an export's card would
-    say of it. Raises WeightsError or ConfigError for what `eval` would not take either."""
-    loaded = load_weights(checkpoint, averaged=averaged)
+    """Load the model of a run, a checkpoint or a file of weights for `attention_map`, with its description.
+
+    `ema` selects the moving average of the weights. Raises WeightsError or ConfigError as the verb `eval` does.
+    """
+    loaded = load_weights(checkpoint, averaged=ema)
     config = config or loaded.config_with(overrides)
     paddle.set_device("cpu")
     model = VisionTransformer(config.model, AttentionRecorder())
@@ -178,14 +195,46 @@ def load_checkpoint(
     model.eval()
     names = loaded.class_names or []
     if len(names) != config.model.num_classes:
-        names = [str(number) for number in range(config.model.num_classes)]
+        names = [str(label) for label in range(config.model.num_classes)]
     return model, spec_of(config, names)
 
 
 def load_exported(folder: Path) -> tuple[VisionTransformer, ModelSpec]:
-    """The model of a folder that `export` wrote, ready for `attention_map`, and its card. Raises PredictError."""
+    """Load a model that `export` wrote for `attention_map`, with its description. Raises PredictError."""
     paddle.set_device("cpu")
-    return load_model(folder, AttentionRecorder()), read_spec(folder)
+    return load_as_layer(folder, AttentionRecorder()), read_spec(folder)
+
+
+def load_as_layer(folder: Path, attention: AttentionFunction = flash_attention) -> VisionTransformer:
+    """Load an exported model as a Paddle layer in float32.
+
+    Raises PredictError for an int8 model, and for a folder whose program doesn't fit its description.
+    """
+    spec = read_spec(folder)
+    if spec.precision == "int8":
+        raise PredictError(
+            f"{folder}: an int8 model gives no attention; use the run that it was exported from, or a float32 export"
+        )
+    model = VisionTransformer(spec.model, attention)
+    program = paddle.jit.load(str(folder / MODEL_FILE.removesuffix(".json")))
+    # Paddle appends a number to the name of each parameter that it loads.
+    loaded = {tensor.name.rpartition("_")[0]: tensor.astype("float32").numpy() for tensor in program.parameters()}
+    state = split_qkv(loaded)
+    for name, parameter in model.named_parameters():
+        if name not in state or list(state[name].shape) != parameter.shape:
+            raise PredictError(f"{folder}: has no parameter {name} {parameter.shape}; export the model again")
+        parameter.set_value(state[name])
+    model.eval()
+    if spec.precision != "float32":  # this machine may not be able to run the program
+        return model
+    program.eval()
+    shape = (1, 3, *spec.model.image_size)
+    noise = paddle.to_tensor(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
+    with paddle.no_grad():
+        layer_logits, program_logits = model(noise).numpy(), program(noise)[0].numpy()
+    if not np.abs(layer_logits - program_logits).max() <= _MAX_DIFFERENCE * np.abs(program_logits).max():
+        raise PredictError(f"{folder}: {MODEL_FILE} computes another model than {SPEC_FILE} describes; export it again")
+    return model
 
 
 def visualize(
@@ -196,164 +245,135 @@ def visualize(
     out: Path,
     overrides: list[str],
     *,
-    averaged: bool = False,
+    ema: bool = False,
 ) -> int:
-    """The verb: pictures of the model and of each image in `out`, a line a file and a JSON line an image on stdout.
+    """Write pictures of the model and of each image to `out`, and return the exit code.
 
-    The model is that of the export in `folder` or of `checkpoint`. An image that can't be read gets a line with `error`
-    and exit code 2 at the end; the others are still done.
+    The model is the export in `folder`, or that of `checkpoint`. On stdout there is a line per file and a JSON line per
+    image. An image that can't be read gets a line with `error`, the others are still drawn, and the exit code is 2.
     """
-    if checkpoint is None and (config is not None or overrides or averaged):
-        raise UserError("-c, -o and --ema go with --checkpoint; an exported model's config stands in its folder")
+    if checkpoint is None and (config is not None or overrides or ema):
+        raise UserError("-c, -o and --ema need --checkpoint; an exported model has its config in its folder")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; --out takes a folder")
     paths = find_images(images)
     if checkpoint is not None:
-        model, card = load_checkpoint(config, checkpoint, overrides, averaged=averaged)
+        model, spec = load_checkpoint(config, checkpoint, overrides, ema=ema)
     else:
         assert folder is not None
-        model, card = load_exported(folder)
+        model, spec = load_exported(folder)
     _write(draw_similarity(position_similarity(model)), out / "position_similarity.png")
     _write(draw_filters(*patch_filters(model)), out / "patch_filters.png")
 
-    preprocessor = Preprocessor(card.preprocessing, len(os.sched_getaffinity(0)))
-    names = zip(paths, distinct_stems(paths), strict=True)
+    preprocessor = Preprocessor(spec.preprocessing, len(os.sched_getaffinity(0)))
+    named_paths = zip(paths, unique_stems(paths), strict=True)
     num_failed = 0
-    for inputs, problems in batches(paths, _batch_size(card.model), preprocessor):
-        found = _predictions(model, card, inputs) if len(inputs) else iter(())
-        for problem in problems:
-            path, name = next(names)
-            if problem is not None:
+    for inputs, errors in prefetch_batches(paths, _batch_size(spec.model), preprocessor):
+        results = _explain(model, spec, inputs) if len(inputs) else iter(())
+        for error in errors:
+            path, stem = next(named_paths)
+            if error is not None:
                 num_failed += 1
-                print(json.dumps({"path": str(path), "error": str(problem)}))
+                print(json.dumps({"path": str(path), "error": str(error)}))
                 continue
-            answer = next(found)
-            title = f"{name}: {answer.class_name}, {100.0 * answer.probability:.1f} %"
-            _write(draw_rollout(answer.picture, answer.rolled, title), out / f"{name}_rollout.png")
-            _write(draw_heads(answer.picture, answer.heads, title), out / f"{name}_heads.png")
-            top = {"class": answer.label, "name": answer.class_name, "probability": round(answer.probability, 6)}
+            result = next(results)
+            title = f"{stem}: {result.class_name}, {100.0 * result.probability:.1f} %"
+            _write(draw_rollout(result.pixels, result.rollout, title), out / f"{stem}_rollout.png")
+            _write(draw_heads(result.pixels, result.heads, title), out / f"{stem}_heads.png")
+            top = {"class": result.label, "name": result.class_name, "probability": round(result.probability, 6)}
             print(json.dumps({"path": str(path), "top": [top]}, ensure_ascii=False))
     sys.stdout.flush()
     if num_failed:
-        print(f"vit_static: {num_failed} images could not be read; their lines say why", file=sys.stderr)
+        say(f"{num_failed} images could not be read; their lines give the reason")
     return 2 if num_failed else 0
 
 
 def _batch_size(config: ModelConfig) -> int:
-    """As many images as memory is meant for: at 518 pixels a B/14's attention is 90 MB an image and layer."""
-    a_layer = variant_of(config).num_heads * shape_of(config).num_tokens ** 2
-    return min(max(_MAX_WEIGHTS // a_layer, 1), _MAX_IMAGES)
+    """Return how many images fit into memory: for a B/14 at 518 pixels, a layer's attention is 90 MB per image."""
+    weights_per_image = variant_of(config).num_heads * shape_of(config).num_tokens ** 2
+    return min(max(_MAX_BATCH_WEIGHTS // weights_per_image, 1), _MAX_BATCH_SIZE)
 
 
-def distinct_stems(paths: Sequence[Path]) -> list[str]:
-    """The files' names without their endings, in the same order; a second `cat` is `cat_2`."""
-    stems: dict[str, None] = {}  # in their order
+def unique_stems(paths: Sequence[Path]) -> list[str]:
+    """Return the file names without their suffixes, in the same order; a second `cat` is `cat_2`."""
+    stems: dict[str, None] = {}  # a set that keeps the order
     for path in paths:
-        tried = (path.stem if number == 1 else f"{path.stem}_{number}" for number in count(1))
-        stems[next(stem for stem in tried if stem not in stems)] = None
+        candidates = (path.stem if number == 1 else f"{path.stem}_{number}" for number in count(1))
+        stems[next(stem for stem in candidates if stem not in stems)] = None
     return list(stems)
 
 
 @dataclass(frozen=True)
-class _Prediction:
-    """What the model says of an image, and where it looked."""
+class _Explanation:
+    """The predicted class of an image, and the attention behind it."""
 
     label: int
     class_name: str
     probability: float
-    picture: np.ndarray  # [height, width, 3] uint8: what the model saw
-    rolled: np.ndarray  # [rows, columns]
+    pixels: np.ndarray  # [height, width, 3] uint8, as the model received them
+    rollout: np.ndarray  # [rows, columns]
     heads: np.ndarray  # [H, rows, columns]
 
 
-def _predictions(model: VisionTransformer, card: ModelSpec, images: np.ndarray) -> Iterator[_Prediction]:
-    """Of images [B, 3, height, width] as the preprocessing leaves them."""
-    seen = observe(model, images)
-    chances = probabilities_of(seen.logits, card.activation)
-    for image, row, rolled, heads in zip(images, chances, map_of(model, seen), head_maps(model, seen), strict=True):
-        best = int(row.argmax())
-        picture = pixels_of(image, card.preprocessing)
-        yield _Prediction(best, card.class_names[best], float(row[best]), picture, rolled, heads)
+def _explain(model: VisionTransformer, spec: ModelSpec, images: np.ndarray) -> Iterator[_Explanation]:
+    """Yield the explanation of each preprocessed image of [B, 3, height, width]."""
+    recorded = record_attention(model, images)
+    probabilities = to_probabilities(recorded.logits, spec.activation)
+    maps = zip(images, probabilities, rollout_map(model, recorded), head_maps(model, recorded), strict=True)
+    for image, row, shares, heads in maps:
+        label = int(row.argmax())
+        pixels = denormalize(image, spec.preprocessing)
+        yield _Explanation(label, spec.class_names[label], float(row[label]), pixels, shares, heads)
 
 
-def pixels_of(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """The picture [height, width, 3] uint8 that an input of the model [3, height, width] is of."""
+def denormalize(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """Return the pixels [height, width, 3] uint8 of a preprocessed image [3, height, width]."""
     mean, std = (np.array(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
     levels = 255.0 * (image * std + mean)
     return levels.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
 
 
-def draw_rollout(picture: np.ndarray, rolled: np.ndarray, title: str) -> np.ndarray:
-    """The picture, with the rollout [rows, columns] as colours over it, and darkened where it is small (figure 6)."""
-    shown, most = scaled(picture, least=300, most=600), rolled.max()
-    share = rolled / most
-    panels = [shown, heat(shown, share), darkened(shown, share)]
+def draw_rollout(pixels: np.ndarray, shares: np.ndarray, title: str) -> np.ndarray:
+    """Draw an image, its rollout `shares` [rows, columns] as colours over it, and the two multiplied (figure 6)."""
+    image, max_share = fit_for_display(pixels, min_side=300, max_side=600), shares.max()
+    values = shares / max_share
+    panels = [image, overlay_heatmap(image, values), darken(image, values)]
     captions = ["what the model saw", "attention rollout", "the two multiplied"]
-    return sheet(panels, captions, 3, title, scale=("0 %", f"{100 * most:.2g} %"))
+    return image_grid(panels, captions, 3, title, colour_bar=("0 %", f"{100 * max_share:.2g} %"))
 
 
-def draw_heads(picture: np.ndarray, heads: np.ndarray, title: str) -> np.ndarray:
-    """The heads' maps [H, rows, columns] over the picture, each light where it is largest."""
-    shown = scaled(picture, least=180, most=240)
-    columns = math.ceil(math.sqrt(len(heads)))
-    panels = [heat(shown, head / max(head.max(), _TINY)) for head in heads]
-    captions = [f"head {number}: up to {100 * head.max():.2g} %" for number, head in enumerate(heads)]
-    return sheet(panels, captions, columns, f"{title}\nthe last layer's heads", scale=("0", "most"))
+def draw_heads(pixels: np.ndarray, heads: np.ndarray, title: str) -> np.ndarray:
+    """Draw the heads' maps [H, rows, columns] over an image, each scaled to its maximum."""
+    image = fit_for_display(pixels, min_side=180, max_side=240)
+    num_columns = math.ceil(math.sqrt(len(heads)))
+    panels = [overlay_heatmap(image, head / max(head.max(), _TINY)) for head in heads]
+    captions = [f"head {index}: up to {100 * head.max():.2g} %" for index, head in enumerate(heads)]
+    return image_grid(panels, captions, num_columns, f"{title}\nthe last layer's heads", colour_bar=("0", "most"))
 
 
 def draw_similarity(similarity: np.ndarray) -> np.ndarray:
-    """Figure 7's middle: at each patch's place its cosine with all, each a small map [rows, columns]."""
+    """Draw a map [rows, columns] of cosine similarities per patch, at the patch's place (figure 7, middle)."""
     rows, columns = similarity.shape[:2]
     side = max(_SIMILARITY_SIDE // max(rows**2, columns**2), 1)
-    least = min(float(similarity.min()), 0.99)  # of one patch, or of positions that are all the same, a scale
-    shown = (similarity - least) / (1.0 - least)
-    panels = [squares(colours(shown[row, column]), side) for row in range(rows) for column in range(columns)]
+    lowest = min(float(similarity.min()), 0.99)  # avoids a division by 0 where all positions are equal
+    values = (similarity - lowest) / (1.0 - lowest)
+    panels = [
+        enlarge_pixels(apply_colormap(values[row, column]), side) for row in range(rows) for column in range(columns)
+    ]
     title = f"position embeddings of {rows} x {columns} patches:\ncosine similarity of each with all"
-    return sheet(panels, None, columns, title, gap=min(max(side, 3), 10), scale=(f"{least:.2f}", "1"))
+    return image_grid(panels, None, columns, title, gap=min(max(side, 3), 10), colour_bar=(f"{lowest:.2f}", "1"))
 
 
 def draw_filters(filters: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """Figure 7's left: components [K, 3, patch, patch], each on its own scale, grey where they are 0."""
+    """Draw components [K, 3, patch, patch], each scaled to its maximum, with 0 as grey (figure 7, left)."""
     largest = np.maximum(np.abs(filters).max(axis=(1, 2, 3), keepdims=True), _TINY)
     levels = (255.0 * (0.5 + 0.5 * filters / largest)).round().astype(np.uint8).transpose(0, 2, 3, 1)
-    panels = [squares(level, max(96 // len(level), 1)) for level in levels]
+    panels = [enlarge_pixels(level, max(96 // len(level), 1)) for level in levels]
     title = f"patch filters: first {len(filters)} principal components, {100 * shares.sum():.0f} % of their variance"
     captions = [f"{100 * share:.1f} %" for share in shares]
-    return sheet(panels, captions, min(_FILTER_COLUMNS, len(panels)), title)
+    return image_grid(panels, captions, min(_NUM_FILTER_COLUMNS, len(panels)), title)
 
 
 def _write(picture: np.ndarray, path: Path) -> None:
     write_png(picture, path)
     print(path)
-
-
-# Of the largest logit: what the order of float32's additions may change, and a card of another model does not.
-_LARGEST_DIFFERENCE = 1e-3
-
-
-def load_model(folder: Path, attention: AttentionFunction = flash_attention) -> VisionTransformer:
-    """The exported model as a layer of Paddle's, in float32, to look into. Raises PredictError for a folder that an
-    earlier version exported, whose parameters have no names."""
-    card = read_spec(folder)
-    if card.precision == "int8":
-        raise PredictError(f"{folder}: int8 can't be looked into; use the run that it is of, or a float32 export")
-    model = VisionTransformer(card.model, attention)
-    # Paddle puts a number behind each name that it loads.
-    program = paddle.jit.load(str(folder / MODEL_FILE.removesuffix(".json")))
-    found = {one.name.rpartition("_")[0]: one.astype("float32").numpy() for one in program.parameters()}
-    state = split_qkv(found)
-    for name, parameter in model.named_parameters():
-        if name not in state or list(state[name].shape) != parameter.shape:
-            raise PredictError(f"{folder}: has no parameter {name} {parameter.shape}; export the model again")
-        parameter.set_value(state[name])
-    model.eval()
-    if card.precision != "float32":  # whose program this process may not be able to run
-        return model
-    program.eval()
-    size = card.model.image_size
-    noise = paddle.to_tensor(np.random.default_rng(0).standard_normal((1, 3, *size)).astype(np.float32))
-    with paddle.no_grad():
-        ours, theirs = model(noise).numpy(), program(noise)[0].numpy()
-    if not np.abs(ours - theirs).max() <= _LARGEST_DIFFERENCE * np.abs(theirs).max():
-        raise PredictError(f"{folder}: its program doesn't compute what its card says; export the model again")
-    return model

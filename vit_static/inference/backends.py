@@ -25,16 +25,16 @@ RUNS_IN: dict[InferencePrecision, tuple[InferencePrecision, ...]] = {
 }
 
 
-def has_card() -> bool:
+def has_gpu() -> bool:
     return paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
 
 
 def check_machine(precision: InferencePrecision) -> None:
     """Raises PredictError for a precision that this machine has not."""
-    if precision == "float16" and not has_card():
-        raise PredictError("float16: needs a card and the GPU build of Paddle; use float32, or bfloat16")
-    if precision == "bfloat16" and not has_card() and not cpu_has_bfloat16():
-        raise PredictError("bfloat16: this CPU doesn't multiply it; use float32")
+    if precision == "float16" and not has_gpu():
+        raise PredictError("float16: needs a GPU and the GPU build of Paddle; use float32 or bfloat16")
+    if precision == "bfloat16" and not has_gpu() and not cpu_has_bfloat16():
+        raise PredictError("bfloat16: this CPU has no instructions for it; use float32")
 
 
 class Session(Protocol):
@@ -67,11 +67,11 @@ class PaddleSession:
             raise PredictError(f"{program}: can't be opened in a process that has trained; open it in one of its own")
         config = inference.Config(str(program), str(weights))
         config.disable_glog_info()
-        if has_card():
+        if has_gpu():
             kinds = inference.PrecisionType
             cast_to = {"float16": kinds.Half, "bfloat16": kinds.Bfloat16}.get(precision, kinds.Float32)
             config.enable_use_gpu(_GPU_POOL_MB, 0, kinds.Float32 if as_exported else cast_to)
-            self.place = "card 0"
+            self.place = "GPU 0"
         else:
             check_machine(precision)
             if precision == "bfloat16" and not onednn:

@@ -1,18 +1,17 @@
-"""The exported model at work: images in, classes and features out, through Paddle Inference; and the verb `predict`.
+"""Prediction with an exported model: images to classes and features, from any number of threads.
 
-    from vit_static import predict
+    import vit_static
 
-    model = predict.load("exported")
-    model(["cat.jpg", Image.open("dog.png"), frame])  # a Prediction each; the arrays [height, width, 3] uint8, RGB
+    model = vit_static.load("exported")  # a folder that `export` wrote
+    model(["cat.jpg", Image.open("dog.png"), frame])  # one Prediction per image; `frame` is [height, width, 3] uint8
     model.features(paths)  # [B, width]
-    for prediction in model.stream(many_paths):  # reads ahead, a batch at a time, and goes on after a bad image
+    for prediction in model.stream(many_paths):  # reads ahead by one batch and continues after a bad image
         ...
 
-A Predictor is for any number of threads at once. It runs in the precision that the export was made and checked in: on
-a card if there is one, else on the CPU with oneDNN, and in int8 with ONNX Runtime. OpenVINO's engine in Paddle's wheel
-is of no use here: it takes programs of Paddle's old format alone, and given ours says that it is on and isn't loaded
-(3.3.1: the same bits at the same speed). Nor is TensorRT offered: of programs of the new format Paddle makes its
-engines in a step of its own (paddle.tensorrt), which needs TensorRT and a card.
+A model runs in the precision for which it was exported and checked: on a GPU if there is one, else on the CPU with
+oneDNN, and int8 with ONNX Runtime. Two engines of Paddle Inference 3.3.1 are not offered. OpenVINO takes only programs
+of Paddle's old format; for a new one it reports that it is on, but it isn't loaded (same bits, same speed). TensorRT
+needs a separate conversion of new programs (paddle.tensorrt), which needs TensorRT and a GPU.
 """
 
 from __future__ import annotations
@@ -38,14 +37,14 @@ from vit_static.inference.backends import Session, open_session
 from vit_static.inference.image_io import ImageLike, to_pixels
 
 _BATCH_SIZE = 32
-# How many threads are at the model, or at the preprocessing, at once: one of them has all cores already, a second one
-# does its copying meanwhile. Each has the weights for itself.
-_NUM_SIDE_BY_SIDE = 2
+# Threads that use the model, or the preprocessing, at once. One of them already uses all cores; a second one copies
+# its data meanwhile. Each has its own copy of the weights.
+_NUM_PARALLEL = 2
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """An image's likeliest classes, the likeliest first; `features` [width] where they were asked for."""
+    """The most likely classes of an image, the likeliest first; `features` [width] if they were requested."""
 
     classes: list[int]
     names: list[str]
@@ -53,57 +52,61 @@ class Prediction:
     features: np.ndarray | None = None
 
     def top(self) -> list[dict[str, Any]]:
-        """As `predict` and `serve` write it in JSON."""
-        found = zip(self.classes, self.names, self.probabilities, strict=True)
-        return [{"class": number, "name": name, "probability": round(share, 6)} for number, name, share in found]
+        """Return the classes as `predict` and `serve` write them in JSON."""
+        rows = zip(self.classes, self.names, self.probabilities, strict=True)
+        return [
+            {"class": label, "name": name, "probability": round(probability, 6)} for label, name, probability in rows
+        ]
 
 
 _T = TypeVar("_T")
 
 
 class _Pool(Generic[_T]):
-    """Up to `size` of what one thread can use at a time, made when they are first needed."""
+    """Up to `size` objects that one thread can use at a time, each created when it is first needed."""
 
-    def __init__(self, size: int, make: Callable[[], _T]) -> None:
-        self._make = make
-        self._free: LifoQueue[_T | None] = LifoQueue()  # the last one given back first, and None where one may be made
+    def __init__(self, size: int, create: Callable[[], _T]) -> None:
+        self._create = create
+        self._free: LifoQueue[_T | None] = LifoQueue()  # None: one more may be created
         for _ in range(size):
             self._free.put(None)
 
     @contextmanager
     def borrow(self) -> Iterator[_T]:
-        """One of them, for this thread alone; waits for it. Where it fails another is made in its place."""
-        one = self._free.get()
+        """Lend an object to this thread alone, waiting for a free one; after an exception it is replaced."""
+        item = self._free.get()
         try:
-            one = self._make() if one is None else one
-            yield one
+            item = self._create() if item is None else item
+            yield item
         except BaseException:
-            one = None
+            item = None
             raise
         finally:
-            self._free.put(one)
+            self._free.put(item)
 
 
 class Preprocessor:
-    """DALI's pipeline of one thread, made anew for a batch larger than any before."""
+    """DALI pipeline from decoded pixels to the model's input, rebuilt when a batch is larger than all before it."""
 
-    def __init__(self, asked: Preprocessing, num_threads: int) -> None:
-        self._image_size, self._num_threads = asked.image_size, num_threads
-        self._data = DataConfig(mean=asked.mean, std=asked.std)
-        self._evaluation = asked.as_evaluation()
-        self._largest = 0
+    def __init__(self, preprocessing: Preprocessing, num_threads: int) -> None:
+        self._image_size, self._num_threads = preprocessing.image_size, num_threads
+        self._data_config = DataConfig(mean=preprocessing.mean, std=preprocessing.std)
+        self._eval_config = preprocessing.to_eval_config()
+        self._max_batch_size = 0
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
-        if len(pixels) > self._largest:
-            self._largest = len(pixels)
-            arguments = self._largest, self._num_threads, self._image_size, self._data, self._evaluation
-            self._pipeline = preprocessing_pipeline(*arguments)
+        """Preprocess arrays [height, width, 3] uint8, each of its own size, to [B, 3, height, width] float32."""
+        if len(pixels) > self._max_batch_size:
+            self._max_batch_size = len(pixels)
+            self._pipeline = preprocessing_pipeline(
+                self._max_batch_size, self._num_threads, self._image_size, self._data_config, self._eval_config
+            )
         (images,) = self._pipeline.run(pixels=list(pixels))
-        return np.array(images.as_tensor())  # a copy: the next run writes in the same place
+        return np.array(images.as_tensor())  # a copy, because the next run writes to the same memory
 
 
 class Predictor:
-    """An exported model and its preprocessing, for any number of threads at once."""
+    """An exported model with its preprocessing; any number of threads may use it at once."""
 
     def __init__(
         self,
@@ -112,117 +115,139 @@ class Predictor:
         onednn: bool = True,
         precision: InferencePrecision | None = None,
     ) -> None:
-        """Raises PredictError where `folder` is not what `export` wrote. `precision` None: that of the export."""
-        self.card = read_spec(folder)
+        """Open the model in `folder`; without `precision`, in the one of the export.
+
+        Raises PredictError if `export` didn't write the folder, or if this machine can't run the precision.
+        """
+        self.spec = read_spec(folder)
         threads = num_threads or len(os.sched_getaffinity(0))
-        chosen = precision or self.card.precision
         self._sessions: _Pool[Session] = _Pool(
-            _NUM_SIDE_BY_SIDE, lambda: open_session(folder, threads, onednn=onednn, precision=precision)
+            _NUM_PARALLEL, lambda: open_session(folder, threads, onednn=onednn, precision=precision)
         )
-        self._preprocessors = _Pool(_NUM_SIDE_BY_SIDE, lambda: Preprocessor(self.card.preprocessing, threads))
-        with self._sessions.borrow() as session:  # so that it fails here, if it does
+        self._preprocessors = _Pool(_NUM_PARALLEL, lambda: Preprocessor(self.spec.preprocessing, threads))
+        with self._sessions.borrow() as session:  # opens the first session, so that a failure is raised here
             place = session.place
-        why = "as exported" if chosen == self.card.precision else f"exported for {self.card.precision}"
-        self.description = f"{chosen} ({why}) on {place}"
+        exported = self.spec.precision
+        chosen = precision or exported
+        reason = "as exported" if chosen == exported else f"exported for {exported}"
+        self.description = f"{chosen} ({reason}) on {place}"
         if chosen == "float32" and cpu_has_bfloat16() and place.startswith("the CPU"):
-            self.description += "; bfloat16, which this CPU multiplies, is quicker: --precision bfloat16"
+            self.description += "; this CPU is faster in bfloat16: --precision bfloat16"
 
     def __call__(self, images: Sequence[ImageLike], top_k: int = 5) -> list[Prediction]:
-        """The `top_k` likeliest classes of each image. Raises PredictError, with its name, for one that can't be
-        read."""
-        found = []
+        """Return the `top_k` most likely classes of each image.
+
+        Raises PredictError, with the image's path, for one that can't be read.
+        """
+        predictions = []
         for prediction in self.stream(images, top_k):
             if isinstance(prediction, PredictError):
                 raise prediction
-            found.append(prediction)
-        return found
+            predictions.append(prediction)
+        return predictions
 
     def stream(
         self, images: Iterable[ImageLike], top_k: int = 5, batch_size: int = _BATCH_SIZE, *, with_features: bool = False
     ) -> Iterator[Prediction | PredictError]:
-        """The same of any number of images, in their order; of one that can't be read the reason. The next batch is
-        read and preprocessed while one is predicted."""
-        for inputs, problems in batches(images, batch_size, self.preprocess):
-            rows: Iterator[Prediction | PredictError] = iter(())
+        """Yield a prediction per image, in their order, and a PredictError for each image that can't be read.
+
+        The next batch is read and preprocessed while the model runs.
+        """
+        for inputs, errors in prefetch_batches(images, batch_size, self.preprocess):
+            predictions: Iterator[Prediction | PredictError] = iter(())
             if len(inputs):
                 logits, features = self.run(inputs, with_features=with_features)
-                rows = iter(self.predictions(logits, top_k, features))
-            for problem in problems:
-                yield next(rows) if problem is None else problem
+                predictions = iter(self.top_predictions(logits, top_k, features))
+            for error in errors:
+                yield next(predictions) if error is None else error
 
     def probabilities(self, images: Sequence[ImageLike]) -> np.ndarray:
-        """[B, num_classes] float64: softmax, or sigmoid for that loss. Raises PredictError as a call does."""
-        return probabilities_of(self._all(images, with_features=False)[0], self.card.activation)
+        """Return [B, num_classes] float64: softmax, or sigmoid for a model trained with a sigmoid loss.
+
+        Raises PredictError, with the image's path, for one that can't be read.
+        """
+        return to_probabilities(self._run_all(images, with_features=False)[0], self.spec.activation)
 
     def features(self, images: Sequence[ImageLike]) -> np.ndarray:
-        """[B, width] float32: the pooled state after the last norm, which the head reads (`VisionTransformer.features`;
-        2 * width of cls_gap). Raises PredictError as a call does."""
-        found = self._all(images, with_features=True)[1]
-        assert found is not None
-        return found
+        """Return [B, width] float32, the pooled state after the last norm (`VisionTransformer.features`).
 
-    def predictions(
+        With pool cls_gap it is 2 * width wide. Raises PredictError, with the image's path, for one that can't be read.
+        """
+        features = self._run_all(images, with_features=True)[1]
+        assert features is not None
+        return features
+
+    def top_predictions(
         self, logits: np.ndarray, top_k: int, features: np.ndarray | None = None
     ) -> list[Prediction | PredictError]:
-        """What `logits` [B, num_classes] say, with the rows of `features` if there are any; of those that are no
-        numbers, that."""
-        found: list[Prediction | PredictError] = []
-        for number, row in enumerate(probabilities_of(logits, self.card.activation)):
+        """Return the `top_k` classes of each row of `logits` [B, num_classes], with the row of `features` [B, width].
+
+        For a row with NaN or infinite values it is a PredictError.
+        """
+        predictions: list[Prediction | PredictError] = []
+        for index, row in enumerate(to_probabilities(logits, self.spec.activation)):
             if not np.isfinite(row).all():
-                found.append(PredictError("the model gives no numbers; evaluate what was exported ('./run.sh eval')"))
+                predictions.append(
+                    PredictError("the model's output has NaN or infinite values; check it with './run.sh eval'")
+                )
                 continue
             classes = np.argsort(-row, kind="stable")[:top_k].tolist()
-            names = [self.card.class_names[one] for one in classes]
-            own = None if features is None else features[number]
-            found.append(Prediction(classes, names, row[classes].tolist(), own))
-        return found
+            names = [self.spec.class_names[label] for label in classes]
+            image_features = None if features is None else features[index]
+            predictions.append(Prediction(classes, names, row[classes].tolist(), image_features))
+        return predictions
 
     def preprocess(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
-        """Arrays [height, width, 3] uint8, each of its own size, to the model's input [B, 3, height, width]."""
+        """Preprocess arrays [height, width, 3] uint8, each of its own size, to [B, 3, height, width] float32."""
         with self._preprocessors.borrow() as preprocessor:
             return preprocessor(pixels)
 
     def logits(self, inputs: np.ndarray) -> np.ndarray:
-        """The model's input [B, 3, height, width] float32 to logits [B, num_classes], for any B."""
+        """Return logits [B, num_classes] for preprocessed images [B, 3, height, width] float32."""
         return self.run(inputs)[0]
 
     def run(self, inputs: np.ndarray, *, with_features: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
-        """The model's input to logits and, asked for, features [B, width]; both float32. Raises PredictError where the
-        program isn't what its card says."""
+        """Return logits [B, num_classes] and, with `with_features`, features [B, width], both float32.
+
+        `inputs` are preprocessed images [B, 3, height, width]. Raises PredictError if the program doesn't match the
+        folder's description.
+        """
         with self._sessions.borrow() as session:
             try:
                 logits, features = session.run(np.asarray(inputs, np.float32), with_features=with_features)
             except (ValueError, RuntimeError) as error:
                 lines = [line.strip() for line in str(error).splitlines() if "Error" in line] or [str(error)]
                 raise PredictError(
-                    f"the model can't be run on images of {inputs.shape[2]}x{inputs.shape[3]}, which {SPEC_FILE} has "
+                    f"the model can't run on images of {inputs.shape[2]}x{inputs.shape[3]}, the size in {SPEC_FILE} "
                     f"({truncate(lines[0])}); {REMEDY}"
                 ) from None
-            if logits.shape != (len(inputs), len(self.card.class_names)):
+            if logits.shape != (len(inputs), len(self.spec.class_names)):
                 raise PredictError(
-                    f"the model gives {list(logits.shape)} where its card, {SPEC_FILE}, has "
-                    f"{len(self.card.class_names)} classes; {REMEDY}"
+                    f"the model's output is {list(logits.shape)}, and {SPEC_FILE} has {len(self.spec.class_names)} "
+                    f"classes; {REMEDY}"
                 )
             return logits, features
 
-    def _all(self, images: Sequence[ImageLike], *, with_features: bool) -> tuple[np.ndarray, np.ndarray | None]:
-        parts = []
-        for inputs, problems in batches(images, _BATCH_SIZE, self.preprocess):
-            for problem in problems:
-                if problem is not None:
-                    raise problem
-            parts.append(self.run(inputs, with_features=with_features))
-        if not parts:
-            raise PredictError("no images were given")
-        logits, features = zip(*parts, strict=True)
+    def _run_all(self, images: Sequence[ImageLike], *, with_features: bool) -> tuple[np.ndarray, np.ndarray | None]:
+        batches = []
+        for inputs, errors in prefetch_batches(images, _BATCH_SIZE, self.preprocess):
+            for error in errors:
+                if error is not None:
+                    raise error
+            batches.append(self.run(inputs, with_features=with_features))
+        if not batches:
+            raise PredictError("no images to predict; pass at least one")
+        logits, features = zip(*batches, strict=True)
         return np.concatenate(logits), np.concatenate(features) if with_features else None
 
 
-def batches(
+def prefetch_batches(
     images: Iterable[ImageLike], batch_size: int, preprocess: Callable[[Sequence[np.ndarray]], np.ndarray]
 ) -> Iterator[tuple[np.ndarray, list[PredictError | None]]]:
-    """Inputs [B, 3, height, width] of the images that can be read, and of each image why it can't; the next batch
-    ahead."""
+    """Yield batches of preprocessed images [B, 3, height, width], preparing each while the previous one is used.
+
+    B counts only the images that can be read. The list has an entry per image: None, or why it can't be read.
+    """
 
     def read(image: ImageLike) -> np.ndarray | PredictError:
         try:
@@ -231,27 +256,27 @@ def batches(
             return error
 
     def prepare(batch: list[ImageLike]) -> tuple[np.ndarray, list[PredictError | None]]:
-        found = list(readers.map(read, batch))
-        good = [pixels for pixels in found if isinstance(pixels, np.ndarray)]
-        inputs = preprocess(good) if good else np.empty(0, np.float32)
-        return inputs, [one if isinstance(one, PredictError) else None for one in found]
+        results = list(readers.map(read, batch))
+        readable = [pixels for pixels in results if isinstance(pixels, np.ndarray)]
+        inputs = preprocess(readable) if readable else np.empty(0, np.float32)
+        return inputs, [result if isinstance(result, PredictError) else None for result in results]
 
     remaining = iter(images)
-    with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor() as readers:
-        coming: Future[tuple[np.ndarray, list[PredictError | None]]] | None = None
+    with ThreadPoolExecutor(1) as preparer, ThreadPoolExecutor() as readers:
+        current: Future[tuple[np.ndarray, list[PredictError | None]]] | None = None
         while batch := list(islice(remaining, batch_size)):
-            following = ahead.submit(prepare, batch)
-            if coming is not None:
-                yield coming.result()
-            coming = following
-        if coming is not None:
-            yield coming.result()
+            following = preparer.submit(prepare, batch)
+            if current is not None:
+                yield current.result()
+            current = following
+        if current is not None:
+            yield current.result()
 
 
-def probabilities_of(logits: np.ndarray, activation: str) -> np.ndarray:
-    """Logits [B, num_classes] to probabilities, float64: softmax, or sigmoid for that loss."""
+def to_probabilities(logits: np.ndarray, activation: str) -> np.ndarray:
+    """Return probabilities float64 for logits [B, num_classes]: sigmoid for `sigmoid` and `bce`, else softmax."""
     logits = logits.astype(np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):  # what is no number stays none
+    with np.errstate(over="ignore", invalid="ignore"):  # NaN stays NaN
         if activation in ("sigmoid", "bce"):
             return 1.0 / (1.0 + np.exp(-logits))
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -261,7 +286,9 @@ def probabilities_of(logits: np.ndarray, activation: str) -> np.ndarray:
 def load_predictor(
     folder: str | os.PathLike[str], *, precision: InferencePrecision | None = None, num_threads: int | None = None
 ) -> Predictor:
-    """The model in a folder that `export` wrote, in the precision that it was exported for, on all cores that this
-    process may use, unless others are asked for; `description` says what was chosen. Raises PredictError for another
-    folder, or a precision that this machine has not."""
+    """Open an exported model; its `description` gives the chosen precision and device.
+
+    By default it runs in the precision of the export, on all cores that this process may use. Raises PredictError if
+    `export` didn't write the folder, or if this machine can't run the precision.
+    """
     return Predictor(Path(folder), num_threads, precision=precision)
