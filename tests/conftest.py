@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
+import paddle_state
 import pytest
 from exported import exported  # noqa: F401 - a fixture
 from runs import config_of_a_run, finished, run  # noqa: F401 - fixtures
@@ -17,6 +18,9 @@ from vit_static import runtime
 
 MAX_WORKERS = 4
 _TALLY = pytest.StashKey[dict[str, Counter[str]]]()
+# Markers of tests for some CPUs: whether this one will do, and what the others lack.
+_CPU_NEEDS = {"needs_bfloat16": (runtime.cpu_has_bfloat16, "no AVX512-BF16 and no AMX")}
+_SKIPPED_FOR = "this CPU, or the limit set for it, has "
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist's own reads the options
@@ -48,6 +52,16 @@ def pytest_configure(config: pytest.Config) -> None:
     runtime.prepare(verbose=True)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, bool | None, bool | None]:
+    """A test that fails may leave Paddle in static mode or a guard open: the next one must not inherit that."""
+    values = paddle_state.read()
+    try:
+        return (yield)
+    finally:
+        paddle_state.restore(values)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown() -> None:
     """Paddle keeps some 100,000 objects of every program: Python would go through all of them again and again."""
@@ -60,6 +74,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     # A process takes its tests from the beginning of its share, and another that is idle some from the end.
     items.sort(key=lambda item: "early" not in item.keywords)
+    for marker, (is_met, lack) in _CPU_NEEDS.items():
+        skip = pytest.mark.skip(reason=_SKIPPED_FOR + lack)
+        for item in items:
+            if marker in item.keywords:
+                item.add_marker("cpu_isa")
+                if not is_met():
+                    item.add_marker(skip)
     if paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0:
         return
     for item in items:
@@ -92,6 +113,13 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", [])
+        if isinstance(report.longrepr, tuple) and _SKIPPED_FOR in report.longrepr[2]
+    )
+    for reason, num_tests in skipped.items():
+        terminalreporter.write_line(f"{num_tests} tests skipped: {reason}")
     rows = terminalreporter.config.stash.get(_TALLY, {})
     if not rows:
         return

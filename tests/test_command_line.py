@@ -20,7 +20,6 @@ from sets import copy_of_some
 from small import ROOT, read_state
 
 from data_tools.digits import make_digits
-from vit_static.runtime import cpu_has_bfloat16
 
 TINY = """
 model: {variant: Ti/16, image_size: 16, patch_size: 8, width: 32, depth: 2, num_heads: 2, mlp_dim: 64,
@@ -174,7 +173,7 @@ def test_eval_export_and_predict_agree(workplace: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU multiplies no bfloat16")
+@pytest.mark.needs_bfloat16
 def test_an_export_says_the_precision_that_it_is_run_in(workplace: Path) -> None:
     """bfloat16 on this CPU, compared with the trained model in float32; float16 needs a card."""
     export = ["export", "--checkpoint", "output/tiny", "--out"]

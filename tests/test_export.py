@@ -27,12 +27,9 @@ from vit_static.data.sets import open_set
 from vit_static.formats import read
 from vit_static.inference_model import InferenceModel
 from vit_static.model_folder import CARD_FILE, MODEL_FILE, ONNX_FILE, WEIGHTS_FILE, PredictError, read_card
-from vit_static.runtime import cpu_has_bfloat16
 from vit_static.weights import init_from
 
-bfloat16 = pytest.param(
-    "bfloat16", marks=pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU multiplies no bfloat16")
-)
+bfloat16 = pytest.param("bfloat16", marks=pytest.mark.needs_bfloat16)
 
 
 def written(

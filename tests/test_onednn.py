@@ -11,11 +11,8 @@ import pytest
 
 from vit_static import onednn
 from vit_static.onednn import Layout, dense
-from vit_static.runtime import cpu_has_bfloat16
 
-BFLOAT16 = pytest.param(
-    "bfloat16", marks=pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU multiplies no bfloat16")
-)
+BFLOAT16 = pytest.param("bfloat16", marks=pytest.mark.needs_bfloat16)
 DTYPES = ["float32", BFLOAT16]
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}  # of the largest value
 rng = np.random.default_rng(0)

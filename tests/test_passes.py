@@ -21,7 +21,6 @@ from vit_static.mesh import Sizes, make
 from vit_static.model import attention_by_matmul, build
 from vit_static.paddle_internals import pretended_world
 from vit_static.passes import BACKWARD, UPDATE
-from vit_static.runtime import cpu_has_bfloat16
 from vit_static.step import Precision, Program
 
 CONFIG = SMALL.model_copy(update={"layer_scale_init": None, "representation_size": None})
@@ -46,7 +45,7 @@ def in_bfloat16(make_program, config=CONFIG):
     return program.compiled("train")
 
 
-@pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU multiplies no bfloat16")
+@pytest.mark.needs_bfloat16
 def test_linear_layers_become_products_with_a_bias(make_program) -> None:
     compiled = in_bfloat16(make_program)
     before = counted(compiled)
@@ -61,7 +60,7 @@ def test_linear_layers_become_products_with_a_bias(make_program) -> None:
     assert roles == {passes.FORWARD, BACKWARD}
 
 
-@pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU multiplies no bfloat16")
+@pytest.mark.needs_bfloat16
 def test_the_activation_is_fused_on_demand(make_program) -> None:
     compiled = in_bfloat16(make_program)
     passes.fuse_linears(compiled, with_gelu=True)

@@ -16,7 +16,6 @@ from test_export import written
 from vit_static.model_folder import MODEL_FILE, PIXELS_FILE, WEIGHTS_FILE, Preprocessing, read_card
 from vit_static.pixels import FromPixels
 from vit_static.predict import Predictor, Preprocessor, read_pixels
-from vit_static.runtime import cpu_has_bfloat16
 from vit_static.sessions import PaddleSession
 
 # Height, width: of photographs, smaller than the crop, of one pixel, far longer than wide
@@ -84,7 +83,7 @@ def shares_of(folder: Path, paths: list[Path]) -> tuple[np.ndarray, np.ndarray, 
 
 @pytest.mark.parametrize(
     "precision",
-    ["float32", pytest.param("bfloat16", marks=pytest.mark.skipif(not cpu_has_bfloat16(), reason="no bfloat16 here"))],
+    ["float32", pytest.param("bfloat16", marks=pytest.mark.needs_bfloat16)],
 )
 def test_the_exported_program_answers_as_the_one_without_it(exported: Exported, tmp_path: Path, precision: str) -> None:
     said, error = elsewhere(

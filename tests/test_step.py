@@ -15,7 +15,6 @@ from small import SMALL, images_and_labels
 from vit_static.config import AmpConfig, ConfigError, KernelsConfig, OptimConfig, ParallelConfig
 from vit_static.model import attention_by_matmul, build
 from vit_static.optim import AdamW, ByRule
-from vit_static.runtime import cpu_has_bfloat16
 from vit_static.state_parts import Parts, part_of, write
 from vit_static.step import Precision, choose_precision
 from vit_static.weights import file_state
@@ -257,7 +256,7 @@ def kernels_by_dtype(program, mode: str) -> dict[str, set[str]]:
     return found
 
 
-@pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU multiplies no bfloat16")
+@pytest.mark.needs_bfloat16
 def test_mixed_precision_multiplies_in_bfloat16_and_normalises_in_float32(make_program) -> None:
     """Every product of the compiled program; softmax is inside attention, whose scores are float32."""
     paddle.seed(3)

@@ -10,14 +10,30 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from vit_static.config import UserError
+
+MAX_CPU_ISA = "VIT_STATIC_MAX_CPU_ISA"  # avx2, or unset
 _CPUINFO = Path("/proc/cpuinfo")
+# The same limit for oneDNN, in the order in which version 3.6, Paddle's, reads them; an empty one counts as unset.
+_ONEDNN_MAX_CPU_ISA = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+_BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+_VNNI_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
+# The flags of the two lines above that each of oneDNN's limits leaves. Every other value, AMX's among them, leaves all
+# of them; oneDNN too ignores a value that it doesn't know.
+_FLAGS_WITHIN: dict[str, frozenset[str]] = {
+    **dict.fromkeys(("sse41", "avx", "avx2", "avx512_core"), frozenset()),
+    **dict.fromkeys(("avx2_vnni", "avx2_vnni_2"), frozenset({"avx_vnni"})),
+    "avx512_core_vnni": frozenset({"avx512_vnni"}),
+    "avx512_core_bf16": frozenset({"avx512_vnni", "avx512_bf16"}),
+    **dict.fromkeys(("avx512_core_fp16", "avx10_1_512"), frozenset({"avx_vnni", "avx512_vnni", "avx512_bf16"})),
+}
 _M_ARENA_MAX = -8  # malloc.h
 _aside: Aside | None = None
 _given: dict[str, str] | None = None  # the environment before `prepare`
@@ -34,12 +50,17 @@ def prepare(verbose: bool = False, environ: MutableMapping[str, str] = os.enviro
     - FLAGS_enable_pir_in_executor_trace_run: one operator after another, each on all threads; without it the
       executor runs several at once, whose threads get into each other's way. (On cards it changes nothing: the
       operators are queued.)
+    - ONEDNN_MAX_CPU_ISA: AVX2 where VIT_STATIC_MAX_CPU_ISA=avx2 asks for it, unless the user's own limit is lower.
 
     And glibc is told to keep no more heaps than there are cores (mallopt(3), M_ARENA_MAX): it would keep eight times as
     many, each with what the threads of some evaluation have left there.
+
+    Raises UserError for an unknown value of VIT_STATIC_MAX_CPU_ISA.
     """
     global _given
     _given = dict(environ)
+    if _max_cpu_isa(environ) == "avx2" and _onednn_max_cpu_isa(environ) not in ("sse41", "avx", "avx2"):
+        environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").mallopt(_M_ARENA_MAX, max(len(os.sched_getaffinity(0)), 2))
     num_threads = environ.get("OMP_NUM_THREADS") or str(_cores_a_process(environ))
@@ -166,9 +187,44 @@ def said_aside(most_lines: int | None = None) -> str:
     )
 
 
-def cpu_has_bfloat16(cpuinfo: Path = _CPUINFO) -> bool:
+def cpu_has_bfloat16(cpuinfo: Path = _CPUINFO, environ: Mapping[str, str] = os.environ) -> bool:
     """Whether the CPU multiplies bfloat16: AVX512-BF16 or AMX."""
-    return bool({"avx512_bf16", "amx_bf16"} & set(_cpu_description(cpuinfo).split()))
+    return bool(_BFLOAT16_FLAGS & cpu_flags(cpuinfo, environ))
+
+
+def cpu_has_vnni(cpuinfo: Path = _CPUINFO, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the CPU adds products of 8-bit numbers in 32 bits: VNNI or AMX.
+
+    Without it ONNX Runtime adds each two products of unsigned activations and signed weights in 16 bits, where the sum
+    of 8-bit ones saturates, and of 7-bit weights doesn't.
+    """
+    return bool(_VNNI_FLAGS & cpu_flags(cpuinfo, environ))
+
+
+def cpu_flags(cpuinfo: Path = _CPUINFO, environ: Mapping[str, str] = os.environ) -> frozenset[str]:
+    """Return the CPU's flags in /proc/cpuinfo, without those for bfloat16 and 8-bit products that lie above
+    VIT_STATIC_MAX_CPU_ISA or oneDNN's own limit. Raises UserError for an unknown value of the former.
+
+    ONNX Runtime has no such limit (1.32: MLAS's platform.cpp reads CPUID alone), nor have Paddle's own kernels: both
+    use all that the CPU has. An int8 export is therefore made so that its results don't depend on the CPU
+    (onnx_files.quantise).
+    """
+    flags = frozenset(_cpu_description(cpuinfo).split())
+    for isa in (_max_cpu_isa(environ), _onednn_max_cpu_isa(environ)):
+        if isa in _FLAGS_WITHIN:
+            flags -= (_BFLOAT16_FLAGS | _VNNI_FLAGS) - _FLAGS_WITHIN[isa]
+    return flags
+
+
+def _max_cpu_isa(environ: Mapping[str, str]) -> str:
+    isa = environ.get(MAX_CPU_ISA, "")
+    if isa not in ("", "avx2"):
+        raise UserError(f"{MAX_CPU_ISA}={isa}: unknown instruction set; set avx2, or unset the variable")
+    return isa
+
+
+def _onednn_max_cpu_isa(environ: Mapping[str, str]) -> str:
+    return next((environ[name] for name in _ONEDNN_MAX_CPU_ISA if environ.get(name)), "").lower()
 
 
 def _amd_with_avx2(cpuinfo: Path = _CPUINFO) -> bool:
