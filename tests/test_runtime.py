@@ -89,7 +89,7 @@ def test_onednn_obeys_the_limit() -> None:
 
 def test_an_unknown_limit_is_refused_in_one_line() -> None:
     for function in (runtime.cpu_has_bfloat16, runtime.cpu_has_vnni):
-        with pytest.raises(UserError, match="^VIT_STATIC_MAX_CPU_ISA=avx3: unknown instruction set; set avx2, or"):
+        with pytest.raises(UserError, match=r"^VIT_STATIC_MAX_CPU_ISA=avx3: unknown instruction set; set avx2, or"):
             function(environ={"VIT_STATIC_MAX_CPU_ISA": "avx3"})
     environ = os.environ | {"VIT_STATIC_MAX_CPU_ISA": "avx3", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "vit_static", "predict", "--model", "missing", "image.png"]

@@ -83,6 +83,9 @@ class Card(Section):
     activation: Literal["softmax", "sigmoid", "bce"]
     model: ModelConfig
     precision: InferencePrecision = "float32"
+    int8_weight_bits: Literal[7] | None = Field(
+        None, description="of an int8 model; None: 8 bits, of an earlier version, whose products saturate without VNNI"
+    )
     files: dict[str, FileRecord]
     comparisons: dict[str, Comparison] = Field({}, description="by file")
 

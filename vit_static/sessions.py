@@ -11,7 +11,7 @@ from paddle import inference
 
 from vit_static import cpu_kernels, runtime
 from vit_static.config import InferencePrecision
-from vit_static.model_folder import MODEL_FILE, ONNX_FILE, WEIGHTS_FILE, PredictError, read_card
+from vit_static.model_folder import MODEL_FILE, ONNX_FILE, REMEDY, WEIGHTS_FILE, PredictError, read_card
 
 _GPU_POOL_MB = 256
 # What a program of each precision can be run in. One of low precision has its casts and its weights in itself.
@@ -128,7 +128,8 @@ def open_session(
     Inputs and outputs are float32 in every precision, which is what operators compute in. Raises PredictError for a
     folder that is none, and a precision that its program or this machine has not.
     """
-    exported = read_card(folder).precision
+    card = read_card(folder)
+    exported = card.precision
     wanted = precision or exported
     if wanted not in RUNS_IN[exported]:
         raise PredictError(
@@ -136,6 +137,11 @@ def open_session(
             f"export it again with -o export.precision={wanted}"
         )
     if wanted == "int8":
+        if card.int8_weight_bits is None and not runtime.cpu_has_vnni():
+            raise PredictError(
+                f"{folder}: an earlier version exported it with 8-bit weights, which give wrong results on this CPU "
+                f"(no VNNI, no AMX); {REMEDY} with -o export.precision=int8"
+            )
         return OnnxSession(folder / ONNX_FILE, num_threads)
     return PaddleSession(
         folder / MODEL_FILE,
