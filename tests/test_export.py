@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import paddle
 import pytest
@@ -20,13 +22,14 @@ from exported import Exported, elsewhere
 from small import read_state
 from test_attend import KINDS, build, config_of, ordinary
 
-from vit_static import convert, export, onnx_files, predict
+from vit_static import convert, export, onnx_files, predict, runtime
 from vit_static.config import Config, InitConfig, UserError, load
 from vit_static.data.images import ImageSet
 from vit_static.data.sets import open_set
 from vit_static.formats import read
 from vit_static.inference_model import InferenceModel
 from vit_static.model_folder import CARD_FILE, MODEL_FILE, ONNX_FILE, WEIGHTS_FILE, PredictError, read_card
+from vit_static.sessions import open_session
 from vit_static.weights import init_from
 
 bfloat16 = pytest.param("bfloat16", marks=pytest.mark.needs_bfloat16)
@@ -70,7 +73,10 @@ def test_the_inference_model_is_the_model(kind: str) -> None:
     assert all((kind == paddle.float32) == ("norm" in name) for name, kind in kinds.items())
 
 
-@pytest.mark.parametrize("precision", ["float32", bfloat16, "int8"])
+int8 = pytest.param("int8", marks=pytest.mark.cpu_isa)
+
+
+@pytest.mark.parametrize("precision", ["float32", bfloat16, int8])
 def test_each_precision_answers_as_the_trained_model(exported: Exported, tmp_path: Path, precision: str) -> None:
     """By figures that the test finds by itself, and that `export` prints, too."""
     out = tmp_path / "model"
@@ -255,10 +261,60 @@ def test_the_card_for_people(exported: Exported) -> None:
     assert f"{num_parameters / 1e6:.2f} million parameters" in text
 
 
-def test_a_precision_runs_in_what_it_can(exported: Exported, tmp_path: Path) -> None:
-    assert elsewhere(written, exported.run, tmp_path / "int8", ["export.precision=int8"])[1] is None
+@pytest.fixture(scope="module")
+def in_int8(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("int8") / "model"
+    assert elsewhere(written, exported.run, folder, ["export.precision=int8"])[1] is None
+    return folder
+
+
+@pytest.mark.cpu_isa
+def test_a_precision_runs_in_what_it_can(exported: Exported, in_int8: Path) -> None:
     images = exported.validation()[:3]
     with pytest.raises(PredictError, match=r"exported for int8, and does not run in float32; .*precision=float32"):
-        elsewhere(answers, tmp_path / "int8", images, "float32")
+        elsewhere(answers, in_int8, images, "float32")
     with pytest.raises(PredictError, match="int8 can't be looked into"):
-        predict.load_model(tmp_path / "int8")
+        predict.load_model(in_int8)
+
+
+def int8_logits(folder: Path, images: np.ndarray, **options: Any) -> np.ndarray:
+    """ONNX Runtime's, with options of a session; `graph_optimization_level` is one of its attributes."""
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    for name, value in options.items():
+        if name == "graph_optimization_level":
+            settings.graph_optimization_level = value
+        else:
+            settings.add_session_config_entry(f"session.{name}", value)
+    session = onnxruntime.InferenceSession(str(folder / ONNX_FILE), settings, providers=["CPUExecutionProvider"])
+    return session.run(["logits"], {"images": images})[0]
+
+
+@pytest.mark.cpu_isa
+def test_int8_products_saturate_on_no_cpu(in_int8: Path) -> None:
+    """The same bits as by kernels that can't saturate, and to rounding as in float32 arithmetic."""
+    images = np.random.default_rng(0).standard_normal((8, 3, 16, 32)).astype(np.float32) * 3.0
+    logits = int8_logits(in_int8, images)
+    np.testing.assert_array_equal(int8_logits(in_int8, images, x64quantprecision="1"), logits)
+    in_float = int8_logits(in_int8, images, graph_optimization_level=onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
+    np.testing.assert_allclose(logits, in_float, atol=0.05 * in_float.std())  # a value may round to its neighbour
+    weights = [onnx.numpy_helper.to_array(one) for one in onnx.load(str(in_int8 / ONNX_FILE)).graph.initializer]
+    largest = max(int(np.abs(one.astype(np.int32)).max()) for one in weights if one.dtype == np.int8 and one.ndim == 2)
+    assert largest == 64
+
+
+@pytest.mark.cpu_isa
+def test_an_earlier_int8_export_is_refused_where_its_products_saturate(
+    in_int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its card doesn't name the bits of its weights."""
+    folder = shutil.copytree(in_int8, tmp_path / "earlier")
+    card = json.loads((folder / CARD_FILE).read_text())
+    assert card.pop("int8_weight_bits") == 7
+    (folder / CARD_FILE).write_text(json.dumps(card))
+    monkeypatch.setenv("VIT_STATIC_MAX_CPU_ISA", "avx2")
+    open_session(in_int8, 1)
+    with pytest.raises(PredictError, match=r"earlier: an earlier version exported it with 8-bit weights, .*no VNNI.*"):
+        open_session(folder, 1)
+    monkeypatch.setattr(runtime, "cpu_has_vnni", lambda: True)
+    open_session(folder, 1)
