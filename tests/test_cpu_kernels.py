@@ -15,6 +15,7 @@ from vit_static.loss import Criterion
 from vit_static.model import attention_by_matmul, build
 from vit_static.step import Precision
 
+pytestmark = pytest.mark.cpu_isa
 PLAIN = SMALL.model_copy(update={"layer_scale_init": None, "representation_size": None})
 VARIATIONS: dict[str, ModelConfig] = {
     "plain": PLAIN,

@@ -12,6 +12,7 @@ import pytest
 from vit_static import onednn
 from vit_static.onednn import Layout, dense
 
+pytestmark = pytest.mark.cpu_isa
 BFLOAT16 = pytest.param("bfloat16", marks=pytest.mark.needs_bfloat16)
 DTYPES = ["float32", BFLOAT16]
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}  # of the largest value

@@ -13,6 +13,7 @@ from small import ROOT
 from vit_static import runtime
 from vit_static.config import UserError
 
+pytestmark = pytest.mark.cpu_isa
 EPYC = "vendor_id : AuthenticAMD\nflags : fpu avx2 avx512f avx512_bf16 fsrm\n"
 XEON = "vendor_id : GenuineIntel\nflags : fpu avx2 avx512f amx_bf16 amx_tile\n"
 OLDER = "vendor_id : GenuineIntel\nflags : fpu avx2 avx512f avx512_vnni\n"

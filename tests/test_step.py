@@ -57,6 +57,7 @@ def test_every_parameter_moves(make_program, kernels, name, pool) -> None:
         assert moved.mean() > 0.9, key
 
 
+@pytest.mark.cpu_isa
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_onednn_trains_as_without(make_program, name) -> None:
     runs = []

@@ -16,6 +16,8 @@ from vit_static.config import Config, ConfigError, load
 from vit_static.train import train
 from vit_static.weight_files import WeightsError
 
+pytestmark = pytest.mark.cpu_isa
+
 
 def test_a_run_leaves_what_the_contract_says(finished: Config) -> None:
     run = finished.run_dir
