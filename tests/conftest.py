@@ -15,10 +15,11 @@ from runs import config_of_a_run, finished, run  # noqa: F401 - fixtures
 from sets import make_set, small_digits  # noqa: F401 - fixtures
 
 from vit_static import runtime
+from vit_static.config import UserError
 
 MAX_WORKERS = 4
 _TALLY = pytest.StashKey[dict[str, Counter[str]]]()
-# Markers of tests for some CPUs: whether this one will do, and what the others lack.
+# Markers of tests that need an instruction set: whether this CPU has it, and how a skip says that it hasn't.
 _CPU_NEEDS = {"needs_bfloat16": (runtime.cpu_has_bfloat16, "no AVX512-BF16 and no AMX")}
 _SKIPPED_FOR = "this CPU, or the limit set for it, has "
 
@@ -43,6 +44,10 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Before any test module imports Paddle; verbose, since standard output is pytest's own here."""
     is_worker = hasattr(config, "workerinput")
+    try:
+        runtime.cpu_flags()
+    except UserError as error:
+        raise pytest.UsageError(str(error)) from None
     if config.getoption("dist", "no") != "no" and not is_worker and not config.option.collectonly:
         return  # others run the tests
     os.environ.setdefault("GLOG_minloglevel", "2")
@@ -74,13 +79,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     # A process takes its tests from the beginning of its share, and another that is idle some from the end.
     items.sort(key=lambda item: "early" not in item.keywords)
-    for marker, (is_met, lack) in _CPU_NEEDS.items():
-        skip = pytest.mark.skip(reason=_SKIPPED_FOR + lack)
+    for marker, (has_instructions, lack) in _CPU_NEEDS.items():
+        marks: list[Any] = ["cpu_isa"]
+        if not has_instructions():
+            marks.append(pytest.mark.skip(reason=_SKIPPED_FOR + lack))
         for item in items:
             if marker in item.keywords:
-                item.add_marker("cpu_isa")
-                if not is_met():
-                    item.add_marker(skip)
+                for mark in marks:
+                    item.add_marker(mark)
     if paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0:
         return
     for item in items:
