@@ -16,9 +16,8 @@ from vit_static.config import Config, ConfigError, load
 from vit_static.train import train
 from vit_static.weight_files import WeightsError
 
-pytestmark = pytest.mark.cpu_isa
 
-
+@pytest.mark.cpu_isa
 def test_a_run_leaves_what_the_contract_says(finished: Config) -> None:
     run = finished.run_dir
     # 120 images in batches of 16 for 1.5 epochs: 11 steps; evaluated after the first epoch (step 8) and at the end
@@ -48,6 +47,7 @@ def test_learning_rate_and_epoch_in_the_log_are_the_steps_own(finished: Config) 
         assert line["epoch"] == pytest.approx(line["step"] * 16 / 120, abs=1e-4)
 
 
+@pytest.mark.cpu_isa
 def test_a_resumed_run_ends_with_the_same_bits(run: Config) -> None:
     """From step 4, in the middle of the first epoch, with dropout, drop path, crops and flips."""
     folder = run.run_dir
