@@ -4,6 +4,7 @@
 #
 #   PYTHON               which Python 3.10-3.12 .venv is made with
 #   VIT_STATIC_DEVICE    cpu or gpu, instead of asking nvidia-smi
+#   VIT_STATIC_MAX_CPU_ISA   avx2: a CPU with larger instruction sets behaves as one with AVX2 alone
 #   VIT_STATIC_PADDLE_INDEX   where to get Paddle's GPU build, instead of choosing by the driver
 #   NPROC                processes on this machine; without it one, or one a visible GPU
 #   CUDA_VISIBLE_DEVICES, PADDLE_NNODES, PADDLE_MASTER   as for paddle.distributed.launch

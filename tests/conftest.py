@@ -5,19 +5,25 @@ from __future__ import annotations
 import gc
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import pytest
+from helpers import paddle_state
 from helpers.bad_input import trial  # noqa: F401 - a fixture
 from helpers.exported import exported  # noqa: F401 - a fixture
 from helpers.runs import config_of_a_run, finished, run  # noqa: F401 - fixtures
 from helpers.sets import make_set, small_digits  # noqa: F401 - fixtures
 
+from vit_static.common.cpu import cpu_flags, cpu_has_bfloat16
+from vit_static.common.errors import UserError
 from vit_static.common.startup import prepare_process
 
 MAX_WORKERS = 4
 _TALLY = pytest.StashKey[dict[str, Counter[str]]]()
+# Markers of tests that need an instruction set: whether this CPU has it, and how a skip says that it hasn't.
+_CPU_NEEDS = {"needs_bfloat16": (cpu_has_bfloat16, "no AVX512-BF16 and no AMX")}
+_SKIPPED_FOR = "this CPU, or the limit set for it, has "
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist's own reads the options
@@ -40,6 +46,10 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Before any test module imports Paddle; verbose, since standard output is pytest's own here."""
     is_worker = hasattr(config, "workerinput")
+    try:
+        cpu_flags()
+    except UserError as error:
+        raise pytest.UsageError(str(error)) from None
     if config.getoption("dist", "no") != "no" and not is_worker and not config.option.collectonly:
         return  # others run the tests
     os.environ.setdefault("GLOG_minloglevel", "2")
@@ -47,6 +57,16 @@ def pytest_configure(config: pytest.Config) -> None:
         num_cores = len(os.sched_getaffinity(0)) // config.workerinput["workercount"]
         os.environ.setdefault("OMP_NUM_THREADS", str(max(num_cores, 1)))
     prepare_process(verbose=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, bool | None, bool | None]:
+    """A test that fails may leave Paddle in static mode or a guard open: the next one must not inherit that."""
+    values = paddle_state.read()
+    try:
+        return (yield)
+    finally:
+        paddle_state.restore(values)
 
 
 @pytest.hookimpl(trylast=True)
@@ -61,6 +81,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     # A process takes its tests from the beginning of its share, and another that is idle some from the end.
     items.sort(key=lambda item: "early" not in item.keywords)
+    for marker, (has_instructions, lack) in _CPU_NEEDS.items():
+        marks: list[Any] = ["cpu_isa"]
+        if not has_instructions():
+            marks.append(pytest.mark.skip(reason=_SKIPPED_FOR + lack))
+        for item in items:
+            if marker in item.keywords:
+                for mark in marks:
+                    item.add_marker(mark)
     if paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0:
         return
     for item in items:
@@ -93,6 +121,13 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", [])
+        if isinstance(report.longrepr, tuple) and _SKIPPED_FOR in report.longrepr[2]
+    )
+    for reason, num_tests in skipped.items():
+        terminalreporter.write_line(f"{num_tests} tests skipped: {reason}")
     rows = terminalreporter.config.stash.get(_TALLY, {})
     if not rows:
         return

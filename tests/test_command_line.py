@@ -19,7 +19,6 @@ from helpers.small import ROOT, read_state
 from PIL import Image
 
 from data_tools.digits import make_digits
-from vit_static.common.cpu import cpu_has_bfloat16
 
 TINY = """
 model: {variant: Ti/16, image_size: 16, patch_size: 8, width: 32, depth: 2, num_heads: 2, mlp_dim: 64,
@@ -148,7 +147,7 @@ def test_eval_export_and_predict_agree(workplace: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU multiplies no bfloat16")
+@pytest.mark.needs_bfloat16
 def test_an_export_says_the_precision_that_it_is_run_in(workplace: Path) -> None:
     """bfloat16 on this CPU, compared with the trained model in float32; float16 needs a card."""
     export = ["export", "--checkpoint", "output/tiny", "--out"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import paddle
 import pytest
@@ -22,7 +24,7 @@ from helpers.exported import run_export as written
 from helpers.models import KINDS, config_of, recording_model, without_recorder
 from helpers.small import read_state
 
-from vit_static.common.cpu import cpu_has_bfloat16
+from vit_static.common import cpu
 from vit_static.common.errors import PredictError, UserError
 from vit_static.config.loader import load_config
 from vit_static.config.schema import InitConfig
@@ -33,6 +35,7 @@ from vit_static.export.exporter import BOUNDS, compare, export_checkpoint, num_h
 from vit_static.export.inference_vit import InferenceModel
 from vit_static.inference.artifact import MODEL_FILE, ONNX_FILE, SPEC_FILE, WEIGHTS_FILE, read_spec
 from vit_static.inference.attention_maps import load_as_layer
+from vit_static.inference.backends import open_session
 from vit_static.inference.image_io import read_pixels
 from vit_static.inference.predictor import Predictor
 from vit_static.model.vit import VisionTransformer
@@ -40,9 +43,7 @@ from vit_static.weights.convert import convert_weights
 from vit_static.weights.formats import read_weights
 from vit_static.weights.load import init_from
 
-bfloat16 = pytest.param(
-    "bfloat16", marks=pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU multiplies no bfloat16")
-)
+bfloat16 = pytest.param("bfloat16", marks=pytest.mark.needs_bfloat16)
 
 
 def answers(folder: Path, images: list[Path], precision: Any = None) -> tuple[np.ndarray, np.ndarray]:
@@ -256,10 +257,69 @@ def test_the_card_for_people(exported: Exported) -> None:
     assert f"{num_parameters / 1e6:.2f} million parameters" in text
 
 
-def test_a_precision_runs_in_what_it_can(exported: Exported, tmp_path: Path) -> None:
-    assert elsewhere(written, exported.run, tmp_path / "int8", ["export.precision=int8"])[1] is None
+@pytest.fixture(scope="module")
+def int8_folder(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("int8") / "model"
+    assert elsewhere(written, exported.run, folder, ["export.precision=int8"])[1] is None
+    return folder
+
+
+@pytest.mark.cpu_isa
+def test_a_precision_runs_in_what_it_can(exported: Exported, int8_folder: Path) -> None:
     images = exported.validation_images()[:3]
     with pytest.raises(PredictError, match=r"exported for int8, and does not run in float32; .*precision=float32"):
-        elsewhere(answers, tmp_path / "int8", images, "float32")
+        elsewhere(answers, int8_folder, images, "float32")
     with pytest.raises(PredictError, match="int8 model gives no attention"):
-        load_as_layer(tmp_path / "int8")
+        load_as_layer(int8_folder)
+
+
+def int8_logits(folder: Path, images: np.ndarray, **options: Any) -> np.ndarray:
+    """ONNX Runtime's, with options of a session; `graph_optimization_level` is one of its attributes."""
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    for name, value in options.items():
+        if name == "graph_optimization_level":
+            settings.graph_optimization_level = value
+        else:
+            settings.add_session_config_entry(f"session.{name}", value)
+    session = onnxruntime.InferenceSession(str(folder / ONNX_FILE), settings, providers=["CPUExecutionProvider"])
+    return session.run(["logits"], {"images": images})[0]
+
+
+@pytest.mark.cpu_isa
+def test_int8_products_saturate_on_no_cpu(int8_folder: Path) -> None:
+    """The same bits as by kernels that can't saturate, and to rounding as in float32 arithmetic."""
+    images = np.random.default_rng(0).standard_normal((8, 3, 16, 32)).astype(np.float32) * 3.0
+    logits = int8_logits(int8_folder, images)
+    np.testing.assert_array_equal(int8_logits(int8_folder, images, x64quantprecision="1"), logits)
+    float_logits = int8_logits(
+        int8_folder, images, graph_optimization_level=onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    )
+    np.testing.assert_allclose(
+        logits, float_logits, atol=0.05 * float_logits.std()
+    )  # a value may round to its neighbour
+    weights = [
+        onnx.numpy_helper.to_array(initializer)
+        for initializer in onnx.load(str(int8_folder / ONNX_FILE)).graph.initializer
+    ]
+    largest = max(
+        int(np.abs(weight.astype(np.int32)).max()) for weight in weights if weight.dtype == np.int8 and weight.ndim == 2
+    )
+    assert largest == 64
+
+
+@pytest.mark.cpu_isa
+def test_an_earlier_int8_export_is_refused_where_its_products_saturate(
+    int8_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its spec doesn't record the number of bits of its weights."""
+    folder = shutil.copytree(int8_folder, tmp_path / "earlier")
+    spec = json.loads((folder / SPEC_FILE).read_text())
+    assert spec.pop("int8_weight_bits") == 7
+    (folder / SPEC_FILE).write_text(json.dumps(spec))
+    monkeypatch.setenv("VIT_STATIC_MAX_CPU_ISA", "avx2")
+    open_session(int8_folder, 1)
+    with pytest.raises(PredictError, match=r"earlier: an earlier version exported it with 8-bit weights, .*no VNNI.*"):
+        open_session(folder, 1)
+    monkeypatch.setattr(cpu, "cpu_has_vnni", lambda: True)
+    open_session(folder, 1)

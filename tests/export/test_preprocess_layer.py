@@ -12,7 +12,6 @@ from helpers.exported import Exported, in_inference_process, run_export
 from helpers.sets import photo
 from PIL import Image
 
-from vit_static.common.cpu import cpu_has_bfloat16
 from vit_static.export.preprocess_layer import FromPixels
 from vit_static.inference.artifact import MODEL_FILE, PIXELS_FILE, WEIGHTS_FILE, Preprocessing, read_spec
 from vit_static.inference.backends import PaddleSession
@@ -89,7 +88,7 @@ def predict_both_ways(folder: Path, paths: list[Path]) -> tuple[np.ndarray, np.n
 
 @pytest.mark.parametrize(
     "precision",
-    ["float32", pytest.param("bfloat16", marks=pytest.mark.skipif(not cpu_has_bfloat16(), reason="no bfloat16 here"))],
+    ["float32", pytest.param("bfloat16", marks=pytest.mark.needs_bfloat16)],
 )
 def test_programs_with_and_without_preprocessing_agree(exported: Exported, tmp_path: Path, precision: str) -> None:
     output, error = in_inference_process(

@@ -13,7 +13,6 @@ import paddle
 import pytest
 from helpers.small import SMALL
 
-from vit_static.common.cpu import cpu_has_bfloat16
 from vit_static.config.schema import (
     AmpConfig,
     Config,
@@ -52,7 +51,7 @@ def in_bfloat16(make_program, config=CONFIG):
     return program.compiled("train")
 
 
-@pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU multiplies no bfloat16")
+@pytest.mark.needs_bfloat16
 def test_linear_layers_become_products_with_a_bias(make_program) -> None:
     compiled = in_bfloat16(make_program)
     before = counted(compiled)
@@ -67,7 +66,7 @@ def test_linear_layers_become_products_with_a_bias(make_program) -> None:
     assert roles == {passes.FORWARD, BACKWARD}
 
 
-@pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU multiplies no bfloat16")
+@pytest.mark.needs_bfloat16
 def test_the_activation_is_fused_on_demand(make_program) -> None:
     compiled = in_bfloat16(make_program)
     passes.fuse_linears(compiled, with_gelu=True)

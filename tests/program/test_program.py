@@ -13,7 +13,6 @@ from helpers.small import SMALL, images_and_labels
 from paddle import nn
 
 from vit_static.checkpoint.sharded_state import ShardedReader, rank_shard, write_shard
-from vit_static.common.cpu import cpu_has_bfloat16
 from vit_static.common.errors import ConfigError
 from vit_static.config.schema import AmpConfig, KernelsConfig, OptimConfig, ParallelConfig
 from vit_static.model.vit import VisionTransformer, attention_by_matmul
@@ -59,6 +58,7 @@ def test_every_parameter_moves(make_program, kernels, name, pool) -> None:
         assert moved.mean() > 0.9, key
 
 
+@pytest.mark.cpu_isa
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_onednn_trains_as_without(make_program, name) -> None:
     runs = []
@@ -258,7 +258,7 @@ def kernels_by_dtype(program, mode: str) -> dict[str, set[str]]:
     return found
 
 
-@pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU multiplies no bfloat16")
+@pytest.mark.needs_bfloat16
 def test_mixed_precision_multiplies_in_bfloat16_and_normalises_in_float32(make_program) -> None:
     """Every product of the compiled program; softmax is inside attention, whose scores are float32."""
     paddle.seed(3)

@@ -19,6 +19,7 @@ from vit_static.train.trainer import train
 from vit_static.weights.source import load_weights
 
 
+@pytest.mark.cpu_isa
 def test_a_run_writes_the_files_of_the_contract(finished: Config) -> None:
     run = finished.run_dir
     # 120 images in batches of 16 for 1.5 epochs: 11 steps; evaluated after the first epoch (step 8) and at the end
@@ -48,6 +49,7 @@ def test_the_log_has_each_steps_learning_rate_and_epoch(finished: Config) -> Non
         assert line["epoch"] == pytest.approx(line["step"] * 16 / 120, abs=1e-4)
 
 
+@pytest.mark.cpu_isa
 def test_a_resumed_run_ends_with_the_same_bits(run: Config) -> None:
     """From step 4, in the middle of the first epoch, with dropout, drop path, crops and flips."""
     folder = run.run_dir

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 
-from vit_static.common.cpu import _amd_with_avx2
+from vit_static.common.cpu import is_amd_with_avx2, max_cpu_isa, onednn_max_cpu_isa
 from vit_static.common.library_output import _capture_library_output
 
 _M_ARENA_MAX = -8  # malloc.h
@@ -28,18 +28,21 @@ def prepare_process(verbose: bool = False, environ: MutableMapping[str, str] = o
     - FLAGS_enable_pir_in_executor_trace_run: one operator after another, each on all threads; without it the
       executor runs several at once, whose threads get into each other's way. (On cards it changes nothing: the
       operators are queued.)
+    - ONEDNN_MAX_CPU_ISA: AVX2 with VIT_STATIC_MAX_CPU_ISA=avx2, unless the user's own limit is lower.
 
     And glibc is told to keep no more heaps than there are cores (mallopt(3), M_ARENA_MAX): it would keep eight times as
     many, each with what the threads of some evaluation have left there.
     """
     global _given
     _given = dict(environ)
+    if max_cpu_isa(environ) == "avx2" and onednn_max_cpu_isa(environ) not in ("sse41", "avx", "avx2"):
+        environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").mallopt(_M_ARENA_MAX, max(len(os.sched_getaffinity(0)), 2))
     num_threads = environ.get("OMP_NUM_THREADS") or str(_cores_a_process(environ))
     environ.setdefault("FLAGS_use_legacy_linear", "1")
     environ.setdefault("FLAGS_enable_pir_in_executor_trace_run", "1")
-    if _amd_with_avx2():
+    if is_amd_with_avx2():
         environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
     if not verbose:
         _capture_library_output()

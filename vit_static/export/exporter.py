@@ -135,7 +135,7 @@ def _export(loaded: Weights, config: Config, images: ImageDataset, folder: Path,
     folder.mkdir(exist_ok=True)
     card = spec_of(config, loaded.class_names or images.class_names)
     chosen = spread_over(len(images), config.export.num_calibration_images)
-    write(model, config, card, folder, (inputs for inputs, *_ in read(images, chosen, card)), onnx=onnx)
+    card = write(model, config, card, folder, (inputs for inputs, *_ in read(images, chosen, card)), onnx=onnx)
     comparisons = compare(model, card, folder, images, config.export.num_check_images)
     for file, found in comparisons.items():
         what = f"{name + '/' if name else ''}{file}"
@@ -173,14 +173,15 @@ def write(
     calibration: Iterable[np.ndarray] = (),
     *,
     onnx: bool = False,
-) -> None:
-    """The files of the config's precision, for any batch size, and the card beside them; with `onnx` a float32 ONNX
-    file, too. `calibration`: for int8, batches of images [B, 3, height, width] float32."""
+) -> ModelSpec:
+    """Write the files of the config's precision, for any batch size, and the spec beside them, which is returned; with
+    `onnx` a float32 ONNX file, too. `calibration`: for int8, batches of images [B, 3, height, width] float32."""
     if card.precision == "int8":
         with tempfile.TemporaryDirectory() as name:
             _save(model, card, "float32", Path(name))
             onnx_export.write_onnx(Path(name), Path(name) / ONNX_FILE)
             onnx_export.quantize(Path(name) / ONNX_FILE, folder / ONNX_FILE, calibration)
+        card = card.model_copy(update={"int8_weight_bits": onnx_export.INT8_WEIGHT_BITS})
     else:
         _save(model, card, card.precision, folder, pixels=config.export.pixels)
         if onnx and card.precision == "float32":
@@ -191,6 +192,7 @@ def write(
                 onnx_export.write_onnx(Path(name), folder / ONNX_FILE)
     card = card.model_copy(update={"files": file_records(folder)})
     (folder / SPEC_FILE).write_text(card.model_dump_json(indent=1), encoding="utf-8")
+    return card
 
 
 def _save(

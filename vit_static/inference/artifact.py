@@ -83,6 +83,9 @@ class ModelSpec(Section):
     activation: Literal["softmax", "sigmoid", "bce"]
     model: ModelConfig
     precision: InferencePrecision = "float32"
+    int8_weight_bits: Literal[7] | None = Field(
+        None, description="of an int8 model; None: 8 bits, written by an earlier version, which saturate without VNNI"
+    )
     files: dict[str, ArtifactFile]
     comparisons: dict[str, Comparison] = Field({}, description="by file")
 

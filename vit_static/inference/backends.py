@@ -9,10 +9,11 @@ import numpy as np
 import paddle
 from paddle import inference
 
+from vit_static.common import cpu
 from vit_static.common.cpu import cpu_has_bfloat16
 from vit_static.common.errors import PredictError
 from vit_static.config.schema import InferencePrecision
-from vit_static.inference.artifact import MODEL_FILE, ONNX_FILE, WEIGHTS_FILE, read_spec
+from vit_static.inference.artifact import MODEL_FILE, ONNX_FILE, REMEDY, WEIGHTS_FILE, read_spec
 from vit_static.program.cpu import lowering
 
 _GPU_POOL_MB = 256
@@ -130,7 +131,8 @@ def open_session(
     Inputs and outputs are float32 in every precision, which is what operators compute in. Raises PredictError for a
     folder that is none, and a precision that its program or this machine has not.
     """
-    exported = read_spec(folder).precision
+    spec = read_spec(folder)
+    exported = spec.precision
     wanted = precision or exported
     if wanted not in RUNS_IN[exported]:
         raise PredictError(
@@ -138,6 +140,11 @@ def open_session(
             f"export it again with -o export.precision={wanted}"
         )
     if wanted == "int8":
+        if spec.int8_weight_bits is None and not cpu.cpu_has_vnni():
+            raise PredictError(
+                f"{folder}: an earlier version exported it with 8-bit weights, which give wrong results on this CPU "
+                f"(no VNNI, no AMX); {REMEDY} with -o export.precision=int8"
+            )
         return OnnxSession(folder / ONNX_FILE, num_threads)
     return PaddleSession(
         folder / MODEL_FILE,

@@ -10,11 +10,12 @@ import pytest
 from helpers.small import SMALL, images_and_labels
 
 from vit_static.bench.profile import plain
-from vit_static.common.cpu import cpu_has_bfloat16
 from vit_static.config.schema import KernelsConfig, LossConfig, ModelConfig, OptimConfig, ParallelConfig
 from vit_static.model.loss import Criterion
 from vit_static.model.vit import VisionTransformer, attention_by_matmul
 from vit_static.program.precision import Precision
+
+pytestmark = pytest.mark.cpu_isa
 
 PLAIN = SMALL.model_copy(update={"layer_scale_init": None, "representation_size": None})
 VARIATIONS: dict[str, ModelConfig] = {
@@ -84,7 +85,7 @@ def test_training_and_evaluation_are_those_of_paddles_kernels(make_program, vari
         np.testing.assert_allclose(runs[1][1][name], weight, rtol=1e-4, atol=2e-6, err_msg=name)
 
 
-@pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU multiplies no bfloat16")
+@pytest.mark.needs_bfloat16
 @pytest.mark.parametrize("variation", VARIATIONS)
 def test_the_first_ten_losses_in_bfloat16_are_float32s_within_a_hundredth(make_program, variation) -> None:
     losses = {}
@@ -118,7 +119,7 @@ def test_what_a_block_is_made_of(make_program) -> None:
     assert not gone & set(found)
 
 
-@pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU multiplies no bfloat16")
+@pytest.mark.needs_bfloat16
 def test_mixed_precision_casts_weights_and_the_residuals_gradient_alone(make_program) -> None:
     paddle.seed(3)
     program = make_program(VisionTransformer(PLAIN, attention_by_matmul), 8, precision=Precision("O1", "bfloat16"))

@@ -9,13 +9,10 @@ import sys
 import numpy as np
 import pytest
 
-from vit_static.common.cpu import cpu_has_bfloat16
 from vit_static.program.cpu import onednn
 from vit_static.program.cpu.onednn import Layout, dense
 
-BFLOAT16 = pytest.param(
-    "bfloat16", marks=pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU multiplies no bfloat16")
-)
+BFLOAT16 = pytest.param("bfloat16", marks=pytest.mark.needs_bfloat16)
 DTYPES = ["float32", BFLOAT16]
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}  # of the largest value
 rng = np.random.default_rng(0)
@@ -77,6 +74,8 @@ from vit_static.common.startup import prepare_process
 prepare_process(verbose=True)
 from vit_static import onednn
 from vit_static.onednn import dense
+
+pytestmark = pytest.mark.cpu_isa
 for rows, columns in ((3, 24), (16, 384), (1, 5)):
     a, b = np.random.default_rng(0).standard_normal((2, 400)).astype(np.float32)
     out = np.full((rows, columns), np.nan, np.float32)
