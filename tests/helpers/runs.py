@@ -8,19 +8,21 @@ from pathlib import Path
 
 import pytest
 
+from helpers.tiny import tiny_model
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
 from vit_static.train.trainer import train
 
-TINY = """
-model: {variant: Ti/16, image_size: 16, patch_size: 8, width: 32, depth: 2, num_heads: 2, mlp_dim: 64,
-        num_classes: 10, dropout: 0.1, drop_path_rate: 0.1}
+TINY = (
+    tiny_model(dropout=0.1, drop_path_rate=0.1)
+    + """
 data: {global_batch_size: 16, num_threads: 1}
 train: {epochs: 1.5}
 checkpoint: {every_steps: 4, keep_last: 100}
 log: {every_steps: 3}
 seed: 5
 """
+)
 
 
 @pytest.fixture(name="config")  # as conftest.py's hooks call another
