@@ -74,7 +74,7 @@ def test_pretrain_says_what_it_does_and_nothing_else(workplace: Path) -> None:
 def test_finetune_from_that_run_with_another_head_and_size(workplace: Path) -> None:
     done = run_sh("finetune", "-c", "finetune.yaml", cwd=workplace)
     assert done.returncode == 0, done.stderr
-    assert "resampled: pos_embed; fresh: head.weight, head.bias" in " ".join(done.stdout.split())
+    assert "resampled: pos_embed; reinitialized: head.weight, head.bias" in " ".join(done.stdout.split())
     before = read_state(workplace / "output/tiny/model.pdparams")
     after = read_state(workplace / "output/finetune/model.pdparams")
     assert before["pos_embed"].shape == (1, 1 + 2 * 2, 32) and after["pos_embed"].shape == (1, 1 + 3 * 4, 32)
