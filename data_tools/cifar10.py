@@ -11,14 +11,13 @@ import gzip
 import io
 import json
 import os
-import pickle
 import shlex
 import shutil
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -27,31 +26,11 @@ from tqdm import tqdm
 from data_tools.arguments import ToolParser
 from vit_static.common.io import lock, write_json
 from vit_static.data.open_set import CLASS_NAMES_FILE
+from vit_static.weights.unpickler import PickledArray, load_pickle
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 BATCHES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "val": ["test_batch"]}
 IMAGES_A_BATCH = 10_000
-# What the archive's pickles are made of; nothing else is looked up, so that nothing can be run.
-_ALLOWED = {
-    ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
-    ("numpy._core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-}
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Knows arrays, and Python's own lists, dictionaries, numbers and strings."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ALLOWED:
-            return _ALLOWED[module, name]
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
-            return lambda text, encoding: text.encode("latin-1")
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no archive of CIFAR-10 does")
-
-    def persistent_load(self, pid: Any) -> NoReturn:
-        raise pickle.UnpicklingError("it refers to something outside")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,7 +146,7 @@ def damaged(archive: Path, error: Exception) -> ValueError:
 def content_of(tar: tarfile.TarFile, member: tarfile.TarInfo) -> dict[bytes, Any]:
     file = tar.extractfile(member)
     assert file is not None
-    content = _ArrayUnpickler(io.BytesIO(file.read()), encoding="bytes").load()
+    content = load_pickle(io.BytesIO(file.read()), encoding="bytes")
     if not isinstance(content, dict):
         raise ValueError(f"{member.name} holds no dictionary")
     return content
@@ -175,7 +154,10 @@ def content_of(tar: tarfile.TarFile, member: tarfile.TarInfo) -> dict[bytes, Any
 
 def batch_of(content: dict[bytes, Any], num_images: int) -> tuple[np.ndarray, list[int]]:
     """A batch's rows, red, green and blue one after the other, as images."""
-    rows, labels = np.asarray(content[b"data"]), [int(label) for label in content[b"labels"]]
+    pickled, labels = content[b"data"], [int(label) for label in content[b"labels"]]
+    rows = pickled.to_numpy() if isinstance(pickled, PickledArray) else None
+    if rows is None:
+        raise ValueError("a batch has no array of pixels")
     if rows.shape != (num_images, 3 * 32 * 32) or rows.dtype != np.uint8 or len(labels) != num_images:
         raise ValueError(f"a batch has {rows.shape} {rows.dtype} and {len(labels)} labels")
     if min(labels) < 0 or max(labels) >= len(CLASSES):

@@ -12,7 +12,7 @@ import pytest
 from helpers import paddle_state
 from helpers.bad_input import trial  # noqa: F401 - a fixture
 from helpers.exported import exported  # noqa: F401 - a fixture
-from helpers.runs import config_of_a_run, finished, run  # noqa: F401 - fixtures
+from helpers.runs import finished, run, small_config  # noqa: F401 - fixtures
 from helpers.sets import make_set, small_digits  # noqa: F401 - fixtures
 
 from vit_static.common.cpu import cpu_flags, cpu_has_bfloat16

@@ -16,26 +16,29 @@ import pytest
 from helpers.command_line import run_sh, use_test_environment  # noqa: F401 - a fixture
 from helpers.sets import copy_of_some
 from helpers.small import ROOT, read_state
+from helpers.tiny import tiny_model
 from PIL import Image
 
 from data_tools.digits import make_digits
 
-TINY = """
-model: {variant: Ti/16, image_size: 16, patch_size: 8, width: 32, depth: 2, num_heads: 2, mlp_dim: 64,
-        num_classes: 10, dropout: 0.1}
+TINY = (
+    tiny_model(dropout=0.1)
+    + """
 data: {root: digits, global_batch_size: 16, num_threads: 1}
 optim: {lr: 3e-3}
 train: {epochs: 4}
 eval: {every_epochs: 2}
 log: {every_steps: 5}
 """
-FINETUNE = """
-model: {variant: Ti/16, image_size: [24, 32], patch_size: 8, width: 32, depth: 2, num_heads: 2, mlp_dim: 64,
-        num_classes: 2}
+)
+FINETUNE = (
+    tiny_model(image_size=[24, 32], num_classes=2)
+    + """
 data: {root: parity, global_batch_size: 16, num_threads: 1}
 train: {epochs: 1}
 init: {from: output/tiny}
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +73,7 @@ def test_pretrain_says_what_it_does_and_nothing_else(workplace: Path) -> None:
 def test_finetune_from_that_run_with_another_head_and_size(workplace: Path) -> None:
     done = run_sh("finetune", "-c", "finetune.yaml", cwd=workplace)
     assert done.returncode == 0, done.stderr
-    assert "resampled: pos_embed; fresh: head.weight, head.bias" in " ".join(done.stdout.split())
+    assert "resampled: pos_embed; reinitialized: head.weight, head.bias" in " ".join(done.stdout.split())
     before = read_state(workplace / "output/tiny/model.pdparams")
     after = read_state(workplace / "output/finetune/model.pdparams")
     assert before["pos_embed"].shape == (1, 1 + 2 * 2, 32) and after["pos_embed"].shape == (1, 1 + 3 * 4, 32)

@@ -138,7 +138,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
         head=arguments.head,
         image_size=arguments.image_size and tuple(arguments.image_size),
         fold_layer_scale=arguments.fold_layer_scale,
-        averaged=arguments.ema,
+        ema=arguments.ema,
     )
     return EXIT_DONE
 

@@ -16,6 +16,7 @@ import numpy as np
 import paddle
 import pytest
 from helpers.small import ROOT
+from helpers.tiny import TINY_MODEL
 from PIL import Image
 
 from vit_static.bench import infer
@@ -34,14 +35,8 @@ from vit_static.common.errors import UserError
 from vit_static.config.loader import load_config
 
 TINY = {
-    "model.variant": "Ti/16",
+    **{f"model.{key}": value for key, value in TINY_MODEL.items()},
     "model.image_size": 32,
-    "model.patch_size": 8,
-    "model.width": 32,
-    "model.depth": 2,
-    "model.num_heads": 2,
-    "model.mlp_dim": 64,
-    "model.num_classes": 10,
     "data.global_batch_size": 8,
 }
 OVERRIDES = [argument for key, value in TINY.items() for argument in ("-o", f"{key}={value}")]

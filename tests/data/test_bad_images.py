@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.bad_input import LONGEST_MESSAGE, Trial, cases, damaged, one_line, picture, pytestmark  # noqa: F401
+from helpers.bad_input import MAX_MESSAGE_LENGTH, Trial, cases, damaged, encoded_image, one_line, pytestmark  # noqa: F401
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -43,14 +43,14 @@ def png_of(height: int, width: int, depth: int = 8, colours: int = 2, pixels: by
 
 
 def jpeg_of(height: int, width: int) -> bytes:
-    content = bytearray(picture("RGB", "JPEG", (48, 64)))
+    content = bytearray(encoded_image("RGB", "JPEG", (48, 64)))
     place = content.index(b"\xff\xc0")
     content[place + 5 : place + 9] = struct.pack(">HH", height, width)
     return bytes(content)
 
 
 def tiff_of(height: int, width: int) -> bytes:
-    content = picture("RGB", "TIFF", (48, 64))
+    content = encoded_image("RGB", "TIFF", (48, 64))
     for tag, value in ((256, width), (257, height)):
         place = (
             content.index(struct.pack("<H", tag) + struct.pack("<H", 3), 8)
@@ -87,7 +87,7 @@ IMAGE_BOMBS = {
 }
 
 any_picture = st.builds(
-    picture, st.sampled_from(MODES), st.sampled_from(list(FORMATS)), st.sampled_from([SIZES[0]] * 6 + SIZES)
+    encoded_image, st.sampled_from(MODES), st.sampled_from(list(FORMATS)), st.sampled_from([SIZES[0]] * 6 + SIZES)
 )
 
 
@@ -98,7 +98,7 @@ def any_image(draw: Callable[[Any], Any]) -> tuple[str, bytes]:
         return ".png", draw(st.binary(max_size=100) | st.sampled_from(list(IMAGE_BOMBS.values())))
     file_format = draw(st.sampled_from(list(FORMATS)))
     size = draw(st.sampled_from([SIZES[0]] * 9 + SIZES))
-    content = picture(draw(st.sampled_from(MODES)), file_format, size)
+    content = encoded_image(draw(st.sampled_from(MODES)), file_format, size)
     if draw(st.integers(0, 4)):
         content = damaged(content, draw)
     return draw(st.sampled_from([FORMATS[file_format]] * 3 + list(FORMATS.values()))), content
@@ -150,7 +150,7 @@ def test_what_the_check_lets_pass_is_trained_on_and_evaluated(
     check.main([str(image_folder)])
     report = json.loads((image_folder / "data_check.json").read_text(encoding="utf-8"))
     bad = sorted(found["path"] for found in report["problems"] if found["stops_training"])
-    assert all(len(found["detail"]) < LONGEST_MESSAGE for found in report["problems"])
+    assert all(len(found["detail"]) < MAX_MESSAGE_LENGTH for found in report["problems"])
     data = DataConfig(root=str(image_folder), val="train", global_batch_size=4, num_threads=1, num_readers=1)
     everything = open_set(data, "train", 2)
     if len(bad) < len(images):
@@ -187,7 +187,7 @@ def eval_feed(images: ImageDataset, data: DataConfig) -> EvalLoader:
 @pytest.mark.parametrize("mode", ["I;16", "F", "1", "LA", "PA", "RGBA", "CMYK", "P"])
 def test_predict_reads_what_training_reads(trial: Trial, mode: str) -> None:
     """16-bit grey is scaled: its brightest is white, and its middle grey."""
-    content = picture(mode, "TIFF" if mode in ("F", "CMYK") else "PNG", (48, 64))
+    content = encoded_image(mode, "TIFF" if mode in ("F", "CMYK") else "PNG", (48, 64))
     (decoded,) = decoding_pipeline(1, 1, None).run(encoded=[np.frombuffer(content, np.uint8)])
     pixels = read_pixels(io.BytesIO(content), "it").astype(int)
     assert np.abs(np.asarray(decoded.as_tensor())[0].astype(int) - pixels).max() <= 1
@@ -244,7 +244,7 @@ def test_what_is_no_file_is_refused(trial: Trial, tmp_path: Path) -> None:
 
 def test_the_check_writes_into_no_place_that_a_set_leads_it_to(trial: Trial, tmp_path: Path) -> None:
     (tmp_path / "set/train/a").mkdir(parents=True)
-    (tmp_path / "set/train/a/1.png").write_bytes(picture("RGB", "PNG", (48, 64)))
+    (tmp_path / "set/train/a/1.png").write_bytes(encoded_image("RGB", "PNG", (48, 64)))
     (tmp_path / "elsewhere").write_text("mine")
     (tmp_path / "set/data_check.json").symlink_to("../elsewhere")
     assert check.main([str(tmp_path / "set")]) == 0

@@ -9,7 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from helpers.bad_input import Trial, cases, one_line, picture, pytestmark, values  # noqa: F401
+from helpers.bad_input import Trial, cases, encoded_image, one_line, pytestmark, values  # noqa: F401
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -149,7 +149,7 @@ def test_what_lies_beside_images(trial: Trial, name: str, content: bytes) -> Non
     for old in folder.iterdir():
         if old.is_file():
             old.unlink()
-    (folder / "train/a/1.png").write_bytes(picture("RGB", "PNG", (48, 64)))
+    (folder / "train/a/1.png").write_bytes(encoded_image("RGB", "PNG", (48, 64)))
     (folder / name).write_bytes(content)
     with trial.of(f"files beside images: {name}", name, "all of its images are bad"):
         if name.endswith("journal"):
@@ -161,7 +161,7 @@ def test_what_lies_beside_images(trial: Trial, name: str, content: bytes) -> Non
 def test_a_forged_journal_is_not_believed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Entries of the right state whose content is none."""
     (tmp_path / "train/a").mkdir(parents=True)
-    (tmp_path / "train/a/1.png").write_bytes(picture("RGB", "PNG", (48, 64)))
+    (tmp_path / "train/a/1.png").write_bytes(encoded_image("RGB", "PNG", (48, 64)))
     journal = tmp_path / ".data_check.journal"
     sets, _ = check.open_sets(tmp_path, {"train": tmp_path / "train"})
     stats = hashlib.blake2b(repr([check.state_of(sets["train"], 0)]).encode(), digest_size=8).hexdigest()

@@ -95,7 +95,7 @@ def test_each_precision_answers_as_the_trained_model(exported: Exported, tmp_pat
     (comparison,) = card.comparisons.values()
     assert (comparison.top1_exported, comparison.top1_trained) == pytest.approx(tuple(shares))
     assert comparison.same_class == pytest.approx(100.0 * (logits.argmax(axis=1) == trained.argmax(axis=1)).mean())
-    size = sum(record.size for name, record in card.files.items() if name in (WEIGHTS_FILE, ONNX_FILE))
+    size = sum(record.num_bytes for name, record in card.files.items() if name in (WEIGHTS_FILE, ONNX_FILE))
     in_float32 = 4 * sum(value.size for value in read_state(exported.run / "model.pdparams").values())
     assert size < {"float32": 1.1, "bfloat16": 0.6, "int8": 1.2}[precision] * in_float32 + 50_000
 
@@ -214,7 +214,7 @@ def weights(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
     def make(name: str) -> Path:
         with redirect_stdout(io.StringIO()):
-            options = {"to": None, "head": "keep", "image_size": None, "fold_layer_scale": False, "averaged": False}
+            options = {"to": None, "head": "keep", "image_size": None, "fold_layer_scale": False, "ema": False}
             convert_weights(None, exported.run, folder / name, [], **options)
         return folder / name
 

@@ -1,6 +1,6 @@
-"""Whatever lies in a config, a file of weights, a data set or a model's folder: it is read, or refused in one line.
+"""Generators of bad input, and the check that it is read or refused in one line.
 
-Hypothesis makes the cases, the same ones every time. For a longer hunt, BAD_INPUT_TIMES=10 makes ten times as many.
+Hypothesis generates the same cases every time. BAD_INPUT_TIMES=10 generates ten times as many, for a longer search.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from vit_static.data.list_file import ImageList, Labels
 pytestmark = [
     pytest.mark.reliability,
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:Duplicate name"),  # zipfile's, of those that are written here
+    pytest.mark.filterwarnings("ignore:Duplicate name"),  # from zipfile, for files that the tests write
     pytest.mark.filterwarnings("ignore::UserWarning:PIL"),
     pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning"),
 ]
 
-LONGEST_MESSAGE = 400  # without the folder that the test is in
+MAX_MESSAGE_LENGTH = 400  # characters, without the test's folder
 
 
 def cases(count: int) -> Callable[[Any], Any]:
-    """How many hypothesis makes."""
+    """Return hypothesis's settings for a test with `count` cases."""
     return settings(
         max_examples=count * int(os.environ.get("BAD_INPUT_TIMES", "1")),
         deadline=None,
@@ -47,14 +47,14 @@ def cases(count: int) -> Callable[[Any], Any]:
 
 
 class Trial:
-    """Counts a case, and holds what refuses it to a message of one line that names what it should."""
+    """Counts cases, and checks that whatever is refused is refused with one clear line."""
 
     def __init__(self, count: Callable[..., None], folder: Path) -> None:
         self._count, self.folder = count, folder
 
     @contextlib.contextmanager
     def of(self, kind: str, *names: str) -> Iterator[None]:
-        """What may be refused; `names`: what the message must have one of."""
+        """Run one case of a kind, which may raise UserError with a message that contains one of `names`."""
         self._count(kind)
         outcome = "accepted"
         try:
@@ -64,7 +64,7 @@ class Trial:
             message = str(error)
             is_clear = (
                 (message.isprintable() and message.strip() == message != "")
-                and len(message.replace(str(self.folder), "")) <= LONGEST_MESSAGE
+                and len(message.replace(str(self.folder), "")) <= MAX_MESSAGE_LENGTH
                 and (not names or any(name in message for name in names))
             )
             if not is_clear:
@@ -136,34 +136,35 @@ values = st.recursive(
 
 
 def damaged(content: bytes, draw: Callable[[Any], Any]) -> bytes:
-    """Cut off, with bits flipped, with a stretch set to one value or put elsewhere."""
-    harm, size = draw(st.sampled_from(["cut", "flip", "flip at the start", "fill", "move", "add"])), len(content)
+    """Damage content: truncate it, flip bits, fill or move a part of it, or add bytes."""
+    damage, size = draw(st.sampled_from(["cut", "flip", "flip at the start", "fill", "move", "add"])), len(content)
     changed = bytearray(content)
-    if size == 0 or harm == "cut":
+    if size == 0 or damage == "cut":
         return content[: draw(st.integers(0, max(size - 1, 0)))]
     start = draw(st.integers(0, size - 1))
     stop = min(start + draw(st.integers(1, 64)), size)
-    if harm.startswith("flip"):
-        last = size - 1 if harm == "flip" else min(size - 1, 400)
-        for place in draw(st.lists(st.integers(0, last), min_size=1, max_size=8)):
-            changed[place] ^= 1 << draw(st.integers(0, 7))
-    elif harm == "fill":
+    if damage.startswith("flip"):
+        last = size - 1 if damage == "flip" else min(size - 1, 400)
+        for index in draw(st.lists(st.integers(0, last), min_size=1, max_size=8)):
+            changed[index] ^= 1 << draw(st.integers(0, 7))
+    elif damage == "fill":
         changed[start:stop] = bytes([draw(st.sampled_from([0, 255, 127, 48]))]) * (stop - start)
-    elif harm == "move":
-        to = draw(st.integers(0, size - 1))
-        changed[to:to] = changed[start:stop]
+    elif damage == "move":
+        target = draw(st.integers(0, size - 1))
+        changed[target:target] = changed[start:stop]
     else:
         changed += draw(st.binary(min_size=1, max_size=50))
     return bytes(changed)
 
 
-def nested(start: bytes, times: int) -> bytes:
-    return start + b"2\x86" * times  # a tuple of the last thing twice
+def nested(start: bytes, num_levels: int) -> bytes:
+    """Return pickle opcodes that nest an object in tuples, each with the previous one twice: 2**num_levels leaves."""
+    return start + b"2\x86" * num_levels  # DUP, TUPLE2
 
 
 @functools.cache
-def picture(mode: str, file_format: str, size: tuple[int, int]) -> bytes:
-    """An image file, in the nearest mode that the format has; `size` is height and width."""
+def encoded_image(mode: str, file_format: str, size: tuple[int, int]) -> bytes:
+    """Return an image file, in the nearest mode that the format supports; `size` is height and width."""
     if file_format == "WEBP":
         size = (min(size[0], 16_383), min(size[1], 16_383))
     levels = np.linspace(0.0, 1.0, size[0] * size[1]).reshape(size)
@@ -185,6 +186,7 @@ def picture(mode: str, file_format: str, size: tuple[int, int]) -> bytes:
 
 
 def one_line(path: bytes) -> ImageList:
+    """Return a list file of one image with label 0."""
     return ImageList(np.frombuffer(path, np.uint8), np.array([0]), np.array([len(path)]), Labels(np.zeros(1, np.int32)))
 
 

@@ -1,4 +1,4 @@
-"""A small run for tests of whole runs, one that is finished, and what it leaves."""
+"""Config of a small run, a finished run, and its metrics, for tests of complete runs."""
 
 from __future__ import annotations
 
@@ -8,23 +8,26 @@ from pathlib import Path
 
 import pytest
 
+from helpers.tiny import tiny_model
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
 from vit_static.train.trainer import train
 
-TINY = """
-model: {variant: Ti/16, image_size: 16, patch_size: 8, width: 32, depth: 2, num_heads: 2, mlp_dim: 64,
-        num_classes: 10, dropout: 0.1, drop_path_rate: 0.1}
+TINY = (
+    tiny_model(dropout=0.1, drop_path_rate=0.1)
+    + """
 data: {global_batch_size: 16, num_threads: 1}
 train: {epochs: 1.5}
 checkpoint: {every_steps: 4, keep_last: 100}
 log: {every_steps: 3}
 seed: 5
 """
+)
 
 
-@pytest.fixture(name="config")  # as conftest.py's hooks call another
-def config_of_a_run(tmp_path: Path, small_digits: Path) -> Config:
+@pytest.fixture(name="config")  # the function can't have this name: hooks in conftest.py have an argument `config`
+def small_config(tmp_path: Path, small_digits: Path) -> Config:
+    """Return the config of a run of 11 steps that hasn't started."""
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY)
     return load_config(path, [f"data.root={small_digits}", f"output_dir={tmp_path / 'output'}"])
@@ -32,27 +35,28 @@ def config_of_a_run(tmp_path: Path, small_digits: Path) -> Config:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, small_digits: Path) -> Config:
-    """Of a run that was never interrupted, of 11 steps; it is all tests', to be read."""
+    """Return the config of a finished run of 11 steps. All tests share its folder, and must not change it."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "tiny.yaml").write_text(TINY)
-    found = load_config(folder / "tiny.yaml", [f"data.root={small_digits}", f"output_dir={folder / 'output'}"])
-    assert train(found)
-    return found
+    config = load_config(folder / "tiny.yaml", [f"data.root={small_digits}", f"output_dir={folder / 'output'}"])
+    assert train(config)
+    return config
 
 
 @pytest.fixture
 def run(finished: Config, tmp_path: Path) -> Config:
-    """A copy of that run, to be gone on with or spoilt."""
+    """Return the config of a copy of that run, which a test may resume or damage."""
     shutil.copytree(finished.run_dir, tmp_path / "copy", symlinks=True)
     return finished.model_copy(update={"output_dir": str(tmp_path), "name": "copy"})
 
 
 def metrics(run_dir: Path, kind: str) -> list[dict]:
+    """Return the lines of metrics.jsonl of one kind."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == kind]
 
 
-def happened(run_dir: Path) -> list[str]:
-    """A run's events but its beginning and its checkpoints."""
+def event_names(run_dir: Path) -> list[str]:
+    """Return the names of a run's events, except its starts and its checkpoints."""
     events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines() if '"event"' in line]
     return [event["event"] for event in events if event["event"] not in ("started", "checkpoint")]

@@ -18,6 +18,7 @@ from helpers import numpy_vit
 from helpers.models import KINDS, config_of, recording_model, without_recorder
 from helpers.sets import photo
 from helpers.small import ROOT, SMALL, images_and_labels, model_logits
+from helpers.tiny import tiny_model
 from PIL import Image
 
 from vit_static.cli import make_parser
@@ -291,11 +292,13 @@ def test_stems_are_unique() -> None:
     assert unique_stems(paths) == ["cat", "cat_2", "cat_2_2", "cat_3", "dog.x"]
 
 
-TINY = """
-model: {variant: Ti/16, image_size: 16, patch_size: 8, width: 32, depth: 2, num_heads: 2, mlp_dim: 64, num_classes: 10}
+TINY = (
+    tiny_model()
+    + """
 data: {global_batch_size: 16, num_threads: 1}
 train: {max_steps: 8}
 """
+)
 
 
 def run_verb(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:

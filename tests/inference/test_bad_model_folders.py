@@ -115,9 +115,11 @@ def test_a_spec_with_another_image_size_is_refused(accepts_model, exported: Any,
 
 def test_an_older_export_is_refused_with_the_remedy(accepts_model, exported: Any) -> None:
     spec = json.loads(exported["plain"][SPEC_FILE])
-    del spec["files"]
+    del spec["format"]
     older = {**exported["plain"], SPEC_FILE: json.dumps(spec).encode()}
-    accepts_model("model folders: specs", older, "an older version, without the sizes and digests")
+    accepts_model(
+        "model folders: specs", older, "another version's export, and this version reads format 2; export it again"
+    )
 
 
 def test_nan_gives_an_error_instead_of_probabilities(tmp_path: Path, exported: Any) -> None:

@@ -20,18 +20,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.small import ROOT, read_state
+from helpers.tiny import tiny_model
 
 from vit_static.launch import __main__, topology
 from vit_static.launch.slurm import expand_counts, expand_hosts, find_slurm_task
 
-TINY = """
-model: {{variant: Ti/16, image_size: 16, patch_size: 8, width: 32, depth: 2, num_heads: 2, mlp_dim: 64,
-        num_classes: 10, dropout: 0}}
-data: {{root: {root}, global_batch_size: 16, num_threads: 1}}
-train: {{max_steps: 6}}
-eval: {{every_epochs: 1000}}
-log: {{every_steps: 1, tensorboard: false}}
+TINY = (
+    tiny_model()
+    + """
+data: {root: ROOT, global_batch_size: 16, num_threads: 1}
+train: {max_steps: 6}
+eval: {every_epochs: 1000}
+log: {every_steps: 1, tensorboard: false}
 """
+)
 LONG = ("-o", "train.max_steps=100000")
 
 
@@ -77,7 +79,7 @@ class Job:
         self.folder = folder
         self.launches: list[subprocess.Popen[str]] = []
         self.name = f"{folder}-{os.getpid()}"  # found again in the environment of all its processes
-        (folder / "tiny.yaml").write_text(TINY.format(root=small_digits))
+        (folder / "tiny.yaml").write_text(TINY.replace("root: ROOT", f"root: {small_digits}"))
 
     def start(self, *arguments: str, verb: str = "pretrain", **environ: str) -> None:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "PADDLE_"))}

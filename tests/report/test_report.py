@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from helpers.exported import in_inference_process, predict
-from helpers.runs import TINY, happened, metrics
+from helpers.runs import TINY, event_names, metrics
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -338,7 +338,7 @@ def test_a_page_that_cannot_be_written_stops_no_run(config: Config, capsys: pyte
     """A folder stands where the page would go."""
     (config.run_dir / "report.html").mkdir(parents=True)
     (config.run_dir / "report.html" / "file").touch()
-    assert train(config) and happened(config.run_dir) == ["finished"]
+    assert train(config) and event_names(config.run_dir) == ["finished"]
     assert capsys.readouterr().out.count("the report could not be written: ") == 3  # two evaluations, and the end
     assert (config.run_dir / EVALUATION_FILE).is_file()
 

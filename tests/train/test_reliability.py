@@ -20,15 +20,16 @@ import numpy as np
 import psutil
 import pytest
 from helpers.small import ROOT, read_state
+from helpers.tiny import tiny_model
 
 from vit_static.checkpoint.resume import verify_files
 
 pytestmark = [pytest.mark.reliability, pytest.mark.slow]
 
 # Everything that a state can hold: dropout, drop path, augmentation, mixup, accumulation, a moving average.
-CONFIG = """
-model: {variant: Ti/16, image_size: 16, patch_size: 8, width: 32, depth: 2, num_heads: 2, mlp_dim: 64,
-        num_classes: 10, dropout: 0.1, drop_path_rate: 0.1}
+CONFIG = (
+    tiny_model(dropout=0.1, drop_path_rate=0.1)
+    + """
 data: {global_batch_size: 16, num_threads: 1}
 augment: {policy: randaugment, mixup_alpha: 0.2, cutmix_alpha: 0.5}
 optim: {ema_decay: 0.9, clip_norm: 1.0}
@@ -38,6 +39,7 @@ eval: {every_epochs: 4}
 checkpoint: {every_steps: 3}
 log: {every_steps: 5}
 """
+)
 NUM_KILLS = 20
 
 

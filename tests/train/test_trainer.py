@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.runs import happened, metrics
+from helpers.runs import event_names, metrics
 from helpers.small import read_state
 
 from vit_static.common.errors import ConfigError, WeightsError
@@ -61,7 +61,7 @@ def test_a_resumed_run_ends_with_the_same_bits(run: Config) -> None:
     assert train(run)
     again = read_state(folder / "model.pdparams")
     assert all(np.array_equal(again[name], expected[name]) for name in expected)
-    assert happened(folder) == ["finished", "resumed", "finished"]
+    assert event_names(folder) == ["finished", "resumed", "finished"]
     resumed = metrics(folder, "train")[4:]
     assert [line["step"] for line in resumed] == [6, 9, 11]
     # The first line's loss is that of one step, so it must be equal too.
@@ -121,7 +121,7 @@ def test_a_half_written_line_of_a_killed_run_damages_no_other_line(config: Confi
     path.write_text(path.read_text() + '{"kind": "train", "st')
     train(config)
     entries = read_metrics(path)
-    assert happened(config.run_dir) == ["finished", "resumed", "finished"]
+    assert event_names(config.run_dir) == ["finished", "resumed", "finished"]
     assert len(entries) == len(path.read_text().splitlines()) - 1
 
 
@@ -185,7 +185,7 @@ def test_a_moving_average_is_evaluated_saved_and_resumed(config: Config, tmp_pat
     weights, average = read_state(run / "model.pdparams"), read_state(run / "model_ema.pdparams")
     assert weights.keys() == average.keys()
     assert not np.array_equal(weights["head.weight"], average["head.weight"])
-    from_checkpoint = load_weights(run / "checkpoints" / "latest", averaged=True).state
+    from_checkpoint = load_weights(run / "checkpoints" / "latest", ema=True).state
     assert all(np.array_equal(from_checkpoint[name], average[name]) for name in average)
     losses = metrics(run, "eval")
     for later in ("step_00000008", "step_00000011"):
@@ -200,7 +200,7 @@ def test_a_moving_average_is_evaluated_saved_and_resumed(config: Config, tmp_pat
 
 def test_a_missing_moving_average_is_an_error(finished: Config) -> None:
     with pytest.raises(WeightsError, match="no moving average"):
-        load_weights(finished.run_dir / "checkpoints" / "latest", averaged=True)
+        load_weights(finished.run_dir / "checkpoints" / "latest", ema=True)
 
 
 def test_a_run_does_not_resume_with_another_optimizer(run: Config) -> None:

@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vit_static.config.schema import InitConfig
-from vit_static.weights.convert import config_of, convert_state
+from vit_static.weights.convert import convert_state, infer_config
 from vit_static.weights.readers import read_arrays
 from vit_static.weights.source import load_weights
 
@@ -53,9 +53,9 @@ def accepts_weights(trial: Trial) -> Iterator[Callable[..., None]]:
         path.write_bytes(content)
         try:
             with trial.of(kind, f"weights{suffix}"):
-                found = load_weights(path).found
+                found = load_weights(path).external
                 assert all(array.dtype == np.float32 and np.isfinite(array).all() for array in found.state.values())
-                config = config_of(found, str(path), ["model.num_heads=4"], (12, 20))
+                config = infer_config(found, str(path), ["model.num_heads=4"], (12, 20))
                 convert_state(found, config.model, str(path), InitConfig(head="keep"), None)
         finally:
             path.unlink()
@@ -374,5 +374,5 @@ def test_what_lies_beside_weights(trial: Trial, name: str, data: st.DataObject) 
     (folder / name).write_bytes(content)
     with trial.of("files beside weights", "beside" if name == "config.yaml" else ""):
         loaded = load_weights(path)
-        config = loaded.config or config_of(loaded.found, str(path), [], None)
-        convert_state(loaded.found, config.model, str(path), InitConfig(head="keep"), None)
+        config = loaded.config or infer_config(loaded.external, str(path), [], None)
+        convert_state(loaded.external, config.model, str(path), InitConfig(head="keep"), None)

@@ -26,7 +26,7 @@ from vit_static.config.schema import InitConfig, ModelConfig
 from vit_static.model.pos_embed import resample_pos_embed
 from vit_static.model.vit import VisionTransformer
 from vit_static.weights import readers
-from vit_static.weights.convert import config_of, convert_state, write_converted
+from vit_static.weights.convert import convert_state, infer_config, write_converted
 from vit_static.weights.formats import ExternalWeights, fuse_qkv, read_weights, save_file
 from vit_static.weights.load import init_from
 
@@ -60,7 +60,7 @@ def golden(name: str) -> tuple[np.ndarray, np.ndarray]:
 def model_of_file(name: str, *overrides: str) -> tuple[ExternalWeights, ModelConfig]:
     found = read_weights(WEIGHTS / FILES[name])
     size = WIDE if name in LATER else None
-    return found, config_of(found, name, [*HEADS, *overrides], size).model
+    return found, infer_config(found, name, [*HEADS, *overrides], size).model
 
 
 def loaded(found: ExternalWeights, config: ModelConfig) -> Any:
@@ -165,7 +165,7 @@ def test_what_the_target_computes_otherwise_is_told(tmp_path: Path, capfd) -> No
 def test_another_programs_config_is_left_alone(tmp_path: Path) -> None:
     found, config = model_of_file("hf_vit")
     (tmp_path / "config.json").write_text('{"mine": 1}')
-    with pytest.raises(WeightsError, match="name another folder"):
+    with pytest.raises(WeightsError, match="choose another folder"):
         write_converted(found.state, config, tmp_path / "model.safetensors", "huggingface")
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
@@ -208,9 +208,9 @@ def saved(path: Path, change: Any, name: str = "timm_vit") -> Path:
     [
         ("attn_pool.latent", "pools by attention"),
         ("dist_token", "distilled"),
-        ("blocks.0.attn.q_norm.weight", "norms queries and keys"),
+        ("blocks.0.attn.q_norm.weight", "normalizes queries and keys"),
         ("blocks.0.mlp.w12.weight", "SwiGLU"),
-        ("something.else", "which these have not"),
+        ("something.else", "which those files don't have"),
     ],
 )
 def test_models_that_this_one_is_not_are_refused_with_the_reason(tmp_path: Path, added: str, said: str) -> None:
@@ -354,7 +354,7 @@ def test_an_unknown_model_of_a_file_is_told_by_its_arrays() -> None:
     config = SMALL.model_copy(update={"register_tokens": 3, "pool": "cls_gap", "class_token_pos_embed": False})
     model = VisionTransformer(config)
     state = fuse_qkv({name: value.numpy() for name, value in model.state_dict().items()})
-    told = config_of(ExternalWeights(state, "ours", {"pool": "cls_gap"}), "x", ["model.num_heads=3"], (12, 16)).model
+    told = infer_config(ExternalWeights(state, "ours", {"pool": "cls_gap"}), "x", ["model.num_heads=3"], (12, 16)).model
     wanted = ("width", "depth", "mlp_dim", "patch_size", "num_classes", "representation_size", "register_tokens")
     assert all(
         getattr(told, key) == getattr(config, key) for key in (*wanted, "class_token_pos_embed", "pool", "qkv_bias")
@@ -374,10 +374,10 @@ def test_a_pickle_makes_no_object_of_numpys(tmp_path: Path) -> None:
     (tmp_path / "forged.pdparams").write_bytes(pickle.dumps({"head.weight": Forged()}))
     script = f"""
 from pathlib import Path
-from vit_static.weight_files import WeightsError
-from vit_static.formats import read
+from vit_static.common.errors import WeightsError
+from vit_static.weights.formats import read_weights
 try:
-    read(Path({str(tmp_path / "forged.pdparams")!r}))
+    read_weights(Path({str(tmp_path / "forged.pdparams")!r}))
 except WeightsError as error:
     print(error)
 """
@@ -468,7 +468,7 @@ def test_broken_numbers_are_named(tmp_path: Path) -> None:
 
 def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.pdparams").write_bytes(pickle.dumps({"\ud800": 1}, protocol=2))
-    with pytest.raises(WeightsError, match="no text"):
+    with pytest.raises(WeightsError, match="isn't printable text"):
         read_weights(tmp_path / "x.pdparams")
 
 
@@ -485,6 +485,6 @@ def test_an_embedding_is_resampled_as_asked_for(tmp_path: Path) -> None:
 def test_a_square_and_the_models_own_grid_of_as_many_patches_are_not_guessed() -> None:
     config = SMALL.model_copy(update={"image_size": (8, 32)})  # 2 x 8 patches, as many as 4 x 4
     state = random_state(image_size=(8, 32))
-    with pytest.raises(WeightsError, match="4x4 patches or of the model's 2x8"):
+    with pytest.raises(WeightsError, match="4x4 patches or for the model's 2x8"):
         init_from(VisionTransformer(config), config, ExternalWeights(state, "test"), "x", InitConfig())
     init_from(VisionTransformer(config), config, ExternalWeights(state, "test"), "x", InitConfig(), (2, 8))

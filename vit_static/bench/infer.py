@@ -30,7 +30,7 @@ from vit_static.bench.peers import protocol
 from vit_static.bench.train import peers_model
 from vit_static.common.cpu import cpu_has_bfloat16
 from vit_static.common.errors import UserError
-from vit_static.config.schema import Config, InferencePrecision, InitConfig
+from vit_static.config.schema import Config, InferencePrecision
 from vit_static.data.open_set import open_set
 from vit_static.export import onnx as onnx_export
 from vit_static.export.exporter import compare, read, spread_over, write
@@ -38,7 +38,7 @@ from vit_static.inference.artifact import Comparison, spec_of
 from vit_static.inference.predictor import Predictor
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import seed_everything
-from vit_static.weights.load import file_state, init_from
+from vit_static.weights.load import file_state, load_into
 from vit_static.weights.source import load_weights
 
 BATCH_SIZES = (1, 8, 32)
@@ -110,8 +110,7 @@ def write_trained(
     config = loaded.config_with(overrides)
     paddle.set_device("cpu")
     model = VisionTransformer(config.model)
-    keeping = InitConfig(head="keep", pos_embed=config.init.pos_embed)
-    init_from(model, config.model, loaded.found, str(loaded.source), keeping, loaded.grid)
+    load_into(model, config.model, loaded, config.init.pos_embed)
     model.eval()
     validation = open_set(config.data, "val", config.model.num_classes)
     names = loaded.class_names or validation.class_names

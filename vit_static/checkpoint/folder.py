@@ -1,13 +1,12 @@
-"""Checkpoints: what their folders hold, which of them a run goes on from, whether one is whole, weights out of it.
+"""Checkpoint folders on disk: names, atomic commit, retention, recovery and reading.
 
-A checkpoint is a folder, ``checkpoints/step_00001234``, complete or absent (saving.py): a part of the state from each
-rank (state_parts.py), the config, the classes, where the run stands, and a manifest with the size and the digest of
-each of these files. `latest` and `best` are links beside it.
+A checkpoint is a folder, ``checkpoints/step_00001234``, which is complete or absent. It holds one file of the training
+state per rank (sharded_state.py), the config, the class names, meta.json with the progress, and a manifest with the
+size and digest of each of these files. The links `latest` and `best` are next to it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable
@@ -17,83 +16,90 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from vit_static.checkpoint.progress import FileRecord, Manifest, Progress
+from vit_static.checkpoint.progress import Manifest, Progress
 from vit_static.checkpoint.sharded_state import ShardedReader
-from vit_static.common.errors import WeightsError, truncate
+from vit_static.common.errors import WeightsError, format_value, truncate
 from vit_static.common.io import fsync, replace_symlink, write_atomically, write_json
 
-FORMAT = 3
+FORMAT = 4  # raise it when a file of a checkpoint changes its meaning; other formats are refused in one line
 META, CONFIG, CLASS_NAMES, MANIFEST = "meta.json", "config.yaml", "class_names.txt", "manifest.json"
 MERGED, MERGED_AVERAGE = "model.pdparams", "model_ema.pdparams"
-_PART = "rank_{:05d}.safetensors"
 
 
 def checkpoint_dir(run_dir: Path, step: int) -> Path:
+    """Return the folder of a run's checkpoint after `step` steps."""
     return run_dir / "checkpoints" / f"step_{step:08d}"
 
 
 def shard_name(rank: int) -> str:
-    return _PART.format(rank)
+    """Return the file name of a rank's shard of the training state."""
+    return f"rank_{rank:05d}.safetensors"
 
 
-# -- written --------------------------------------------------------------------------------------------------------
+def is_checkpoint(path: Path) -> bool:
+    """Tell whether a folder is a checkpoint of this or another format, complete or not."""
+    return (path / MANIFEST).is_file() or (path / META).is_file()
 
 
-def file_record(path: Path) -> FileRecord:
-    """A file's size and digest."""
-    with path.open("rb") as file:
-        return FileRecord(path.stat().st_size, _digest(file))
+def numbered_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
+    """Return a run's checkpoints with their steps, the earliest first. `checkpoints` is the folder they are in."""
+    return sorted((int(path.name[5:]), path) for path in checkpoints.glob("step_*") if path.name[5:].isdecimal())
 
 
-def _digest(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """Return the newest checkpoint of a run; None if there is none."""
+    checkpoints = numbered_checkpoints(run_dir / "checkpoints")
+    return checkpoints[-1][1] if checkpoints else None
 
 
-def commit_checkpoint(part: Path, final: Path, manifest: Manifest) -> None:
-    """Makes a checkpoint of a folder with all of its files: the manifest goes into it, and it gets its name."""
-    content = {"format": FORMAT, **asdict(manifest)}
-    write_json(content, part / MANIFEST)
-    fsync(part)
-    older = final.with_name(f".{final.name}.older")
-    if final.exists():  # the same step again, after a resume
-        final.rename(older)
-    part.rename(final)
+# -- writing --------------------------------------------------------------------------------------------------------
+
+
+def write_class_names(folder: Path, class_names: Iterable[str]) -> None:
+    """Write class_names.txt: one name per line, in the order of the labels."""
+    with write_atomically(folder / CLASS_NAMES) as temporary:
+        temporary.write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
+
+
+def commit_checkpoint(unfinished: Path, final: Path, manifest: Manifest) -> None:
+    """Turn a folder with all of a checkpoint's files into that checkpoint: write the manifest and rename the folder.
+
+    Replaces an earlier checkpoint of the same step, which there is after a resume from before it.
+    """
+    write_json({"format": FORMAT, **asdict(manifest)}, unfinished / MANIFEST)
+    fsync(unfinished)
+    replaced = final.with_name(f".{final.name}.older")
+    if final.exists():
+        final.rename(replaced)
+    unfinished.rename(final)
     fsync(final.parent)
-    remove_checkpoint(older)
+    remove_checkpoint(replaced)
     replace_symlink(final.parent / "latest", final.name)
 
 
 def remove_old(checkpoints: Path, keep_last: int, keep_every: int | None) -> None:
-    """All but the newest, those of every so many steps, and those that `latest` and `best` name."""
-    named = {(checkpoints / link).resolve().name for link in ("latest", "best") if (checkpoints / link).exists()}
-    for step, path in sorted(_numbered_checkpoints(checkpoints))[:-keep_last]:
-        if path.name not in named and (keep_every is None or step % keep_every):
+    """Remove all checkpoints but the last `keep_last`, the multiples of `keep_every` steps, `latest` and `best`."""
+    linked = {(checkpoints / link).resolve().name for link in ("latest", "best") if (checkpoints / link).exists()}
+    for step, path in numbered_checkpoints(checkpoints)[:-keep_last]:
+        if path.name not in linked and (keep_every is None or step % keep_every):
             remove_checkpoint(path)
 
 
 def remove_checkpoint(path: Path) -> None:
-    """A checkpoint: one that is killed meanwhile leaves nothing that looks like one."""
+    """Remove a checkpoint's folder, if it exists. If interrupted, nothing remains that could be taken for one."""
     if path.is_dir():
-        going = path.with_name(f".{path.name.strip('.')}.removed")
-        shutil.rmtree(going, ignore_errors=True)
-        path.rename(going)
-        shutil.rmtree(going, ignore_errors=True)
-
-
-def _numbered_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
-    """A run's checkpoints by their steps."""
-    return [(int(path.name[5:]), path) for path in checkpoints.glob("step_*") if path.name[5:].isdecimal()]
+        removed = path.with_name(f".{path.name.strip('.')}.removed")
+        shutil.rmtree(removed, ignore_errors=True)
+        path.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def recover_interrupted(run_dir: Path, progress: Progress) -> None:
-    """Before a run goes on: what a killed one has left half done is removed, or done."""
+    """Complete or remove what a killed run has left half done, and set the links `latest` and `best`."""
     checkpoints = run_dir / "checkpoints"
-    for older in checkpoints.glob(".step_*.older"):
-        if not (final := older.with_name(older.name[1:].removesuffix(".older"))).exists():
-            older.rename(final)
+    for replaced in checkpoints.glob(".step_*.older"):
+        if not (final := replaced.with_name(replaced.name[1:].removesuffix(".older"))).exists():
+            replaced.rename(final)
     for path in (*checkpoints.glob(".step_*"), *checkpoints.glob(".latest.*"), *checkpoints.glob(".best.*")):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     best = None if progress.best_step is None else checkpoint_dir(run_dir, progress.best_step)
@@ -103,66 +109,70 @@ def recover_interrupted(run_dir: Path, progress: Progress) -> None:
 
 
 def archive(run_dir: Path, after: int = -1) -> Path | None:
-    """Moves a run's checkpoints of later steps than `after`, and its merged weights, out of the way of one that begins
-    anew or goes back; nothing is deleted. Where to, if there were any."""
+    """Move a run's checkpoints after step `after`, and its merged weights, to a new folder `checkpoints_before_N`.
+
+    For a run that starts again or goes back to an earlier step; nothing is deleted. Returns the new folder, or None if
+    there was nothing to move.
+    """
     checkpoints = run_dir / "checkpoints"
-    later = [path for step, path in _numbered_checkpoints(checkpoints) if step > after]
-    later += [run_dir / merged for merged in (MERGED, MERGED_AVERAGE) if (run_dir / merged).exists()]
-    if not later:
+    moved = [path for step, path in numbered_checkpoints(checkpoints) if step > after]
+    moved += [run_dir / merged for merged in (MERGED, MERGED_AVERAGE) if (run_dir / merged).exists()]
+    if not moved:
         return None
     number = 1
-    while (aside := run_dir / f"checkpoints_before_{number}").exists():
+    while (target := run_dir / f"checkpoints_before_{number}").exists():
         number += 1
-    aside.mkdir()
-    for path in later:
-        path.rename(aside / path.name)
+    target.mkdir()
+    for path in moved:
+        path.rename(target / path.name)
     for link in ("latest", "best"):
         if (checkpoints / link).is_symlink() and not (checkpoints / link).exists():
             (checkpoints / link).unlink()
-    return aside
+    return target
 
 
-# -- found and looked at --------------------------------------------------------------------------------------------
+# -- reading --------------------------------------------------------------------------------------------------------
 
 
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest checkpoint of a run, if it has one."""
-    return max(_numbered_checkpoints(run_dir / "checkpoints"), default=(0, None))[1]
+def format_of(path: Path) -> Any:
+    """Return the format number in a checkpoint's files: an int, if they are undamaged; None if there is none."""
+    for name in (MANIFEST, META):  # format 2 had no manifest
+        try:
+            content = json.loads((path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, RecursionError):
+            return None
+        return content.get("format") if isinstance(content, dict) else None
+    return None
+
+
+def is_other_format(saved_format: Any) -> bool:
+    """Tell whether a format number is that of another version's checkpoints."""
+    return type(saved_format) is int and saved_format != FORMAT
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Raises WeightsError for what is no checkpoint of this version's."""
+    """Read and check a checkpoint's manifest. Raises WeightsError if it is missing, damaged or of another format."""
+    file, saved_format = path / MANIFEST, format_of(path)
+    if is_other_format(saved_format):
+        raise WeightsError(
+            f"{path}: is a checkpoint of format {format_value(saved_format)}, and this version reads format {FORMAT}"
+        )
     try:
-        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
         if content.pop("format") != FORMAT:
-            raise ValueError("another format")
+            raise ValueError("it has no format number")
         manifest = TypeAdapter(Manifest).validate_python(content)
-        if {META, CONFIG, CLASS_NAMES} - manifest.files.keys() or any(
-            Path(name).name != name for name in manifest.files
-        ):
-            raise ValueError("its files are not a checkpoint's")
-        return manifest
     except FileNotFoundError:
-        pass
+        raise WeightsError(f"{path}: is an incomplete checkpoint: its {MANIFEST} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"{path / MANIFEST}: is damaged, or not this version's ({truncate(str(error))})") from None
-    try:
-        older = json.loads((path / META).read_text(encoding="utf-8"))["format"]
-    except (OSError, ValueError, KeyError, TypeError):
-        older = FORMAT
-    if older == FORMAT:
-        raise WeightsError(f"{path}: is not a whole checkpoint, its {MANIFEST} is missing")
-    raise WeightsError(
-        f"{path}: is of format {older}, and this version's is {FORMAT}; go on with the version that wrote it, or start "
-        f"from the weights that its run has merged at its end ({MERGED}) with -o init.from=PATH -o init.head=keep"
-    )
+        raise WeightsError(f"{file}: is damaged ({truncate(str(error))})") from None
+    if {META, CONFIG, CLASS_NAMES} - manifest.files.keys() or any(Path(name).name != name for name in manifest.files):
+        raise WeightsError(f"{file}: is damaged (it doesn't list the files of a checkpoint)")
+    return manifest
 
 
 def open_shards(path: Path) -> ShardedReader:
+    """Open a checkpoint's training state, whatever mesh has written it. Raises WeightsError."""
     return ShardedReader(path / name for name in read_manifest(path).files if name.endswith(".safetensors"))
-
-
-def write_class_names(folder_path: Path, class_names: Iterable[str]) -> None:
-    """A line a class, in the order of the labels."""
-    with write_atomically(folder_path / CLASS_NAMES) as temporary:
-        temporary.write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")

@@ -7,50 +7,43 @@ from typing import Annotated
 
 from pydantic import Field
 
+from vit_static.common.io import FileRecord
 from vit_static.data.sampler import nth_batch
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands; all else that it needs to go on follows from the step, the seed and the config."""
+    """How far a run has come. Everything else that a resume needs follows from the step, the seed and the config."""
 
     step: Annotated[int, Field(ge=0)]  # optimizer steps done
-    evaluated_step: int = 0  # after how many of them the last evaluation was
-    best_top1: float | None = None
+    evaluated_step: int = 0  # the step of the last evaluation
+    best_top1: float | None = None  # per cent
     best_step: int | None = None
-    skipped_batches: tuple[int, ...] = ()  # batches of the order that the run has passed over (train.on_nonfinite)
+    skipped_batches: tuple[int, ...] = ()  # indices of batches left out after a rollback (train.on_nonfinite)
 
-    def batch(self) -> int:
-        """The number, in the order of the images, of the batch that comes next."""
+    def next_batch_index(self) -> int:
+        """Return the index, in the training order, of the batch that comes next."""
         return nth_batch(self.step, self.skipped_batches)
 
 
 @dataclass(frozen=True)
 class DataPosition:
-    """Where a run stands in its images: the next one's position in the line of data/order.py, and what the line is of.
+    """Position in the training order, and what that order was drawn from.
 
-    That is all: which images come, in which order, and how each is augmented, are functions of these numbers.
+    Which images follow, in which order and how each is augmented are functions of these numbers (data/sampler.py).
     """
 
-    position: int
+    position: int  # index of the next image in the order, over all epochs
     num_images: int
-    images: str  # ImageSet.digest
+    images_digest: str  # ImageDataset.digest: of names and labels
     seed: int
     repeated_aug: int
 
 
 @dataclass(frozen=True)
-class FileRecord:
-    """A file as it was written."""
-
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Manifest:
-    """What a whole checkpoint consists of. `run` is the same for all of a run's."""
+    """The files of a complete checkpoint. `run_id` is the same in all checkpoints of a run."""
 
-    run: str
+    run_id: str
     step: int
     files: dict[str, FileRecord]

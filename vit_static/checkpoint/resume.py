@@ -11,76 +11,95 @@ from pydantic import TypeAdapter
 
 from vit_static.checkpoint.folder import (
     CONFIG,
-    MANIFEST,
+    MERGED,
     META,
-    _numbered_checkpoints,
-    file_record,
+    format_of,
+    is_checkpoint,
+    is_other_format,
     latest_checkpoint,
+    numbered_checkpoints,
     read_manifest,
 )
 from vit_static.checkpoint.progress import DataPosition, Manifest, Progress
 from vit_static.checkpoint.sharded_state import read_shard_metadata
 from vit_static.common.errors import ConfigError, WeightsError, truncate
+from vit_static.common.io import FileRecord, file_record
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
 
 
 def resolve_resume(run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from. `resume`: auto, the run's own latest, if there is one; never; or the path of a
-    checkpoint or a run. Raises WeightsError where that path is neither."""
+    """Return the checkpoint to resume from; None to start from the beginning.
+
+    `resume` is "auto" (the run's own latest checkpoint, if it has one), "never", or the path of a checkpoint or of
+    another run's folder. Raises WeightsError if that path is neither.
+    """
     if resume == "never":
         return None
     if resume == "auto":
         return latest_checkpoint(run_dir)
     path = Path(resume)
-    found = path if (path / MANIFEST).is_file() or (path / META).is_file() else latest_checkpoint(path)
-    if found is None:
-        raise WeightsError(f"--resume {resume}: is no checkpoint, and no run's folder that has one")
-    return found.resolve()
+    checkpoint = path if is_checkpoint(path) else latest_checkpoint(path)
+    if checkpoint is None:
+        raise WeightsError(
+            f"--resume {resume}: no checkpoint is there; name a checkpoint (checkpoints/step_*), or the folder of a run"
+            " that has one"
+        )
+    return checkpoint.resolve()
 
 
 def verify_files(path: Path, share: slice = slice(None)) -> Manifest:
-    """Compares a checkpoint's files with its manifest by every byte, but of the ranks' parts only a `share`. Raises
-    WeightsError, which names what is missing, cut short, damaged or another's."""
+    """Compare a checkpoint's files with its manifest, by size and digest, and return the manifest.
+
+    `share` selects the ranks' files whose digest is computed (so that ranks can divide the work); of the others only
+    the size is compared. Raises WeightsError, which names the file that is missing, damaged or from elsewhere.
+    """
     manifest = read_manifest(path)
-    parts = sorted(name for name in manifest.files if name.endswith(".safetensors"))
-    left_to_others = set(parts) - set(parts[share])
-    for name, wanted in sorted(manifest.files.items()):
-        file = path / name
-        try:
-            size = file.stat().st_size
-            if size == wanted.bytes and name in left_to_others:
-                continue
-            if size == wanted.bytes and file_record(file) == wanted:
-                continue
-        except FileNotFoundError:
-            raise WeightsError(f"{file}: is missing, so the checkpoint is not whole") from None
-        except OSError as error:
-            raise WeightsError(f"{file}: can't be read ({error.strerror})") from None
-        about = read_shard_metadata(file)
-        if about and (about.get("run"), about.get("step")) != (manifest.run, str(manifest.step)):
-            what = "another run" if about.get("run") != manifest.run else f"step {about.get('step')}"
-            raise WeightsError(f"{file}: is a part of {what}'s checkpoint")
-        if size != wanted.bytes:
-            raise WeightsError(f"{file}: has {size} bytes, and was written with {wanted.bytes}")
-        raise WeightsError(f"{file}: is damaged: its bytes are not those that were written")
+    shards = sorted(name for name in manifest.files if name.endswith(".safetensors"))
+    only_size = set(shards) - set(shards[share])
+    for name, expected in sorted(manifest.files.items()):
+        _verify_file(path / name, expected, manifest, with_digest=name not in only_size)
     return manifest
 
 
+def _verify_file(path: Path, expected: FileRecord, manifest: Manifest, *, with_digest: bool) -> None:
+    try:
+        num_bytes = path.stat().st_size
+        if num_bytes == expected.num_bytes and (not with_digest or file_record(path) == expected):
+            return
+    except FileNotFoundError:
+        raise WeightsError(f"{path}: is missing, so the checkpoint is incomplete") from None
+    except OSError as error:
+        raise WeightsError(f"{path}: can't be read ({error.strerror})") from None
+    metadata = read_shard_metadata(path)
+    if metadata and metadata.get("run_id") != manifest.run_id:
+        raise WeightsError(f"{path}: belongs to a checkpoint of another run")
+    if metadata and metadata.get("step") != str(manifest.step):
+        raise WeightsError(f"{path}: belongs to the checkpoint of step {truncate(metadata.get('step', '?'))}")
+    if num_bytes != expected.num_bytes:
+        raise WeightsError(f"{path}: is damaged: it has {num_bytes} bytes, and was written with {expected.num_bytes}")
+    raise WeightsError(f"{path}: is damaged: its content is not what was written")
+
+
 def suggest_fallback(path: Path) -> str:
-    """What can be done about a checkpoint that isn't whole."""
-    for _, other in sorted(_numbered_checkpoints(path.resolve().parent), reverse=True):
+    """Return what a user can do about a checkpoint that `verify_files` refuses, as the second half of a message."""
+    if is_other_format(format_of(path)):
+        return (
+            f"resume with the version that wrote it, or start a new run from its weights: copy {MERGED} out of the "
+            "run's folder, and set -o init.from=PATH -o init.head=keep -o name=..."
+        )
+    for _, other in reversed(numbered_checkpoints(path.resolve().parent)):
         if other.name < path.resolve().name:
             try:
                 verify_files(other)
             except WeightsError:
                 continue
-            return f"the newest whole one before it is {other}; a run goes on from there with --resume {other}"
-    return "there is no whole one before it; a run begins anew with --resume never"
+            return f"the newest intact checkpoint before it is {other}; resume from that with --resume {other}"
+    return "there is no intact checkpoint before it; start the run again with --resume never"
 
 
 def read_progress(path: Path) -> tuple[Progress, DataPosition]:
-    """Raises WeightsError for what is not a checkpoint of this version's."""
+    """Read a checkpoint's progress and data position. Raises WeightsError if it is damaged or of another format."""
     read_manifest(path)
     try:
         meta = json.loads((path / META).read_text(encoding="utf-8"))
@@ -90,35 +109,36 @@ def read_progress(path: Path) -> tuple[Progress, DataPosition]:
         raise WeightsError(f"{path / META}: is damaged ({truncate(str(error))})") from None
 
 
-def check_same_images(path: Path, saved: DataPosition, now: DataPosition) -> None:
-    """Raises ConfigError where the images that a checkpoint's run was in the midst of are not those there now."""
-    if saved == now:
+def check_same_images(path: Path, saved: DataPosition, current: DataPosition) -> None:
+    """Raise ConfigError if the training images, or their order, are not those that a checkpoint's run was using."""
+    if saved == current:
         return
-    differs = next(name for name, value in asdict(saved).items() if asdict(now)[name] != value)
-    what = {
-        "position": f"stands at image {saved.position} of its order, and this run would go on at {now.position}",
-        "num_images": f"was trained on {saved.num_images} images, and there are {now.num_images}",
-        "images": f"was trained on as many images ({saved.num_images}) of other names or labels",
-    }.get(differs, f"has {differs} = {getattr(saved, differs)}, not {getattr(now, differs)}")
+    changed = next(name for name, value in asdict(saved).items() if asdict(current)[name] != value)
+    difference = {
+        "position": f"is at image {saved.position} of the training order, and this run would continue at "
+        f"{current.position}",
+        "num_images": f"was trained on {saved.num_images} images, and there are {current.num_images} now",
+        "images_digest": f"was trained on {saved.num_images} images with other names or labels",
+    }.get(changed, f"was trained with {changed} = {getattr(saved, changed)}, not {getattr(current, changed)}")
     raise ConfigError(
-        f"{path}: {what}; an order can't be gone on with on other terms: bring back what was, or start from these "
-        f"weights with -o init.from={path} -o init.head=keep -o name=..."
+        f"{path}: {difference}; cannot resume with a different data order: restore the images and settings of before, "
+        f"or start a new run from these weights with -o init.from={path} -o init.head=keep -o name=..."
     )
 
 
 def check_same_run(path: Path, config: Config) -> None:
-    """Raises ConfigError where a run can't go on from a checkpoint because what it trains has changed."""
-    saved, now = _fixed_values(load_config(path / CONFIG)), _fixed_values(config)
-    changed = [f"{key} = {value!r} (it was {saved[key]!r})" for key, value in now.items() if saved[key] != value]
+    """Raise ConfigError if `config` and that of a checkpoint's run differ in the model, the order or the optimizer."""
+    saved, current = _fixed_values(load_config(path / CONFIG)), _fixed_values(config)
+    changed = [f"{key} = {value!r} (it was {saved[key]!r})" for key, value in current.items() if saved[key] != value]
     if changed:
         raise ConfigError(
-            f"{', '.join(changed)}: a run can't go on from {path} with that changed; "
-            "give this one another name (-o name=...), or start anew with --resume never"
+            f"{', '.join(changed)}: cannot resume from {path} with another value; "
+            "give this run another name (-o name=...), or start it again with --resume never"
         )
 
 
 def _fixed_values(config: Config) -> dict[str, Any]:
-    """What must not change within a run: the model, the optimizer's kind, and the order of the images."""
+    """Return what must not change within a run: the model, the kind of optimizer, and the order of the images."""
     model = {f"model.{key}": value for key, value in config.model.model_dump(mode="json").items()}
     order = {
         "seed": config.seed,

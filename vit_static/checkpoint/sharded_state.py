@@ -1,8 +1,8 @@
-"""A training state in parts: each rank writes its own, none gathers it, and any mesh reads it again.
+"""Sharded training state: each rank writes its shard without a gather, and any mesh can read them.
 
-A part is a .safetensors file: reading it runs no code, and other programs can. What Paddle has for this
-(`dist.save_state_dict`, 3.3.1) makes the ranks talk to each other while it writes, so that it can't go on beside the
-training, and its files are pickles.
+A shard is a .safetensors file, which other programs read too and which runs no code. Paddle's own
+`dist.save_state_dict` (3.3.1) is no alternative: its ranks communicate while they write, so it can't run in the
+background of training, and its files are pickles.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,15 @@ import paddle
 import safetensors
 import safetensors.numpy
 
-from vit_static.common.errors import WeightsError
+from vit_static.common.errors import WeightsError, truncate
 from vit_static.parallel.dist_values import local_array
 
-_PLACES = "places"  # in a file's header: of each tensor in it, where it begins in the whole, and the whole's shape
+_SLICES = "slices"  # header entry of a file: for each tensor in it, the slice's start and the full tensor's shape
 
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """A box of a tensor: where it begins and how long it is, along each axis."""
+    """A rectangular part of a tensor: its start and length along each axis."""
 
     start: tuple[int, ...]
     shape: tuple[int, ...]
@@ -40,10 +40,10 @@ class TensorSlice:
 
 @dataclass(frozen=True)
 class RankShard:
-    """What one rank writes of a state: copies on the host, which training no longer changes."""
+    """One rank's shard of a training state: host copies that training no longer changes."""
 
     arrays: dict[str, np.ndarray]
-    places: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    slices: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # start of the slice, shape of the full tensor
 
     @property
     def num_bytes(self) -> int:
@@ -51,54 +51,53 @@ class RankShard:
 
 
 def tensor_slices(tensor: paddle.Tensor) -> dict[TensorSlice, list[int]]:
-    """The boxes that a distributed tensor is cut into, each with the ranks that hold it."""
-    whole = tuple(tensor.shape)
+    """Return the slices that a tensor is divided into, each with the ranks that hold it."""
+    full_shape = tuple(tensor.shape)
     if not tensor.is_dist():
-        return {TensorSlice((0,) * len(whole), whole): [0]}
+        return {TensorSlice((0,) * len(full_shape), full_shape): [0]}
     mesh = tensor.process_mesh
     ranks = np.reshape(mesh.process_ids, mesh.shape)
-    held: dict[TensorSlice, list[int]] = defaultdict(list)
-    for place in np.ndindex(*mesh.shape):
-        start, shape = [0] * len(whole), list(whole)
-        for axis, placement in enumerate(tensor.placements):
+    holders: dict[TensorSlice, list[int]] = defaultdict(list)
+    for coordinates in np.ndindex(*mesh.shape):
+        start, shape = [0] * len(full_shape), list(full_shape)
+        for mesh_axis, placement in enumerate(tensor.placements):
             if placement.is_shard():
-                cut = placement.get_dim()
-                shape[cut] //= mesh.shape[axis]
-                start[cut] += place[axis] * shape[cut]
-        held[TensorSlice(tuple(start), tuple(shape))].append(int(ranks[place]))
-    return held
+                axis = placement.get_dim()
+                shape[axis] //= mesh.shape[mesh_axis]
+                start[axis] += coordinates[mesh_axis] * shape[axis]
+        holders[TensorSlice(tuple(start), tuple(shape))].append(int(ranks[coordinates]))
+    return holders
 
 
 def slice_on_rank(tensor: paddle.Tensor, rank: int) -> TensorSlice | None:
-    """What a rank holds; None where that is nothing, as of another pipeline stage's layers."""
-    found = tensor_slices(tensor)
+    """Return the slice that a rank holds; None if it holds nothing, as with another pipeline stage's layers."""
+    slices = tensor_slices(tensor)
     if not tensor.is_dist():
-        return next(iter(found))
-    return next((region for region, ranks in found.items() if rank in ranks), None)
+        return next(iter(slices))
+    return next((slice_ for slice_, ranks in slices.items() if rank in ranks), None)
 
 
 def rank_shard(state: Mapping[str, paddle.Tensor], rank: int) -> RankShard:
-    """What `rank` is to write: of what several ranks hold, so much that all write about as many bytes."""
-    written: Counter[int] = Counter()
-    part = RankShard({}, {})
+    """Copy what `rank` has to write. A slice that several ranks hold goes to the one with the fewest bytes so far."""
+    num_assigned: Counter[int] = Counter()
+    shard = RankShard({}, {})
     for name, tensor in sorted(state.items(), key=lambda item: (-math.prod(item[1].shape), item[0])):
-        for region, ranks in tensor_slices(tensor).items():
-            writer = min(ranks, key=lambda one: (written[one], one))
-            written[writer] += region.size
+        for slice_, ranks in tensor_slices(tensor).items():
+            writer = min(ranks, key=lambda one: (num_assigned[one], one))
+            num_assigned[writer] += slice_.size
             if writer == rank:
-                part.arrays[name] = local_array(tensor)
-                part.places[name] = region.start, tuple(tensor.shape)
-    return part
+                shard.arrays[name] = local_array(tensor)
+                shard.slices[name] = slice_.start, tuple(tensor.shape)
+    return shard
 
 
-def write_shard(part: RankShard, path: Path, about: Mapping[str, str]) -> None:
-    """Raises OSError, or SafetensorError, where it can't be written. `about` goes into the file's header."""
-    header = {**about, _PLACES: json.dumps(part.places)}
-    safetensors.numpy.save_file(part.arrays, path, header)
+def write_shard(shard: RankShard, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a shard, with `metadata` in the file's header. Raises OSError or SafetensorError."""
+    safetensors.numpy.save_file(shard.arrays, path, {**metadata, _SLICES: json.dumps(shard.slices)})
 
 
 def read_shard_metadata(path: Path) -> dict[str, str]:
-    """What `write` was told about a part; nothing where the file is none."""
+    """Return the header's metadata of a shard; empty if the file is none."""
     try:
         with safetensors.safe_open(path, "numpy") as file:
             return file.metadata() or {}
@@ -107,64 +106,70 @@ def read_shard_metadata(path: Path) -> dict[str, str]:
 
 
 class ShardedReader:
-    """A state as its parts hold it. Raises WeightsError where a file is none of them."""
+    """Reads tensors from the shards of all ranks. Raises WeightsError if a file is no shard."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        self._held: dict[str, list[tuple[Any, TensorSlice]]] = defaultdict(list)
+        self._pieces: dict[str, list[tuple[Any, TensorSlice]]] = defaultdict(list)  # open file, slice in it
         self._shapes: dict[str, tuple[int, ...]] = {}
         for path in paths:
             try:
                 file = safetensors.safe_open(path, "numpy")
-                for name, (start, whole) in json.loads(file.metadata()[_PLACES]).items():
-                    held = TensorSlice(tuple(start), tuple(file.get_slice(name).get_shape()))
-                    if not _lies_in(held, tuple(whole)) or self._shapes.setdefault(name, tuple(whole)) != tuple(whole):
-                        raise ValueError(f"{name} has no such place")
-                    self._held[name].append((file, held))
+                for name, (start, full_shape) in json.loads(file.metadata()[_SLICES]).items():
+                    piece = TensorSlice(tuple(start), tuple(file.get_slice(name).get_shape()))
+                    shape = self._shapes.setdefault(name, tuple(full_shape))
+                    if shape != tuple(full_shape) or not _is_inside(piece, shape):
+                        raise ValueError(f"{name} doesn't fit its shape")
+                    self._pieces[name].append((file, piece))
             except (OSError, safetensors.SafetensorError, TypeError, KeyError, ValueError) as error:
-                raise WeightsError(f"{path}: is no part of a checkpoint ({error})") from None
+                raise WeightsError(f"{path}: is no part of a checkpoint ({truncate(str(error))})") from None
 
     def __contains__(self, name: str) -> bool:
         return name in self._shapes
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the full shape of a tensor."""
         return self._shapes[name]
 
-    def read(self, name: str, wanted: TensorSlice | None = None) -> np.ndarray:
-        """A box of a tensor, or all of it, from as many parts as it lies in. Raises WeightsError where one lacks."""
+    def read(self, name: str, requested: TensorSlice | None = None) -> np.ndarray:
+        """Read a slice of a tensor, or all of it, from the files that it is in.
+
+        Raises WeightsError if the checkpoint has no such tensor or slice, or its files don't cover it.
+        """
         if name not in self:
             raise WeightsError(f"the checkpoint has no {name}; it is of another optimizer or model")
-        wanted = wanted or TensorSlice((0,) * len(self._shapes[name]), self._shapes[name])
-        if len(wanted.shape) != len(self._shapes[name]) or not _lies_in(wanted, self._shapes[name]):
-            raise WeightsError(f"the checkpoint's {name} is {list(self._shapes[name])}; it is of another model")
-        found, num_found = None, 0
-        if wanted.size > sum(held.size for _, held in self._held[name]):
-            raise WeightsError(f"the checkpoint's parts do not have all of {name}, {list(self._shapes[name])}")
-        for file, held in self._held[name]:
-            start = np.maximum(wanted.start, held.start)
-            stop = np.minimum(np.add(wanted.start, wanted.shape), np.add(held.start, held.shape))
+        full_shape, pieces = self._shapes[name], self._pieces[name]
+        requested = requested or TensorSlice((0,) * len(full_shape), full_shape)
+        if not _is_inside(requested, full_shape):
+            raise WeightsError(f"the checkpoint's {name} is {list(full_shape)}; it is of another model")
+        # Before memory is allocated: a header can claim any shape.
+        if requested.size > sum(piece.size for _, piece in pieces):
+            raise WeightsError(f"the checkpoint's files don't have all of {name}, {list(full_shape)}")
+        result, num_read = None, 0
+        for file, piece in pieces:
+            start = np.maximum(requested.start, piece.start)
+            stop = np.minimum(np.add(requested.start, requested.shape), np.add(piece.start, piece.shape))
             if np.any(stop <= start):
                 continue
-            values = file.get_slice(name)[_slices(start - held.start, stop - held.start)]
-            if found is None:
-                found = np.empty(wanted.shape, values.dtype)
-            found[_slices(start - wanted.start, stop - wanted.start)] = values
-            num_found += values.size
-        if found is None or num_found != wanted.size:
-            raise WeightsError(f"the checkpoint's parts have {num_found} of the {wanted.size} numbers of {name}")
-        return found
+            values = file.get_slice(name)[_slices(start - piece.start, stop - piece.start)]
+            if result is None:
+                result = np.empty(requested.shape, values.dtype)
+            result[_slices(start - requested.start, stop - requested.start)] = values
+            num_read += values.size
+        if result is None or num_read != requested.size:
+            raise WeightsError(f"the checkpoint's files have {num_read} of the {requested.size} numbers of {name}")
+        return result
 
 
-def _lies_in(region: TensorSlice, whole: tuple[int, ...]) -> bool:
-    numbers = (*region.start, *whole)
+def _is_inside(slice_: TensorSlice, full_shape: tuple[int, ...]) -> bool:
     return (
-        len(region.start) == len(region.shape) == len(whole)
-        and all(type(number) is int and number >= 0 for number in numbers)
+        len(slice_.start) == len(slice_.shape) == len(full_shape)
+        and all(type(number) is int and number >= 0 for number in (*slice_.start, *full_shape))
         and all(
-            first + length <= all_of_it
-            for first, length, all_of_it in zip(region.start, region.shape, whole, strict=True)
+            start + length <= full_length
+            for start, length, full_length in zip(slice_.start, slice_.shape, full_shape, strict=True)
         )
     )
 

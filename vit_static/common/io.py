@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,23 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and SHA-256 digest (64 hexadecimal digits) of a file, by which a copy or damage is recognised."""
+
+    num_bytes: int
+    sha256: str
+
+
+def file_record(path: Path) -> FileRecord:
+    """Read a whole file and return its size and digest. Raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return FileRecord(file.tell(), digest.hexdigest())
 
 
 @contextmanager

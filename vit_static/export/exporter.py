@@ -19,7 +19,7 @@ from paddle.static import InputSpec
 from tqdm import tqdm
 
 from vit_static.common.errors import ExportError, UserError
-from vit_static.config.schema import Config, InferencePrecision, InitConfig
+from vit_static.config.schema import Config, InferencePrecision
 from vit_static.data.image_set import ImageDataset
 from vit_static.data.open_set import open_set
 from vit_static.export import model_card
@@ -42,7 +42,7 @@ from vit_static.inference.image_io import read_pixels
 from vit_static.inference.predictor import Preprocessor, to_probabilities
 from vit_static.model.variants import shape_of
 from vit_static.model.vit import VisionTransformer
-from vit_static.weights.load import init_from
+from vit_static.weights.load import load_into
 from vit_static.weights.source import Weights, load_weights
 
 _BATCH_SIZE = 16  # of images that are compared
@@ -83,7 +83,7 @@ def export_checkpoint(
     onnx: bool = False,
 ) -> None:
     """The verb: writes the config's files for inference and their cards into `out`, once all of them are checked."""
-    loaded = load_weights(checkpoint, averaged=ema)
+    loaded = load_weights(checkpoint, ema=ema)
     config = config or loaded.config_with(overrides)
     asked = config.export
     check_machine(asked.precision)
@@ -129,8 +129,7 @@ def _replacing(out: Path) -> Iterator[Path]:
 def _export(loaded: Weights, config: Config, images: ImageDataset, folder: Path, name: str, *, onnx: bool) -> None:
     """The files of one image size; `name` says which, if there are several."""
     model = VisionTransformer(config.model)
-    keeping = InitConfig(head="keep", pos_embed=config.init.pos_embed)
-    init_from(model, config.model, loaded.found, str(loaded.source), keeping, loaded.grid)
+    load_into(model, config.model, loaded, config.init.pos_embed)
     model.eval()
     folder.mkdir(exist_ok=True)
     card = spec_of(config, loaded.class_names or images.class_names)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from vit_static.common.errors import PredictError, truncate
+from vit_static.common.io import FileRecord, file_record
 from vit_static.config.schema import (
     Config,
     CropPct,
@@ -28,6 +28,8 @@ ONNX_FILE = "model.onnx"
 SPEC_FILE = "vit_static.json"  # the description for programs
 MODEL_CARD_FILE = "MODEL_CARD.md"  # the description for people
 
+# Format 1 had no such field. Since 2 a file's size is `num_bytes`, and `model` and `preprocessing` have today's keys.
+SPEC_FORMAT: Literal[2] = 2
 REMEDY = "export it again: './run.sh export --checkpoint RUN --out DIR'"
 _NOT_EXPORTED = "no such file; --model takes a folder that './run.sh export' wrote"
 
@@ -53,13 +55,6 @@ class Preprocessing(Section):
         )
 
 
-class ArtifactFile(Section):
-    """Size and digest of a file, by which damage is detected."""
-
-    size: Annotated[int, Field(ge=0)]  # bytes
-    sha256: str
-
-
 class Comparison(Section):
     """Difference between an exported file and the trained model in float32, measured on validation images."""
 
@@ -78,6 +73,7 @@ class ModelSpec(Section):
     with its record before it is opened.
     """
 
+    format: Literal[2]
     class_names: list[str]
     preprocessing: Preprocessing
     activation: Literal["softmax", "sigmoid", "bce"]
@@ -86,7 +82,7 @@ class ModelSpec(Section):
     int8_weight_bits: Literal[7] | None = Field(
         None, description="of an int8 model; None: 8 bits, written by an earlier version, which saturate without VNNI"
     )
-    files: dict[str, ArtifactFile]
+    files: dict[str, FileRecord]
     comparisons: dict[str, Comparison] = Field({}, description="by file")
 
     @model_validator(mode="after")
@@ -105,19 +101,10 @@ class ModelSpec(Section):
         return (ONNX_FILE,) if self.precision == "int8" else (MODEL_FILE, WEIGHTS_FILE)
 
 
-def file_records(folder: Path) -> dict[str, ArtifactFile]:
+def file_records(folder: Path) -> dict[str, FileRecord]:
     """Return the records of those program files that are in `folder`, by name."""
     names = (MODEL_FILE, WEIGHTS_FILE, PIXELS_FILE, ONNX_FILE)
     return {name: file_record(folder / name) for name in names if (folder / name).is_file()}
-
-
-def file_record(path: Path) -> ArtifactFile:
-    """Read the file and return its record."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return ArtifactFile(size=path.stat().st_size, sha256=digest.hexdigest())
 
 
 def read_spec(folder: Path) -> ModelSpec:
@@ -135,9 +122,9 @@ def read_spec(folder: Path) -> ModelSpec:
         spec = ModelSpec.model_validate_json(path.read_bytes())
     except ValidationError as error:
         mistake = error.errors(include_input=False, include_url=False)[0]
-        if mistake["loc"] == ("files",) and mistake["type"] == "missing":
+        if mistake["loc"] == ("format",):
             raise PredictError(
-                f"{path}: was written by an older version, without the sizes and digests of the files; {REMEDY}"
+                f"{path}: is from another version's export, and this version reads format {SPEC_FORMAT}; {REMEDY}"
             ) from None
         key = truncate(".".join(map(str, mistake["loc"]))) or "all of it"
         reason = truncate(mistake["msg"].removeprefix("Value error, "))
@@ -158,6 +145,7 @@ def read_spec(folder: Path) -> ModelSpec:
 def spec_of(config: Config, class_names: list[str]) -> ModelSpec:
     """Return the description of the config's model, without file records."""
     return ModelSpec(
+        format=SPEC_FORMAT,
         class_names=class_names,
         preprocessing=Preprocessing(
             image_size=config.model.image_size,

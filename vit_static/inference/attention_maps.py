@@ -29,14 +29,14 @@ from vit_static.common.drawing import (
 )
 from vit_static.common.errors import PredictError, UserError
 from vit_static.common.text import say
-from vit_static.config.schema import Config, InitConfig, ModelConfig
+from vit_static.config.schema import Config, ModelConfig
 from vit_static.inference.artifact import MODEL_FILE, SPEC_FILE, ModelSpec, Preprocessing, read_spec, spec_of
 from vit_static.inference.image_io import find_images
 from vit_static.inference.predictor import Preprocessor, prefetch_batches, to_probabilities
 from vit_static.model.variants import shape_of, variant_of
 from vit_static.model.vit import AttentionFunction, Dropout, VisionTransformer, attention_by_matmul, flash_attention
 from vit_static.weights.formats import split_qkv
-from vit_static.weights.load import init_from
+from vit_static.weights.load import load_into
 from vit_static.weights.source import load_weights
 
 MAX_FILTERS, _NUM_FILTER_COLUMNS = 28, 7  # as in figure 7
@@ -186,12 +186,11 @@ def load_checkpoint(
 
     `ema` selects the moving average of the weights. Raises WeightsError or ConfigError as the verb `eval` does.
     """
-    loaded = load_weights(checkpoint, averaged=ema)
+    loaded = load_weights(checkpoint, ema=ema)
     config = config or loaded.config_with(overrides)
     paddle.set_device("cpu")
     model = VisionTransformer(config.model, AttentionRecorder())
-    keeping = InitConfig(head="keep", pos_embed=config.init.pos_embed)
-    init_from(model, config.model, loaded.found, str(loaded.source), keeping, loaded.grid)
+    load_into(model, config.model, loaded, config.init.pos_embed)
     model.eval()
     names = loaded.class_names or []
     if len(names) != config.model.num_classes:

@@ -34,12 +34,12 @@ class Checkpointer:
 
     def log_save_results(self) -> None:
         """Log what has become of checkpoints since the last call; `problem` is the last one's."""
-        while not self._writer.written.empty():
-            self._log_result(self._writer.written.get())
+        while not self._writer.results.empty():
+            self._log_result(self._writer.results.get())
 
     def describe(self) -> str | None:
         """What all checkpoints have cost, if there were any."""
-        return self._writer.costs.describe() if self._writer.costs.num_written else None
+        return self._writer.stats.describe() if self._writer.stats.num_written else None
 
     def _log_result(self, result: SaveResult) -> None:
         self.problem = result.problem

@@ -11,7 +11,7 @@ import numpy as np
 
 from vit_static.common.errors import DataError
 from vit_static.config.loader import load_config
-from vit_static.config.schema import Config, InitConfig
+from vit_static.config.schema import Config
 from vit_static.data.image_set import ImageDataset
 from vit_static.data.imagenet_eval import imagenet_v2, with_real_labels
 from vit_static.data.loader import EvalLoader
@@ -23,7 +23,7 @@ from vit_static.program.program import Program
 from vit_static.report.error_analysis import ErrorAnalysis, Predictions, Sample, analyze_errors, worst_images
 from vit_static.train.log import RunLog
 from vit_static.train.metrics import EvalMetrics
-from vit_static.weights.load import init_from
+from vit_static.weights.load import load_into
 from vit_static.weights.source import load_weights
 
 
@@ -159,7 +159,7 @@ def evaluate_checkpoint(
     # processes connect first, since all of them read a sharded checkpoint together.
     device = (config or load_config(None, overrides)).device
     mesh = start_mesh(MeshShape(dp=rank_and_world_size()[1], mp=1, pp=1), device)
-    loaded = load_weights(checkpoint, averaged=averaged)
+    loaded = load_weights(checkpoint, ema=averaged)
     config = config or loaded.config_with(overrides)
     num_classes = config.model.num_classes
     if v2 is not None:
@@ -171,8 +171,7 @@ def evaluate_checkpoint(
         config = config.with_several_labels()
     attention = choose_attention(config.model, config.parallel, config.kernels, mesh.device)
     model = VisionTransformer(config.model, attention)
-    keeping = InitConfig(head="keep", pos_embed=config.init.pos_embed)
-    init_from(model, config.model, loaded.found, str(loaded.source), keeping, loaded.grid)
+    load_into(model, config.model, loaded, config.init.pos_embed)
     precision = choose_precision(config.amp, mesh.device, config.kernels)
     program = Program.for_eval(config, model, mesh, precision, eval_batch_size=eval_batch_size(config, mesh))
     metrics = evaluate(program, eval_loader(config, images, mesh), mesh)

@@ -68,7 +68,7 @@ class NonFiniteGuard:
         if agreed is None:
             return None
         step, norms = agreed
-        batch = replace(progress, step=step - 1).batch()
+        batch = replace(progress, step=step - 1).next_batch_index()
         report = NonFiniteReport(step, self._spec.lr_at(step - 1), norms, batch, self._spec.batch_size)
         if self._run.is_writer:
             report.write(self._run.path, self._spec)

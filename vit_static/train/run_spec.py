@@ -110,7 +110,7 @@ class RunSpec:
     def data_position(self, progress: Progress) -> DataPosition:
         """The position of the next batch in the order of the training images, and what that order is of."""
         return DataPosition(
-            progress.batch() * self.batch_size,
+            progress.next_batch_index() * self.batch_size,
             len(self.train_images),
             self.images_digest,
             self.config.seed,

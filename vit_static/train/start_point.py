@@ -63,7 +63,7 @@ class StartPoint:
             return Start(progress, run_id, f"resumed from {self.checkpoint}", True, None)
         if config.init.from_ is not None:
             weights = load_weights(Path(config.init.from_))
-            report = init_from(model, config.model, weights.found, str(weights.source), config.init, weights.grid)
+            report = init_from(model, config.model, weights.external, str(weights.source), config.init, weights.grid)
             description = f"weights from {weights.source}, {report.format}: {report.describe()}"
             return Start(Progress(step=0), run_id, description, False, report)
         return Start(Progress(step=0), run_id, "fresh weights", False, None)
@@ -98,7 +98,7 @@ def verify_checkpoint(path: Path, mesh: Mesh | None = None) -> str:
     share = slice(0) if mesh is None else slice(mesh.rank, None, mesh.world_size)
     problem, run_id = None, ""
     try:
-        run_id = verify_files(path, share).run
+        run_id = verify_files(path, share).run_id
     except WeightsError as error:
         problem = str(error)
     if mesh is not None:

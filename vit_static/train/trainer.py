@@ -255,7 +255,7 @@ class Trainer:
         names = {MERGED: False} | ({MERGED_AVERAGE: True} if self.spec.config.optim.ema_decay > 0.0 else {})
         for name, is_average in names.items():
             if self.run.is_writer:
-                write_pdparams(merge_shards(checkpoint, averaged=is_average), self.run.path / name)
+                write_pdparams(merge_shards(checkpoint, ema=is_average), self.run.path / name)
 
     def _train_loader(self) -> TrainLoader:
         config = self.spec.config

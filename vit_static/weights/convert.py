@@ -1,10 +1,10 @@
-"""Weights from any format into another, with an account of every array; the verb `convert`."""
+"""Conversion of weights from any format to another, with a report of every array: the verb `convert`."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import paddle
 
@@ -13,8 +13,8 @@ from vit_static.config.loader import load_config
 from vit_static.config.schema import Config, InitConfig, ModelConfig
 from vit_static.model.variants import VARIANTS, variant_of
 from vit_static.model.vit import VisionTransformer
-from vit_static.weights.formats import ExternalWeights, FormatName, State, computed_otherwise, write_weights
-from vit_static.weights.load import LoadReport, adapt_state, check_state, model_of, position_counts, write_pdparams
+from vit_static.weights.formats import ExternalWeights, FormatName, State, list_differences, write_weights
+from vit_static.weights.load import LoadReport, adapt_state, check_state, infer_model, position_counts, write_pdparams
 from vit_static.weights.source import load_weights
 
 SUFFIXES: dict[str, FormatName] = {".pdparams": "plsc", ".npz": "google", ".safetensors": "timm"}
@@ -27,83 +27,95 @@ def convert_weights(
     overrides: list[str],
     *,
     to: FormatName | None,
-    head: str,
+    head: Literal["keep", "drop"],
     image_size: tuple[int, int] | None,
     fold_layer_scale: bool,
-    averaged: bool,
+    ema: bool,
 ) -> None:
-    """The verb. The model is the config's, or else what the weights tell of theirs, with the overrides on top.
+    """Convert weights, print a report, and write it as JSON next to `target`.
 
-    `image_size` is what the weights were trained at, for a grid of patches that is no square. Raises WeightsError
-    unless every array is accounted for, and where the target's program has no such model.
+    The model is that of `config`, or of the config next to the weights with `overrides`, or what the arrays determine
+    with `overrides`. `to` defaults to the format of the target's suffix. `image_size` (height, width) is what the
+    weights were trained at, for a grid of patches that isn't square. Raises WeightsError unless every array is
+    accounted for, and if the target's program doesn't have this model.
     """
     if target.is_dir() or not target.name:
         raise WeightsError(f"{target}: is a folder; --to takes a file, such as {target / 'model.safetensors'}")
     to = to or SUFFIXES.get(target.suffix)
     if to is None:
-        raise WeightsError(f"{target}: which format is it to be? End its name with {', '.join(SUFFIXES)}, or --format")
-    loaded = load_weights(source, averaged=averaged)
-    found = loaded.found
+        raise WeightsError(
+            f"{target}: its name doesn't determine a format; end it with {', '.join(SUFFIXES)}, or set --format"
+        )
+    loaded = load_weights(source, ema=ema)
+    external = loaded.external
     if config is None and loaded.config is not None:
         config = loaded.config_with(overrides)
     elif config is None:
-        config = config_of(found, str(source), overrides, image_size)
+        config = infer_config(external, str(source), overrides, image_size)
     model = config.model
     if fold_layer_scale:
         model = model.model_copy(update={"layer_scale_init": None})
     grid = loaded.grid
     if image_size is not None:
-        patch = variant_of(model).patch_size
-        grid = (image_size[0] // patch, image_size[1] // patch)
+        patch_size = variant_of(model).patch_size
+        grid = (image_size[0] // patch_size, image_size[1] // patch_size)
     init = InitConfig(head="keep" if head == "keep" else "reset", pos_embed=config.init.pos_embed)
-    state, report = convert_state(found, model, str(source), init, grid)
-    report.notes += [] if to == "plsc" and loaded.config else computed_otherwise(state, model, to)
+    state, report = convert_state(external, model, str(source), init, grid)
+    report.notes += [] if to == "plsc" and loaded.config else list_differences(state, model, to)
     write_converted(state, model, target, to)
-    report.write(target.with_name(f"{target.name}.report.json"))
+    report_path = target.with_name(f"{target.name}.report.json")
+    report.write(report_path)
     print(f"convert: {source}: {report.format}")
     for line in report.lines():
         print(f"  {line}")
-    print(f"convert: written {target} ({to}), and what became of each array in {target.name}.report.json")
-    print(f"convert: its model: {describe(model)}")
+    print(f"convert: written to {target} ({to}), with a report of every array in {report_path.name}")
+    print(f"convert: its model: {describe_model(model)}")
 
 
 def convert_state(
-    found: ExternalWeights, model: ModelConfig, source: str, init: InitConfig, grid: tuple[int, int] | None
+    external: ExternalWeights, model: ModelConfig, source: str, init: InitConfig, grid: tuple[int, int] | None
 ) -> tuple[State, LoadReport]:
-    """The state of a model, and what became of each array of the file. Raises WeightsError unless all fit."""
-    state, report = adapt_state(found, model, source, init, grid)
-    check_state(state, expected_shapes(model, with_head=init.head == "keep"), source, found, model)
+    """Return the state of a model and a report of the file's arrays. Raises WeightsError unless all of them fit."""
+    state, report = adapt_state(external, model, source, init, grid)
+    check_state(state, expected_shapes(model, with_head=init.head == "keep"), source, external, model)
     return state, report
 
 
 def write_converted(state: State, model: ModelConfig, target: Path, to: FormatName) -> None:
-    """Raises WeightsError where the target's program has no such model."""
+    """Write a state in any format. Raises WeightsError if the target's program doesn't have this model."""
     if to == "plsc":
         write_pdparams(state, target)
     else:
         write_weights(state, model, variant_of(model).num_heads, target, to)
 
 
-def config_of(found: ExternalWeights, source: str, overrides: list[str], image_size: tuple[int, int] | None) -> Config:
-    """The model that weights are of, as far as they tell it, with ``section.key=value`` overrides on top."""
-    told: dict[str, Any] = model_of(found)
+def infer_config(
+    external: ExternalWeights, source: str, overrides: list[str], image_size: tuple[int, int] | None
+) -> Config:
+    """Return a config whose model fits the weights, with ``section.key=value`` overrides.
+
+    `image_size` (height, width) is what the weights were trained at, if they don't determine it. Raises WeightsError
+    for what neither the arrays nor the overrides determine.
+    """
+    inferred = infer_model(external)
     for key in ("patch_size", "width", "depth", "mlp_dim"):
-        if not told.get(key):
-            raise WeightsError(f"{source}: is no whole Vision Transformer: it doesn't tell its {key}")
-    hints = {key: value for key, value in found.model_hints.items() if key in ModelConfig.model_fields}
-    values = {"num_heads": _num_heads(told), **told, **hints, "class_token": "cls_token" in found.state}
-    size = image_size or _image_size(found, told["patch_size"])
+        if not inferred.get(key):
+            raise WeightsError(f"{source}: is no complete Vision Transformer: no array determines its {key}")
+    hints = {key: value for key, value in external.model_hints.items() if key in ModelConfig.model_fields}
+    num_heads = _published_num_heads(inferred)
+    values = {"num_heads": num_heads, **inferred, **hints, "class_token": "cls_token" in external.state}
+    size = image_size or _square_image_size(external, inferred["patch_size"])
     if size is not None:
         values["image_size"] = list(size)
-    if "pos_embed" not in found.state:
+    if "pos_embed" not in external.state:
         values["pos_embed"] = "sincos2d"
     elif "class_token_pos_embed" not in hints and size is not None:
-        num_patches = size[0] // told["patch_size"] * (size[1] // told["patch_size"])
-        values["class_token_pos_embed"] = found.state["pos_embed"].shape[1] > num_patches
+        num_patches = size[0] // inferred["patch_size"] * (size[1] // inferred["patch_size"])
+        values["class_token_pos_embed"] = external.state["pos_embed"].shape[1] > num_patches
     lines = [f"model.{key}={_yaml(value)}" for key, value in values.items() if value is not None]
     for key, remedy in (("num_heads", "-o model.num_heads=N"), ("image_size", "--image-size HEIGHT WIDTH")):
         if not any(line.startswith(f"model.{key}=") for line in [*lines, *overrides]):
-            raise WeightsError(f"{source}: doesn't tell its {key}; set it, {remedy}")
+            raise WeightsError(f"{source}: no array determines its {key}; set {remedy}")
     return load_config(None, [*lines, *overrides])
 
 
@@ -113,20 +125,20 @@ def _yaml(value: Any) -> str:
     return str(list(value) if isinstance(value, tuple) else value).replace(" ", "")
 
 
-def _num_heads(told: dict[str, Any]) -> int | None:
-    """Of the published variant of this shape: else nothing tells it, and a guess would be another model's."""
+def _published_num_heads(model: dict[str, Any]) -> int | None:
+    """Return the number of heads of the published variant of this shape; None for any other: a guess could be wrong."""
     for variant in VARIANTS.values():
-        if (variant.width, variant.depth, variant.mlp_dim) == (told["width"], told["depth"], told["mlp_dim"]):
+        if (variant.width, variant.depth, variant.mlp_dim) == (model["width"], model["depth"], model["mlp_dim"]):
             return variant.num_heads
     return None
 
 
-def _image_size(found: ExternalWeights, patch_size: int) -> tuple[int, int] | None:
-    """A square's, if the position embedding is of one."""
-    embedding = found.state.get("pos_embed")
+def _square_image_size(external: ExternalWeights, patch_size: int) -> tuple[int, int] | None:
+    """Return the image size for which the position embedding's grid is square, if there is one."""
+    embedding = external.state.get("pos_embed")
     if embedding is None or embedding.ndim != 3:
         return None
-    for prefix in position_counts(found):
+    for prefix in position_counts(external):
         side = math.isqrt(max(embedding.shape[1] - prefix, 0))
         if side and side * side == embedding.shape[1] - prefix:
             return side * patch_size, side * patch_size
@@ -134,15 +146,15 @@ def _image_size(found: ExternalWeights, patch_size: int) -> tuple[int, int] | No
 
 
 def expected_shapes(model: ModelConfig, with_head: bool) -> dict[str, list[int]]:
-    """Of the model's weights, by the layers' names, without making them."""
+    """Return the shapes of a model's weights by the layers' names, without allocating them."""
     with paddle.LazyGuard():
         built = VisionTransformer(model)
     shapes = {name: list(value.shape) for name, value in built.named_parameters()}
     return {name: shape for name, shape in shapes.items() if with_head or not name.startswith(("head.", "head0."))}
 
 
-def describe(model: ModelConfig) -> str:
-    """As overrides, what differs from the defaults."""
+def describe_model(model: ModelConfig) -> str:
+    """Return what differs from the default model, as overrides."""
     default = ModelConfig()
     changed = {key: value for key, value in model if value != getattr(default, key)}
     return " ".join(f"-o model.{key}={_yaml(value)}" for key, value in changed.items())

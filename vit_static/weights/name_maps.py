@@ -1,4 +1,4 @@
-"""Other programs' names for a ViT's arrays, beside ours, and what becomes of each array on the way in and out.
+"""Tables of other programs' names for a ViT's arrays, with the conversion of each array in both directions.
 
 A new format is a new `Table`; formats.py reads and writes by it.
 """
@@ -14,47 +14,46 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Change:
-    """What becomes of an array on the way in, and on the way out, where the number of heads is known."""
+class Conversion:
+    """Functions that convert an array to our layout and back; the way back also gets the number of heads."""
 
-    to_own: Callable[[np.ndarray], np.ndarray]
-    from_own: Callable[[np.ndarray, int], np.ndarray]
+    to_ours: Callable[[np.ndarray], np.ndarray]
+    to_theirs: Callable[[np.ndarray, int], np.ndarray]
 
 
-IDENTITY = Change(lambda x: x, lambda x, _: x)
-TRANSPOSE = Change(lambda x: x.T, lambda x, _: x.T)  # linear layers of torch are [out, in]
-IMAGE_LAST = Change(lambda x: x.transpose(3, 2, 0, 1), lambda x, _: x.transpose(2, 3, 1, 0))  # kernels [p, p, 3, C]
-TO_HEADS = Change(lambda x: x.reshape(x.shape[0], -1), lambda x, h: x.reshape(x.shape[0], h, -1))  # [C, H, d]
-HEADS = Change(lambda x: x.reshape(-1), lambda x, h: x.reshape(h, -1))  # biases [H, d]
-FROM_HEADS = Change(lambda x: x.reshape(-1, x.shape[-1]), lambda x, h: x.reshape(h, -1, x.shape[-1]))  # [H, d, C]
+IDENTITY = Conversion(lambda x: x, lambda x, _: x)
+TRANSPOSE = Conversion(lambda x: x.T, lambda x, _: x.T)  # torch's linear layers are [out, in]
+CHANNELS_LAST = Conversion(lambda x: x.transpose(3, 2, 0, 1), lambda x, _: x.transpose(2, 3, 1, 0))  # [p, p, 3, C]
+TO_HEADS = Conversion(lambda x: x.reshape(x.shape[0], -1), lambda x, h: x.reshape(x.shape[0], h, -1))  # [C, H, d]
+HEADS = Conversion(lambda x: x.reshape(-1), lambda x, h: x.reshape(h, -1))  # biases [H, d]
+FROM_HEADS = Conversion(lambda x: x.reshape(-1, x.shape[-1]), lambda x, h: x.reshape(h, -1, x.shape[-1]))  # [H, d, C]
+
+Names = dict[str, tuple[str, Conversion]]  # their name -> our name, conversion
 
 
 @dataclass(frozen=True)
 class Table:
-    """Another program's names beside ours, with the change; `{}` is a block's number. `ignored` and `refused`: patterns
-    of names, and why."""
+    """Names of one format. `{}` in a name is a block's number."""
 
-    format: str
-    block: str  # the pattern of a block's number
-    names: Mapping[str, tuple[str, Change]]
-    model_hints: Mapping[str, Any] = field(default_factory=dict)
-    ignored: Mapping[str, str] = field(default_factory=dict)
-    refused: Mapping[str, str] = field(default_factory=dict)
+    format: str  # for people
+    block: str  # pattern that begins a block's names and captures its number
+    names: Mapping[str, tuple[str, Conversion]]
+    model_hints: Mapping[str, Any] = field(default_factory=dict)  # keys of the `model` section: what the program does
+    ignored: Mapping[str, str] = field(default_factory=dict)  # pattern of names that the model doesn't need -> reason
+    refused: Mapping[str, str] = field(default_factory=dict)  # pattern of names that only other models have -> reason
 
-    def for_blocks(self, numbers: Iterable[int]) -> dict[str, tuple[str, Change]]:
-        """The names of a model with these blocks."""
-        listed = list(numbers)
+    def for_blocks(self, numbers: Iterable[int]) -> Names:
+        """Return the names of a model with these blocks."""
+        blocks = list(numbers)
         return {
-            theirs.format(number): (ours.format(number), change)
-            for theirs, (ours, change) in self.names.items()
-            for number in (listed if "{}" in theirs else [0])
+            theirs.format(number): (ours.format(number), conversion)
+            for theirs, (ours, conversion) in self.names.items()
+            for number in (blocks if "{}" in theirs else [0])
         }
 
     def blocks_in(self, names: Iterable[str]) -> list[int]:
-        return sorted({int(found[1]) for name in names if (found := re.match(self.block, name))})
-
-
-Names = dict[str, tuple[str, Change]]
+        """Return the sorted numbers of the blocks that occur in names."""
+        return sorted({int(match[1]) for name in names if (match := re.match(self.block, name))})
 
 
 def _same(*names: str) -> Names:
@@ -63,24 +62,27 @@ def _same(*names: str) -> Names:
 
 def _norms(pairs: Mapping[str, str], weight: str = "weight") -> Names:
     return {
-        f"{theirs}{kind}": (f"{ours}.{own_kind}", IDENTITY)
+        f"{theirs}{suffix}": (f"{ours}.{our_suffix}", IDENTITY)
         for theirs, ours in pairs.items()
-        for kind, own_kind in ((weight, "weight"), ("bias", "bias"))
+        for suffix, our_suffix in ((weight, "weight"), ("bias", "bias"))
     }
 
 
-def _linears(pairs: Mapping[str, str], change: Change, kernel: str = "weight") -> Names:
-    """Linear layers, whose biases are the same everywhere."""
-    found: Names = {}
+def _linears(pairs: Mapping[str, str], conversion: Conversion, kernel: str = "weight") -> Names:
+    """Return the names of linear layers; their biases have the same layout everywhere."""
+    names: Names = {}
     for theirs, ours in pairs.items():
-        found[f"{theirs}{kernel}"] = (f"{ours}.weight", change)
-        found[f"{theirs}bias"] = (f"{ours}.bias", IDENTITY)
-    return found
+        names[f"{theirs}{kernel}"] = (f"{ours}.weight", conversion)
+        names[f"{theirs}bias"] = (f"{ours}.bias", IDENTITY)
+    return names
 
 
-_DISTILLED = "a distilled DeiT has two heads, and this model one: take one without distillation"
-_ATTENTION_POOL = "pools by attention, and this model by the class token or the mean: take weights with either"
-_PRETRAINING = "only pretraining uses it"
+_DISTILLED = "is from a distilled DeiT, which has two heads, and this model has one; use one without distillation"
+_ATTENTION_POOL = (
+    "is from a model that pools by attention, and this one reads the class token or the mean; use such weights"
+)
+_PRETRAINING = "is only used in pretraining"
+_GATED_MLP = "is from a model with a gated MLP (SwiGLU), and this one has a plain MLP"
 
 _IN_TORCH = {
     "blocks.{}.attn.qkv.": "blocks.{}.attn.qkv",
@@ -111,9 +113,9 @@ TIMM = Table(
     refused={
         r"dist_token|head_dist\..*": _DISTILLED,
         r"attn_pool\..*": _ATTENTION_POOL,
-        r"blocks\.\d+\.attn\.[qk]_norm\..*": "norms queries and keys, and this model doesn't",
-        r"norm_pre\..*": "norms before the blocks, as CLIP, and this model doesn't",
-        r"blocks\.\d+\.mlp\.(w12|w3|fc1_g|fc1_x)\..*": "has a gated MLP (SwiGLU), and this model a plain one",
+        r"blocks\.\d+\.attn\.[qk]_norm\..*": "is from a model that normalizes queries and keys, and this one doesn't",
+        r"norm_pre\..*": "is from a model with a norm before its blocks, such as CLIP, and this one has none",
+        r"blocks\.\d+\.mlp\.(w12|w3|fc1_g|fc1_x)\..*": _GATED_MLP,
     },
 )
 _HF_BLOCK = "encoder.layer.{}."
@@ -129,7 +131,7 @@ _HF_EMBEDDINGS: Names = {
 }
 _HF_REFUSED = {
     r"embeddings\.distillation_token|(cls|distillation)_classifier\..*": _DISTILLED,
-    r"encoder\.layer\.\d+\.mlp\.weights_(in|out)\..*": "has a gated MLP (SwiGLU), and this model a plain one",
+    r"encoder\.layer\.\d+\.mlp\.weights_(in|out)\..*": _GATED_MLP,
 }
 HF_VIT = Table(
     "Hugging Face ViT's .safetensors",
@@ -156,7 +158,7 @@ HF_VIT = Table(
     ignored={
         r"embeddings\.mask_token": _PRETRAINING,
         r"decoder\..*": _PRETRAINING,
-        r"pooler\.dense\..*": "no classifier of Hugging Face's reads it",
+        r"pooler\.dense\..*": "is not read by Hugging Face's classifier",
     },
     refused=_HF_REFUSED,
 )
@@ -185,7 +187,7 @@ HF_DINOV2 = Table(
 def _google(
     name: str, attention: str, norms: tuple[str, str], mlp: str, position: str, class_token_pos_embed: bool
 ) -> Table:
-    """Flax's layouts, which differ in how the parts of a block are counted."""
+    """Return the table of one of Flax's layouts, which differ in how they number the modules of a block."""
     block = "Transformer/encoderblock_{}/"
     return Table(
         name,
@@ -193,15 +195,15 @@ def _google(
         {
             "cls": ("cls_token", IDENTITY),
             position: ("pos_embed", IDENTITY),
-            "embedding/kernel": ("patch_embed.proj.weight", IMAGE_LAST),
+            "embedding/kernel": ("patch_embed.proj.weight", CHANNELS_LAST),
             "embedding/bias": ("patch_embed.proj.bias", IDENTITY),
             f"{block}{attention}/out/kernel": ("blocks.{}.attn.proj.weight", FROM_HEADS),
             f"{block}{attention}/out/bias": ("blocks.{}.attn.proj.bias", IDENTITY),
         }
         | {
-            f"{block}{attention}/{part}/{kind}": (f"blocks.{{}}.attn.{part[0]}.{own_kind}", change)
+            f"{block}{attention}/{part}/{suffix}": (f"blocks.{{}}.attn.{part[0]}.{our_suffix}", conversion)
             for part in ("query", "key", "value")
-            for kind, own_kind, change in (("kernel", "weight", TO_HEADS), ("bias", "bias", HEADS))
+            for suffix, our_suffix, conversion in (("kernel", "weight", TO_HEADS), ("bias", "bias", HEADS))
         }
         | _norms(
             {
@@ -226,9 +228,10 @@ def _google(
     )
 
 
-_PUBLISHED = ("MultiHeadDotProductAttention_1", ("LayerNorm_0", "LayerNorm_2"), "MlpBlock_3")
-_BY_CLASS = ("MultiHeadDotProductAttention_0", ("LayerNorm_0", "LayerNorm_1"), "MlpBlock_0")  # as Flax counts now
-WITH_CLASS, _OF_PATCHES = "Transformer/posembed_input/pos_embedding", "pos_embedding"
-VIT_JAX = _google("vit_jax's .npz", *_PUBLISHED, WITH_CLASS, class_token_pos_embed=True)
-VIT_JAX_NOW = _google("vit_jax's .npz", *_BY_CLASS, WITH_CLASS, class_token_pos_embed=True)
-BIG_VISION = _google("big_vision's .npz", *_BY_CLASS, _OF_PATCHES, class_token_pos_embed=False)
+# The names of attention, norms and MLP in a block: Flax once numbered all modules in one sequence, and now by class.
+_NUMBERED_IN_SEQUENCE = ("MultiHeadDotProductAttention_1", ("LayerNorm_0", "LayerNorm_2"), "MlpBlock_3")
+_NUMBERED_BY_CLASS = ("MultiHeadDotProductAttention_0", ("LayerNorm_0", "LayerNorm_1"), "MlpBlock_0")
+WITH_CLASS, _WITHOUT_CLASS = "Transformer/posembed_input/pos_embedding", "pos_embedding"
+VIT_JAX = _google("vit_jax's .npz", *_NUMBERED_IN_SEQUENCE, WITH_CLASS, class_token_pos_embed=True)
+VIT_JAX_NOW = _google("vit_jax's .npz", *_NUMBERED_BY_CLASS, WITH_CLASS, class_token_pos_embed=True)
+BIG_VISION = _google("big_vision's .npz", *_NUMBERED_BY_CLASS, _WITHOUT_CLASS, class_token_pos_embed=False)

@@ -10,10 +10,9 @@ from typing import Any
 from vit_static.checkpoint.folder import (
     CLASS_NAMES,
     CONFIG,
-    MANIFEST,
     MERGED,
     MERGED_AVERAGE,
-    META,
+    is_checkpoint,
     latest_checkpoint,
     open_shards,
 )
@@ -28,65 +27,67 @@ from vit_static.weights.formats import ExternalWeights, State, fuse_qkv, read_we
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file or a checkpoint holds, and the config that it was trained with, where it is known."""
+    """Weights that were found, with the config and class names next to them; None for what isn't there."""
 
-    found: ExternalWeights
+    external: ExternalWeights
     config: Config | None
     class_names: list[str] | None
-    source: Path
+    source: Path  # the file or checkpoint that they are from
 
     @property
     def state(self) -> State:
-        return self.found.state
+        return self.external.state
 
     @property
     def grid(self) -> tuple[int, int] | None:
-        """Of the patches that the weights were trained on."""
+        """Rows and columns of patches that the weights were trained on; None if unknown."""
         return None if self.config is None else grid_of(self.config.model)
 
     def config_with(self, overrides: Iterable[str]) -> Config:
-        """The config with ``section.key=value`` overrides. Raises ConfigError where none lies beside the weights."""
+        """Return the config with ``section.key=value`` overrides. Raises ConfigError if there is no config."""
         if self.config is None:
-            raise ConfigError(f"{self.source}: has no {CONFIG} beside it; name the run's config with -c")
+            raise ConfigError(f"{self.source}: there is no {CONFIG} next to it; name the run's config with -c")
         return load_config(self.source.parent / CONFIG if self.source.is_file() else self.source / CONFIG, overrides)
 
 
-def load_weights(path: Path, *, averaged: bool = False) -> Weights:
-    """Weights from a run's folder (its merged weights, or else its latest checkpoint), a checkpoint, or a file of any
-    format that `formats.read` knows. `averaged`: of a run or checkpoint of ours the moving average.
+def load_weights(path: Path, *, ema: bool = False) -> Weights:
+    """Load weights from a run's folder, a checkpoint, or a file of any format that formats.py knows.
 
-    Raises WeightsError where there are none.
+    A run's folder stands for its merged weights if it has them, else for its latest checkpoint. `ema` selects the
+    moving average, which only runs and checkpoints of this program have. Raises WeightsError if there are no weights.
     """
     if path.is_file():
-        beside = path.parent / CONFIG
-        config = load_config(beside) if beside.is_file() else None
-        found = read_weights(path)
+        config_path = path.parent / CONFIG
+        config = load_config(config_path) if config_path.is_file() else None
+        external = read_weights(path)
         if config is not None:
-            found = replace(found, model_hints=_model_hints(config))
-        return Weights(found, config, _read_class_names(path.parent), path)
-    merged = path / (MERGED_AVERAGE if averaged else MERGED)
+            external = replace(external, model_hints=_model_hints(config))
+        return Weights(external, config, _read_class_names(path.parent), path)
+    merged = path / (MERGED_AVERAGE if ema else MERGED)
     if merged.is_file():
         return load_weights(merged)
-    if (path / MANIFEST).is_file() or (path / META).is_file():
-        try:
-            verify_files(path)
-        except WeightsError as error:
-            raise WeightsError(f"{error}; {suggest_fallback(path)}") from None
-        config = load_config(path / CONFIG)
-        if averaged and config.optim.ema_decay == 0.0:
-            raise WeightsError(f"{path}: has no moving average of the weights (optim.ema_decay is 0)")
-        found = ExternalWeights(
-            merge_shards(path, averaged=averaged), "this program's checkpoint", _model_hints(config)
-        )
-        return Weights(found, config, _read_class_names(path), path)
+    if is_checkpoint(path):
+        return _load_checkpoint(path, ema=ema)
     newest = latest_checkpoint(path)
     if newest is not None:
-        return load_weights(newest, averaged=averaged)
+        return _load_checkpoint(newest, ema=ema)
     raise WeightsError(
         f"{path}: {'holds no weights' if path.is_dir() else 'no such file or folder'}; train first "
         "('./run.sh pretrain' makes output/quickstart), or name a run's folder, "
         "a checkpoint (checkpoints/step_*) or a file of weights (.pdparams, .npz, .safetensors)"
     )
+
+
+def _load_checkpoint(path: Path, *, ema: bool) -> Weights:
+    try:
+        verify_files(path)
+    except WeightsError as error:
+        raise WeightsError(f"{error}; {suggest_fallback(path)}") from None
+    config = load_config(path / CONFIG)
+    if ema and config.optim.ema_decay == 0.0:
+        raise WeightsError(f"{path}: has no moving average of the weights (optim.ema_decay is 0)")
+    external = ExternalWeights(merge_shards(path, ema=ema), "this program's checkpoint", _model_hints(config))
+    return Weights(external, config, _read_class_names(path), path)
 
 
 def _model_hints(config: Config) -> dict[str, Any]:
@@ -98,17 +99,19 @@ def _model_hints(config: Config) -> dict[str, Any]:
     }
 
 
-def _read_class_names(folder_path: Path) -> list[str] | None:
-    path = folder_path / CLASS_NAMES
+def _read_class_names(folder: Path) -> list[str] | None:
+    path = folder / CLASS_NAMES
     try:
         return path.read_text(encoding="utf-8").splitlines() if path.is_file() else None
     except UnicodeDecodeError:
-        raise WeightsError(f"{path}: is not UTF-8 text; write it anew, a line a class, or take it away") from None
+        raise WeightsError(
+            f"{path}: is not UTF-8 text; replace it, with one class name per line, or remove it"
+        ) from None
 
 
-def merge_shards(path: Path, *, averaged: bool = False) -> State:
-    """A sharded checkpoint's weights, or their moving average, whole, in the files' layout."""
-    parts = open_shards(path)
-    # Of what is frozen there is no average: it is the same.
-    wanted = {name: f"{name}@{EMA}" if averaged and f"{name}@{EMA}" in parts else name for name in parts}
-    return fuse_qkv({name: parts.read(held) for name, held in wanted.items() if "@" not in name})
+def merge_shards(path: Path, *, ema: bool = False) -> State:
+    """Return a checkpoint's full weights, or with `ema` their moving average, in the files' layout (formats.py)."""
+    shards = open_shards(path)
+    # Frozen parameters have no average of their own: it would be the same.
+    names = {name: f"{name}@{EMA}" if ema and f"{name}@{EMA}" in shards else name for name in shards}
+    return fuse_qkv({name: shards.read(saved_name) for name, saved_name in names.items() if "@" not in name})
