@@ -1,7 +1,8 @@
-"""The config: what loads, what doesn't, and that every mistake is told in one line."""
+"""Config files, overrides, and messages of one line for mistakes in them."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pydantic
@@ -9,8 +10,9 @@ import pytest
 from helpers.small import ROOT
 
 from vit_static.common.errors import ConfigError
-from vit_static.config.loader import dump_config, load_config
+from vit_static.config.loader import RENAMED_KEYS, RENAMED_VALUES, dump_config, load_config
 from vit_static.config.schema import Config, ModelConfig, TrainConfig
+from vit_static.config.section import Section
 from vit_static.model.variants import VARIANTS, grid_of, variant_of
 from vit_static.optim.schedule import total_steps
 
@@ -19,7 +21,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 @pytest.fixture
 def load_text(tmp_path: Path):
-    """load_text("optim: {lr: 1}", "-o's", ...): the config of a file, run.yaml, of that text."""
+    """Return a function load_text(text, *overrides): the config of a file run.yaml with this text."""
 
     def load_text(text: str | bytes, *overrides: str) -> Config:
         path = tmp_path / "run.yaml"
@@ -30,13 +32,13 @@ def load_text(tmp_path: Path):
 
 
 def message_of(error: pytest.ExceptionInfo[ConfigError]) -> str:
-    """The message, which must be of one line."""
+    """Return the message, which must be one line."""
     message = str(error.value)
     assert "\n" not in message and message == message.strip() and message
     return message
 
 
-def test_no_file_gives_the_defaults() -> None:
+def test_without_a_file_the_defaults_load() -> None:
     config = load_config(None)
     assert config == Config(name="run")
     assert config.model.image_size == (224, 224)
@@ -44,11 +46,11 @@ def test_no_file_gives_the_defaults() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "# nothing but a comment\n", "---\n"])
-def test_an_empty_file_gives_the_defaults_under_the_files_name(load_text, text: str) -> None:
+def test_an_empty_file_is_the_defaults_named_after_the_file(load_text, text: str) -> None:
     assert load_text(text) == Config(name="run")
 
 
-def test_the_run_is_named_after_the_file_unless_it_says_otherwise(tmp_path: Path) -> None:
+def test_a_run_is_named_after_its_file_unless_name_is_set(tmp_path: Path) -> None:
     path = tmp_path / "vit.b16.yaml"
     path.write_text("seed: 3\n")
     assert load_config(path).name == "vit.b16"
@@ -57,7 +59,7 @@ def test_the_run_is_named_after_the_file_unless_it_says_otherwise(tmp_path: Path
 
 
 @pytest.mark.parametrize("text", ["3e-3", "3.0e-3", "0.003", ".003", "3E-3", "'3e-3'"])
-def test_a_number_is_a_number_however_it_is_written(load_text, text: str) -> None:
+def test_a_number_may_be_written_in_any_notation(load_text, text: str) -> None:
     for config in (load_text(f"optim: {{lr: {text}}}"), load_config(None, [f"optim.lr={text}"])):
         assert config.optim.lr == 0.003
         assert type(config.optim.lr) is float
@@ -83,22 +85,22 @@ def test_a_number_is_a_number_however_it_is_written(load_text, text: str) -> Non
     ],
 )
 def test_overrides_are_read_by_the_declared_type(override: str, section: str, key: str, value: object) -> None:
-    found = getattr(getattr(load_config(None, [override]), section), key)
-    assert found == value
-    assert type(found) is type(value)
+    loaded = getattr(getattr(load_config(None, [override]), section), key)
+    assert loaded == value
+    assert type(loaded) is type(value)
 
 
-def test_overrides_go_over_the_file_the_later_over_the_earlier_and_leave_the_rest(load_text) -> None:
+def test_overrides_replace_values_of_the_file_and_later_overrides_win(load_text) -> None:
     config = load_text("seed: 1\noptim: {lr: 1, weight_decay: 2}", "optim.lr=3", "seed=4", "optim.lr=5")
     assert (config.seed, config.optim.lr, config.optim.weight_decay) == (4, 5.0, 2.0)
 
 
 @pytest.mark.parametrize(("written", "size"), [("96", (96, 96)), ("[96, 128]", (96, 128))])
-def test_an_image_size_is_a_side_or_height_and_width(load_text, written: str, size: tuple[int, int]) -> None:
+def test_an_image_size_is_one_side_or_height_and_width(load_text, written: str, size: tuple[int, int]) -> None:
     assert load_text(f"model: {{image_size: {written}}}").model.image_size == size
 
 
-def test_a_dumped_config_loads_again_and_is_the_same(tmp_path: Path) -> None:
+def test_a_dumped_config_loads_again_equal(tmp_path: Path) -> None:
     overrides = [
         "name=again",
         "model.image_size=[96, 128]",
@@ -126,15 +128,15 @@ def test_a_config_is_frozen() -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_of_the_repository_loads_and_its_model_can_be_built(path: Path) -> None:
+def test_every_config_of_the_repository_loads_and_names_a_valid_model(path: Path) -> None:
     config = load_config(path)
     variant_of(config.model)
     assert config.name == path.stem
-    micro_batch, odd = divmod(config.data.global_batch_size, config.parallel.grad_accum_steps)
-    assert micro_batch >= 1 and odd == 0
+    micro_batch_size, rest = divmod(config.data.global_batch_size, config.parallel.grad_accum_steps)
+    assert micro_batch_size >= 1 and rest == 0
 
 
-def test_there_are_configs() -> None:
+def test_the_repository_has_configs() -> None:
     assert CONFIGS
 
 
@@ -149,7 +151,7 @@ def test_there_are_configs() -> None:
         ("sede: 1", "sede", "seed"),
     ],
 )
-def test_a_misspelt_key_is_told_with_its_file_its_path_and_the_nearest_key(
+def test_the_message_for_a_misspelt_key_has_file_path_and_nearest_key(
     load_text, text: str, wrong: str, nearest: str
 ) -> None:
     with pytest.raises(ConfigError) as error:
@@ -164,7 +166,7 @@ def test_a_misspelt_key_is_told_with_its_file_its_path_and_the_nearest_key(
     ("override", "wrong", "nearest"),
     [("optim.lrr=1", "optim.lrr", "optim.lr"), ("optmi.lr=1", "optmi", "optim"), ("sede=1", "sede", "seed")],
 )
-def test_a_misspelt_override_is_told_likewise(override: str, wrong: str, nearest: str) -> None:
+def test_the_message_for_a_misspelt_override_has_the_nearest_key(override: str, wrong: str, nearest: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(None, [override])
     message = message_of(error)
@@ -172,7 +174,7 @@ def test_a_misspelt_override_is_told_likewise(override: str, wrong: str, nearest
     assert f"{wrong} is not a key; did you mean {nearest}?" in message
 
 
-def test_a_key_like_no_other_is_told_with_those_that_there_are(load_text) -> None:
+def test_the_message_for_a_key_similar_to_none_lists_all_keys(load_text) -> None:
     with pytest.raises(ConfigError) as error:
         load_text("schedule: {zzzzz: 1}")
     assert "schedule.zzzzz is not a key; there are name, warmup_steps, warmup_epochs, " in message_of(error)
@@ -232,20 +234,18 @@ def test_a_key_like_no_other_is_told_with_those_that_there_are(load_text) -> Non
         ("null: 2", "None", "None"),
     ],
 )
-def test_a_wrong_value_is_told_with_its_file_its_path_and_what_it_is(
-    load_text, text: str, key: str, value: str
-) -> None:
+def test_the_message_for_a_wrong_value_has_file_path_and_value(load_text, text: str, key: str, value: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_text(text)
-    where, _, what = message_of(error).partition("run.yaml: ")
-    assert where and what.startswith((f"{key} = ", f"{key}: "))
-    assert value in what
+    folder, _, mistake = message_of(error).partition("run.yaml: ")
+    assert folder and mistake.startswith((f"{key} = ", f"{key}: "))
+    assert value in mistake
 
 
 @pytest.mark.parametrize(
     "text", ["seed: true", "optim: {lr: true}", "data: {global_batch_size: true}", "model: {dropout: no}"]
 )
-def test_a_boolean_is_no_number(load_text, text: str) -> None:
+def test_a_boolean_is_refused_as_a_number(load_text, text: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_text(text)
     assert text.partition(":")[0] in message_of(error)
@@ -280,13 +280,61 @@ def test_a_boolean_is_no_number(load_text, text: str) -> None:
     ],
     ids=lambda text: repr(text)[:40],
 )
-def test_junk_is_refused_in_one_line_that_names_the_file(load_text, text: str | bytes) -> None:
+def test_invalid_files_are_refused_in_one_line_that_names_the_file(load_text, text: str | bytes) -> None:
     with pytest.raises(ConfigError) as error:
         load_text(text)
     assert "run.yaml: " in message_of(error)
 
 
-def test_a_file_that_cant_be_read_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "text", ["optim: &a {lr: 1}", "seed: 1\nlog: *a", "optim: {<<: *a}", "optim: {betas: [&a 0.9, 1]}"]
+)
+def test_anchors_and_aliases_are_refused_with_their_line(load_text, text: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_text(text)
+    line = 1 + text[: re.search(r"[&*]a", text).start()].count("\n")
+    assert f"line {line}: anchors (&NAME) and aliases (*NAME) are not supported; repeat the value" in message_of(error)
+
+
+@pytest.mark.parametrize("old_name", RENAMED_KEYS)
+def test_the_message_for_a_renamed_key_has_the_new_name(load_text, old_name: str) -> None:
+    section, _, key = old_name.partition(".")
+    new_section, _, new_key = RENAMED_KEYS[old_name].partition(".")
+    assert new_key in Config.model_fields[new_section].annotation.model_fields
+    for text, overrides, origin in ((f"{section}: {{{key}: 1}}", [], "run.yaml"), ("", [f"{old_name}=1"], "-o")):
+        with pytest.raises(ConfigError) as error:
+            load_text(text, *overrides)
+        assert f"{old_name} is now called {new_section}.{new_key}" in message_of(error)
+        assert origin in message_of(error)
+
+
+@pytest.mark.parametrize(("key", "old_value"), RENAMED_VALUES)
+def test_the_message_for_a_renamed_value_has_the_new_one(load_text, key: str, old_value: str) -> None:
+    section, _, name = key.partition(".")
+    new_value = RENAMED_VALUES[key, old_value]
+    old_keys = [old.partition(".")[2] for old, new in RENAMED_KEYS.items() if new == key]
+    for written in (name, *old_keys):
+        for text, overrides in (
+            (f"{section}: {{{written}: {old_value}}}", []),
+            ("", [f"{section}.{written}={old_value}"]),
+        ):
+            with pytest.raises(ConfigError) as error:
+                load_text(text, *overrides)
+            assert f"the value {old_value} is now called {new_value}" in message_of(error)
+    assert getattr(getattr(load_config(None, [f"{key}={new_value}"]), section), name) == new_value
+
+
+def test_every_key_has_a_description() -> None:
+    for section_name, field in Config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            assert field.annotation.__doc__
+            for name, key in field.annotation.model_fields.items():
+                assert key.description, f"{section_name}.{name}"
+        else:
+            assert field.description, section_name
+
+
+def test_the_message_for_an_unreadable_file_names_it(tmp_path: Path) -> None:
     for path, problem in ((tmp_path / "gone.yaml", "No such file"), (tmp_path, "Is a directory")):
         with pytest.raises(ConfigError) as error:
             load_config(path)
@@ -295,7 +343,7 @@ def test_a_file_that_cant_be_read_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("override", ["optim.lr", "", "=3", "optim.lr:3"])
-def test_an_override_without_key_or_value_is_told_how_to_write_it(override: str) -> None:
+def test_the_message_for_an_override_without_key_or_value_shows_the_format(override: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(None, [override])
     assert message_of(error).startswith(f"-o {override}: must be section.key=value")
@@ -320,25 +368,25 @@ def test_an_override_without_key_or_value_is_told_how_to_write_it(override: str)
         "seed=\x00",
     ],
 )
-def test_a_wrong_override_is_refused_in_one_line_that_says_so(override: str) -> None:
+def test_wrong_overrides_are_refused_in_one_line_that_names_them(override: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(None, [override])
     assert message_of(error).startswith("-o")
 
 
-def test_an_override_into_what_is_no_section_is_refused(load_text) -> None:
+def test_an_override_inside_a_value_is_refused(load_text) -> None:
     with pytest.raises(ConfigError) as error:
         load_text("model: 3", "model.depth=2")
     assert "model is not a section" in message_of(error)
 
 
-def test_a_mistake_in_an_override_isnt_blamed_on_the_file(load_text) -> None:
+def test_a_mistake_in_an_override_is_not_attributed_to_the_file(load_text) -> None:
     with pytest.raises(ConfigError) as error:
         load_text("optim: {lr: 1}", "optim.lr=-1")
     assert message_of(error).startswith("-o")
 
 
-def test_an_unknown_variant_is_told_with_those_that_there_are() -> None:
+def test_the_message_for_an_unknown_variant_lists_all_variants() -> None:
     with pytest.raises(ConfigError) as error:
         variant_of(ModelConfig(variant="B/17"))
     assert "'B/17'" in message_of(error)
@@ -346,7 +394,7 @@ def test_an_unknown_variant_is_told_with_those_that_there_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "patch_size", "would_do"),
+    ("size", "patch_size", "valid_size"),
     [
         ((225, 224), 16, [224, 224]),
         ((224, 250), 16, [224, 256]),
@@ -354,33 +402,33 @@ def test_an_unknown_variant_is_told_with_those_that_there_are() -> None:
         ((224, 224), 30, [210, 210]),
     ],
 )
-def test_an_image_that_patches_dont_tile_is_told_with_a_size_that_would_do(
-    size: tuple[int, int], patch_size: int, would_do: list[int]
+def test_the_message_for_an_image_size_that_patches_do_not_divide_has_a_valid_size(
+    size: tuple[int, int], patch_size: int, valid_size: list[int]
 ) -> None:
     config = ModelConfig(image_size=size, patch_size=patch_size)
     with pytest.raises(ConfigError) as error:
         variant_of(config)
     assert str(list(size)) in message_of(error)
-    assert str(would_do) in message_of(error)
-    rows, columns = grid_of(config.model_copy(update={"image_size": tuple(would_do)}))
-    assert (rows * patch_size, columns * patch_size) == tuple(would_do)
+    assert str(valid_size) in message_of(error)
+    rows, columns = grid_of(config.model_copy(update={"image_size": tuple(valid_size)}))
+    assert (rows * patch_size, columns * patch_size) == tuple(valid_size)
 
 
-def test_heads_that_dont_divide_the_width_are_told_with_both_numbers() -> None:
+def test_the_message_for_heads_that_do_not_divide_the_width_has_both_numbers() -> None:
     with pytest.raises(ConfigError) as error:
         variant_of(ModelConfig(num_heads=7))
     assert "model.num_heads = 7" in message_of(error)
     assert "768" in message_of(error)
 
 
-def test_sincos_wants_a_width_that_4_divides() -> None:
+def test_sincos_needs_a_width_divisible_by_4() -> None:
     for key in ("pos_embed", "pos_embed_init"):
         with pytest.raises(ConfigError) as error:
             variant_of(ModelConfig(width=18, num_heads=3, **{key: "sincos2d"}))
         assert "18" in message_of(error)
 
 
-def test_keys_override_the_variant_one_by_one() -> None:
+def test_single_keys_override_the_variant() -> None:
     variant = variant_of(ModelConfig(variant="S/16", depth=3, mlp_dim=100))
     assert (variant.depth, variant.mlp_dim) == (3, 100)
     assert (variant.patch_size, variant.width, variant.num_heads) == (16, 384, 6)
@@ -390,15 +438,15 @@ def test_keys_override_the_variant_one_by_one() -> None:
     ("epochs", "max_steps", "num_images", "global_batch_size", "steps"),
     [
         (1, None, 100, 10, 10),
-        (1, None, 109, 10, 10),  # what is left of the last epoch and fills no batch is not trained on
-        (2, None, 109, 10, 21),  # but an epoch's end is no batch's end
+        (1, None, 109, 10, 10),  # the last images that don't fill a batch are dropped
+        (2, None, 109, 10, 21),  # but a batch may span two epochs
         (0.5, None, 100, 10, 5),
         (1, None, 3, 10, 1),
         (1e-9, None, 100, 10, 1),
         (5, 7, 100, 10, 7),
         (5, 1000, 100, 10, 50),
-        (300, None, 1_281_167, 4096, 93_835),  # the seed's B/16 at 224
-        (8, None, 1_281_167, 512, 20_018),  # and its finetuning at 384
+        (300, None, 1_281_167, 4096, 93_835),  # PLSC's B/16 at 224
+        (8, None, 1_281_167, 512, 20_018),  # PLSC's finetuning at 384
     ],
 )
 def test_total_steps(epochs: float, max_steps: int | None, num_images: int, global_batch_size: int, steps: int) -> None:

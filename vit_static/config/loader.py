@@ -1,4 +1,4 @@
-"""Load YAML configs with overrides; write resolved configs."""
+"""YAML config files, overrides, and messages for mistakes in them."""
 
 from __future__ import annotations
 
@@ -8,51 +8,72 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import (
-    ValidationError,
-)
+from pydantic import ValidationError
 
 from vit_static.common.errors import ConfigError, format_value, truncate
 from vit_static.common.io import write_atomically
-from vit_static.config.schema import Config, Section
+from vit_static.config.schema import Config
+from vit_static.config.section import Section
 from vit_static.config.yaml_loader import DuplicateKeyError, YamlError, read_yaml
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 DEFAULT_CONFIGS = {"pretrain": CONFIGS / "quickstart.yaml", "finetune": CONFIGS / "quickstart_finetune.yaml"}  # by verb
 
+# Old names are refused, with the new name in the message.
+RENAMED_KEYS = {
+    "train.frozen": "train.freeze",
+    "augment.crop_area": "augment.crop_scale",
+    "augment.crop_aspect": "augment.crop_aspect_ratio",
+    "augment.erase_probability": "augment.random_erasing_probability",
+    "augment.erase_area": "augment.random_erasing_area",
+    "augment.erase_aspect": "augment.random_erasing_aspect_ratio",
+    "augment.erase_with": "augment.random_erasing_with",
+    "augment.mix_switch": "augment.mixup_switch_prob",
+    "augment.repeats": "augment.repeated_aug",
+    "eval.crop_ratio": "eval.crop_pct",
+    "model.norm_after_pool": "model.fc_norm",
+    "model.class_position": "model.class_token_pos_embed",
+}
+RENAMED_VALUES = {("train.freeze", "body"): "backbone"}
+
+_MAX_FILE_BYTES = 256 * 1024
+
 
 def load_config(path: Path | None, overrides: Iterable[str] = ()) -> Config:
-    """The config of a YAML file (or of the defaults alone) with ``section.key=value`` overrides on top.
+    """Return the config in a YAML file (None: the defaults), changed by ``section.key=value`` overrides.
 
-    Raises ConfigError for a file that can't be read, and for keys, types and values that aren't right.
+    Raise ConfigError for a file that can't be read, and for unknown keys, wrong types and invalid values.
     """
-    values = {} if path is None else _read_yaml(path)
+    values = {} if path is None else _read_file(path)
     values.setdefault("name", "run" if path is None else path.stem)
     overridden = {tuple(_apply_override(values, override)): override for override in overrides}
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        place = error.errors()[0]["loc"]
-        override = next((text for key, text in overridden.items() if place[: len(key)] == key), None)
-        origin = f"-o {truncate(override or '')}" if override is not None or path is None else path
-        raise ConfigError(f"{origin}: {_first_mistake(error)}") from None
+        location = error.errors()[0]["loc"]
+        override = next((text for key, text in overridden.items() if _concerns(location, key)), None)
+        origin = f"-o {truncate(override)}" if override is not None else path or "-o"
+        raise ConfigError(f"{origin}: {_describe_first_mistake(error)}") from None
+
+
+def _concerns(location: Sequence[Any], key: Sequence[Any]) -> bool:
+    """Whether a mistake at `location` is in the overridden `key`, or in a section on the way to it."""
+    length = min(len(location), len(key))
+    return length > 0 and tuple(location[:length]) == tuple(key[:length])
 
 
 def dump_config(config: Config, path: Path) -> None:
-    """Writes the resolved config, every key of it, so that `load` gives it back."""
+    """Write every key of the config, so that `load_config` returns an equal one."""
     with write_atomically(path) as temporary:
         temporary.write_text(yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False))
 
 
-_MAX_BYTES = 256 * 1024  # of a config file
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_file(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
-            content = file.read(_MAX_BYTES + 1)
-        if len(content) > _MAX_BYTES:
-            raise ConfigError(f"{path}: is longer than {_MAX_BYTES // 1024} KiB, which no config is")
+            content = file.read(_MAX_FILE_BYTES + 1)
+        if len(content) > _MAX_FILE_BYTES:
+            raise ConfigError(f"{path}: is longer than {_MAX_FILE_BYTES // 1024} KiB, so it can't be a config")
         text = content.decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(
@@ -63,57 +84,71 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = read_yaml(text)
     except YamlError as error:
-        raise ConfigError(f"{path}: is not valid YAML: {error}") from None
+        raise ConfigError(f"{path}: can't be parsed as YAML: {error}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must hold keys and values, not {type(values).__name__}")
+        raise ConfigError(f"{path}: must contain keys and values, not {type(values).__name__}")
     return values
 
 
 def _apply_override(values: dict[str, Any], override: str) -> list[str]:
-    """Sets the override's key in `values`; returns the key's path."""
+    """Set the override's key in `values`; return the path of the key."""
     key, separator, text = override.partition("=")
-    said = f"-o {truncate(override)}"
+    origin = f"-o {truncate(override)}"
     if not separator or not key:
-        raise ConfigError(f"{said}: must be section.key=value, such as -o optim.lr=3e-3")
+        raise ConfigError(f"{origin}: must be section.key=value, such as -o optim.lr=3e-3")
     try:
         value = read_yaml(text)
     except DuplicateKeyError as error:
-        raise ConfigError(f"{said}: {error}") from None
+        raise ConfigError(f"{origin}: {error}") from None
     except YamlError:
         value = text
     *sections, last = key.strip().split(".")
     for section in sections:
-        found = values.setdefault(section, {})
-        if not isinstance(found, dict):
-            raise ConfigError(f"{said}: {truncate(section)} is not a section")
-        values[section] = dict(found)  # which an alias in the file may have made another section's, too
-        values = values[section]
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{origin}: {truncate(section)} is not a section")
     values[last] = value
     return [*sections, last]
 
 
-def _first_mistake(error: ValidationError) -> str:
-    """One line for the first of pydantic's errors: the key's path, its value, what is wrong, the nearest key."""
+def _describe_first_mistake(error: ValidationError) -> str:
+    """Describe pydantic's first error in one line: the path of the key, its value, the problem, and the remedy."""
     mistake = error.errors()[0]
-    path = [truncate(str(part)) for part in mistake["loc"][: 2 if _section(mistake["loc"][:1]) else 1]]
-    key = ".".join(path)
+    location = [str(part) for part in mistake["loc"][: 2 if _section(mistake["loc"][:1]) else 1]]
+    key = ".".join(map(truncate, location))
     if mistake["type"] == "extra_forbidden":
-        siblings = [field.alias or name for name, field in (_section(path[:-1]) or Config).model_fields.items()]
-        nearest = difflib.get_close_matches(path[-1], siblings, n=1)
-        if nearest:
-            return f"{key} is not a key; did you mean {'.'.join([*path[:-1], *nearest])}?"
-        return f"{key} is not a key; there are {', '.join(siblings)}"
+        return _describe_unknown_key(key, location, mistake["input"])
     if mistake["type"] in ("model_type", "dict_type"):
         return f"{key} = {format_value(mistake['input'])}: is a section; set its keys with -o {key}.KEY=VALUE"
+    new_value = _new_value(key, mistake["input"])
+    if new_value:
+        return f"{key} = {mistake['input']}: {new_value}"
     problem = mistake["msg"].removeprefix("Value error, ")
     if mistake["type"] == "value_error":
         return f"{key}: {problem}" if key else problem
     return f"{key} = {format_value(mistake['input'])}: {problem[0].lower()}{problem[1:]}"
 
 
+def _describe_unknown_key(key: str, location: Sequence[str], value: Any) -> str:
+    if key in RENAMED_KEYS:
+        new_value = _new_value(RENAMED_KEYS[key], value)
+        return f"{key} is now called {RENAMED_KEYS[key]}" + (f"; {new_value}" if new_value else "")
+    section = _section(location[:-1]) or Config
+    siblings = [field.alias or name for name, field in section.model_fields.items()]
+    nearest = difflib.get_close_matches(location[-1][:100], siblings, n=1)
+    if nearest:
+        return f"{key} is not a key; did you mean {'.'.join([*location[:-1], *nearest])}?"
+    return f"{key} is not a key; there are {', '.join(siblings)}"
+
+
+def _new_value(key: str, value: Any) -> str:
+    is_renamed = isinstance(value, str) and (key, value) in RENAMED_VALUES
+    return f"the value {value} is now called {RENAMED_VALUES[key, value]}" if is_renamed else ""
+
+
 def _section(path: Sequence[Any]) -> type[Section] | None:
-    """The section that a path of one name leads to, if it is one."""
+    """Return the section of the config with this name, or None if it isn't a section."""
     annotation = Config.model_fields[str(path[0])].annotation if path and path[0] in Config.model_fields else None
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None

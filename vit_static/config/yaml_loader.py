@@ -1,7 +1,7 @@
-"""YAML as a config has it: plain values, keys that stand once, numbers that know how they were written.
+"""YAML parser for configs: plain values, unique keys, no anchors, numbers that remember their text.
 
-PyYAML's safe loader takes the last of two equal keys without a word, makes days of `2024-01-01`, and lets merges
-(``<<: [*a, *a]``) double with every line.
+PyYAML's safe loader alone isn't strict enough: it silently takes the last of two equal keys and converts `2024-01-01`
+to a date, and a few lines of nested aliases expand to billions of values.
 """
 
 from __future__ import annotations
@@ -11,86 +11,82 @@ from typing import Any
 
 import yaml
 
-_PLAIN = frozenset({"null", "bool", "int", "float", "str", "seq", "map"})
 _PREFIX = "tag:yaml.org,2002:"
+_PLAIN_TAGS = frozenset(f"{_PREFIX}{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map"))
 
 
 class WrittenInt(int):
-    """A whole number, and its text."""
+    """An integer and its text in the file."""
 
     text: str
 
 
 class WrittenFloat(float):
-    """A number, and its text."""
+    """A number and its text in the file."""
 
     text: str
 
 
 class YamlError(ValueError):
-    """What can't be read, and on which line, without the name of the file."""
+    """Invalid YAML: the line and the problem, without the name of the file."""
 
 
 class DuplicateKeyError(YamlError):
-    """A key that stands twice in one mapping."""
+    """A key that appears twice in one mapping."""
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader without the tags of dates, sets and bytes; see the module."""
+    """SafeLoader without dates, sets, bytes, merge keys, anchors and duplicate keys."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self._flat: dict[int, yaml.MappingNode] = {}  # by id; the nodes are held, so that no id comes twice
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if event.anchor is not None:
+            raise YamlError(f"{_line(event)}: anchors (&NAME) and aliases (*NAME) are not supported; repeat the value")
+        return super().compose_node(parent, index)
 
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Puts what is merged into a mapping into it, once, what stands later over what stands earlier."""
-        if id(node) in self._flat:
-            return
-        self._flat[id(node)] = node
-        _refuse_duplicates(node)
-        super().flatten_mapping(node)
-        last = {(key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key): key for key, _ in node.value}
-        if len(last) < len(node.value):
-            values = {id(key): value for key, value in node.value}
-            node.value = [(key, values[id(key)]) for key in last.values()]
-
-
-def _refuse_duplicates(node: yaml.MappingNode) -> None:
-    seen: set[tuple[str, str]] = set()
-    for key, _ in node.value:
-        if isinstance(key, yaml.ScalarNode) and key.tag != f"{_PREFIX}merge":
-            if (key.tag, key.value) in seen:
-                line = key.start_mark.line + 1
-                raise DuplicateKeyError(f"line {line}: the key {key.value[:80]!r} is there twice; take one of them out")
-            seen.add((key.tag, key.value))
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in keys:
+                    raise DuplicateKeyError(
+                        f"{_line(key)}: the key {key.value[:80]!r} appears twice; remove one of them"
+                    )
+                keys.add((key.tag, key.value))
+        return node
 
 
-def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
-    """An int or a float that keeps its text."""
-    found: WrittenInt | WrittenFloat
+def _line(event_or_node: Any) -> str:
+    return f"line {event_or_node.start_mark.line + 1}"
+
+
+def _construct_number(loader: _Loader, node: yaml.ScalarNode) -> WrittenInt | WrittenFloat:
+    number: WrittenInt | WrittenFloat
     if node.tag.endswith(":int"):
-        found = WrittenInt(loader.construct_yaml_int(node))
+        number = WrittenInt(loader.construct_yaml_int(node))
     else:
-        found = WrittenFloat(loader.construct_yaml_float(node))
-    found.text = node.value
-    return found
+        number = WrittenFloat(loader.construct_yaml_float(node))
+    number.text = node.value
+    return number
 
 
+# The constructor for the tag None raises the error for unknown tags.
 _Loader.yaml_constructors = {
-    tag: make
-    for tag, make in yaml.SafeLoader.yaml_constructors.items()
-    if tag is None or tag.removeprefix(_PREFIX) in _PLAIN
-} | {f"{_PREFIX}int": _number, f"{_PREFIX}float": _number}
+    tag: constructor
+    for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag in _PLAIN_TAGS
+} | {f"{_PREFIX}int": _construct_number, f"{_PREFIX}float": _construct_number}
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in found if tag.removeprefix(_PREFIX) in _PLAIN | {"merge"}]
-    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    first_character: [(tag, pattern) for tag, pattern in resolvers if tag in _PLAIN_TAGS]
+    for first_character, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
 
 def read_yaml(text: str) -> Any:
-    """The one document of a YAML text: None, bool, WrittenInt, WrittenFloat, str, and lists and dicts of them.
+    """Parse a single YAML document into None, bool, WrittenInt, WrittenFloat, str, and lists and dicts of these.
 
-    Raises YamlError, of one line.
+    Raise YamlError, with a message of one line.
     """
     loader = None
     try:
@@ -103,10 +99,10 @@ def read_yaml(text: str) -> Any:
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
         raise YamlError(f"{where}{(error.problem or error.context or 'no YAML')[:200]}") from None
     except RecursionError:
-        raise YamlError("is nested too deeply") from None
+        raise YamlError("it is nested too deeply") from None
     except (yaml.YAMLError, ValueError, LookupError, ArithmeticError) as error:  # !!int x, a number of 5,000 digits
-        raise YamlError(f"has a value that is none ({type(error).__name__}: {str(error)[:150]})") from None
+        raise YamlError(f"it has an invalid value ({type(error).__name__}: {str(error)[:150]})") from None
     finally:
         if loader is not None:
-            with contextlib.suppress(AttributeError):  # of a loader that did not get as far as parsing
+            with contextlib.suppress(AttributeError):  # the loader failed before it began to parse
                 loader.dispose()

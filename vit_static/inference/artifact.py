@@ -10,16 +10,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from vit_static.common.errors import PredictError, truncate
 from vit_static.common.io import FileRecord, file_record
-from vit_static.config.schema import (
-    Config,
-    CropPct,
-    EvalConfig,
-    ImageSize,
-    InferencePrecision,
-    ModelConfig,
-    Positive,
-    Section,
-)
+from vit_static.config.schema import Config, EvalConfig, InferencePrecision, ModelConfig
+from vit_static.config.section import CropPct, ImageSize, PositiveFloat, Section
 from vit_static.data.image_set import MAX_PIXELS
 
 MODEL_FILE, WEIGHTS_FILE = "model.json", "model.pdiparams"  # the program and the weights, for Paddle Inference
@@ -43,7 +35,7 @@ class Preprocessing(Section):
     interpolation: Literal["bilinear", "bicubic"]
     antialias: bool
     mean: tuple[float, float, float]
-    std: tuple[Positive, Positive, Positive]
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 
     def to_eval_config(self) -> EvalConfig:
         """Return the keys that belong to the config's `eval` section."""

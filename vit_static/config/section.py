@@ -1,0 +1,76 @@
+"""Base class of config sections, and the types of their fields."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any, get_args
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+
+from vit_static.common.errors import format_value
+from vit_static.config.yaml_loader import WrittenFloat, WrittenInt
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+FractionRange = tuple[Fraction, Fraction]  # min, max
+Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+Range = tuple[PositiveFloat, PositiveFloat]  # min, max
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+PositiveInt = Annotated[int, Field(ge=1, lt=2**63)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
+Pixels = Annotated[int, Field(ge=1, le=100_000)]
+CropPct = Annotated[float, Field(ge=0.05, le=1.0)]  # a smaller one would resize images to hundreds of megapixels
+
+
+def _square_if_single(value: Any) -> Any:
+    return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+ImageSize = Annotated[tuple[Pixels, Pixels], BeforeValidator(_square_if_single)]  # height, width
+
+_MAX_NAME_BYTES = 200  # file systems allow 255, and temporary names are longer than the name
+
+
+def _check_run_name(name: str) -> str:
+    """Refuse a name that isn't a single folder inside `output_dir`."""
+    if not name or "/" in name or "\\" in name or not (name[0].isalnum() or name[0] == "_"):
+        raise ValueError(
+            f"{format_value(name)} isn't a folder name: it must start with a letter, a digit or _ and have no slash; "
+            "set name=NAME"
+        )
+    if len(os.fsencode(name)) > _MAX_NAME_BYTES:
+        raise ValueError(f"{format_value(name)} is too long for a folder name; set name=NAME")
+    return name
+
+
+RunName = Annotated[str, AfterValidator(_check_run_name)]
+
+
+class Section(BaseModel):
+    """A part of the config. It is frozen, and refuses undeclared keys, infinities and NaN."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and annotation is not bool and bool not in get_args(annotation):
+            raise ValueError(f"{value} is no value for this key")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_text(cls, value: Any, info: ValidationInfo) -> Any:
+        """Accept a number where text is expected, exactly as it was written; refuse text that no file name can hold."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, WrittenInt | WrittenFloat) and (annotation is str or str in get_args(annotation)):
+            value = value.text
+        if isinstance(value, str):
+            try:
+                os.fsencode(value)
+            except UnicodeEncodeError:
+                raise ValueError(f"{value!a} is not valid text") from None
+            if any(ord(character) < 32 or 127 <= ord(character) < 160 for character in value):
+                raise ValueError(f"{format_value(value)} contains a control character")
+        return value
