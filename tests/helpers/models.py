@@ -1,4 +1,4 @@
-"""Every kind of token layout and pooling as a small model whose attention is recorded."""
+"""Small models with each token layout and pooling, with and without an attention recorder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def config_of(kind: str) -> ModelConfig:
 
 
 def recording_model(config: ModelConfig, seed: int = 0) -> VisionTransformer:
-    """The model that records its attention, with weights so large that it attends to some patches more than others."""
+    """Return a model that records its attention; its weights are so large that the attention is far from uniform."""
     paddle.seed(seed)
     model = VisionTransformer(config, AttentionRecorder())
     rng = np.random.default_rng(seed)
@@ -39,8 +39,8 @@ def recording_model(config: ModelConfig, seed: int = 0) -> VisionTransformer:
 
 
 def without_recorder(model: VisionTransformer, config: ModelConfig) -> VisionTransformer:
-    """The same weights in a model that records nothing."""
-    found = VisionTransformer(config)
-    found.set_state_dict(model.state_dict())
-    found.eval()
-    return found
+    """Return a model with the same weights that doesn't record its attention."""
+    copy = VisionTransformer(config)
+    copy.set_state_dict(model.state_dict())
+    copy.eval()
+    return copy
