@@ -26,7 +26,7 @@ from vit_static.common import drawing
 from vit_static.common.errors import PredictError, UserError
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config, ModelConfig
-from vit_static.export.exporter import write
+from vit_static.export.exporter import write_artifact
 from vit_static.inference.artifact import SPEC_FILE, spec_of
 from vit_static.inference.attention_maps import (
     attention_map,
@@ -215,7 +215,7 @@ def test_an_export_has_the_models_weights(kind: str, tmp_path: Path) -> None:
     """Paddle numbers the parameters of later models of a process differently, which must not matter."""
     config = Config.model_validate({"name": "small", "model": config_of(kind).model_dump()})
     model = recording_model(config.model)
-    write(without_recorder(model, config.model), config, spec_of(config, list("abcde")), tmp_path)
+    write_artifact(without_recorder(model, config.model), config, spec_of(config, list("abcde")), tmp_path)
     loaded, spec = load_exported(tmp_path)
     assert spec.model == config.model
     state, loaded_state = file_state(model), file_state(loaded)
@@ -237,7 +237,7 @@ def test_an_export_with_the_spec_of_another_model_is_refused(
 ) -> None:
     config = Config.model_validate({"name": "small", "model": SMALL.model_dump()})
     model = without_recorder(recording_model(config.model), config.model)
-    write(model, config, spec_of(config, list("abcde")), tmp_path)
+    write_artifact(model, config, spec_of(config, list("abcde")), tmp_path)
     spec = json.loads((tmp_path / SPEC_FILE).read_text())
     spec["model"].update(changed)
     (tmp_path / SPEC_FILE).write_text(json.dumps(spec))

@@ -18,7 +18,7 @@ from PIL import Image
 
 from vit_static.common.errors import PredictError
 from vit_static.config.schema import Config
-from vit_static.export.exporter import write
+from vit_static.export.exporter import write_artifact
 from vit_static.inference.artifact import MODEL_FILE, SPEC_FILE, WEIGHTS_FILE, spec_of
 from vit_static.model.vit import VisionTransformer
 
@@ -37,7 +37,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, by
             model.set_state_dict({key: value * float("nan") for key, value in model.state_dict().items()})
         model.eval()
         config = Config(name="x", model=MODEL)
-        write(model, config, spec_of(config, [f"class {label}" for label in range(5)]), folder)
+        write_artifact(model, config, spec_of(config, [f"class {label}" for label in range(5)]), folder)
         files[name] = {path.name: path.read_bytes() for path in folder.iterdir()}
     return files
 

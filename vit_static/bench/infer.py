@@ -33,7 +33,7 @@ from vit_static.common.errors import UserError
 from vit_static.config.schema import Config, InferencePrecision
 from vit_static.data.open_set import open_set
 from vit_static.export import onnx as onnx_export
-from vit_static.export.exporter import compare, read, spread_over, write
+from vit_static.export.exporter import compare, evenly_spaced, read_batches, write_artifact
 from vit_static.inference.artifact import Comparison, spec_of
 from vit_static.inference.predictor import Predictor
 from vit_static.model.vit import VisionTransformer
@@ -114,9 +114,9 @@ def write_trained(
     model.eval()
     validation = open_set(config.data, "val", config.model.num_classes)
     names = loaded.class_names or validation.class_names
-    chosen = spread_over(len(validation), config.export.num_calibration_images)
+    chosen = evenly_spaced(len(validation), config.export.num_calibration_images)
     card = spec_of(config, names)
-    images = np.concatenate([inputs for inputs, *_ in read(validation, chosen, card)])
+    images = np.concatenate([inputs for inputs, *_ in read_batches(validation, chosen, card)])
     _write(model, config, names, folder, np.resize(images, (max(batch_size, len(images)), *images.shape[1:])))
     comparisons = {}
     for precision in precisions():
@@ -135,7 +135,7 @@ def _write(model: VisionTransformer, config: Config, names: list[str], folder: P
     for precision in precisions():
         (folder / precision).mkdir()
         card = spec_of(config, names).model_copy(update={"precision": _DTYPES[precision]})
-        write(model, config, card, folder / precision, batches())
+        write_artifact(model, config, card, folder / precision, batches())
     np.save(folder / "images.npy", images)
     np.savez(folder / "weights.npz", **file_state(model))  # type: ignore[arg-type]
     maker = peer("onnx", "torch_to_onnx.py", peers_python(), "torch_to_onnx.py", _spec(peers_model(config), folder))

@@ -1,4 +1,4 @@
-"""Files for inference from a trained model, and the proof that they answer as it does; the verb `export`."""
+"""The verb `export`: files for inference, compared with the trained model before they are kept."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from vit_static.common.errors import ExportError, UserError
 from vit_static.config.schema import Config, InferencePrecision
 from vit_static.data.image_set import ImageDataset
 from vit_static.data.open_set import open_set
-from vit_static.export import model_card
 from vit_static.export import onnx as onnx_export
 from vit_static.export.inference_vit import InferenceModel
+from vit_static.export.model_card import model_card_text
+from vit_static.export.preprocess_layer import FromPixels
 from vit_static.inference.artifact import (
     MODEL_CARD_FILE,
     MODEL_FILE,
@@ -45,22 +46,24 @@ from vit_static.model.vit import VisionTransformer
 from vit_static.weights.load import load_into
 from vit_static.weights.source import Weights, load_weights
 
-_BATCH_SIZE = 16  # of images that are compared
-_NUM_THREADS = 8  # that read and decode them
+_BATCH_SIZE = 16  # of the comparison
+_NUM_DECODER_THREADS = 8
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """How much of a file of the export may differ from the trained model in float32."""
+    """Largest allowed difference between an exported file and the trained model in float32."""
 
-    logit: float  # the largest difference; of `of_spread` times the logits' standard deviation
-    of_spread: bool
-    top1: float  # per cent; an image more or less is never too much
+    logit: float  # in units of the logits' standard deviation if `is_relative`
+    is_relative: bool
+    top1: float  # per cent
 
-    def of_logits(self, spread: float) -> float:
-        return self.logit * (spread if self.of_spread else 1.0)
+    def logit_bound(self, logits_std: float) -> float:
+        """Return the bound for a logit, given the standard deviation of all logits."""
+        return self.logit * (logits_std if self.is_relative else 1.0)
 
-    def of_top1(self, num_images: int) -> float:
+    def top1_bound(self, num_images: int) -> float:
+        """Return the bound for top-1 in per cent; a difference of one image is always accepted."""
         return max(self.top1, 100.0 / num_images)
 
 
@@ -70,7 +73,7 @@ BOUNDS: dict[InferencePrecision, Bounds] = {
     "float16": Bounds(0.03, True, 0.2),
     "int8": Bounds(1.0, True, 1.0),
 }
-PIXELS_BOUND = 0.05  # of a probability: two programs' resampling may differ by a grey level
+PIXELS_BOUND = 0.05  # for a probability: the program's resampling may differ from DALI's by one grey level
 
 
 def export_checkpoint(
@@ -82,231 +85,267 @@ def export_checkpoint(
     ema: bool = False,
     onnx: bool = False,
 ) -> None:
-    """The verb: writes the config's files for inference and their cards into `out`, once all of them are checked."""
+    """Export a run, a checkpoint or a file of weights to the folder `out`, which is replaced only if nothing fails.
+
+    `ema` selects the moving average of the weights, and `onnx` adds a float32 ONNX file. Raises UserError for a
+    combination of options that can't be exported, and ExportError if a file differs from the trained model by more than
+    its bound.
+    """
     loaded = load_weights(checkpoint, ema=ema)
     config = config or loaded.config_with(overrides)
-    asked = config.export
-    check_machine(asked.precision)
-    if asked.precision == "int8" and asked.pixels:
-        raise UserError("export.pixels: is a program of Paddle Inference, and int8 an ONNX file; leave one of them out")
-    if onnx or asked.precision == "int8":
+    precision = config.export.precision
+    check_machine(precision)
+    if precision == "int8" and config.export.pixels:
+        raise UserError(
+            "export.pixels=true: not available for int8, which is an ONNX file; set export.pixels=false, or another "
+            "export.precision"
+        )
+    if onnx or precision == "int8":
         onnx_export.check_installed()
     images = open_set(config.data, "val", config.model.num_classes)
-    given, out = out, out.resolve()
+    given_out, out = out, out.resolve()
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; --out takes a folder")
     if out.exists() and any(out.iterdir()) and not any(out.rglob(SPEC_FILE)):
         raise UserError(f"{out}: is not empty, and not an exported model; name another folder with --out")
     paddle.set_device("gpu" if has_gpu() and config.device != "cpu" else "cpu")
-    sizes = asked.image_sizes or (config.model.image_size,)
-    with _replacing(out) as part:
-        for size in sizes:
-            of_size = config.model_copy(update={"model": config.model.model_copy(update={"image_size": size})})
-            name = f"{size[0]}x{size[1]}" if len(sizes) > 1 else ""
-            _export(loaded, of_size, images, part / name, name, onnx=onnx)
-    where = given / f"{sizes[0][0]}x{sizes[0][1]}" if len(sizes) > 1 else given
-    names = ", ".join(path.name for path in sorted(where.iterdir()))
-    print(f"{where}: {names}; './run.sh predict --model {where} IMAGE' uses them")
+    sizes = config.export.image_sizes or (config.model.image_size,)
+    subfolders = [f"{height}x{width}" if len(sizes) > 1 else "" for height, width in sizes]
+    with _replace_folder(out) as unfinished:
+        for size, subfolder in zip(sizes, subfolders, strict=True):
+            resized = config.model_copy(update={"model": config.model.model_copy(update={"image_size": size})})
+            _export_size(loaded, resized, images, unfinished / subfolder, subfolder, onnx=onnx)
+    folder = given_out / subfolders[0]
+    names = ", ".join(path.name for path in sorted(folder.iterdir()))
+    print(f"{folder}: {names}; './run.sh predict --model {folder} IMAGE' uses them")
 
 
 @contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
-    """A folder that takes the place of `out` if nothing fails."""
-    part, before = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.before")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+def _replace_folder(out: Path) -> Iterator[Path]:
+    """Yield a new folder that replaces `out` if the block doesn't raise."""
+    unfinished, previous = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.before")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
     try:
-        yield part
-        shutil.rmtree(before, ignore_errors=True)
+        yield unfinished
+        shutil.rmtree(previous, ignore_errors=True)
         if out.exists():
-            out.rename(before)
-        part.rename(out)
-        shutil.rmtree(before, ignore_errors=True)
+            out.rename(previous)
+        unfinished.rename(out)
+        shutil.rmtree(previous, ignore_errors=True)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _export(loaded: Weights, config: Config, images: ImageDataset, folder: Path, name: str, *, onnx: bool) -> None:
-    """The files of one image size; `name` says which, if there are several."""
+def _export_size(
+    loaded: Weights, config: Config, images: ImageDataset, folder: Path, subfolder: str, *, onnx: bool
+) -> None:
+    """Write and check the files for the config's image size; `subfolder` names the size if there are several."""
     model = VisionTransformer(config.model)
     load_into(model, config.model, loaded, config.init.pos_embed)
     model.eval()
     folder.mkdir(exist_ok=True)
-    card = spec_of(config, loaded.class_names or images.class_names)
-    chosen = spread_over(len(images), config.export.num_calibration_images)
-    card = write(model, config, card, folder, (inputs for inputs, *_ in read(images, chosen, card)), onnx=onnx)
-    comparisons = compare(model, card, folder, images, config.export.num_check_images)
-    for file, found in comparisons.items():
-        what = f"{name + '/' if name else ''}{file}"
-        of = "a probability" if file == PIXELS_FILE else "a logit"
-        print(
-            f"{what} ({precision_of(file, card)}): largest difference of {of} from the trained model's: "
-            f"{found.largest_difference:.2e}, over {found.num_images} validation images (bound {found.bound:.0e})"
-        )
-        difference = found.top1_exported - found.top1_trained
-        allowed = BOUNDS[precision_of(file, card)].of_top1(found.num_images)
-        print(
-            f"{what}: top-1 {found.top1_exported:.2f} %, the trained model's {found.top1_trained:.2f} % "
-            f"(difference {difference:+.2f}, bound {allowed:.2f}); the same class for {found.same_class:.2f} %",
-            flush=True,
-        )
-        if not (found.largest_difference <= found.bound and abs(difference) <= allowed + 1e-9):
-            raise ExportError(f"{what}: differs from the trained model: nothing was written")
-    card = card.model_copy(update={"files": file_records(folder), "comparisons": comparisons})
-    (folder / SPEC_FILE).write_text(card.model_dump_json(indent=1), encoding="utf-8")
+    spec = spec_of(config, loaded.class_names or images.class_names)
+    indices = evenly_spaced(len(images), config.export.num_calibration_images)
+    calibration = (inputs for inputs, *_ in read_batches(images, indices, spec))
+    spec = write_artifact(model, config, spec, folder, calibration, onnx=onnx)
+    comparisons = compare(model, spec, folder, images, config.export.num_check_images)
+    for name, comparison in comparisons.items():
+        _check(comparison, str(Path(subfolder, name)), name, spec)
+    spec = spec.model_copy(update={"files": file_records(folder), "comparisons": comparisons})
+    (folder / SPEC_FILE).write_text(spec.model_dump_json(indent=1), encoding="utf-8")
     shape, num_parameters = shape_of(config.model), sum(p.size for p in model.parameters())
-    card_text = model_card.model_card_text(card, config, str(loaded.source), shape, int(num_parameters))
-    (folder / MODEL_CARD_FILE).write_text(card_text, encoding="utf-8")
+    text = model_card_text(spec, config, str(loaded.source), shape, int(num_parameters))
+    (folder / MODEL_CARD_FILE).write_text(text, encoding="utf-8")
 
 
-def precision_of(file: str, card: ModelSpec) -> InferencePrecision:
-    """What a file of an export computes in."""
-    return "float32" if file == ONNX_FILE and card.precision != "int8" else card.precision
+def _check(comparison: Comparison, path: str, name: str, spec: ModelSpec) -> None:
+    """Print the comparison of the file `name`, shown as `path`. Raises ExportError if it exceeds its bounds."""
+    precision = file_precision(name, spec)
+    quantity = "a probability" if name == PIXELS_FILE else "a logit"
+    print(
+        f"{path} ({precision}): largest difference of {quantity} from the trained model's: "
+        f"{comparison.largest_difference:.2e}, over {comparison.num_images} validation images "
+        f"(bound {comparison.bound:.0e})"
+    )
+    top1_difference = comparison.top1_exported - comparison.top1_trained
+    top1_bound = BOUNDS[precision].top1_bound(comparison.num_images)
+    print(
+        f"{path}: top-1 {comparison.top1_exported:.2f} %, the trained model's {comparison.top1_trained:.2f} % "
+        f"(difference {top1_difference:+.2f}, bound {top1_bound:.2f}); "
+        f"the same class for {comparison.same_class:.2f} %",
+        flush=True,
+    )
+    if not (comparison.largest_difference <= comparison.bound and abs(top1_difference) <= top1_bound + 1e-9):
+        raise ExportError(f"{path}: differs from the trained model by more than its bound; nothing was written")
 
 
-def write(
+def file_precision(name: str, spec: ModelSpec) -> InferencePrecision:
+    """Return the precision in which a file of the folder computes."""
+    return "float32" if name == ONNX_FILE and spec.precision != "int8" else spec.precision
+
+
+def write_artifact(
     model: VisionTransformer,
     config: Config,
-    card: ModelSpec,
+    spec: ModelSpec,
     folder: Path,
     calibration: Iterable[np.ndarray] = (),
     *,
     onnx: bool = False,
 ) -> ModelSpec:
-    """Write the files of the config's precision, for any batch size, and the spec beside them, which is returned; with
-    `onnx` a float32 ONNX file, too. `calibration`: for int8, batches of images [B, 3, height, width] float32."""
-    if card.precision == "int8":
-        with tempfile.TemporaryDirectory() as name:
-            _save(model, card, "float32", Path(name))
-            onnx_export.write_onnx(Path(name), Path(name) / ONNX_FILE)
-            onnx_export.quantize(Path(name) / ONNX_FILE, folder / ONNX_FILE, calibration)
-        card = card.model_copy(update={"int8_weight_bits": onnx_export.INT8_WEIGHT_BITS})
+    """Write the model's files in the precision of `spec`, for any batch size, and the description with their records.
+
+    Returns this description. `onnx` adds a float32 ONNX file. `calibration`, which int8 needs, are batches of
+    preprocessed images [B, 3, height, width] float32.
+    """
+    if spec.precision == "int8":
+        with tempfile.TemporaryDirectory() as temporary:
+            _save(model, spec, "float32", Path(temporary))
+            onnx_export.write_onnx(Path(temporary), Path(temporary) / ONNX_FILE)
+            onnx_export.quantize(Path(temporary) / ONNX_FILE, folder / ONNX_FILE, calibration)
+        spec = spec.model_copy(update={"int8_weight_bits": onnx_export.INT8_WEIGHT_BITS})
     else:
-        _save(model, card, card.precision, folder, pixels=config.export.pixels)
-        if onnx and card.precision == "float32":
+        _save(model, spec, spec.precision, folder, pixels=config.export.pixels)
+        if onnx and spec.precision == "float32":
             onnx_export.write_onnx(folder, folder / ONNX_FILE)
         elif onnx:
-            with tempfile.TemporaryDirectory() as name:
-                _save(model, card, "float32", Path(name))
-                onnx_export.write_onnx(Path(name), folder / ONNX_FILE)
-    card = card.model_copy(update={"files": file_records(folder)})
-    (folder / SPEC_FILE).write_text(card.model_dump_json(indent=1), encoding="utf-8")
-    return card
+            with tempfile.TemporaryDirectory() as temporary:
+                _save(model, spec, "float32", Path(temporary))
+                onnx_export.write_onnx(Path(temporary), folder / ONNX_FILE)
+    spec = spec.model_copy(update={"files": file_records(folder)})
+    (folder / SPEC_FILE).write_text(spec.model_dump_json(indent=1), encoding="utf-8")
+    return spec
 
 
 def _save(
-    model: VisionTransformer, card: ModelSpec, dtype: InferencePrecision, folder: Path, *, pixels: bool = False
+    model: VisionTransformer, spec: ModelSpec, dtype: InferencePrecision, folder: Path, *, pixels: bool = False
 ) -> None:
-    """Paddle Inference's files of a model: model.json and model.pdiparams, and pixels.json of the same weights."""
+    """Write model.json and model.pdiparams for Paddle Inference, and with `pixels` the program pixels.json."""
     program = InferenceModel(model, dtype)
     program.eval()
-    inputs = [InputSpec([None, 3, *card.model.image_size], "float32", "images")]
+    inputs = [InputSpec([None, 3, *spec.model.image_size], "float32", "images")]
     paddle.jit.save(program, str(folder / MODEL_FILE.removesuffix(".json")), input_spec=inputs)
     if not pixels:
         return
-    from vit_static.export.preprocess_layer import FromPixels
-
-    whole = FromPixels(program, card.preprocessing, card.activation)
-    whole.eval()
+    pixels_program = FromPixels(program, spec.preprocessing, spec.activation)
+    pixels_program.eval()
     inputs = [InputSpec([None, None, None, 3], "uint8", "pixels")]
-    paddle.jit.save(whole, str(folder / PIXELS_FILE.removesuffix(".json")), input_spec=inputs)
+    paddle.jit.save(pixels_program, str(folder / PIXELS_FILE.removesuffix(".json")), input_spec=inputs)
     weights = (folder / PIXELS_FILE).with_suffix(".pdiparams")
-    assert weights.read_bytes() == (folder / WEIGHTS_FILE).read_bytes()
+    assert weights.read_bytes() == (folder / WEIGHTS_FILE).read_bytes()  # so that one copy serves both programs
     weights.unlink()
 
 
-# -- the proof ---------------------------------------------------------------------------------------------------------
+# -- comparison with the trained model ---------------------------------------------------------------------------------
 
 
 @dataclass
 class _Tally:
-    """Of one file, what has been found so far."""
+    """Comparison of one file so far."""
 
-    largest: float = 0.0
-    same: int = 0
-    hits: int = 0
+    max_difference: float = 0.0
+    num_same_class: int = 0
+    num_correct: int = 0
 
-    def add(self, found: np.ndarray, trained: np.ndarray, labels: list[np.ndarray]) -> None:
-        """Rows of logits or probabilities, and the trained model's."""
-        difference = np.abs(found - trained)
-        self.largest = max(self.largest, float(difference.max()) if np.isfinite(difference).all() else float("inf"))
-        self.same += int((found.argmax(axis=1) == trained.argmax(axis=1)).sum())
-        self.hits += num_hits(found, labels)
+    def add(self, scores: np.ndarray, trained_scores: np.ndarray, labels: list[np.ndarray]) -> None:
+        """Add the logits or probabilities of a batch, [B, num_classes], and the trained model's."""
+        difference = np.abs(scores - trained_scores)
+        is_finite = bool(np.isfinite(difference).all())
+        self.max_difference = max(self.max_difference, float(difference.max()) if is_finite else float("inf"))
+        self.num_same_class += int((scores.argmax(axis=1) == trained_scores.argmax(axis=1)).sum())
+        self.num_correct += count_correct(scores, labels)
 
 
 @dataclass
-class _Trained:
-    hits: int = 0
+class _TrainedTally:
+    """Results of the trained model so far."""
+
     num_images: int = 0
-    variances: list[float] = field(default_factory=list)
+    num_correct: int = 0
+    batch_variances: list[float] = field(default_factory=list)  # of the logits
+
+    def add(self, logits: np.ndarray, labels: list[np.ndarray]) -> None:
+        """Add the logits of a batch, [B, num_classes]."""
+        self.num_images += len(logits)
+        self.num_correct += count_correct(logits, labels)
+        self.batch_variances.append(float(logits.var()))
 
 
-def num_hits(scores: np.ndarray, labels: list[np.ndarray]) -> int:
-    """Images whose likeliest class is one of their labels."""
-    return sum(int(best) in own for best, own in zip(scores.argmax(axis=1), labels, strict=True))
+def count_correct(scores: np.ndarray, labels: list[np.ndarray]) -> int:
+    """Count the rows of `scores` [B, num_classes] whose most likely class is one of the image's labels."""
+    return sum(int(best) in image_labels for best, image_labels in zip(scores.argmax(axis=1), labels, strict=True))
 
 
-def spread_over(num_images: int, most: int | None) -> np.ndarray:
-    """The numbers of `most` images of a set, at even distances; None: of all."""
-    return np.unique(np.linspace(0, num_images - 1, min(most or num_images, num_images)).round().astype(int))
+def evenly_spaced(num_images: int, max_images: int | None) -> np.ndarray:
+    """Return at most `max_images` indices of a set's images, evenly spaced; without a maximum, all of them."""
+    num_chosen = min(max_images or num_images, num_images)
+    return np.unique(np.linspace(0, num_images - 1, num_chosen).round().astype(int))
 
 
 def compare(
-    model: VisionTransformer, card: ModelSpec, folder: Path, images: ImageDataset, num_images: int | None
+    model: VisionTransformer, spec: ModelSpec, folder: Path, images: ImageDataset, max_images: int | None
 ) -> dict[str, Comparison]:
-    """Runs the trained model, as a dynamic graph in float32, and each file of the folder on validation images."""
-    num_threads = len(os.sched_getaffinity(0))
-    sessions: dict[str, OnnxSession | PaddleSession] = {}
-    if (folder / MODEL_FILE).exists():
-        sessions[MODEL_FILE] = PaddleSession(
-            folder / MODEL_FILE, folder / WEIGHTS_FILE, num_threads, precision=card.precision
-        )
-    if (folder / ONNX_FILE).exists():
-        sessions[ONNX_FILE] = OnnxSession(folder / ONNX_FILE, num_threads)
-    from_pixels = None
-    if (folder / PIXELS_FILE).exists():
-        from_pixels = PaddleSession(folder / PIXELS_FILE, folder / WEIGHTS_FILE, num_threads, precision=card.precision)
-    tallies = {name: _Tally() for name in (*sessions, *([PIXELS_FILE] if from_pixels else []))}
-    trained = _Trained()
-    chosen = spread_over(len(images), num_images)
-    with tqdm(total=len(chosen), unit="image", desc="checking", disable=not sys.stderr.isatty()) as bar:
-        for inputs, pixels, labels in read(images, chosen, card):
+    """Compare each file of the folder with the trained model, a dynamic graph in float32, on validation images.
+
+    Returns the comparison of each file by its name. Without `max_images` all images are used.
+    """
+    sessions = _open_sessions(folder, spec)
+    tallies = {name: _Tally() for name in sessions}
+    trained = _TrainedTally()
+    indices = evenly_spaced(len(images), max_images)
+    with tqdm(total=len(indices), unit="image", desc="checking", disable=not sys.stderr.isatty()) as progress_bar:
+        for inputs, pixels, labels in read_batches(images, indices, spec):
             with paddle.no_grad():
                 logits = model(paddle.to_tensor(inputs)).numpy()
-            trained.hits += num_hits(logits, labels)
-            trained.num_images += len(inputs)
-            trained.variances.append(float(logits.var()))
+            trained.add(logits, labels)
             for name, session in sessions.items():
-                tallies[name].add(session.run(inputs)[0], logits, labels)
-            if from_pixels is not None:
-                found = np.concatenate([from_pixels.outputs(one[None])[0].copy_to_cpu() for one in pixels])
-                tallies[PIXELS_FILE].add(found, to_probabilities(logits, card.activation), labels)
-            bar.update(len(inputs))
-    spread = float(np.sqrt(np.mean(trained.variances)))
+                if name == PIXELS_FILE:
+                    assert isinstance(session, PaddleSession)
+                    outputs = [session.outputs(image[None])[0].copy_to_cpu() for image in pixels]
+                    tallies[name].add(np.concatenate(outputs), to_probabilities(logits, spec.activation), labels)
+                else:
+                    tallies[name].add(session.run(inputs)[0], logits, labels)
+            progress_bar.update(len(inputs))
+    logits_std = float(np.sqrt(np.mean(trained.batch_variances)))
     return {
         name: Comparison(
             num_images=trained.num_images,
-            largest_difference=tally.largest,
-            bound=PIXELS_BOUND if name == PIXELS_FILE else BOUNDS[precision_of(name, card)].of_logits(spread),
-            same_class=100.0 * tally.same / trained.num_images,
-            top1_trained=100.0 * trained.hits / trained.num_images,
-            top1_exported=100.0 * tally.hits / trained.num_images,
+            largest_difference=tally.max_difference,
+            bound=PIXELS_BOUND if name == PIXELS_FILE else BOUNDS[file_precision(name, spec)].logit_bound(logits_std),
+            same_class=100.0 * tally.num_same_class / trained.num_images,
+            top1_trained=100.0 * trained.num_correct / trained.num_images,
+            top1_exported=100.0 * tally.num_correct / trained.num_images,
         )
         for name, tally in tallies.items()
     }
 
 
-def read(
-    images: ImageDataset, chosen: np.ndarray, card: ModelSpec
+def _open_sessions(folder: Path, spec: ModelSpec) -> dict[str, OnnxSession | PaddleSession]:
+    """Open each program in the folder, by the name of its file."""
+    num_threads = len(os.sched_getaffinity(0))
+    sessions: dict[str, OnnxSession | PaddleSession] = {}
+    for name in (MODEL_FILE, ONNX_FILE, PIXELS_FILE):
+        if not (folder / name).exists():
+            continue
+        if name == ONNX_FILE:
+            sessions[name] = OnnxSession(folder / name, num_threads)
+        else:
+            sessions[name] = PaddleSession(folder / name, folder / WEIGHTS_FILE, num_threads, precision=spec.precision)
+    return sessions
+
+
+def read_batches(
+    images: ImageDataset, indices: np.ndarray, spec: ModelSpec
 ) -> Iterator[tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]]:
-    """A batch at a time: the model's inputs, the pixels that they are of, and the labels."""
-    preprocess = Preprocessor(card.preprocessing, len(os.sched_getaffinity(0)))
+    """Yield batches of a set's images: the model's inputs [B, 3, height, width], the decoded pixels, and the labels."""
+    preprocess = Preprocessor(spec.preprocessing, len(os.sched_getaffinity(0)))
 
-    def one(number: int) -> tuple[np.ndarray, np.ndarray]:
-        encoded, labels = images.read(number)
-        return read_pixels(io.BytesIO(encoded.tobytes()), images.name(number)), labels
+    def read(index: int) -> tuple[np.ndarray, np.ndarray]:
+        encoded, labels = images.read(index)
+        return read_pixels(io.BytesIO(encoded.tobytes()), images.name(index)), labels
 
-    with ThreadPoolExecutor(_NUM_THREADS) as readers:
-        for numbers in np.array_split(chosen, max(-(-len(chosen) // _BATCH_SIZE), 1)):
-            pixels, labels = zip(*readers.map(one, numbers.tolist()), strict=True)
+    with ThreadPoolExecutor(_NUM_DECODER_THREADS) as decoders:
+        for batch in np.array_split(indices, max(-(-len(indices) // _BATCH_SIZE), 1)):
+            pixels, labels = zip(*decoders.map(read, batch.tolist()), strict=True)
             yield preprocess(pixels), list(pixels), list(labels)

@@ -1,4 +1,4 @@
-"""Exported programs at work: images in, logits and features out, through Paddle Inference or ONNX Runtime."""
+"""Sessions that run an exported program in Paddle Inference or ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import paddle
 from paddle import inference
 
 from vit_static.common import cpu
-from vit_static.common.cpu import cpu_has_bfloat16
 from vit_static.common.errors import PredictError
 from vit_static.config.schema import InferencePrecision
 from vit_static.inference.artifact import MODEL_FILE, ONNX_FILE, REMEDY, WEIGHTS_FILE, read_spec
 from vit_static.program.cpu import lowering
 
 _GPU_POOL_MB = 256
-# What a program of each precision can be run in. One of low precision has its casts and its weights in itself.
+# The precisions in which a program can run, by the precision of its export. A low-precision program has fixed weights
+# and casts.
 RUNS_IN: dict[InferencePrecision, tuple[InferencePrecision, ...]] = {
     "float32": ("float32", "bfloat16", "float16"),
     "bfloat16": ("bfloat16",),
@@ -27,30 +27,34 @@ RUNS_IN: dict[InferencePrecision, tuple[InferencePrecision, ...]] = {
 
 
 def has_gpu() -> bool:
+    """Return whether this build of Paddle can use a GPU and there is one."""
     return paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
 
 
 def check_machine(precision: InferencePrecision) -> None:
-    """Raises PredictError for a precision that this machine has not."""
+    """Raise PredictError for a precision that this machine can't run."""
     if precision == "float16" and not has_gpu():
         raise PredictError("float16: needs a GPU and the GPU build of Paddle; use float32 or bfloat16")
-    if precision == "bfloat16" and not has_gpu() and not cpu_has_bfloat16():
+    if precision == "bfloat16" and not has_gpu() and not cpu.cpu_has_bfloat16():
         raise PredictError("bfloat16: this CPU has no instructions for it; use float32")
 
 
 class Session(Protocol):
-    """A program that one thread uses at a time."""
+    """An opened program, for one thread at a time."""
 
-    place: str  # what runs it, for people
+    place: str  # the device and library that run it, for messages
 
     def run(self, images: np.ndarray, *, with_features: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
-        """Images [B, 3, height, width] float32 to logits [B, num_classes] and, asked for, features [B, C], float32.
-        Raises ValueError or RuntimeError for images that the program doesn't take."""
+        """Return logits [B, num_classes] and, with `with_features`, features [B, C], both float32.
+
+        `images` are preprocessed, [B, 3, height, width] float32. Raises ValueError or RuntimeError if the program takes
+        images of another size.
+        """
         ...
 
 
 class PaddleSession:
-    """A program through Paddle Inference: on a card if there is one and this build of Paddle can, else on the CPU."""
+    """A program in Paddle Inference: on a GPU if `has_gpu`, else on the CPU."""
 
     def __init__(
         self,
@@ -62,25 +66,27 @@ class PaddleSession:
         precision: InferencePrecision = "float32",
         as_exported: bool = True,
     ) -> None:
-        """`as_exported`: the program is of this precision itself; otherwise it is a float32 one. Raises PredictError
-        for a precision that this machine has not."""
+        """Open the program, which was exported in `precision` or, without `as_exported`, in float32.
+
+        Raises PredictError for a precision that this machine can't run.
+        """
         if lowering.has_operators():
-            raise PredictError(f"{program}: can't be opened in a process that has trained; open it in one of its own")
+            raise PredictError(f"{program}: can't be opened in a process that has trained; open it in another process")
         config = inference.Config(str(program), str(weights))
         config.disable_glog_info()
         if has_gpu():
-            kinds = inference.PrecisionType
-            cast_to = {"float16": kinds.Half, "bfloat16": kinds.Bfloat16}.get(precision, kinds.Float32)
-            config.enable_use_gpu(_GPU_POOL_MB, 0, kinds.Float32 if as_exported else cast_to)
+            types = inference.PrecisionType
+            target = {"float16": types.Half, "bfloat16": types.Bfloat16}.get(precision, types.Float32)
+            config.enable_use_gpu(_GPU_POOL_MB, 0, types.Float32 if as_exported else target)
             self.place = "GPU 0"
         else:
             check_machine(precision)
             if precision == "bfloat16" and not onednn:
-                raise PredictError("bfloat16: only oneDNN multiplies it on a CPU; leave oneDNN on")
+                raise PredictError("bfloat16: on a CPU it needs oneDNN; leave oneDNN on, or use float32")
             config.set_cpu_math_library_num_threads(num_threads)
             if onednn:
                 config.enable_mkldnn()
-                # Else it keeps the weights once more for each of the last ten shapes of a batch.
+                # By default oneDNN caches a copy of the weights for each of the last ten batch shapes.
                 config.set_mkldnn_cache_capacity(0)
             else:
                 config.disable_mkldnn()
@@ -94,7 +100,7 @@ class PaddleSession:
         return logits.copy_to_cpu(), features.copy_to_cpu() if with_features else None
 
     def outputs(self, batch: np.ndarray) -> list[Any]:
-        """Of a batch of the dtype that the program takes: handles of what it gives, good until the next one."""
+        """Run a batch in the program's input dtype; the handles of the outputs are valid until the next call."""
         handle = self._predictor.get_input_handle(self._predictor.get_input_names()[0])
         handle.reshape(batch.shape)
         handle.copy_from_cpu(np.ascontiguousarray(batch))
@@ -103,14 +109,14 @@ class PaddleSession:
 
 
 class OnnxSession:
-    """A program through ONNX Runtime, on the CPU."""
+    """A program in ONNX Runtime, on the CPU."""
 
     def __init__(self, program: Path, num_threads: int) -> None:
-        """Raises PredictError where the package is missing."""
+        """Open the program. Raises PredictError if ONNX Runtime is not installed."""
         try:
             import onnxruntime
         except ImportError:
-            raise PredictError(f"{program}: is run by ONNX Runtime; 'pip install onnxruntime' first") from None
+            raise PredictError(f"{program}: needs ONNX Runtime; install it with 'pip install onnxruntime'") from None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.log_severity_level = 3
@@ -126,20 +132,20 @@ class OnnxSession:
 def open_session(
     folder: Path, num_threads: int, *, onednn: bool = True, precision: InferencePrecision | None = None
 ) -> Session:
-    """The program of a folder that `export` wrote; `precision` None: that of the export.
+    """Open the program of a folder that `export` wrote; without `precision`, in the one of the export.
 
-    Inputs and outputs are float32 in every precision, which is what operators compute in. Raises PredictError for a
-    folder that is none, and a precision that its program or this machine has not.
+    Inputs and outputs are float32 in every precision. Raises PredictError if `export` didn't write the folder, or if
+    its program or this machine can't run the precision.
     """
     spec = read_spec(folder)
     exported = spec.precision
-    wanted = precision or exported
-    if wanted not in RUNS_IN[exported]:
+    chosen = precision or exported
+    if chosen not in RUNS_IN[exported]:
         raise PredictError(
-            f"{folder}: was exported for {exported}, and does not run in {wanted}; "
-            f"export it again with -o export.precision={wanted}"
+            f"{folder}: was exported for {exported}, and does not run in {chosen}; "
+            f"export it again with -o export.precision={chosen}"
         )
-    if wanted == "int8":
+    if chosen == "int8":
         if spec.int8_weight_bits is None and not cpu.cpu_has_vnni():
             raise PredictError(
                 f"{folder}: an earlier version exported it with 8-bit weights, which give wrong results on this CPU "
@@ -151,6 +157,6 @@ def open_session(
         folder / WEIGHTS_FILE,
         num_threads,
         onednn=onednn,
-        precision=wanted,
-        as_exported=wanted == exported,
+        precision=chosen,
+        as_exported=chosen == exported,
     )
