@@ -398,8 +398,8 @@ def test_mistakes_say_what_to_do(
 ) -> None:
     monkeypatch.chdir(workplace)
     with pytest.raises(UserError, match=message) as error:
-        given = make_parser().parse_args(["visualize", *arguments])
-        visualize(None, given.model, given.checkpoint, given.images, given.out, given.overrides)
+        parsed = make_parser().parse_args(["visualize", *arguments])
+        visualize(None, parsed.model, parsed.checkpoint, parsed.images, parsed.out, parsed.overrides)
     assert "\n" not in str(error.value)
 
 

@@ -80,7 +80,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
-    """Return the given files, and the image files in the given folders and their subfolders, sorted by path.
+    """Return the files in order, with each folder replaced by the image files in it and its subfolders, sorted by path.
 
     Raises PredictError for a path that doesn't exist and for a folder without images.
     """
