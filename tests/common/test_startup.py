@@ -64,7 +64,7 @@ def test_a_larger_cpu_is_limited_to_a_smaller_one(
 def test_the_limit_reaches_onednn_unless_the_users_is_lower(
     monkeypatch: pytest.MonkeyPatch, given: str | None, expected: str
 ) -> None:
-    monkeypatch.setattr(startup, "_given", None)  # put back at the end
+    monkeypatch.setattr(startup, "_environ_before", None)  # restored at the end
     environ = {"VIT_STATIC_MAX_CPU_ISA": "avx2"} | ({} if given is None else {"ONEDNN_MAX_CPU_ISA": given})
     startup.prepare_process(verbose=True, environ=environ)
     assert environ["ONEDNN_MAX_CPU_ISA"] == expected
@@ -101,7 +101,7 @@ def test_an_unknown_limit_is_refused_in_one_line() -> None:
 
 
 def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(startup, "_given", None)  # put back at the end
+    monkeypatch.setattr(startup, "_environ_before", None)  # restored at the end
     environ = {"OMP_NUM_THREADS": "7", "FLAGS_use_legacy_linear": "0", "MKL_DEBUG_CPU_TYPE": "4"}
     given = dict(environ)
     startup.prepare_process(verbose=True, environ=environ)

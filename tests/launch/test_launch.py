@@ -452,7 +452,7 @@ def test_a_killed_rank_is_started_again_with_the_others(light: LightJob) -> None
     assert code == 0
     assert re.fullmatch(
         r"vit_static: rank 1 was killed by signal 9 \(out of memory\?\) \(/.*/workerlog.1\); restart 1 of 1, "
-        r"as it was begun, since nothing is saved yet\n",
+        r"from the beginning, since nothing is saved yet\n",
         stderr,
     )
     assert len(light.calls("0")) == len(light.calls("1")) == 2
@@ -469,7 +469,7 @@ def test_one_process_is_restarted_too_and_never_begins_anew_what_it_has_saved(li
     assert first == second == "--resume never -o train.max_restarts=2"
     assert third == f"{first} --resume auto"
     assert [line.split("; ")[1] for line in stderr.splitlines()] == [
-        "restart 1 of 2, as it was begun, since nothing is saved yet",
+        "restart 1 of 2, from the beginning, since nothing is saved yet",
         "restart 2 of 2, from the latest checkpoint",
     ]
 

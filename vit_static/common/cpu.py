@@ -49,7 +49,7 @@ def cpu_has_vnni(cpuinfo: Path = _CPUINFO, environ: Mapping[str, str] = os.envir
 
 def cpu_flags(cpuinfo: Path = _CPUINFO, environ: Mapping[str, str] = os.environ) -> frozenset[str]:
     """Return the flags in /proc/cpuinfo, without those for bfloat16 and 8-bit products above VIT_STATIC_MAX_CPU_ISA or
-    oneDNN's own limit. Raises UserError for an unknown value of the former.
+    oneDNN's own limit. Raise UserError for an unknown value of the former.
 
     ONNX Runtime has no such limit (1.32: MLAS's platform.cpp reads CPUID alone), nor have Paddle's own kernels: both
     use everything that the CPU has. int8 exports are therefore made so that their results don't depend on the CPU
@@ -63,7 +63,7 @@ def cpu_flags(cpuinfo: Path = _CPUINFO, environ: Mapping[str, str] = os.environ)
 
 
 def max_cpu_isa(environ: Mapping[str, str]) -> str:
-    """Return VIT_STATIC_MAX_CPU_ISA's value, empty where it is unset. Raises UserError for an unknown value."""
+    """Return VIT_STATIC_MAX_CPU_ISA's value, empty where it is unset. Raise UserError for an unknown value."""
     isa = environ.get(MAX_CPU_ISA, "")
     if isa not in ("", "avx2"):
         raise UserError(f"{MAX_CPU_ISA}={isa}: unknown instruction set; set avx2, or unset the variable")
@@ -76,6 +76,7 @@ def onednn_max_cpu_isa(environ: Mapping[str, str]) -> str:
 
 
 def is_amd_with_avx2(cpuinfo: Path = _CPUINFO) -> bool:
+    """Whether the CPU is made by AMD and has AVX2."""
     words = _read(cpuinfo).split()
     return "AuthenticAMD" in words and "avx2" in words
 

@@ -1,4 +1,8 @@
-"""Redirect what native libraries print, away from the console and into a run's log."""
+"""Redirection of what libraries print, from the console to the run's log.
+
+libjpeg, oneDNN and Paddle2ONNX write to the file descriptors 1 and 2 without any log level, and so does Paddle's report
+of a crash, so these descriptors must lead to a file while Python's `sys.stdout` and `sys.stderr` keep the console.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +20,10 @@ from typing import Any
 _redirection: Redirection | None = None
 
 
-def _capture_library_output() -> None:
-    """Python keeps the console; what libraries print there goes aside: C++'s on either stream, Python's warnings, and
-    what is logged below an error.
+def capture_library_output() -> None:
+    """Redirect to a temporary file: descriptors 1 and 2, Python's warnings, and log records below an error.
 
-    (oneDNN's checks in Paddle come on standard output, a decoder's complaints of a bad file on standard error.)
+    `sys.stdout`, `sys.stderr` and log records of errors keep the console.
     """
     global _redirection
     sys.stdout.flush()
@@ -32,36 +35,35 @@ def _capture_library_output() -> None:
     descriptor, name = tempfile.mkstemp(prefix="vit_static_", suffix=".log")
     Path(name).unlink()
     _redirect_to(Redirection(descriptor, None, 0))
-    warnings.showwarning = lambda *said, **_: _write_redirected(warnings.formatwarning(*said[:4]))
-    shown = logging.StreamHandler.emit
+    warnings.showwarning = lambda *fields, **_: _write_redirected(warnings.formatwarning(*fields[:4]))
+    emit_to_stream = logging.StreamHandler.emit
 
     def emit(handler: logging.StreamHandler[Any], record: logging.LogRecord) -> None:
         to_console = handler.stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
         if to_console and record.levelno < logging.ERROR:
             _write_redirected(handler.format(record) + "\n")
         else:
-            shown(handler, record)
+            emit_to_stream(handler, record)
 
     logging.StreamHandler.emit = emit  # type: ignore[method-assign, assignment]
 
 
 @dataclass(frozen=True)
 class Redirection:
-    """Where libraries' words go: a file, without a name until there is a place for it; this process's are from `start`
-    on."""
+    """The file that library output goes to."""
 
     descriptor: int
-    path: Path | None
-    start: int
+    path: Path | None  # None: a temporary file without a name, until the run folder is known
+    start: int  # position of this process's first byte
 
 
-def _redirect_to(aside: Redirection) -> None:
+def _redirect_to(redirection: Redirection) -> None:
     global _redirection
-    before, _redirection = _redirection, aside
-    os.dup2(aside.descriptor, 1)
-    os.dup2(aside.descriptor, 2)
-    if before is not None:
-        os.close(before.descriptor)
+    previous, _redirection = _redirection, redirection
+    os.dup2(redirection.descriptor, 1)
+    os.dup2(redirection.descriptor, 2)
+    if previous is not None:
+        os.close(previous.descriptor)
 
 
 def _write_redirected(text: str) -> None:
@@ -71,31 +73,31 @@ def _write_redirected(text: str) -> None:
 
 
 def redirect_library_output(path: Path) -> None:
-    """What libraries have said so far, and will, goes to the end of this file; nothing where it is shown anyway."""
+    """Append to this file what libraries have printed so far and will print, if output is redirected."""
     if _redirection is None or _redirection.path == path:
         return
-    said = library_output()
-    with suppress(OSError):  # then it stays where it is
+    printed_so_far = library_output()
+    with suppress(OSError):  # the output stays in the temporary file
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         start = os.lseek(descriptor, 0, os.SEEK_END)
         _redirect_to(Redirection(descriptor, path, start))
         _write_redirected(
-            f"-- {datetime.now().astimezone().isoformat(timespec='seconds')}, process {os.getpid()}\n{said}"
+            f"-- {datetime.now().astimezone().isoformat(timespec='seconds')}, process {os.getpid()}\n{printed_so_far}"
         )
 
 
-def library_output(most_lines: int | None = None) -> str:
-    """What libraries have printed so far, where `prepare` has put it aside: the last lines, and where the rest is."""
+def library_output(max_lines: int | None = None) -> str:
+    """Return what libraries have printed, or its last `max_lines` lines; empty if output isn't redirected."""
     if _redirection is None:
         return ""
     size = os.lseek(_redirection.descriptor, 0, os.SEEK_END) - _redirection.start
     lines = (
         os.pread(_redirection.descriptor, size, _redirection.start).decode(errors="replace").splitlines(keepends=True)
     )
-    if most_lines is None or len(lines) <= most_lines:
+    if max_lines is None or len(lines) <= max_lines:
         return "".join(lines)
     where = "" if _redirection.path is None else f" ({_redirection.path} has all)"
-    return f"... the last {most_lines} of {len(lines)} lines that libraries printed{where}:\n" + "".join(
-        lines[-most_lines:]
+    return f"... the last {max_lines} of {len(lines)} lines that libraries printed{where}:\n" + "".join(
+        lines[-max_lines:]
     )

@@ -1,4 +1,4 @@
-"""What must stand in the environment before Paddle is imported: threads, the CPU's instructions, silence."""
+"""Process set-up before Paddle is imported: environment variables, memory allocator, quiet start."""
 
 from __future__ import annotations
 
@@ -11,72 +11,73 @@ from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 
 from vit_static.common.cpu import is_amd_with_avx2, max_cpu_isa, onednn_max_cpu_isa
-from vit_static.common.library_output import _capture_library_output
+from vit_static.common.library_output import capture_library_output
 
 _M_ARENA_MAX = -8  # malloc.h
-_given: dict[str, str] | None = None  # the environment before `prepare`
+_environ_before: dict[str, str] | None = None  # the environment before `prepare_process`
 
 
 def prepare_process(verbose: bool = False, environ: MutableMapping[str, str] = os.environ) -> None:
-    """Sets variables that the user hasn't set; imports Paddle; keeps its start-up lines quiet unless `verbose`.
+    """Set variables that the user hasn't set, then import Paddle; hide what libraries print unless `verbose`.
 
-    - OMP_NUM_THREADS: Paddle's own default is one thread. All cores, shared by the processes of this machine.
-    - MKL_DEBUG_CPU_TYPE: the MKLML in Paddle's wheel looks at the CPU's maker and leaves an AMD's AVX2 unused; told
-      the type (5 is AVX2), its matrix products are about three times as quick.
-    - FLAGS_use_legacy_linear: without it a CUDA build's linear layer is one operator, for whose gradient the
-      auto-parallel engine has no rule: it would gather activations in the backward of every mesh.
-    - FLAGS_enable_pir_in_executor_trace_run: one operator after another, each on all threads; without it the
-      executor runs several at once, whose threads get into each other's way. (On cards it changes nothing: the
-      operators are queued.)
+    - OMP_NUM_THREADS: the cores of this machine, divided among its processes. Paddle's default is one thread.
+    - MKL_DEBUG_CPU_TYPE: MKLML in Paddle's wheel doesn't use AVX2 on AMD CPUs unless this is 5. With it, matrix
+      products are about three times as fast.
+    - FLAGS_use_legacy_linear: otherwise the linear layer of a CUDA build is one operator whose gradient has no rule in
+      the auto-parallel engine, which would then gather activations in the backward pass on every mesh.
+    - FLAGS_enable_pir_in_executor_trace_run: run operators one after another, each on all threads. Otherwise the
+      executor runs several at once, and their threads compete. On GPUs this makes no difference.
     - ONEDNN_MAX_CPU_ISA: AVX2 with VIT_STATIC_MAX_CPU_ISA=avx2, unless the user's own limit is lower.
 
-    And glibc is told to keep no more heaps than there are cores (mallopt(3), M_ARENA_MAX): it would keep eight times as
-    many, each with what the threads of some evaluation have left there.
+    Also limit glibc to one heap per core (mallopt(3), M_ARENA_MAX). Its default is eight per core, and each heap keeps
+    memory that threads have freed.
     """
-    global _given
-    _given = dict(environ)
+    global _environ_before
+    _environ_before = dict(environ)
     if max_cpu_isa(environ) == "avx2" and onednn_max_cpu_isa(environ) not in ("sse41", "avx", "avx2"):
         environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
-    with suppress(OSError, AttributeError):  # another C library
+    with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL("libc.so.6").mallopt(_M_ARENA_MAX, max(len(os.sched_getaffinity(0)), 2))
-    num_threads = environ.get("OMP_NUM_THREADS") or str(_cores_a_process(environ))
+    num_threads = environ.get("OMP_NUM_THREADS") or str(_cores_per_process(environ))
     environ.setdefault("FLAGS_use_legacy_linear", "1")
     environ.setdefault("FLAGS_enable_pir_in_executor_trace_run", "1")
     if is_amd_with_avx2():
         environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
     if not verbose:
-        _capture_library_output()
-    # Paddle warns of more than one thread when it is imported, though the threads start, and read this, later.
+        capture_library_output()
+    # Paddle warns on import if this is above 1. Its threads start later, and read the value set below.
     environ["OMP_NUM_THREADS"] = "1"
-    with _requests_held_back():
+    with _stop_signals_deferred():
         import paddle  # noqa: F401
 
     environ["OMP_NUM_THREADS"] = num_threads
     if not verbose:
-        faulthandler.enable(sys.stderr)  # after Paddle, whose own handler writes where it is put aside
+        faulthandler.enable(sys.stderr)  # after the import, which sets a handler that writes to the log
 
 
 def user_environ() -> dict[str, str]:
-    """The environment that the user gave, without what `prepare` has set: for programs that aren't ours."""
-    return dict(os.environ if _given is None else _given)
+    """Return the environment without the changes of `prepare_process`, for starting other programs."""
+    return dict(os.environ if _environ_before is None else _environ_before)
 
 
 @contextmanager
-def _requests_held_back() -> Iterator[None]:
-    """SIGTERM and SIGINT inside come after it: half-way an import fails with another error, and Paddle's library puts
-    its own handler of SIGTERM in the place of ours."""
-    requests = {signal.SIGTERM, signal.SIGINT}
-    handlers = {number: signal.getsignal(number) for number in requests}
-    signal.pthread_sigmask(signal.SIG_BLOCK, requests)
+def _stop_signals_deferred() -> Iterator[None]:
+    """Deliver SIGTERM and SIGINT only after the block, to the handlers that were set before it.
+
+    A signal in the middle of an import would surface as another error, and Paddle replaces the handler of SIGTERM.
+    """
+    stop_signals = {signal.SIGTERM, signal.SIGINT}
+    handlers = {number: signal.getsignal(number) for number in stop_signals}
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
     try:
         yield
     finally:
         for number, handler in handlers.items():
-            if handler is not None:  # one that isn't Python's
+            if handler is not None:  # None: a handler that wasn't set from Python
                 signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, requests)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals)
 
 
-def _cores_a_process(environ: MutableMapping[str, str]) -> int:
+def _cores_per_process(environ: MutableMapping[str, str]) -> int:
     num_local = int(environ.get("PADDLE_LOCAL_SIZE", "1"))
     return max(len(os.sched_getaffinity(0)) // num_local, 1)

@@ -1,4 +1,4 @@
-"""`python -m vit_static.launch VERB ...`: run a verb in as many processes as it should have.
+"""Launcher: `python -m vit_static.launch VERB ...` runs a verb in one or many processes.
 
 With one process it is `python -m vit_static VERB ...` itself, in this same process, unless that may
 have to be started again (`train.max_restarts`). Else each process is a child that learns its rank
@@ -10,12 +10,11 @@ node's part, a failure or a signal, ends the others'. Under Slurm a task of `sru
 each node has one task; where some have more, each task is a node of one process.
 
 With `train.max_restarts` a failure is not the end of training: every launcher ends its workers,
-meets the others anew, and starts them again, from the latest checkpoint. A node that was lost joins
-again when its launcher is started again, by hand or by a scheduler, while the others wait for it.
-Of Slurm that holds but in part: a worker that dies is started again by its task's launcher, as
-everywhere; but srun starts no task of a step twice, and as its site has it (KillOnBadExit, --wait,
---no-kill) ends the step with the first task or node that is lost. So a lost node ends the job there,
-at once, and `sbatch --requeue` is what starts it again.
+connects to the others again, and restarts its workers from the latest checkpoint. A lost node joins
+again when its launcher is restarted, by hand or by a scheduler, while the others wait for it.
+Slurm limits this: a worker that dies is restarted by its task's launcher, but srun never starts a task
+of a step twice, and depending on the site's settings (KillOnBadExit, --wait, --no-kill) it ends the step
+with the first lost task or node. So a lost node ends the job, and `sbatch --requeue` restarts it.
 
 Why not Paddle's launcher (3.3.1), whose user interface (PADDLE_NNODES, PADDLE_MASTER,
 CUDA_VISIBLE_DEVICES, log/workerlog.N) this keeps: it answers a SIGTERM with exit code 15; when one
@@ -29,12 +28,10 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import fcntl
 import os
 import runpy
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -67,7 +64,6 @@ SAME_REQUEST_S = 3.0
 TAIL_LINES = 20
 
 LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
-SIOCGIFADDR = 0x8915
 
 
 class Worker(NamedTuple):
@@ -77,11 +73,11 @@ class Worker(NamedTuple):
 
 
 class Ending(NamedTuple):
-    """What became of a job's processes."""
+    """How the processes of a job ended."""
 
     code: int  # the launch's exit code, if this is its end
-    failure: Failure | None = None  # that is to be told; a rank at a terminal may have told its own
-    was_stopped: bool = False  # whether a signal asked for it before that failure
+    failure: Failure | None = None  # to report; None if a rank with a terminal has already reported it
+    was_stopped: bool = False  # a stop signal came before the failure
 
 
 def main() -> int:
@@ -105,7 +101,7 @@ def main() -> int:
 
 
 def config_of(argv: Sequence[str]) -> Config:
-    """The verb's; the defaults where it has a mistake, which is left to the verb: it names it."""
+    """Return the config of the verb; the defaults if it has a mistake, which the verb itself then reports."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("-c", "--config", type=Path, default=DEFAULT_CONFIGS.get(argv[0]) if argv else None)
     parser.add_argument("-o", dest="overrides", action="append", default=[])
@@ -117,14 +113,14 @@ def config_of(argv: Sequence[str]) -> Config:
 
 
 def launch(argv: Sequence[str], layout: Layout, config: Config, max_restarts: int) -> int:
-    """Run the verb's processes, again after a failure where that may be, and return the exit code."""
-    at_first = complete_checkpoints(config.run_dir)
-    past = Earlier(num_restarts=0, has_saved=False)
+    """Run the processes of the verb, restart them after a failure as configured, and return the exit code."""
+    initial_checkpoints = complete_checkpoints(config.run_dir)
+    earlier = Earlier(num_restarts=0, has_saved=False)
     while True:
         handle_signals(stop_without_workers)
-        cluster, peers = meet(layout, os.environ.get("PADDLE_MASTER", ""), config.train.node_timeout_s, past)
-        # The last of several --resume counts. Until something is saved, what the first attempt was told still holds:
-        # there may be an earlier run's checkpoints that this one was told to begin without.
+        cluster, peers = meet(layout, os.environ.get("PADDLE_MASTER", ""), config.train.node_timeout_s, earlier)
+        # The last of several --resume counts. Until something is saved, the arguments of the first attempt stay
+        # as they are: with --resume never, checkpoints of an earlier run must not be used.
         resume = ["--resume", "auto"] if cluster.has_saved else []
         received_signals: list[int] = []
         with peers:
@@ -138,36 +134,36 @@ def launch(argv: Sequence[str], layout: Layout, config: Config, max_restarts: in
         if not has_failed or cluster.num_restarts >= max_restarts:
             if speaks:
                 used_up = f"; train.max_restarts = {max_restarts} is used up" if has_failed and max_restarts else ""
-                say(failure.words + used_up + (f"; the end of {failure.log}:" if failure.log else ""))
+                say(failure.message + used_up + (f"; the end of {failure.log}:" if failure.log else ""))
                 if failure.tail:
                     print(failure.tail, file=sys.stderr, flush=True)
                 if has_failed and argv[:1] in (["pretrain"], ["finetune"]) and (config.run_dir / "log").is_dir():
-                    say(f"what Paddle and DALI said meanwhile stands in {config.run_dir / 'log'}")
+                    say(f"the output of Paddle and DALI is in {config.run_dir / 'log'}")
             return ending.code
 
         handle_signals(stop_without_workers)
         if received_signals:  # after the last look at them
             return EXIT_STOPPED
-        has_saved = cluster.has_saved or bool(complete_checkpoints(config.run_dir) - at_first)
-        past = Earlier(cluster.num_restarts + 1, has_saved)
+        has_saved = cluster.has_saved or bool(complete_checkpoints(config.run_dir) - initial_checkpoints)
+        earlier = Earlier(cluster.num_restarts + 1, has_saved)
         if speaks:
-            of_log = f" ({failure.log})" if failure.log else ""
-            whence = "from the latest checkpoint" if has_saved else "as it was begun, since nothing is saved yet"
-            awaited = (
+            log = f" ({failure.log})" if failure.log else ""
+            start = "from the latest checkpoint" if has_saved else "from the beginning, since nothing is saved yet"
+            wait = (
                 ""
                 if failure.lost_node is None
                 else (f", when its launcher is started again; waiting {RENDEZVOUS_TIMEOUT_S:.0f} s for it")
             )
-            say(f"{failure.words}{of_log}; restart {past.num_restarts} of {max_restarts}, {whence}{awaited}")
+            say(f"{failure.message}{log}; restart {earlier.num_restarts} of {max_restarts}, {start}{wait}")
 
 
 def complete_checkpoints(run_dir: Path) -> set[tuple[str, int]]:
-    """A run's, by name and time, as checkpoint.py leaves them: those of a second time are other ones."""
-    found = set()
+    """Return the run's complete checkpoints as (name, time in ns): one that is written again is a new one."""
+    checkpoints = set()
     for path in (run_dir / "checkpoints").glob("step_*/meta.json"):
-        with suppress(OSError):  # removed meanwhile
-            found.add((path.parent.name, path.stat().st_mtime_ns))
-    return found
+        with suppress(OSError):  # removed in the meantime
+            checkpoints.add((path.parent.name, path.stat().st_mtime_ns))
+    return checkpoints
 
 
 def handle_signals(handler: Callable[[int, Any], None]) -> None:
@@ -216,20 +212,20 @@ def start_worker(argv: Sequence[str], layout: Layout, cluster: Cluster, local_ra
         "PADDLE_LOCAL_RANK": str(number),
         "PADDLE_LOCAL_SIZE": str(layout.num_on_machine),
         "PADDLE_RANK_IN_NODE": str(number),
-        "PYTHONUNBUFFERED": "1",  # a worker that is killed should leave its last words
+        "PYTHONUNBUFFERED": "1",  # a worker that is killed should leave its last lines in the log
     }
-    # Each worker would else take every core, and N of them slow one another down.
-    environ.setdefault("OMP_NUM_THREADS", str(max(1, cores_a_worker(layout))))
+    # Otherwise each worker would use every core, and they would slow each other down.
+    environ.setdefault("OMP_NUM_THREADS", str(max(1, cores_per_worker(layout))))
     if layout.num_gpus:
-        # Counted among the visible cards: srun may show a task all of the machine's, or its own alone.
+        # An index into the visible GPUs: srun may show a task all GPUs of the machine, or only one.
         environ["FLAGS_selected_gpus"] = str(number % layout.num_gpus)
     else:
         environ["PADDLE_DISTRI_BACKEND"] = "gloo"
-        # Without it gloo takes the address of the machine's name: none, perhaps, or 127.0.1.1.
+        # Otherwise gloo uses the address of the host name, which may be 127.0.1.1 or not exist.
         interface = interface_of(all_endpoints[rank].partition(":")[0])
         if interface:
             environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    # srun brings the terminals of all tasks together; else each node has its own.
+    # srun merges the output of all tasks into one terminal; otherwise each node has its own.
     has_terminal = local_rank == 0 and (layout.task is None or cluster.node == 0)
     log = None if has_terminal else make_log_dir(cluster.log) / f"workerlog.{rank}"
     with ExitStack() as stack:
@@ -256,7 +252,7 @@ def make_log_dir(name: str) -> Path:
     return folder
 
 
-def cores_a_worker(layout: Layout) -> int:
+def cores_per_worker(layout: Layout) -> int:
     num_cores = len(os.sched_getaffinity(0)) // layout.num_local
     if layout.task and layout.task.is_one_worker:  # bound to its own cores, or to those of all tasks here
         num_on_node = positive_int(os.environ, "SLURM_CPUS_ON_NODE", default=os.cpu_count() or 1)
@@ -265,13 +261,12 @@ def cores_a_worker(layout: Layout) -> int:
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface whose first address this is (netdevice(7))."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        for _, name in socket.if_nameindex():
-            with suppress(OSError):  # an interface without an address
-                found = fcntl.ioctl(any_socket, SIOCGIFADDR, struct.pack("256s", name.encode()))
-                if socket.inet_ntoa(found[20:24]) == address:
-                    return name
+    """Return the network interface with this IPv4 address, or None."""
+    import psutil  # here: a launch of a single process doesn't need it
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.family == socket.AF_INET and entry.address == address for entry in addresses):
+            return name
     return None
 
 
@@ -281,13 +276,13 @@ def stop_with_parent() -> None:
 
 
 def supervise(workers: list[Worker], cluster: Cluster, peers: Peers, received_signals: list[int]) -> Ending:
-    """Wait for all workers and the other nodes, whatever comes; `received_signals` is what a signal handler fills.
+    """Wait until all workers and the other nodes have ended; a signal handler fills `received_signals`.
 
-    A failure here ends the other nodes' workers too, and theirs ours. All nodes leave together, having heard the same,
-    so that they agree on what comes next.
+    A failure on one node ends the workers of all nodes. All nodes return together and with the same information, so
+    that they agree on what to do next.
     """
     running = list(workers)
-    own_codes: dict[int, int] = {}  # exit codes of the ranks that were not ended by us
+    exit_codes: dict[int, int] = {}  # exit codes of the ranks that were not ended by us
     failure: Failure | None = None
     forwarded: set[int] = set()
     last_forwarded, failed_at = float("-inf"), float("inf")
@@ -317,12 +312,12 @@ def supervise(workers: list[Worker], cluster: Cluster, peers: Peers, received_si
             running.remove(worker)
             if len(ending) < 2:
                 continue  # ended by us
-            own_codes[worker.rank] = code
+            exit_codes[worker.rank] = code
             # A worker that ends with 0 or 75 may be first by any length of time: the others still save.
             if code not in (0, EXIT_STOPPED):
-                own = describe(worker, code, cluster)
-                failures.append(own)
-                peers.tell({"failure": own._asdict()})
+                failed = describe(worker, code, cluster)
+                failures.append(failed)
+                peers.tell({"failure": failed._asdict()})
         for candidate in failures:
             failure = likelier_cause(failure, candidate)
         if failure and failed_at == float("inf"):
@@ -337,34 +332,34 @@ def supervise(workers: list[Worker], cluster: Cluster, peers: Peers, received_si
             peers.tell({"done": True})
 
     if failure is None:
-        return Ending(max(own_codes.values()))
+        return Ending(max(exit_codes.values()))
     if -failure.code in forwarded:  # before it could listen for the signal, so that nothing was left to save
         code = EXIT_STOPPED if -failure.code in (signal.SIGTERM, signal.SIGINT) else 128 - failure.code
         return Ending(code)
     is_shown = failure.code == EXIT_USER_MISTAKE and any(
-        worker.log is None and own_codes.get(worker.rank) == EXIT_USER_MISTAKE for worker in workers
+        worker.log is None and exit_codes.get(worker.rank) == EXIT_USER_MISTAKE for worker in workers
     )  # by a rank that has made the same mistake and has the terminal
     code = EXIT_USER_MISTAKE if failure.code == EXIT_USER_MISTAKE else EXIT_FAILED
     return Ending(code, None if is_shown else failure, was_stopped=bool(forwarded))
 
 
 def likelier_cause(known: Failure | None, other: Failure) -> Failure:
-    """The first failure, except that a rank may fail of another's end before that is known."""
-    return other if known is None or (other.is_a_cause and not known.is_a_cause) else known
+    """Return the root cause: the first failure, unless it may be a consequence of the other."""
+    return other if known is None or (other.is_root_cause and not known.is_root_cause) else known
 
 
 def describe(worker: Worker, code: int, cluster: Cluster) -> Failure:
-    """A worker's end, for all nodes' terminals."""
+    """Describe a worker's failure, for the terminal of any node."""
     who = f"rank {worker.rank}" + (f" on {cluster.names[cluster.node]}" if len(cluster.names) > 1 else "")
     if code < 0:
-        words = f"{who} was killed by signal {-code}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
+        message = f"{who} was killed by signal {-code}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
     else:
-        words = f"{who} failed with exit code {code}"
+        message = f"{who} failed with exit code {code}"
     lines = worker.log.read_text(errors="replace").splitlines() if worker.log else []
     if not worker.log or not lines:
-        return Failure(code, words)
+        return Failure(code, message)
     tail = "\n".join(lines[-1 if code == EXIT_USER_MISTAKE else -TAIL_LINES :])
-    return Failure(code, words, str(worker.log.resolve()), tail)
+    return Failure(code, message, str(worker.log.resolve()), tail)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The launchers of a job's nodes: how they find each other, and what they tell each other until the job ends."""
+"""Rendezvous of the nodes' launchers, and the connections between them until the job ends."""
 
 from __future__ import annotations
 
@@ -23,41 +23,41 @@ RENDEZVOUS_TIMEOUT_S = 900.0
 
 
 class Earlier(NamedTuple):
-    """What a launcher has behind it when it meets the others."""
+    """The state of earlier attempts, with which a launcher joins the rendezvous."""
 
     num_restarts: int
-    has_saved: bool  # whether a checkpoint has been written since it began
+    has_saved: bool  # a checkpoint has been written since the launch
 
 
 class Cluster(NamedTuple):
-    """What all nodes agree on."""
+    """The result of the rendezvous, on which all nodes agree."""
 
     node: int
     store: str  # host:port where rank 0 will serve Paddle's TCPStore
     endpoints: list[list[str]]  # [node][local rank], host:port
     names: list[str]  # [node]
     log: str  # name of the folder below log/
-    # Of all nodes' together: the launcher of a node that was lost and has come back knows nothing of it.
+    # Of all nodes: the new launcher of a lost node doesn't know them.
     num_restarts: int
     has_saved: bool
 
 
 class Failure(NamedTuple):
-    """What the job failed of, in words for any node's terminal."""
+    """Why the job failed, for the terminal of any node."""
 
     code: int  # a worker's exit code, negative for a signal
-    words: str
+    message: str
     log: str = ""  # the worker's
-    tail: str = ""  # of that
+    tail: str = ""  # of the log
     lost_node: int | None = None
 
     @property
-    def is_a_cause(self) -> bool:
-        """Whether another rank's failure can't have led to it."""
+    def is_root_cause(self) -> bool:
+        """Whether no failure of another rank can have caused it."""
         return self.code in (-signal.SIGKILL, EXIT_USER_MISTAKE) or self.lost_node is not None
 
 
-def meet(layout: Layout, master: str, node_timeout_s: float, past: Earlier) -> tuple[Cluster, Peers]:
+def meet(layout: Layout, master: str, node_timeout_s: float, earlier: Earlier) -> tuple[Cluster, Peers]:
     """Agree with the other nodes' launchers, through node 0's, which listens at `master`.
 
     Under Slurm a task's number is its node's. Else every node runs the same command, so none knows its number: who can
@@ -72,7 +72,7 @@ def meet(layout: Layout, master: str, node_timeout_s: float, past: Earlier) -> t
     if layout.num_nodes == 1:
         endpoints = [[f"127.0.0.1:{port}" for port in ports[1:]]]
         name = socket.gethostname()
-        return Cluster(0, f"127.0.0.1:{ports[0]}", endpoints, [name], log_name(past), *past), Peers({}, [])
+        return Cluster(0, f"127.0.0.1:{ports[0]}", endpoints, [name], log_name(earlier), *earlier), Peers({}, [])
 
     master = layout.task.master if layout.task else master
     host, _, digits = master.rpartition(":")
@@ -88,8 +88,8 @@ def meet(layout: Layout, master: str, node_timeout_s: float, past: Earlier) -> t
         server = listen(layout.task, host, port)
         if server:
             with server:
-                return gather(server, layout, ports, deadline, node_timeout_s, past)
-        joined = join(host, port, layout, ports, node_timeout_s, past)
+                return gather(server, layout, ports, deadline, node_timeout_s, earlier)
+        joined = join(host, port, layout, ports, node_timeout_s, earlier)
         if joined:
             return joined
         wait_for_others(deadline, f"no answer from {'task 0' if layout.task else 'PADDLE_MASTER'} at {master}")
@@ -109,7 +109,7 @@ def listen(task: SlurmTask | None, host: str, port: int) -> socket.socket | None
 
 
 def gather(
-    server: socket.socket, layout: Layout, ports: list[int], deadline: float, node_timeout_s: float, past: Earlier
+    server: socket.socket, layout: Layout, ports: list[int], deadline: float, node_timeout_s: float, earlier: Earlier
 ) -> tuple[Cluster, Peers]:
     """Node 0: hear every other node's ports, then tell each its number and everyone's endpoints."""
     server.settimeout(1.0)
@@ -145,9 +145,9 @@ def gather(
         host = own_host if is_loopback(peer_host) else peer_host
         endpoints.append([f"{host}:{port}" for port in hello["ports"]])
         names.append(hello["name"])
-    pasts = [past, *(Earlier(hello["num_restarts"], hello["has_saved"]) for _, _, hello in arrived.values())]
-    together = Earlier(max(each.num_restarts for each in pasts), any(each.has_saved for each in pasts))
-    cluster = Cluster(0, f"{own_host}:{ports[0]}", endpoints, names, log_name(together), *together)
+    all_earlier = [earlier, *(Earlier(hello["num_restarts"], hello["has_saved"]) for _, _, hello in arrived.values())]
+    merged = Earlier(max(each.num_restarts for each in all_earlier), any(each.has_saved for each in all_earlier))
+    cluster = Cluster(0, f"{own_host}:{ports[0]}", endpoints, names, log_name(merged), *merged)
     connections = {node: peer for node, (peer, _, _) in arrived.items()}
     for node, peer in connections.items():
         with suppress(OSError):  # it is gone, as will be heard
@@ -160,7 +160,7 @@ def is_loopback(address: str) -> bool:
 
 
 def join(
-    host: str, port: int, layout: Layout, ports: list[int], node_timeout_s: float, past: Earlier
+    host: str, port: int, layout: Layout, ports: list[int], node_timeout_s: float, earlier: Earlier
 ) -> tuple[Cluster, Peers] | None:
     """Another node: None where node 0 does not listen (yet)."""
     with ExitStack() as on_failure:
@@ -170,7 +170,7 @@ def join(
             connection.settimeout(RENDEZVOUS_TIMEOUT_S)
             number = layout.task.number if layout.task else None
             hello = {"job": job_of(layout), "node": number, "num_nodes": layout.num_nodes, "ports": ports[1:]}
-            send(connection, hello | {"name": socket.gethostname()} | past._asdict())
+            send(connection, hello | {"name": socket.gethostname()} | earlier._asdict())
             cluster = Cluster(**receive(connection))
         except (OSError, ValueError, TypeError):
             return None
@@ -179,13 +179,13 @@ def join(
 
 
 def job_of(layout: Layout) -> str | None:
-    """What keeps Slurm jobs apart whose ports are the same by chance."""
+    """Return the Slurm step, which distinguishes jobs that happen to use the same port."""
     return layout.task.step if layout.task else None
 
 
-def log_name(past: Earlier) -> str:
+def log_name(earlier: Earlier) -> str:
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    return f"{name}-restart{past.num_restarts}" if past.num_restarts else name
+    return f"{name}-restart{earlier.num_restarts}" if earlier.num_restarts else name
 
 
 def notice_silence(connection: socket.socket, node_timeout_s: float) -> None:
@@ -200,7 +200,7 @@ def notice_silence(connection: socket.socket, node_timeout_s: float) -> None:
 
 
 def has_hung_up(connection: socket.socket) -> bool:
-    """Whether one has closed its end that would else wait for our answer."""
+    """Whether the peer, which should be waiting for an answer, has closed the connection."""
     return bool(select.select([connection], [], [], 0.0)[0])
 
 
@@ -209,7 +209,7 @@ def send(connection: socket.socket, message: dict[str, Any]) -> None:
 
 
 def receive(connection: socket.socket) -> Any:
-    """One message, and no byte of the next."""
+    """Receive one message, and no byte of the next."""
     line = bytearray()
     while not line.endswith(b"\n"):
         byte = connection.recv(1)
@@ -228,7 +228,7 @@ def wait_for_others(deadline: float, problem: str) -> None:
 class Peers:
     """The other nodes' launchers: node 0 is connected with all of them, and passes on what it hears; they with it.
 
-    The kernel finds out a machine that has vanished. A worker alone may not: NCCL waits for its peers for ever.
+    The kernel detects a machine that has vanished. A worker may not: NCCL waits for its peers forever.
     """
 
     def __init__(self, connections: Mapping[int, socket.socket], names: Sequence[str]) -> None:
@@ -250,7 +250,7 @@ class Peers:
         self._selector.close()
 
     def __bool__(self) -> bool:
-        """Whether there ever was another node."""
+        """Whether the job has several nodes."""
         return bool(self._names)
 
     def tell(self, message: dict[str, Any], but: int | None = None) -> None:
@@ -283,8 +283,10 @@ class Peers:
         if node not in self.running:
             return []
         self.running.discard(node)
-        words = f"node {node} ({self._names[node]}) is gone: its launcher was killed, or its machine or network failed"
-        return [{"failure": Failure(EXIT_FAILED, words, lost_node=node)._asdict()}]
+        message = (
+            f"node {node} ({self._names[node]}) is gone: its launcher was killed, or its machine or network failed"
+        )
+        return [{"failure": Failure(EXIT_FAILED, message, lost_node=node)._asdict()}]
 
     def _hang_up(self, connection: Any) -> None:
         self._selector.unregister(connection)

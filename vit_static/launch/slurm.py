@@ -1,4 +1,4 @@
-"""Slurm's environment: nodes, tasks, host lists."""
+"""Slurm's environment variables: nodes, tasks, host lists."""
 
 from __future__ import annotations
 
@@ -27,9 +27,6 @@ class SlurmTask(NamedTuple):
     def is_one_worker(self) -> bool:
         """Whether srun has started a task a process; else it is one a machine, which starts the processes."""
         return self.num_tasks > self.num_nodes
-
-
-# Slurm
 
 
 def find_slurm_task(environ: Mapping[str, str]) -> SlurmTask | None:

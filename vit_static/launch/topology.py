@@ -1,4 +1,4 @@
-"""How many processes a launch has, and on which nodes: by the visible cards, by NPROC and PADDLE_NNODES, by srun."""
+"""Number of processes and nodes of a launch: from the visible GPUs, NPROC, PADDLE_NNODES, or srun."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Layout(NamedTuple):
 
 
 def find_layout(environ: Mapping[str, str], device: str = "auto") -> Layout:
-    """One process a visible card, or one on a CPU, unless NPROC says otherwise; on as many nodes as PADDLE_NNODES or
-    srun says. `device` is the config's.
+    """Return one process per visible GPU, or one on a CPU, unless NPROC is set; on the nodes of PADDLE_NNODES or srun.
 
-    Raises ValueError where a number is none, NPROC exceeds the cards, or srun's tasks contradict NPROC.
+    `device` is the config's. Raise ValueError if a number is invalid, NPROC exceeds the number of GPUs, or srun's tasks
+    contradict NPROC.
     """
     if is_worker(environ):
         return Layout(1, 1, num_gpus=0)
@@ -60,7 +60,7 @@ def is_worker(environ: Mapping[str, str]) -> bool:
 
 
 def count_visible_gpus(environ: Mapping[str, str]) -> int:
-    """Without importing Paddle, which would cost every start seconds. run.sh sets VIT_STATIC_DEVICE."""
+    """Count GPUs without importing Paddle, which takes seconds. run.sh sets VIT_STATIC_DEVICE."""
     if environ.get("VIT_STATIC_DEVICE") == "cpu":
         return 0
     try:
@@ -77,7 +77,7 @@ def count_visible_gpus(environ: Mapping[str, str]) -> int:
 
 
 def warn_of_idle_nodes(environ: Mapping[str, str]) -> None:
-    """Says where a job of several nodes runs this on one, as it does without srun (see `find_slurm_task`)."""
+    """Warn if a Slurm job of several nodes runs this on only one, without srun (see `find_slurm_task`)."""
     decided = any(environ.get(name) for name in ("SLURM_STEP_ID", "PADDLE_NNODES", "PADDLE_CURRENT_ENDPOINT"))
     num_nodes = non_negative_int(environ, "SLURM_JOB_NUM_NODES")
     if not decided and num_nodes > 1:
