@@ -152,7 +152,7 @@ def test_eval_export_and_predict_agree(workplace: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.needs_bfloat16
 def test_an_export_says_the_precision_that_it_is_run_in(workplace: Path) -> None:
-    """bfloat16 on this CPU, compared with the trained model in float32; float16 needs a card."""
+    """bfloat16 on this CPU, compared with the trained model in float32; float16 needs a GPU."""
     export = ["export", "--checkpoint", "output/tiny", "--out"]
     low = run_sh(*export, "exported_low", "-o", "export.precision=bfloat16", cwd=workplace)
     assert low.returncode == 0, low.stderr
@@ -173,7 +173,7 @@ def test_an_export_says_the_precision_that_it_is_run_in(workplace: Path) -> None
     onnx = run_sh(*export, "exported_onnx", "--onnx", cwd=workplace)
     assert onnx.returncode == 0 and (workplace / "exported_onnx/model.onnx").is_file(), onnx.stderr
     half = run_sh(*export, "exported_half", "-o", "export.precision=float16", cwd=workplace)
-    assert half.returncode == 2 and "needs a card" in half.stderr
+    assert half.returncode == 2 and "needs a GPU" in half.stderr
     assert not (workplace / "exported_half").exists()
 
 

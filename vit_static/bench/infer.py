@@ -115,13 +115,13 @@ def write_trained(
     validation = open_set(config.data, "val", config.model.num_classes)
     names = loaded.class_names or validation.class_names
     chosen = evenly_spaced(len(validation), config.export.num_calibration_images)
-    card = spec_of(config, names)
-    images = np.concatenate([inputs for inputs, *_ in read_batches(validation, chosen, card)])
+    spec = spec_of(config, names)
+    images = np.concatenate([inputs for inputs, *_ in read_batches(validation, chosen, spec)])
     _write(model, config, names, folder, np.resize(images, (max(batch_size, len(images)), *images.shape[1:])))
     comparisons = {}
     for precision in precisions():
-        card = card.model_copy(update={"precision": _DTYPES[precision]})
-        found = compare(model, card, folder / precision, validation, config.export.num_check_images)
+        spec = spec.model_copy(update={"precision": _DTYPES[precision]})
+        found = compare(model, spec, folder / precision, validation, config.export.num_check_images)
         (comparisons[precision],) = found.values()
     return config, comparisons
 
@@ -134,8 +134,8 @@ def _write(model: VisionTransformer, config: Config, names: list[str], folder: P
 
     for precision in precisions():
         (folder / precision).mkdir()
-        card = spec_of(config, names).model_copy(update={"precision": _DTYPES[precision]})
-        write_artifact(model, config, card, folder / precision, batches())
+        spec = spec_of(config, names).model_copy(update={"precision": _DTYPES[precision]})
+        write_artifact(model, config, spec, folder / precision, batches())
     np.save(folder / "images.npy", images)
     np.savez(folder / "weights.npz", **file_state(model))  # type: ignore[arg-type]
     maker = peer("onnx", "torch_to_onnx.py", peers_python(), "torch_to_onnx.py", _spec(peers_model(config), folder))
