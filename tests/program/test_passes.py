@@ -22,10 +22,10 @@ from vit_static.config.schema import (
 )
 from vit_static.model.vit import VisionTransformer, attention_by_matmul
 from vit_static.parallel.mesh import MeshShape, make_mesh
+from vit_static.plan.fake_world import fake_world
 from vit_static.program import grad_buckets, passes
-from vit_static.program.engine import fake_world
 from vit_static.program.grad_buckets import STREAM, GradSyncConfig
-from vit_static.program.passes import BACKWARD, UPDATE
+from vit_static.program.ir import BACKWARD, UPDATE
 from vit_static.program.precision import Precision
 from vit_static.program.program import Program
 
@@ -56,7 +56,7 @@ def test_linear_layers_become_products_with_a_bias(make_program) -> None:
     compiled = in_bfloat16(make_program)
     before = counted(compiled)
     with paddle.pir_utils.IrGuard():  # as it is open while programs are built
-        passes.fuse_linears(compiled, with_gelu=False)
+        passes.fuse_linears(compiled, fuse_gelu=False)
     after, num_linears = counted(compiled), 6 * DEPTH + 2
     assert before["matmul"] - after["matmul"] == after["fused_gemm_epilogue"] == num_linears
     assert before["matmul_grad"] - after["matmul_grad"] == after["fused_gemm_epilogue_grad"] == num_linears
@@ -69,7 +69,7 @@ def test_linear_layers_become_products_with_a_bias(make_program) -> None:
 @pytest.mark.needs_bfloat16
 def test_the_activation_is_fused_on_demand(make_program) -> None:
     compiled = in_bfloat16(make_program)
-    passes.fuse_linears(compiled, with_gelu=True)
+    passes.fuse_linears(compiled, fuse_gelu=True)
     activations = [
         op.attrs()["activation"] for op in compiled.global_block().ops if op.name() == "pd_op.fused_gemm_epilogue"
     ]

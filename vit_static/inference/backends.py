@@ -13,7 +13,7 @@ from vit_static.common import cpu
 from vit_static.common.errors import PredictError
 from vit_static.config.schema import InferencePrecision
 from vit_static.inference.artifact import MODEL_FILE, ONNX_FILE, REMEDY, WEIGHTS_FILE, read_spec
-from vit_static.program.cpu import lowering
+from vit_static.program.cpu import custom_ops
 
 _GPU_POOL_MB = 256
 # The precisions in which a program can run, by the precision of its export. A low-precision program has fixed weights
@@ -70,7 +70,7 @@ class PaddleSession:
 
         Raises PredictError for a precision that this machine can't run.
         """
-        if lowering.has_operators():
+        if custom_ops.has_custom_ops():
             raise PredictError(f"{program}: can't be opened in a process that has trained; open it in another process")
         config = inference.Config(str(program), str(weights))
         config.disable_glog_info()

@@ -33,7 +33,7 @@ from vit_static.parallel.mesh import (
 )
 from vit_static.plan import costs
 from vit_static.plan.costs import Collective, Costs
-from vit_static.program import engine
+from vit_static.plan.fake_world import fake_world
 from vit_static.program.precision import Precision, choose_attention, choose_precision
 from vit_static.program.program import Program
 
@@ -211,7 +211,7 @@ def make_plan(config: Config, parallel: ParallelConfig, world_size: int, place: 
     if precision.dtype not in GPUS[place.device].peak_flops:
         raise ConfigError(f"--device {place.device}: has no {precision.dtype}; set amp.dtype=float16, or amp.level=O0")
     micro_batches = num_micro_batches(parallel)
-    with engine.fake_world(rank, world_size):
+    with fake_world(rank, world_size):
         mesh = make_mesh(rank, mesh_shape, "gpu")
         program = _compile(config, parallel, mesh, precision)
         found: Costs = program.costs()

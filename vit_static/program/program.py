@@ -22,12 +22,12 @@ from vit_static.model.loss import Criterion
 from vit_static.model.vit import Dropout, VisionTransformer
 from vit_static.optim.optimizers import make_optimizer, step_scalars
 from vit_static.optim.param_groups import freeze_backbone
-from vit_static.parallel import gloo, sharding
+from vit_static.parallel import sharding
 from vit_static.parallel.mesh import Mesh, num_micro_batches
-from vit_static.program import engine, grad_buckets, passes, seeded_dropout
-from vit_static.program.cpu import lowering
+from vit_static.program import engine, seeded_dropout
 from vit_static.program.grad_buckets import GradSyncConfig
-from vit_static.program.precision import Precision, _seeds_dropout
+from vit_static.program.pass_list import PassContext, run_passes
+from vit_static.program.precision import Precision, uses_seeded_dropout
 from vit_static.program.spec import CountCosts, ProgramSpec, TrainingSpec
 from vit_static.program.state import ProgramState
 from vit_static.weights.formats import State
@@ -55,10 +55,10 @@ class Program:
         self._dropout = None
         training = spec.training
         if training is not None:
-            seeds_dropout = _seeds_dropout(spec.parallel, mesh.device)
-            self._dropout = _place_dropouts(model, mesh, spec.seed, stages, seeds_dropout)
+            seeded = uses_seeded_dropout(spec.parallel, mesh.device)
+            self._dropout = _place_dropouts(model, mesh, spec.seed, stages, seeded)
         _recompute_blocks(model, spec.parallel.recompute)
-        _open_in_forward(model, spec.precision, spec.amp, self._dropout)
+        _wrap_forward(model, spec.precision, spec.amp, self._dropout)
         layer, optimizer, strategy = model, None, _strategy(spec)
         if training is not None:
             layer, optimizer = self._make_optimizer(training, master_grad=strategy.amp.use_master_grad)
@@ -242,24 +242,23 @@ class Program:
         self._mode = mode
 
     def _run_passes(self, mode: str, compiled: Any) -> None:
-        """Change the program that Paddle has compiled for this rank and `mode`."""
-        spec, is_training = self._spec, mode == "train"
-        seeded_dropout.seed_dropouts(compiled)
-        if spec.parallel.sharding_stage == 3:
-            passes.regather_params_in_backward(compiled)
-        if is_training and self._grad_sync.bucket_bytes > 0:
-            grad_buckets.bucket_gradients(compiled, self._grad_sync)
-        count_costs = self._training().count_costs if is_training else None
-        if count_costs is not None and self._costs is None:
-            self._costs = count_costs(compiled, engine.structured_names(self._program))
-        if self._mesh.device == "cpu" and self._mesh.world_size > 1:
-            gloo.replace_collectives(compiled)
-        if self._mesh.device == "cpu" and spec.kernels.onednn:
-            lowering.lower(compiled)
-        if self._mesh.device == "gpu" and spec.kernels.fused_linear:
-            passes.fuse_linears(compiled, spec.kernels.fused_gelu)
-        if self._mesh.device == "gpu" and spec.kernels.fused_dropout:
-            passes.fuse_dropouts(compiled)
+        """Run our own passes over the program that Paddle has compiled for this rank and `mode`."""
+        spec, training = self._spec, self._spec.training
+        context = PassContext(
+            is_training=mode == "train",
+            device=self._mesh.device,
+            world_size=self._mesh.world_size,
+            sharding_stage=spec.parallel.sharding_stage,
+            grad_sync=self._grad_sync,
+            kernels=spec.kernels,
+            count_costs=None if training is None or training.count_costs is None else self._count_costs,
+        )
+        run_passes(compiled, context)
+
+    def _count_costs(self, compiled: Any) -> None:
+        count = self._training().count_costs
+        if count is not None and self._costs is None:
+            self._costs = count(compiled, engine.structured_names(self._program))
 
     def _specs_of(self, batch_size: int, target_classes: int | None) -> list[list[Any]]:
         """Return the engine's input specs of images and of labels or targets, for a global batch."""
@@ -277,11 +276,12 @@ class Program:
 
 
 def _as_input(labels: paddle.Tensor) -> paddle.Tensor:
-    """Labels as they are, zeros and ones of any type as float32."""
+    """Return class labels unchanged, and targets of any dtype as float32."""
     return labels if labels.ndim == 1 else labels.astype("float32")
 
 
 def _grad_sync_config(parallel: ParallelConfig, mesh: Mesh) -> GradSyncConfig:
+    """Return how gradients are exchanged. Raises ConfigError for a dtype that the device can't reduce."""
     if parallel.reduce_dtype == "bfloat16" and mesh.device == "cpu" and mesh.world_size > 1:
         raise ConfigError(
             "parallel.reduce_dtype = bfloat16: Paddle's CPU build can't reduce bfloat16; set float32 or float16"
@@ -295,7 +295,7 @@ def _strategy(spec: ProgramSpec) -> dist.Strategy:
     precision, amp, parallel = spec.precision, spec.amp, spec.parallel
     strategy = dist.Strategy()
     micro_batches = num_micro_batches(parallel)
-    # Without NumPy a result doesn't wait for the device. Paddle can merge those of micro-batches only in NumPy.
+    # Converting a result to NumPy waits for the device, but only then does Paddle merge the results of micro-batches.
     strategy.return_numpy = micro_batches > 1
     if precision.level == "O2":
         strategy.amp.enable = True
@@ -306,16 +306,16 @@ def _strategy(spec: ProgramSpec) -> dist.Strategy:
         strategy.amp.use_master_grad = amp.master_grad
         strategy.amp.use_promote = True
         strategy.amp.custom_white_list = list(amp.white_list)
-        # Paddle's own list for O2 leaves softmax, the loss and sums in low precision; that for O1 doesn't. LayerNorm's
-        # kernel computes in float32 whatever it reads.
+        # Paddle's list for O2 leaves softmax, the loss and sums in low precision; its list for O1 doesn't. LayerNorm's
+        # kernel computes in float32 for any input dtype.
         in_float32 = paddle.amp.amp_lists.black_list()[precision.dtype]["O1"] | {"logsigmoid", *amp.black_list}
         strategy.amp.custom_black_list = sorted(in_float32 - {"layer_norm", *amp.white_list})
     if parallel.pp > 1:
+        batch_size = spec.eval_batch_size if spec.training is None else spec.training.batch_size
         strategy.pipeline.enable = True
         strategy.pipeline.schedule_mode = parallel.pp_schedule
         strategy.pipeline.pp_degree = parallel.pp
         strategy.pipeline.accumulate_steps = micro_batches
-        batch_size = spec.eval_batch_size if spec.training is None else spec.training.batch_size
         strategy.pipeline.micro_batch_size = batch_size // micro_batches
     elif micro_batches > 1:
         strategy.gradient_merge.enable = True
@@ -325,7 +325,7 @@ def _strategy(spec: ProgramSpec) -> dist.Strategy:
 
 
 def _recompute_blocks(model: VisionTransformer, recompute: str | int) -> None:
-    """Marks every block, or every n-th, for being computed again in the backward."""
+    """Mark every block, or every n-th, for recomputation in the backward pass."""
     if recompute == "none":
         return
     every = 1 if recompute == "block" else int(recompute)
@@ -337,7 +337,10 @@ def _recompute_blocks(model: VisionTransformer, recompute: str | int) -> None:
 def _place_dropouts(
     model: nn.Layer, mesh: Mesh, seed: int, stages: dict[str, int], seeded: bool
 ) -> seeded_dropout.SeededDropout | None:
-    """Has every dropout of the model draw its masks on its stage, from a seed of its own where `seeded`."""
+    """Place every dropout of the model on its pipeline stage; with `seeded`, give each a seed of its own.
+
+    Returns the seeds, or None where the model has no dropout or the rank's one generator draws the masks.
+    """
     dropouts = [(layer, stages[name]) for name, layer in model.named_sublayers() if isinstance(layer, Dropout)]
     if not any(layer.p > 0.0 for layer, _ in dropouts):
         return None
@@ -348,13 +351,13 @@ def _place_dropouts(
     return seeds if seeded else None
 
 
-def _open_in_forward(
+def _wrap_forward(
     model: nn.Layer, precision: Precision, amp: AmpConfig, seeds: seeded_dropout.SeededDropout | None
 ) -> None:
-    """Wraps the model's forward in what must be open while it is traced.
+    """Wrap the model's forward with O1's autocast and with the start of the dropout seeds.
 
-    On a CPU, Paddle refuses an auto_cast that is opened before the tracing, as the engine does from its strategy;
-    on a card the engine's is used for O2, and O1 shares these lines.
+    On a CPU, Paddle rejects an auto_cast that is entered before the forward is traced, as the engine does from its
+    strategy; on a GPU the engine's is used for O2, and O1 is entered here too.
     """
     forward = model.forward
     autocast = precision.level == "O1"
@@ -362,7 +365,7 @@ def _open_in_forward(
     def traced(images: paddle.Tensor) -> paddle.Tensor:
         if seeds is not None and model.training:
             seeds.begin()
-        if not autocast:  # nor one that is off: that would switch O2's off, which the engine has opened
+        if not autocast:  # a disabled auto_cast would also disable O2's, which the engine has entered
             return forward(images)
         with paddle.amp.auto_cast(
             level="O1",

@@ -1,6 +1,6 @@
-"""Dropout in the compiled program: masks that follow the data over any mesh, and that recomputation draws again.
+"""Dropout in the compiled program: masks that follow the data over any mesh and that recomputation draws again.
 
-Written for Paddle 3.3.1, behind whose public interface it reaches for the operators' attributes.
+Written for Paddle 3.3.1; uses the private attributes of its operators.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import paddle.nn.functional as F
 
 from vit_static.parallel.dist_values import assign_to, persistable
 
-_DROPOUT, _SEED_OF_DROPOUT = "vit_static_dropout", "vit_static_seed_of_dropout"  # attributes of operators
+# Attributes of operators; the value is the dropout's index.
+_DROPOUT, _DROPOUT_SEED = "vit_static_dropout", "vit_static_seed_of_dropout"
 
 
 def placed_dropout(mesh: dist.ProcessMesh) -> Any:
-    """F.dropout(x, p), its masks from the rank's one generator."""
+    """Return F.dropout(x, p) on a mesh, with masks from the rank's one generator."""
 
     def dropout(x: Any, p: float, training: bool = True) -> Any:
         return F.dropout(_placed(x, mesh), p, training=True)
@@ -27,43 +28,45 @@ def placed_dropout(mesh: dist.ProcessMesh) -> Any:
 
 
 def _placed(x: Any, mesh: dist.ProcessMesh) -> Any:
-    """A constant, which isn't placed yet, the same on all ranks of a stage."""
+    """Replicate a constant, which has no placement yet, on all ranks of a stage."""
     return x if x.is_dist() else dist.shard_tensor(x, mesh, [dist.Replicate()] * mesh.ndim)
 
 
 class SeededDropout:
-    """Dropout whose masks follow the data: the same on ranks that hold the same activations, others on others.
+    """Dropout whose masks follow the data: equal on ranks that hold the same activations, different on others.
 
-    Each dropout of the program has a seed of its own, an element of a variable that is set before each step; so a
-    block that is computed again draws its mask again. Micro-batches count up from it. (Paddle's dropout takes the next
-    numbers of the rank's one generator: the halves of a split activation would get the same mask, and a recomputed
-    block another than before, without an error.)
+    Each dropout of the program has a seed of its own: an element of a variable that is set before each step, plus the
+    number of completed micro-batches. So a recomputed block draws its mask again. (Paddle's dropout takes the next
+    numbers of the rank's one generator. Without an error, both parts of a split activation would get the same mask,
+    and a recomputed block another mask than before.)
 
-    The seeds are put in when the program is cut for this rank: Paddle's rule for how a dropout is split wants none.
+    The seeds are connected when the program has been cut for this rank (`seed_dropouts`): Paddle's rule for how a
+    dropout is sharded accepts none.
     """
 
     def __init__(self, seed: int, rank: int, meshes: list[dist.ProcessMesh], stages: list[int]) -> None:
-        """`meshes` are those of the pipeline's stages, `stages` that of each dropout."""
+        """`meshes`: of each pipeline stage. `stages`: of each dropout."""
         self._seed, self._rank, self._meshes, self._stages = seed, rank, meshes, stages
-        self._names: dict[int, tuple[str, str]] = {}  # of a stage's variables: the seeds, the micro-batches done
-        self._split_axes: list[tuple[str, ...]] = [()] * len(stages)  # over which each dropout's activation is split
+        # By stage the names of its variables: the seeds, the number of completed micro-batches.
+        self._names: dict[int, tuple[str, str]] = {}
+        self._split_axes: list[tuple[str, ...]] = [()] * len(stages)  # mesh axes that split each dropout's activation
 
     def begin(self) -> None:
-        """Called first of all in the forward, outside of all that is computed again."""
+        """Create the seeds. Call it first in the forward, outside of everything that is recomputed."""
         for stage in set(self._stages):
             mesh = self._meshes[stage]
-            whole = [dist.Replicate()] * mesh.ndim
-            seeds = persistable("dropout_seeds", [len(self._stages)], "int32", mesh, whole)
-            done = persistable("dropout_micro_batches", [1], "int32", mesh, whole)
-            self._names[stage] = (seeds.name, done.name)
-            current = seeds + done
-            for index, stage_of_dropout in enumerate(self._stages):
-                if stage_of_dropout == stage:
-                    current[index : index + 1].get_defining_op().set_int_attr(_SEED_OF_DROPOUT, index)
-            assign_to(done, done + 1)
+            replicated = [dist.Replicate()] * mesh.ndim
+            seeds = persistable("dropout_seeds", [len(self._stages)], "int32", mesh, replicated)
+            num_done = persistable("dropout_micro_batches", [1], "int32", mesh, replicated)
+            self._names[stage] = (seeds.name, num_done.name)
+            current = seeds + num_done
+            for index, dropout_stage in enumerate(self._stages):
+                if dropout_stage == stage:
+                    current[index : index + 1].get_defining_op().set_int_attr(_DROPOUT_SEED, index)
+            assign_to(num_done, num_done + 1)
 
     def function(self, index: int) -> Any:
-        """F.dropout(x, p) for the `index`-th dropout."""
+        """Return F.dropout(x, p) for the dropout `index`."""
 
         def dropout(x: Any, p: float, training: bool = True) -> Any:
             mesh = self._meshes[self._stages[index]]
@@ -78,32 +81,36 @@ class SeededDropout:
         return dropout
 
     def set_step(self, step: int) -> None:
-        """Sets the seeds for the step after `step` done ones: functions of the seed, the step, the dropout, and this
-        rank's place along the axes over which the activation is split."""
-        coordinates = dict(zip(*self._place(), strict=True))
+        """Set the seeds for the step after `step` completed ones.
+
+        They are functions of the run's seed, the step, the dropout, and this rank's coordinates along the axes that
+        split the activation.
+        """
+        coordinates = self._coordinates()
         scope = paddle.static.global_scope()
         for stage, names in self._names.items():
             if self._rank not in self._meshes[stage].process_ids:
                 continue
-            seeds = np.array([self._seed_of(index, step, coordinates) for index in range(len(self._stages))], np.int32)
+            seeds = np.array([self._seed_at(index, step, coordinates) for index in range(len(self._stages))], np.int32)
             for name, value in zip(names, (seeds, np.zeros(1, np.int32)), strict=True):
                 scope.find_var(name).get_tensor().set(value, paddle.framework._current_expected_place_())
 
-    def _seed_of(self, index: int, step: int, coordinates: dict[str, int]) -> int:
+    def _seed_at(self, index: int, step: int, coordinates: dict[str, int]) -> int:
         place = [coordinates[axis] if axis in self._split_axes[index] else 0 for axis in ("dp", "mp")]
-        drawn = np.random.SeedSequence([self._seed, step, index, *place]).generate_state(1)
-        return int(drawn[0] % 2**30) + 1  # 0 would mean none, and micro-batches are added
+        seed = int(np.random.SeedSequence([self._seed, step, index, *place]).generate_state(1)[0])
+        return seed % 2**30 + 1  # Paddle takes 0 for no seed; micro-batches are added
 
-    def _place(self) -> tuple[list[str], list[int]]:
-        """The axes of a stage's mesh and this rank's place along them."""
+    def _coordinates(self) -> dict[str, int]:
+        """Return this rank's coordinates in its stage's mesh, by axis."""
         mesh = next(mesh for mesh in self._meshes if self._rank in mesh.process_ids)
-        return mesh.dim_names, [int(np.argwhere(mesh.mesh == self._rank)[0][axis]) for axis in range(mesh.ndim)]
+        coordinates = np.argwhere(mesh.mesh == self._rank)[0]
+        return {axis: int(coordinates[index]) for index, axis in enumerate(mesh.dim_names)}
 
 
 def seed_dropouts(program: Any) -> None:
-    """Gives every marked dropout of a program its seed, those that are computed again too."""
+    """Connect every marked dropout of a program to its seed, including recomputed dropouts."""
     operations = list(program.global_block().ops)
-    seeds = {op.attrs()[_SEED_OF_DROPOUT]: op.result(0) for op in operations if op.has_attr(_SEED_OF_DROPOUT)}
+    seeds = {op.attrs()[_DROPOUT_SEED]: op.result(0) for op in operations if op.has_attr(_DROPOUT_SEED)}
     for operation in operations:
         if operation.name() == "pd_op.dropout" and operation.has_attr(_DROPOUT):
             operation.operand(1).set_source(seeds[operation.attrs()[_DROPOUT]])

@@ -1,4 +1,4 @@
-"""oneDNN's kernels as they are called directly, against NumPy in float64 at odd sizes and with odd strides."""
+"""The oneDNN kernels against NumPy in float64, at odd sizes and with odd strides; the check of their version."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import sys
 import numpy as np
 import pytest
 
-from vit_static.program.cpu import onednn
+from vit_static.program.cpu import attention, onednn
 from vit_static.program.cpu.onednn import Layout, dense
+
+pytestmark = pytest.mark.cpu_isa
 
 BFLOAT16 = pytest.param("bfloat16", marks=pytest.mark.needs_bfloat16)
 DTYPES = ["float32", BFLOAT16]
@@ -19,7 +21,7 @@ rng = np.random.default_rng(0)
 
 
 def stored(values: np.ndarray, dtype: str) -> np.ndarray:
-    """The values as they lie in memory: bfloat16 as the upper halves of float32's bits, rounded to the nearest."""
+    """Return values as in memory: bfloat16 as the upper halves of float32's bits, rounded to the nearest."""
     bits = np.ascontiguousarray(values, np.float32)
     if dtype == "float32":
         return bits.copy()
@@ -33,8 +35,8 @@ def loaded(memory: np.ndarray) -> np.ndarray:
     return (memory.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
-def numbers(dtype: str, *shape: int) -> tuple[np.ndarray, np.ndarray]:
-    """Normally distributed values: as they lie in memory, and what a kernel must read there."""
+def normal_values(dtype: str, *shape: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return normally distributed values as in memory, and the float64 values that they represent."""
     memory = stored(rng.standard_normal(shape), dtype)
     return memory, loaded(memory)
 
@@ -54,28 +56,31 @@ def address(memory: np.ndarray) -> int:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_product_with_bias_factor_and_residual(dtype: str, transposed: bool) -> None:
-    a_memory, a = numbers(dtype, 13, 7)
-    b_memory, b = numbers(dtype, *((5, 7) if transposed else (7, 5)))
-    (bias_memory, bias), (added_memory, added) = numbers("float32", 1, 5), numbers("float32", 13, 5)
+    a_memory, a = normal_values(dtype, 13, 7)
+    b_memory, b = normal_values(dtype, *((5, 7) if transposed else (7, 5)))
+    (bias_memory, bias), (residual_memory, residual) = normal_values("float32", 1, 5), normal_values("float32", 13, 5)
     out = empty("float32", 13, 5)
-    of_a, of_b, of_out = dense(dtype, 13, 7), dense(dtype, *b_memory.shape), dense("float32", 13, 5)
+    a_layout, b_layout, out_layout = dense(dtype, 13, 7), dense(dtype, *b_memory.shape), dense("float32", 13, 5)
     product = onednn.matmul(
-        of_a, of_b.transposed if transposed else of_b, of_out, dense("float32", 1, 5), of_out, factor=0.25
+        a_layout,
+        b_layout.transposed if transposed else b_layout,
+        out_layout,
+        dense("float32", 1, 5),
+        out_layout,
+        factor=0.25,
     )
-    product(*map(address, (a_memory, b_memory, bias_memory, added_memory, out)))
-    close(out, (a @ (b.T if transposed else b) + bias) * 0.25 + added, "float32" if dtype == "float32" else dtype)
+    product(*map(address, (a_memory, b_memory, bias_memory, residual_memory, out)))
+    close(out, (a @ (b.T if transposed else b) + bias) * 0.25 + residual, dtype)
 
 
 def test_products_of_length_one() -> None:
-    """In a process of its own: oneDNN keeps the kernels that it has once chosen."""
+    """In a new process: oneDNN caches the kernels that it has chosen."""
     script = """
 import numpy as np
 from vit_static.common.startup import prepare_process
 prepare_process(verbose=True)
-from vit_static import onednn
-from vit_static.onednn import dense
-
-pytestmark = pytest.mark.cpu_isa
+from vit_static.program.cpu import onednn
+from vit_static.program.cpu.onednn import dense
 for rows, columns in ((3, 24), (16, 384), (1, 5)):
     a, b = np.random.default_rng(0).standard_normal((2, 400)).astype(np.float32)
     out = np.full((rows, columns), np.nan, np.float32)
@@ -91,7 +96,7 @@ for rows, columns in ((3, 24), (16, 384), (1, 5)):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gelu_and_its_gradient(dtype: str) -> None:
-    (x_memory, x), (grad_memory, grad) = numbers(dtype, 9, 31), numbers(dtype, 9, 31)
+    (x_memory, x), (grad_memory, grad) = normal_values(dtype, 9, 31), normal_values(dtype, 9, 31)
     out, x_grad, layout = empty(dtype, 9, 31), empty(dtype, 9, 31), dense(dtype, 9, 31)
     onednn.gelu(layout, layout)(address(x_memory), address(out))
     onednn.gelu_grad(layout, layout, layout)(address(x_memory), address(grad_memory), address(x_grad))
@@ -101,8 +106,8 @@ def test_gelu_and_its_gradient(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gelus_approximation_and_its_gradient(dtype: str) -> None:
-    (x_memory, x), (grad_memory, grad) = numbers(dtype, 9, 31), numbers(dtype, 9, 31)
+def test_tanh_gelu_and_its_gradient(dtype: str) -> None:
+    (x_memory, x), (grad_memory, grad) = normal_values(dtype, 9, 31), normal_values(dtype, 9, 31)
     out, x_grad, layout = empty(dtype, 9, 31), empty(dtype, 9, 31), dense(dtype, 9, 31)
     onednn.gelu(layout, layout, True)(address(x_memory), address(out))
     onednn.gelu_grad(layout, layout, layout, True)(address(x_memory), address(grad_memory), address(x_grad))
@@ -115,16 +120,16 @@ def test_gelus_approximation_and_its_gradient(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layer_norm_and_its_gradients(dtype: str) -> None:
-    """Inputs in float32, what it writes and the gradient that it gets in either dtype."""
-    (x_memory, x), (grad_memory, grad) = numbers("float32", 11, 24), numbers(dtype, 11, 24)
-    (scale_memory, scale), (shift_memory, shift) = numbers("float32", 24), numbers("float32", 24)
+    """Inputs are float32; the output and its gradient have either dtype."""
+    (x_memory, x), (grad_memory, grad) = normal_values("float32", 11, 24), normal_values(dtype, 11, 24)
+    (scale_memory, scale), (shift_memory, shift) = normal_values("float32", 24), normal_values("float32", 24)
     mean, variance, out = empty("float32", 11), empty("float32", 11), empty(dtype, 11, 24)
     x_grad, scale_grad, shift_grad = empty("float32", 11, 24), empty("float32", 24), empty("float32", 24)
-    of_x, of_out = dense("float32", 11, 24), dense(dtype, 11, 24)
-    given = (x_memory, scale_memory, shift_memory)
-    onednn.layer_norm(of_x, of_out, 1e-6)(*map(address, (*given, out, mean, variance)))
-    backward = onednn.layer_norm_grad(of_x, of_out, of_x, 1e-6)
-    backward(*map(address, (*given, mean, variance, grad_memory, x_grad, scale_grad, shift_grad)))
+    x_layout, out_layout = dense("float32", 11, 24), dense(dtype, 11, 24)
+    inputs = (x_memory, scale_memory, shift_memory)
+    onednn.layer_norm(x_layout, out_layout, 1e-6)(*map(address, (*inputs, out, mean, variance)))
+    backward = onednn.layer_norm_grad(x_layout, out_layout, x_layout, 1e-6)
+    backward(*map(address, (*inputs, mean, variance, grad_memory, x_grad, scale_grad, shift_grad)))
     deviation = np.sqrt(x.var(axis=1, keepdims=True) + 1e-6)
     normal = (x - x.mean(axis=1, keepdims=True)) / deviation
     close(out, normal * scale + shift, dtype)
@@ -136,18 +141,18 @@ def test_layer_norm_and_its_gradients(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("score_bytes", [4 << 20, 4 * 2 * 17 * 17, 1], ids=["all at once", "two heads", "one head"])
+@pytest.mark.parametrize("score_bytes", [4 << 20, 4 * 2 * 17 * 17, 1], ids=["all images", "two heads", "one head"])
 def test_attention_and_its_gradients(monkeypatch, dtype: str, score_bytes: int) -> None:
-    """Of tensors [B, N, H, d], read as [B, H, N, d], whatever the part of the batch that is done at a time."""
-    monkeypatch.setattr(onednn, "_SCORE_BYTES", score_bytes)
+    """On tensors [B, N, H, d], read as [B, H, N, d], for each number of images and heads computed at a time."""
+    monkeypatch.setattr(attention, "_SCORE_BYTES", score_bytes)
     images, tokens, heads, channels = 3, 17, 4, 8
     layout = dense(dtype, images, tokens, heads, channels).permuted((0, 2, 1, 3))
     shape = (images, tokens, heads, channels)
-    memories, values = zip(*(numbers(dtype, *shape) for _ in range(4)), strict=True)
+    memories, values = zip(*(normal_values(dtype, *shape) for _ in range(4)), strict=True)
     q, k, v, grad = (value.transpose(0, 2, 1, 3) for value in values)
     out, q_grad, k_grad, v_grad = (empty(dtype, *shape) for _ in range(4))
-    onednn.Attention(layout, layout, layout, layout)(*map(address, (*memories[:3], out)))
-    backward = onednn.AttentionGrad([layout] * 4, [layout] * 3, (0.5, 1.0, 1.0))
+    attention.Attention(layout, layout, layout, layout)(*map(address, (*memories[:3], out)))
+    backward = attention.AttentionGrad([layout] * 4, [layout] * 3, (0.5, 1.0, 1.0))
     backward(*map(address, (*memories, q_grad, k_grad, v_grad)))
     scores = q @ k.swapaxes(2, 3)
     weights = np.exp(scores - scores.max(axis=3, keepdims=True))
@@ -162,18 +167,18 @@ def test_attention_and_its_gradients(monkeypatch, dtype: str, score_bytes: int) 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_softmax_and_its_gradient(dtype: str) -> None:
-    (x_memory, x), (grad_memory, grad) = numbers("float32", 6, 19), numbers(dtype, 6, 19)
+    (x_memory, x), (grad_memory, grad) = normal_values("float32", 6, 19), normal_values(dtype, 6, 19)
     out, x_grad = empty(dtype, 6, 19), empty(dtype, 6, 19)
-    of_out = dense(dtype, 6, 19)
-    onednn.softmax(dense("float32", 6, 19), of_out)(address(x_memory), address(out))
-    onednn.softmax_grad(of_out, of_out, of_out)(address(out), address(grad_memory), address(x_grad))
+    layout = dense(dtype, 6, 19)
+    onednn.softmax(dense("float32", 6, 19), layout)(address(x_memory), address(out))
+    onednn.softmax_grad(layout, layout, layout)(address(out), address(grad_memory), address(x_grad))
     expected = np.exp(x) / np.exp(x).sum(axis=1, keepdims=True)
     close(out, expected, dtype)
     close(x_grad, expected * (grad - (expected * grad).sum(axis=1, keepdims=True)), dtype)
 
 
 def test_conversion_rounds_to_the_nearest() -> None:
-    memory, values = numbers("float32", 101)
+    memory, values = normal_values("float32", 101)
     low, back = empty("bfloat16", 101), empty("float32", 101)
     onednn.convert(dense("float32", 101), dense("bfloat16", 101))(address(memory), address(low))
     onednn.convert(dense("bfloat16", 101), dense("float32", 101))(address(low), address(back))
@@ -181,9 +186,71 @@ def test_conversion_rounds_to_the_nearest() -> None:
     np.testing.assert_array_equal(loaded(back), loaded(low))
 
 
-def test_layouts_that_no_strides_describe_are_none() -> None:
+def test_reshaping_is_none_where_no_strides_describe_it() -> None:
     layout = dense("float32", 2, 3, 4)
     assert layout.reshaped((6, 4)) == dense("float32", 6, 4)
     assert layout.permuted((1, 0, 2)).reshaped((6, 4)) is None
     assert layout.permuted((1, 0, 2)) == Layout("float32", (3, 2, 4), (4, 12, 1))
     assert layout.first(1, 2).shape == (1, 2, 4) and layout.offset(1, 2) == 4 * (12 + 2 * 4)
+
+
+def test_the_wheels_version_is_supported() -> None:
+    assert onednn.library_version()[:2] == (3, 6)
+    assert onednn.why_unsupported(onednn.library_version()) is None
+    assert onednn.is_supported()
+
+
+@pytest.mark.parametrize("version", [(3, 5, 9), (3, 7, 0), (4, 6, 0), (2, 6, 2)])
+def test_another_version_is_unsupported_with_a_reason(version: tuple[int, int, int]) -> None:
+    reason = onednn.why_unsupported(version)
+    assert reason is not None
+    assert ".".join(map(str, version)) in reason and "need 3.6" in reason
+
+
+def test_a_patch_release_is_supported() -> None:
+    assert onednn.why_unsupported((3, 6, 99)) is None
+
+
+WITH_ANOTHER_VERSION = """
+from vit_static.common.startup import prepare_process
+prepare_process()
+import numpy as np
+import paddle
+from vit_static.program.cpu import onednn
+onednn._SUPPORTED_VERSION = (9, 8)
+
+from vit_static.common.errors import ConfigError
+from vit_static.config.schema import AmpConfig, Config, DataConfig, ModelConfig
+from vit_static.model.vit import VisionTransformer, attention_by_matmul
+from vit_static.parallel.mesh import MeshShape, start_mesh
+from vit_static.program.precision import choose_precision
+from vit_static.program.program import Program
+
+model = ModelConfig(variant="Ti/16", image_size=8, patch_size=4, width=12, depth=1, num_heads=2, num_classes=3)
+config = Config(name="version", model=model, data=DataConfig(global_batch_size=2))
+mesh = start_mesh(MeshShape(1, 1, 1), "cpu")
+precision = choose_precision(config.amp, "cpu", config.kernels, config.parallel, cpu_has_bfloat16=True)
+assert precision.level == "O0", precision
+try:
+    choose_precision(AmpConfig(level="O1"), "cpu", config.kernels, config.parallel, cpu_has_bfloat16=True)
+except ConfigError as error:
+    assert str(error).endswith("set amp.level=O0 (or auto)"), error
+else:
+    raise AssertionError("O1 needs the kernels")
+network = VisionTransformer(model, attention_by_matmul)
+program = Program.for_training(config, network, mesh, precision, learning_rate=lambda step: 1e-3, eval_batch_size=2)
+images, labels = paddle.rand([2, 3, 8, 8]), paddle.to_tensor(np.array([0, 2]))
+assert np.isfinite(program.loss_value(program.train_step(images, labels, 0)))
+names = {op.name() for op in program.compiled("train").global_block().ops}
+assert "pd_op.matmul" in names and not any("vit_static" in name for name in names), names
+"""
+
+
+def test_with_another_version_paddles_kernels_run_and_one_line_says_so() -> None:
+    """In a process where the kernels are written for a version that the library doesn't have."""
+    command = [sys.executable, "-c", WITH_ANOTHER_VERSION]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "oneDNN" in line]
+    assert len(lines) == 1 and lines[0].startswith("vit_static: oneDNN 3.6."), done.stderr
+    assert "need 9.8, so Paddle's own kernels run" in lines[0]

@@ -1,0 +1,88 @@
+"""Custom operators: Python functions on memory addresses as operators of a compiled program."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Hashable
+from functools import cache
+from typing import Any
+
+import paddle
+from paddle.static import MetaTensor
+
+from vit_static.program.cpu import onednn
+from vit_static.program.cpu.onednn import dense
+from vit_static.program.cpu.patterns import dtype_of
+
+_names: dict[Hashable, str] = {}
+_one_at_a_time = threading.Lock()
+
+
+def has_custom_ops() -> bool:
+    """Return whether this process has created any.
+
+    If so, it can't open a program in Paddle Inference 3.3.1, which takes them for operators of a custom library and
+    ends the process.
+    """
+    return bool(_names)
+
+
+def add_op(
+    kernel: str,
+    key: Hashable,
+    run: Callable[..., None],
+    inputs: list[Any],
+    outputs: list[tuple[str, tuple[int, ...]]],
+) -> list[Any]:
+    """Add an operator at the insertion point, and return its results.
+
+    `run` is called with the addresses of the inputs and outputs, and fills the outputs, which are given as (dtype,
+    shape). Paddle identifies an operator's function by its name: operators with equal `kernel` and `key` share one.
+    """
+
+    def call(*tensors: paddle.Tensor) -> Any:
+        with paddle.base.dygraph.base.guard():
+            results = [paddle.empty(shape, dtype) for dtype, shape in outputs]
+            with _one_at_a_time:  # kernels store their operands' addresses, and share scratch memory
+                run(*(tensor.data_ptr() for tensor in (*tensors, *results)))
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def infer(*_: Any) -> Any:
+        metas = [MetaTensor(shape=list(shape), dtype=getattr(paddle, dtype)) for dtype, shape in outputs]
+        return metas[0] if len(metas) == 1 else tuple(metas)
+
+    name = _names.setdefault((kernel, key, tuple(outputs)), f"vit_static_{kernel}_{len(_names)}")
+    return list(
+        paddle._C_ops._run_python_op(
+            *inputs,
+            name=name,
+            input_names=[f"in{index}" for index in range(len(inputs))],
+            output_names=[f"out{index}" for index in range(len(outputs))],
+            attrs={"infer_meta_fn_ptr": infer, "fn_ptr": call},
+            inplace_map={},
+        )
+    )
+
+
+def convert(value: Any, dtype: str) -> Any:
+    """Add an operator that converts a value to another dtype, and return its result."""
+    length = math.prod(value.shape)
+    primitive = onednn.convert(dense(dtype_of(value), length), dense(dtype, length))
+    (converted,) = add_op("convert", primitive, primitive, [value], [(dtype, tuple(value.shape))])
+    return converted
+
+
+def replace_result(result: Any, value: Any) -> None:
+    """Let the readers of `result` read `value`, converted to the dtype that they expect.
+
+    The lowering of the next operators looks through the conversion.
+    """
+    dtype = dtype_of(result)
+    result.replace_all_uses_with(value if dtype_of(value) == dtype else convert(value, dtype))
+
+
+@cache
+def ones(dtype: str, length: int) -> paddle.Tensor:
+    """Return a vector of ones, the same one each time."""
+    return paddle.ones([length], dtype)

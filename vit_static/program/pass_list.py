@@ -1,0 +1,113 @@
+"""The passes that run over a compiled program, in order.
+
+Each entry states when it applies and which other passes must have run before it, and why. To add a pass or to move one,
+change PASSES; a test compares the order with the constraints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vit_static.config.schema import KernelsConfig
+from vit_static.parallel import gloo
+from vit_static.program import grad_buckets, passes, seeded_dropout
+from vit_static.program.cpu import lowering, onednn
+from vit_static.program.grad_buckets import GradSyncConfig
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """Properties of the program being compiled, by which passes apply."""
+
+    is_training: bool
+    device: str  # cpu or gpu
+    world_size: int
+    sharding_stage: int
+    grad_sync: GradSyncConfig
+    kernels: KernelsConfig
+    count_costs: Callable[[Any], None] | None = None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One step over a compiled program, as one rank executes it, before the engine splits it into jobs.
+
+    `after` maps the names of the passes that must run earlier to the reason.
+    """
+
+    name: str
+    run: Callable[[Any, PassContext], None]
+    applies: Callable[[PassContext], bool]
+    after: dict[str, str] = field(default_factory=dict)
+
+
+def _count_costs(program: Any, context: PassContext) -> None:
+    assert context.count_costs is not None
+    context.count_costs(program)
+
+
+_BY_NAME = "it recognizes Paddle's collectives by their operator names, which this pass replaces"
+_PLAIN = "costs are counted from Paddle's plain operators, which this pass replaces"
+
+PASSES: tuple[Pass, ...] = (
+    Pass(
+        "seed dropouts",
+        lambda program, _: seeded_dropout.seed_dropouts(program),
+        applies=lambda context: True,
+    ),
+    Pass(
+        "re-gather parameters",
+        lambda program, _: passes.regather_params_in_backward(program),
+        applies=lambda context: context.sharding_stage == 3,
+    ),
+    Pass(
+        "bucket gradients",
+        lambda program, context: grad_buckets.bucket_gradients(program, context.grad_sync),
+        applies=lambda context: context.is_training and context.grad_sync.bucket_bytes > 0,
+    ),
+    Pass(
+        "count costs",
+        _count_costs,
+        applies=lambda context: context.is_training and context.count_costs is not None,
+        after={
+            "re-gather parameters": "the second gathers are part of the communication and lower the memory peak",
+            "bucket gradients": "the collectives that run are those of the buckets",
+        },
+    ),
+    Pass(
+        "gloo collectives",
+        lambda program, _: gloo.replace_collectives(program),
+        applies=lambda context: context.device == "cpu" and context.world_size > 1,
+        after={"re-gather parameters": _BY_NAME, "bucket gradients": _BY_NAME, "count costs": _BY_NAME},
+    ),
+    Pass(
+        "oneDNN kernels",
+        lambda program, _: lowering.lower(program),
+        applies=lambda context: context.device == "cpu" and context.kernels.onednn and onednn.is_supported(),
+        after={"count costs": _PLAIN},
+    ),
+    Pass(
+        "fused linear layers",
+        lambda program, context: passes.fuse_linears(program, context.kernels.fused_gelu),
+        applies=lambda context: context.device == "gpu" and context.kernels.fused_linear,
+        after={"count costs": _PLAIN},
+    ),
+    Pass(
+        "fused dropout",
+        lambda program, _: passes.fuse_dropouts(program),
+        applies=lambda context: context.device == "gpu" and context.kernels.fused_dropout,
+        after={
+            "seed dropouts": "a fused dropout no longer has the attribute that says which seed it gets",
+            "count costs": _PLAIN,
+        },
+    ),
+)
+
+
+def run_passes(program: Any, context: PassContext, pass_list: Sequence[Pass] = PASSES) -> None:
+    """Run those passes over a program that apply to it, in their order. Changes the program."""
+    for step in pass_list:
+        if step.applies(context):
+            step.run(program, context)
