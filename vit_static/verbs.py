@@ -147,11 +147,11 @@ def run_plan(arguments: argparse.Namespace) -> int:
     """Predict the cost of a run on a mesh."""
     config = _load_config(arguments)
     prepare_process(arguments.verbose)
-    from vit_static.plan.planner import Place
+    from vit_static.plan.planner import Cluster
     from vit_static.plan.tables import plan_run
 
-    place = Place(arguments.device, arguments.interconnect, arguments.gpus_per_node)
-    plan_run(config, arguments.mesh, arguments.world, place, arguments.rank, arguments.search, arguments.json)
+    cluster = Cluster(arguments.device, arguments.interconnect, arguments.gpus_per_node)
+    plan_run(config, arguments.mesh, arguments.world, cluster, arguments.rank, arguments.search, arguments.json)
     return EXIT_DONE
 
 

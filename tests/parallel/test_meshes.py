@@ -24,8 +24,8 @@ from pydantic import TypeAdapter
 
 from vit_static.config.schema import AmpConfig, Config, DataConfig, ModelConfig, OptimConfig, ParallelConfig
 from vit_static.launch import __main__
-from vit_static.plan.costs import by_kind
-from vit_static.plan.planner import Place, make_plan
+from vit_static.plan.costs import count_by_kind
+from vit_static.plan.planner import Cluster, make_plan
 
 pytestmark = pytest.mark.early
 
@@ -531,11 +531,11 @@ def test_a_plan_is_what_the_run_does(runs: Runs, name: str) -> None:
         amp=AmpConfig(level="O0"),
     )
     for rank, outcome in enumerate(runs(name)):
-        found = make_plan(config, case.parallel, case.world_size, Place("a100-80g", "ib-hdr"), rank)
+        found = make_plan(config, case.parallel, case.world_size, Cluster("a100-80g", "ib-hdr"), rank)
         held = {key: part.local.nbytes for key, part in outcome.state.items()}
         assert found.costs.parameters == sum(size for key, size in held.items() if "@" not in key)
         assert found.costs.optimizer_state == sum(size for key, size in held.items() if "@" in key)
-        table = by_kind(found.costs.collectives, found.num_micro_batches)
+        table = count_by_kind(found.costs.collectives, found.num_micro_batches)
         moved: dict[str, tuple[int, int]] = {}
         for (kind, _, _), (count, num_bytes) in table.items():
             calls, before = moved.get(kind, (0, 0))

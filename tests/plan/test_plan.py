@@ -1,4 +1,4 @@
-"""The plan of a run: its figures against closed forms, and against what a real run of the same mesh has done."""
+"""Plans: their numbers against closed forms, and against a real run of the same program."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from vit_static.model import flops
 from vit_static.model.variants import shape_of, variant_of
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import Mesh, MeshShape, all_mesh_shapes, why_invalid
-from vit_static.plan.costs import Collective, Costs, Operator, program_costs, scale_costs
-from vit_static.plan.planner import Place, Plan, _world, make_plan, search_meshes, with_mesh
+from vit_static.plan.costs import Collective, Costs, Operator, program_costs, runs_per_step
+from vit_static.plan.planner import Cluster, Plan, make_plan, resolve_world_size, search_meshes, with_mesh
 from vit_static.plan.tables import plan_run
 from vit_static.program.precision import Precision
 from vit_static.program.program import Program
 
 CONFIGS = ROOT / "configs"
-A100 = Place("a100-80g", "ib-hdr")
+A100 = Cluster("a100-80g", "ib-hdr")
 
 
 def small_config(*overrides: str) -> Config:
-    """The quickstart's model, in float32."""
+    """Return the quickstart's config in float32."""
     return load_config(CONFIGS / "quickstart.yaml", ["amp.level=O0", *overrides])
 
 
 def planned(config: Config, mesh_text: str = "dp=1", rank: int = 0) -> Plan:
     parallel = with_mesh(config.parallel, mesh_text)
-    return make_plan(config, parallel, _world(parallel, None), A100, rank)
+    return make_plan(config, parallel, resolve_world_size(parallel, None), A100, rank)
 
 
 @pytest.fixture(scope="module")
-def alone() -> Plan:
+def one_rank() -> Plan:
     return planned(small_config())
 
 
@@ -48,31 +48,31 @@ def num_parameters(config: Config) -> int:
     return sum(math.prod(parameter.shape) for parameter in VisionTransformer(config.model).parameters())
 
 
-def test_operations_of_one_rank_are_the_closed_forms(alone: Plan) -> None:
-    """All but the gradient of the images, which nobody asks for: that many as the patch embedding's forward."""
+def test_operations_of_one_rank_are_the_closed_forms(one_rank: Plan) -> None:
+    """Without the gradient of the images, which isn't computed: as many as the patch embedding's forward."""
     config = small_config()
     shape, batch = shape_of(config.model), config.data.global_batch_size
-    of_images = 2 * batch * shape.num_patches * shape.patch_dim * shape.width
-    assert alone.costs.flops(1) == batch * flops.train_flops(shape) - of_images
+    image_gradient_flops = 2 * batch * shape.num_patches * shape.patch_dim * shape.width
+    assert one_rank.costs.flops(1) == batch * flops.train_flops(shape) - image_gradient_flops
 
 
-def test_memory_of_one_rank_is_counted_by_hand(alone: Plan) -> None:
-    """AdamW: two moments of every parameter, and two powers of beta."""
+def test_memory_of_one_rank_is_the_closed_form(one_rank: Plan) -> None:
+    """AdamW stores two moments of every parameter and two powers of beta per tensor."""
     config = small_config()
     count = num_parameters(config)
     tensors = len(VisionTransformer(config.model).parameters())
-    assert alone.costs.parameters == alone.costs.gradients == 4 * count
-    assert alone.costs.optimizer_state == 8 * count + 8 * tensors
-    assert alone.costs.collectives == ()
+    assert one_rank.costs.parameters == one_rank.costs.gradients == 4 * count
+    assert one_rank.costs.optimizer_state == 8 * count + 8 * tensors
+    assert one_rank.costs.collectives == ()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("override", ["recompute=none", "recompute=block", "grad_accum_steps=2"])
-def test_a_step_allocates_what_is_planned(cpu_mesh: Mesh, override: str) -> None:
-    """Within 15 %, of a model whose activations are some 100 MB: what Paddle says it has had allocated at a time."""
+def test_a_step_allocates_the_planned_memory(cpu_mesh: Mesh, override: str) -> None:
+    """Within 15 % of the peak that Paddle reports, for a model with some 100 MB of activations."""
     model = ["model.variant=S/16", "model.image_size=96", "model.depth=6", "data.global_batch_size=16"]
-    quickstarts = [f"model.{key}=null" for key in ("patch_size", "width", "num_heads", "mlp_dim")]
-    config = small_config(*quickstarts, *model, f"parallel.{override}")
+    quickstart_sizes = [f"model.{key}=null" for key in ("patch_size", "width", "num_heads", "mlp_dim")]
+    config = small_config(*quickstart_sizes, *model, f"parallel.{override}")
     program = Program.for_training(
         # A plan is for GPUs: it doesn't contain what the CPU kernels save.
         config.model_copy(update={"kernels": KernelsConfig(onednn=False)}),
@@ -83,37 +83,37 @@ def test_a_step_allocates_what_is_planned(cpu_mesh: Mesh, override: str) -> None
         eval_batch_size=16,
         count_costs=program_costs,
     )
-    for step in range(3):  # the first steps allocate what is kept, accumulated gradients among it
+    for step in range(3):  # the first steps also allocate persistent memory, such as accumulated gradients
         before = core.host_memory_stat_current_value("Allocated", 0)
         core.host_memory_stat_reset_peak_value("Allocated", 0)
         program.loss_value(program.train_step(*images_and_labels(16, config.model), step))
     measured = core.host_memory_stat_peak_value("Allocated", 0) - before
-    found = program.costs()
-    kept = found.gradients if config.parallel.grad_accum_steps > 1 else 0
-    assert found.peak_of_a_step - kept == pytest.approx(measured, rel=0.15)
-    # And the plan, compiled without a run, is the program's own.
-    assert planned(config).costs.peak_of_a_step == found.peak_of_a_step
+    costs = program.costs()
+    persistent = costs.gradients if config.parallel.grad_accum_steps > 1 else 0
+    assert costs.step_peak - persistent == pytest.approx(measured, rel=0.15)
+    # The plan, which is compiled without a run, has the same costs.
+    assert planned(config).costs.step_peak == costs.step_peak
 
 
-def test_half_precision_keeps_two_bytes_and_a_master_copy(alone: Plan) -> None:
+def test_half_precision_stores_two_bytes_and_a_master_copy(one_rank: Plan) -> None:
     half = planned(small_config("amp.level=O2"))
     count = num_parameters(small_config())
     assert half.costs.parameters == 2 * count and half.costs.gradients == 4 * count
-    assert half.costs.optimizer_state == alone.costs.optimizer_state + 4 * count
-    # Half the bytes, and none for attention's scores, [B, heads, N, N], which a fused kernel never stores.
-    assert half.costs.activations < 0.5 * alone.costs.activations
+    assert half.costs.optimizer_state == one_rank.costs.optimizer_state + 4 * count
+    # Half the bytes, and none for the attention scores [B, heads, N, N], which a fused kernel never stores.
+    assert half.costs.activations < 0.5 * one_rank.costs.activations
     assert planned(small_config("amp.level=O2", "amp.master_grad=false")).costs.gradients == 2 * count
 
 
-def test_data_parallel_ranks_sum_every_gradient_once(alone: Plan) -> None:
-    found = planned(small_config(), "dp=4")
-    reduced = [one for one in found.costs.collectives if one.role != "forward" and one.kind == "all_reduce"]
-    assert sum(one.num_bytes for one in reduced) == found.costs.parameters
+def test_data_parallel_ranks_sum_every_gradient_once(one_rank: Plan) -> None:
+    costs = planned(small_config(), "dp=4").costs
+    reduced = [one for one in costs.collectives if one.role != "forward" and one.kind == "all_reduce"]
+    assert sum(one.num_bytes for one in reduced) == costs.parameters
     assert {one.ranks for one in reduced} == {(0, 1, 2, 3)}
-    assert found.costs.activations == pytest.approx(alone.costs.activations / 4, rel=0.05)
+    assert costs.activations == pytest.approx(one_rank.costs.activations / 4, rel=0.05)
 
 
-def test_buckets_sum_gradients_together() -> None:
+def test_buckets_reduce_several_gradients_at_a_time() -> None:
     counts = {
         bucket_mb: len(planned(small_config(f"parallel.bucket_mb={bucket_mb}"), "dp=2").costs.collectives)
         for bucket_mb in (0, 1, 64)
@@ -123,34 +123,34 @@ def test_buckets_sum_gradients_together() -> None:
     assert counts[64] <= 5
 
 
-def test_gradients_that_are_scattered_during_the_backward_are_held_in_parts() -> None:
+def test_gradients_scattered_during_the_backward_are_stored_sharded() -> None:
     """ZeRO's second stage: with exchanges after the backward each rank holds all of them at its end."""
-    held = {}
+    stored = {}
     for overlap in (True, False):
         config = small_config("parallel.bucket_mb=0.2", f"parallel.overlap_gradients={str(overlap).lower()}")
         for mesh_text in ("dp=4", "dp=4,sharding=2"):
-            held[mesh_text, overlap] = planned(config, mesh_text).costs.gradients
-    all_of_them = 4 * num_parameters(small_config())
-    assert held["dp=4", True] == held["dp=4", False] == held["dp=4,sharding=2", False] == all_of_them
-    # The last bucket's are whole at the backward's end, and biases' are small.
-    assert all_of_them / 4 <= held["dp=4,sharding=2", True] < all_of_them / 4 + 0.4e6
+            stored[mesh_text, overlap] = planned(config, mesh_text).costs.gradients
+    total = 4 * num_parameters(small_config())
+    assert stored["dp=4", True] == stored["dp=4", False] == stored["dp=4,sharding=2", False] == total
+    # The last bucket isn't scattered yet when the backward ends, and bias gradients are small.
+    assert total / 4 <= stored["dp=4,sharding=2", True] < total / 4 + 0.4e6
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_sharding_splits_the_state(alone: Plan, stage: int) -> None:
-    found = planned(small_config(), f"dp=2,sharding={stage}").costs
-    # All but the tensors that 2 doesn't divide, and the powers of beta.
-    assert found.optimizer_state == pytest.approx(alone.costs.optimizer_state / 2, rel=0.02)
-    assert found.parameters == pytest.approx(alone.costs.parameters / (2 if stage == 3 else 1), rel=0.02)
-    kinds = {(one.kind, one.role) for one in found.collectives}
+def test_sharding_splits_the_state(one_rank: Plan, stage: int) -> None:
+    costs = planned(small_config(), f"dp=2,sharding={stage}").costs
+    # Except for tensors that 2 doesn't divide, and the powers of beta.
+    assert costs.optimizer_state == pytest.approx(one_rank.costs.optimizer_state / 2, rel=0.02)
+    assert costs.parameters == pytest.approx(one_rank.costs.parameters / (2 if stage == 3 else 1), rel=0.02)
+    kinds = {(one.kind, one.role) for one in costs.collectives}
     assert (("reduce_scatter", "update") in kinds or ("reduce_scatter", "backward") in kinds) == (stage > 1)
     assert (("all_gather", "update") in kinds) == (stage < 3)
 
 
-def test_third_stage_holds_no_whole_parameters_between_forward_and_backward() -> None:
-    """It gathers them again in the backward, as many bytes as in the forward."""
+def test_third_stage_keeps_no_gathered_parameters_between_forward_and_backward() -> None:
+    """It gathers them again in the backward pass, as many bytes as in the forward pass."""
     second, third = (planned(small_config("parallel.recompute=block"), f"dp=2,sharding={n}").costs for n in (2, 3))
-    assert third.forward_kept <= second.forward_kept
+    assert third.kept_activations <= second.kept_activations
     gathered = {
         role: sum(one.num_bytes for one in third.collectives if (one.kind, one.role) == ("all_gather", role))
         for role in ("forward", "backward")
@@ -159,25 +159,24 @@ def test_third_stage_holds_no_whole_parameters_between_forward_and_backward() ->
     assert gathered["backward"] == pytest.approx(gathered["forward"], rel=0.05)
 
 
-def test_recomputation_keeps_less_and_computes_more(alone: Plan) -> None:
-    found = planned(small_config(), "recompute=block")
-    assert found.costs.activations < 0.5 * alone.costs.activations
+def test_recomputation_saves_memory_and_costs_operations(one_rank: Plan) -> None:
+    recomputed = planned(small_config(), "recompute=block")
+    assert recomputed.costs.activations < 0.5 * one_rank.costs.activations
     forward = flops.forward_macs(shape_of(small_config().model)) * 2 * 64
-    more = found.costs.flops(1) - alone.costs.flops(1)
-    assert 0.9 * forward < more < forward  # of all the blocks, not of the patch embedding and the head
-    assert found.model_flops == alone.model_flops
+    added = recomputed.costs.flops(1) - one_rank.costs.flops(1)
+    assert 0.9 * forward < added < forward  # all blocks, but not the patch embedding and the head
+    assert recomputed.model_flops == one_rank.model_flops
 
 
-def test_tensor_parallelism_moves_activations_twice_a_block_and_way() -> None:
+def test_tensor_parallelism_reduces_activations_twice_per_block_and_direction() -> None:
     config = small_config()
-    found = planned(config, "mp=2")
+    collectives = planned(config, "mp=2").costs.collectives
     shape = shape_of(config.model)
     size = 4 * config.data.global_batch_size * shape.num_tokens * shape.width
     for role in ("forward", "backward"):
-        of_role = [one for one in found.costs.collectives if (one.kind, one.role) == ("all_reduce", role)]
-        whole = [one for one in of_role if one.num_bytes == size]
-        assert len(whole) == 2 * shape.depth
-    gathered = [one for one in found.costs.collectives if one.kind == "all_gather"]
+        reduced = [one for one in collectives if (one.kind, one.role) == ("all_reduce", role)]
+        assert sum(one.num_bytes == size for one in reduced) == 2 * shape.depth
+    gathered = [one for one in collectives if one.kind == "all_gather"]
     assert [one.num_bytes for one in gathered] == [4 * config.data.global_batch_size * config.model.num_classes // 2]
 
 
@@ -185,7 +184,7 @@ def test_a_pipelines_first_stage_holds_more_micro_batches() -> None:
     config = small_config()
     first, last = (planned(config, "pp=2,accum=4", rank) for rank in (0, 1))
     assert (first.num_in_flight, last.num_in_flight) == (2, 1)
-    assert first.activations == first.costs.activations + first.costs.forward_kept
+    assert first.activations == first.costs.activations + first.costs.kept_activations
     fthenb = planned(small_config("parallel.pp_schedule=FThenB"), "pp=2,accum=4")
     assert fthenb.num_in_flight == 4
     sent = [one for one in first.costs.collectives if (one.kind, one.role) == ("send", "forward")]
@@ -193,9 +192,9 @@ def test_a_pipelines_first_stage_holds_more_micro_batches() -> None:
     assert [one.num_bytes for one in sent] == [4 * 16 * shape.num_tokens * shape.width]
 
 
-def test_times_are_a_rooflines() -> None:
-    """By hand, of a made-up program on eight A100s of a node: 312 TFLOP/s, 2039 GB/s, 300 GB/s a way between them."""
-    found = Plan(
+def test_times_follow_the_roofline_model() -> None:
+    """By hand, for a made-up program on eight A100s of a node: 312 TFLOP/s, 2039 GB/s, links of 300 GB/s per way."""
+    plan = Plan(
         mesh_shape=MeshShape(8, 1, 1),
         sharding_stage=0,
         recompute="none",
@@ -206,64 +205,66 @@ def test_times_are_a_rooflines() -> None:
             gradients=int(20e9),
             optimizer_state=int(30e9),
             activations=int(7e9),
-            forward_kept=int(6e9),
-            peak_of_a_step=int(27e9),
+            kept_activations=int(6e9),
+            step_peak=int(27e9),
             collectives=(Collective("all_reduce", "update", tuple(range(8)), 8 * 10**9),),
             operators=(Operator("forward", 10**6, 312 * 10**9), Operator("update", 2039 * 10**6, 0)),
         ),
         num_in_flight=1,
-        place=A100,
+        cluster=A100,
         dtype="bfloat16",
         global_batch_size=1000,
         model_flops=8 * 312 * 10**9,
     )
-    assert found.compute_seconds == pytest.approx(2 * 1e-3 + 1e-3)
-    assert found.communication_seconds == pytest.approx(2 * 7 / 8 * 8e9 / 300e9)
-    assert found.step_seconds == found.communication_seconds  # which the computing hides behind
-    assert found.images_per_s == pytest.approx(1000 / found.step_seconds)
-    assert found.mfu == pytest.approx(1e-3 / found.step_seconds)
-    assert found.memory == 77e9 and found.fits
-    assert not replace(found, num_in_flight=2).fits
-    two_nodes = replace(found, place=replace(A100, gpus_per_node=4))
-    assert two_nodes.communication_seconds == pytest.approx(2 * 7 / 8 * 8e9 / 100e9)  # four adapters of 25 GB/s a node
+    assert plan.compute_seconds == pytest.approx(2 * 1e-3 + 1e-3)
+    assert plan.communication_seconds == pytest.approx(2 * 7 / 8 * 8e9 / 300e9)
+    assert plan.step_seconds == plan.communication_seconds  # computation overlaps with it
+    assert plan.images_per_s == pytest.approx(1000 / plan.step_seconds)
+    assert plan.mfu == pytest.approx(1e-3 / plan.step_seconds)
+    assert plan.memory == 77e9 and plan.fits
+    assert not replace(plan, num_in_flight=2).fits
+    two_nodes = replace(plan, cluster=replace(A100, gpus_per_node=4))
+    assert two_nodes.communication_seconds == pytest.approx(
+        2 * 7 / 8 * 8e9 / 100e9
+    )  # four adapters of 25 GB/s per node
 
 
-def test_a_rank_puts_on_the_wire_what_a_ring_needs() -> None:
+def test_bytes_on_the_wire_are_those_of_a_ring() -> None:
     assert Collective("all_reduce", "update", (0, 1, 2, 3), 1000).bytes_on_the_wire() == 1500
     assert Collective("all_gather", "update", (0, 1, 2, 3), 1000).bytes_on_the_wire() == 3000
     assert Collective("reduce_scatter", "update", (0, 1, 2, 3), 1000).bytes_on_the_wire() == 750
     assert Collective("send", "forward", (0, 1), 1000).bytes_on_the_wire() == 1000
 
 
-def test_search_ranks_every_mesh_that_can_be() -> None:
-    """Of two blocks, so that four stages can't be."""
+def test_search_ranks_every_valid_mesh() -> None:
+    """With two blocks, four pipeline stages are invalid."""
     config = small_config("model.depth=2")
-    found = search_meshes(config, config.parallel, 4, A100)
+    plans = search_meshes(config, config.parallel, 4, A100)
     variant = variant_of(config.model)
-    can_be = {
+    valid = {
         mesh_shape
         for mesh_shape in all_mesh_shapes(4)
         if why_invalid(ParallelConfig(pp=mesh_shape.pp), mesh_shape, 4, config.data.global_batch_size, variant) is None
     }
-    assert {one.mesh_shape for one in found} == can_be and len(can_be) > 4 and MeshShape(1, 1, 4) not in can_be
-    assert [one.step_seconds for one in found] == sorted(one.step_seconds for one in found)
+    assert {plan.mesh_shape for plan in plans} == valid and len(valid) > 4 and MeshShape(1, 1, 4) not in valid
+    assert [plan.step_seconds for plan in plans] == sorted(plan.step_seconds for plan in plans)
 
 
 def test_the_verb_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = small_config()
     out = tmp_path / "plan.json"
     plan_run(config, "dp=2,mp=2,sharding=1", None, A100, 0, False, out)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     written = json.loads(out.read_text())
     assert written["mesh"] == {"dp": 2, "mp": 2, "pp": 1} and written["world_size"] == 4 and written["fits"]
     assert written["bytes"]["parameters"] == planned(config, "dp=2,mp=2,sharding=1").costs.parameters
     assert {one["kind"] for one in written["collectives"]} == {"all_reduce", "all_gather"}
-    for word in ("parameters", "optimizer state", "activations' peak", "fits", "0,2", "images/s", "MFU"):
-        assert word in said
+    for word in ("parameters", "optimizer state", "activations, peak", "fits", "0,2", "images/s", "MFU"):
+        assert word in output
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("arguments", "words"),
     [
         (["--mesh", "mp=3"], ["parallel.mp = 3", "num_heads of 4", "1, 2 or 4"]),
         (["--mesh", "dp=3"], ["global_batch_size = 64", "63"]),
@@ -279,12 +280,12 @@ def test_the_verb_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--device", "b9000"], ["b9000", "h200"]),
     ],
 )
-def test_what_can_not_be_is_a_users_mistake(
-    arguments: list[str], named: list[str], capsys: pytest.CaptureFixture[str]
+def test_an_impossible_plan_is_a_user_error(
+    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plan", "-v", *arguments]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and all(word in said for word in named)
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1 and all(word in output for word in words)
 
 
 def test_a_mesh_text_keeps_the_rest_of_the_config() -> None:
@@ -294,4 +295,4 @@ def test_a_mesh_text_keeps_the_rest_of_the_config() -> None:
     )
     with pytest.raises(ConfigError, match="sharding"):
         with_mesh(parallel, "sharding")
-    assert scale_costs("update", 4) == 1 and scale_costs("forward", 4) == 4
+    assert runs_per_step("update", 4) == 1 and runs_per_step("forward", 4) == 4

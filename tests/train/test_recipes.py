@@ -18,7 +18,7 @@ from vit_static.config.schema import Config
 from vit_static.optim import schedule as schedule_module
 from vit_static.optim.param_groups import decay_coefficient
 from vit_static.optim.schedule import learning_rate
-from vit_static.plan.planner import Place, make_plan
+from vit_static.plan.planner import Cluster, make_plan
 from vit_static.train.trainer import train
 
 pytestmark = pytest.mark.early
@@ -78,7 +78,7 @@ def costs(name: str) -> str:
 def test_a_recipe_fits_its_machine(name: str) -> None:
     num_gpus, device = machine(name)
     config = recipe(name)
-    plan = make_plan(config, config.parallel, num_gpus, Place(device, "ib-hdr", 8))
+    plan = make_plan(config, config.parallel, num_gpus, Cluster(device, "ib-hdr", 8))
     assert plan.fits and plan.mesh_shape.world_size == num_gpus
 
 

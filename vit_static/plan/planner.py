@@ -1,9 +1,10 @@
-"""What a run would cost on a mesh of cards that need not be there; the verb `plan`.
+"""Plans: the cost of a run on a cluster of GPUs, estimated without them.
 
-The run's own program is compiled for one rank of the mesh, and its operators are counted. It is compiled in float32,
-since Paddle's CPU build has no operators of half precision; what the run's precision keeps in two bytes counts two
-(costs.Counting). Times are a roofline's: no operator is quicker than the card's peak rate and its memory allow, no
-collective than a ring over its links (without reduction in the network). So images/s and MFU are bounds from above.
+The run's program is compiled for one rank of the mesh, and its operators are counted. It is compiled in float32, since
+Paddle's CPU build has no half-precision operators; a value that the run's precision stores in two bytes counts two
+(costs.CostModel). Times follow the roofline model: no operator is faster than the GPU's peak rate and memory bandwidth
+allow, and no collective faster than a ring over its links (without reduction in the network). So images/s and MFU are
+upper bounds.
 """
 
 from __future__ import annotations
@@ -31,8 +32,7 @@ from vit_static.parallel.mesh import (
     resolve_mesh,
     why_invalid,
 )
-from vit_static.plan import costs
-from vit_static.plan.costs import Collective, Costs
+from vit_static.plan.costs import Collective, CostModel, Costs, count_by_kind, program_costs, runs_per_step
 from vit_static.plan.fake_world import fake_world
 from vit_static.program.precision import Precision, choose_attention, choose_precision
 from vit_static.program.program import Program
@@ -45,12 +45,12 @@ _MESH_KEYS = {
     "accum": "grad_accum_steps",
     "recompute": "recompute",
 }
-_LARGEST_WORLD = 2**16
+_MAX_WORLD_SIZE = 2**16
 
 
 @dataclass(frozen=True)
-class Place:
-    """What the mesh would stand on."""
+class Cluster:
+    """The GPUs and the network of a plan."""
 
     device: str  # a name of hardware.GPUS
     interconnect: str  # a name of hardware.INTERCONNECTS
@@ -59,7 +59,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Plan:
-    """Of one rank. Bytes, seconds, operations."""
+    """Estimates for one rank: bytes, seconds, floating-point operations."""
 
     mesh_shape: MeshShape
     sharding_stage: int
@@ -67,53 +67,59 @@ class Plan:
     num_micro_batches: int
     rank: int
     costs: Costs
-    num_in_flight: int  # micro-batches that this rank holds at once
-    place: Place
+    num_in_flight: int  # micro-batches whose activations this rank holds at a time
+    cluster: Cluster
     dtype: str
     global_batch_size: int
-    model_flops: int  # of the whole step, in closed form
+    model_flops: int  # per step on all ranks, in closed form
 
     @property
     def activations(self) -> int:
-        return self.costs.activations_at_once(self.num_in_flight)
+        """Peak bytes of all micro-batches in flight."""
+        return self.costs.activations_in_flight(self.num_in_flight)
 
     @property
     def memory(self) -> int:
+        """Total peak bytes."""
         return self.costs.memory(self.num_in_flight)
 
     @property
     def fits(self) -> bool:
-        return self.memory + RESERVED_BYTES <= GPUS[self.place.device].memory
+        return self.memory + RESERVED_BYTES <= GPUS[self.cluster.device].memory
 
     @property
     def peak_flops(self) -> float:
         """Of one GPU, in the precision's dtype."""
-        return GPUS[self.place.device].peak_flops[self.dtype]
+        return GPUS[self.cluster.device].peak_flops[self.dtype]
 
     @property
     def compute_seconds(self) -> float:
-        """Of a step: every operator by the slower of its products and its memory; a pipeline's filling and draining."""
-        device = GPUS[self.place.device]
-        filling = (self.num_micro_batches + self.mesh_shape.pp - 1) / self.num_micro_batches
+        """Lower bound per step: each operator's arithmetic or memory traffic, and the pipeline bubble."""
+        device = GPUS[self.cluster.device]
+        bubble = (self.num_micro_batches + self.mesh_shape.pp - 1) / self.num_micro_batches
         return sum(
-            costs.scale_costs(op.role, self.num_micro_batches)
+            runs_per_step(op.role, self.num_micro_batches)
             * max(op.num_flops / self.peak_flops, op.num_bytes / device.memory_bandwidth)
-            * (1.0 if op.role == "update" else filling)
+            * (1.0 if op.role == "update" else bubble)
             for op in self.costs.operators
         )
 
-    def link(self, collective: Collective) -> float:
-        """Bytes a second that a rank's part of an exchange goes at: within a node, or through the network, where a
-        group's ranks of a node have an adapter each, and share them."""
-        within, between = GPUS[self.place.device].link_bandwidth, INTERCONNECTS[self.place.interconnect]
-        on_nodes = Counter(rank // self.place.gpus_per_node for rank in collective.ranks)
-        if len(on_nodes) == 1:
-            return within
-        return between if collective.kind in ("send", "receive") else min(within, between * min(on_nodes.values()))
+    def bandwidth(self, collective: Collective) -> float:
+        """Return the bytes per second that each rank of a collective can send.
+
+        Within a node that is its link. Between nodes the group's ranks of a node share their network adapters, one
+        per rank.
+        """
+        link, network = GPUS[self.cluster.device].link_bandwidth, INTERCONNECTS[self.cluster.interconnect]
+        ranks_per_node = Counter(rank // self.cluster.gpus_per_node for rank in collective.ranks)
+        if len(ranks_per_node) == 1:
+            return link
+        return network if collective.kind in ("send", "receive") else min(link, network * min(ranks_per_node.values()))
 
     def seconds_of(self, collective: Collective) -> float:
-        repeated = costs.scale_costs(collective.role, self.num_micro_batches)
-        return repeated * collective.bytes_on_the_wire() / self.link(collective)
+        """Return a lower bound of a collective's time per step."""
+        num_runs = runs_per_step(collective.role, self.num_micro_batches)
+        return num_runs * collective.bytes_on_the_wire() / self.bandwidth(collective)
 
     @property
     def communication_seconds(self) -> float:
@@ -121,13 +127,13 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """At best: what tensor parallelism exchanges is waited for, all else is hidden behind the computing."""
-        waited = sum(self.seconds_of(found) for found in self.costs.collectives if self._is_waited_for(found))
-        return max(self.compute_seconds + waited, self.communication_seconds)
+        """Lower bound: computation waits for the collectives of tensor parallelism and overlaps with all others."""
+        exposed = sum(self.seconds_of(one) for one in self.costs.collectives if self._is_tensor_parallel(one))
+        return max(self.compute_seconds + exposed, self.communication_seconds)
 
-    def _is_waited_for(self, collective: Collective) -> bool:
-        adjacent = collective.ranks[1] - collective.ranks[0] == 1 if len(collective.ranks) > 1 else False
-        return self.mesh_shape.mp > 1 and adjacent and len(collective.ranks) == self.mesh_shape.mp
+    def _is_tensor_parallel(self, collective: Collective) -> bool:
+        is_adjacent = collective.ranks[1] - collective.ranks[0] == 1 if len(collective.ranks) > 1 else False
+        return self.mesh_shape.mp > 1 and is_adjacent and len(collective.ranks) == self.mesh_shape.mp
 
     @property
     def images_per_s(self) -> float:
@@ -135,12 +141,12 @@ class Plan:
 
     @property
     def mfu(self) -> float:
-        """The share of all cards' peak that the model's own operations are; what is computed again doesn't count."""
+        """Model FLOPs utilization: the model's operations as a share of all GPUs' peak, without recomputation."""
         return self.model_flops / self.step_seconds / (self.peak_flops * self.mesh_shape.world_size)
 
     def as_json(self) -> dict[str, Any]:
-        found = self.costs
-        table = costs.by_kind(found.collectives, self.num_micro_batches)
+        """Return the plan as JSON values."""
+        totals = count_by_kind(self.costs.collectives, self.num_micro_batches)
         return {
             "mesh": asdict(self.mesh_shape),
             "world_size": self.mesh_shape.world_size,
@@ -151,22 +157,22 @@ class Plan:
             "micro_batches_in_flight": self.num_in_flight,
             "global_batch_size": self.global_batch_size,
             "dtype": self.dtype,
-            **asdict(self.place),
+            **asdict(self.cluster),
             "bytes": {
-                "parameters": found.parameters,
-                "gradients": found.gradients,
-                "optimizer_state": found.optimizer_state,
+                "parameters": self.costs.parameters,
+                "gradients": self.costs.gradients,
+                "optimizer_state": self.costs.optimizer_state,
                 "activations_peak_estimate": self.activations,
                 "total": self.memory,
                 "reserved": int(RESERVED_BYTES),
-                "device": int(GPUS[self.place.device].memory),
+                "device": int(GPUS[self.cluster.device].memory),
             },
             "fits": self.fits,
             "collectives": [
                 {"kind": kind, "role": role, "ranks": list(ranks), "count": count, "bytes": num_bytes}
-                for (kind, role, ranks), (count, num_bytes) in table.items()
+                for (kind, role, ranks), (count, num_bytes) in totals.items()
             ],
-            "flops": {"program": found.flops(self.num_micro_batches), "model": self.model_flops},
+            "flops": {"program": self.costs.flops(self.num_micro_batches), "model": self.model_flops},
             "seconds": {
                 "compute": self.compute_seconds,
                 "communication": self.communication_seconds,
@@ -178,7 +184,10 @@ class Plan:
 
 
 def with_mesh(parallel: ParallelConfig, text: str | None) -> ParallelConfig:
-    """The config's section with a ``--mesh dp=8,mp=2,sharding=1`` on top. Raises ConfigError for what it can't be."""
+    """Return the config section `parallel`, changed by an option like ``--mesh dp=8,mp=2,sharding=1``.
+
+    Raises ConfigError for an unknown key or an invalid value.
+    """
     if text is None:
         return parallel
     overrides = []
@@ -187,43 +196,52 @@ def with_mesh(parallel: ParallelConfig, text: str | None) -> ParallelConfig:
         if not separator or key not in _MESH_KEYS:
             raise ConfigError(f"--mesh {text}: {part!r} is not one of {', '.join(f'{key}=N' for key in _MESH_KEYS)}")
         overrides.append(f"parallel.{_MESH_KEYS[key]}={value}")
-    given = [f"parallel.{key}={value}" for key, value in parallel.model_dump(mode="json").items()]
-    return load_config(None, [*given, *overrides]).parallel
+    current = [f"parallel.{key}={value}" for key, value in parallel.model_dump(mode="json").items()]
+    return load_config(None, [*current, *overrides]).parallel
 
 
-def _world(parallel: ParallelConfig, world_size: int | None) -> int:
-    rest = parallel.mp * parallel.pp
+def resolve_world_size(parallel: ParallelConfig, world_size: int | None) -> int:
+    """Return the number of ranks: `world_size` if given, otherwise what the mesh's own sizes make.
+
+    Raises ConfigError for one that is too large.
+    """
     if world_size is not None:
-        if world_size > _LARGEST_WORLD:
-            raise ConfigError(f"--world {world_size}: at most {_LARGEST_WORLD}")
+        if world_size > _MAX_WORLD_SIZE:
+            raise ConfigError(f"--world {world_size}: set at most {_MAX_WORLD_SIZE}")
         return world_size
-    return rest if parallel.dp == "auto" else parallel.dp * rest
+    ranks_per_replica = parallel.mp * parallel.pp
+    return ranks_per_replica if parallel.dp == "auto" else parallel.dp * ranks_per_replica
 
 
-def make_plan(config: Config, parallel: ParallelConfig, world_size: int, place: Place, rank: int = 0) -> Plan:
-    """Compiles the run's program for one rank. Raises ConfigError for a mesh that can't be."""
+def make_plan(config: Config, parallel: ParallelConfig, world_size: int, cluster: Cluster, rank: int = 0) -> Plan:
+    """Compile the run's program for one rank and count its costs.
+
+    Raises ConfigError for an invalid mesh or rank, or a dtype that the GPU doesn't support.
+    """
     variant = variant_of(config.model)
     batch_size = config.data.global_batch_size
     mesh_shape = resolve_mesh(parallel, world_size, batch_size, variant)
     if not 0 <= rank < world_size:
-        raise ConfigError(f"--rank {rank}: the mesh has the ranks 0 to {world_size - 1}")
+        raise ConfigError(f"--rank {rank}: the mesh has ranks 0 to {world_size - 1}; set one of them")
     precision = choose_precision(config.amp, "gpu")
-    if precision.dtype not in GPUS[place.device].peak_flops:
-        raise ConfigError(f"--device {place.device}: has no {precision.dtype}; set amp.dtype=float16, or amp.level=O0")
+    if precision.dtype not in GPUS[cluster.device].peak_flops:
+        raise ConfigError(
+            f"--device {cluster.device}: doesn't support {precision.dtype}; set amp.dtype=float16, or amp.level=O0"
+        )
     micro_batches = num_micro_batches(parallel)
     with fake_world(rank, world_size):
         mesh = make_mesh(rank, mesh_shape, "gpu")
         program = _compile(config, parallel, mesh, precision)
-        found: Costs = program.costs()
+        costs: Costs = program.costs()
     return Plan(
         mesh_shape=mesh_shape,
         sharding_stage=parallel.sharding_stage,
         recompute=str(parallel.recompute),
         num_micro_batches=micro_batches,
         rank=rank,
-        costs=found,
-        num_in_flight=_in_flight(parallel, mesh, micro_batches),
-        place=place,
+        costs=costs,
+        num_in_flight=_num_in_flight(parallel, mesh, micro_batches),
+        cluster=cluster,
         dtype=precision.dtype,
         global_batch_size=batch_size,
         model_flops=flops.train_flops(shape_of(config.model)) * batch_size,
@@ -231,12 +249,12 @@ def make_plan(config: Config, parallel: ParallelConfig, world_size: int, place: 
 
 
 def _compile(config: Config, parallel: ParallelConfig, mesh: Mesh, precision: Precision) -> Program:
-    """The program of this rank, of parameters that take no memory."""
+    """Return the program of this rank, with parameters that take no memory."""
     attention = choose_attention(config.model, parallel, config.kernels, "gpu")
     is_fused = attention is flash_attention and precision.dtype != "float32"
     with paddle.LazyGuard():
         model = VisionTransformer(config.model, attention)
-    counting = costs.CostModel(
+    cost_model = CostModel(
         item_size=2 if precision.level == "O2" else 4,
         master_gradients=config.amp.master_grad,
         fused_tokens=shape_of(config.model).num_tokens if is_fused else None,
@@ -248,41 +266,41 @@ def _compile(config: Config, parallel: ParallelConfig, mesh: Mesh, precision: Pr
         Precision("O0", "float32"),
         learning_rate=lambda step: config.optim.lr,
         eval_batch_size=mesh.dp_size,
-        count_costs=partial(costs.program_costs, counting=counting),
+        count_costs=partial(program_costs, cost_model=cost_model),
     )
 
 
-def _in_flight(parallel: ParallelConfig, mesh: Mesh, micro_batches: int) -> int:
-    """How many micro-batches' activations a rank holds at once: one, but in a pipeline those that are under way."""
+def _num_in_flight(parallel: ParallelConfig, mesh: Mesh, micro_batches: int) -> int:
+    """Return how many micro-batches' activations a rank holds at a time; more than one only in a pipeline."""
     if mesh.shape.pp == 1:
         return 1
     return micro_batches if parallel.pp_schedule == "FThenB" else min(micro_batches, mesh.shape.pp - mesh.pp_rank)
 
 
-def search_meshes(config: Config, parallel: ParallelConfig, world_size: int, place: Place) -> list[Plan]:
-    """Plans of every mesh that can be, those that fit first, the quickest first.
+def search_meshes(config: Config, parallel: ParallelConfig, world_size: int, cluster: Cluster) -> list[Plan]:
+    """Return a plan for every valid mesh: those that fit first, then by step time.
 
-    Tensor parallelism within a node; ZeRO in stages 0, 2 and 3 where there is data parallelism.
-    Raises ConfigError where none can be.
+    Tensor parallelism stays within a node; with data parallelism ZeRO stages 0, 2 and 3 are tried. Raises ConfigError
+    if no mesh is valid.
     """
     variant = variant_of(config.model)
     plans = []
     for mesh_shape in all_mesh_shapes(world_size):
-        if mesh_shape.mp > place.gpus_per_node:
+        if mesh_shape.mp > cluster.gpus_per_node:
             continue
         for stage in (0, 2, 3) if mesh_shape.dp > 1 else (0,):
-            tried = parallel.model_copy(
+            candidate = parallel.model_copy(
                 update={"dp": mesh_shape.dp, "mp": mesh_shape.mp, "pp": mesh_shape.pp, "sharding_stage": stage}
             )
-            if why_invalid(tried, mesh_shape, world_size, config.data.global_batch_size, variant) is None:
-                plans.append(_worst_stage(config, tried, world_size, place))
+            if why_invalid(candidate, mesh_shape, world_size, config.data.global_batch_size, variant) is None:
+                plans.append(_plan_worst_stage(config, candidate, world_size, cluster))
     if not plans:
         resolve_mesh(parallel, world_size, config.data.global_batch_size, variant)
     return sorted(plans, key=lambda plan: (not plan.fits, plan.step_seconds, plan.memory))
 
 
-def _worst_stage(config: Config, parallel: ParallelConfig, world_size: int, place: Place) -> Plan:
-    """Of a pipeline's first and last stage, which has the head, the one that doesn't fit or is the slower."""
+def _plan_worst_stage(config: Config, parallel: ParallelConfig, world_size: int, cluster: Cluster) -> Plan:
+    """Return the plan of a pipeline's first or last stage (with the head): whichever doesn't fit or is slower."""
     ranks = [0] if parallel.pp == 1 else [0, world_size - 1]
-    plans = [make_plan(config, parallel, world_size, place, rank) for rank in ranks]
+    plans = [make_plan(config, parallel, world_size, cluster, rank) for rank in ranks]
     return max(plans, key=lambda plan: (not plan.fits, plan.step_seconds))

@@ -9,90 +9,107 @@ from vit_static.common.errors import ConfigError
 from vit_static.common.hardware import GPUS, RESERVED_BYTES
 from vit_static.common.io import write_json
 from vit_static.config.schema import Config
-from vit_static.plan.costs import by_kind
-from vit_static.plan.planner import Place, Plan, _world, make_plan, search_meshes, with_mesh
+from vit_static.plan.costs import count_by_kind
+from vit_static.plan.planner import Cluster, Plan, make_plan, resolve_world_size, search_meshes, with_mesh
 
 
 def plan_run(
     config: Config,
     mesh_text: str | None,
     world_size: int | None,
-    place: Place,
+    cluster: Cluster,
     rank: int,
     search: bool,
     out: Path | None,
 ) -> None:
-    """The verb: prints the plan of one mesh, or ranks those that can be; writes it as JSON where `out` says."""
+    """Print the plan of one mesh, or with `search` those of all valid meshes; write them to `out` as JSON.
+
+    Raises ConfigError for options that contradict each other or that no mesh satisfies.
+    """
     if out is not None and out.is_dir():
         raise ConfigError(f"--json {out}: is a folder; name a file")
     if search and (mesh_text is not None or rank != 0):
-        raise ConfigError("--search tries every mesh: give it --world, not --mesh or --rank")
+        raise ConfigError("--search tries every mesh; combine it with --world, not with --mesh or --rank")
     parallel = with_mesh(config.parallel, mesh_text)
     if search:
-        found = search_meshes(config, parallel, _world(parallel, world_size), place)
-        print("\n".join(describe_search(found)))
-        written: Any = [plan.as_json() for plan in found]
+        plans = search_meshes(config, parallel, resolve_world_size(parallel, world_size), cluster)
+        print(describe_search(plans))
+        values: Any = [plan.as_json() for plan in plans]
     else:
-        plan = make_plan(config, parallel, _world(parallel, world_size), place, rank)
-        print("\n".join(describe(plan)))
-        written = plan.as_json()
+        plan = make_plan(config, parallel, resolve_world_size(parallel, world_size), cluster, rank)
+        print(describe(plan))
+        values = plan.as_json()
     if out is not None:
-        write_json(written, out)
+        write_json(values, out)
 
 
-def describe(plan: Plan) -> list[str]:
-    found, device = plan.costs, GPUS[plan.place.device]
-    stage = (
-        f", pipeline stage {plan.rank // (plan.mesh_shape.mp * plan.mesh_shape.dp)}" if plan.mesh_shape.pp > 1 else ""
-    )
-    lines = [
-        f"rank {plan.rank} of {plan.mesh_shape.world_size}{stage}: {plan.mesh_shape}, "
+def describe(plan: Plan) -> str:
+    """Return a plan as text."""
+    parts = ([_describe_run(plan)], _describe_memory(plan), _describe_collectives(plan), _describe_time(plan))
+    return "\n\n".join("\n".join(lines) for lines in parts)
+
+
+def _describe_run(plan: Plan) -> str:
+    shape, cluster = plan.mesh_shape, plan.cluster
+    stage = f", pipeline stage {plan.rank // (shape.mp * shape.dp)}" if shape.pp > 1 else ""
+    return (
+        f"rank {plan.rank} of {shape.world_size}{stage}: {shape}, "
         f"sharding stage {plan.sharding_stage}, recompute {plan.recompute}; "
         f"{plan.global_batch_size} images per step in {plan.num_micro_batches} micro-batches, "
-        f"{plan.dtype} on {plan.place.device}, {plan.place.interconnect} between nodes of {plan.place.gpus_per_node}",
-        "",
+        f"{plan.dtype} on {cluster.device}, {cluster.interconnect} between nodes of {cluster.gpus_per_node}"
+    )
+
+
+def _describe_memory(plan: Plan) -> list[str]:
+    costs = plan.costs
+    in_flight = (
+        f", + {plan.num_in_flight - 1} x {_size(costs.kept_activations).strip()} kept by the others in flight"
+        if plan.num_in_flight > 1
+        else ""
+    )
+    return [
         "memory",
-        f"  parameters           {_size(found.parameters)}",
-        f"  gradients            {_size(found.gradients)}",
-        f"  optimizer state      {_size(found.optimizer_state)}",
-        f"  activations' peak   ~{_size(plan.activations)}   an estimate: {_size(found.activations).strip()} of one "
-        "micro-batch, each result from its operator to its last reader"
-        + (
-            f", + {plan.num_in_flight - 1} x {_size(found.forward_kept).strip()} kept by those in flight"
-            if plan.num_in_flight > 1
-            else ""
-        ),
-        f"  all at the peak     ~{_size(plan.memory)}   {'fits' if plan.fits else 'DOES NOT FIT'} in "
-        f"{_size(device.memory).strip()} less {_size(RESERVED_BYTES).strip()} for context, NCCL and workspaces",
-        "",
-        "collectives a step",
-        "  kind             role       ranks                  count         bytes    at best",
+        f"  parameters           {_size(costs.parameters)}",
+        f"  gradients            {_size(costs.gradients)}",
+        f"  optimizer state      {_size(costs.optimizer_state)}",
+        f"  activations, peak   ~{_size(plan.activations)}   estimate: {_size(costs.activations).strip()} of one "
+        f"micro-batch, each result from its operator to its last reader{in_flight}",
+        f"  total, peak         ~{_size(plan.memory)}   {'fits' if plan.fits else 'DOES NOT FIT'} in "
+        f"{_size(GPUS[plan.cluster.device].memory).strip()} less {_size(RESERVED_BYTES).strip()} for context, NCCL and "
+        "workspaces",
     ]
-    for (kind, role, ranks), (count, num_bytes) in by_kind(found.collectives, plan.num_micro_batches).items():
-        seconds = sum(
-            plan.seconds_of(one) for one in found.collectives if (one.kind, one.role, one.ranks) == (kind, role, ranks)
-        )
+
+
+def _describe_collectives(plan: Plan) -> list[str]:
+    counted = plan.costs.collectives
+    lines = [
+        "collectives per step",
+        "  kind             role       ranks                  count         bytes   time at least",
+    ]
+    for (kind, role, ranks), (count, num_bytes) in count_by_kind(counted, plan.num_micro_batches).items():
+        seconds = sum(plan.seconds_of(one) for one in counted if (one.kind, one.role, one.ranks) == (kind, role, ranks))
         lines.append(
-            f"  {kind:<16} {role:<10} {_ranks(ranks):<20} {count:>7} {_size(num_bytes):>13} {seconds * 1e3:>7.2f} ms"
+            f"  {kind:<16} {role:<10} {_ranks(ranks):<20} {count:>7} {_size(num_bytes):>13} {seconds * 1e3:>12.2f} ms"
         )
-    if not found.collectives:
-        lines.append("  none")
-    lines += [
-        "",
-        f"operations a step    {found.flops(plan.num_micro_batches) / 1e12:.3f} TFLOP on this rank, "
-        f"{plan.model_flops / 1e12:.3f} TFLOP the model's on all",
-        f"compute              {plan.compute_seconds * 1e3:.2f} ms at least",
-        f"communication        {plan.communication_seconds * 1e3:.2f} ms at least",
-        f"a step               {plan.step_seconds * 1e3:.2f} ms at least, so at most {plan.images_per_s:,.0f} images/s "
+    return lines if counted else [*lines, "  none"]
+
+
+def _describe_time(plan: Plan) -> list[str]:
+    return [
+        f"operations per step  {plan.costs.flops(plan.num_micro_batches) / 1e12:.3f} TFLOP on this rank; "
+        f"the model's on all ranks {plan.model_flops / 1e12:.3f} TFLOP",
+        f"compute              at least {plan.compute_seconds * 1e3:.2f} ms",
+        f"communication        at least {plan.communication_seconds * 1e3:.2f} ms",
+        f"step                 at least {plan.step_seconds * 1e3:.2f} ms, so at most {plan.images_per_s:,.0f} images/s "
         f"and {100 * plan.mfu:.1f} % MFU",
     ]
-    return lines
 
 
-def describe_search(plans: list[Plan]) -> list[str]:
+def describe_search(plans: list[Plan]) -> str:
+    """Return the plans of a search as a table, in their order."""
     lines = [
-        f"{len(plans)} meshes of {plans[0].mesh_shape.world_size} {plans[0].place.device} can be; the best first",
-        "  mesh                     sharding   memory a rank         step at least   images/s at most   MFU at most",
+        f"{len(plans)} valid meshes of {plans[0].mesh_shape.world_size} {plans[0].cluster.device}, the best first",
+        "  mesh                     sharding   memory per rank       step at least   images/s at most   MFU at most",
     ]
     for plan in plans:
         lines.append(
@@ -100,7 +117,7 @@ def describe_search(plans: list[Plan]) -> list[str]:
             f"{'fits' if plan.fits else 'TOO BIG':<8} {plan.step_seconds * 1e3:>11.2f} ms {plan.images_per_s:>18,.0f} "
             f"{100 * plan.mfu:>11.1f} %"
         )
-    return lines
+    return "\n".join(lines)
 
 
 def _size(num_bytes: float) -> str:

@@ -20,6 +20,7 @@ from vit_static.common.cpu import cpu_model
 from vit_static.common.startup import user_environ
 from vit_static.config.schema import Config
 from vit_static.parallel.mesh import Mesh, device_name, num_micro_batches
+from vit_static.program.cpu import onednn
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _DRIVER = Path("/proc/driver/nvidia/version")
@@ -72,7 +73,7 @@ def _passes(config: Config, mesh: Mesh, precision: str) -> list[str]:
     is_gpu, is_parallel = mesh.device == "gpu", mesh.world_size > 1
     is_half = not precision.startswith("O0")
     on = {
-        "kernels.onednn": kernels.onednn and not is_gpu,
+        "kernels.onednn": kernels.onednn and not is_gpu and onednn.is_supported(),
         "kernels.flash_attention": kernels.flash_attention and is_gpu,
         "kernels.fused_linear": kernels.fused_linear and is_gpu and is_half,
         "kernels.fused_gelu": kernels.fused_linear and kernels.fused_gelu and is_gpu and is_half,
