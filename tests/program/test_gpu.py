@@ -1,4 +1,4 @@
-"""What only a card can run. Skipped without one: './run.sh test -m gpu' on a machine that has one runs these."""
+"""Tests that need a GPU: './run.sh test -m gpu' runs them where there is one. Skipped otherwise."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
-def card() -> Mesh:
+def gpu_mesh() -> Mesh:
     return start_mesh(MeshShape(1, 1, 1), "gpu")
 
 
-CONFIG = SMALL.model_copy(update={"width": 48})  # heads of 16 channels, which flash attention takes
+CONFIG = SMALL.model_copy(update={"width": 48})  # heads of 16 channels, which FlashAttention supports
 
 
-def program_on(card: Mesh, precision: Precision, **changed: Any) -> Program:
+def make_gpu_program(mesh: Mesh, precision: Precision, **changed: Any) -> Program:
     paddle.seed(3)
     kernels = changed.pop("kernels", KernelsConfig())
     parallel = changed.pop("parallel", ParallelConfig())
@@ -52,7 +52,7 @@ def program_on(card: Mesh, precision: Precision, **changed: Any) -> Program:
             kernels=kernels,
         ),
         VisionTransformer(config, choose_attention(config, parallel, kernels, "gpu")),
-        card,
+        mesh,
         precision,
         learning_rate=lambda step: 1e-3,
         eval_batch_size=8,
@@ -72,27 +72,29 @@ def operators(program: Program) -> list[Any]:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_o2_trains_as_float32_does(card: Mesh, dtype: str) -> None:
-    expected = train(program_on(card, Precision("O0", "float32")))
-    found = train(program_on(card, Precision("O2", dtype)))
-    np.testing.assert_allclose(found, expected, rtol=3e-2)
+def test_o2_trains_like_float32(gpu_mesh: Mesh, dtype: str) -> None:
+    expected = train(make_gpu_program(gpu_mesh, Precision("O0", "float32")))
+    losses = train(make_gpu_program(gpu_mesh, Precision("O2", dtype)))
+    np.testing.assert_allclose(losses, expected, rtol=3e-2)
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_o2_computes_products_in_low_precision_and_the_loss_in_float32(card: Mesh, dtype: str, loss: str) -> None:
-    found = operators(program_on(card, Precision("O2", dtype), loss=loss, kernels=KernelsConfig(fused_linear=False)))
+def test_o2_computes_products_in_low_precision_and_the_loss_in_float32(gpu_mesh: Mesh, dtype: str, loss: str) -> None:
+    compiled = operators(
+        make_gpu_program(gpu_mesh, Precision("O2", dtype), loss=loss, kernels=KernelsConfig(fused_linear=False))
+    )
     dtypes = {
-        name: {str(op.operand_source(0).dtype) for op in found if op.name() == f"pd_op.{name}"}
+        name: {str(op.operand_source(0).dtype) for op in compiled if op.name() == f"pd_op.{name}"}
         for name in ("matmul", "flash_attn", "log_softmax", "logsigmoid", "sum")
     }
     assert dtypes["matmul"] == dtypes["flash_attn"] == {f"paddle.{dtype}"}
     assert dtypes["log_softmax" if loss == "softmax" else "logsigmoid"] == dtypes["sum"] == {"paddle.float32"}
 
 
-def test_o2_keeps_float32_masters_and_scales_float16s_loss(card: Mesh) -> None:
+def test_o2_keeps_float32_masters_and_scales_the_loss_in_float16(gpu_mesh: Mesh) -> None:
     for dtype, is_scaled in (("float16", True), ("bfloat16", False)):
-        program = program_on(card, Precision("O2", dtype))
+        program = make_gpu_program(gpu_mesh, Precision("O2", dtype))
         names = {op.name() for op in operators(program)}
         assert any("check_finite_and_unscale" in name for name in names) == is_scaled, dtype
         assert any("update_loss_scaling" in name for name in names) == is_scaled, dtype
@@ -100,42 +102,46 @@ def test_o2_keeps_float32_masters_and_scales_float16s_loss(card: Mesh) -> None:
         assert all(value.dtype == paddle.float32 for value in state.values())
 
 
-def test_fused_kernels_are_used(card: Mesh) -> None:
-    names = [op.name() for op in operators(program_on(card, Precision("O2", "bfloat16")))]
+def test_fused_kernels_are_used(gpu_mesh: Mesh) -> None:
+    names = [op.name() for op in operators(make_gpu_program(gpu_mesh, Precision("O2", "bfloat16")))]
     depth = CONFIG.depth or 0
     assert names.count("pd_op.flash_attn") == depth
-    assert names.count("pd_op.fused_gemm_epilogue") == 6 * depth + 3  # patches, the tanh layer and the head
+    assert names.count("pd_op.fused_gemm_epilogue") == 6 * depth + 3  # patch embedding, tanh layer, head
     config = CONFIG.model_copy(update={"dropout": 0.1, "layer_scale_init": None})
-    names = [op.name() for op in operators(program_on(card, Precision("O2", "bfloat16"), config=config))]
+    names = [op.name() for op in operators(make_gpu_program(gpu_mesh, Precision("O2", "bfloat16"), config=config))]
     assert names.count("pd_op.fused_dropout_add") == 2 * depth
 
 
-def test_fused_kernels_compute_the_same(card: Mesh) -> None:
+def test_fused_kernels_compute_the_same(gpu_mesh: Mesh) -> None:
     plain = KernelsConfig(flash_attention=False, fused_linear=False, fused_dropout=False)
-    expected = train(program_on(card, Precision("O2", "bfloat16"), kernels=plain))
-    np.testing.assert_allclose(train(program_on(card, Precision("O2", "bfloat16"))), expected, rtol=1e-2)
+    expected = train(make_gpu_program(gpu_mesh, Precision("O2", "bfloat16"), kernels=plain))
+    np.testing.assert_allclose(train(make_gpu_program(gpu_mesh, Precision("O2", "bfloat16"))), expected, rtol=1e-2)
 
 
 @pytest.mark.parametrize("precision", [Precision("O0", "float32"), Precision("O2", "float16")], ids=["O0", "O2"])
-def test_training_goes_on_from_a_state_to_the_same_losses(card: Mesh, precision: Precision, tmp_path: Path) -> None:
-    first = program_on(card, precision)
+def test_training_resumes_from_a_state_with_the_same_losses(
+    gpu_mesh: Mesh, precision: Precision, tmp_path: Path
+) -> None:
+    first = make_gpu_program(gpu_mesh, precision)
     train(first, range(3))
-    write_shard(rank_shard(first.state(), rank=0), tmp_path / "part.safetensors", {})
+    write_shard(rank_shard(first.state(), rank=0), tmp_path / "rank_0.safetensors", {})
     expected = train(first, range(3, 6))
-    second = program_on(card, precision)
-    second.restore(ShardedReader([tmp_path / "part.safetensors"]))
+    second = make_gpu_program(gpu_mesh, precision)
+    second.restore(ShardedReader([tmp_path / "rank_0.safetensors"]))
     assert train(second, range(3, 6)) == expected
 
 
-def test_accumulation_on_the_card(card: Mesh) -> None:
-    whole = train(program_on(card, Precision("O0", "float32")))
-    parts = train(program_on(card, Precision("O0", "float32"), parallel=ParallelConfig(grad_accum_steps=2)))
-    np.testing.assert_allclose(parts, whole, rtol=1e-3)
+def test_gradient_accumulation_on_a_gpu(gpu_mesh: Mesh) -> None:
+    one_batch = train(make_gpu_program(gpu_mesh, Precision("O0", "float32")))
+    accumulated = train(
+        make_gpu_program(gpu_mesh, Precision("O0", "float32"), parallel=ParallelConfig(grad_accum_steps=2))
+    )
+    np.testing.assert_allclose(accumulated, one_batch, rtol=1e-3)
 
 
 @pytest.mark.parametrize("policy", ["crop and flip", "randaugment", "trivialaugment", "three_augment", "erasing"])
-def test_the_cards_pixels_are_the_cpus(small_digits: Path, policy: str) -> None:
-    """Other decoders, the same operations: a mean difference below 2 of 255 levels."""
+def test_gpu_pixels_are_those_of_the_cpu(small_digits: Path, policy: str) -> None:
+    """The decoders differ, the operations don't: the mean difference is below 2 of 255 levels."""
     from vit_static.bench.data_gpu import POLICIES
     from vit_static.data.loader import EvalLoader, TrainLoader
     from vit_static.data.open_set import open_set
@@ -149,5 +155,5 @@ def test_the_cards_pixels_are_the_cpus(small_digits: Path, policy: str) -> None:
         )
         evaluation = EvalLoader(images, (32, 32), 16, data, EvalConfig(), dp_rank=0, dp_size=1, device_id=device_id)
         batches[device_id] = [next(feed)[0].numpy(), next(iter(evaluation))[0].numpy()]
-    for on_cpu, on_card in zip(batches[None], batches[0], strict=True):
-        assert np.abs(on_cpu - on_card).mean() * 127.5 < 2.0
+    for on_cpu, on_gpu in zip(batches[None], batches[0], strict=True):
+        assert np.abs(on_cpu - on_gpu).mean() * 127.5 < 2.0

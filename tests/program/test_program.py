@@ -1,4 +1,4 @@
-"""The compiled program: what it computes, in training and evaluation, with each optimizer and each kind of kernel."""
+"""The compiled program: training, evaluation and state, with each optimizer and each kind of kernel."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ALL_OPTIMIZERS = {
 
 
 def trained(make_program, steps: int, *, batch_size: int = 8, model_seed: int = 3, **program_arguments):
-    """(losses, weights) of a fresh small model after some steps on random images, new ones each step."""
+    """Return (losses, weights) of a new small model after some steps, each on other random images."""
     config = program_arguments.pop("config", SMALL)
     paddle.seed(model_seed)
     model = VisionTransformer(config, attention_by_matmul)
@@ -45,68 +45,68 @@ def trained(make_program, steps: int, *, batch_size: int = 8, model_seed: int = 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("pool", ["cls", "gap"])
 def test_every_parameter_moves(make_program, kernels, name, pool) -> None:
-    """In one step, except k's bias, to which softmax is blind: it gets rounding errors or nothing."""
+    """In one step, except k's bias: softmax is invariant to it, so its gradient is a rounding error or 0."""
     config = SMALL.model_copy(update={"pool": pool})
     paddle.seed(3)
     before = file_state(VisionTransformer(config))
     _, after = trained(make_program, 1, config=config, optim=OPTIMIZERS[name], kernels=kernels)
     width = 24
     for key, old in before.items():
-        moved = after[key] != old
+        has_moved = after[key] != old
         if key.endswith("attn.qkv.bias"):
-            moved = np.delete(moved, np.arange(width, 2 * width))
-        assert moved.mean() > 0.9, key
+            has_moved = np.delete(has_moved, np.arange(width, 2 * width))
+        assert has_moved.mean() > 0.9, key
 
 
 @pytest.mark.cpu_isa
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_onednn_trains_as_without(make_program, name) -> None:
+def test_training_is_equal_with_and_without_onednn(make_program, name) -> None:
     runs = []
-    for use in (False, True):
-        runs.append(trained(make_program, 10, optim=OPTIMIZERS[name], kernels=KernelsConfig(onednn=use)))
+    for onednn in (False, True):
+        runs.append(trained(make_program, 10, optim=OPTIMIZERS[name], kernels=KernelsConfig(onednn=onednn)))
     np.testing.assert_allclose(runs[1][0], runs[0][0], rtol=1e-4)
 
 
-def call_as_mixed_precision_does(self, loss, startup_program, params_grads, param_group_idx=0):
-    """O2's wrapper of an optimizer, which only cards run, goes by this method."""
+def apply_as_mixed_precision(self, loss, startup_program, params_grads, param_group_idx=0):
+    """Apply gradients as O2's optimizer wrapper does, which only runs on GPUs."""
     return self.apply_gradients(params_grads)
 
 
 @pytest.mark.parametrize("name", ALL_OPTIMIZERS)
-@pytest.mark.parametrize("mixed_precisions_way", [False, True])
-def test_accumulated_gradients_are_the_big_batchs(make_program, monkeypatch, name, mixed_precisions_way) -> None:
-    """The losses and weights of 4 micro-batches are those of one batch, with a clip that bites.
+@pytest.mark.parametrize("as_mixed_precision", [False, True])
+def test_accumulated_gradients_equal_those_of_one_batch(make_program, monkeypatch, name, as_mixed_precision) -> None:
+    """4 micro-batches give the losses and weights of one batch, with active clipping.
 
-    With an epsilon that is no small number beside the gradients: AdamW would else hide a wrong scale of theirs.
+    The epsilon isn't small compared to the gradients: otherwise AdamW would hide a wrong scale.
     """
-    if mixed_precisions_way:
+    if as_mixed_precision:
         for optimizer in (AdamW, RuleOptimizer):
-            monkeypatch.setattr(optimizer, "_apply_optimize", call_as_mixed_precision_does)
+            monkeypatch.setattr(optimizer, "_apply_optimize", apply_as_mixed_precision)
     optim = OptimConfig(name=name, lr=0.1, epsilon=1.0, clip_norm=0.1)
-    whole = trained(make_program, 5, optim=optim)
-    parts = trained(make_program, 5, optim=optim, parallel=ParallelConfig(grad_accum_steps=4))
-    np.testing.assert_allclose(parts[0], whole[0], rtol=1e-5)
-    for name, value in whole[1].items():
-        got = parts[1][name]
-        if name.endswith("attn.qkv.bias"):  # k's has a gradient of rounding errors, whose sign Lion goes by
-            value, got = (np.delete(array, np.arange(24, 48)) for array in (value, got))
-        np.testing.assert_allclose(got, value, rtol=1e-4, atol=1e-6, err_msg=name)
+    one_batch = trained(make_program, 5, optim=optim)
+    accumulated = trained(make_program, 5, optim=optim, parallel=ParallelConfig(grad_accum_steps=4))
+    np.testing.assert_allclose(accumulated[0], one_batch[0], rtol=1e-5)
+    for name, expected in one_batch[1].items():
+        value = accumulated[1][name]
+        if name.endswith("attn.qkv.bias"):  # k's gradient is a rounding error, and Lion uses its sign
+            value, expected = (np.delete(array, np.arange(24, 48)) for array in (value, expected))
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-def test_gradient_norm_is_that_before_clipping(make_program) -> None:
+def test_gradient_norm_is_measured_before_clipping(make_program) -> None:
     paddle.seed(3)
     model = VisionTransformer(SMALL)
     program = make_program(model, 8, OptimConfig(name="sgd", lr=0.0, clip_norm=1e-3))
     program.train_step(*images_and_labels(8), 0)
     paddle.seed(3)
-    program_without = make_program(VisionTransformer(SMALL), 8, OptimConfig(name="sgd", lr=0.0, clip_norm=None))
-    program_without.train_step(*images_and_labels(8), 0)
-    assert program.grad_norm() == pytest.approx(program_without.grad_norm(), rel=1e-6)
+    unclipped_program = make_program(VisionTransformer(SMALL), 8, OptimConfig(name="sgd", lr=0.0, clip_norm=None))
+    unclipped_program.train_step(*images_and_labels(8), 0)
+    assert program.grad_norm() == pytest.approx(unclipped_program.grad_norm(), rel=1e-6)
     assert program.grad_norm() > 0.1
 
 
 def test_dynamic_static_and_compiled_models_agree(make_program) -> None:
-    """One input through the layers, through `to_static`, and through the distributed engine's evaluation."""
+    """The layers, `to_static`, and the distributed engine's evaluation give the same output."""
     paddle.seed(3)
     model = VisionTransformer(SMALL.model_copy(update={"dropout": 0.3, "drop_path_rate": 0.3}))
     model.eval()
@@ -135,7 +135,7 @@ def test_evaluation_between_steps_changes_nothing(make_program) -> None:
 
 
 def test_dropout_masks_are_a_function_of_seed_and_step(make_program) -> None:
-    """Two programs that begin at different steps draw the same mask at the same step, and another at another."""
+    """Programs that start at different steps draw the same mask at the same step, and other masks at others."""
     config = SMALL.model_copy(update={"dropout": 0.3, "attention_dropout": 0.2, "drop_path_rate": 0.3})
 
     def loss_at(step: int, warm_up: int = 0, seed: int = 0) -> float:
@@ -152,35 +152,35 @@ def test_dropout_masks_are_a_function_of_seed_and_step(make_program) -> None:
     assert loss_at(5) != loss_at(5, seed=1)
 
 
-def saved(program, folder: Path) -> ShardedReader:
-    """A program's state, by way of a checkpoint's part."""
+def save_state(program, folder: Path) -> ShardedReader:
+    """Write a program's state as a shard of a checkpoint, and return a reader of it."""
     folder.mkdir(parents=True)
-    write_shard(rank_shard(program.state(), rank=0), folder / "part.safetensors", {})
-    return ShardedReader([folder / "part.safetensors"])
+    write_shard(rank_shard(program.state(), rank=0), folder / "rank_0.safetensors", {})
+    return ShardedReader([folder / "rank_0.safetensors"])
 
 
-def test_state_round_trip_goes_on_to_the_same_bits(make_program, tmp_path: Path) -> None:
-    """All that training changes is in `state`: set into another program, it goes on as the first does."""
+def test_training_resumes_from_a_restored_state_with_the_same_bits(make_program, tmp_path: Path) -> None:
+    """`state` contains everything that training changes: another program continues from it like the first."""
     for name, optim in OPTIMIZERS.items():
         paddle.seed(3)
         first = make_program(VisionTransformer(SMALL), 8, optim)
         for step in range(3):
             first.train_step(*images_and_labels(8, seed=step), step)
-        parts = saved(first, tmp_path / name)
+        shards = save_state(first, tmp_path / name)
         first_loss = first.train_step(*images_and_labels(8, seed=9), 3)
         paddle.seed(77)
         second = make_program(VisionTransformer(SMALL), 8, optim)
-        assert set(second.state()) == set(parts), name
-        second.restore(parts)
+        assert set(second.state()) == set(shards), name
+        second.restore(shards)
         second_loss = second.train_step(*images_and_labels(8, seed=9), 3)
         assert second.loss_value(second_loss) == first.loss_value(first_loss), name
         assert all(np.array_equal(second.weights()[key], value) for key, value in first.weights().items()), name
 
 
-def test_o2s_state_is_float32_and_goes_on_in_any_precision(
+def test_o2_state_is_float32_and_resumes_in_any_precision(
     make_program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU Paddle's `decorate` leaves the weights in float32, so the test casts them; its AdamW takes no others."""
+    """On a CPU Paddle's `decorate` keeps the weights in float32, so the test casts them. AdamW doesn't accept that."""
 
     def cast(model: paddle.nn.Layer, optimizer: Any, *, dtype: str, **others: Any) -> tuple[paddle.nn.Layer, Any]:
         return model.to(dtype=dtype), optimizer
@@ -191,35 +191,35 @@ def test_o2s_state_is_float32_and_goes_on_in_any_precision(
     first = make_program(VisionTransformer(SMALL), 8, optim, **half)
     for step in range(3):
         first.train_step(*images_and_labels(8, seed=step), step)
-    parts = saved(first, tmp_path / "half")
+    shards = save_state(first, tmp_path / "half")
     with first.ema_weights():
-        pass  # the half-precision weights come back as they were
+        pass  # restores the half-precision weights afterwards
     batch = images_and_labels(8, seed=9)
-    loss = first.loss_value(first.train_step(*batch, 3))  # now: later programs' variables have the same names
-    assert {parts.read(name).dtype for name in parts} == {np.dtype("float32")}
-    weight, average = parts.read("head.weight"), parts.read("head.weight@ema")
+    loss = first.loss_value(first.train_step(*batch, 3))  # before variables of other programs get the same names
+    assert {shards.read(name).dtype for name in shards} == {np.dtype("float32")}
+    weight, average = shards.read("head.weight"), shards.read("head.weight@ema")
     assert not np.array_equal(weight, average)
-    assert np.any(weight.view(np.uint32) & 0xFFFF)  # the master's own bits, not those of bfloat16
+    assert np.any(weight.view(np.uint32) & 0xFFFF)  # bits of the float32 master, which bfloat16 doesn't have
 
     second = make_program(VisionTransformer(SMALL), 8, optim, **half)
-    second.restore(parts)
+    second.restore(shards)
     assert second.loss_value(second.train_step(*batch, 3)) == loss
-    whole = make_program(VisionTransformer(SMALL), 8, optim)
-    assert set(whole.state()) == set(parts)
-    whole.restore(parts)
-    assert np.array_equal(whole.weights()["head.weight"], weight)
-    assert np.array_equal(whole.weights(ema=True)["head.weight"], average)
-    assert whole.loss_value(whole.train_step(*batch, 3)) == pytest.approx(loss, rel=0.1)
+    full = make_program(VisionTransformer(SMALL), 8, optim)  # float32
+    assert set(full.state()) == set(shards)
+    full.restore(shards)
+    assert np.array_equal(full.weights()["head.weight"], weight)
+    assert np.array_equal(full.weights(ema=True)["head.weight"], average)
+    assert full.loss_value(full.train_step(*batch, 3)) == pytest.approx(loss, rel=0.1)
 
 
-def test_float16s_scale_of_the_loss_is_part_of_the_state(make_program) -> None:
+def test_the_loss_scale_of_float16_is_part_of_the_state(make_program) -> None:
     half = {"precision": Precision("O2", "float16"), "amp": AmpConfig(level="O2", dtype="float16")}
     state = make_program(VisionTransformer(SMALL), 8, **half).state()
     assert {name for name in state if name.startswith("@")} == {"@loss_scaling", "@num_good_steps", "@num_bad_steps"}
 
 
-def test_the_first_step_whose_gradients_are_not_finite_is_known(make_program) -> None:
-    """Also some steps later, when the weights have become NaN: the block that the infinity came from is told apart."""
+def test_the_first_step_with_nonfinite_gradients_is_remembered(make_program) -> None:
+    """Also some steps later, when the weights have become NaN, and with the norms by block."""
     program = make_program(VisionTransformer(SMALL), 8, OptimConfig(name="sgd", lr=1e-3, clip_norm=1.0))
     images, labels = images_and_labels(8)
     for step in range(2):
@@ -230,16 +230,25 @@ def test_the_first_step_whose_gradients_are_not_finite_is_known(make_program) ->
     program.train_step(broken, labels, 2)
     for step in (3, 4):
         program.train_step(images, labels, step)
-    found = program.first_nonfinite_step()
-    assert found is not None and found[0] == 3
-    assert set(found[1]) == {"patch_embed", "cls_token", "pos_embed", "blocks.0", "blocks.1", "norm", "head0", "head"}
-    assert not np.isfinite(found[1]["patch_embed"])
+    nonfinite = program.first_nonfinite_step()
+    assert nonfinite is not None and nonfinite[0] == 3
+    assert set(nonfinite[1]) == {
+        "patch_embed",
+        "cls_token",
+        "pos_embed",
+        "blocks.0",
+        "blocks.1",
+        "norm",
+        "head0",
+        "head",
+    }
+    assert not np.isfinite(nonfinite[1]["patch_embed"])
     program.clear_nonfinite()
     assert program.first_nonfinite_step() is None
 
 
 def test_norms_by_block_add_up_to_the_norm(make_program) -> None:
-    """Those that are kept for the case that a step's aren't finite."""
+    """The norms that are stored in case the gradients of a step aren't finite."""
     program = make_program(VisionTransformer(SMALL), 8, OptimConfig(name="sgd", lr=0.0))
     images, labels = images_and_labels(8)
     program.train_step(images, labels, 0)
@@ -248,25 +257,25 @@ def test_norms_by_block_add_up_to_the_norm(make_program) -> None:
     assert np.sqrt(np.square(norms).sum()) == pytest.approx(program.grad_norm(), rel=1e-6)
 
 
-def kernels_by_dtype(program, mode: str) -> dict[str, set[str]]:
-    """By kernel, the dtypes in which the program's operators of ours run."""
-    found: dict[str, set[str]] = {}
+def dtypes_by_kernel(program, mode: str) -> dict[str, set[str]]:
+    """Return the dtypes in which our operators run, by kernel."""
+    dtypes: dict[str, set[str]] = {}
     for op in program.compiled(mode).global_block().ops:
         match = re.fullmatch(r"py_op\.vit_static_(\w+)_(float32|bfloat16)_\d+", op.name())
         if match:
-            found.setdefault(match[1], set()).add(match[2])
-    return found
+            dtypes.setdefault(match[1], set()).add(match[2])
+    return dtypes
 
 
 @pytest.mark.needs_bfloat16
 def test_mixed_precision_multiplies_in_bfloat16_and_normalises_in_float32(make_program) -> None:
-    """Every product of the compiled program; softmax is inside attention, whose scores are float32."""
+    """All products of the compiled program. Softmax is part of attention, whose scores are float32."""
     paddle.seed(3)
     program = make_program(VisionTransformer(SMALL, attention_by_matmul), 8, precision=Precision("O1", "bfloat16"))
-    found = kernels_by_dtype(program, "train")
+    dtypes = dtypes_by_kernel(program, "train")
     for kernel in ("matmul", "attention", "attention_backward", "gelu", "gelu_backward"):
-        assert found[kernel] == {"bfloat16"}, kernel
-    assert found["layer_norm"] == found["layer_norm_backward"] == {"float32"}
+        assert dtypes[kernel] == {"bfloat16"}, kernel
+    assert dtypes["layer_norm"] == dtypes["layer_norm_backward"] == {"float32"}
     names = [op.name() for op in program.compiled("train").global_block().ops]
     assert not {"pd_op.matmul", "pd_op.matmul_grad", "pd_op.softmax", "pd_op.cast"} & set(names)
     losses = [op for op in program.compiled("train").global_block().ops if op.name() == "pd_op.log_softmax"]
@@ -275,7 +284,7 @@ def test_mixed_precision_multiplies_in_bfloat16_and_normalises_in_float32(make_p
 
 
 def test_paddles_own_list_keeps_softmax_in_float32(make_program) -> None:
-    """In the program before it is put on oneDNN's kernels, which attention's dropout keeps from being fused."""
+    """In the program without oneDNN kernels; attention dropout prevents the fusion of attention."""
     paddle.seed(3)
     model = VisionTransformer(SMALL.model_copy(update={"attention_dropout": 0.1}), attention_by_matmul)
     program = make_program(model, 8, precision=Precision("O1", "bfloat16"), kernels=KernelsConfig(onednn=False))
@@ -299,7 +308,7 @@ def test_paddles_own_list_keeps_softmax_in_float32(make_program) -> None:
         (AmpConfig(level="O0", dtype="float16"), "gpu", True, Precision("O0", "float32")),
     ],
 )
-def test_precision_is_what_was_asked_for(amp, device, has_bfloat16, chosen) -> None:
+def test_precision_is_resolved(amp, device, has_bfloat16, chosen) -> None:
     assert choose_precision(amp, device, cpu_has_bfloat16=has_bfloat16) == chosen
 
 
@@ -312,13 +321,13 @@ def test_auto_without_onednn_is_float32() -> None:
 @pytest.mark.parametrize(
     "amp", [AmpConfig(level="O2"), AmpConfig(level="O1", dtype="float16"), AmpConfig(dtype="float16")]
 )
-def test_a_precision_that_no_cpu_has_is_refused(amp, has_bfloat16) -> None:
+def test_a_precision_that_no_cpu_supports_is_an_error(amp, has_bfloat16) -> None:
     with pytest.raises(ConfigError, match=r"set amp\.level=O1"):
         choose_precision(amp, "cpu", cpu_has_bfloat16=has_bfloat16)
 
 
-def test_split_parameters_are_float32_on_a_cpu() -> None:
-    """Paddle's CPU build gathers none in bfloat16."""
+def test_sharded_parameters_are_float32_on_a_cpu() -> None:
+    """Paddle's CPU build can't gather them in bfloat16."""
     third = ParallelConfig(sharding_stage=3)
     assert choose_precision(AmpConfig(), "cpu", None, third, cpu_has_bfloat16=True) == Precision("O0", "float32")
     with pytest.raises(ConfigError, match="sharding_stage below 3"):
@@ -326,7 +335,7 @@ def test_split_parameters_are_float32_on_a_cpu() -> None:
     assert choose_precision(AmpConfig(), "gpu", None, third).level == "O2"
 
 
-def test_bfloat16_by_name_is_refused_where_nothing_multiplies_it() -> None:
+def test_requested_bfloat16_is_an_error_without_support() -> None:
     with pytest.raises(ConfigError, match=r"set amp\.level=O0"):
         choose_precision(AmpConfig(level="O1"), "cpu", cpu_has_bfloat16=False)
     with pytest.raises(ConfigError, match=r"set kernels\.onednn=true"):
@@ -336,22 +345,22 @@ def test_bfloat16_by_name_is_refused_where_nothing_multiplies_it() -> None:
 @pytest.mark.parametrize(
     ("dtype", "scaling"), [("float16", (True, 1024.0)), ("bfloat16", (False, 1.0))], ids=["float16", "bfloat16"]
 )
-def test_what_a_card_is_given_for_o2(make_program, monkeypatch, dtype, scaling) -> None:
-    """The program itself can't be compiled on a CPU: every field of the strategy, and what `decorate` gets."""
+def test_the_settings_of_o2_on_a_gpu(make_program, monkeypatch, dtype, scaling) -> None:
+    """All fields of the strategy and the arguments of `decorate`: a CPU can't compile the program itself."""
     decorated: list[dict] = []
     monkeypatch.setattr(
-        paddle.amp, "decorate", lambda model, optimizer, **given: decorated.append(given) or (model, optimizer)
+        paddle.amp, "decorate", lambda model, optimizer, **arguments: decorated.append(arguments) or (model, optimizer)
     )
     amp = AmpConfig(level="O2", dtype=dtype, init_loss_scaling=1024.0, white_list=("softmax",), black_list=("tanh",))
     paddle.seed(3)
     program = make_program(
         VisionTransformer(SMALL, attention_by_matmul), 8, precision=choose_precision(amp, "gpu"), amp=amp
     )
-    given = program._program._engine._strategy.amp.to_dict()
-    in_float32 = set(given.pop("custom_black_list"))
+    strategy = program._program._engine._strategy.amp.to_dict()
+    in_float32 = set(strategy.pop("custom_black_list"))
     assert {"tanh", "log_softmax", "logsigmoid", "reduce_sum", "reduce_mean", "exp", "log"} <= in_float32
     assert not {"softmax", "layer_norm", "matmul_v2", "gelu"} & in_float32
-    assert given == {
+    assert strategy == {
         "enable": True,
         "dtype": dtype,
         "level": "O2",
@@ -373,7 +382,7 @@ def test_what_a_card_is_given_for_o2(make_program, monkeypatch, dtype, scaling) 
 
 @pytest.mark.parametrize("name", ALL_OPTIMIZERS)
 def test_low_precision_parameters_get_float32_masters_and_moments(cpu_mesh, name) -> None:
-    """Of the optimizer alone, on parameters in bfloat16."""
+    """The optimizer by itself, on bfloat16 parameters."""
     from vit_static.optim.optimizers import make_optimizer
 
     layer = nn.Linear(3, 4)
@@ -386,17 +395,17 @@ def test_low_precision_parameters_get_float32_masters_and_moments(cpu_mesh, name
             "bfloat16", [3, 4], name="low", initializer=nn.initializer.Constant(0.0)
         )
         optimizer._create_accumulators(main.global_block(), [parameter])
-    kept = [*optimizer._master_weights.values()]
-    kept += [value for values in optimizer._accumulators.values() for value in values.values()]
-    assert len(kept) >= 2 and all(value.dtype == paddle.float32 for value in kept)
+    state = [*optimizer._master_weights.values()]
+    state += [value for values in optimizer._accumulators.values() for value in values.values()]
+    assert len(state) >= 2 and all(value.dtype == paddle.float32 for value in state)
 
 
 def test_parameters_keep_their_names_in_the_state(make_program) -> None:
     paddle.seed(3)
     model = VisionTransformer(SMALL)
-    own = set(model.state_dict())
+    model_names = set(model.state_dict())
     state = make_program(model, 8, OPTIMIZERS["adamw"]).state()
-    assert {name for name in state if "@" not in name} == own
-    assert {name.split("@")[0] for name in state} == own
+    assert {name for name in state if "@" not in name} == model_names
+    assert {name.split("@")[0] for name in state} == model_names
     kinds = {name.split("@")[1] for name in state if "@" in name}
     assert kinds == {"moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc"}

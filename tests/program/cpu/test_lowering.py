@@ -1,4 +1,4 @@
-"""What becomes of a compiled program's operators on a CPU: the same numbers, by fewer and quicker operators."""
+"""Programs lowered to oneDNN kernels: the same numbers from fewer and faster operators."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PARALLEL = {
 
 
 def trained(make_program, config: ModelConfig, onednn: bool, **arguments):
-    """(losses, weights, an evaluation) of a few steps."""
+    """Return (losses, weights, evaluation) after a few steps."""
     paddle.seed(3)
     kernels = KernelsConfig(onednn=onednn)
     optim = OptimConfig(name="sgd", lr=0.1, clip_norm=0.5)
@@ -63,7 +63,7 @@ def operators(program, mode: str = "train") -> Counter[str]:
     return Counter(plain(op.name()) for op in program.compiled(mode).global_block().ops)
 
 
-TOGETHER = ("plain", "dropout", "layer scale, representation", "pooled")  # with micro-batches and recomputation
+WITH_PARALLEL = ("plain", "dropout", "layer scale, representation", "pooled")  # with micro-batches and recomputation
 
 
 @pytest.mark.parametrize(
@@ -72,22 +72,22 @@ TOGETHER = ("plain", "dropout", "layer scale, representation", "pooled")  # with
         (variation, parallel)
         for variation in VARIATIONS
         for parallel in PARALLEL
-        if not parallel or variation in TOGETHER
+        if not parallel or variation in WITH_PARALLEL
     ],
 )
-def test_training_and_evaluation_are_those_of_paddles_kernels(make_program, variation, parallel) -> None:
+def test_training_and_evaluation_equal_those_of_paddles_kernels(make_program, variation, parallel) -> None:
     runs = [
         trained(make_program, VARIATIONS[variation], onednn, parallel=PARALLEL[parallel]) for onednn in (False, True)
     ]
-    for expected, found in zip(*((losses, evaluation) for losses, _, evaluation in runs), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=2e-5)
+    for expected, values in zip(*((losses, evaluation) for losses, _, evaluation in runs), strict=True):
+        np.testing.assert_allclose(values, expected, rtol=2e-5)
     for name, weight in runs[0][1].items():
         np.testing.assert_allclose(runs[1][1][name], weight, rtol=1e-4, atol=2e-6, err_msg=name)
 
 
 @pytest.mark.needs_bfloat16
 @pytest.mark.parametrize("variation", VARIATIONS)
-def test_the_first_ten_losses_in_bfloat16_are_float32s_within_a_hundredth(make_program, variation) -> None:
+def test_the_first_ten_losses_in_bfloat16_are_within_a_hundredth_of_float32(make_program, variation) -> None:
     losses = {}
     for precision in (Precision("O0", "float32"), Precision("O1", "bfloat16")):
         paddle.seed(3)
@@ -101,39 +101,39 @@ def test_the_first_ten_losses_in_bfloat16_are_float32s_within_a_hundredth(make_p
     np.testing.assert_allclose(losses["O1"], losses["O0"], rtol=1e-2)
 
 
-def test_what_a_block_is_made_of(make_program) -> None:
-    """Six products forward, twelve backward, and attention; no transposition, cast, bias or residual by itself."""
+def test_the_operators_of_a_block(make_program) -> None:
+    """Six products forward, twelve backward, and attention; no separate transposition, cast, bias or residual."""
     paddle.seed(3)
     program = make_program(VisionTransformer(PLAIN, attention_by_matmul), 8)
-    found, depth = operators(program), 2
+    counts, depth = operators(program), 2
     in_blocks = 6 * depth  # q, k, v, the projection, fc1, fc2
-    beside = 2  # the patches' embedding, whose images need no gradient, and the head
-    assert found["matmul_float32"] == 3 * in_blocks + 3 * beside - 1
-    assert found["attention_float32"] == found["attention_backward_float32"] == depth
-    assert found["gelu_float32"] == 2 * depth and found["gelu_backward_float32"] == depth
-    assert found["layer_norm_float32"] == found["layer_norm_backward_float32"] == 2 * depth + 1
-    # Biases, and the two that are repeated for every image: the class token and the positions.
-    assert found["column_sum_float32"] == in_blocks + beside + 2
-    assert found["transpose"] == 1  # the images, into patches
-    gone = {"matmul", "matmul_grad", "softmax", "softmax_grad", "add_grad", "transpose_grad", "reshape_grad", "cast"}
-    assert not gone & set(found)
+    outside = 2  # the patch embedding, whose images need no gradient, and the head
+    assert counts["matmul_float32"] == 3 * in_blocks + 3 * outside - 1
+    assert counts["attention_float32"] == counts["attention_backward_float32"] == depth
+    assert counts["gelu_float32"] == 2 * depth and counts["gelu_backward_float32"] == depth
+    assert counts["layer_norm_float32"] == counts["layer_norm_backward_float32"] == 2 * depth + 1
+    # Biases, and the two parameters that are repeated for every image: class token and position embedding.
+    assert counts["column_sum_float32"] == in_blocks + outside + 2
+    assert counts["transpose"] == 1  # images to patches
+    absent = {"matmul", "matmul_grad", "softmax", "softmax_grad", "add_grad", "transpose_grad", "reshape_grad", "cast"}
+    assert not absent & set(counts)
 
 
 @pytest.mark.needs_bfloat16
-def test_mixed_precision_casts_weights_and_the_residuals_gradient_alone(make_program) -> None:
+def test_mixed_precision_only_casts_weights_and_residual_gradients(make_program) -> None:
     paddle.seed(3)
     program = make_program(VisionTransformer(PLAIN, attention_by_matmul), 8, precision=Precision("O1", "bfloat16"))
-    found, depth = operators(program), 2
+    counts, depth = operators(program), 2
     weights = 6 * depth + 2
     residual_gradients = 2 * depth
-    beside = 4  # the patches, the class token's state before the head, and the gradients of the two
-    assert found["convert"] == weights + residual_gradients + beside
-    assert found["cast"] == 0
+    outside = 4  # the patches, the head's input, and the gradients of both
+    assert counts["convert"] == weights + residual_gradients + outside
+    assert counts["cast"] == 0
 
 
 def test_evaluation_keeps_nothing_for_a_backward(make_program) -> None:
     paddle.seed(3)
     program = make_program(VisionTransformer(PLAIN, attention_by_matmul), 8, evaluates_only=True)
-    found = operators(program, "eval")
-    assert found["attention_float32"] == 2 and found["matmul_float32"] == 14
-    assert not {"matmul", "softmax", "gelu", "layer_norm", "attention_backward_float32"} & set(found)
+    counts = operators(program, "eval")
+    assert counts["attention_float32"] == 2 and counts["matmul_float32"] == 14
+    assert not {"matmul", "softmax", "gelu", "layer_norm", "attention_backward_float32"} & set(counts)
