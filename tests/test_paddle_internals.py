@@ -3,7 +3,8 @@
 The rule is mechanical. A module uses Paddle's internals where it
 
 - imports or names something below one of PRIVATE_MODULES, or a name with a leading underscore below `paddle`;
-- accesses an attribute with a leading underscore that the module (for `self`: the package) doesn't define;
+- imports from Paddle, and accesses an attribute with a leading underscore that the module (for `self`: the package)
+  doesn't define;
 - overrides a private method of one of PADDLE_CLASSES;
 - assigns to an attribute of a Paddle module or class;
 - contains the name of a Paddle flag, the prefix of Paddle's operator names, or the name of a library in its wheel;
@@ -113,8 +114,9 @@ def internals_in(tree: ast.AST, defined_in_package: set[str]) -> Iterator[str]:
                     yield node.attr
             elif node.attr == "op_role":
                 yield "op_role"
-            elif is_private(node.attr) and node.attr not in (defined_in_package if is_self(node.value) else defined):
-                yield node.attr
+            elif names and is_private(node.attr):
+                if node.attr not in (defined_in_package if is_self(node.value) else defined):
+                    yield node.attr
         elif isinstance(node, ast.ClassDef):
             methods = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
             yield from methods & paddle_methods()
