@@ -94,7 +94,8 @@ def paddle_names(tree: ast.AST) -> dict[str, str]:
 
 def internals_in(tree: ast.AST, defined_in_package: set[str]) -> Iterator[str]:
     """What a module uses of Paddle's internals: names of modules, attributes, methods, flags."""
-    names, defined = paddle_names(tree), defined_names(tree)
+    names = paddle_names(tree)
+    own_names = {False: defined_names(tree), True: defined_in_package}  # by whether the object is `self`
 
     def resolve(node: ast.AST) -> str | None:
         """`paddle.base.core.Place` for an attribute of something imported from Paddle."""
@@ -114,9 +115,8 @@ def internals_in(tree: ast.AST, defined_in_package: set[str]) -> Iterator[str]:
                     yield node.attr
             elif node.attr == "op_role":
                 yield "op_role"
-            elif names and is_private(node.attr):
-                if node.attr not in (defined_in_package if is_self(node.value) else defined):
-                    yield node.attr
+            elif names and is_private(node.attr) and node.attr not in own_names[is_self(node.value)]:
+                yield node.attr
         elif isinstance(node, ast.ClassDef):
             methods = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
             yield from methods & paddle_methods()

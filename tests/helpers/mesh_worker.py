@@ -1,7 +1,7 @@
-"""What each process of tests/test_meshes.py runs: cases one after the other, on one mesh after the other.
+"""The worker processes of tests/parallel/test_meshes.py: short training runs, one after another, each on its mesh.
 
-`main` is called with a JSON file of `Case`s, a folder for this rank's `Outcome` of each (NAME.RANK, pickled), and a set
-of images.
+`main` is called with a JSON file of `Case`s, a folder for this rank's `Outcome` of each (NAME.RANK, pickled), and the
+root folder of a data set.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ EVAL_BATCH_SIZE = 8
 
 
 class Case(BaseModel):
-    """A short training run: on any mesh the same images and labels."""
+    """A short training run, with the same images and labels on any mesh."""
 
     name: str
     model: ModelConfig
     optim: OptimConfig
     parallel: ParallelConfig  # `dp` a number
-    steps: list[int] = list(range(10))  # what `train_step` gets
+    steps: list[int] = list(range(10))  # the step numbers passed to `train_step`
     evaluates: bool = False  # after the last step
     records_masks: bool = False
-    mixes: bool = False  # images with each other, and so has targets in place of labels
+    mixes: bool = False  # mixup and CutMix, so targets instead of labels
 
     @property
     def world_size(self) -> int:
@@ -66,38 +66,40 @@ class Case(BaseModel):
 
 @dataclass
 class Part:
-    """What one rank holds of a tensor."""
+    """The part of a tensor that one rank holds."""
 
     local: np.ndarray
-    shape: tuple[int, ...]  # of the whole
+    shape: tuple[int, ...]  # of the full tensor
     num_parts: tuple[int, ...]  # along each axis of the tensor
-    place: tuple[int, ...]  # which of them this is
+    place: tuple[int, ...]  # the index of this part along each axis
 
 
 @dataclass
 class Outcome:
-    """A case on one rank."""
+    """Results of a case on one rank."""
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)  # NaN where the rank doesn't know it
     state: dict[str, Part] = field(default_factory=dict)
-    # a step each; by the dropout's number in the model, what it kept, in the order of its executions
+    # Per step: the masks by the dropout's index in the model, in the order of execution.
     masks: list[dict[int, list[np.ndarray]]] = field(default_factory=list)
     evaluation: EvalMetrics | None = None
-    answers: Predictions | None = None  # which it is of
-    averaged: EvalMetrics | None = None  # of the weights' average
+    answers: Predictions | None = None  # from which `evaluation` is computed
+    averaged: EvalMetrics | None = None  # of the EMA weights
     collectives: tuple[Collective, ...] = ()
-    moved: dict[str, tuple[int, int]] = field(default_factory=dict)  # in the last step: calls and bytes by kind
+    moved: dict[str, tuple[int, int]] = field(
+        default_factory=dict
+    )  # calls and bytes of the last step, by kind of collective
 
 
 class RecordingProgram(Program):
-    """A program that leaves the mask of each dropout in `masks`, each time that it draws one."""
+    """A program that appends each mask that a dropout draws to `masks`."""
 
     def _run_passes(self, mode: str, compiled: Any) -> None:
         super()._run_passes(mode, compiled)
         with paddle.static.program_guard(compiled):
             for operation in list(compiled.global_block().ops):
-                # The engine shows a program in one piece twice.
+                # Without a pipeline the engine passes a program here twice.
                 if operation.name() == "pd_op.dropout" and not operation.has_attr("recorded"):
                     operation.set_bool_attr("recorded", True)
                     pir.set_insertion_point_after(operation)
@@ -191,7 +193,7 @@ def eval_feed(case: Case, mesh: Mesh, images_root: Path) -> EvalLoader:
 
 
 def part_of(tensor: paddle.Tensor, mesh: Mesh) -> Part | None:
-    """None of what another stage of the pipeline holds."""
+    """Return this rank's part of a tensor, or None for a tensor of another pipeline stage."""
     ranks = np.reshape(tensor.process_mesh.process_ids, tensor.process_mesh.shape)
     if mesh.rank not in ranks:
         return None
@@ -208,7 +210,7 @@ def main(cases: Path, folder: Path, images_root: Path) -> None:
     start_mesh(MeshShape(world_size, 1, 1), "cpu")
     for case in TypeAdapter(list[Case]).validate_json(cases.read_bytes()):
         mesh_shape = resolve_mesh(case.parallel, world_size, BATCH_SIZE, variant_of(case.model))
-        # Paddle names the parameters of every model alike, and keeps what it finds by a name in the scope.
+        # Paddle gives the parameters of every model the same names, under which a scope stores them.
         with paddle.static.scope_guard(paddle.static.Scope()):
             outcome = run(case, make_mesh(rank, mesh_shape, "cpu"), images_root)
         (folder / f"{case.name}.{rank}").write_bytes(pickle.dumps(outcome))
