@@ -1,6 +1,6 @@
-"""`bench data --device gpu`: the pipelines on a card against the same on the CPU: their pixels, and their speed.
+"""`bench data --device gpu`: pixels and speed of the data pipelines on a GPU, compared with the CPU.
 
-It takes DALI alone, no Paddle, and so runs on any card that DALI supports.
+It needs DALI but not Paddle, so it runs on every GPU that DALI supports.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from vit_static.data.image_set import ImageDataset
 from vit_static.data.open_set import open_set
 from vit_static.data.sampler import ShuffledSampler
 
-# Of a batch's pixels, in grey levels: a card's JPEG decoder and its arithmetic round otherwise.
-LARGEST_MEAN_DIFFERENCE = 1.5
-NUM_COMPARED = 64
+# Mean difference of an image's pixels, in grey levels of 0-255: the JPEG decoder and the arithmetic of a GPU round
+# differently.
+MAX_MEAN_DIFFERENCE = 1.5
+NUM_IMAGES = 64
 POLICIES = {
     "crop and flip": AugmentConfig(),
     "randaugment": AugmentConfig(policy="randaugment", magnitude=10.0),
@@ -37,72 +38,79 @@ POLICIES = {
 
 
 def run(config: Config, seconds: float, json_path: Path | None) -> None:
-    """Prints differences and speeds. Raises UserError without a card, RuntimeError where pixels differ by more than the
-    bound."""
+    """Print differences and speeds for each augmentation policy and for evaluation.
+
+    Raise UserError if DALI can't use a GPU, RuntimeError if pixels differ by more than MAX_MEAN_DIFFERENCE.
+    """
     check_writable(json_path)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         print(write_photos(Path(folder)), flush=True)
-        data = DataConfig(root=folder, global_batch_size=NUM_COMPARED, num_threads=len(os.sched_getaffinity(0)))
+        data = DataConfig(root=folder, global_batch_size=NUM_IMAGES, num_threads=len(os.sched_getaffinity(0)))
         images = open_set(data, "train", NUM_PHOTO_CLASSES)
-        print(f"{'':<22}{'mean difference':>17}{'largest':>9}{'card, images/s':>17}{'one core':>10}{'ratio':>8}")
+        print(f"{'':<22}{'mean difference':>17}{'max':>9}{'GPU, images/s':>17}{'one core':>10}{'ratio':>8}")
         for name, augment in POLICIES.items():
-            found[name] = compare(config, images, data, augment, seconds)
-            _print_row(name, found[name])
-        found["evaluation"] = compare(config, images, data, None, seconds)
-        _print_row("evaluation", found["evaluation"])
-    write_results(json_path, {}, {}, found)
-    worst = max(found, key=lambda name: found[name]["mean_difference"])
-    if found[worst]["mean_difference"] > LARGEST_MEAN_DIFFERENCE:
-        raise RuntimeError(f"{worst}: the card's pixels differ by more than {LARGEST_MEAN_DIFFERENCE} grey levels")
-    print(f"all within a mean of {LARGEST_MEAN_DIFFERENCE} of 255 grey levels")
+            results[name] = compare(config, images, data, augment, seconds)
+            _print_row(name, results[name])
+        results["evaluation"] = compare(config, images, data, None, seconds)
+        _print_row("evaluation", results["evaluation"])
+    write_results(json_path, {}, {}, results)
+    worst = max(results, key=lambda name: results[name]["mean_difference"])
+    if results[worst]["mean_difference"] > MAX_MEAN_DIFFERENCE:
+        raise RuntimeError(
+            f"{worst}: the pixels of the GPU and the CPU differ by more than {MAX_MEAN_DIFFERENCE} grey levels"
+        )
+    print(f"all mean differences are within {MAX_MEAN_DIFFERENCE} of 255 grey levels")
 
 
 def compare(
     config: Config, images: ImageDataset, data: DataConfig, augment: AugmentConfig | None, seconds: float
 ) -> dict[str, float]:
-    """One pipeline (`augment` None: the evaluation's) on both: differences in grey levels, images a second."""
+    """Run a pipeline (the evaluation's if `augment` is None) on the GPU and the CPU.
+
+    Return the differences in grey levels and the speeds in images per second: of the GPU and of one CPU core.
+    """
     try:
-        card = _pipeline(config, images, data, augment, 0)
-        on_card = _pixels(card.run())
+        gpu = _pipeline(config, images, data, augment, 0)
+        gpu_pixels = _pixels(gpu.run())
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"bench data --device gpu: DALI finds no card that it can use ({reason}): not run") from None
+        raise UserError(f"bench data --device gpu: not run, because DALI can't use a GPU here: {reason}") from None
     cpu = _pipeline(config, images, data, augment, None)
-    levels = 255.0 * np.abs(on_card - _pixels(cpu.run())) * np.asarray(data.std, np.float32).reshape(1, 3, 1, 1)
-    card_speed = _images_per_s(card, seconds)
+    levels = 255.0 * np.abs(gpu_pixels - _pixels(cpu.run())) * np.asarray(data.std, np.float32).reshape(1, 3, 1, 1)
+    gpu_speed = _images_per_s(gpu, seconds)
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, [min(cores)])
     try:
-        alone = data.model_copy(update={"num_threads": 1})
-        cpu_speed = _images_per_s(_pipeline(config, images, alone, augment, None), seconds)
+        one_thread = data.model_copy(update={"num_threads": 1})
+        cpu_speed = _images_per_s(_pipeline(config, images, one_thread, augment, None), seconds)
     finally:
         os.sched_setaffinity(0, cores)
     return {
         "mean_difference": float(levels.mean(axis=(1, 2, 3)).max()),
-        "largest_difference": float(levels.max()),
-        "card_images_per_s": card_speed,
+        "max_difference": float(levels.max()),
+        "gpu_images_per_s": gpu_speed,
         "one_core_images_per_s": cpu_speed,
-        "ratio": card_speed / cpu_speed,
+        "ratio": gpu_speed / cpu_speed,
     }
 
 
 def _pipeline(
     config: Config, images: ImageDataset, data: DataConfig, augment: AugmentConfig | None, device_id: int | None
 ) -> Any:
-    """The run's own pipeline, of the same images, draws and parameters at every call."""
+    """Build the pipeline of a run (device_id None: on the CPU); each of its runs has the same images and parameters."""
     batch_size, image_size = data.global_batch_size, config.model.image_size
     encoded = [images.read(number)[0] for number in range(batch_size)]
     labels = np.zeros(batch_size, np.int64)
     if augment is None:
-        rows: Sequence[np.ndarray] = [np.ones(batch_size, np.float32)]
-        return eval_pipeline(lambda n: (encoded, labels, *rows), batch_size, image_size, data, config.eval, device_id)
-    order, num_draws = ShuffledSampler(len(images), config.seed), num_draws_per_image(augment)
-    rows = [order.crop_flip_draws(0, batch_size)]
+        inputs: Sequence[np.ndarray] = [np.ones(batch_size, np.float32)]
+        return eval_pipeline(lambda n: (encoded, labels, *inputs), batch_size, image_size, data, config.eval, device_id)
+    sampler, num_draws = ShuffledSampler(len(images), config.seed), num_draws_per_image(augment)
+    inputs = [sampler.crop_flip_draws(0, batch_size)]
     if num_draws:
-        draws = order.augmentation_draws(0, batch_size, num_draws)
-        rows += op_parameters(draws, augment, image_size).values()
-    return train_pipeline(lambda n: (encoded, labels, *rows), batch_size, image_size, data, augment, device_id)
+        draws = sampler.augmentation_draws(0, batch_size, num_draws)
+        inputs += op_parameters(draws, augment, image_size).values()
+    return train_pipeline(lambda n: (encoded, labels, *inputs), batch_size, image_size, data, augment, device_id)
 
 
 def _pixels(outputs: Any) -> np.ndarray:
@@ -121,7 +129,7 @@ def _images_per_s(pipeline: Any, seconds: float) -> float:
 
 def _print_row(name: str, row: dict[str, float]) -> None:
     print(
-        f"{name:<22}{row['mean_difference']:17.3f}{row['largest_difference']:9.1f}{row['card_images_per_s']:17.1f}"
+        f"{name:<22}{row['mean_difference']:17.3f}{row['max_difference']:9.1f}{row['gpu_images_per_s']:17.1f}"
         f"{row['one_core_images_per_s']:10.1f}{row['ratio']:8.1f}",
         flush=True,
     )

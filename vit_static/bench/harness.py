@@ -1,8 +1,8 @@
-"""Contenders that take turns: each a process that stays, so that what is compared has met the same machine.
+"""Benchmark harness: candidates run as processes, measured in interleaved rounds and compared by ratios.
 
-Speeds on a shared machine change from minute to minute; a ratio is only worth something between neighbours in time. So
-all contenders are made ready first, then each works for some seconds, in turn, round after round, and a ratio is the
-median of the rounds' ratios.
+Speeds on a shared machine change from minute to minute, so only measurements that are close in time can be compared.
+Therefore all candidates are started first; then each works for some seconds in turn, round after round. A ratio is the
+median of the ratios of the rounds.
 """
 
 from __future__ import annotations
@@ -34,62 +34,71 @@ REQUIREMENTS = ROOT / ".requirements" / "bench.txt"
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A way to do the same work. `command` starts a process that speaks as peers/protocol.py does, and that has the
-    first `cores` of this process's, or all."""
+class Candidate:
+    """An implementation to measure.
+
+    `command` starts a process that follows the protocol of peers/protocol.py. The process is bound to the first
+    `num_cores` cores of this process; None: to all of them.
+    """
 
     name: str
     title: str
     command: tuple[str, ...]
     environ: Mapping[str, str] = field(default_factory=dict)
-    cores: int | None = None
+    num_cores: int | None = None
 
 
 @dataclass
 class Result:
-    """What a contender did: images a second in each round, the seconds of each call, and the most memory that its
-    process had. `known`: what it said when it was ready."""
+    """Measurements of a candidate.
+
+    `images_per_s` has one value per round, `call_seconds` one per call, `peak_bytes` is the peak memory of its process;
+    `ready_info` is what the process reported when it was ready.
+    """
 
     title: str
     version: str = ""
     images_per_s: list[float] = field(default_factory=list)
     peak_bytes: int = 0
-    calls: list[float] = field(default_factory=list)
-    known: dict[str, Any] = field(default_factory=dict)
+    call_seconds: list[float] = field(default_factory=list)
+    ready_info: dict[str, Any] = field(default_factory=dict)
 
     @property
     def median(self) -> float:
+        """The median speed of the rounds, in images per second."""
         return statistics.median(self.images_per_s)
 
-    def latency_ms(self, per_cent: float) -> float:
-        """How long that share of the calls took at most, linear between two."""
-        return 1e3 * float(np.percentile(self.calls, per_cent))
+    def latency_ms(self, percentile: float) -> float:
+        """Return a percentile (0-100) of the time of a call, linearly interpolated."""
+        return 1e3 * float(np.percentile(self.call_seconds, percentile))
 
 
 def peers_python() -> str:
-    """The interpreter of the peers' environment, which is made where it is missing: none of it is a dependency of the
-    program. Raises UserError if it can't be installed."""
+    """Return the Python interpreter of the peers' environment, which is created if needed.
+
+    The environment is separate because none of the peers is a dependency of the program. Raise UserError if the peers
+    can't be installed.
+    """
     python, stamp = ENVIRONMENT / "bin" / "python", ENVIRONMENT / "bench.txt"
-    wanted = REQUIREMENTS.read_text()
-    if not stamp.is_file() or stamp.read_text() != wanted:
+    requirements = REQUIREMENTS.read_text()
+    if not stamp.is_file() or stamp.read_text() != requirements:
         print(f"installing the peers ({REQUIREMENTS.relative_to(ROOT)}) into {ENVIRONMENT.name} ...", flush=True)
         venv.create(ENVIRONMENT, with_pip=True, clear=True)
         install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"]
         finished = subprocess.run([*install, str(REQUIREMENTS)], capture_output=True, text=True, check=False)
         if finished.returncode != 0:
-            reason = (finished.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-            raise UserError(f"{REQUIREMENTS}: can't be installed ({reason}); the benchmark measures against these")
-        stamp.write_text(wanted)
+            reason = (finished.stderr.strip().splitlines() or ["pip printed no reason"])[-1]
+            raise UserError(
+                f"{REQUIREMENTS}: pip can't install the peers that the benchmark compares with ({reason}); run this "
+                "benchmark where a package index can be reached"
+            )
+        stamp.write_text(requirements)
     return str(python)
-
-
-def our_python() -> str:
-    return sys.executable
 
 
 def worker_command(kind: str, spec: str) -> tuple[str, ...]:
     """Return the command that starts one of our workers (worker.py)."""
-    return our_python(), "-m", "vit_static.bench.worker", kind, spec
+    return sys.executable, "-m", "vit_static.bench.worker", kind, spec
 
 
 def config_spec(config: Config) -> str:
@@ -97,45 +106,49 @@ def config_spec(config: Config) -> str:
     return config.model_dump_json(by_alias=True)
 
 
-def peer(
-    name: str, title: str, python: str, script: str, spec: Mapping[str, Any], cores: int | None = None
-) -> Contender:
-    """A script of `peers`, which gets its `spec` as JSON."""
-    return Contender(name, title, (python, str(PEERS / script), json.dumps(spec)), {"PYTHONPATH": str(PEERS)}, cores)
+def peer_candidate(
+    name: str, title: str, python: str, script: str, spec: Mapping[str, Any], num_cores: int | None = None
+) -> Candidate:
+    """Return the candidate that runs a script of peers/, which gets `spec` as JSON."""
+    command = (python, str(PEERS / script), json.dumps(spec))
+    return Candidate(name, title, command, {"PYTHONPATH": str(PEERS)}, num_cores)
 
 
-def run_in_turns(contenders: Sequence[Contender], rounds: int, seconds: float) -> dict[str, Result]:
-    """By name, what each contender did in all rounds. Raises RuntimeError if one of them fails."""
-    results = {contender.name: Result(contender.title) for contender in contenders}
+def measure_interleaved(candidates: Sequence[Candidate], num_rounds: int, seconds: float) -> dict[str, Result]:
+    """Measure all candidates in turn, each for `seconds` per round; return the results by name.
+
+    Raise RuntimeError if a candidate fails.
+    """
+    results = {candidate.name: Result(candidate.title) for candidate in candidates}
     with contextlib.ExitStack() as stack:
-        running: dict[str, _Running] = {}
-        for contender in contenders:
-            process = running[contender.name] = stack.enter_context(_Running(contender))
-            known = process.hear()
-            results[contender.name].version = str(known.pop("version", ""))
-            results[contender.name].known = known
-        for number in range(rounds):
-            for contender in contenders:
-                done = running[contender.name].work(seconds)
-                speed = done["num_images"] / done["seconds"]
-                results[contender.name].images_per_s.append(speed)
-                results[contender.name].calls += done.get("calls", [])
-                print(f"round {number + 1}  {contender.title:<44} {speed:9.2f} images/s", flush=True)
-        for contender in contenders:
-            results[contender.name].peak_bytes = int(running[contender.name].end()["peak_bytes"])
+        processes: dict[str, _CandidateProcess] = {}
+        for candidate in candidates:
+            process = processes[candidate.name] = stack.enter_context(_CandidateProcess(candidate))
+            ready_info = process.receive()
+            results[candidate.name].version = str(ready_info.pop("version", ""))
+            results[candidate.name].ready_info = ready_info
+        for number in range(1, num_rounds + 1):
+            for candidate in candidates:
+                reply = processes[candidate.name].work(seconds)
+                speed = reply["num_images"] / reply["seconds"]
+                results[candidate.name].images_per_s.append(speed)
+                results[candidate.name].call_seconds += reply.get("call_seconds", [])
+                print(f"round {number}  {candidate.title:<44} {speed:9.2f} images/s", flush=True)
+        for candidate in candidates:
+            results[candidate.name].peak_bytes = int(processes[candidate.name].finish()["peak_bytes"])
     return results
 
 
-class _Running:
-    """A contender's process, until the end of the block."""
+class _CandidateProcess:
+    """The process of a candidate, killed at the end of the block."""
 
-    def __init__(self, contender: Contender) -> None:
-        self._title = contender.title
+    def __init__(self, candidate: Candidate) -> None:
+        self._title = candidate.title
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
-        cores = sorted(os.sched_getaffinity(0))[: contender.cores]
+        cores = sorted(os.sched_getaffinity(0))[: candidate.num_cores]
         self._process = subprocess.Popen(
-            contender.command,
-            env={**user_environ(), "OMP_NUM_THREADS": str(len(cores)), **contender.environ},
+            candidate.command,
+            env={**user_environ(), "OMP_NUM_THREADS": str(len(cores)), **candidate.environ},
             preexec_fn=lambda: os.sched_setaffinity(0, cores),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -143,7 +156,7 @@ class _Running:
             text=True,
         )
 
-    def __enter__(self) -> _Running:
+    def __enter__(self) -> _CandidateProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -154,45 +167,47 @@ class _Running:
                 pipe.close()
 
     def work(self, seconds: float) -> dict[str, Any]:
+        """Have the process work for at least `seconds`; return its reply."""
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # then `hear` says why
+        with contextlib.suppress(BrokenPipeError):  # the process has died; `receive` raises with its stderr
             print(seconds, file=self._process.stdin, flush=True)
-        return self.hear()
+        return self.receive()
 
-    def end(self) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
+        """End the process's input; return its last reply."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        return self.hear()
+        return self.receive()
 
-    def hear(self) -> dict[str, Any]:
-        """The next thing that the contender says; what libraries print in between is passed over."""
+    def receive(self) -> dict[str, Any]:
+        """Return the next reply, skipping lines that libraries print. Raise RuntimeError if the process has ended."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith("{"):
-                said: dict[str, Any] = json.loads(line)
-                return said
+                reply: dict[str, Any] = json.loads(line)
+                return reply
         self._errors.seek(0)
         raise RuntimeError(f"{self._title}: its process has ended:\n{self._errors.read()[-4000:]}")
 
 
 def ratio(ours: Result, theirs: Result) -> float:
-    """The median of the rounds' ratios of speeds."""
+    """Return the median over the rounds of the ratio of two speeds."""
     return statistics.median(a / b for a, b in zip(ours.images_per_s, theirs.images_per_s, strict=True))
 
 
-def print_table(results: Mapping[str, Result], rounds: int, *, latencies: bool = False) -> None:
-    """`latencies`: with those of a call, p50 and p99."""
+def print_table(results: Mapping[str, Result], num_rounds: int, *, latencies: bool = False) -> None:
+    """Print one line per candidate; with `latencies`, also the 50th and 99th percentile of the time of a call."""
     head = f"{'p50':>11}{'p99':>11}" if latencies else ""
-    print(f"\n{f'median of {rounds} rounds':<46}{'images/s':>10}{'least':>9}{'most':>9}{head}{'peak memory':>14}")
+    print(f"\n{f'median of {num_rounds} rounds':<46}{'images/s':>10}{'min':>9}{'max':>9}{head}{'peak memory':>14}")
     for result in results.values():
         title = f"{result.title} {result.version}".strip()
-        least, most = min(result.images_per_s), max(result.images_per_s)
-        took = f"{result.latency_ms(50):8.1f} ms{result.latency_ms(99):8.1f} ms" if latencies else ""
-        print(f"{title:<46}{result.median:10.2f}{least:9.2f}{most:9.2f}{took}{result.peak_bytes / 1e6:11.0f} MB")
+        low, high = min(result.images_per_s), max(result.images_per_s)
+        percentiles = f"{result.latency_ms(50):8.1f} ms{result.latency_ms(99):8.1f} ms" if latencies else ""
+        print(f"{title:<46}{result.median:10.2f}{low:9.2f}{high:9.2f}{percentiles}{result.peak_bytes / 1e6:11.0f} MB")
 
 
 def print_ratios(ratios: Mapping[str, float], targets: Mapping[str, float] | None = None) -> None:
-    """`targets`: what a ratio should be at least, or at most where it is of memory."""
+    """Print ratios beside their targets: a lower bound for speeds, an upper bound for memory."""
     print(f"\n{'ratio, ours over theirs':<46}{'measured':>10}{'target':>9}")
     for name, value in ratios.items():
         target = (targets or {}).get(name)
@@ -205,28 +220,28 @@ def write_results(
     results: Mapping[str, Result],
     others: Mapping[str, Any] | None = None,
 ) -> None:
-    """`others`: what was found besides ratios, by name."""
+    """Write the results as JSON, `others` under their own keys; do nothing if `path` is None."""
     if path is None:
         return
-    found = {
+    values = {
         "ratios": dict(ratios),
         **(others or {}),
-        "contenders": {
+        "candidates": {
             name: {
                 "title": result.title,
                 "version": result.version,
                 "images_per_s": result.images_per_s,
                 "median_images_per_s": result.median,
                 "peak_bytes": result.peak_bytes,
-                **({f"p{share}_ms": result.latency_ms(share) for share in (50, 99)} if result.calls else {}),
+                **({f"p{n}_ms": result.latency_ms(n) for n in (50, 99)} if result.call_seconds else {}),
             }
             for name, result in results.items()
         },
     }
-    write_json(found, path)
+    write_json(values, path)
 
 
 def check_writable(path: Path | None) -> None:
-    """Raises UserError, before anything is measured, for a file that could not be written at the end."""
+    """Raise UserError if `path` can't be written at the end of the benchmark because its folder is missing."""
     if path is not None and not path.parent.is_dir():
-        raise UserError(f"--json {path}: there is no folder {path.parent}; make it, or name another file")
+        raise UserError(f"--json {path}: there is no folder {path.parent}; create it, or name another file")

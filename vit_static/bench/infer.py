@@ -1,4 +1,4 @@
-"""`bench infer`: exported models, in each precision, against PyTorch and ONNX Runtime with the same weights."""
+"""`bench infer`: exported models in each precision, against PyTorch and ONNX Runtime with the same weights."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import numpy as np
 import paddle
 
 from vit_static.bench.harness import (
-    Contender,
+    Candidate,
     Result,
     check_writable,
-    peer,
+    measure_interleaved,
+    peer_candidate,
     peers_python,
     print_ratios,
     print_table,
     ratio,
-    run_in_turns,
     worker_command,
     write_results,
 )
@@ -44,9 +44,9 @@ from vit_static.weights.source import load_weights
 BATCH_SIZES = (1, 8, 32)
 _DTYPES: dict[str, InferencePrecision] = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
 _PEERS = {"fp32": ("pytorch", "onnxruntime"), "bf16": ("pytorch",), "int8": ()}
-_FP32 = "pytorch", "onnxruntime"
-_NUM_CALIBRATION_IMAGES = 64  # of noise, where there are no weights that have been trained
-_SAME_WEIGHTS = 1e-2  # of a logit, in float32
+_PEER_TITLES = {"pytorch": "PyTorch", "onnxruntime": "ONNX Runtime"}
+_NUM_CALIBRATION_IMAGES = 64  # of noise, for an untrained model
+_LOGIT_TOLERANCE = 1e-2  # relative to the largest logit, in float32: models with the same weights agree within it
 _TARGETS = {"fp32_vs_best_fp32_peer": 1.0, "best_low_vs_best_fp32_peer": 1.7}
 
 
@@ -55,41 +55,44 @@ def run(
     checkpoint: Path | None,
     overrides: list[str],
     batch_sizes: tuple[int, ...],
-    rounds: int,
+    num_rounds: int,
     seconds: float,
     json_path: Path | None,
 ) -> None:
-    """Prints latencies, speeds, ours over the best peer's, and with a `checkpoint` each precision's top-1 beside the
-    trained model's; writes them to `json_path`. Without one the weights are fresh, which changes no speed."""
+    """Print latencies, speeds, and the ratios of our speeds to the best peer's; write them to `json_path`.
+
+    With a `checkpoint`, also compare the top-1 of each precision with that of the trained model. Without one, the
+    weights are random, which doesn't change the speeds.
+    """
     check_writable(json_path)
     onnx_export.check_installed()
     results: dict[str, Result] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if checkpoint is None:
-            comparisons = write_fresh(config, folder, max(batch_sizes))
+            comparisons = export_untrained(config, folder, max(batch_sizes))
         else:
-            config, comparisons = write_trained(checkpoint, overrides, folder, max(batch_sizes))
+            config, comparisons = export_trained(checkpoint, overrides, folder, max(batch_sizes))
         model = peers_model(config)
         for batch_size in batch_sizes:
-            group = run_in_turns(contenders_for(model, folder, batch_size), rounds, seconds)
+            group = measure_interleaved(make_candidates(model, folder, batch_size), num_rounds, seconds)
             check_weights(group)
             results |= group
     ratios = ratios_of(results, batch_sizes)
-    print_table(results, rounds, latencies=True)
+    print_table(results, num_rounds, latencies=True)
     print_ratios(ratios, _TARGETS)
     print_top1(comparisons)
-    top1 = {name: found.model_dump() for name, found in comparisons.items()}
+    top1 = {name: comparison.model_dump() for name, comparison in comparisons.items()}
     write_results(json_path, ratios, results, {"top1": top1})
 
 
 def precisions() -> list[str]:
-    """What this machine can be compared in."""
+    """Return the precisions that this CPU can be measured in."""
     return [name for name in _DTYPES if name != "bf16" or cpu_has_bfloat16()]
 
 
-def write_fresh(config: Config, folder: Path, batch_size: int) -> dict[str, Comparison]:
-    """The config's model with fresh weights, its head too, and noise for images."""
+def export_untrained(config: Config, folder: Path, batch_size: int) -> dict[str, Comparison]:
+    """Write the config's model with random weights, including the head, and noise as images."""
     paddle.set_device("cpu")
     seed_everything(config.seed)
     model = VisionTransformer(config.model)
@@ -102,10 +105,13 @@ def write_fresh(config: Config, folder: Path, batch_size: int) -> dict[str, Comp
     return {}
 
 
-def write_trained(
+def export_trained(
     checkpoint: Path, overrides: list[str], folder: Path, batch_size: int
 ) -> tuple[Config, dict[str, Comparison]]:
-    """A checkpoint's model, images of its validation set, and what `export` finds of each precision."""
+    """Write a checkpoint's model and images of its validation set.
+
+    Return its config, and the comparison of each precision with the trained model.
+    """
     loaded = load_weights(checkpoint)
     config = loaded.config_with(overrides)
     paddle.set_device("cpu")
@@ -115,34 +121,35 @@ def write_trained(
     validation = open_set(config.data, "val", config.model.num_classes)
     names = loaded.class_names or validation.class_names
     chosen = evenly_spaced(len(validation), config.export.num_calibration_images)
-    spec = spec_of(config, names)
-    images = np.concatenate([inputs for inputs, *_ in read_batches(validation, chosen, spec)])
+    model_spec = spec_of(config, names)
+    images = np.concatenate([inputs for inputs, *_ in read_batches(validation, chosen, model_spec)])
     _write(model, config, names, folder, np.resize(images, (max(batch_size, len(images)), *images.shape[1:])))
     comparisons = {}
     for precision in precisions():
-        spec = spec.model_copy(update={"precision": _DTYPES[precision]})
-        found = compare(model, spec, folder / precision, validation, config.export.num_check_images)
-        (comparisons[precision],) = found.values()
+        model_spec = model_spec.model_copy(update={"precision": _DTYPES[precision]})
+        checks = compare(model, model_spec, folder / precision, validation, config.export.num_check_images)
+        (comparisons[precision],) = checks.values()
     return config, comparisons
 
 
 def _write(model: VisionTransformer, config: Config, names: list[str], folder: Path, images: np.ndarray) -> None:
-    """Ours in each precision, as `export` writes it, images.npy, weights.npz, and the peers' model.onnx."""
+    """Write our exported model in each precision, images.npy, weights.npz, and the peers' model.onnx."""
 
     def batches() -> Iterator[np.ndarray]:
         yield from np.array_split(images, max(len(images) // 16, 1))
 
     for precision in precisions():
         (folder / precision).mkdir()
-        spec = spec_of(config, names).model_copy(update={"precision": _DTYPES[precision]})
-        write_artifact(model, config, spec, folder / precision, batches())
+        model_spec = spec_of(config, names).model_copy(update={"precision": _DTYPES[precision]})
+        write_artifact(model, config, model_spec, folder / precision, batches())
     np.save(folder / "images.npy", images)
     np.savez(folder / "weights.npz", **file_state(model))  # type: ignore[arg-type]
-    maker = peer("onnx", "torch_to_onnx.py", peers_python(), "torch_to_onnx.py", _spec(peers_model(config), folder))
-    environ = {**os.environ, **maker.environ}
-    finished = subprocess.run(maker.command, env=environ, capture_output=True, text=True, check=False)
+    script, spec = "torch_to_onnx.py", _spec(peers_model(config), folder)
+    exporter = peer_candidate("onnx", script, peers_python(), script, spec)
+    environ = {**os.environ, **exporter.environ}
+    finished = subprocess.run(exporter.command, env=environ, capture_output=True, text=True, check=False)
     if finished.returncode != 0:
-        raise RuntimeError(f"{maker.title}: exit code {finished.returncode}:\n{finished.stderr[-4000:]}")
+        raise RuntimeError(f"{script}: exit code {finished.returncode}:\n{finished.stderr[-4000:]}")
 
 
 def _spec(model: Mapping[str, int], folder: Path) -> dict[str, Any]:
@@ -150,9 +157,9 @@ def _spec(model: Mapping[str, int], folder: Path) -> dict[str, Any]:
     return {"model": dict(model), **{key: str(folder / name) for key, name in files.items()}}
 
 
-def contenders_for(model: Mapping[str, int], folder: Path, batch_size: int) -> list[Contender]:
-    """Ours and the peers in each precision, each on all cores."""
-    contenders = []
+def make_candidates(model: Mapping[str, int], folder: Path, batch_size: int) -> list[Candidate]:
+    """Return our model and the peers in each precision, each on all cores. `model` has the keys of `peers_model`."""
+    candidates = []
     for precision in precisions():
         spec = {
             **_spec(model, folder),
@@ -162,63 +169,64 @@ def contenders_for(model: Mapping[str, int], folder: Path, batch_size: int) -> l
         }
         title, name = f"{precision}, batch {batch_size},", f"{precision}_batch_{batch_size}"
         ours = worker_command("infer", json.dumps(spec))
-        contenders.append(Contender(f"ours_{name}", f"vit_static {title}", ours))
-        for of_peer, said, script in (
-            ("pytorch", "PyTorch", "pytorch_infer.py"),
-            ("onnxruntime", "ONNX Runtime", "onnxruntime_infer.py"),
-        ):
-            if of_peer in _PEERS[precision]:
-                contenders.append(peer(f"{of_peer}_{name}", f"{said} {title}", peers_python(), script, spec))
-    return contenders
+        candidates.append(Candidate(f"ours_{name}", f"vit_static {title}", ours))
+        for peer in _PEERS[precision]:
+            peer_title = f"{_PEER_TITLES[peer]} {title}"
+            candidates.append(peer_candidate(f"{peer}_{name}", peer_title, peers_python(), f"{peer}_infer.py", spec))
+    return candidates
 
 
 def check_weights(group: Mapping[str, Result]) -> None:
-    """Raises UserError where the peers' model, in float32, isn't ours."""
-    logits = {name: np.array(result.known["logits"]) for name, result in group.items() if "_fp32_" in name}
-    ours = next(found for name, found in logits.items() if name.startswith("ours"))
-    for name, found in logits.items():
-        if not np.abs(found - ours).max() <= _SAME_WEIGHTS * max(1.0, np.abs(ours).max()):
+    """Raise UserError if the float32 logits of a peer differ from ours."""
+    logits = {name: np.array(result.ready_info["logits"]) for name, result in group.items() if "_fp32_" in name}
+    ours = next(values for name, values in logits.items() if name.startswith("ours"))
+    for name, values in logits.items():
+        if not np.abs(values - ours).max() <= _LOGIT_TOLERANCE * max(1.0, np.abs(ours).max()):
             raise UserError(
-                f"bench infer: the model is none of the peers', whose ViT is plain ({name} answers otherwise)"
+                f"bench infer: the logits of {name} differ from ours; the peers only have a plain ViT, so measure a "
+                "model without LayerScale, registers and other extras"
             )
 
 
 def ratios_of(results: Mapping[str, Result], batch_sizes: tuple[int, ...]) -> dict[str, float]:
-    """Ours over the best float32 peer, and in bfloat16 over the best bfloat16 one, by batch size; before them the least
-    of each, of low precisions the best's."""
+    """Return the ratios of our speeds to the best peer's.
 
-    def over(precision: str, peers: tuple[str, ...], of_peers: str, batch_size: int) -> float:
-        best = max(
-            (results[f"{name}_{of_peers}_batch_{batch_size}"] for name in peers), key=lambda result: result.median
-        )
+    First the minima over the batch sizes: of float32, and of our best low precision. Then, by batch size, each
+    precision against the best float32 peer, and bfloat16 also against the best bfloat16 peer.
+    """
+
+    def ratio_to_best(precision: str, peer_precision: str, batch_size: int) -> float:
+        peers = [results[f"{name}_{peer_precision}_batch_{batch_size}"] for name in _PEERS[peer_precision]]
+        best = max(peers, key=lambda result: result.median)
         return ratio(results[f"ours_{precision}_batch_{batch_size}"], best)
 
-    known = [precision for precision in _DTYPES if f"ours_{precision}_batch_{batch_sizes[0]}" in results]
-    over_fp32 = {one: {size: over(one, _FP32, "fp32", size) for size in batch_sizes} for one in known}
-    low = [one for one in known if one != "fp32"]
-    ratios = {"fp32_vs_best_fp32_peer": min(over_fp32["fp32"].values())}
+    measured = [precision for precision in _DTYPES if f"ours_{precision}_batch_{batch_sizes[0]}" in results]
+    to_fp32 = {name: {size: ratio_to_best(name, "fp32", size) for size in batch_sizes} for name in measured}
+    low = [name for name in measured if name != "fp32"]
+    ratios = {"fp32_vs_best_fp32_peer": min(to_fp32["fp32"].values())}
     if low:
-        ratios["best_low_vs_best_fp32_peer"] = min(max(over_fp32[one][size] for one in low) for size in batch_sizes)
-    for one in known:
-        ratios |= {f"{one}_vs_best_fp32_peer_batch_{size}": over_fp32[one][size] for size in batch_sizes}
-    if "bf16" in known:
-        own = {size: over("bf16", _PEERS["bf16"], "bf16", size) for size in batch_sizes}
-        ratios |= {f"bf16_vs_best_bf16_peer_batch_{size}": value for size, value in own.items()}
+        ratios["best_low_vs_best_fp32_peer"] = min(max(to_fp32[name][size] for name in low) for size in batch_sizes)
+    for name in measured:
+        ratios |= {f"{name}_vs_best_fp32_peer_batch_{size}": to_fp32[name][size] for size in batch_sizes}
+    if "bf16" in measured:
+        ratios |= {f"bf16_vs_best_bf16_peer_batch_{n}": ratio_to_best("bf16", "bf16", n) for n in batch_sizes}
     return ratios
 
 
 def print_top1(comparisons: Mapping[str, Comparison]) -> None:
+    """Print the top-1 of each precision beside that of the trained model."""
     if not comparisons:
-        print("\ntop-1: the weights are fresh; --checkpoint RUN measures a trained model's, too")
-    for precision, found in comparisons.items():
+        print("\ntop-1: not measured, because the weights are random; name a trained model with --checkpoint RUN")
+    for precision, comparison in comparisons.items():
+        difference = comparison.top1_exported - comparison.top1_trained
         print(
-            f"{precision}: top-1 {found.top1_exported:.2f} %, {found.top1_exported - found.top1_trained:+.2f} from the "
-            f"trained model's, the same class for {found.same_class:.2f} % of {found.num_images} images"
+            f"{precision}: top-1 {comparison.top1_exported:.2f} %, {difference:+.2f} from the trained model, the same "
+            f"class for {comparison.same_class:.2f} % of {comparison.num_images} images"
         )
 
 
 def serve(spec: Mapping[str, Any]) -> None:
-    """Run the exported model, as a worker of the harness. `spec` has the keys of `contenders_for`."""
+    """Run the exported model, as a worker of the harness. `spec` has the keys of `make_candidates`."""
     predictor = Predictor(Path(spec["folder"]))
     images, batch_size = np.load(spec["images"]), int(spec["batch_size"])
     logits = predictor.logits(images[:2]).tolist()

@@ -1,4 +1,4 @@
-"""Photographs for the benchmarks of data: JPEG files of ImageNet's usual size, made for the run."""
+"""Photographs for the data benchmarks: JPEG files of ImageNet's usual size, generated for each run."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from PIL import Image
 from vit_static.common.errors import UserError
 
 NUM_PHOTOS, NUM_PHOTO_CLASSES = 256, 2
-PHOTO_SIZE, JPEG_QUALITY = (500, 375), 97  # ImageNet's commonest width and height; files of 95 kB
+PHOTO_SIZE, JPEG_QUALITY = (500, 375), 97  # ImageNet's most common width and height; about 95 kB per file
 
 
 def write_photos(root: Path) -> str:
-    """A training set of crops from scikit-learn's two sample photographs, a class each; returns what it is."""
+    """Write a training set of crops from scikit-learn's two sample photographs, one class each; return a description.
+
+    Raise UserError if scikit-learn isn't installed.
+    """
     try:
         from sklearn.datasets import load_sample_images
     except ImportError:
         raise UserError(
-            f"bench data: no images in data.root, and no scikit-learn to make some of ({sys.executable} -m pip install "
-            "scikit-learn); name a folder with -o data.root=ROOT"
+            "bench: scikit-learn, whose sample photographs are used, isn't installed; install it with "
+            f"{sys.executable} -m pip install scikit-learn"
         ) from None
     photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]  # 640 wide, 427 high
     width, height = PHOTO_SIZE
@@ -43,4 +46,4 @@ def write_photos(root: Path) -> str:
         image.save(path, quality=JPEG_QUALITY)
         num_bytes += path.stat().st_size
     kilobytes = num_bytes / NUM_PHOTOS / 1e3
-    return f"{NUM_PHOTOS} JPEG files of {width}x{height} pixels, {kilobytes:.0f} kB each, made for this run"
+    return f"{NUM_PHOTOS} JPEG files of {width}x{height} pixels, {kilobytes:.0f} kB each, generated for this run"

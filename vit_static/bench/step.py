@@ -1,4 +1,4 @@
-"""The run's training step on images of noise: what the benchmarks repeat; `bench step` measures it by itself."""
+"""The training step that the benchmarks repeat, and `bench step`, which measures it on any number of processes."""
 
 from __future__ import annotations
 
@@ -27,19 +27,18 @@ _WARM_UP_STEPS = 3
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one layout: images a second over all ranks; the share of the time that rank 0 spent in collectives, where it
-    can be told (on CPUs); of a card the share of its peak, where that is known, and the most memory in bytes."""
+    """Speed of the training step on one mesh. None means unknown."""
 
-    images_per_s: float
-    in_collectives: float | None
-    mfu: float | None = None
-    peak_bytes: int | None = None
+    images_per_s: float  # of all ranks together
+    collective_share: float | None  # of the time that rank 0 spends in collectives, 0-1; known only on CPUs
+    mfu: float | None = None  # share of the peak rate of the GPUs, 0-1
+    peak_bytes: int | None = None  # peak memory of a GPU
 
 
 class MeasuredStep:
-    """A config's program on this rank, compiled and warm; each call is a step, waited for.
+    """The training program of a config on this rank, compiled and warmed up; a call runs a step and waits for it.
 
-    On images of noise, always the same, or with `real_data` on those of data.root.
+    The images are always the same noise, or with `real_data` those of data.root.
     """
 
     def __init__(self, config: Config, real_data: bool = False) -> None:
@@ -47,8 +46,8 @@ class MeasuredStep:
         _, world_size = rank_and_world_size()
         variant = variant_of(config.model)
         self.batch_size = config.data.global_batch_size
-        sizes = resolve_mesh(config.parallel, world_size, self.batch_size, variant)
-        self.mesh = start_mesh(sizes, config.device)
+        shape = resolve_mesh(config.parallel, world_size, self.batch_size, variant)
+        self.mesh = start_mesh(shape, config.device)
         self.precision = choose_precision(config.amp, self.mesh.device, config.kernels, config.parallel)
         seed_everything(config.seed)
         attention = choose_attention(config.model, config.parallel, config.kernels, self.mesh.device)
@@ -60,28 +59,29 @@ class MeasuredStep:
             learning_rate=lambda step: config.optim.lr,
             eval_batch_size=self.mesh.dp_size,
         )
-        self._mixer = Mixup(config.augment, config.model.num_classes, config.seed)
-        self.feed = feed_of(config, self.mesh) if real_data else None
+        self._mixup = Mixup(config.augment, config.model.num_classes, config.seed)
+        self.loader = make_train_loader(config, self.mesh) if real_data else None
         rng = np.random.default_rng(self.mesh.dp_rank)
-        part = self.batch_size // self.mesh.dp_size
-        self._images = paddle.to_tensor(rng.standard_normal((part, 3, *config.model.image_size)).astype(np.float32))
-        self._labels = paddle.to_tensor(rng.integers(0, config.model.num_classes, part))
-        self._num_done = 0
+        local_batch_size = self.batch_size // self.mesh.dp_size
+        noise = rng.standard_normal((local_batch_size, 3, *config.model.image_size)).astype(np.float32)
+        self._images = paddle.to_tensor(noise)
+        self._labels = paddle.to_tensor(rng.integers(0, config.model.num_classes, local_batch_size))
+        self._num_steps = 0
         for _ in range(_WARM_UP_STEPS):
             self()
 
     def __call__(self) -> int:
-        """The number of images that the step took, over all ranks."""
-        batch = (self._images, self._labels) if self.feed is None else next(self.feed)
-        loss = self.program.train_step(*self._mixer(batch, self._num_done), self._num_done)
+        """Run a step; return its number of images over all ranks."""
+        batch = (self._images, self._labels) if self.loader is None else next(self.loader)
+        loss = self.program.train_step(*self._mixup(batch, self._num_steps), self._num_steps)
         self.program.loss_value(loss)
-        self._num_done += 1
+        self._num_steps += 1
         return self.batch_size
 
 
-def feed_of(config: Config, mesh: Mesh) -> Any:
-    """Training's images, this rank's part of each batch."""
-    from vit_static.data.loader import TrainLoader  # DALI, whose memory is no part of a step on noise
+def make_train_loader(config: Config, mesh: Mesh) -> Any:
+    """Return the TrainLoader of this rank, at the first step."""
+    from vit_static.data.loader import TrainLoader  # imports DALI, whose memory must not count for a step on noise
     from vit_static.data.open_set import open_set
 
     return TrainLoader(
@@ -103,15 +103,15 @@ def serve(config: Config) -> None:
 
 
 def run(config: Config, seconds: float, real_data: bool) -> None:
-    """`bench step`: rank 0 prints the speed as a line of JSON."""
+    """Measure the step for `seconds` on all ranks; rank 0 prints the speed as a line of JSON."""
     step = MeasuredStep(config, real_data)
     mesh = step.mesh
     mesh.barrier()
     gloo.seconds_spent = 0.0
-    started, num_images, enough = time.perf_counter(), 0, False
-    while not enough:
+    started, num_images, is_over = time.perf_counter(), 0, False
+    while not is_over:
         num_images += step()
-        enough = mesh.any_rank(time.perf_counter() - started > seconds)
+        is_over = mesh.any_rank(time.perf_counter() - started > seconds)
     elapsed = time.perf_counter() - started
     if mesh.rank == 0:
         print(json.dumps(asdict(_speed(step, num_images / elapsed, elapsed))), flush=True)
@@ -121,5 +121,7 @@ def _speed(step: MeasuredStep, images_per_s: float, elapsed: float) -> Speed:
     if step.mesh.device == "cpu":
         return Speed(images_per_s, gloo.seconds_spent / elapsed)
     peak = peak_flops(device_name(step.mesh), step.precision.dtype)
-    done = images_per_s * flops.train_flops(shape_of(step.config.model)) / step.mesh.world_size
-    return Speed(images_per_s, None, None if peak is None else done / peak, paddle.device.cuda.max_memory_allocated())
+    flops_per_s = images_per_s * flops.train_flops(shape_of(step.config.model)) / step.mesh.world_size
+    return Speed(
+        images_per_s, None, None if peak is None else flops_per_s / peak, paddle.device.cuda.max_memory_allocated()
+    )

@@ -1,20 +1,20 @@
-"""`bench train`: the training step against PyTorch's, and against a dynamic-graph Paddle loop as PLSC has it."""
+"""`bench train`: the training step against PyTorch, and against a dynamic-graph Paddle loop like PLSC's."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from vit_static.bench.harness import (
-    Contender,
+    Candidate,
     check_writable,
     config_spec,
-    our_python,
-    peer,
+    measure_interleaved,
+    peer_candidate,
     peers_python,
     print_ratios,
     print_table,
     ratio,
-    run_in_turns,
     worker_command,
     write_results,
 )
@@ -31,28 +31,30 @@ TARGETS = {
 }
 
 
-def run(config: Config, rounds: int, seconds: float, json_path: Path | None) -> None:
-    """Prints speeds and their ratios, and writes them to `json_path`. On a CPU without bfloat16, float32 alone."""
+def run(config: Config, num_rounds: int, seconds: float, json_path: Path | None) -> None:
+    """Print speeds and their ratios, and write them to `json_path`. A CPU without bfloat16 only measures float32."""
     check_writable(json_path)
-    contenders = contenders_for(config)
-    results = run_in_turns(contenders, rounds, seconds)
+    results = measure_interleaved(make_candidates(config), num_rounds, seconds)
     ratios = {"fp32_vs_pytorch": ratio(results["ours_fp32"], results["pytorch_fp32"])}
-    memory = [results["ours_fp32"].peak_bytes / results["pytorch_fp32"].peak_bytes]
+    memory_ratios = [results["ours_fp32"].peak_bytes / results["pytorch_fp32"].peak_bytes]
     if "ours_bf16" in results:
         ratios["bf16_vs_pytorch"] = ratio(results["ours_bf16"], results["pytorch_bf16"])
         ratios["bf16_vs_dynamic_fp32"] = ratio(results["ours_bf16"], results["dynamic_fp32"])
-        memory.append(results["ours_bf16"].peak_bytes / results["pytorch_bf16"].peak_bytes)
-    ratios["memory_vs_pytorch"] = max(memory)
-    print_table(results, rounds)
+        memory_ratios.append(results["ours_bf16"].peak_bytes / results["pytorch_bf16"].peak_bytes)
+    ratios["memory_vs_pytorch"] = max(memory_ratios)
+    print_table(results, num_rounds)
     print_ratios(ratios, TARGETS)
-    print("(memory: the greater of the two precisions' ratios)")
+    print("(memory_vs_pytorch: the larger ratio of the two precisions)")
     write_results(json_path, ratios, results)
 
 
-def contenders_for(config: Config) -> list[Contender]:
-    """Ours, PyTorch's and the dynamic loop, on the same model, batch and optimizer, each on all cores."""
+def make_candidates(config: Config) -> list[Candidate]:
+    """Return our step, PyTorch's and the dynamic-graph loop: same model, batch and optimizer, each on all cores.
+
+    Raise ConfigError for a config that the peers can't follow.
+    """
     if config.optim.name != "adamw":
-        raise ConfigError("bench train: the peers have AdamW; set optim.name=adamw")
+        raise ConfigError("bench train: the peers only have AdamW; set -o optim.name=adamw")
     spec = {
         "model": peers_model(config),
         "batch_size": config.data.global_batch_size,
@@ -60,33 +62,31 @@ def contenders_for(config: Config) -> list[Contender]:
         "weight_decay": config.optim.weight_decay,
         "clip_norm": config.optim.clip_norm or float("inf"),
     }
-    peers = peers_python()
-    contenders = []
+    python = peers_python()
+    candidates = []
     for precision, level in (("fp32", "O0"), ("bf16", "O1")):
         if precision == "bf16" and not cpu_has_bfloat16():
-            print("this CPU multiplies no bfloat16: float32 alone is measured")
+            print("this CPU has no bfloat16 instructions: only float32 is measured")
             continue
         ours = config.model_copy(update={"amp": config.amp.model_copy(update={"level": level})})
         dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
-        contenders += [
-            Contender(f"ours_{precision}", f"vit_static {precision}", worker_command("step", config_spec(ours))),
-            peer(
-                f"pytorch_{precision}",
-                f"PyTorch {precision}",
-                peers,
-                "pytorch_train.py",
-                {**spec, "precision": dtype},
-            ),
+        peer_spec = {**spec, "precision": dtype}
+        candidates += [
+            Candidate(f"ours_{precision}", f"vit_static {precision}", worker_command("step", config_spec(ours))),
+            peer_candidate(f"pytorch_{precision}", f"PyTorch {precision}", python, "pytorch_train.py", peer_spec),
         ]
-    return [*contenders, peer("dynamic_fp32", "dynamic-graph Paddle fp32", our_python(), "plsc_like.py", spec)]
+    dynamic = peer_candidate("dynamic_fp32", "dynamic-graph Paddle fp32", sys.executable, "plsc_like.py", spec)
+    return [*candidates, dynamic]
 
 
 def peers_model(config: Config) -> dict[str, int]:
-    """The sizes of the peers' ViT. Raises ConfigError for a model that they don't have."""
+    """Return the sizes of the peers' ViT. Raise ConfigError for a model that the peers don't have."""
     variant = variant_of(config.model)
     height, width = config.model.image_size
     if height != width or config.model.pool != "cls":
-        raise ConfigError("bench: the peers have square images and a class token; set model.image_size and model.pool")
+        raise ConfigError(
+            "bench: the peers only have square images and a class token; set model.image_size and model.pool"
+        )
     return {
         "image_size": height,
         "patch_size": variant.patch_size,

@@ -1,4 +1,4 @@
-"""`bench train --device gpu`: the seed's four configs on this machine's cards, beside PLSC's figures."""
+"""`bench train --device gpu`: the four configs of PLSC on this machine's GPUs, beside PLSC's published speeds."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pathlib import Path
 
 import paddle
 
-from vit_static.bench.data import NUM_PHOTO_CLASSES, write_photos
 from vit_static.bench.harness import ROOT, check_writable
+from vit_static.bench.photos import NUM_PHOTO_CLASSES, write_photos
 from vit_static.bench.step import Speed
 from vit_static.common.errors import ConfigError
 from vit_static.common.io import write_json
 from vit_static.config.loader import load_config
 
-# PLSC's images a second and A100, by config.
-PLSC = {
+# Images per second per A100 as PLSC publishes them, by config.
+PLSC_IMAGES_PER_S = {
     "ViT_base_patch16_224_in1k_1n8c_dp_fp16o2.yaml": 448.0,
     "ViT_base_patch16_384_ft_in1k_1n8c_dp_fp16o2.yaml": 90.0,
     "ViT_large_patch16_224_in21k_4n32c_dp_fp16o2.yaml": 164.0,
@@ -30,54 +30,61 @@ PLSC = {
 
 
 def run(overrides: Sequence[str], seconds: float, json_path: Path | None) -> None:
-    """Prints images/s, MFU and peak memory of each config, a micro-batch of its own on every card, on noise and on
-    images that DALI decodes: those of data.root where an override names it, else photographs made for the occasion."""
+    """Print images/s per GPU, MFU and peak memory of each config, with its micro-batch on every GPU.
+
+    Each is measured on noise and on images that DALI decodes: those of data.root if an override names it, otherwise
+    photographs generated for this run. Raise ConfigError if Paddle finds no GPU.
+    """
     check_writable(json_path)
-    num_cards = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
-    if num_cards == 0:
-        raise ConfigError("bench train --device gpu: this machine has no card that Paddle sees; leave --device out")
-    found: dict[str, dict[str, Speed]] = {}
-    print(f"{'a card, of ' + str(num_cards):<56}{'noise':>10}{'DALI':>10}{'MFU':>8}{'peak memory':>14}{'PLSC':>8}")
+    num_gpus = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
+    if num_gpus == 0:
+        raise ConfigError("bench train --device gpu: Paddle finds no GPU here; leave out --device to measure the CPU")
+    speeds: dict[str, dict[str, Speed]] = {}
+    head = f"per GPU, of {num_gpus}"
+    print(f"{head:<56}{'noise':>10}{'DALI':>10}{'MFU':>8}{'peak memory':>14}{'PLSC':>8}")
     with tempfile.TemporaryDirectory() as folder:
-        made: list[str] = []
+        photo_overrides: list[str] = []
         if not any(override.startswith("data.root=") for override in overrides):
             print(write_photos(Path(folder)))
-            made = [f"data.root={folder}", f"model.num_classes={NUM_PHOTO_CLASSES}"]
-        for name, plsc in PLSC.items():
-            given = [*own_batch(name, num_cards), *overrides]
-            noise = _measure(name, given, seconds)
-            fed = _measure(name, [*given, *made], seconds, "--real-data")
-            found[name] = {"noise": noise, "dali": fed}
+            photo_overrides = [f"data.root={folder}", f"model.num_classes={NUM_PHOTO_CLASSES}"]
+        for name, plsc_images_per_s in PLSC_IMAGES_PER_S.items():
+            all_overrides = [*micro_batch_overrides(name, num_gpus), *overrides]
+            noise = _measure(name, all_overrides, seconds)
+            real = _measure(name, [*all_overrides, *photo_overrides], seconds, "--real-data")
+            speeds[name] = {"noise": noise, "dali": real}
             mfu = "" if noise.mfu is None else f"{noise.mfu:.1%}"
             print(
-                f"{name:<56}{noise.images_per_s / num_cards:10.1f}{fed.images_per_s / num_cards:10.1f}{mfu:>8}"
-                f"{(noise.peak_bytes or 0) / 1e9:11.2f} GB{plsc:8.0f}",
+                f"{name:<56}{noise.images_per_s / num_gpus:10.1f}{real.images_per_s / num_gpus:10.1f}{mfu:>8}"
+                f"{(noise.peak_bytes or 0) / 1e9:11.2f} GB{plsc_images_per_s:8.0f}",
                 flush=True,
             )
     if json_path is not None:
-        speeds = {name: {kind: vars(speed) for kind, speed in kinds.items()} for name, kinds in found.items()}
-        write_json({"num_cards": num_cards, "configs": speeds}, json_path)
+        configs = {name: {kind: vars(speed) for kind, speed in by_kind.items()} for name, by_kind in speeds.items()}
+        write_json({"num_gpus": num_gpus, "configs": configs}, json_path)
 
 
-def own_batch(name: str, num_cards: int) -> list[str]:
-    """Overrides that give each of so many cards the micro-batch that the config gives each of its own."""
+def micro_batch_overrides(name: str, num_gpus: int) -> list[str]:
+    """Return overrides that give each of `num_gpus` GPUs the micro-batch that the config gives to one of its GPUs.
+
+    The config's number of GPUs is part of its name: 4n32c means 4 nodes and 32 GPUs.
+    """
     config = load_config(ROOT / "configs" / name)
-    cards = re.search(r"_\d+n(\d+)c_", name)
-    assert cards is not None
-    micro_batch = config.data.global_batch_size // (int(cards[1]) * config.parallel.grad_accum_steps)
-    return [f"data.global_batch_size={micro_batch * num_cards}", "parallel.grad_accum_steps=1"]
+    gpus_in_name = re.search(r"_\d+n(\d+)c_", name)
+    assert gpus_in_name is not None
+    micro_batch_size = config.data.global_batch_size // (int(gpus_in_name[1]) * config.parallel.grad_accum_steps)
+    return [f"data.global_batch_size={micro_batch_size * num_gpus}", "parallel.grad_accum_steps=1"]
 
 
 def _measure(name: str, overrides: Sequence[str], seconds: float, *flags: str) -> Speed:
-    given = [argument for override in overrides for argument in ("-o", override)]
+    override_flags = [argument for override in overrides for argument in ("-o", override)]
     command = [sys.executable, "-m", "vit_static.launch", "bench", "step", "-c", str(ROOT / "configs" / name)]
     finished = subprocess.run(
-        [*command, *given, "--seconds", str(seconds), *flags],
+        [*command, *override_flags, "--seconds", str(seconds), *flags],
         env=dict(os.environ),
         stdout=subprocess.PIPE,
         text=True,
         check=False,
     )
     if finished.returncode != 0:
-        raise RuntimeError(f"{name}: the measuring processes ended with exit code {finished.returncode}")
+        raise RuntimeError(f"{name}: `bench step` ended with exit code {finished.returncode}")
     return Speed(**json.loads(finished.stdout.strip().splitlines()[-1]))

@@ -1,1 +1,1 @@
-"""A run's HTML report and error analysis."""
+"""The HTML report of a run, and the analysis of the errors of its model."""

@@ -1,6 +1,6 @@
-"""Curves over steps as SVG, without a script: axes with round ticks, thinned lines, values under the pointer.
+"""Line charts over steps as SVG: axes with round ticks, thinned lines, values in tooltips.
 
-Beside each drawing stands what it shows, as JSON in a <script type="application/json">, for programs.
+They need no JavaScript. Each chart also contains its data as JSON in a <script type="application/json">, for programs.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import numpy as np
 Points = list[tuple[int, float]]  # (step, value), by step
 
 WIDTH, HEIGHT = 480, 230
-LEFT, RIGHT, TOP, BOTTOM = 62, 470, 40, 204  # of the part in which the curves are, in pixels
-MAX_TARGETS = 100  # places under the pointer that say their values
+LEFT, RIGHT, TOP, BOTTOM = 62, 470, 40, 204  # of the plot area, in pixels
+MAX_TOOLTIPS = 100  # strips of a chart
 MAX_DOTS = 150
-NUM_COLOURS = 6  # STYLE has as many; further series are dashed
+NUM_COLOURS = 6  # in STYLE; further series repeat them with dashes
 
-# Okabe and Ito's colours, which are told apart with any eyes; on a dark page lighter ones.
+# The palette of Okabe and Ito, which people with colour blindness can distinguish; lighter colours on a dark page.
 STYLE = """
 :root { --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #cc79a7; --c4: #b8860b; --c5: #56b4e9; }
 @media (prefers-color-scheme: dark) { @media screen {
@@ -53,7 +53,7 @@ STYLE = """
 
 @dataclass(frozen=True)
 class Series:
-    """A line. The number-th of `NUM_COLOURS` is its colour."""
+    """A line of a chart. `number` selects its colour."""
 
     name: str
     points: Points
@@ -61,24 +61,24 @@ class Series:
     dashed: bool = False
 
     @property
-    def classes(self) -> str:
-        """Of its colour and its dashes."""
+    def css_classes(self) -> str:
+        """The classes of its colour and its dashes."""
         is_dashed = self.dashed or self.number // NUM_COLOURS % 2
         return f"s{self.number % NUM_COLOURS}{' dashed' if is_dashed else ''}"
 
 
 @dataclass(frozen=True)
 class Mark:
-    """Something that happened at a step."""
+    """A vertical line at a step at which something happened."""
 
     step: int
-    what: str
-    is_back: bool = False  # the run went back to it
+    label: str
+    is_rollback: bool = False
 
 
 @dataclass(frozen=True)
 class Axis:
-    """From values to pixels; `low` is at `start`."""
+    """A mapping from values to pixels: `low` lies at `start`, `high` at `end`."""
 
     low: float
     high: float
@@ -87,16 +87,20 @@ class Axis:
     is_log: bool = False
     ticks: tuple[float, ...] = ()
 
-    def place(self, value: float) -> float:
+    def to_pixels(self, value: float) -> float:
+        """Return the coordinate of a value."""
         low, high, value = (math.log10(n) if self.is_log else n for n in (self.low, self.high, value))
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
 
-def linear_axis(low: float, high: float, start: float, end: float, most_ticks: int, *, is_rounded: bool) -> Axis:
-    """Ticks at multiples of 1, 2 or 5 times a power of ten; rounded, the axis begins and ends with one."""
+def linear_axis(low: float, high: float, start: float, end: float, max_ticks: int, *, is_rounded: bool) -> Axis:
+    """Return an axis with ticks at multiples of 1, 2 or 5 times a power of ten.
+
+    If `is_rounded`, the axis is extended so that it begins and ends with a tick.
+    """
     if not low < high:
         low, high = (low - abs(low) * 0.1, high + abs(high) * 0.1) if low else (-1.0, 1.0)
-    rough = (high - low) / most_ticks
+    rough = (high - low) / max_ticks
     power = 10.0 ** math.floor(math.log10(rough))
     step = power * next(factor for factor in (1, 2, 5, 10, 20) if power * factor >= rough * (1 - 1e-9))
     decimals = max(-math.floor(math.log10(step) + 1e-9), 0)
@@ -111,44 +115,51 @@ def linear_axis(low: float, high: float, start: float, end: float, most_ticks: i
 
 
 def log_axis(low: float, high: float, start: float, end: float) -> Axis:
-    """Ticks at powers of ten, or where these are few at 1, 2 and 5 times them; it begins and ends with one."""
+    """Return a logarithmic axis that begins and ends with a tick.
+
+    Ticks are at powers of ten; for a range of few powers, also at 2 and 5 times them.
+    """
     factors = (1,) if high / low > 300 else (1, 2, 5)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 2)
     all_ticks = [factor * 10.0**power for power in powers for factor in factors]
     first = max(bisect.bisect_right(all_ticks, low * (1 + 1e-9)) - 1, 0)
     last = bisect.bisect_left(all_ticks, high * (1 - 1e-9))
     ticks = all_ticks[first : last + 1]
-    shown = ticks[:: -(-len(ticks) // 8)]
-    return Axis(ticks[0], ticks[-1], start, end, True, tuple(shown))
+    labelled = ticks[:: -(-len(ticks) // 8)]
+    return Axis(ticks[0], ticks[-1], start, end, True, tuple(labelled))
 
 
 def value_axis(values: Sequence[float], *, may_be_log: bool) -> Axis:
-    """Logarithmic where that may be, all is above 0, and a linear axis would press most of it against its end."""
+    """Return the vertical axis for `values`.
+
+    It is logarithmic if `may_be_log`, all values are positive, and a linear axis would squeeze most of them to one end.
+    """
     low, high = min(values), max(values)
     if may_be_log and low > 0.0 and high / low >= 100.0 and statistics.median(values) - low < 0.05 * (high - low):
         return log_axis(low, high, BOTTOM, TOP)
     return linear_axis(low, high, BOTTOM, TOP, 5, is_rounded=True)
 
 
-def step_axis(last: int) -> Axis:
-    return linear_axis(0, max(last, 1), LEFT, RIGHT, 6, is_rounded=False)
+def step_axis(last_step: int) -> Axis:
+    """Return the horizontal axis, from 0 to `last_step`."""
+    return linear_axis(0, max(last_step, 1), LEFT, RIGHT, 6, is_rounded=False)
 
 
-def thinned(points: Points, axis: Axis) -> Points:
-    """The least and the greatest of each column of pixels (of a linear axis), and both ends: it looks the same."""
+def thin_out(points: Points, axis: Axis) -> Points:
+    """Keep the minimum and maximum of each pixel column of a linear axis, and both ends: the line looks the same."""
     if len(points) <= 2 * (axis.end - axis.start):
         return points
     steps, values = np.array(points).T
     columns = (axis.start + (steps - axis.low) / (axis.high - axis.low) * (axis.end - axis.start)).astype(int)
     firsts = np.flatnonzero(np.diff(columns, prepend=-1))
     lasts = np.append(firsts[1:], len(columns)) - 1
-    by_value = np.lexsort((values, columns))  # in each column
-    kept = np.unique([0, *by_value[firsts], *by_value[lasts], len(points) - 1])
-    return [points[place] for place in kept.tolist()]
+    by_value = np.lexsort((values, columns))  # sorted within each column
+    indices = np.unique([0, *by_value[firsts], *by_value[lasts], len(points) - 1])
+    return [points[index] for index in indices.tolist()]
 
 
-def smoothed(points: Points) -> Points | None:
-    """The mean about each point, over a fortieth of them; None where the points are few or no noise."""
+def running_mean(points: Points) -> Points | None:
+    """Return the centred mean over a fortieth of the points; None if the points are few or not noisy."""
     if len(points) < 40:
         return None
     values = np.array([value for _, value in points])
@@ -157,35 +168,35 @@ def smoothed(points: Points) -> Points | None:
         return None
     sums = np.concatenate([[0.0], np.cumsum(values)])
     half = max(len(points) // 80, 2)
-    places = np.arange(len(points))
-    firsts, ends = np.maximum(places - half, 0), np.minimum(places + half + 1, len(points))
+    indices = np.arange(len(points))
+    firsts, ends = np.maximum(indices - half, 0), np.minimum(indices + half + 1, len(points))
     means = (sums[ends] - sums[firsts]) / (ends - firsts)
     return [(step, mean) for (step, _), mean in zip(points, means.tolist(), strict=True)]
 
 
-def number(value: float) -> str:
-    """For people: four digits, or six before the point."""
+def format_number(value: float) -> str:
+    """Format a number with four significant digits, an integer or a large number with all digits before the point."""
     size = abs(value)
     if value == int(value) and size < 1e15:
         return f"{int(value):,}"
     if 1e-3 <= size < 1e6:
         return f"{value:,.{max(3 - math.floor(math.log10(size)), 0)}f}"
-    return _without_zeros(f"{value:.3e}")
+    return _strip_zeros(f"{value:.3e}")
 
 
-def _without_zeros(text: str) -> str:
-    """1.500e-04 as 1.5e-4."""
+def _strip_zeros(text: str) -> str:
+    """Shorten 1.500e-04 to 1.5e-4."""
     mantissa, exponent = text.split("e")
     return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
 
 
 def tick_labels(axis: Axis) -> list[str]:
-    """Of a linear axis all with as many decimals as the one that needs most, or, of small ones, with powers of ten."""
+    """Format the ticks. On a linear axis all get the same number of decimals, or powers of ten if they are small."""
     ticks = axis.ticks
     if axis.is_log:
-        return [f"{tick:,g}" if 1e-3 <= tick < 1e5 else _without_zeros(f"{tick:.4e}") for tick in ticks]
+        return [f"{tick:,g}" if 1e-3 <= tick < 1e5 else _strip_zeros(f"{tick:.4e}") for tick in ticks]
     if max(map(abs, ticks)) < 1e-4:
-        return [_without_zeros(f"{tick:.4e}") if tick else "0" for tick in ticks]
+        return [_strip_zeros(f"{tick:.4e}") if tick else "0" for tick in ticks]
     decimals = max(0, *(-int(Decimal(repr(tick)).normalize().as_tuple().exponent) for tick in ticks))
     return [f"{tick:,.{decimals}f}" for tick in ticks]
 
@@ -201,67 +212,67 @@ def chart(
     may_be_log: bool = False,
     marks: Iterable[Mark] = (),
 ) -> str:
-    """A drawing of all that has points, nothing where none has. `name` becomes a part of the data's id: curve-NAME.
+    """Return the HTML of a chart of all series that have points; an empty string if none has.
 
-    The axis of the steps ends at `last_step` at least, so that drawings of one run can be compared. `dots` marks the
-    points. `smooth` draws a running mean over what is noisy. `may_be_log`: value_axis.
+    The id of the data is curve-NAME. The horizontal axis extends at least to `last_step`, so that the charts of a run
+    have the same scale. `dots` marks the points. `smooth` adds a running mean to noisy series. `may_be_log` allows a
+    logarithmic vertical axis (see `value_axis`).
     """
-    series = [one for one in series if one.points]
+    series = [line for line in series if line.points]
     if not series:
         return ""
-    x = step_axis(max(last_step, *(one.points[-1][0] for one in series)))
-    y = value_axis([value for one in series for _, value in one.points], may_be_log=may_be_log)
-    drawn = [(one, thinned(one.points, x)) for one in series]
-    means = {one.name: mean for one in series if smooth and (mean := smoothed(one.points))}
-    lines: list[str] = []
-    shown: list[dict[str, Any]] = []
-    for one, points in drawn:
-        has_mean = one.name in means
-        lines.append(_line(points, x, y, f"{one.classes}{' raw' if has_mean else ''}"))
-        shown.append({"name": one.name, "points": _rounded(points)})
-        if has_mean:
-            mean = thinned(means[one.name], x)
-            lines.append(_line(mean, x, y, f"{one.classes} smoothed"))
-            shown[-1]["smoothed"] = _rounded(mean)
+    x = step_axis(max(last_step, *(line.points[-1][0] for line in series)))
+    y = value_axis([value for line in series for _, value in line.points], may_be_log=may_be_log)
+    elements: list[str] = []
+    series_data: list[dict[str, Any]] = []
+    for line in series:
+        points, mean = thin_out(line.points, x), running_mean(line.points) if smooth else None
+        elements.append(_polyline(points, x, y, f"{line.css_classes}{' raw' if mean else ''}"))
+        series_data.append({"name": line.name, "points": _rounded(points)})
+        if mean:
+            mean = thin_out(mean, x)
+            elements.append(_polyline(mean, x, y, f"{line.css_classes} smoothed"))
+            series_data[-1]["smoothed"] = _rounded(mean)
         if (dots and len(points) <= MAX_DOTS) or len(points) == 1:
-            places = [f'cx="{x.place(step):.1f}" cy="{y.place(value):.1f}"' for step, value in points]
-            lines += [f'<circle class="d{one.number % NUM_COLOURS}" {place} r="2.8"/>' for place in places]
+            centres = [f'cx="{x.to_pixels(step):.1f}" cy="{y.to_pixels(value):.1f}"' for step, value in points]
+            elements += [f'<circle class="d{line.number % NUM_COLOURS}" {centre} r="2.8"/>' for centre in centres]
     data = {
         "title": title,
         "x": _axis_data(x),
         "y": _axis_data(y),
-        "series": shown,
-        "marks": [[mark.step, mark.what] for mark in marks],
+        "series": series_data,
+        "marks": [[mark.step, mark.label] for mark in marks],
     }
-    words = "; ".join(f"{one.name + ': ' if len(series) > 1 else ''}{_summary(one.points)}" for one in series)
-    said = _last(series[0].points) if len(series) == 1 else ""
+    summary = "; ".join(f"{line.name + ': ' if len(series) > 1 else ''}{_summary(line.points)}" for line in series)
+    last_value = _point(series[0].points[-1]) if len(series) == 1 else ""
     return (
         f'<figure class="chart"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{html.escape(f"{title}, by step: {words}")}">'
+        f'aria-label="{html.escape(f"{title}, by step: {summary}")}">'
         f'<text class="title" x="{LEFT}" y="14">{html.escape(title)}</text>'
-        f'<text x="{RIGHT}" y="14" text-anchor="end">{said}</text>'
-        f"{_grid(x, y)}{''.join(_mark(mark, x) for mark in marks)}{''.join(lines)}{_targets(series, x)}</svg>"
+        f'<text x="{RIGHT}" y="14" text-anchor="end">{last_value}</text>'
+        f"{_grid(x, y)}{''.join(_mark(mark, x) for mark in marks)}{''.join(elements)}{_tooltips(series, x)}</svg>"
         f'<script type="application/json" id="curve-{name}">{as_json(data)}</script></figure>'
     )
 
 
 def legend(series: Sequence[Series]) -> str:
+    """Return the HTML of a legend with the names of the series."""
     items = "".join(
-        f'<li><svg viewBox="0 0 28 10" aria-hidden="true"><polyline class="{one.classes}" points="0,5 28,5"/></svg>'
-        f"{html.escape(one.name)}</li>"
-        for one in series
+        f'<li><svg viewBox="0 0 28 10" aria-hidden="true">'
+        f'<polyline class="{line.css_classes}" points="0,5 28,5"/></svg>{html.escape(line.name)}</li>'
+        for line in series
     )
     return f'<ul class="legend">{items}</ul>'
 
 
 def as_json(data: Any) -> str:
-    """JSON that may stand in an HTML script, whatever its texts hold."""
+    """Encode data as JSON that is safe inside an HTML script element, whatever texts it contains."""
     text = json.dumps(data, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def _rounded(points: Points) -> list[list[float]]:
-    """To float32's digits."""
+    """Round the values to the digits of float32."""
     return [[step, float(f"{value:.7g}")] for step, value in points]
 
 
@@ -269,70 +280,68 @@ def _axis_data(axis: Axis) -> dict[str, Any]:
     return {"low": axis.low, "high": axis.high, "start": axis.start, "end": axis.end, "log": axis.is_log}
 
 
-def _line(points: Points, x: Axis, y: Axis, classes: str) -> str:
-    places = " ".join(f"{x.place(step):.1f},{y.place(value):.1f}" for step, value in points)
-    return f'<polyline class="{classes}" points="{places}"/>'
+def _polyline(points: Points, x: Axis, y: Axis, css_classes: str) -> str:
+    coordinates = " ".join(f"{x.to_pixels(step):.1f},{y.to_pixels(value):.1f}" for step, value in points)
+    return f'<polyline class="{css_classes}" points="{coordinates}"/>'
 
 
 def _grid(x: Axis, y: Axis) -> str:
     parts = []
     for tick, label in zip(y.ticks, tick_labels(y), strict=True):
-        height = f"{y.place(tick):.1f}"
-        parts.append(f'<line x1="{LEFT}" x2="{RIGHT}" y1="{height}" y2="{height}"/>')
-        parts.append(f'<text class="y" x="{LEFT - 6}" y="{height}" dy="4" text-anchor="end">{label}</text>')
+        top = f"{y.to_pixels(tick):.1f}"
+        parts.append(f'<line x1="{LEFT}" x2="{RIGHT}" y1="{top}" y2="{top}"/>')
+        parts.append(f'<text class="y" x="{LEFT - 6}" y="{top}" dy="4" text-anchor="end">{label}</text>')
     for tick, label in zip(x.ticks, tick_labels(x), strict=True):
-        place = f"{x.place(tick):.1f}"
-        parts.append(f'<line x1="{place}" x2="{place}" y1="{BOTTOM}" y2="{BOTTOM + 4}"/>')
-        parts.append(f'<text class="x" x="{place}" y="{BOTTOM + 17}" text-anchor="middle">{label}</text>')
+        left = f"{x.to_pixels(tick):.1f}"
+        parts.append(f'<line x1="{left}" x2="{left}" y1="{BOTTOM}" y2="{BOTTOM + 4}"/>')
+        parts.append(f'<text class="x" x="{left}" y="{BOTTOM + 17}" text-anchor="middle">{label}</text>')
     parts.append(f'<text x="{LEFT - 14}" y="{BOTTOM + 17}" text-anchor="end">step</text>')
     return "".join(parts)
 
 
 def _mark(mark: Mark, x: Axis) -> str:
-    place = x.place(mark.step)
+    left = x.to_pixels(mark.step)
     return (
-        f'<g class="mark{" back" if mark.is_back else ""}">'
-        f"<title>{html.escape(mark.what)} at step {mark.step:,}</title>"
-        f'<line x1="{place:.1f}" x2="{place:.1f}" y1="{TOP - 6}" y2="{BOTTOM}"/>'
-        f'<path d="M{place - 5:.1f} {TOP - 14}h10l-5 8z"/></g>'
+        f'<g class="mark{" back" if mark.is_rollback else ""}">'
+        f"<title>{html.escape(mark.label)} at step {mark.step:,}</title>"
+        f'<line x1="{left:.1f}" x2="{left:.1f}" y1="{TOP - 6}" y2="{BOTTOM}"/>'
+        f'<path d="M{left - 5:.1f} {TOP - 14}h10l-5 8z"/></g>'
     )
 
 
-def _targets(series: Sequence[Series], x: Axis) -> str:
-    """Strips that say, under the pointer, the values about their middle."""
-    steps = sorted({step for one in series for step, _ in one.points})
-    chosen = steps[:: -(-len(steps) // MAX_TARGETS)]
-    if chosen[-1] != steps[-1]:
-        chosen.append(steps[-1])
-    middles = [x.place(step) for step in chosen]
+def _tooltips(series: Sequence[Series], x: Axis) -> str:
+    """Return transparent strips whose tooltips show the values nearest to their middle."""
+    steps = sorted({step for line in series for step, _ in line.points})
+    strip_steps = steps[:: -(-len(steps) // MAX_TOOLTIPS)]
+    if strip_steps[-1] != steps[-1]:
+        strip_steps.append(steps[-1])
+    middles = [x.to_pixels(step) for step in strip_steps]
     bounds = [LEFT, *((before + after) / 2 for before, after in itertools.pairwise(middles)), RIGHT]
-    by_step = [([step for step, _ in one.points], one) for one in series]
+    line_steps = [[step for step, _ in line.points] for line in series]
     rects = []
-    for step, (left, right) in zip(chosen, itertools.pairwise(bounds), strict=True):
-        said = []
-        for steps_of_one, one in by_step:
-            place = min(bisect.bisect_left(steps_of_one, step), len(steps_of_one) - 1)
-            if place and abs(steps_of_one[place - 1] - step) < abs(steps_of_one[place] - step):
-                place -= 1
-            own_step, value = one.points[place]
-            name = f"{one.name}, " if len(series) > 1 else ""
-            said.append(f"{name}step {own_step:,}: {number(value)}")
+    for strip_step, (left, right) in zip(strip_steps, itertools.pairwise(bounds), strict=True):
+        texts = []
+        for line, steps in zip(series, line_steps, strict=True):
+            index = min(bisect.bisect_left(steps, strip_step), len(steps) - 1)
+            if index and abs(steps[index - 1] - strip_step) < abs(steps[index] - strip_step):
+                index -= 1
+            step, value = line.points[index]
+            name = f"{line.name}, " if len(series) > 1 else ""
+            texts.append(f"{name}step {step:,}: {format_number(value)}")
         rects.append(
             f'<rect x="{left:.1f}" y="{TOP}" width="{right - left:.1f}" height="{BOTTOM - TOP}">'
-            f"<title>{html.escape(chr(10).join(said))}</title></rect>"
+            f"<title>{html.escape(chr(10).join(texts))}</title></rect>"
         )
     return f'<g class="targets">{"".join(rects)}</g>'
 
 
 def _summary(points: Points) -> str:
-    """In words, for those who don't see the drawing."""
-    least = min(points, key=lambda point: point[1])
-    most = max(points, key=lambda point: point[1])
-    return (
-        f"{number(points[0][1])} at step {points[0][0]:,}, {_last(points)}; "
-        f"least {number(least[1])} at step {least[0]:,}, greatest {number(most[1])} at step {most[0]:,}"
-    )
+    """Describe a line in words, for screen readers."""
+    low = min(points, key=lambda point: point[1])
+    high = max(points, key=lambda point: point[1])
+    return f"{_point(points[0])}, {_point(points[-1])}; minimum {_point(low)}, maximum {_point(high)}"
 
 
-def _last(points: Points) -> str:
-    return f"{number(points[-1][1])} at step {points[-1][0]:,}"
+def _point(point: tuple[int, float]) -> str:
+    step, value = point
+    return f"{format_number(value)} at step {step:,}"

@@ -1,4 +1,4 @@
-"""What a model gets wrong in an evaluation: classes for each other, classes at all, images; a run's evaluation.json."""
+"""Error analysis of an evaluation, stored as evaluation.json: confusions, worst classes, worst images."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from pydantic import BaseModel, Field
 
 from vit_static.common.io import write_atomically
 
-EVALUATION_FILE = "evaluation.json"  # in a run's folder, of its last evaluation
+EVALUATION_FILE = "evaluation.json"  # in the folder of a run: the analysis of its last evaluation
 MAX_CONFUSIONS, MAX_CLASSES, MAX_IMAGES = 20, 20, 16
-LARGEST_MATRIX = 50  # classes, beyond which the whole matrix is not for people
-THUMBNAIL = 128  # pixels of the longer side
+MAX_MATRIX_CLASSES = 50  # a larger confusion matrix is unreadable
+THUMBNAIL_SIZE = 128  # pixels of the longer side
 
 Base64 = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/=]*$")]
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of each image of a set, in the set's order; [num_images] each."""
+    """A model's predictions for all images of a data set, in its order. Each array is [num_images]."""
 
     losses: np.ndarray
-    label_ranks: np.ndarray  # how many classes come before the label: 0 is a hit
-    classes: np.ndarray  # the ones that come first, int64
-    probabilities: np.ndarray  # of those
-    labels: np.ndarray | None  # int64; None where an image may have several
+    label_ranks: np.ndarray  # number of classes with a higher score than the label: 0 if the prediction is correct
+    classes: np.ndarray  # int64, the class with the highest score
+    probabilities: np.ndarray  # of that class, 0-1
+    labels: np.ndarray | None  # int64; None if images may have several labels
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An image for people: where it is below the set's root, its file's bytes and labels where they can be read."""
+    """An image of the data set."""
 
-    path: str
-    encoded: np.ndarray | None
+    path: str  # below the root of the data set
+    encoded: np.ndarray | None  # the bytes of its file, uint8; None if it can't be read
     labels: np.ndarray | None
 
 
 class Confusion(BaseModel):
-    """How many images of one class were taken for another."""
+    """The number of images of one class that were predicted as another."""
 
     label: int
     predicted: int
@@ -51,86 +51,94 @@ class Confusion(BaseModel):
 
 
 class ClassAccuracy(BaseModel):
+    """The accuracy of one class."""
+
     label: int
     num_images: int
     num_correct: int
 
 
 class MisclassifiedImage(BaseModel):
+    """An image whose prediction is wrong. None stands for a value that isn't finite."""
+
     path: str
     labels: list[int]
     predicted: int
-    probability: float | None  # None: no number
+    probability: float | None
     loss: float | None
-    thumbnail: Base64  # a JPEG file; nothing where the image can't be read
+    thumbnail: Base64  # a JPEG file; empty if the image can't be read
 
 
 class ErrorAnalysis(BaseModel):
-    """evaluation.json. Where images may have several labels, a hit is one whose first class is among them, and nothing
-    is said of classes: which of the labels was mistaken can't be told."""
+    """The content of evaluation.json.
+
+    If images may have several labels, a prediction is correct if it is one of them, and the analysis by class is None:
+    it isn't known which of the labels the model mistook.
+    """
 
     step: int
-    is_ema: bool  # of the weights' moving average, not the weights
+    is_ema: bool  # the moving average of the weights was evaluated, not the weights
     num_images: int
     num_correct: int
     num_classes: int
-    class_names: dict[int, str]  # of the classes that are named here
+    class_names: dict[int, str]  # only of the classes mentioned here
     confusions: list[Confusion] | None  # the most frequent first
-    matrix: list[list[int]] | None  # images by label and first class, of few classes
-    classes: list[ClassAccuracy] | None  # the worst first, of those that have images
-    images: list[MisclassifiedImage]  # of those that are no hits the ones with the greatest loss, that first
+    matrix: list[list[int]] | None  # number of images by label and predicted class; None for many classes
+    classes: list[ClassAccuracy] | None  # the classes with the lowest accuracy, worst first
+    images: list[MisclassifiedImage]  # the ones with the highest loss, highest first
 
     def write(self, path: Path) -> None:
+        """Write the analysis as JSON, atomically."""
         with write_atomically(path) as temporary:
             temporary.write_text(self.model_dump_json() + "\n", encoding="utf-8")
 
 
-def worst_images(answers: Predictions) -> np.ndarray:
-    """By number, of those that are no hits the ones with the greatest loss; what is no number is the greatest."""
-    wrong = np.flatnonzero(answers.label_ranks >= 1)
-    losses = np.nan_to_num(answers.losses[wrong], nan=np.inf, posinf=np.inf)
+def worst_images(predictions: Predictions) -> np.ndarray:
+    """Return the indices of the MAX_IMAGES misclassified images with the highest loss; NaN counts as the highest."""
+    wrong = np.flatnonzero(predictions.label_ranks >= 1)
+    losses = np.nan_to_num(predictions.losses[wrong], nan=np.inf, posinf=np.inf)
     return wrong[np.argsort(-losses, kind="stable")[:MAX_IMAGES]]
 
 
 def analyze_errors(
-    answers: Predictions,
+    predictions: Predictions,
     class_names: Sequence[str],
     num_classes: int,
     worst: Sequence[Sample],
     step: int,
     is_ema: bool,
 ) -> ErrorAnalysis:
-    """`worst` are those of `worst_images`, in its order."""
+    """Analyse the errors of an evaluation. `worst` are the images of `worst_images`, in the same order."""
     confusions = matrix = classes = None
     named: set[int] = set()
-    if answers.labels is not None:
-        pairs = answers.labels * num_classes + answers.classes
-        confusions = _confusions(pairs[answers.labels != answers.classes], num_classes)
-        classes = _worst_classes(answers.labels, answers.label_ranks < 1, num_classes)
-        if num_classes <= LARGEST_MATRIX:
+    if predictions.labels is not None:
+        pairs = predictions.labels * num_classes + predictions.classes
+        confusions = _confusions(pairs[predictions.labels != predictions.classes], num_classes)
+        classes = _worst_classes(predictions.labels, predictions.label_ranks < 1, num_classes)
+        if num_classes <= MAX_MATRIX_CLASSES:
             matrix = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes).tolist()
             named |= set(range(num_classes))
-        named |= {number for found in confusions for number in (found.label, found.predicted)}
-        named |= {found.label for found in classes}
+        named |= {label for confusion in confusions for label in (confusion.label, confusion.predicted)}
+        named |= {accuracy.label for accuracy in classes}
     images = [
         MisclassifiedImage(
-            path=shown.path,
-            labels=[] if shown.labels is None else shown.labels.tolist(),
-            predicted=int(answers.classes[number]),
-            probability=_number(answers.probabilities[number]),
-            loss=_number(answers.losses[number]),
-            thumbnail="" if shown.encoded is None else _thumbnail(shown.encoded),
+            path=sample.path,
+            labels=[] if sample.labels is None else sample.labels.tolist(),
+            predicted=int(predictions.classes[index]),
+            probability=_finite_or_none(predictions.probabilities[index]),
+            loss=_finite_or_none(predictions.losses[index]),
+            thumbnail="" if sample.encoded is None else _thumbnail(sample.encoded),
         )
-        for number, shown in zip(worst_images(answers), worst, strict=True)
+        for index, sample in zip(worst_images(predictions), worst, strict=True)
     ]
-    named |= {number for image in images for number in (*image.labels, image.predicted)}
+    named |= {label for image in images for label in (*image.labels, image.predicted)}
     return ErrorAnalysis(
         step=step,
         is_ema=is_ema,
-        num_images=len(answers.label_ranks),
-        num_correct=int((answers.label_ranks < 1).sum()),
+        num_images=len(predictions.label_ranks),
+        num_correct=int((predictions.label_ranks < 1).sum()),
         num_classes=num_classes,
-        class_names={number: class_names[number] for number in sorted(named) if number < len(class_names)},
+        class_names={label: class_names[label] for label in sorted(named) if label < len(class_names)},
         confusions=confusions,
         matrix=matrix,
         classes=classes,
@@ -139,19 +147,19 @@ def analyze_errors(
 
 
 def _confusions(pairs: np.ndarray, num_classes: int) -> list[Confusion]:
-    """`pairs` are label * num_classes + first class, of the wrong ones."""
-    kinds, counts = np.unique(pairs, return_counts=True)
-    most = np.argsort(-counts, kind="stable")[:MAX_CONFUSIONS]
+    """Count the pairs (label * num_classes + predicted class) of the misclassified images."""
+    unique_pairs, counts = np.unique(pairs, return_counts=True)
+    top = np.argsort(-counts, kind="stable")[:MAX_CONFUSIONS]
     return [
-        Confusion(label=kind // num_classes, predicted=kind % num_classes, num_images=count)
-        for kind, count in zip(kinds[most].tolist(), counts[most].tolist(), strict=True)
+        Confusion(label=pair // num_classes, predicted=pair % num_classes, num_images=count)
+        for pair, count in zip(unique_pairs[top].tolist(), counts[top].tolist(), strict=True)
     ]
 
 
-def _worst_classes(labels: np.ndarray, hits: np.ndarray, num_classes: int) -> list[ClassAccuracy]:
-    """Of equally bad ones those of more images first."""
+def _worst_classes(labels: np.ndarray, is_correct: np.ndarray, num_classes: int) -> list[ClassAccuracy]:
+    """Return the classes with the lowest accuracy; with the same accuracy, larger classes come first."""
     num_images = np.bincount(labels, minlength=num_classes)
-    num_correct = np.bincount(labels[hits], minlength=num_classes)
+    num_correct = np.bincount(labels[is_correct], minlength=num_classes)
     order = np.lexsort((-num_images, num_correct / np.maximum(num_images, 1)))
     order = order[num_images[order] > 0][:MAX_CLASSES]
     return [
@@ -160,7 +168,7 @@ def _worst_classes(labels: np.ndarray, hits: np.ndarray, num_classes: int) -> li
     ]
 
 
-def _number(value: np.floating) -> float | None:
+def _finite_or_none(value: np.floating) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
@@ -168,6 +176,6 @@ def _thumbnail(encoded: np.ndarray) -> str:
     from vit_static.common.drawing import thumbnail
 
     try:
-        return base64.b64encode(thumbnail(encoded.tobytes(), THUMBNAIL)).decode()
-    except Exception:  # Pillow raises anything of what only DALI can decode
+        return base64.b64encode(thumbnail(encoded.tobytes(), THUMBNAIL_SIZE)).decode()
+    except Exception:  # Pillow raises many types of errors for files that only DALI can decode
         return ""

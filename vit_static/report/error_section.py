@@ -11,7 +11,7 @@ from vit_static.report.tables import MAX_NAME_LENGTH, Table, shorten
 
 @dataclass(frozen=True)
 class MatrixCell:
-    """Images of one class that were predicted as one class. `opacity` is that of the cell's colour, 0-1."""
+    """The images of one class that were predicted as another or the same one. `opacity` of the colour is 0-1."""
 
     count: int
     css_classes: str
@@ -29,7 +29,7 @@ class MatrixRow:
 
 @dataclass(frozen=True)
 class GalleryImage:
-    """A misclassified image and its caption. `thumbnail` is a JPEG file in base64, empty if unreadable."""
+    """A misclassified image and its caption. `thumbnail` is a JPEG file in base64, empty if the image is unreadable."""
 
     thumbnail: str
     labels: str
@@ -58,7 +58,7 @@ def error_section(analysis: ErrorAnalysis) -> ErrorSection:
     """Format an error analysis for the template."""
     return ErrorSection(
         step=f"{analysis.step:,}",
-        weights="the weights' moving average" if analysis.is_ema else "the weights",
+        weights="the moving average of the weights" if analysis.is_ema else "the weights",
         num_errors=f"{analysis.num_images - analysis.num_correct:,}",
         num_images=f"{analysis.num_images:,}",
         has_several_labels=analysis.classes is None,
@@ -83,7 +83,7 @@ def _matrix(analysis: ErrorAnalysis) -> list[MatrixRow]:
                 count,
                 css_classes=f"{colour} much" if share > 0.5 else colour,
                 opacity=f"{0.12 + 0.88 * share:.2f}",
-                tooltip=f"{names[label]} taken for {names[predicted]}: {count:,} of {total:,}",
+                tooltip=f"{names[label]} predicted as {names[predicted]}: {count:,} of {total:,}",
             )
             cells.append(cell if count else None)
         rows.append(MatrixRow(names[label], cells))
@@ -107,7 +107,7 @@ def _confusions(analysis: ErrorAnalysis) -> Table:
         [_class_name(analysis, entry.label), _class_name(analysis, entry.predicted), f"{entry.num_images:,}"]
         for entry in analysis.confusions or ()
     ]
-    return Table(["class", "taken for", "images"], rows, 2)
+    return Table(["class", "predicted as", "images"], rows, 2)
 
 
 def _gallery_image(analysis: ErrorAnalysis, image: MisclassifiedImage) -> GalleryImage:
@@ -116,7 +116,7 @@ def _gallery_image(analysis: ErrorAnalysis, image: MisclassifiedImage) -> Galler
         labels=", ".join(_class_name(analysis, label) for label in image.labels) or "?",
         predicted=_class_name(analysis, image.predicted),
         probability="" if image.probability is None else f" ({100 * image.probability:.1f} %)",
-        loss="no number" if image.loss is None else charts.number(image.loss),
+        loss="not finite" if image.loss is None else charts.format_number(image.loss),
         path=image.path,
     )
 

@@ -25,9 +25,9 @@ CURVES = [
     ("top-1 (%)", "eval", "top1"),
     ("learning rate", "train", "lr"),
     ("gradient norm", "train", "grad_norm"),
-    ("images a second", "train", "images_per_s"),
-    ("data wait (share of the time)", "train", "data_wait"),
-    ("memory of the fullest rank (MB)", "train", "memory_mb"),
+    ("images per second", "train", "images_per_s"),
+    ("data wait (share of time)", "train", "data_wait"),
+    ("memory, maximum over ranks (MB)", "train", "memory_mb"),
     ("MFU (share of the peak rate)", "train", "mfu"),
 ]
 NOISY_KEYS = frozenset({"loss", "grad_norm", "images_per_s", "data_wait", "mfu"})  # a running mean is drawn over them
@@ -110,7 +110,7 @@ def _run_page(run: RunLogData) -> dict[str, Any]:
         "charts": _charts(run),
         "evaluations": evaluations,
         "earlier_evaluations": earlier_evaluations,
-        "errors": None if run.mistakes is None else error_section(run.mistakes),
+        "errors": None if run.error_analysis is None else error_section(run.error_analysis),
         "sessions": sessions,
         "num_same_sessions": num_same_sessions,
         "settings": _settings(run),
@@ -119,14 +119,15 @@ def _run_page(run: RunLogData) -> dict[str, Any]:
 
 
 def _facts(run: RunLogData) -> dict[str, str]:
+    """The figures at the top of the page, by name, as far as they are known."""
     best, rate, memory, parameters = run.best, run.images_per_s, run.peak_memory_mb, run.num_parameters
     facts = {
         "best top-1": best and f"{best[1]:.2f} % at step {best[0]:,}",
-        "last top-1": run.judged and f"{run.judged[-1][1]:.2f} %",
+        "last top-1": run.top1 and f"{run.top1[-1][1]:.2f} %",
         "steps": f"{run.last_step:,}" + ("" if run.total_steps is None else f" of {run.total_steps:,}"),
         "wall time": run.seconds and duration(run.seconds),
-        "images a second, median": rate and charts.number(rate),
-        "peak memory of a rank": memory and f"{memory:,.0f} MB",
+        "median images per second": rate and charts.format_number(rate),
+        "peak memory per rank": memory and f"{memory:,.0f} MB",
         "parameters": parameters and f"{parameters:,}",
         "state": run.state,
     }
@@ -134,21 +135,20 @@ def _facts(run: RunLogData) -> dict[str, str]:
 
 
 def _legend(run: RunLogData) -> str:
-    if not run.is_averaged:
+    if not run.has_ema:
         return ""
-    both = [Series("weights", []), Series("their moving average", [], 1, dashed=True)]
-    return charts.legend(both)
+    return charts.legend([Series("weights", []), Series("moving average of the weights", [], 1, dashed=True)])
 
 
 def _charts(run: RunLogData) -> list[str]:
-    marks = [Mark(entry["step"], entry["event"], entry["event"] != "resumed") for entry in run.gone_back]
-    drawn = []
+    marks = [Mark(entry["step"], entry["event"], entry["event"] != "resumed") for entry in run.rewinds]
+    drawings = []
     for title, kind, key in CURVES:
         series = [Series("weights", run.points(kind, key))]
         if kind == "eval":
             series.append(Series("moving average", run.points(kind, f"ema_{key}"), 1, dashed=True))
-        drawn.append(_chart(title, kind, key, series, run.last_step, marks))
-    return drawn
+        drawings.append(_chart(title, kind, key, series, run.last_step, marks))
+    return drawings
 
 
 def _evaluations(run: RunLogData) -> tuple[Table, Table]:
@@ -156,7 +156,7 @@ def _evaluations(run: RunLogData) -> tuple[Table, Table]:
     columns = ["epoch", "top1", "top5", "loss", "ema_top1", "ema_top5", "ema_loss", "num_images"]
     columns = [name for name in columns if any(entry.get(name) is not None for entry in run.evaluations)]
     titles = {"top1": "top-1 %", "top5": "top-5 %", "num_images": "images"}
-    titles |= {f"ema_{name}": f"average's {titles.get(name, name)}" for name in ("top1", "top5", "loss")}
+    titles |= {f"ema_{name}": f"EMA {titles.get(name, name)}" for name in ("top1", "top5", "loss")}
     head = ["step", *(titles.get(name, name) for name in columns)]
     entries = run.evaluations[::-1]
     rows = [[f"{entry['step']:,}", *(_figure(name, entry.get(name)) for name in columns)] for entry in entries]
@@ -180,22 +180,22 @@ def _sessions(run: RunLogData) -> tuple[dict[str, Table], int]:
     changed = [
         session
         for number, session in enumerate(sessions)
-        if session.facts and (number == 0 or session.facts != sessions[number - 1].facts)
+        if session.setup and (number == 0 or session.setup != sessions[number - 1].setup)
     ]
     if not changed:
         return {}, 0
     head = ["", *(f"{session.event}, step {session.step:,}" for session in changed)] if len(changed) > 1 else None
     tables = {}
     for heading, part in (("Mesh", "mesh"), ("Environment", "environment")):
-        columns = [session.facts.get(part, {}) for session in changed]
+        columns = [session.setup.get(part, {}) for session in changed]
         rows = [
-            [_spaced(key), *(format_setting(facts.get(key, MISSING)) for facts in columns)]
-            for key in dict.fromkeys(key for facts in columns for key in facts)
-            if any(facts.get(key) not in (None, []) for facts in columns)
+            [_spaced(key), *(format_setting(column.get(key, MISSING)) for column in columns)]
+            for key in dict.fromkeys(key for column in columns for key in column)
+            if any(column.get(key) not in (None, []) for column in columns)
         ]
         differing_rows = {number for number, row in enumerate(rows) if len(set(row[1:])) > 1}
         if part == "environment":
-            rows.append(["begun", *(session.time for session in changed)])
+            rows.append(["started", *(session.time for session in changed)])
         tables[heading] = Table(head, rows, 1 + len(changed), differing_rows)
     return tables, len(sessions) - len(changed)
 
@@ -208,7 +208,7 @@ def _settings(run: RunLogData) -> Table | None:
     """The settings that differ from the defaults; None where the config can't be read."""
     if run.config is None:
         return None
-    rows = [[key, format_setting(value), format_setting(default)] for key, value, default in run.differences]
+    rows = [[key, format_setting(value), format_setting(default)] for key, value, default in run.changed_settings]
     return Table(["key", "value", "default"], rows, 3)
 
 
@@ -219,7 +219,7 @@ def _comparison_page(runs: Sequence[RunLogData]) -> dict[str, Any]:
     """The content of templates/comparison.html.j2."""
     names = [run.name for run in runs]
     settings = [row for row in _differing_rows([run.config or {} for run in runs]) if row[0] != "name"]
-    environment = [[_spaced(key), *values] for key, *values in _differing_rows([run.last_facts for run in runs])]
+    environment = [[_spaced(key), *values] for key, *values in _differing_rows([run.last_setup for run in runs])]
     return {
         "results": _results(runs),
         "legend": charts.legend([Series(name, [], number) for number, name in enumerate(names)]),
@@ -231,14 +231,14 @@ def _comparison_page(runs: Sequence[RunLogData]) -> dict[str, Any]:
 
 def _comparison_charts(runs: Sequence[RunLogData]) -> list[str]:
     last_step = max(run.last_step for run in runs)
-    drawn = []
+    drawings = []
     for title, kind, key in CURVES:
         series = []
         for number, run in enumerate(runs):
-            run_key = f"ema_{key}" if kind == "eval" and run.is_averaged else key
+            run_key = f"ema_{key}" if kind == "eval" and run.has_ema else key
             series.append(Series(run.name, run.points(kind, run_key), number))
-        drawn.append(_chart(title, kind, key, series, last_step))
-    return drawn
+        drawings.append(_chart(title, kind, key, series, last_step))
+    return drawings
 
 
 def _results(runs: Sequence[RunLogData]) -> Table:
@@ -248,7 +248,7 @@ def _results(runs: Sequence[RunLogData]) -> Table:
         "at step",
         "last top-1 %",
         "steps",
-        "images/s, median",
+        "median images/s",
         "wall time",
         "peak memory, MB",
         "parameters",
@@ -259,9 +259,9 @@ def _results(runs: Sequence[RunLogData]) -> Table:
             run.name,
             f"{run.best[1]:.2f}" if run.best else "",
             f"{run.best[0]:,}" if run.best else "",
-            f"{run.judged[-1][1]:.2f}" if run.judged else "",
+            f"{run.top1[-1][1]:.2f}" if run.top1 else "",
             f"{run.last_step:,}",
-            charts.number(run.images_per_s) if run.images_per_s else "",
+            charts.format_number(run.images_per_s) if run.images_per_s else "",
             duration(run.seconds) if run.seconds else "",
             f"{run.peak_memory_mb:,.0f}" if run.peak_memory_mb else "",
             f"{run.num_parameters:,}" if run.num_parameters else "",

@@ -1,11 +1,11 @@
-"""What a run's folder says of the run: its log, without what was undone; its config; its mistakes."""
+"""The files of a run as the report reads them: metrics.jsonl without undone steps, config, error analysis."""
 
 from __future__ import annotations
 
 import json
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,164 +17,182 @@ from vit_static.config.schema import Config
 from vit_static.config.yaml_loader import YamlError, read_yaml
 from vit_static.report.error_analysis import EVALUATION_FILE, ErrorAnalysis
 
-METRICS = "metrics.jsonl"
-ENDS = {
+METRICS_FILE = "metrics.jsonl"
+# What the last event of a run says about its state.
+END_STATES = {
     "finished": "finished",
     "stopped": "stopped on request",
-    "bad image": "stopped at an image that can't be read",
+    "bad image": "stopped: an image can't be read",
     "not saved": "stopped: no checkpoint could be written",
-    "not finite": "stopped: gradients that are not finite",
+    "not finite": "stopped: gradients are not finite",
 }
-_BEGINNINGS, _BACK = ("started", "resumed"), ("resumed", "rolled back")
+_SESSION_EVENTS = ("started", "resumed")
+_REWIND_EVENTS = ("resumed", "rolled back")  # later steps of the log were undone
 
 
 @dataclass(frozen=True)
 class Session:
-    """What a run recorded when it was started, or went on: `facts` of its mesh and its environment."""
+    """A start or resumption of a run."""
 
     step: int
     event: str
     time: str
-    facts: dict[str, dict[str, Any]]  # mesh, environment
+    setup: dict[str, dict[str, Any]]  # by part: mesh, environment
 
 
 @dataclass(frozen=True)
 class RunLogData:
-    """`all_entries` are the log's since the run was last begun anew."""
+    """The log, the config and the error analysis of a run."""
 
     name: str
-    all_entries: list[dict[str, Any]]
-    config: dict[str, Any] | None  # by section.key, keys of later versions by default; None where it can't be read
+    all_entries: list[dict[str, Any]]  # of the log, since the last start from step 0
+    config: dict[str, Any] | None  # by section.key; missing keys have their defaults; None if it can't be read
     config_text: str
-    mistakes: ErrorAnalysis | None  # of its last evaluation
+    error_analysis: ErrorAnalysis | None  # of its last evaluation
 
     @cached_property
     def entries(self) -> list[dict[str, Any]]:
-        """Without what was undone when the run went back to a checkpoint."""
-        kept: list[dict[str, Any]] = []
+        """The entries of the log without the steps that were undone by going back to a checkpoint."""
+        valid: list[dict[str, Any]] = []
         for entry in self.all_entries:
-            if entry.get("event") in _BACK:
-                kept = [one for one in kept if one["kind"] == "event" or one["step"] <= entry["step"]]
-            kept.append(entry)
-        return kept
+            if entry.get("event") in _REWIND_EVENTS:
+                valid = [earlier for earlier in valid if earlier["kind"] == "event" or earlier["step"] <= entry["step"]]
+            valid.append(entry)
+        return valid
 
     def points(self, kind: str, key: str) -> list[tuple[int, float]]:
-        """(step, value), by step; of a step that is there twice, the last. Values that are no numbers are left out."""
-        found: dict[int, Any] = {entry["step"]: entry.get(key) for entry in self._of_kind(kind)}
-        return sorted((step, float(value)) for step, value in found.items() if _is_number(value))
+        """Return the finite values of `key` as (step, value), sorted; the last one if a step is logged twice."""
+        values: dict[int, Any] = {entry["step"]: entry.get(key) for entry in self._entries_of_kind(kind)}
+        return sorted((step, float(value)) for step, value in values.items() if _is_number(value))
 
-    def _of_kind(self, kind: str) -> list[dict[str, Any]]:
+    def _entries_of_kind(self, kind: str) -> list[dict[str, Any]]:
         return [entry for entry in self.entries if entry["kind"] == kind]
 
     def values(self, key: str) -> list[float]:
-        """All that the log has, in its order."""
+        """Return all finite values of `key` in the order of the log, including undone steps."""
         return [float(entry[key]) for entry in self.all_entries if _is_number(entry.get(key))]
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        return list({entry["step"]: entry for entry in self._of_kind("eval")}.values())
+        """The evaluations, one per step."""
+        return list({entry["step"]: entry for entry in self._entries_of_kind("eval")}.values())
 
     @cached_property
-    def is_averaged(self) -> bool:
-        """Whether a moving average is evaluated beside the weights."""
+    def has_ema(self) -> bool:
+        """Whether the moving average of the weights is evaluated, too."""
         return any("ema_top1" in entry for entry in self.evaluations)
 
     @cached_property
-    def judged(self) -> list[tuple[int, float]]:
-        """Top-1 of what people will use: of the moving average where there is one."""
-        return self.points("eval", "ema_top1" if self.is_averaged else "top1")
+    def top1(self) -> list[tuple[int, float]]:
+        """(step, top-1 in per cent) of the weights that users get: the moving average if there is one."""
+        return self.points("eval", "ema_top1" if self.has_ema else "top1")
 
     @cached_property
     def best(self) -> tuple[int, float] | None:
-        """Step and top-1; of equal ones the first, as `checkpoints/best`."""
-        return max(self.judged, key=lambda point: point[1], default=None)
+        """The step and the highest top-1; the first of equal ones, as in `checkpoints/best`."""
+        return max(self.top1, key=lambda point: point[1], default=None)
 
     @property
-    def gone_back(self) -> list[dict[str, Any]]:
-        return [entry for entry in self.all_entries if entry.get("event") in _BACK]
+    def rewinds(self) -> list[dict[str, Any]]:
+        """The events at which the run went back to a checkpoint."""
+        return [entry for entry in self.all_entries if entry.get("event") in _REWIND_EVENTS]
 
     @cached_property
     def sessions(self) -> list[Session]:
+        """The start and all resumptions of the run."""
         return [
             Session(
                 entry["step"],
                 entry["event"],
                 str(entry.get("time", "")),
-                {part: found for part in ("mesh", "environment") if isinstance(found := entry.get(part), dict)},
+                {part: entry[part] for part in ("mesh", "environment") if isinstance(entry.get(part), dict)},
             )
             for entry in self.all_entries
-            if entry.get("event") in _BEGINNINGS
+            if entry.get("event") in _SESSION_EVENTS
         ]
 
     @property
-    def last_facts(self) -> dict[str, Any]:
-        """Of the mesh and the environment of its last beginning."""
-        of_last = self.sessions[-1].facts if self.sessions else {}
-        return {key: value for part in of_last.values() for key, value in part.items()}
+    def last_setup(self) -> dict[str, Any]:
+        """The mesh and the environment of the last session, in one dict."""
+        setup = self.sessions[-1].setup if self.sessions else {}
+        return {key: value for part in setup.values() for key, value in part.items()}
 
     @cached_property
     def last_step(self) -> int:
+        """The last step of the log."""
         return max((entry["step"] for entry in self.entries), default=0)
 
     @property
     def total_steps(self) -> int | None:
+        """The number of steps that the run is to have; None if it isn't logged."""
         return next((int(value) for value in reversed(self.values("total_steps"))), None)
 
     @property
     def num_parameters(self) -> int | None:
+        """The number of parameters of the model; None if it isn't logged."""
         return next((int(value) for value in reversed(self.values("num_parameters"))), None)
 
     @property
     def state(self) -> str:
-        last = self.all_entries[-1].get("event")
-        return ENDS.get(last if isinstance(last, str) else "", "under way, or killed: its end is not in its log")
+        """Whether the run has finished, was stopped, or may be running."""
+        event = self.all_entries[-1].get("event")
+        return END_STATES.get(event if isinstance(event, str) else "", "running or killed: the log has no end")
 
     @cached_property
     def seconds(self) -> float | None:
-        """Since its beginning, over all its sessions, each as far as its log goes; what was undone counts."""
-        of_sessions = [0.0]
+        """The wall time of all sessions, each until its last log entry, including undone steps; None if unknown."""
+        by_session = [0.0]
         for entry in self.all_entries:
-            if entry.get("event") in _BEGINNINGS:
-                of_sessions.append(0.0)
+            if entry.get("event") in _SESSION_EVENTS:
+                by_session.append(0.0)
             elif _is_number(entry.get("seconds")):
-                of_sessions[-1] = float(entry["seconds"])
-        return sum(of_sessions) or None
+                by_session[-1] = float(entry["seconds"])
+        return sum(by_session) or None
 
     @cached_property
     def images_per_s(self) -> float | None:
-        """The log steps' median."""
+        """The median over the log steps; None if there are none."""
         values = [value for _, value in self.points("train", "images_per_s")]
         return statistics.median(values) if values else None
 
     @cached_property
     def peak_memory_mb(self) -> float | None:
+        """The highest memory of a rank in the log; None if it isn't logged."""
         return max(self.values("memory_mb"), default=None)
 
     @property
-    def differences(self) -> list[tuple[str, Any, Any]]:
-        """(key, value, default) of the keys that aren't what they are by default; a key that this version doesn't know
-        has no default, as the name has none."""
+    def changed_settings(self) -> list[tuple[str, Any, Any]]:
+        """(key, value, default) of the settings that differ from their defaults.
+
+        The default is None for the name and for keys that this version doesn't know.
+        """
         defaults, config = _defaults(), self.config or {}
         return [(key, config[key], defaults.get(key)) for key in config if config[key] != defaults.get(key)]
 
 
 def read_run(run_dir: Path, name: str | None = None) -> RunLogData:
-    """Raises UserError where the folder is no run's, or its log has nothing yet."""
-    path = run_dir / METRICS
+    """Read the folder of a run. `name` is the one to show (default: the folder's).
+
+    Raise UserError if the folder isn't a run's, or its log is still empty.
+    """
+    path = run_dir / METRICS_FILE
     if not path.is_file():
-        raise UserError(f"{run_dir}: no run's folder, which has a {METRICS}; name one such as output/quickstart")
+        raise UserError(
+            f"{run_dir}: is not the folder of a run (it has no {METRICS_FILE}); name one such as output/quickstart"
+        )
     entries = latest_run(read_metrics(path))
     if not entries:
-        raise UserError(f"{path}: has no line of a run yet; wait for the first, or name another run")
-    text, config = _config(run_dir / "config.yaml")
-    run = RunLogData(name or run_dir.resolve().name, entries, config, text, _mistakes(run_dir / EVALUATION_FILE))
-    if run.mistakes is not None and run.mistakes.step not in [entry["step"] for entry in run.evaluations]:
-        return RunLogData(run.name, run.all_entries, run.config, run.config_text, None)  # an earlier run's
+        raise UserError(f"{path}: has no entries yet; wait for the first log step, or name another run")
+    text, config = _read_config(run_dir / "config.yaml")
+    analysis = _read_error_analysis(run_dir / EVALUATION_FILE)
+    run = RunLogData(name or run_dir.resolve().name, entries, config, text, analysis)
+    if analysis is not None and analysis.step not in [entry["step"] for entry in run.evaluations]:
+        return replace(run, error_analysis=None)  # it is left from an earlier run in the same folder
     return run
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, without one that a killed run has left unfinished, or that is none of a run's."""
+    """Read the entries of a metrics.jsonl; skip lines that a killed run left incomplete, and unknown ones."""
     entries = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -187,16 +205,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def latest_run(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without those of runs in the same folder before it was begun anew (--resume never)."""
-    begun = [place for place, entry in enumerate(entries) if entry.get("event") == "started"]
-    return entries[begun[-1] :] if begun else entries
+    """Return the entries of the latest run, without those of earlier runs in the same folder (--resume never)."""
+    starts = [index for index, entry in enumerate(entries) if entry.get("event") == "started"]
+    return entries[starts[-1] :] if starts else entries
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _config(path: Path) -> tuple[str, dict[str, Any] | None]:
+def _read_config(path: Path) -> tuple[str, dict[str, Any] | None]:
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -213,17 +231,17 @@ def _defaults() -> dict[str, Any]:
 
 
 def _flat(values: dict[Any, Any]) -> dict[str, Any]:
-    """By section.key."""
+    """Flatten the sections of a config to section.key."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= {f"{key}.{below}": of_key for below, of_key in value.items()}
+            flat |= {f"{key}.{subkey}": subvalue for subkey, subvalue in value.items()}
         else:
             flat[str(key)] = value
     return flat
 
 
-def _mistakes(path: Path) -> ErrorAnalysis | None:
+def _read_error_analysis(path: Path) -> ErrorAnalysis | None:
     try:
         return ErrorAnalysis.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):

@@ -9,7 +9,7 @@ import paddle
 import pytest
 from helpers.small import SMALL, images_and_labels
 
-from vit_static.bench.profile import plain
+from vit_static.bench.profile import short_name
 from vit_static.config.schema import KernelsConfig, LossConfig, ModelConfig, OptimConfig, ParallelConfig
 from vit_static.model.loss import Criterion
 from vit_static.model.vit import VisionTransformer, attention_by_matmul
@@ -60,7 +60,7 @@ def trained(make_program, config: ModelConfig, onednn: bool, **arguments):
 
 
 def operators(program, mode: str = "train") -> Counter[str]:
-    return Counter(plain(op.name()) for op in program.compiled(mode).global_block().ops)
+    return Counter(short_name(op.name()) for op in program.compiled(mode).global_block().ops)
 
 
 WITH_PARALLEL = ("plain", "dropout", "layer scale, representation", "pooled")  # with micro-batches and recomputation

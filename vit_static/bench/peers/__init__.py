@@ -1,1 +1,1 @@
-"""Scripts of what is measured against, each run by an interpreter of its own."""
+"""Scripts of the peers that the benchmarks compare with, each run by the interpreter of its own environment."""

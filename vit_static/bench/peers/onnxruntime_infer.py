@@ -1,6 +1,6 @@
-"""ONNX Runtime's forward pass on a CPU, in float32, of the file that torch_to_onnx.py has written.
+"""Inference with ONNX Runtime on a CPU in float32, of the file written by torch_to_onnx.py.
 
-`python onnxruntime_infer.py SPEC`, SPEC as bench/infer.py writes it, in the environment of .requirements/bench.txt.
+`python onnxruntime_infer.py SPEC` with the SPEC of bench/infer.py, in the environment of .requirements/bench.txt.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""Training images by PIL, as torchvision's transforms and torch's DataLoader make them: whole images decoded, a random
-crop cut out and resized, flipped, normalised; worker processes that fill batches in shared memory.
+"""Training images with PIL, the way torchvision's transforms and PyTorch's DataLoader produce them.
 
-`python pil_data.py SPEC`, SPEC as bench/data.py writes it, in the environment of .requirements/bench.txt.
+Each image is decoded completely, randomly cropped, resized, flipped and normalised. Worker processes fill batches in
+shared memory.
+
+`python pil_data.py SPEC` with the SPEC of bench/data.py, in the environment of .requirements/bench.txt.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from PIL import Image
 from protocol import serve
 
 NUM_CROP_ATTEMPTS = 10
-BATCHES_A_WORKER = 2  # on their way at a time: DataLoader's prefetch_factor
+BATCHES_PER_WORKER = 2  # prefetched: DataLoader's prefetch_factor
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 Box = tuple[int, int, int, int]  # left, upper, right, lower
@@ -29,13 +31,17 @@ Box = tuple[int, int, int, int]  # left, upper, right, lower
 def random_crop(
     width: int, height: int, area: tuple[float, float], aspect: tuple[float, float], rng: np.random.Generator
 ) -> Box:
-    """RandomResizedCrop's box: a share of the area, an aspect ratio (uniform in its logarithm), a place; if none of ten
-    fits, the largest centred one within the aspect ratios."""
+    """Draw the box of torchvision's RandomResizedCrop.
+
+    The share of the area is uniform in `area`, the logarithm of the aspect ratio (width / height) in the range of
+    `aspect`, the position among those that fit. If none of ten draws fits, the box is the largest centred one within
+    the range of aspect ratios.
+    """
     for _ in range(NUM_CROP_ATTEMPTS):
-        wanted_area = width * height * rng.uniform(*area)
-        wanted_aspect = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
-        crop_width = round(math.sqrt(wanted_area * wanted_aspect))
-        crop_height = round(math.sqrt(wanted_area / wanted_aspect))
+        crop_area = width * height * rng.uniform(*area)
+        crop_aspect = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+        crop_width = round(math.sqrt(crop_area * crop_aspect))
+        crop_height = round(math.sqrt(crop_area / crop_aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:
             left = int(rng.integers(width - crop_width + 1))
             upper = int(rng.integers(height - crop_height + 1))
@@ -47,7 +53,7 @@ def random_crop(
 
 
 def load(path: str, spec: dict[str, Any], rng: np.random.Generator, out: np.ndarray) -> None:
-    """One training image into `out`, [3, height, width] float32."""
+    """Load a training image into `out`, [3, height, width] float32."""
     with Image.open(path) as opened:
         image = opened.convert("RGB")
     image = image.crop(random_crop(*image.size, spec["crop_scale"], spec["crop_aspect_ratio"], rng))
@@ -65,38 +71,39 @@ def find_images(spec: dict[str, Any]) -> list[str]:
 
 
 class Loader:
-    """Worker processes, and the batches that they fill. They end with this process, however it ends."""
+    """Worker processes and the batches they fill. The workers end with this process, even if it is killed."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        processes = multiprocessing.get_context("spawn")  # so that no worker holds another's pipe open
+        context = multiprocessing.get_context("spawn")  # a forked worker would hold the pipes of the others open
         height, width = spec["image_size"]
         self._shape = (-1, spec["batch_size"], 3, height, width)
-        num_slots = spec["num_processes"] * BATCHES_A_WORKER
-        self._memory = processes.RawArray("f", num_slots * spec["batch_size"] * 3 * height * width)
-        self._workers = []
+        num_slots = spec["num_processes"] * BATCHES_PER_WORKER
+        self._memory = context.RawArray("f", num_slots * spec["batch_size"] * 3 * height * width)
+        self._pipes = []
         for number in range(spec["num_processes"]):
-            ours, theirs = processes.Pipe()
-            worker = processes.Process(target=work, args=(number, spec, self._shape, self._memory, theirs), daemon=True)
+            our_end, worker_end = context.Pipe()
+            arguments = number, spec, self._shape, self._memory, worker_end
+            worker = context.Process(target=fill_batches, args=arguments, daemon=True)
             worker.start()
-            theirs.close()
-            self._workers.append(ours)
-            for slot in range(BATCHES_A_WORKER):
-                ours.send(number * BATCHES_A_WORKER + slot)
+            worker_end.close()
+            self._pipes.append(our_end)
+            for slot in range(BATCHES_PER_WORKER):
+                our_end.send(number * BATCHES_PER_WORKER + slot)
         self._in_use: tuple[Any, int] | None = None
 
     def next(self) -> np.ndarray:
-        """The first batch that is ready, [B, 3, height, width]; the one before it may be written to from now on."""
+        """Return the first batch that is ready, [B, 3, height, width]; the previous one may be overwritten now."""
         if self._in_use is not None:
-            worker, slot = self._in_use
-            worker.send(slot)
-        worker = connection.wait(self._workers)[0]
-        slot = worker.recv()
-        self._in_use = worker, slot
+            pipe, slot = self._in_use
+            pipe.send(slot)
+        pipe = connection.wait(self._pipes)[0]
+        slot = pipe.recv()
+        self._in_use = pipe, slot
         return np.frombuffer(self._memory, np.float32).reshape(self._shape)[slot]
 
 
-def work(number: int, spec: dict[str, Any], shape: tuple[int, ...], memory: Any, pipe: Any) -> None:
-    """A worker: fills the slots that it is told to, until the other end of the pipe is closed."""
+def fill_batches(number: int, spec: dict[str, Any], shape: tuple[int, ...], memory: Any, pipe: Any) -> None:
+    """Fill the slots whose numbers arrive in the pipe, until its other end is closed: the work of one process."""
     batches = np.frombuffer(memory, np.float32).reshape(shape)  # [slots, B, 3, height, width]
     rng = np.random.default_rng([spec["seed"], number])
     paths = find_images(spec)

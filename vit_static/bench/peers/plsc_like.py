@@ -1,8 +1,9 @@
-"""A training step of a dynamic-graph Paddle loop in float32 on a CPU, the model as PLSC has it.
+"""A training step of a dynamic-graph Paddle loop in float32 on a CPU, with a model written like PLSC's.
 
-A fused qkv, attention in explicit products and a softmax, an optimizer that updates parameter by parameter.
+It has a fused qkv layer, explicit attention (matrix products and a softmax), and an optimizer that updates one
+parameter at a time.
 
-`python plsc_like.py SPEC`, SPEC as bench/train.py writes it, in the project's own environment.
+`python plsc_like.py SPEC` with the SPEC of bench/train.py, in the environment of the project.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""How a contender takes its turns: a process that gets ready, and then works for as long as each line tells it to.
+"""The protocol of candidate processes: each gets ready, then works as long as each line of its input asks for.
 
-For peers' scripts, which run in an environment of their own: this imports nothing but Python's own library.
+The peers' scripts run in an environment of their own, so this imports nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -13,27 +13,34 @@ from pathlib import Path
 from typing import Any
 
 
-def serve(work: Callable[[], int], **known: Any) -> None:
-    """Says that it is ready, with what is `known`; for each line of standard input, a number of seconds, repeats
-    `work`, which returns the number of images that it has done, for at least as long, and says how it went and how long
-    each call took. At the end of the input, says the most memory that the process has had."""
-    _say(ready=True, **known)
+def serve(work: Callable[[], int], **ready_info: Any) -> None:
+    """Follow the protocol until standard input ends; every reply is a line of JSON on standard output.
+
+    The first reply says that the process is ready, and contains `ready_info`. Each input line is a number of seconds:
+    `work` is called repeatedly for at least as long (at least once), and returns the number of images it processed. The
+    reply has the total number of images, the seconds taken, and the seconds of each call. The last reply has the peak
+    memory of the process.
+    """
+    _reply(ready=True, **ready_info)
     for line in sys.stdin:
-        enough, num_images, started = float(line), 0, time.perf_counter()
-        elapsed, calls = 0.0, []
-        while elapsed < enough or num_images == 0:
+        min_seconds, num_images, started = float(line), 0, time.perf_counter()
+        elapsed, call_seconds = 0.0, []
+        while elapsed < min_seconds or num_images == 0:
             num_images += work()
             before, elapsed = elapsed, time.perf_counter() - started
-            calls.append(round(elapsed - before, 6))
-        _say(num_images=num_images, seconds=elapsed, calls=calls)
-    _say(peak_bytes=peak_bytes())
+            call_seconds.append(round(elapsed - before, 6))
+        _reply(num_images=num_images, seconds=elapsed, call_seconds=call_seconds)
+    _reply(peak_bytes=peak_bytes())
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had. Not getrusage's: that begins with what the starting process had."""
+    """Return the peak resident memory of this process.
+
+    `getrusage` doesn't measure it: its value starts at the peak of the parent process.
+    """
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
-def _say(**what: Any) -> None:
-    print(json.dumps(what), flush=True)
+def _reply(**values: Any) -> None:
+    print(json.dumps(values), flush=True)

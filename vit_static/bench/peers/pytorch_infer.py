@@ -1,6 +1,6 @@
-"""PyTorch's forward pass on a CPU; in bfloat16 by autocast or with the model cast, whichever is the quicker here.
+"""Inference with PyTorch on a CPU; bfloat16 runs with autocast or a cast model, whichever is faster on this machine.
 
-`python pytorch_infer.py SPEC`, SPEC as bench/infer.py writes it, in the environment of .requirements/bench.txt.
+`python pytorch_infer.py SPEC` with the SPEC of bench/infer.py, in the environment of .requirements/bench.txt.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 from protocol import serve
 from torch_vit import load
 
-TRIED_SECONDS = 1.0
+TRIAL_SECONDS = 1.0
 
 
-def speed(work: Callable[[], object]) -> float:
-    """Calls a second."""
+def calls_per_second(work: Callable[[], object]) -> float:
+    """Measure how often `work` can be called per second, after one call as warm-up."""
     work()
     started, num_calls = time.perf_counter(), 0
-    while time.perf_counter() - started < TRIED_SECONDS:
+    while time.perf_counter() - started < TRIAL_SECONDS:
         work()
         num_calls += 1
     return num_calls / (time.perf_counter() - started)
@@ -40,19 +40,19 @@ def main() -> None:
     def plain() -> torch.Tensor:
         return model(images)
 
-    def by_autocast() -> torch.Tensor:
+    def with_autocast() -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             return model(images).float()
 
-    def by_cast_model() -> torch.Tensor:
+    def with_cast_model() -> torch.Tensor:
         return cast(images.bfloat16()).float()
 
-    ways = {"": plain} if spec["precision"] == "float32" else {"autocast": by_autocast, "cast": by_cast_model}
+    variants = {"": plain} if spec["precision"] == "float32" else {"autocast": with_autocast, "cast": with_cast_model}
     with torch.inference_mode():
-        name = max(ways, key=lambda name: speed(ways[name]))
+        name = max(variants, key=lambda name: calls_per_second(variants[name]))
 
         def batch() -> int:
-            ways[name]()
+            variants[name]()
             return spec["batch_size"]
 
         logits = model(torch.from_numpy(np.load(spec["images"])[:2])).tolist()

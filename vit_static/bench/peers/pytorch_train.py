@@ -1,6 +1,6 @@
-"""A training step of PyTorch's on a CPU: timm's recipe, AdamW with clipping, and autocast for bfloat16.
+"""A training step of PyTorch on a CPU: timm's recipe with AdamW and gradient clipping; autocast for bfloat16.
 
-`python pytorch_train.py SPEC`, SPEC as bench/train.py writes it, in the environment of .requirements/bench.txt.
+`python pytorch_train.py SPEC` with the SPEC of bench/train.py, in the environment of .requirements/bench.txt.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def main() -> None:
     batch, size = spec["batch_size"], spec["model"]["image_size"]
     images = torch.randn(batch, 3, size, size)
     labels = torch.randint(0, spec["model"]["num_classes"], (batch,))
-    low_precision = spec["precision"] == "bfloat16"
+    is_bfloat16 = spec["precision"] == "bfloat16"
 
     def step() -> int:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=low_precision):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bfloat16):
             loss = F.cross_entropy(model(images), labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), spec["clip_norm"])

@@ -1,4 +1,4 @@
-"""PyTorch's model as an ONNX file for any batch size: `python torch_to_onnx.py SPEC`, which bench/infer.py runs."""
+"""Export of the PyTorch model to ONNX, for any batch size: `python torch_to_onnx.py SPEC`, run by bench/infer.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main() -> None:
         load(spec),
         (torch.randn(2, 3, size, size),),
         spec["onnx"],
-        dynamo=False,  # the other exporter needs onnxscript
+        dynamo=False,  # the newer exporter needs onnxscript
         input_names=["images"],
         output_names=["logits"],
         dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},

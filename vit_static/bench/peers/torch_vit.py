@@ -1,4 +1,4 @@
-"""A plain ViT in PyTorch, as timm has it: a fused qkv, `scaled_dot_product_attention`, a class token."""
+"""A plain ViT in PyTorch like timm's: fused qkv, `scaled_dot_product_attention`, class token."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ class TorchViT(nn.Module):
 
 
 def load(spec: dict[str, Any]) -> TorchViT:
-    """The model of a SPEC of bench/infer.py, with the weights of its .npz file: ours, under the names of its file."""
+    """Build the model of a SPEC of bench/infer.py with the weights of its .npz file, which has our names and layout."""
     model = TorchViT(**spec["model"])
-    with np.load(spec["weights"]) as given:
-        own = {}
+    with np.load(spec["weights"]) as weights:
+        state = {}
         for name in model.state_dict():
-            theirs = name.replace("patch_embed.", "patch_embed.proj.")
+            file_name = name.replace("patch_embed.", "patch_embed.proj.")
             for layer, part in (("qkv", "attn.qkv"), ("proj", "attn.proj"), ("fc1", "mlp.fc1"), ("fc2", "mlp.fc2")):
-                theirs = theirs.replace(f".{layer}.", f".{part}.") if "blocks." in name else theirs
-            value = torch.from_numpy(given[theirs])
-            own[name] = value.T if value.ndim == 2 else value  # a linear layer's is [in, out]
-    model.load_state_dict(own)
+                file_name = file_name.replace(f".{layer}.", f".{part}.") if "blocks." in name else file_name
+            value = torch.from_numpy(weights[file_name])
+            state[name] = value.T if value.ndim == 2 else value  # our linear layers are [in, out], PyTorch's [out, in]
+    model.load_state_dict(state)
     return model.eval()
