@@ -1,4 +1,4 @@
-"""Malformed weight files are read, or refused in one line."""
+"""Damaged and malicious weight files are read, or refused in one line."""
 
 from __future__ import annotations
 
@@ -36,14 +36,19 @@ WEIGHTS = [
         "vit_jax.npz",
         "big_vision_scan.npz",
         "plsc.pdparams",
+        "plsc_fp16.pdparams",
+        "timm_dinov2_reg.safetensors",
     )
-] + [REFERENCE / "weights" / "plsc_fp16.pdparams", REFERENCE / "weights" / "timm_dinov2_reg.safetensors"]
+]
 SUFFIXES = [".pdparams", ".npz", ".safetensors", ".pt", ""]
 
 
 @pytest.fixture(scope="module")
 def accepts_weights(trial: Trial) -> Iterator[Callable[..., None]]:
-    """accepts_weights(kind, content, suffix): one case, up to a model. No file appears, and little memory."""
+    """accepts_weights(kind, content, suffix): convert a file with this content, or see it refused in one line.
+
+    No other file appears, and all cases together take less than 500 MB of memory.
+    """
     folder = trial.folder / "weights"
     folder.mkdir()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -53,18 +58,18 @@ def accepts_weights(trial: Trial) -> Iterator[Callable[..., None]]:
         path.write_bytes(content)
         try:
             with trial.of(kind, f"weights{suffix}"):
-                found = load_weights(path).external
-                assert all(array.dtype == np.float32 and np.isfinite(array).all() for array in found.state.values())
-                config = infer_config(found, str(path), ["model.num_heads=4"], (12, 20))
-                convert_state(found, config.model, str(path), InitConfig(head="keep"), None)
+                external = load_weights(path).external
+                assert all(array.dtype == np.float32 and np.isfinite(array).all() for array in external.state.values())
+                config = infer_config(external, str(path), ["model.num_heads=4"], (12, 20))
+                convert_state(external, config.model, str(path), InitConfig(head="keep"), None)
         finally:
             path.unlink()
         assert not list(folder.iterdir())
 
-    here = Path.cwd()
-    os.chdir(folder)
+    previous = Path.cwd()
+    os.chdir(folder)  # where a pickle would create its file
     yield accepts
-    os.chdir(here)
+    os.chdir(previous)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
 
 
@@ -81,11 +86,11 @@ def test_weights_of_any_bytes(accepts_weights, beginning: bytes, content: bytes,
 @cases(250)
 @given(st.sampled_from(WEIGHTS), st.data())
 def test_damaged_weights(accepts_weights, source: Path, data: st.DataObject) -> None:
-    accepts_weights("weights: damaged", damaged(contents(source), data.draw), source.suffix)
+    accepts_weights("weights: damaged", damaged(content_of(source), data.draw), source.suffix)
 
 
 @functools.cache
-def contents(path: Path) -> bytes:
+def content_of(path: Path) -> bytes:
     return path.read_bytes()
 
 
@@ -93,8 +98,7 @@ def contents(path: Path) -> bytes:
 def arrays_of(path: Path) -> dict[str, np.ndarray]:
     if path.suffix == ".npz":
         return dict(np.load(path))
-    found = read_arrays(path)[1]
-    return {name: array for name, array in found.items() if array is not None}
+    return {name: array for name, array in read_arrays(path)[1].items() if array is not None}
 
 
 DTYPES = ["f2", "f4", "f8", ">f4", "i1", "i4", "i8", "u2", "?", "c8", "S3", "U2", "M8[s]", "V2"]
@@ -107,7 +111,7 @@ shapes = (
 
 @cases(250)
 @given(st.sampled_from(WEIGHTS), st.data())
-def test_weights_of_other_shapes_kinds_and_names(accepts_weights, source: Path, data: st.DataObject) -> None:
+def test_weights_with_other_shapes_dtypes_and_names(accepts_weights, source: Path, data: st.DataObject) -> None:
     arrays = dict(arrays_of(source))
     names = sorted(arrays)
     for _ in range(data.draw(st.integers(1, 3))):
@@ -128,25 +132,26 @@ def test_weights_of_other_shapes_kinds_and_names(accepts_weights, source: Path, 
             "twice": [name, f"module.{name}"],
         }[data.draw(st.sampled_from(["same", "same", "none", "number", "odd", "twice"]))]:
             arrays[other] = array
-    accepts_weights("weights: other arrays", written(arrays, source.suffix), source.suffix)
+    accepts_weights("weights: other arrays", encode(arrays, source.suffix), source.suffix)
 
 
-def written(arrays: dict[str, np.ndarray], suffix: str) -> bytes:
+def encode(arrays: dict[str, np.ndarray], suffix: str) -> bytes:
+    """Return a weight file, in which names may occur twice and dtypes may be wrong."""
     if suffix == ".npz":
         file = io.BytesIO()
         with zipfile.ZipFile(file, "w") as archive:
             for name, array in arrays.items():
-                of_one = io.BytesIO()
-                np.save(of_one, array)
-                archive.writestr(zipfile.ZipInfo(f"{name}.npy".replace("\0", "0")), of_one.getvalue())
+                member = io.BytesIO()
+                np.save(member, array)
+                archive.writestr(zipfile.ZipInfo(f"{name}.npy".replace("\0", "0")), member.getvalue())
         return file.getvalue()
     if suffix == ".safetensors":
-        header, place = {}, 0
+        header, start = {}, 0
+        names = {"f2": "F16", "f4": "F32", "f8": "F64", "i4": "I32", "i8": "I64", "u2": "BF16", "i1": "I8"}
         for name, array in arrays.items():
-            names = {"f2": "F16", "f4": "F32", "f8": "F64", "i4": "I32", "i8": "I64", "u2": "BF16", "i1": "I8"}
-            kind = names.get(array.dtype.str[1:], "F32")
-            header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [place, place + array.nbytes]}
-            place += array.nbytes
+            dtype = names.get(array.dtype.str[1:], "F32")
+            header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [start, start + array.nbytes]}
+            start += array.nbytes
         return safetensors(header, b"".join(array.tobytes() for array in arrays.values()))
     return pickle.dumps(arrays, protocol=4)
 
@@ -164,18 +169,16 @@ tensors = st.fixed_dictionaries(
         "data_offsets": st.lists(offsets, min_size=1, max_size=3),
     }
 )
-HEADERS = {
-    "of any length": lambda n: safetensors({"a": {}}, length=n),
-    "in lists": lambda n: safetensors(b'{"a":' + b"[" * min(n, 100_000)),
-    "in mappings": lambda n: safetensors(b'{"a":' * min(n, 20_000)),
-    "of spaces": lambda n: safetensors(b"{" + b" " * min(n, 10**6) + b"}"),
-    "of an array of that size": lambda n: safetensors(
-        {"a": {"dtype": "F32", "shape": [n], "data_offsets": [0, 4 * n]}}
-    ),
-    "of nothing of that size": lambda n: safetensors(
+MALICIOUS_HEADERS = {
+    "any length": lambda n: safetensors({"a": {}}, length=n),
+    "nested lists": lambda n: safetensors(b'{"a":' + b"[" * min(n, 100_000)),
+    "nested mappings": lambda n: safetensors(b'{"a":' * min(n, 20_000)),
+    "spaces": lambda n: safetensors(b"{" + b" " * min(n, 10**6) + b"}"),
+    "a large array": lambda n: safetensors({"a": {"dtype": "F32", "shape": [n], "data_offsets": [0, 4 * n]}}),
+    "an empty array of a large shape": lambda n: safetensors(
         {"a": {"dtype": "F32", "shape": [0, n], "data_offsets": [0, 0]}}, b""
     ),
-    "of many": lambda n: safetensors(
+    "many arrays": lambda n: safetensors(
         {f"a{i}": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for i in range(min(n, 1000))}, b"\0" * 4
     ),
 }
@@ -188,8 +191,8 @@ def test_safetensors_headers(accepts_weights, header: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 2**20, 10**8 - 1, 10**8, 2**31, 2**40, 2**63 - 1])
-def test_safetensors_headers_that_mean_harm(accepts_weights, size: int) -> None:
-    for make in HEADERS.values():
+def test_malicious_safetensors_headers(accepts_weights, size: int) -> None:
+    for make in MALICIOUS_HEADERS.values():
         accepts_weights("weights: safetensors headers", make(size), ".safetensors")
 
 
@@ -236,48 +239,51 @@ def test_npz_members(accepts_weights, members: list[tuple[str, bytes]], compress
     accepts_weights("weights: npz members", npz(names, compression), ".npz")
 
 
-def test_npz_files_that_grow(accepts_weights) -> None:
-    of_ones = npy("{'descr': '<f2', 'fortran_order': False, 'shape': (40000000,)}", bytes(80_000_000))
+def test_zip_bombs(accepts_weights) -> None:
+    large = npy("{'descr': '<f2', 'fortran_order': False, 'shape': (40000000,)}", bytes(80_000_000))
     for content in (
-        npz([("params/Transformer/encoderblock/x.npy", of_ones), ("params/embedding/kernel.npy", of_ones[:1])]),
-        npz([("embedding/kernel.npy", of_ones), ("Transformer/encoderblock/x.npy", of_ones)]),
-        npz([("a.npy", of_ones)] * 2),
+        npz([("params/Transformer/encoderblock/x.npy", large), ("params/embedding/kernel.npy", large[:1])]),
+        npz([("embedding/kernel.npy", large), ("Transformer/encoderblock/x.npy", large)]),
+        npz([("a.npy", large)] * 2),
         npz([("a.npy", bytes(500_000_000))]),
         npz([(f"{n}.npy", b"") for n in range(20_000)]),
-        npz([("a.npy", npz([("b.npy", npz([("c.npy", of_ones)]))]))]),
+        npz([("a.npy", npz([("b.npy", npz([("c.npy", large)]))]))]),
     ):
-        accepts_weights("weights: npz that grow", content, ".npz")
+        accepts_weights("weights: zip bombs", content, ".npz")
 
 
-ASKED_FOR = [
+GLOBALS = [
     ("os", "system"), ("posix", "system"), ("subprocess", "Popen"), ("builtins", "exec"), ("builtins", "eval"),
     ("builtins", "open"), ("builtins", "getattr"), ("builtins", "__import__"), ("__builtin__", "eval"),
     ("pty", "spawn"),
     ("pathlib", "Path.touch"), ("numpy", "ndarray"), ("numpy", "dtype"), ("numpy", "memmap"), ("numpy", "load"),
     ("numpy.core.multiarray", "_reconstruct"), ("numpy", "f2py.crackfortran.myeval"), ("operator", "attrgetter"),
     ("collections", "OrderedDict"), ("collections", "OrderedDict.__init__.__globals__"), ("functools", "partial"),
-    ("paddle", "load"), ("torch", "load"), ("vit_static.weight_files", "Path"), ("webbrowser", "open"), ("", ""),
+    ("_codecs", "encode"),
+    ("paddle", "load"), ("torch", "load"), ("vit_static.weights.readers", "Path"), ("webbrowser", "open"), ("", ""),
 ]  # fmt: skip
 pickled_arguments = st.sampled_from(
     [("touch canary",), ("open('canary', 'w')",), ("canary", "w"), (), ("",), ((1,), "O", b"A" * 8), ((2**40,), "<f8")]
 )
 
 
-def asking(module: str, name: str, arguments: tuple[Any, ...], protocol: int) -> bytes:
-    """A pickle that calls module.name(*arguments), and puts what comes of it into a state dict."""
-    called = pickle.dumps(arguments, protocol)[2 if protocol >= 2 else 0 : -1]
-    return b"\x80\x02}X\x04\0\0\0head" + f"c{module}\n{name}\n".encode() + called + b"Rs."
+def pickled_call(module: str, name: str, arguments: tuple[Any, ...], protocol: int) -> bytes:
+    """Return a pickle of a state dict with the result of module.name(*arguments) in it."""
+    pickled = pickle.dumps(arguments, protocol)[2 if protocol >= 2 else 0 : -1]
+    return b"\x80\x02}X\x04\0\0\0head" + f"c{module}\n{name}\n".encode() + pickled + b"Rs."
 
 
 @cases(150)
 @given(
-    st.sampled_from(ASKED_FOR),
+    st.sampled_from(GLOBALS),
     pickled_arguments,
     st.sampled_from([0, 1, 2]),
     st.sampled_from([b"", b"}b", b"\x81", b"2"]),
 )
-def test_pickles_that_run_something(accepts_weights, asked: Any, arguments: Any, protocol: int, more: bytes) -> None:
-    content = asking(*asked, arguments, protocol)
+def test_pickles_that_call_functions(
+    accepts_weights, called: tuple[str, str], arguments: Any, protocol: int, more: bytes
+) -> None:
+    content = pickled_call(*called, arguments, protocol)
     accepts_weights("weights: pickles that run code", content[:-2] + more + content[-2:])
 
 
@@ -288,13 +294,14 @@ known_names = st.sampled_from(
         b"cnumpy\nndarray\n",
         b"cnumpy\ndtype\n",
         b"cnumpy.core.multiarray\n_reconstruct\n",
+        b"c_codecs\nencode\n",
     ]
 )
 
 
 @st.composite
 def opcodes(draw: Callable[[Any], Any]) -> bytes:
-    """One opcode and its argument; small numbers, so that what it refers to is often there."""
+    """Draw one opcode and its argument, often a small number, so that it refers to something that exists."""
     if draw(st.integers(0, 3)) == 0:
         return draw(known_names)
     opcode = draw(st.sampled_from(OPCODES))
@@ -320,53 +327,53 @@ def test_pickles_of_any_opcodes(accepts_weights, content: bytes, start: bytes) -
 
 
 PICKLE_BOMBS = {
-    "a value of 2**60": b"}X\1\0\0\0a" + nested(b"K\1", 60) + b"s.",
-    "a shape of 2**60": b"}X\1\0\0\0acnumpy\nndarray\n)R(K\1" + nested(b"K\1", 60) + b"NNNtbs.",
-    "a number of 2**60": b"cnumpy\ndtype\n" + nested(b"K\1", 60) + b"R.",
-    "a list in itself": b"]q\0h\0a.",
+    "a nested value": b"}X\1\0\0\0a" + nested(b"K\1", 60) + b"s.",
+    "a nested shape": b"}X\1\0\0\0acnumpy\nndarray\n)R(K\1" + nested(b"K\1", 60) + b"NNNtbs.",
+    "a nested dtype": b"cnumpy\ndtype\n" + nested(b"K\1", 60) + b"R.",
+    "a list that contains itself": b"]q\0h\0a.",
     "bytes of 4 GB": b"B\xff\xff\xff\xff.",
     "bytes of 2**62": b"\x8e" + struct.pack("<Q", 2**62) + b".",
-    "writable bytes of 4 GB": b"\x96" + struct.pack("<Q", 2**32) + b".",
+    "a bytearray of 4 GB": b"\x96" + struct.pack("<Q", 2**32) + b".",
     "text of 4 GB": b"X\xff\xff\xff\xff.",
-    "a number of 4 GB": b"\x8b\xff\xff\xff\x7f.",
+    "an integer of 4 GB": b"\x8b\xff\xff\xff\x7f.",
     "a frame of 2**62": b"\x95" + struct.pack("<Q", 2**62) + b"}.",
     "a frame of 4 GB": b"\x95" + struct.pack("<Q", 2**32) + b"}.",
     "a memo of 2**32": b"}r\xff\xff\xff\xff.",
     "deep lists": b"]" * 100_000 + b"a" * 99_999 + b".",
     "deep tuples": b"}X\1\0\0\0a)" + b"\x85" * 100_000 + b"s.",
-    "a long number": b"}X\1\0\0\0aI" + b"9" * 100_000 + b"\ns.",
+    "a long integer": b"}X\1\0\0\0aI" + b"9" * 100_000 + b"\ns.",
     "a long name": b"c" + b"x" * 100_000 + b"\ny\n.",
     "an array of 2**60": b"}X\1\0\0\0acnumpy\nndarray\n)R(K\1\x8a\x08" + struct.pack("<Q", 2**60)
     + b"\x85cnumpy\ndtype\nX\2\0\0\0f4\x85R\x89C\4\0\0\0\0tbs.",
-    "an extension": b"\x82\1.",
-    "a persistent one": b"Pcanary\n.",
+    "an extension code": b"\x82\1.",
+    "a persistent id": b"Pcanary\n.",
 }  # fmt: skip
 
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("content", PICKLE_BOMBS.values(), ids=PICKLE_BOMBS)
-def test_pickles_that_mean_harm(accepts_weights, content: bytes) -> None:
-    accepts_weights("weights: pickles that grow", b"\x80\x04" + content)
+def test_malicious_pickles(accepts_weights, content: bytes) -> None:
+    accepts_weights("weights: malicious pickles", b"\x80\x04" + content)
 
 
 @cases(60)
 @given(st.sampled_from(["config.yaml", "class_names.txt", "config.json"]), st.data())
-def test_what_lies_beside_weights(trial: Trial, name: str, data: st.DataObject) -> None:
-    """A run's config and classes, and Hugging Face's config."""
-    folder = trial.folder / "beside"
+def test_files_next_to_weights(trial: Trial, name: str, data: st.DataObject) -> None:
+    """A run's config and class names, and Hugging Face's config.json."""
+    folder = trial.folder / "next_to_weights"
     folder.mkdir(exist_ok=True)
-    for old in folder.iterdir():
-        old.unlink()
+    for leftover in folder.iterdir():
+        leftover.unlink()
     path = folder / "model.safetensors"
-    path.write_bytes(contents(WEIGHTS[1]))
-    said = st.fixed_dictionaries({}, optional={
+    path.write_bytes(content_of(WEIGHTS[1]))
+    hf_configs = st.fixed_dictionaries({}, optional={
         "num_attention_heads": st.sampled_from([4, 0, -1, True, 10**400, "4", None, 3]),
         "layer_norm_eps": st.sampled_from([1e-6, -1.0, 1e400, 0.0, float("nan"), "x"]),
         "hidden_act": st.sampled_from(["gelu", "gelu_new", "relu", 7, None, ["gelu"], {}, "x" * 1000]),
     }).map(json.dumps)  # fmt: skip
-    content = data.draw(st.binary(max_size=30) | said.map(str.encode) | st.just(b"[" * 100_000))
+    content = data.draw(st.binary(max_size=30) | hf_configs.map(str.encode) | st.just(b"[" * 100_000))
     (folder / name).write_bytes(content)
-    with trial.of("files beside weights", "beside" if name == "config.yaml" else ""):
+    with trial.of("files next to weights", "next_to_weights" if name == "config.yaml" else ""):
         loaded = load_weights(path)
         config = loaded.config or infer_config(loaded.external, str(path), [], None)
         convert_state(loaded.external, config.model, str(path), InitConfig(head="keep"), None)

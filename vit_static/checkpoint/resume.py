@@ -1,4 +1,4 @@
-"""Choose, verify and compare the checkpoint that a run resumes from."""
+"""Choice, verification and comparison of the checkpoint that a run resumes from."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Read, convert and load weights of every supported format."""
+"""Reading, conversion and loading of weights of every supported format."""

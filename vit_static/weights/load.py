@@ -1,4 +1,4 @@
-"""Load weights into a model: match every array of a file with the model that a config describes, and report it."""
+"""Loading of weights into a model, with a report of every array of the file and of the model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def file_state(model: nn.Layer) -> State:
 
 @dataclass
 class LoadReport:
-    """What happened to each array of a file and of the model, by the names in files."""
+    """Report of a load: how each array of the file and of the model was treated, by the names in files."""
 
     format: str = ""
     used: list[str] = field(default_factory=list)

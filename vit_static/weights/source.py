@@ -1,4 +1,4 @@
-"""Find and read weights: a run, a checkpoint or a file of any format."""
+"""Sources of weights: a run, a checkpoint or a file of any format."""
 
 from __future__ import annotations
 
