@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# ./run.sh VERB [arguments]: finds or makes the Python environment, then runs the verb in it.
+# ./run.sh VERB [arguments]: find or create the Python environment, then run the verb in it.
 # ./run.sh --help lists the verbs. From any folder; paths are relative to the caller's.
 #
-#   PYTHON               which Python 3.10-3.12 .venv is made with
+#   PYTHON               the Python 3.10-3.12 for .venv
 #   VIT_STATIC_DEVICE    cpu or gpu, instead of asking nvidia-smi
-#   VIT_STATIC_MAX_CPU_ISA   avx2: a CPU with larger instruction sets behaves as one with AVX2 alone
+#   VIT_STATIC_MAX_CPU_ISA   avx2: a CPU with larger instruction sets behaves like one with AVX2 only
 #   VIT_STATIC_PADDLE_INDEX   where to get Paddle's GPU build, instead of choosing by the driver
-#   NPROC                processes on this machine; without it one, or one a visible GPU
+#   NPROC                processes on this machine; default: one, or one per visible GPU
 #   CUDA_VISIBLE_DEVICES, PADDLE_NNODES, PADDLE_MASTER   as for paddle.distributed.launch
 set -euo pipefail
 
@@ -22,7 +22,7 @@ active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
 [[ $active -ef $root/.venv ]] && active=
 env=${active:-$root/.venv}
 python=$env/bin/python
-stamp=$env/.vit_static-setup # written last: what is installed
+stamp=$env/.vit_static-setup # written last: identifies what is installed
 log=$env/vit_static-setup.log
 
 case ${VIT_STATIC_DEVICE:-} in
@@ -32,7 +32,7 @@ case ${VIT_STATIC_DEVICE:-} in
 esac
 export VIT_STATIC_DEVICE # the launcher need not ask nvidia-smi again
 
-# The interpreter's real path stands for its version, without starting it.
+# The interpreter's real path identifies its version without starting it.
 wanted_stamp() { echo "$(sha256sum < "$lock") $VIT_STATIC_DEVICE $(readlink -f -- "$python")"; }
 
 is_set_up() {
@@ -40,7 +40,7 @@ is_set_up() {
     [[ -n $active || -z ${PYTHON:-} ]] || [[ $(real_path_of "$PYTHON") == $(readlink -f -- "$python") ]]
 }
 
-# ---- making it ----
+# ---- creating it ----
 
 real_path_of() { "$1" -c 'import os, sys; print(os.path.realpath(sys.executable))' 2> /dev/null; }
 is_supported() { "$1" -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 12)' 2> /dev/null; }
@@ -58,16 +58,16 @@ find_python() {
         without_ensurepip=$candidate
     done
     [[ -z $without_ensurepip ]] ||
-        fail 2 "$without_ensurepip can't make environments (no ensurepip): apt install python3-venv"
+        fail 2 "$without_ensurepip can't create environments (no ensurepip): apt install python3-venv"
     fail 2 "no Python 3.10, 3.11 or 3.12 found (tried ${candidates[*]}); name one with PYTHON=/path/to/python3"
 }
 
-# Paddle's own index has a folder a CUDA version. Of those for CUDA 12, which DALI's build is for too:
-# cu129 knows Blackwell, and cu126 runs on any driver for CUDA 12.
+# Paddle's own index has one folder per CUDA version. DALI's build is for CUDA 12, where cu129 supports Blackwell and
+# cu126 runs on any driver.
 paddle_index() {
     local cuda
     cuda=$(nvidia-smi 2> /dev/null | sed -nE 's/.*CUDA [A-Za-z ]*Version: *([0-9]+)\.([0-9]).*/\1\2/p' || true)
-    [[ -n $cuda ]] || fail 2 "nvidia-smi names no CUDA version; choose a folder of" \
+    [[ -n $cuda ]] || fail 2 "nvidia-smi reports no CUDA version; choose a folder of" \
         "https://www.paddlepaddle.org.cn/packages/stable/ with VIT_STATIC_PADDLE_INDEX=URL"
     ((cuda >= 120)) || fail 2 "the NVIDIA driver is too old: CUDA ${cuda%?}.${cuda: -1}, and DALI needs 12.0;" \
         "update it, or set VIT_STATIC_DEVICE=cpu"
@@ -88,7 +88,7 @@ pip_install() {
 
 install_packages() {
     local reinstall=()
-    # A package that a killed pip has half copied passes for installed.
+    # A package that a killed pip has half copied looks installed.
     [[ ! -e $stamp.unfinished ]] || reinstall=(--force-reinstall)
     rm -f -- "$stamp"
     touch -- "$stamp.unfinished"
@@ -106,13 +106,13 @@ install_packages() {
         -c <(sed -nE '/^paddlepaddle==/d; s/^([a-z0-9].*==[^\\]*).*/\1/p' "$lock")
 }
 
-# In a subshell, so that its end gives the lock back; the kernel does so after a kill, too.
+# In a subshell, whose end releases the lock; after a kill the kernel releases it.
 make_environment() (
     [[ -z $active ]] || is_supported "$python" ||
         fail 2 "the active environment $env has no Python 3.10-3.12: deactivate it"
     exec 9> "${active:-$root/.venv}${active:+/.vit_static}.lock"
     flock -n 9 || { say "waiting for another setup to end ..." && flock 9; }
-    ! is_set_up || exit 0 # the other has done it
+    ! is_set_up || exit 0 # the other setup has done it
 
     if [[ -n $active ]]; then
         : > "$log"
@@ -121,11 +121,11 @@ make_environment() (
     else
         local base
         base=$(find_python)
-        [[ ! -L $env ]] || fail 2 "$env is a link, and what it leads to is not what $lock asks for;" \
+        [[ ! -L $env ]] || fail 2 "$env is a link to an environment that doesn't match $lock;" \
             "remove the link, or activate that environment"
         mkdir -p -- "$env"
-        find "$env/" -mindepth 1 -delete # whatever a killed setup, another Python or device left
-        "$base" -m venv "$env" > "$log" 2>&1 || fail 1 "$base can't make $env (see $log)"
+        find "$env/" -mindepth 1 -delete # what a killed setup, another Python or device left
+        "$base" -m venv "$env" > "$log" 2>&1 || fail 1 "$base can't create $env (see $log)"
     fi
     say "installing Paddle ($VIT_STATIC_DEVICE build), DALI and the rest into ${env/#$root\//}" \
         "(2 GB, with CUDA more; a minute or two) ..."
@@ -147,9 +147,9 @@ is_set_up || make_environment
 
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONSAFEPATH=1   # from Python 3.11: a yaml.py in the caller's folder is not taken for the package
-export PYTHONNOUSERSITE=1 # nor what lies in ~/.local, which a Conda environment would prefer
+export PYTHONNOUSERSITE=1 # nor are packages in ~/.local, which a Conda environment would prefer
 
-# Without a config of their own, pretrain and finetune train on a small set, which is made if it is missing.
+# Without a config, pretrain and finetune train on a small data set, which is created if it is missing.
 make_quickstart_data() {
     local argument
     for argument; do
@@ -169,7 +169,7 @@ case $verb in
     data) exec "$python" -m data_tools "$@" ;;
     pretrain | finetune | eval)
         make_quickstart_data "$@"
-        exec "$python" -m vit_static.launch "$verb" "$@" # perhaps in many processes
+        exec "$python" -m vit_static.launch "$verb" "$@" # possibly in several processes
         ;;
     -h | --help | help) exec "$python" -m vit_static --help ;;
     *) exec "$python" -m vit_static "$verb" "$@" ;;

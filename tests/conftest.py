@@ -1,4 +1,4 @@
-"""What all tests share: worker processes, the environment that the command line sets up, a model's compiled program."""
+"""Shared fixtures and hooks: worker processes, process set-up, compiled programs, counts in the summary."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from vit_static.common.startup import prepare_process
 
 MAX_WORKERS = 4
 _TALLY = pytest.StashKey[dict[str, Counter[str]]]()
-# Markers of tests that need an instruction set: whether this CPU has it, and how a skip says that it hasn't.
+# Markers of tests that need an instruction set: whether this CPU has it, and the reason of a skip.
 _CPU_NEEDS = {"needs_bfloat16": (cpu_has_bfloat16, "no AVX512-BF16 and no AMX")}
 _SKIPPED_FOR = "this CPU, or the limit set for it, has "
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist's own reads the options
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """The whole suite runs in as many processes as there are cores; what somebody chose of it, or with a card, in one.
+    """Run the whole suite in one process per core; a selection of it, or with a GPU, in one process.
 
-    (Where run.sh has found a card, the processes would share it.)
+    (Several processes would share the GPU.)
     """
     if hasattr(config, "workerinput") or not config.pluginmanager.hasplugin("xdist"):
         return
     option, num_cores = config.option, len(os.sched_getaffinity(0))
     is_whole = config.args_source == config.ArgsSource.TESTPATHS and not option.keyword and not option.markexpr
-    has_card = os.environ.get("VIT_STATIC_DEVICE") == "gpu"
-    if is_whole and option.numprocesses is None and num_cores > 1 and not option.usepdb and not has_card:
+    has_gpu = os.environ.get("VIT_STATIC_DEVICE") == "gpu"
+    if is_whole and option.numprocesses is None and num_cores > 1 and not option.usepdb and not has_gpu:
         option.numprocesses = min(num_cores, MAX_WORKERS)
     if option.numprocesses and option.dist == "no":
-        option.dist = "worksteal"  # tests of a file stay together but where one process would be idle
+        option.dist = "worksteal"  # tests of a file stay together unless a process would be idle
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Before any test module imports Paddle; verbose, since standard output is pytest's own here."""
+    """Set the process up before any test module imports Paddle; verbose, since pytest captures standard output."""
     is_worker = hasattr(config, "workerinput")
     try:
         cpu_flags()
@@ -61,7 +61,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol() -> Generator[None, bool | None, bool | None]:
-    """A test that fails may leave Paddle in static mode or a guard open: the next one must not inherit that."""
+    """Restore Paddle's state after each test: a failing one may leave static mode on or a guard open."""
     values = paddle_state.read()
     try:
         return (yield)
@@ -71,7 +71,7 @@ def pytest_runtest_protocol() -> Generator[None, bool | None, bool | None]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown() -> None:
-    """Paddle keeps some 100,000 objects of every program: Python would go through all of them again and again."""
+    """Freeze the garbage collector's objects: Paddle keeps some 100,000 per program, which each collection would visit."""
     gc.collect()
     gc.freeze()
 
@@ -79,7 +79,7 @@ def pytest_runtest_teardown() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import paddle
 
-    # A process takes its tests from the beginning of its share, and another that is idle some from the end.
+    # A worker takes its tests from the beginning of its share; an idle worker steals from the end.
     items.sort(key=lambda item: "early" not in item.keywords)
     for marker, (has_instructions, lack) in _CPU_NEEDS.items():
         marks: list[Any] = ["cpu_isa"]
@@ -93,12 +93,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in items:
         if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="no card"))
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
 
 
 @pytest.fixture(scope="session")
 def tally(pytestconfig: pytest.Config) -> Callable[..., None]:
-    """tally("kills survived"), tally("bad images", 3, "refused"): counts that pytest prints at its end, a row each."""
+    """tally("kills survived"), tally("bad images", 3, "refused"): counts that pytest prints in its summary, one row each."""
     rows = pytestconfig.stash.setdefault(_TALLY, {})
 
     def count(row: str, count: int = 1, column: str = "cases") -> None:

@@ -1,4 +1,4 @@
-"""The program as people run it: through run.sh, in a folder of their own."""
+"""The program as users run it: through run.sh, in their own folder."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ init: {from: output/tiny}
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with small copies of both sets and the configs, and a finished pretraining in it."""
+    """A folder with small copies of both data sets, the configs and a finished pretraining run."""
     folder = tmp_path_factory.mktemp("a folder with spaces")
     for labels, name, per_class in (("digit", "digits", 12), ("parity", "parity", 40)):
         make_digits(folder / "all" / name, labels, 80)
@@ -55,8 +55,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_pretrain_says_what_it_does_and_nothing_else(workplace: Path) -> None:
-    """Plain lines where the output is no terminal; not one of Paddle's or DALI's own."""
+def test_pretrain_prints_its_progress_and_nothing_else(workplace: Path) -> None:
+    """Plain lines where the output is no terminal; none of Paddle's or DALI's."""
     done = run_sh("pretrain", "-c", "tiny.yaml", "-o", "name=again", "-o", "train.max_steps=6", cwd=workplace)
     assert done.returncode == 0 and done.stderr == ""
     lines = done.stdout.splitlines()
@@ -81,8 +81,8 @@ def test_finetune_from_that_run_with_another_head_and_size(workplace: Path) -> N
 
 
 @pytest.mark.slow
-def test_eval_by_other_labels_on_other_images_and_of_other_programs_files(workplace: Path) -> None:
-    """What ImageNet-V2 and ReaL change: nothing, if their labels are the same ones; converted weights: nothing."""
+def test_eval_with_other_labels_other_images_and_converted_weights(workplace: Path) -> None:
+    """With the same labels, ImageNet-V2 and ReaL change nothing; neither do converted weights."""
     plain = run_sh("eval", "--checkpoint", "output/tiny", cwd=workplace)
     result = json.loads(plain.stdout.splitlines()[-1])
     numbered = run_sh("eval", "--checkpoint", "output/tiny", "--imagenet-v2", "digits/val", cwd=workplace)
@@ -135,9 +135,9 @@ def test_eval_export_and_predict_agree(workplace: Path) -> None:
     assert 0 < difference < 1e-4
     names = {path.name for path in (workplace / "exported").iterdir()}
     assert names == {"model.json", "model.pdiparams", "vit_static.json", "MODEL_CARD.md"}
-    card = json.loads((workplace / "exported/vit_static.json").read_text())
-    assert card["class_names"][3] == "three"
-    assert card["preprocessing"]["image_size"] == [16, 16] and card["model"]["width"] == 32
+    spec = json.loads((workplace / "exported/vit_static.json").read_text())
+    assert spec["class_names"][3] == "three"
+    assert spec["preprocessing"]["image_size"] == [16, 16] and spec["model"]["width"] == 32
 
     for batch_size in (1, 32):
         predicted = run_sh("predict", "--model", "exported", "--batch-size", batch_size, "digits/val", cwd=workplace)
@@ -151,7 +151,7 @@ def test_eval_export_and_predict_agree(workplace: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.needs_bfloat16
-def test_an_export_says_the_precision_that_it_is_run_in(workplace: Path) -> None:
+def test_an_export_reports_the_precision_that_it_runs_in(workplace: Path) -> None:
     """bfloat16 on this CPU, compared with the trained model in float32; float16 needs a GPU."""
     export = ["export", "--checkpoint", "output/tiny", "--out"]
     low = run_sh(*export, "exported_low", "-o", "export.precision=bfloat16", cwd=workplace)
@@ -179,7 +179,7 @@ def test_an_export_says_the_precision_that_it_is_run_in(workplace: Path) -> None
 
 @pytest.mark.slow
 def test_a_sharded_checkpoint_and_the_average_are_exported(workplace: Path) -> None:
-    """Of a mesh's checkpoint the same bits as of the run's merged weights, and so of its average."""
+    """A mesh's checkpoint exports the same bits as the run's merged weights, and likewise its average."""
     trained = run_sh(
         *("pretrain", "-c", "tiny.yaml", "-o", "name=sharded", "-o", "train.max_steps=3", "-o", "parallel.mp=2"),
         *("-o", "optim.ema_decay=0.5"),
@@ -203,7 +203,7 @@ def test_a_sharded_checkpoint_and_the_average_are_exported(workplace: Path) -> N
 
 
 @pytest.mark.slow
-def test_predict_takes_every_kind_of_image(workplace: Path) -> None:
+def test_predict_accepts_every_kind_of_image(workplace: Path) -> None:
     if not (workplace / "exported").exists():
         run_sh("export", "--checkpoint", "output/tiny", "--out", "exported", cwd=workplace)
     source = Image.open(next((workplace / "digits/val/7").iterdir()))
@@ -240,8 +240,8 @@ def test_predict_takes_every_kind_of_image(workplace: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "threads"), [(signal.SIGTERM, "2"), (signal.SIGINT, "1")])
-def test_a_stopped_run_goes_on_to_the_same_bits(workplace: Path, number: signal.Signals, threads: str) -> None:
-    """The signal ends the step, the state is saved, the exit code is 75; the same command ends as if never stopped."""
+def test_a_stopped_run_resumes_to_the_same_bits(workplace: Path, number: signal.Signals, threads: str) -> None:
+    """The signal stops the run after the step with exit code 75; the same command then ends as if never stopped."""
     unbroken = ["pretrain", "-c", "tiny.yaml", "-o", f"name=unbroken{int(number)}"]
     assert run_sh(*unbroken, cwd=workplace, OMP_NUM_THREADS=threads).returncode == 0
     arguments = ["pretrain", "-c", "tiny.yaml", "-o", f"name=stopped{int(number)}"]
@@ -272,7 +272,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(workplace: Path, number: signal.
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(workplace: Path) -> None:
-    """The same images, augmentations and losses; dropout off, since its masks are a rank's own. On two threads."""
+    """The same images, augmentations and losses, on two threads; dropout off, since each rank draws its own masks."""
     losses, evaluations = {}, {}
     for nproc in ("1", "2"):
         name = f"dp{nproc}"
@@ -329,7 +329,7 @@ def losses_in_float32(workplace: Path) -> list[float]:
 def test_two_processes_in_low_precision(
     workplace: Path, losses_in_float32: list[float], overrides: list[str], tolerance: float
 ) -> None:
-    """As one process in float32, within what rounding leaves."""
+    """As one process in float32, within rounding."""
     found = losses_of_ten_steps(workplace, "low_2", "2", *overrides)
     np.testing.assert_allclose(found, losses_in_float32, rtol=tolerance)
 
@@ -348,8 +348,8 @@ MESHES = [
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_on_other_meshes(workplace: Path) -> None:
-    """The losses are those of the run that was never interrupted, the images come in the same order."""
+def test_a_run_resumes_on_other_meshes(workplace: Path) -> None:
+    """The losses are those of the uninterrupted run, and the images come in the same order."""
     common = ["-c", "tiny.yaml", "-o", "model.dropout=0", "-o", "log.every_steps=1", "-o", "optim.ema_decay=0.9"]
     common += ["-o", "amp.level=O0"]  # in bfloat16 the order of additions shows
     common += ["-o", "schedule.name=constant"]  # the rate does not depend on where a run ends
@@ -456,7 +456,7 @@ MISTAKES = {
         ["model.depth", "--resume never"],
     ),
     "no checkpoint": (["eval", "--checkpoint", "output/none"], ["output/none"]),
-    "a card where there is none": (["pretrain", "-c", "tiny.yaml", "-o", "device=gpu"], ["device", "no card"]),
+    "a GPU where there is none": (["pretrain", "-c", "tiny.yaml", "-o", "device=gpu"], ["device", "no card"]),
     "float16 on a CPU": (
         ["pretrain", "-c", "tiny.yaml", "-o", "amp.level=O2", "-o", "amp.dtype=float16"],
         ["amp", "amp.level=O1"],
@@ -469,8 +469,8 @@ MISTAKES = {
         ["pretrain", "-c", "tiny.yaml", "-o", "parallel.mp=2"],
         ["mp=2", "NPROC=2", "nearest", "dp=1, mp=1, pp=1"],
     ),
-    "a mesh of cards that can't be": (["plan", "-c", "tiny.yaml", "--mesh", "dp=3"], ["3 data-parallel", "15 would"]),
-    "no such card": (["plan", "-c", "tiny.yaml", "--device", "b9000"], ["b9000", "h200"]),
+    "an invalid mesh of GPUs": (["plan", "-c", "tiny.yaml", "--mesh", "dp=3"], ["3 data-parallel", "15 would"]),
+    "an unknown GPU": (["plan", "-c", "tiny.yaml", "--device", "b9000"], ["b9000", "h200"]),
     "no model to predict with": (["predict", "--model", "nowhere", "digits"], ["nowhere", "export"]),
     "a folder that isn't ours to replace": (
         ["export", "--checkpoint", "output/tiny", "--out", "digits"],
@@ -495,7 +495,7 @@ def test_a_mistake_is_one_line_that_names_it_and_exit_code_2(workplace: Path, mi
 
 
 @pytest.mark.slow
-def test_a_mistake_on_two_processes_is_said_once(workplace: Path) -> None:
+def test_a_mistake_on_two_processes_is_printed_once(workplace: Path) -> None:
     done = run_sh("pretrain", "-c", "tiny.yaml", "-o", "data.global_batch_size=15", cwd=workplace, NPROC="2")
     assert done.returncode == 2
     assert done.stderr.count("data.global_batch_size = 15") == 1
@@ -511,7 +511,7 @@ def test_an_unreadable_image_in_training_is_named(workplace: Path) -> None:
     assert bad.name in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
-def heed_ctrl_c() -> None:
+def restore_sigint() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -522,8 +522,8 @@ def test_interrupt_before_anything_is_built_is_clean(workplace: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Tests that a script has put into the background inherit an ignored Ctrl-C.
-        preexec_fn=heed_ctrl_c,
+        # Tests that a script runs in the background inherit an ignored Ctrl-C.
+        preexec_fn=restore_sigint,
     )
     time.sleep(0.5)  # while Python or Paddle starts
     process.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""run.sh, the launcher behind it, and the lock. Nothing is installed here, and no network is used:
+"""run.sh, the launcher behind it, and the lock file. Nothing is installed, and no network is used:
 in the environment that run.sh gets, `python -m pip` only notes what it was asked for."""
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ esac
 exec {python} "$@"
 """
 
-# A verb that tells who it is, and then does as its argument says.
+# A verb that prints its rank, and then does what its arguments say.
 WORKER = """
 import os, signal, sys, time
 rank = os.environ.get("PADDLE_TRAINER_ID", "0")
@@ -107,12 +107,12 @@ def set_up(checkout: Checkout) -> Checkout:
 
 
 def fake_nvidia_smi(folder: Path, cuda: str, num_gpus: int) -> str:
-    """A PATH on which nvidia-smi answers for a driver and cards that this machine may not have."""
+    """Make a PATH on which nvidia-smi reports a driver and GPUs that this machine may not have."""
     folder.mkdir()
     tool = folder / "nvidia-smi"
-    cards = "".join(f"GPU {i}: a card (UUID: {i})\\n  MIG 1g.18gb\\n" for i in range(num_gpus))
+    listing = "".join(f"GPU {i}: a GPU (UUID: {i})\\n  MIG 1g.18gb\\n" for i in range(num_gpus))
     table = f"| NVIDIA-SMI 555.1    Driver Version: 555.1    CUDA Version: {cuda}     |\\n"
-    tool.write_text(f'#!/bin/sh\n[ "$1" = -L ] && printf "{cards}" || printf "{table}"\n')
+    tool.write_text(f'#!/bin/sh\n[ "$1" = -L ] && printf "{listing}" || printf "{table}"\n')
     tool.chmod(0o755)
     return f"{folder}:{os.environ['PATH']}"
 
@@ -151,7 +151,7 @@ def test_a_failed_setup_says_why_in_one_line_and_the_next_one_repairs_it(checkou
 
     checkout.pip_failure.unlink()
     assert checkout.run("setup").returncode == 0
-    # What the failed one had half copied is not trusted.
+    # Packages that the failed set-up had half copied are not trusted.
     assert "--force-reinstall" in checkout.what_pip_did().splitlines()[-1]
 
 
@@ -177,7 +177,7 @@ def test_a_broken_active_environment_is_refused(checkout: Checkout) -> None:
 
 
 def test_an_environment_behind_a_link_is_not_emptied(checkout: Checkout) -> None:
-    """It may be another checkout's."""
+    """It may belong to another checkout."""
     (checkout.root / ".venv").symlink_to(checkout.environment)
     result = checkout.run("setup", VIRTUAL_ENV="")
     assert result.returncode == 2 and "is a link" in result.stderr and len(result.stderr.splitlines()) == 1
@@ -221,7 +221,7 @@ def test_a_verb_runs_in_the_callers_folder_through_a_link_too(set_up: Checkout) 
 
 
 @pytest.mark.parametrize("nproc", ["abc", "0", "-1", "1.5"])
-def test_a_number_of_processes_that_is_none_is_refused(set_up: Checkout, nproc: str) -> None:
+def test_an_invalid_number_of_processes_is_refused(set_up: Checkout, nproc: str) -> None:
     result = set_up.run("pretrain", NPROC=nproc)
     assert result.returncode == 2
     assert result.stderr.splitlines() == [f"vit_static: NPROC={nproc}: it must be a positive integer"]
@@ -256,7 +256,7 @@ def test_the_exit_code_is_the_workers(set_up: Checkout, deeds: list[str], exit_c
     assert set_up.run("pretrain", *deeds, NPROC="2").returncode == exit_code
 
 
-def test_the_last_words_of_a_rank_without_a_terminal_are_shown(set_up: Checkout) -> None:
+def test_the_last_lines_of_a_failed_rank_are_shown(set_up: Checkout) -> None:
     result = set_up.run("pretrain", "rank1=2", NPROC="2")
     assert result.returncode == 2
     assert "a word of rank 1" in result.stderr
@@ -271,7 +271,7 @@ def test_sigterm_reaches_every_worker_once_and_leaves_none(set_up: Checkout) -> 
     assert process.returncode in (75, 128 + signal.SIGTERM)
 
 
-def test_two_nodes_number_their_ranks_without_being_told(set_up: Checkout) -> None:
+def test_two_nodes_number_their_ranks_by_themselves(set_up: Checkout) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         master = f"127.0.0.1:{free.getsockname()[1]}"
     nodes = [set_up.start("eval", PADDLE_NNODES="2", PADDLE_MASTER=master) for _ in range(2)]
@@ -291,7 +291,7 @@ def test_two_nodes_number_their_ranks_without_being_told(set_up: Checkout) -> No
         ({"CUDA_VISIBLE_DEVICES": ""}, 1),
     ],
 )
-def test_one_process_a_visible_gpu(
+def test_one_process_per_visible_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], num_local: int
 ) -> None:
     monkeypatch.setenv("PATH", fake_nvidia_smi(tmp_path / "bin", "12.9", num_gpus=4))
@@ -321,7 +321,7 @@ def declared(*extras: str) -> list[Requirement]:
 
 @pytest.mark.parametrize("python", ["3.10.0", "3.11.0", "3.12.0"])
 @pytest.mark.parametrize("requirement", declared("cpu", "digits", "test", "lint"), ids=str)
-def test_the_lock_pins_what_setup_cfg_asks_for(requirement: Requirement, python: str) -> None:
+def test_the_lock_pins_the_requirements_of_setup_cfg(requirement: Requirement, python: str) -> None:
     environment = {**default_environment(), "python_full_version": python, "python_version": python[:4]}
     chosen = [pin for pin in pins(requirement.name) if not pin.marker or pin.marker.evaluate(environment)]
     assert len(chosen) == 1
@@ -330,7 +330,7 @@ def test_the_lock_pins_what_setup_cfg_asks_for(requirement: Requirement, python:
     assert requirement.specifier.contains(specifier.version)
 
 
-def test_both_builds_of_paddle_have_one_version() -> None:
+def test_both_builds_of_paddle_have_the_same_version() -> None:
     (gpu,) = [requirement for requirement in declared("gpu") if requirement.name == "paddlepaddle-gpu"]
     assert gpu.specifier == pins("paddlepaddle")[0].specifier
 

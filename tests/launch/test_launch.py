@@ -1,4 +1,4 @@
-"""The launcher with real workers: nodes, Slurm's tasks, and what becomes of a job when a part of it ends.
+"""The launcher with real workers: nodes, Slurm tasks, failures and restarts.
 
 The nodes are launches on this machine. Slurm is what srun tells its tasks, after SchedMD's `src/common/env.c`.
 """
@@ -44,7 +44,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
         time.sleep(0.05)
 
 
-# A verb that does at each start what is next in DEEDS (or DEEDS_0 for rank 0), and notes how it was called.
+# A verb that at each start does the next thing in DEEDS (DEEDS_0 for rank 0), and records how it was called.
 DOER = """
 import os, signal, sys, time
 from pathlib import Path
@@ -70,7 +70,7 @@ for deed in deeds.split()[len(notes.read_text().splitlines()) - 1].split("+"):
 
 
 class Job:
-    """Launches that make up one job, in a folder of their own."""
+    """The launches of one job, in a separate folder."""
 
     code = ROOT
     prefix: tuple[str, ...] = ()  # of the command
@@ -104,21 +104,21 @@ class Job:
 
     @property
     def port(self) -> int:
-        """The same for all launches of the job, and free when it is first asked for."""
+        """A port that is the same for all launches of the job, and free when first requested."""
         if not hasattr(self, "_port"):
             with socket.create_server(("127.0.0.1", 0)) as free:
                 self._port = free.getsockname()[1]
         return self._port
 
     def end(self, timeout_s: float = 120) -> list[tuple[int, str, str]]:
-        """(exit code, stdout, stderr) of every launch, which must have ended by then, and all that they started."""
+        """Return (exit code, stdout, stderr) of every launch; all of their processes must have ended by then."""
         deadline = time.monotonic() + timeout_s
         told = [launched.communicate(timeout=max(deadline - time.monotonic(), 0.1)) for launched in self.launches]
         assert not self.processes()
         return [(launched.returncode, *words) for launched, words in zip(self.launches, told, strict=True)]
 
     def processes(self) -> dict[int, dict[str, str]]:
-        """The environments of its processes that run, by process number."""
+        """The environments of the job's running processes, by process id."""
         found = {}
         for path in Path("/proc").glob("[0-9]*/environ"):
             try:
@@ -151,7 +151,7 @@ class Job:
 
 
 class LightJob(Job):
-    """Its workers are DOERs, under the launcher's own code."""
+    """A job whose workers run DOER under the real launcher."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, folder)
@@ -164,7 +164,7 @@ class LightJob(Job):
             shutil.copytree(ROOT / "vit_static" / name, package / name)
 
     def calls(self, who: str) -> list[str]:
-        """How the worker of a rank, or of a launch of that NODE, was called, without what is always there."""
+        """How the worker of a rank, or of a launch with that NODE, was called, without the constant arguments."""
         path = self.folder / f"calls.{who}"
         lines = path.read_text().splitlines() if path.exists() else []
         return [line.removeprefix("pretrain -c tiny.yaml ") for line in lines]
@@ -203,7 +203,7 @@ def losses_of_one_launch(tmp_path_factory: pytest.TempPathFactory, small_digits:
 
 
 def srun(job: Job, *arguments: str, num_nodes: int, num_tasks: int = 2, **environ: str) -> None:
-    """What srun starts: a task a node, or all of them on one."""
+    """Start what srun starts: one task per node, or all of them on one."""
     for task in range(num_tasks):
         node = task if num_nodes > 1 else 0
         job.start(*arguments, **slurm_environ(task, node, num_nodes, num_tasks), **environ)
@@ -228,7 +228,7 @@ def slurm_environ(task: int, node: int, num_nodes: int, num_tasks: int) -> dict[
     }
 
 
-# Slurm's variables
+# Slurm's environment
 
 
 @pytest.mark.parametrize(
@@ -241,29 +241,29 @@ def slurm_environ(task: int, node: int, num_nodes: int, num_tasks: int) -> dict[
         ("rack[1-2]node[01-02]", ["rack1node01", "rack1node02", "rack2node01", "rack2node02"]),
     ],
 )
-def test_a_list_of_nodes_is_read_as_slurm_means_it(written: str, hosts: list[str]) -> None:
+def test_a_list_of_nodes_is_expanded_as_slurm_does(written: str, hosts: list[str]) -> None:
     assert expand_hosts(written) == hosts
 
 
 @pytest.mark.parametrize("written", ["", "node[1-", "node[a-b]", "a,,b", "node1]"])
-def test_what_is_no_list_of_nodes_is_refused(written: str) -> None:
+def test_an_invalid_list_of_nodes_is_refused(written: str) -> None:
     with pytest.raises(ValueError, match="PADDLE_MASTER"):
         expand_hosts(written)
 
 
-def test_tasks_a_node() -> None:
+def test_tasks_per_node() -> None:
     assert expand_counts("2(x3),1") == [2, 2, 2, 1]
     assert expand_counts("8") == [8]
 
 
-def test_a_task_a_node_starts_the_nodes_processes() -> None:
+def test_one_task_per_node_starts_the_nodes_processes() -> None:
     layout = topology.find_layout(slurm_environ(1, 1, 4, 4) | {"VIT_STATIC_DEVICE": "cpu", "NPROC": "3"})
     assert (layout.num_nodes, layout.num_local, layout.first_on_machine, layout.num_on_machine) == (4, 3, 0, 3)
     assert layout.task and layout.task.number == 1
 
 
-def test_a_task_a_process_is_one_worker() -> None:
-    """Of three on two nodes too, of which the second has but one: the number a node decides for all nodes alike."""
+def test_one_task_per_process_is_one_worker() -> None:
+    """Also with three tasks on two nodes, the second with one: the largest number per node decides for all nodes."""
     environ = slurm_environ(1, 0, 2, 3) | {"SLURM_STEP_TASKS_PER_NODE": "2,1", "SLURM_LOCALID": "1"}
     layout = topology.find_layout(environ | {"VIT_STATIC_DEVICE": "cpu"})
     assert (layout.num_nodes, layout.num_local, layout.first_on_machine, layout.num_on_machine) == (3, 1, 1, 2)
@@ -289,12 +289,12 @@ ON_FOUR_NODES = slurm_environ(0, 0, 4, 8)
         pytest.param(ON_FOUR_NODES | {"PADDLE_NNODES": "1"}, id="told otherwise by hand"),
     ],
 )
-def test_what_srun_has_not_started_on_several_nodes_runs_on_one(environ: dict[str, str]) -> None:
+def test_without_srun_a_job_of_several_nodes_runs_on_one(environ: dict[str, str]) -> None:
     layout = topology.find_layout(environ | {"VIT_STATIC_DEVICE": "cpu"})
     assert (layout.num_nodes, layout.num_local, layout.task) == (1, 1, None)
 
 
-def test_nodes_left_idle_are_spoken_of(capsys: pytest.CaptureFixture[str]) -> None:
+def test_idle_nodes_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
     topology.warn_of_idle_nodes(without(ON_FOUR_NODES, "SLURM_STEP"))
     assert "one of the Slurm job's 4 nodes; start it with srun" in capsys.readouterr().err
     for environ in ({}, ON_FOUR_NODES, without(ON_FOUR_NODES, "SLURM_STEP") | {"PADDLE_NNODES": "1"}):
@@ -314,7 +314,7 @@ def test_the_address_of_task_0() -> None:
     assert master(PADDLE_MASTER="10.0.0.1:99") == "10.0.0.1:99"
 
 
-def test_a_port_of_task_0_that_is_taken_is_the_users_to_change(job: Job) -> None:
+def test_a_port_in_use_is_reported_with_the_variable_to_set(job: Job) -> None:
     with socket.create_server(("127.0.0.1", job.port)):
         job.start(**slurm_environ(0, 0, 2, 2), PADDLE_MASTER=f"127.0.0.1:{job.port}")
         ((code, _, stderr),) = job.end()
@@ -327,7 +327,7 @@ def test_the_interface_of_an_address() -> None:
     assert __main__.interface_of("192.0.2.1") is None  # reserved for documents
 
 
-# Cards
+# GPUs
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_the_interface_of_an_address() -> None:
         (["pretrain", "-c"], 4),
     ],
 )
-def test_a_config_for_the_cpu_leaves_the_cards_alone(
+def test_a_config_for_the_cpu_leaves_the_gpus_unused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], num_local: int
 ) -> None:
     nvidia_smi = tmp_path / "nvidia-smi"
@@ -354,7 +354,7 @@ def test_a_config_for_the_cpu_leaves_the_cards_alone(
     assert topology.find_layout({}, __main__.config_of(arguments).device).num_local == num_local
 
 
-# Together
+# Training on nodes
 
 
 @pytest.mark.slow
@@ -368,7 +368,7 @@ def test_two_nodes_train_as_one_launch_does(job: Job, losses_of_one_launch: list
 @pytest.mark.slow
 @pytest.mark.parametrize("num_nodes", [2, 1], ids=["a task a node", "a task a process"])
 def test_sruns_tasks_train_as_one_launch_does(job: Job, losses_of_one_launch: list[float], num_nodes: int) -> None:
-    """Task 0 is rank 0 and speaks for all."""
+    """Task 0 is rank 0 and prints for all."""
     srun(job, num_nodes=num_nodes)
     (code, stdout, stderr), other = job.end()
     assert (code, stderr) == (0, "") and "2 x cpu" in stdout
@@ -377,14 +377,14 @@ def test_sruns_tasks_train_as_one_launch_does(job: Job, losses_of_one_launch: li
 
 
 @pytest.mark.slow
-def test_a_mistake_under_srun_is_said_once(job: Job) -> None:
+def test_a_mistake_under_srun_is_printed_once(job: Job) -> None:
     srun(job, "-o", "data.global_batch_size=15", num_nodes=2)
     (code, _, stderr), other = job.end()
     assert code == 2 and "data.global_batch_size = 15" in stderr and len(stderr.splitlines()) == 1
     assert other == (2, "", "")
 
 
-# The end of a part is the end of the whole
+# Failures end the whole job
 
 
 def start_one(job: Job) -> None:
@@ -407,7 +407,7 @@ def test_a_killed_rank_ends_the_job(job: Job, start: Callable[[Job], None]) -> N
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_a_job_whose_other_node_hangs(job: Job) -> None:
-    """As NCCL does, which waits for its peers for ever: here a worker that no signal reaches but SIGKILL."""
+    """NCCL waits for its peers for ever: here a worker that only SIGKILL ends."""
     srun(job, *LONG, num_nodes=2)
     job.wait_for_step(3)
     os.kill(job.worker(rank=0), signal.SIGSTOP)
@@ -439,7 +439,7 @@ def test_a_stopped_node_stops_the_job_with_its_state_saved(job: Job, told: slice
     assert other == (75, "", "")
 
 
-# And where `train.max_restarts` says so, the beginning of another
+# Restarts by train.max_restarts
 
 
 def restarts(number: int) -> tuple[str, str]:
@@ -459,8 +459,8 @@ def test_a_killed_rank_is_started_again_with_the_others(light: LightJob) -> None
     assert len(list(light.folder.glob("log/*/workerlog.1"))) == 2  # the first one's last words are kept
 
 
-def test_one_process_is_restarted_too_and_never_begins_anew_what_it_has_saved(light: LightJob) -> None:
-    """Nor goes on with an earlier run's before it has."""
+def test_one_process_is_restarted_too_and_resumes_what_it_has_saved(light: LightJob) -> None:
+    """But not an earlier run's checkpoint, before it has saved one."""
     light.save("step_00000900")
     light.start("--resume", "never", *restarts(2), DEEDS="1 save:step_00000010+kill 0")
     ((code, _, stderr),) = light.end()
@@ -484,13 +484,13 @@ def test_restarts_are_used_up(light: LightJob) -> None:
 @pytest.mark.parametrize(
     ("verb", "code"), [("pretrain", 2), ("pretrain", 75), ("pretrain", 0), ("finetune", 2), ("eval", 1)]
 )
-def test_what_a_restart_would_not_help_is_not_restarted(light: LightJob, verb: str, code: int) -> None:
+def test_a_mistake_or_a_stop_is_not_restarted(light: LightJob, verb: str, code: int) -> None:
     light.start(*restarts(3), verb=verb, NPROC="2", DEEDS=f"{code} 0")
     ((ended_with, _, stderr),) = light.end()
     assert ended_with == code and len(light.calls("0")) == 1 and "restart" not in stderr
 
 
-def test_a_mistake_in_the_config_is_left_to_the_verb(light: LightJob) -> None:
+def test_a_mistake_in_the_config_is_reported_by_the_verb(light: LightJob) -> None:
     light.start("-o", "train.max_restarts=-1", DEEDS="2", PADDLE_TRAINER_ID="0")
     ((code, _, stderr),) = light.end()
     assert (code, stderr, len(light.calls("0"))) == (2, "", 1)
@@ -513,19 +513,19 @@ def test_a_killed_rank_is_started_again_under_srun(light: LightJob, num_nodes: i
 
 
 def wait_for_both(light: LightJob) -> None:
-    """Until two workers have said how they were called."""
+    """Wait until two workers have recorded how they were called."""
     wait_until(lambda: len(list(light.folder.glob("calls.*"))) == 2)
 
 
 def lose_node(light: LightJob, which: int) -> None:
-    """Of two whose workers run: its launcher is killed, and with it its worker; the other's worker then fails."""
+    """Kill the launcher of one of two nodes, and with it its worker; the other node's worker then fails."""
     wait_for_both(light)
     light.launches[which].kill()
     light.launches[which].wait()
     (light.folder / "lost").touch()
 
 
-def test_srun_starts_no_task_again_so_that_a_lost_one_ends_the_job(light: LightJob) -> None:
+def test_under_srun_a_lost_task_ends_the_job(light: LightJob) -> None:
     srun(light, *restarts(3), num_nodes=2, DEEDS="until:lost+1 0")
     lose_node(light, 1)
     (code, _, stderr), _ = light.end(timeout_s=30)
@@ -534,7 +534,7 @@ def test_srun_starts_no_task_again_so_that_a_lost_one_ends_the_job(light: LightJ
 
 
 def test_a_lost_node_joins_again_when_its_launcher_is_started(light: LightJob) -> None:
-    """Whichever of the two was the first, which none knows here; the new launcher learns what the old one knew."""
+    """Whichever node is node 0, which the test doesn't know; the new launcher learns the state of the old one."""
     as_begun = ("--resume", "never", *restarts(1))
     for node in ("kept", "lost one"):
         light.start_node(*as_begun, NODE=node, DEEDS="until:lost+1 until:again+0")
@@ -563,7 +563,7 @@ def test_a_joined_nodes_restarts_are_counted_with_the_others(light: LightJob) ->
     assert (code, new_code) == (1, 1) and "train.max_restarts = 1 is used up" in stderr
 
 
-def test_who_leaves_while_all_gather_can_come_again(light: LightJob) -> None:
+def test_a_node_that_leaves_during_the_rendezvous_can_rejoin(light: LightJob) -> None:
     def start_one_of_three() -> None:
         light.start(DEEDS="0", PADDLE_NNODES="3", PADDLE_MASTER=f"127.0.0.1:{light.port}")
 
@@ -592,12 +592,12 @@ def test_a_signal_ends_the_wait_for_a_lost_node(light: LightJob) -> None:
     assert [code for code, _, _ in light.end(timeout_s=30)] == [75, -signal.SIGKILL]
 
 
-# A network that fails without a word
+# A network that fails silently
 
 
 @pytest.fixture
 def network(light: LightJob) -> Iterator[Callable[[str], None]]:
-    """network("down") cuts the network that the launches have for themselves; skips where none can be made."""
+    """network("down") cuts the launches' own network; skips where no such network can be created."""
     holder = subprocess.Popen(
         ["unshare", "-rn", "sh", "-c", "ip link set lo up && echo ready && exec sleep 600"],
         stdout=subprocess.PIPE,
@@ -618,9 +618,7 @@ def network(light: LightJob) -> Iterator[Callable[[str], None]]:
     holder.wait()
 
 
-def test_a_silent_node_is_taken_for_gone_in_the_time_that_is_set(
-    light: LightJob, network: Callable[[str], None]
-) -> None:
+def test_a_silent_node_counts_as_lost_after_the_timeout(light: LightJob, network: Callable[[str], None]) -> None:
     for _ in range(2):
         light.start_node("-o", "train.node_timeout_s=3", DEEDS="until:lost+1")
     wait_for_both(light)
@@ -636,11 +634,11 @@ def test_a_silent_node_is_taken_for_gone_in_the_time_that_is_set(
         assert code == 1 and re.match(r"vit_static: node [01] \(.+\) is gone", stderr)
 
 
-# Training itself
+# Training with restarts
 
 
 @pytest.mark.slow
-def test_a_run_whose_rank_is_killed_goes_on_by_itself_to_the_same_bits(
+def test_a_run_whose_rank_is_killed_resumes_by_itself_to_the_same_bits(
     job: Job, tmp_path_factory: pytest.TempPathFactory, small_digits: Path
 ) -> None:
     arguments = ("-o", "train.max_steps=40", "-o", "checkpoint.every_steps=5")
