@@ -71,7 +71,7 @@ def pytest_runtest_protocol() -> Generator[None, bool | None, bool | None]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown() -> None:
-    """Freeze the garbage collector's objects: Paddle keeps some 100,000 per program, which each collection would visit."""
+    """Freeze what the garbage collector knows: Paddle keeps 100,000 objects per program, visited by each collection."""
     gc.collect()
     gc.freeze()
 
@@ -98,7 +98,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tally(pytestconfig: pytest.Config) -> Callable[..., None]:
-    """tally("kills survived"), tally("bad images", 3, "refused"): counts that pytest prints in its summary, one row each."""
+    """tally("kills survived"), tally("bad images", 3, "refused"): counts for pytest's summary, one row each."""
     rows = pytestconfig.stash.setdefault(_TALLY, {})
 
     def count(row: str, count: int = 1, column: str = "cases") -> None:

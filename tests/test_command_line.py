@@ -456,7 +456,7 @@ MISTAKES = {
         ["model.depth", "--resume never"],
     ),
     "no checkpoint": (["eval", "--checkpoint", "output/none"], ["output/none"]),
-    "a GPU where there is none": (["pretrain", "-c", "tiny.yaml", "-o", "device=gpu"], ["device", "no card"]),
+    "a GPU where there is none": (["pretrain", "-c", "tiny.yaml", "-o", "device=gpu"], ["device", "no GPU"]),
     "float16 on a CPU": (
         ["pretrain", "-c", "tiny.yaml", "-o", "amp.level=O2", "-o", "amp.dtype=float16"],
         ["amp", "amp.level=O1"],
@@ -467,9 +467,12 @@ MISTAKES = {
     ),
     "a mesh of more processes": (
         ["pretrain", "-c", "tiny.yaml", "-o", "parallel.mp=2"],
-        ["mp=2", "NPROC=2", "nearest", "dp=1, mp=1, pp=1"],
+        ["mp = 2", "NPROC=2", "whose product is 1"],
     ),
-    "an invalid mesh of GPUs": (["plan", "-c", "tiny.yaml", "--mesh", "dp=3"], ["3 data-parallel", "15 would"]),
+    "an invalid mesh of GPUs": (
+        ["plan", "-c", "tiny.yaml", "--mesh", "dp=3"],
+        ["3 data-parallel", "global_batch_size=15"],
+    ),
     "an unknown GPU": (["plan", "-c", "tiny.yaml", "--device", "b9000"], ["b9000", "h200"]),
     "no model to predict with": (["predict", "--model", "nowhere", "digits"], ["nowhere", "export"]),
     "a folder that isn't ours to replace": (
