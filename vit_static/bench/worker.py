@@ -1,6 +1,6 @@
 """Worker processes of the benchmarks: `python -m vit_static.bench.worker KIND SPEC`, started by the harness.
 
-KIND is step, data or infer. SPEC is JSON: the resolved config for step and data, infer.py's own for infer.
+KIND is step, data or infer. SPEC is JSON: the resolved config for step and data, the spec of infer.py for infer.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from protocol import serve
 
 
 def main() -> None:
+    """Run the model, as a candidate of `bench infer`."""
     spec = json.loads(sys.argv[1])
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = int(os.environ["OMP_NUM_THREADS"])

@@ -67,6 +67,7 @@ def load(path: str, spec: dict[str, Any], rng: np.random.Generator, out: np.ndar
 
 
 def find_images(spec: dict[str, Any]) -> list[str]:
+    """Return the image files of all class folders, sorted."""
     return sorted(str(path) for path in Path(spec["folder"]).glob("*/*") if path.suffix.lower() in spec["suffixes"])
 
 
@@ -118,6 +119,7 @@ def fill_batches(number: int, spec: dict[str, Any], shape: tuple[int, ...], memo
 
 
 def main() -> None:
+    """Load batches, as a candidate of `bench data`."""
     loader = Loader(json.loads(sys.argv[1]))
 
     def batch() -> int:

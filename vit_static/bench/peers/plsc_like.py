@@ -66,6 +66,7 @@ class DynamicViT(nn.Layer):
 
 
 def main() -> None:
+    """Train, as a candidate of `bench train`."""
     spec = json.loads(sys.argv[1])
     paddle.set_device("cpu")
     paddle.seed(0)

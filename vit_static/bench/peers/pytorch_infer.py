@@ -31,6 +31,7 @@ def calls_per_second(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
+    """Run the model, as a candidate of `bench infer`."""
     spec = json.loads(sys.argv[1])
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     model = load(spec)

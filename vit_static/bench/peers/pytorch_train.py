@@ -16,6 +16,7 @@ from torch_vit import TorchViT
 
 
 def main() -> None:
+    """Train, as a candidate of `bench train`."""
     spec = json.loads(sys.argv[1])
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ from torch_vit import load
 
 
 def main() -> None:
+    """Write the ONNX file."""
     spec = json.loads(sys.argv[1])
     size = spec["model"]["image_size"]
     torch.onnx.export(
