@@ -1,4 +1,4 @@
-"""Programs that prepare data sets: `./run.sh data NAME`, or `python -m data_tools NAME`.
+"""Programs that prepare datasets: `./run.sh data NAME`, or `python -m data_tools NAME`.
 
 vit_static imports none of them.
 """

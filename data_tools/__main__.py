@@ -1,4 +1,4 @@
-"""`python -m data_tools NAME [arguments]`: picks the tool, and turns what it raises into an exit code."""
+"""Entry point of `python -m data_tools NAME [arguments]`: one module per tool, exit codes for its errors."""
 
 import difflib
 import errno
@@ -17,23 +17,23 @@ from vit_static.common.errors import (
     escape,
 )
 
-# name: (module, what it does); a module is imported only when its tool runs, and has main(argv) -> exit code
+# name: (module, summary). A tool's module is imported only when it runs, and has main(argv) -> exit code.
 TOOLS = {
-    "digits": ("data_tools.digits", "scikit-learn's 1,797 handwritten digits as a tree of JPEG files"),
-    "imagenet": ("data_tools.imagenet", "ImageNet-1k's archives as class folders and lists"),
-    "imagenet21k": ("data_tools.imagenet21k", "ImageNet-21k's list, an image with all of its labels"),
-    "folder": ("data_tools.folder", "lists of your own images: a folder for each class"),
-    "cifar10": ("data_tools.cifar10", "CIFAR-10's archive as class folders"),
-    "check": ("data_tools.check", "reads every image of a set; finds what would stop training"),
-    "shards": ("data_tools.shards", "WebDataset shards of a set, for network disks"),
+    "digits": ("data_tools.digits", "write scikit-learn's 1,797 handwritten digits as JPEG files in class folders"),
+    "imagenet": ("data_tools.imagenet", "unpack ImageNet-1k's archives into class folders and list files"),
+    "imagenet21k": ("data_tools.imagenet21k", "list ImageNet-21k's images, each with all of its labels"),
+    "folder": ("data_tools.folder", "split your own images, one folder per class, into training and validation"),
+    "cifar10": ("data_tools.cifar10", "unpack CIFAR-10's archive into class folders"),
+    "check": ("data_tools.check", "read every image of a dataset and find those that would stop training"),
+    "shards": ("data_tools.shards", "pack a dataset into WebDataset shards, for network disks"),
 }
 
-# A tool opens the paths that it is given without a check of its own.
+# A missing path is the user's mistake here, because the tools open the paths they are given without checking first.
 PATH_ERRNOS = USER_ERRNOS | {errno.ENOENT}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code. What is neither ValueError nor OSError is a bug, and keeps its traceback."""
+    """Run a tool and return the exit code. An error that is neither ValueError nor OSError is a bug: it propagates."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print_tools()
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = arguments[0]
     if name not in TOOLS:
         nearest = difflib.get_close_matches(name, TOOLS, n=1, cutoff=0.0)[0]
-        return fail("vit_static data", f"unknown tool {name!r}; the nearest is {nearest!r} (-h lists all)")
+        return fail("vit_static data", f"unknown tool {name!r}; the nearest is {nearest!r} (-h lists all tools)")
     module_name, _ = TOOLS[name]
     prefix = f"vit_static data {name}"
     try:
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def print_tools() -> None:
-    print("usage: python -m data_tools NAME [arguments]   (NAME -h shows a tool's own arguments)\n")
+    print("usage: python -m data_tools NAME [arguments]   (NAME -h shows the arguments of a tool)\n")
     for name, (_, summary) in TOOLS.items():
         print(f"  {name:<12}{summary}")
 
@@ -68,9 +68,9 @@ def fail(prefix: str, message: str, code: int = EXIT_USER_MISTAKE) -> int:
 
 
 if __name__ == "__main__":
-    # SIGTERM unwinds like Ctrl-C, so that a tool's temporary files go with it.
+    # SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that a tool removes its temporary files.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files that are no text
+            stream.reconfigure(errors="backslashreplace")  # for file names that aren't valid text
     sys.exit(main())

@@ -1,17 +1,15 @@
 """CIFAR-10 from its Python archive (https://www.cs.toronto.edu/~kriz/cifar.html) as class folders of PNG files.
 
-    OUT/train/airplane/00000.png   50,000 images of 32x32 pixels; the number is the image's place in the archive
+    OUT/train/airplane/00000.png   50,000 images of 32x32 pixels, numbered by their position in the archive
     OUT/val/airplane/00010.png     10,000
     OUT/class_names.txt, OUT/source.json
 
-The classes' names are in alphabetical order in the archive, so the folders' labels are CIFAR-10's own.
+The archive has the classes' names in alphabetical order, so the labels of the sorted folders are CIFAR-10's.
 """
 
 import gzip
 import io
-import json
 import os
-import shlex
 import shutil
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -23,57 +21,59 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data_tools.arguments import ToolParser
+from data_tools.arguments import ToolParser, override_options
+from data_tools.manifest import SOURCE_FILE, read_manifest
 from vit_static.common.io import lock, write_json
 from vit_static.data.open_set import CLASS_NAMES_FILE
 from vit_static.weights.unpickler import PickledArray, load_pickle
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 BATCHES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "val": ["test_batch"]}
-IMAGES_A_BATCH = 10_000
+IMAGES_PER_BATCH = 10_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Raises ValueError for a wrong argument or archive."""
-    parser = ToolParser(prog="vit_static data cifar10", description="CIFAR-10 as class folders.")
+    """Run the command line. Raise ValueError for a wrong argument or archive."""
+    parser = ToolParser(prog="vit_static data cifar10", description="Unpack CIFAR-10 into class folders.")
     parser.add_argument("--archive", type=Path, metavar="TAR_GZ", required=True, help="cifar-10-python.tar.gz")
-    parser.add_argument("--out", type=Path, metavar="DIR", required=True)
+    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder to create")
     arguments = parser.parse_args(argv)
-    was_there = unpack(arguments.archive, arguments.out)
+    already_exists = unpack(arguments.archive, arguments.out)
     print(
-        f"cifar10: 50000 training and 10000 validation images {'are already' if was_there else 'written'} in "
-        f"{arguments.out}; to train on them set -o {shlex.quote(f'data.root={arguments.out}')} -o model.num_classes=10"
+        f"cifar10: 50000 training and 10000 validation images {'are already' if already_exists else 'written'} in "
+        f"{arguments.out}; to train on them, set "
+        f"{override_options({'data.root': arguments.out, 'model.num_classes': 10})}"
     )
     return 0
 
 
-def unpack(archive: Path, out: Path, images_a_batch: int = IMAGES_A_BATCH) -> bool:
-    """Writes the set to `out`, complete or not at all; True where it is there already.
+def unpack(archive: Path, out: Path, images_per_batch: int = IMAGES_PER_BATCH) -> bool:
+    """Write the dataset to `out`, completely or not at all. Return True if it is there already.
 
-    Raises ValueError where `out` holds anything else, or another run is writing it.
+    Raise ValueError if `out` contains anything else, or if another run is writing it.
     """
-    target = out.resolve()  # through a symbolic link, which a folder can't be renamed onto
-    if is_complete(target, images_a_batch):
+    target = out.resolve()  # a folder can't be renamed onto a symbolic link
+    if is_complete(target, images_per_batch):
         return True
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{out}: is there, and not the whole of CIFAR-10; name another folder with --out")
+        raise ValueError(f"{out}: exists, and is not the complete CIFAR-10; give another folder as --out")
     if target.is_mount():
-        raise ValueError(f"{out}: is a mount point, which no folder can take the place of; name a folder within it")
-    batches = read_archive(archive, images_a_batch)
-    with claimed(target.with_name(f".{target.name}.part"), out) as part:
-        if is_complete(target, images_a_batch):  # by another run, meanwhile
+        raise ValueError(f"{out}: is a mount point, which can't be replaced; give a folder inside it as --out")
+    batches = read_archive(archive, images_per_batch)
+    with locked_folder(target.with_name(f".{target.name}.part"), out) as part:
+        if is_complete(target, images_per_batch):  # another run has finished in the meantime
             return True
-        write_set(part / "set", batches, images_a_batch)
-        os.sync()  # the images, before the name that says that they are there
-        (part / "set").rename(target)  # in the place of nothing, or of an empty folder
+        write_set(part / "set", batches, images_per_batch)
+        os.sync()  # the images must reach the disk before the rename
+        (part / "set").rename(target)  # works if there is nothing, or an empty folder
     return False
 
 
 @contextmanager
-def claimed(part: Path, out: Path) -> Iterator[Path]:
-    """An empty folder of this run's own, which goes away at the end. Raises ValueError while another run has it.
+def locked_folder(part: Path, out: Path) -> Iterator[Path]:
+    """Yield a temporary folder that only this run uses. Raise ValueError while another run uses it.
 
-    What a killed run left is removed here.
+    The folder is removed at the end; what a killed run has left in it is removed at the start.
     """
     part.mkdir(parents=True, exist_ok=True)
     with lock(part, f"{out}: another run is writing it; wait until that has ended"):
@@ -84,76 +84,76 @@ def claimed(part: Path, out: Path) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)
 
 
-def write_set(folder: Path, batches: dict[str, tuple[np.ndarray, list[int]]], images_a_batch: int) -> None:
-    total = images_a_batch * len(batches)
+def write_set(folder: Path, batches: dict[str, tuple[np.ndarray, list[int]]], images_per_batch: int) -> None:
+    """Write images, class names and manifest to a new folder. `batches` are those of `read_archive`."""
+    total = images_per_batch * len(batches)
     with tqdm(total=total, unit="image", disable=None) as bar:
-        for split, names in BATCHES.items():
-            for name in CLASSES:
-                (folder / split / name).mkdir(parents=True)
-            for batch, name in enumerate(names):
-                for place, (image, label) in enumerate(zip(*batches[name], strict=True)):
-                    number = batch * images_a_batch + place
+        for split, batch_names in BATCHES.items():
+            for class_name in CLASSES:
+                (folder / split / class_name).mkdir(parents=True)
+            for batch, batch_name in enumerate(batch_names):
+                for position, (image, label) in enumerate(zip(*batches[batch_name], strict=True)):
+                    number = batch * images_per_batch + position
                     Image.fromarray(image).save(folder / split / CLASSES[label] / f"{number:05d}.png")
                     bar.update()
     (folder / CLASS_NAMES_FILE).write_text("".join(f"{name} {name}\n" for name in CLASSES))
-    write_json(manifest(images_a_batch), folder / "source.json")
+    write_json(manifest(images_per_batch), folder / SOURCE_FILE)
 
 
-def manifest(images_a_batch: int) -> dict[str, str | int]:
-    """What source.json says."""
-    counts = {f"num_{split}": images_a_batch * len(names) for split, names in BATCHES.items()}
+def manifest(images_per_batch: int) -> dict[str, str | int]:
+    """Return the content of source.json."""
+    counts = {f"num_{split}": images_per_batch * len(names) for split, names in BATCHES.items()}
     return {"source": "CIFAR-10, python version", **counts}
 
 
-def is_complete(folder: Path, images_a_batch: int) -> bool:
-    """Whether the whole set is there, by its manifest and number of files."""
-    try:
-        found = json.loads((folder / "source.json").read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return False
-    expected = manifest(images_a_batch)
-    return bool(found == expected) and all(
+def is_complete(folder: Path, images_per_batch: int) -> bool:
+    """Return whether the folder is the complete dataset, by its manifest and its number of files."""
+    expected = manifest(images_per_batch)
+    return read_manifest(folder / SOURCE_FILE) == expected and all(
         sum(1 for _ in folder.glob(f"{split}/*/*.png")) == expected[f"num_{split}"] for split in BATCHES
     )
 
 
-def read_archive(archive: Path, images_a_batch: int) -> dict[str, tuple[np.ndarray, list[int]]]:
-    """By batch, pixels [images, 32, 32, 3] uint8 and labels. Raises ValueError for what is not CIFAR-10's archive."""
+def read_archive(archive: Path, images_per_batch: int) -> dict[str, tuple[np.ndarray, list[int]]]:
+    """Return, by the name of the batch, pixels [images, 32, 32, 3] uint8 and labels.
+
+    Raise ValueError for anything but CIFAR-10's archive.
+    """
     try:
         with tarfile.open(archive, "r:*") as tar:
             members = {Path(member.name).name: member for member in tar if member.isreg()}
             assert tar.fileobj is not None
-            while tar.fileobj.read(1 << 20):  # to its very end, where gzip's checksum is
+            while tar.fileobj.read(1 << 20):  # read to the end of the file, where gzip verifies its checksum
                 pass
-            contents = {name: content_of(tar, members[name]) for names in BATCHES.values() for name in names}
-            names = [name.decode() for name in content_of(tar, members["batches.meta"])[b"label_names"]]
+            contents = {name: read_pickle(tar, members[name]) for names in BATCHES.values() for name in names}
+            names = [name.decode() for name in read_pickle(tar, members["batches.meta"])[b"label_names"]]
         if names != CLASSES:
             raise ValueError(f"its classes are {names}")
-        return {name: batch_of(content, images_a_batch) for name, content in contents.items()}
+        return {name: decode_batch(content, images_per_batch) for name, content in contents.items()}
     except gzip.BadGzipFile as error:
-        raise damaged(archive, error) from None
-    except OSError:  # the disk's
+        raise damaged_archive_error(archive, error) from None
+    except OSError:  # of the disk
         raise
     except Exception as error:  # damaged bytes can make zlib, tarfile and pickle raise nearly anything
-        raise damaged(archive, error) from None
+        raise damaged_archive_error(archive, error) from None
 
 
-def damaged(archive: Path, error: Exception) -> ValueError:
-    said = f"no {error}" if isinstance(error, KeyError) else error
-    return ValueError(f"{archive}: is not CIFAR-10's Python archive, or is damaged ({said}); fetch it again")
+def damaged_archive_error(archive: Path, error: Exception) -> ValueError:
+    reason = f"no {error}" if isinstance(error, KeyError) else error
+    return ValueError(f"{archive}: is not CIFAR-10's Python archive, or is damaged ({reason}); download it again")
 
 
-def content_of(tar: tarfile.TarFile, member: tarfile.TarInfo) -> dict[bytes, Any]:
+def read_pickle(tar: tarfile.TarFile, member: tarfile.TarInfo) -> dict[bytes, Any]:
     file = tar.extractfile(member)
     assert file is not None
     content = load_pickle(io.BytesIO(file.read()), encoding="bytes")
     if not isinstance(content, dict):
-        raise ValueError(f"{member.name} holds no dictionary")
+        raise ValueError(f"{member.name} is not a dictionary")
     return content
 
 
-def batch_of(content: dict[bytes, Any], num_images: int) -> tuple[np.ndarray, list[int]]:
-    """A batch's rows, red, green and blue one after the other, as images."""
+def decode_batch(content: dict[bytes, Any], num_images: int) -> tuple[np.ndarray, list[int]]:
+    """Return a batch's images and labels. Its rows have all red values, then all green, then all blue ones."""
     pickled, labels = content[b"data"], [int(label) for label in content[b"labels"]]
     rows = pickled.to_numpy() if isinstance(pickled, PickledArray) else None
     if rows is None:
@@ -162,4 +162,4 @@ def batch_of(content: dict[bytes, Any], num_images: int) -> tuple[np.ndarray, li
         raise ValueError(f"a batch has {rows.shape} {rows.dtype} and {len(labels)} labels")
     if min(labels) < 0 or max(labels) >= len(CLASSES):
         raise ValueError(f"labels go from {min(labels)} to {max(labels)}")
-    return rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
+    return rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels  # [images, 32, 32, 3]

@@ -1,15 +1,16 @@
-"""Lists for people's own images: a folder for each class, split into training and validation.
+"""List files for your own images, one folder per class, split into training and validation.
 
-    ROOT/CLASS/IMAGE.jpg           what is there; or ROOT/train/CLASS/..., ROOT/val/CLASS/..., split already
-    OUT/train_list.txt, val_list.txt    'CLASS/IMAGE.jpg 0' a line; OUT is ROOT unless --out says otherwise
-    OUT/class_names.txt            'FOLDER NAME' a line, in label order; names that one there or in ROOT has are kept
-    OUT/split.json                 how the split was made, and the copies that were found
+    ROOT/CLASS/IMAGE.jpg           the images; or ROOT/train/CLASS/..., ROOT/val/CLASS/..., if they are split already
+    OUT/train_list.txt, val_list.txt    one line per image, 'CLASS/IMAGE.jpg 0'; OUT is ROOT without --out
+    OUT/class_names.txt            one line per class, 'FOLDER NAME', in label order; keeps the names of an existing
+                                   class_names.txt in OUT or ROOT
+    OUT/split.json                 how the split was made, and the copies found
 
-Whether an image is for validation is a matter of what is in it and of the seed: so it stays where it is when others are
-added or it is renamed, and copies of one image are never on both sides. Of every class at least one image is for
-training and, of two or more, one for validation; where chance would have it otherwise, one image is put on the other
-side. It must stay there, too, as its class grows, which no rule without a memory can do: split.json remembers it, for
-as long as the seed and the share are the same. Where a class loses its only validation image, another takes its place.
+The split depends only on an image's content and the seed: an image stays in its split when others are added or when it
+is renamed, and copies of an image are never in both splits. Every class has at least one training image and, if it has
+two or more, at least one validation image; if chance decides otherwise, one image is moved to the other split. It must
+also stay there as its class grows, which no rule without memory can ensure, so split.json records it, for as long as
+seed and share are the same. If a class loses its only validation image, another one replaces it.
 """
 
 import hashlib
@@ -25,230 +26,249 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_tools.arguments import ToolParser
-from vit_static.common.errors import DataError
+from data_tools.arguments import ToolParser, override_options
+from vit_static.common.errors import DataError, escape
 from vit_static.common.io import write_atomically, write_json
 from vit_static.config.schema import DataConfig
 from vit_static.data.image_set import IMAGE_SUFFIXES, FileDataset
-from vit_static.data.open_set import CLASS_NAMES_FILE, class_folders, open_set
+from vit_static.data.open_set import CLASS_NAMES_FILE, class_folders, open_set, split_path
 
 SPLIT_FILE = "split.json"
 SPLITS = ("train", "val")
-_READ_AT_ONCE = 4096  # images that are handed to the threads
+_READ_BATCH_SIZE = 4096  # images that are queued for the threads
 
 
 @dataclass(frozen=True)
-class OwnImage:
-    """One that was found; `digest`, 16 hexadecimal digits, is of its content and the seed."""
+class UserImage:
+    """One of the images; `digest`, 16 hexadecimal digits, depends on its content and the seed."""
 
     path: str
     label: int
     digest: str
 
     @property
-    def place(self) -> float:
-        """In the split, 0 to 1; copies have the same."""
+    def position(self) -> float:
+        """A uniform number from 0 to 1 that decides the split; the same for copies."""
         return int(self.digest, 16) / 2**64
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Raises ValueError for a wrong argument or folder."""
-    parser = ToolParser(prog="vit_static data folder", description="Lists of your own images: a folder for each class.")
-    parser.add_argument("--root", type=Path, metavar="DIR", required=True, help="holds CLASS/IMAGE.jpg")
-    parser.add_argument("--val-share", type=float, default=0.1, help="of the images for validation (default: 0.1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="for the lists (default: --root)")
+    """Run the command line. Raise ValueError for a wrong argument or folder."""
+    parser = ToolParser(
+        prog="vit_static data folder", description="Split your own images, one folder per class, and list them."
+    )
+    parser.add_argument("--root", type=Path, metavar="DIR", required=True, help="folder with CLASS/IMAGE.jpg")
+    parser.add_argument("--val-share", type=float, default=0.1, help="share of validation images (default: 0.1)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split (default: 0)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the list files (default: --root)")
     arguments = parser.parse_args(argv)
     root, out = arguments.root, arguments.out or arguments.root
     if not 0 < arguments.val_share < 1:
         raise ValueError(f"--val-share {arguments.val_share:g}: must be between 0 and 1")
-    is_split = split_already(root)
+    is_split = is_already_split(root)
     data = DataConfig(root=str(root)) if is_split else DataConfig(root=str(root), train=".")
-    sets = {split: listed(data, split) for split in (SPLITS if is_split else ("train",))}
+    sets = {split: open_folders(data, split) for split in (SPLITS if is_split else ("train",))}
     folders = sets["train"].class_names
     check_out(out, root)
-    class_names = names_of_classes(folders, root, out)
-    made_by = {"seed": arguments.seed, "val_share": None if is_split else arguments.val_share}
-    settled = remembered(out / SPLIT_FILE, made_by)
-    images = {split: list(read(found, arguments.seed)) for split, found in sets.items()}
+    class_names = class_names_text(folders, root, out)
+    settings = {"seed": arguments.seed, "val_share": None if is_split else arguments.val_share}
+    assigned = read_assigned(out / SPLIT_FILE, settings)
+    images = {split: list(read_images(split_images, arguments.seed)) for split, split_images in sets.items()}
     if not is_split:
-        images = divide(images["train"], arguments.val_share, settled)
+        images = divide(images["train"], arguments.val_share, assigned)
         if not images["val"]:
-            raise ValueError(f"{root}: no class has two different images, one of them for validation; put more in")
-    found = copies(images)
-    write(out, root, images, class_names, {"root": str(root), **made_by, **asdict(found), "settled": settled})
-    if found.on_both_sides:
-        warn(f"{len(found.on_both_sides)} validation images are training images, too, such as {found.on_both_sides[0]}")
-    if found.in_several_classes:
-        warn(f"{len(found.in_several_classes)} images stand in several classes, such as {found.in_several_classes[0]}")
+            raise ValueError(f"{root}: no class has two different images, so none is for validation; add images")
+    copies = find_copies(images)
+    write_lists(out, root, images, class_names, {"root": str(root), **settings, **asdict(copies), "settled": assigned})
+    if copies.on_both_sides:
+        example = copies.on_both_sides[0]
+        warn(f"{len(copies.on_both_sides)} validation images are also training images, such as {example}")
+    if copies.in_several_classes:
+        example = copies.in_several_classes[0]
+        warn(f"{len(copies.in_several_classes)} images are in several classes, such as {example}")
+    values = {
+        "data.root": out,
+        "data.train": "train_list.txt",
+        "data.val": "val_list.txt",
+        "model.num_classes": len(folders),
+    }
     print(
         f"folder: {len(images['train'])} training and {len(images['val'])} validation images of {len(folders)} classes"
-        f"{f', {found.num_copies} of them copies of others' if found.num_copies else ''}\n"
-        f"folder: to train on them set -o {shlex.quote(f'data.root={out}')} -o data.train=train_list.txt "
-        f"-o data.val=val_list.txt -o model.num_classes={len(folders)}"
+        f"{f', {copies.num_copies} of them copies of others' if copies.num_copies else ''}\n"
+        f"folder: to train on them, set {override_options(values)}"
     )
     return 0
 
 
 def warn(message: str) -> None:
-    print(f"folder: {message}", file=sys.stderr)
+    print(f"folder: {escape(message)}", file=sys.stderr)
 
 
-def split_already(root: Path) -> bool:
-    """Whether the root holds train and val. Raises ValueError where it holds class folders in one of them alone."""
-    there = [split for split in SPLITS if (root / split).is_dir()]
-    if len(there) == 1 and any(path.is_dir() for path in (root / there[0]).iterdir()):
-        other = SPLITS[1 - SPLITS.index(there[0])]
-        whole = shlex.quote(str(root / there[0]))
-        raise ValueError(f"{root}: has {there[0]} and no {other}; add it, or have one split off with --root {whole}")
-    return len(there) == 2
+def is_already_split(root: Path) -> bool:
+    """Return whether the root has folders train and val. Raise ValueError if only one of them has class folders."""
+    existing = [split for split in SPLITS if (root / split).is_dir()]
+    if len(existing) == 1 and any(path.is_dir() for path in (root / existing[0]).iterdir()):
+        other = SPLITS[1 - SPLITS.index(existing[0])]
+        folder = shlex.quote(str(root / existing[0]))
+        raise ValueError(f"{root}: has {existing[0]} but no {other}; add it, or split with --root {folder}")
+    return len(existing) == 2
 
 
 def check_out(out: Path, root: Path) -> None:
-    """Raises ValueError where the lists would be taken for a class, or take the place of somebody's own."""
+    """Raise ValueError if the lists would be inside a class folder's parent, or replace files of the user's."""
     if root.resolve() in out.resolve().parents:
-        raise ValueError(f"--out {out}: lies in --root, among its classes; name a folder elsewhere, or leave it out")
-    foreign = [path for path in lists_in(out).values() if path.exists() and not (out / SPLIT_FILE).exists()]
-    if foreign:
+        raise ValueError(f"--out {out}: is inside --root, among its classes; give a folder elsewhere, or no --out")
+    is_ours = (out / SPLIT_FILE).exists()
+    existing = [path for path in list_paths(out).values() if path.exists()]
+    if existing and not is_ours:
         raise ValueError(
-            f"{foreign[0]}: is there, and not this tool's; name another folder with --out, or move it away"
+            f"{existing[0]}: exists, but this tool didn't write it; give another folder as --out, or move it away"
         )
 
 
-def lists_in(out: Path) -> dict[str, Path]:
+def list_paths(out: Path) -> dict[str, Path]:
     return {split: out / f"{split}_list.txt" for split in SPLITS}
 
 
-def listed(data: DataConfig, split: str) -> FileDataset:
-    """The images of a split's class folders. Raises ValueError where that isn't what is there.
+def open_folders(data: DataConfig, split: str) -> FileDataset:
+    """Open the images of a split's class folders. Raise ValueError if there aren't at least two class folders.
 
-    Says what is left out: images outside of the class folders, and folders within them.
+    Warn about what is left out: images outside the class folders, and folders inside them.
     """
-    place = Path(data.root) / {"train": data.train, "val": data.val}[split]
-    if not place.is_dir():
-        raise ValueError(f"{place}: no such folder; --root must hold a folder for each class")
-    folders = class_folders(place)
+    folder = split_path(data, split)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; --root must have one folder per class")
+    folders = class_folders(folder)
     if len(folders) < 2:
-        raise ValueError(f"{place}: has one class folder; there must be two or more to tell apart")
-    outside = [path for path in place.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
-    within = [Path(entry) for folder in folders for entry in os.scandir(folder) if entry.is_dir()]
-    for found, what in ((outside, "images lie outside of the class folders"), (within, "folders lie in class folders")):
-        skipped_batches = sorted(path for path in found if not path.name.startswith("."))
-        if skipped_batches:
-            warn(f"left out: {len(skipped_batches)} {what}, such as {skipped_batches[0]}")
+        raise ValueError(f"{folder}: has one class folder, but needs at least two; add a folder for each class")
+    outside = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    inside = [Path(entry) for class_folder in folders for entry in os.scandir(class_folder) if entry.is_dir()]
+    for paths, description in ((outside, "images outside the class folders"), (inside, "folders in class folders")):
+        skipped = sorted(path for path in paths if not path.name.startswith("."))
+        if skipped:
+            warn(f"left out {len(skipped)} {description}, such as {skipped[0]}")
     images = open_set(data, split, len(folders))
     assert isinstance(images, FileDataset)
-    return FileDataset(images.root, images.image_list, [folder.name for folder in folders])
+    return FileDataset(images.root, images.image_list, [class_folder.name for class_folder in folders])
 
 
-def read(images: FileDataset, seed: int) -> Iterator[OwnImage]:
-    """All of them. Raises ValueError for a name that a list can't hold, and for an image that can't be read."""
+def read_images(images: FileDataset, seed: int) -> Iterator[UserImage]:
+    """Read all images. Raise ValueError for one that can't be read, and for a name with a line break."""
 
-    def one(number: int) -> OwnImage:
-        path = os.path.normpath(images.relative_name(number))
+    def read_image(index: int) -> UserImage:
+        path = os.path.normpath(images.relative_name(index))
         if "\n" in path or "\r" in path:
-            raise ValueError(f"{images.name(number)!r}: its name can't stand in a list; rename the file")
+            raise ValueError(f"{images.name(index)!r}: its name has a line break; rename the file")
         try:
-            content, labels = images.read(number)
+            content, labels = images.read(index)
         except DataError as error:
-            raise ValueError(f"{error}; mend the file, or remove it") from None
+            raise ValueError(f"{error}; repair the file, or remove it") from None
         digest = hashlib.blake2b(content.data, digest_size=8, key=str(seed).encode()).hexdigest()
-        return OwnImage(path, int(labels[0]), digest)
+        return UserImage(path, int(labels[0]), digest)
 
     with (
         ThreadPoolExecutor(len(os.sched_getaffinity(0)) + 2) as threads,
         tqdm(total=len(images), unit="image", disable=None) as bar,
     ):
-        for start in range(0, len(images), _READ_AT_ONCE):
-            for image in threads.map(one, range(start, min(start + _READ_AT_ONCE, len(images)))):
+        for start in range(0, len(images), _READ_BATCH_SIZE):
+            for image in threads.map(read_image, range(start, min(start + _READ_BATCH_SIZE, len(images)))):
                 yield image
                 bar.update()
 
 
-def divide(images: list[OwnImage], val_share: float, settled: dict[str, str]) -> dict[str, list[OwnImage]]:
-    """Images whose place is below the share are validation, but for those of `settled`, by digest, to which it adds.
+def divide(images: list[UserImage], val_share: float, assigned: dict[str, str]) -> dict[str, list[UserImage]]:
+    """Split the images: those whose position is below the share are for validation, the others for training.
 
-    So that each class has an image for training and, if it has two different ones, one for validation.
+    `assigned` has the exceptions, split by digest. New exceptions are added to it, so that each class has a training
+    image and, if it has two different images, a validation image.
     """
-    side_of = {image.digest: "val" if image.place < val_share else "train" for image in images} | settled
-    digests_of: defaultdict[int, set[str]] = defaultdict(set)
+    split_of = {image.digest: "val" if image.position < val_share else "train" for image in images} | assigned
+    digests_by_label: defaultdict[int, set[str]] = defaultdict(set)
     for image in images:
-        digests_of[image.label].add(image.digest)
-    for _, digests in sorted(digests_of.items()):
-        sides = {side_of[digest] for digest in digests}
-        if sides == {"val"} or len(digests) == 1:  # a lone one is for training, and stays so when a second one comes
-            side_of[max(digests)] = settled[max(digests)] = "train"
-        elif sides == {"train"}:
-            new = min(digests - settled.keys(), default=min(digests))
-            side_of[new] = settled[new] = "val"
-    return {split: [image for image in images if side_of[image.digest] == split] for split in SPLITS}
+        digests_by_label[image.label].add(image.digest)
+    for _, digests in sorted(digests_by_label.items()):
+        splits = {split_of[digest] for digest in digests}
+        if splits == {"val"} or len(digests) == 1:  # a single image is for training, and stays so when others are added
+            split_of[max(digests)] = assigned[max(digests)] = "train"
+        elif splits == {"train"}:
+            moved = min(digests - assigned.keys(), default=min(digests))
+            split_of[moved] = assigned[moved] = "val"
+    return {split: [image for image in images if split_of[image.digest] == split] for split in SPLITS}
 
 
-def remembered(path: Path, made_by: dict[str, float | None]) -> dict[str, str]:
-    """What an earlier run of the same seed and share settled. Raises ValueError for a damaged file."""
+def read_assigned(path: Path, settings: dict[str, float | None]) -> dict[str, str]:
+    """Return the exceptions that an earlier run with the same settings recorded in split.json.
+
+    Raise ValueError for a damaged file.
+    """
     if not path.exists():
         return {}
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-        same = all(summary[key] == value for key, value in made_by.items())
-        return {str(digest): SPLITS[SPLITS.index(side)] for digest, side in summary["settled"].items()} if same else {}
+        if any(summary[key] != value for key, value in settings.items()):
+            return {}
+        return {str(digest): SPLITS[SPLITS.index(split)] for digest, split in summary["settled"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path}: is damaged, or not this tool's; remove it, and the split is made anew") from None
+        raise ValueError(f"{path}: is damaged, or not from this tool; remove it to make a new split") from None
 
 
 @dataclass(frozen=True)
 class Copies:
-    """Images that are others, byte for byte: how many, and the paths of those where there should be none."""
+    """Images with the same bytes as another: their number, and the paths of those that are a problem."""
 
     num_copies: int
-    on_both_sides: list[str]  # of validation
+    on_both_sides: list[str]  # in validation, of training images
     in_several_classes: list[str]
 
 
-def copies(images: dict[str, list[OwnImage]]) -> Copies:
-    everything = [image for split in SPLITS for image in images[split]]
-    labels_of: defaultdict[str, set[int]] = defaultdict(set)
-    for image in everything:
-        labels_of[image.digest].add(image.label)
-    in_train = {image.digest for image in images["train"]}
+def find_copies(images: dict[str, list[UserImage]]) -> Copies:
+    all_images = [image for split in SPLITS for image in images[split]]
+    labels_by_digest: defaultdict[str, set[int]] = defaultdict(set)
+    for image in all_images:
+        labels_by_digest[image.digest].add(image.label)
+    train_digests = {image.digest for image in images["train"]}
     return Copies(
-        len(everything) - len(labels_of),
-        [image.path for image in images["val"] if image.digest in in_train],
-        [image.path for image in everything if len(labels_of[image.digest]) > 1],
+        len(all_images) - len(labels_by_digest),
+        [image.path for image in images["val"] if image.digest in train_digests],
+        [image.path for image in all_images if len(labels_by_digest[image.digest]) > 1],
     )
 
 
-def names_of_classes(folders: list[str], root: Path, out: Path) -> str:
-    """class_names.txt: the names that one in `out` or in `root` gives, else the folders' own.
+def class_names_text(folders: list[str], root: Path, out: Path) -> str:
+    """Return the content of class_names.txt, with existing names from `out` or `root`, else the folders' names.
 
-    Raises ValueError for a file that is about other classes.
+    Raise ValueError for an existing file that has none of these classes.
     """
-    given: dict[str, str] = {}
+    existing_names: dict[str, str] = {}
     for path in (root / CLASS_NAMES_FILE, out / CLASS_NAMES_FILE):
         if path.exists():
             lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines()]
             names = {line[0]: line[1].strip() for line in lines if len(line) == 2}
             if not names.keys() & set(map(one_word, folders)):
-                raise ValueError(f"{path}: names none of the class folders; a line is 'FOLDER NAME'; move it away")
-            given |= names
-    return "".join(f"{one_word(name)} {given.get(one_word(name), name.replace('_', ' '))}\n" for name in folders)
+                raise ValueError(
+                    f"{path}: has none of the class folders (a line is 'FOLDER NAME'); correct it, or move it away"
+                )
+            existing_names |= names
+    return "".join(
+        f"{one_word(folder)} {existing_names.get(one_word(folder), folder.replace('_', ' '))}\n" for folder in folders
+    )
 
 
 def one_word(folder: str) -> str:
-    """What stands before a class's name, in one word."""
+    """Return a folder's name with underscores for spaces, as the first word of a line in class_names.txt."""
     return "_".join(folder.split())
 
 
-def write(
-    out: Path, root: Path, images: dict[str, list[OwnImage]], class_names: str, summary: dict[str, object]
+def write_lists(
+    out: Path, root: Path, images: dict[str, list[UserImage]], class_names: str, summary: dict[str, object]
 ) -> None:
-    """split.json first: it says whose the lists are."""
+    """Write split.json, whose presence says that the lists are this tool's, then list files and class names."""
     out.mkdir(parents=True, exist_ok=True)
     write_json(summary, out / SPLIT_FILE)
     prefix = "" if out.resolve() == root.resolve() else f"{root.resolve()}/"
-    for split, path in lists_in(out).items():
+    for split, path in list_paths(out).items():
         with write_atomically(path) as temporary, temporary.open("wb") as file:
-            # A path's bytes are written as they are, also where they aren't UTF-8.
+            # Names that aren't UTF-8 keep their bytes.
             file.writelines(os.fsencode(f"{prefix}{image.path} {image.label}\n") for image in images[split])
     with write_atomically(out / CLASS_NAMES_FILE) as temporary:
         temporary.write_text(class_names, encoding="utf-8", errors="replace")

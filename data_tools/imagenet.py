@@ -1,22 +1,21 @@
-"""ImageNet-1k (ILSVRC2012) from its archives: class folders, class names and the seed's lists.
+"""ImageNet-1k (ILSVRC2012) from its archives: class folders, class names and PLSC's list files.
 
     OUT/train/n01440764/n01440764_10026.JPEG    1,281,167 images in 1,000 folders
-    OUT/val/n01440764/ILSVRC2012_val_00000293.JPEG    50,000, sorted into the same by the devkit's ground truth
-    OUT/class_names.txt           a line a class, in label order: 'n01440764 tench, Tinca tinca'
-    OUT/train_list.txt, val_list.txt    'train/n01440764/n01440764_10026.JPEG 0' a line
+    OUT/val/n01440764/ILSVRC2012_val_00000293.JPEG    50,000, sorted into the same folders by the devkit's ground truth
+    OUT/class_names.txt           one line per class, in label order: 'n01440764 tench, Tinca tinca'
+    OUT/train_list.txt, val_list.txt    'train/n01440764/n01440764_10026.JPEG 0' per line
     OUT/source.json               what it was made from; written last
 
-The archives are read where they lie, tars within the tar included: nothing is unpacked twice. An image appears under
-its name when it is whole, and one that is there with the archive's size is passed over: so the same command goes on
-where it was stopped. It does again what a power cut has left short; ext4, XFS and btrfs, as they are by default,
-lengthen a file only once its content is on the disk. Nothing that the archive doesn't hold is removed or written over,
-and what is counted is what is in the folders at the end.
+The archives are read where they are, including the tars within the tar; nothing is unpacked twice. An image gets its
+name when it is complete, and an existing one with the archive's size is skipped, so the same command resumes a run that
+was stopped. It also rewrites files that a power cut has left short; ext4, XFS and btrfs, with default settings, extend
+a file only after its content is on the disk. Files that aren't in the archive are neither removed nor overwritten, and
+the files in the folders are counted at the end.
 """
 
 import gzip
 import hashlib
 import io
-import json
 import os
 import re
 import shutil
@@ -30,186 +29,203 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_tools.arguments import ToolParser
+from data_tools.arguments import ToolParser, override_options
+from data_tools.manifest import SOURCE_FILE, read_manifest
 from vit_static.common.io import lock, write_atomically, write_json
 from vit_static.data.open_set import CLASS_NAMES_FILE, class_folders, list_folders
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 SOURCE = "ILSVRC2012"
-SOURCE_FILE, UNFINISHED_FILE = "source.json", ".unfinished.json"
+UNFINISHED_FILE = ".unfinished.json"
 NUM_CLASSES, NUM_TRAIN, NUM_VAL = 1000, 1_281_167, 50_000
 MD5 = {"train": "1d675b47d978889d74fa0da5fadfb00e", "val": "29b22e2961454d5413ddabcf34fc5622"}  # of the archives
-_SHOWN_CLASSES = 5  # of those with other numbers than the devkit's
+_MAX_CLASSES_IN_MESSAGE = 5
 _WNID = re.compile(r"n\d{8}")
 _VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 
 
 @dataclass(frozen=True)
 class Devkit:
-    """What the development kit says."""
+    """The content of the development kit."""
 
-    names: dict[str, str]  # of a class, by its WNID
-    num_train: dict[str, int]  # its training images
-    truth: list[str]  # the WNID of validation image 1, 2, ...
+    names: dict[str, str]  # of the classes, by WNID
+    num_train: dict[str, int]  # number of training images, by WNID
+    val_wnids: list[str]  # the class of validation image 1, 2, ...
 
 
 @dataclass(frozen=True)
-class Expected:
-    """How many there must be."""
+class ExpectedCounts:
+    """The numbers of classes and images that the archives must have."""
 
-    classes: int
-    train: int
-    val: int
+    num_classes: int
+    num_train: int
+    num_val: int
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Raises ValueError for a wrong argument or archive."""
-    parser = ToolParser(prog="vit_static data imagenet", description="ImageNet-1k from its archives.")
+    """Run the command line. Raise ValueError for a wrong argument or archive."""
+    parser = ToolParser(prog="vit_static data imagenet", description="Unpack ImageNet-1k's archives.")
     parser.add_argument("--train", type=Path, metavar="TAR", help="ILSVRC2012_img_train.tar")
     parser.add_argument("--val", type=Path, metavar="TAR", help="ILSVRC2012_img_val.tar")
-    parser.add_argument("--devkit", type=Path, metavar="TAR_GZ", help=f"default: {DEVKIT} beside the others")
-    parser.add_argument("--out", type=Path, metavar="DIR", required=True)
-    parser.add_argument("--num-classes", type=int, default=NUM_CLASSES, help="of a part of it (default: 1,000)")
-    parser.add_argument("--num-train", type=int, default=NUM_TRAIN, help="the same (default: 1,281,167)")
-    parser.add_argument("--num-val", type=int, default=NUM_VAL, help="the same (default: 50,000)")
-    parser.add_argument("--check-md5", action="store_true", help="first see that the archives are whole, by MD5 sum")
+    parser.add_argument(
+        "--devkit", type=Path, metavar="TAR_GZ", help=f"the devkit (default: {DEVKIT} beside the other archives)"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder to create or complete")
+    part = "for archives with a part of ImageNet"
+    parser.add_argument("--num-classes", type=int, default=NUM_CLASSES, help=f"{part} (default: 1,000)")
+    parser.add_argument("--num-train", type=int, default=NUM_TRAIN, help=f"{part} (default: 1,281,167)")
+    parser.add_argument("--num-val", type=int, default=NUM_VAL, help=f"{part} (default: 50,000)")
+    parser.add_argument("--check-md5", action="store_true", help="first compare the archives' MD5 sums")
     arguments = parser.parse_args(argv)
     if arguments.train is None and arguments.val is None:
-        raise ValueError("--train or --val is needed: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar")
+        raise ValueError("--train and --val are missing; give ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar or both")
     archives = {split: path for split, path in (("train", arguments.train), ("val", arguments.val)) if path is not None}
     for archive in archives.values():
         check_is_tar(archive)
-    expected = Expected(arguments.num_classes, arguments.num_train, arguments.num_val)
+    expected = ExpectedCounts(arguments.num_classes, arguments.num_train, arguments.num_val)
     devkit = find_devkit(arguments.devkit, arguments.train, arguments.val, expected)
-    begin(arguments.out, archives)
+    prepare_folder(arguments.out, archives)
     for split, archive in archives.items() if arguments.check_md5 else ():
         check_md5(archive, MD5[split])
-    refusal = f"{arguments.out}: another run is filling it; wait until it has ended"
+    refusal = f"{arguments.out}: another run is writing it; wait until that has ended"
     with lock(arguments.out / UNFINISHED_FILE, refusal):
-        done = make(arguments.out, archives, devkit, expected)
-    print(f"imagenet: {describe(done)} in {arguments.out}; to train on it set -o data.root={arguments.out}")
+        splits = unpack(arguments.out, archives, devkit, expected)
+    print(
+        f"imagenet: {describe(splits)} in {arguments.out}; to train on them, set "
+        f"{override_options({'data.root': arguments.out})}"
+    )
     return 0
 
 
-def describe(done: Mapping[str, Any]) -> str:
+def describe(splits: Mapping[str, Any]) -> str:
+    """Return the number of images of each split that source.json has, in words."""
     names = {"train": "training", "val": "validation"}
-    return " and ".join(f"{done[split]['num_images']} {names[split]}" for split in names if split in done) + " images"
+    counts = [f"{splits[split]['num_images']} {name}" for split, name in names.items() if split in splits]
+    return " and ".join(counts) + " images"
 
 
-def begin(out: Path, archives: Mapping[str, Path]) -> None:
-    """Makes the folder, or sees that it is ours; before that, that there is room. Raises ValueError where not."""
+def prepare_folder(out: Path, archives: Mapping[str, Path]) -> None:
+    """Create the folder. Raise ValueError if it has other files, or if the disk is too small."""
     is_ours = any(read_source(out / name) for name in (SOURCE_FILE, UNFINISHED_FILE))
     if out.is_dir() and not is_ours and any(not path.name.endswith(".part") for path in out.iterdir()):
-        raise ValueError(f"{out}: is not empty, and not this tool's; name another folder with --out")
-    needed = sum(max(0, archive.stat().st_size - bytes_in(out / split)) for split, archive in archives.items())
+        raise ValueError(f"{out}: is not empty, and not from this tool; give another folder as --out")
+    needed = sum(max(0, archive.stat().st_size - image_bytes(out / split)) for split, archive in archives.items())
     free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())).free
     if free < needed:
         raise ValueError(
-            f"{out}: needs {needed / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB left; name another --out"
+            f"{out}: needs {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB left; free some, or give a "
+            "folder on another disk as --out"
         )
     out.mkdir(parents=True, exist_ok=True)
     if not (out / UNFINISHED_FILE).exists():
         write_source(out / UNFINISHED_FILE, {})
 
 
-def make(out: Path, archives: Mapping[str, Path], devkit: Devkit | None, expected: Expected) -> dict[str, Any]:
-    """The splits that have an archive, their lists and the class names; what source.json then says is whole."""
-    for half_written in out.glob(".*.part"):  # by a run that was killed
-        half_written.unlink()
-    found = read_source(out / SOURCE_FILE)
-    done: dict[str, Any] = {
-        split: found[split] for split in ("train", "val") if split in found and split not in archives
+def unpack(out: Path, archives: Mapping[str, Path], devkit: Devkit | None, expected: ExpectedCounts) -> dict[str, Any]:
+    """Unpack the splits of these archives, write their lists and the class names, and return source.json's content."""
+    for partial_file in out.glob(".*.part"):  # of a run that was killed
+        partial_file.unlink()
+    source = read_source(out / SOURCE_FILE)
+    splits: dict[str, Any] = {
+        split: source[split] for split in ("train", "val") if split in source and split not in archives
     }
-    if done:  # a split that is begun anew is not whole until it has been looked through
-        write_source(out / SOURCE_FILE, done)
+    if splits:  # a split is complete again only once its files have been counted
+        write_source(out / SOURCE_FILE, splits)
     else:
         (out / SOURCE_FILE).unlink(missing_ok=True)
     for split, archive in archives.items():
         if split == "train":
-            unpack_train(archive, out / "train", expected)
-            of_class = devkit.num_train if devkit is not None else None
+            unpack_train(archive, out / "train", expected.num_train)
+            class_counts = devkit.num_train if devkit is not None else None
+            num_images = expected.num_train
         else:
             assert devkit is not None
             unpack_val(archive, out / "val", devkit)
-            of_class = Counter(devkit.truth)
-        num_images = {"train": expected.train, "val": expected.val}[split]
-        list_split(archive, out, split, of_class, expected.classes, num_images)
-        done[split] = {"archive": archive.name, "num_images": num_images}
+            class_counts = Counter(devkit.val_wnids)
+            num_images = expected.num_val
+        list_split(archive, out, split, class_counts, expected.num_classes, num_images)
+        splits[split] = {"archive": archive.name, "num_images": num_images}
     write_class_names(out, devkit)
-    os.sync()  # the images, before what says that they are there
-    write_source(out / SOURCE_FILE, done)
+    os.sync()  # the images must reach the disk before the file that says that they are complete
+    write_source(out / SOURCE_FILE, splits)
     (out / UNFINISHED_FILE).unlink()
-    return done
+    return splits
 
 
 def check_is_tar(archive: Path) -> None:
-    """Raises ValueError for what isn't, and FileNotFoundError where there is none."""
+    """Raise ValueError if the file isn't an uncompressed tar archive, FileNotFoundError if there is none."""
     try:
         tarfile.open(archive, "r:").close()
     except tarfile.TarError:
         raise ValueError(
-            f"{archive}: is not a tar archive, or is compressed; name {SOURCE}'s own, as they were downloaded"
+            f"{archive}: is not a tar archive, or is compressed; give {SOURCE}'s archives as they were downloaded"
         ) from None
 
 
 def check_md5(archive: Path, expected: str) -> None:
-    """Raises ValueError where the archive's sum is another. A tar has none of its own: damage within an image, of
-    whose bytes none is lost, is seen only here, and by `data check` where it doesn't decode."""
-    found = hashlib.md5(usedforsecurity=False)
+    """Raise ValueError if the archive's MD5 sum isn't the expected one.
+
+    A tar has no checksum of its content. So a changed byte in an image is only detected here, and by `data check` if
+    the image can't be decoded any more.
+    """
+    md5 = hashlib.md5(usedforsecurity=False)
     with (
         archive.open("rb") as file,
         tqdm(total=archive.stat().st_size, unit="B", unit_scale=True, desc=archive.name, disable=None) as bar,
     ):
-        while piece := file.read(1 << 24):
-            found.update(piece)
-            bar.update(len(piece))
-    if found.hexdigest() != expected:
-        raise ValueError(f"{archive}: its MD5 sum is {found.hexdigest()}, and {SOURCE}'s is {expected}; fetch it again")
+        while block := file.read(1 << 24):
+            md5.update(block)
+            bar.update(len(block))
+    if md5.hexdigest() != expected:
+        raise ValueError(
+            f"{archive}: its MD5 sum is {md5.hexdigest()}, but {SOURCE}'s is {expected}; download it again"
+        )
 
 
-def find_devkit(given: Path | None, train: Path | None, val: Path | None, expected: Expected) -> Devkit | None:
-    """The devkit that was named or lies beside an archive; None without one, where only --train is asked for."""
-    beside = [archive.parent / DEVKIT for archive in (val, train) if archive is not None]
-    path = given or next((path for path in beside if path.is_file()), None)
+def find_devkit(devkit: Path | None, train: Path | None, val: Path | None, expected: ExpectedCounts) -> Devkit | None:
+    """Read the devkit given, or the one beside an archive. Return None if there is none and only --train is given."""
+    candidates = [archive.parent / DEVKIT for archive in (val, train) if archive is not None]
+    path = devkit or next((path for path in candidates if path.is_file()), None)
     if path is not None:
         return read_devkit(path, expected)
     if val is not None:
-        raise ValueError(f"--val needs the devkit, which says what its images show: name {DEVKIT} with --devkit")
+        raise ValueError(f"--val needs the devkit, which has the classes of its images; give {DEVKIT} as --devkit")
     return None
 
 
-def read_devkit(path: Path, expected: Expected) -> Devkit:
-    """Raises ValueError where a part is missing or isn't what it should be."""
+def read_devkit(path: Path, expected: ExpectedCounts) -> Devkit:
+    """Read the devkit's archive. Raise ValueError if a part is missing or isn't as expected."""
     try:
         from scipy.io import loadmat
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error}: ./run.sh setup, or pip install scipy") from error
+        raise ValueError(f"{error}; run './run.sh setup' or 'pip install scipy'") from error
     try:
-        with gzip.open(path) as packed:
-            content = packed.read()  # to its end, where its checksum is: SciPy can crash on damaged bytes
+        with gzip.open(path) as compressed:
+            content = compressed.read()  # to the end, where its checksum is: SciPy can crash on damaged bytes
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
             members = {Path(member.name).name: member for member in tar if member.isreg()}
             meta = _content(tar, members.get("meta.mat"))
-            truth = _content(tar, members.get("ILSVRC2012_validation_ground_truth.txt"))
+            ground_truth = _content(tar, members.get("ILSVRC2012_validation_ground_truth.txt"))
         synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
         leaves = {str(synset["WNID"]): synset for synset in synsets if int(synset["num_children"]) == 0}
-        wnid_of = {int(leaf["ILSVRC2012_ID"]): wnid for wnid, leaf in leaves.items()}
-        kit = Devkit(
+        wnid_by_id = {int(leaf["ILSVRC2012_ID"]): wnid for wnid, leaf in leaves.items()}
+        devkit = Devkit(
             names={wnid: " ".join(str(leaf["words"]).split()) for wnid, leaf in leaves.items()},
             num_train={wnid: int(leaf["num_train_images"]) for wnid, leaf in leaves.items()},
-            truth=[wnid_of[int(number)] for number in truth.split()],
+            val_wnids=[wnid_by_id[int(class_id)] for class_id in ground_truth.split()],
         )
-    except Exception as error:  # for what isn't a devkit gzip, tarfile and, above all, SciPy raise almost anything
+    except Exception as error:  # for another file gzip, tarfile and above all SciPy can raise almost anything
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise ValueError(f"{path}: can't be read as {DEVKIT} ({error!r}); fetch it again") from None
-    found = Expected(len(kit.names), sum(kit.num_train.values()), len(kit.truth))
-    if found != expected or not all(map(_WNID.fullmatch, kit.names)):
+        raise ValueError(f"{path}: can't be read as {DEVKIT} ({error!r}); download it again") from None
+    counts = ExpectedCounts(len(devkit.names), sum(devkit.num_train.values()), len(devkit.val_wnids))
+    if counts != expected or not all(map(_WNID.fullmatch, devkit.names)):
         raise ValueError(
-            f"{path}: tells of {found.classes} classes, {found.train} training and {found.val} validation images, not "
-            f"of {expected.classes}, {expected.train} and {expected.val}, or names them otherwise; it is not {SOURCE}'s"
+            f"{path}: has {counts.num_classes} classes, {counts.num_train} training and {counts.num_val} validation "
+            f"images, not {expected.num_classes}, {expected.num_train} and {expected.num_val}, or other names; give "
+            f"{SOURCE}'s devkit"
         )
-    return kit
+    return devkit
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo | None) -> bytes:
@@ -220,23 +236,31 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo | None) -> bytes:
     return file.read()
 
 
-def unpack_train(archive: Path, folder: Path, expected: Expected) -> None:
-    """The images of each tar in the archive into a folder of its name."""
+def unpack_train(archive: Path, folder: Path, num_images: int) -> None:
+    """Unpack the images of each tar in the archive into a folder with its name."""
     with (
-        reading(archive),
+        archive_errors(archive),
         tarfile.open(archive, "r:") as outer,
-        tqdm(total=expected.train, unit="image", desc="train", disable=None) as bar,
+        tqdm(total=num_images, unit="image", desc="train", disable=None) as bar,
     ):
         for member in outer:
             wnid = Path(member.name).stem
             if not member.isreg() or not _WNID.fullmatch(wnid) or Path(member.name).suffix != ".tar":
-                raise ValueError(f"{archive}: holds {member.name!r}, where there should be nothing but n########.tar")
+                raise ValueError(
+                    f"{archive}: has {member.name!r}, but must only have n########.tar; give {SOURCE}'s training images"
+                )
             (folder / wnid).mkdir(parents=True, exist_ok=True)
             image_name = re.compile(rf"{wnid}_\d+\.JPEG")
-            with reading(archive, member.name), tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
+            with (
+                archive_errors(archive, member.name),
+                tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner,
+            ):
                 for image in inner:
                     if not image.isreg() or not image_name.fullmatch(image.name):
-                        raise ValueError(f"{archive}: holds {image.name!r} in {wnid}.tar, which is no image of it")
+                        raise ValueError(
+                            f"{archive}: has {image.name!r} in {wnid}.tar, which is not an image of this class; give "
+                            f"{SOURCE}'s training images"
+                        )
                     unpack_image(inner, image, folder / wnid / image.name)
                     bar.update()
         if not outer.getmembers():
@@ -244,41 +268,45 @@ def unpack_train(archive: Path, folder: Path, expected: Expected) -> None:
 
 
 def unpack_val(archive: Path, folder: Path, devkit: Devkit) -> None:
-    """The validation images, each into its class's folder."""
+    """Unpack the validation images into their class folders."""
     for wnid in devkit.names:
         (folder / wnid).mkdir(parents=True, exist_ok=True)
+    num_images = len(devkit.val_wnids)
     with (
-        reading(archive),
+        archive_errors(archive),
         tarfile.open(archive, "r:") as tar,
-        tqdm(total=len(devkit.truth), unit="image", desc="val", disable=None) as bar,
+        tqdm(total=num_images, unit="image", desc="val", disable=None) as bar,
     ):
         for member in tar:
             match = _VAL_IMAGE.fullmatch(member.name)
-            if not member.isreg() or match is None or not 1 <= int(match[1]) <= len(devkit.truth):
-                raise ValueError(f"{archive}: holds {member.name!r}, which is none of its {len(devkit.truth)} images")
-            with reading(archive, member.name):
-                unpack_image(tar, member, folder / devkit.truth[int(match[1]) - 1] / member.name)
+            if not member.isreg() or match is None or not 1 <= int(match[1]) <= num_images:
+                raise ValueError(
+                    f"{archive}: has {member.name!r}, which is not one of its {num_images} images; give {SOURCE}'s "
+                    "validation images"
+                )
+            with archive_errors(archive, member.name):
+                unpack_image(tar, member, folder / devkit.val_wnids[int(match[1]) - 1] / member.name)
             bar.update()
 
 
 def unpack_image(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
-    """Passes over one that is there. tarfile raises ReadError where the archive ends within the member.
+    """Write an image unless it exists with this size. tarfile raises ReadError if the archive ends within the member.
 
-    An fsync for each of a million files would take hours: what a power cut leaves of them, the next run sees by size.
+    An fsync for each of a million files would take hours; files that a power cut leaves short are detected by size.
     """
     try:
         if path.stat().st_size == member.size:
             return
     except FileNotFoundError:
         pass
-    source = tar.extractfile(member)
-    assert source is not None
-    content = source.read()
+    file = tar.extractfile(member)
+    assert file is not None
+    content = file.read()
     part = path.with_name(f".{path.name}.part")
     try:
         part.write_bytes(content)
         part.replace(path)
-    except OSError as error:  # which names no file where the disk is full
+    except OSError as error:  # without a file name if the disk is full
         error.filename = str(path)
         raise
     finally:
@@ -286,59 +314,65 @@ def unpack_image(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> N
 
 
 @contextmanager
-def reading(archive: Path, member: str | None = None) -> Iterator[None]:
-    """What tarfile says of a damaged archive, as a mistake with its remedy."""
+def archive_errors(archive: Path, member: str | None = None) -> Iterator[None]:
+    """Turn tarfile's errors about a damaged archive into ValueError with the remedy."""
     try:
         yield
     except (tarfile.TarError, EOFError) as error:
         where = f" at {member}" if member else ""
         raise ValueError(
-            f"{archive}: is cut off or damaged{where} ({error}); fetch it again, and give the same command (what is "
-            "unpacked stays)"
+            f"{archive}: is truncated or damaged{where} ({error}); download it again and run the same command, which "
+            "keeps the images that are unpacked"
         ) from None
 
 
 def list_split(
-    archive: Path, out: Path, split: str, of_class: Mapping[str, int] | None, num_classes: int, num_images: int
+    archive: Path,
+    out: Path,
+    split: str,
+    class_counts: Mapping[str, int] | None,
+    num_classes: int,
+    num_images: int,
 ) -> None:
-    """The seed's list of a split, of what training would find in its folders.
+    """Write PLSC's list of a split: the images that training would find in its folders.
 
-    Raises ValueError where that is too few or too many, by class where `of_class` says how many each must have.
+    Raise ValueError if their number is wrong, also in one class if `class_counts` has the number per class.
     """
     folders = class_folders(out / split)
-    lines, counts = list_folders(folders, out)
-    found = {folder.name: int(count) for folder, count in zip(folders, counts, strict=True)}
-    wanted = found if of_class is None else of_class
+    image_list, counts = list_folders(folders, out)
+    actual = {folder.name: int(count) for folder, count in zip(folders, counts, strict=True)}
+    expected = actual if class_counts is None else class_counts
     wrong = [
-        f"{wnid} has {found.get(wnid, 0)} of {wanted.get(wnid, 0)}"
-        for wnid in sorted(found.keys() | wanted.keys())
-        if found.get(wnid, 0) != wanted.get(wnid, 0)
+        f"{wnid} has {actual.get(wnid, 0)} of {expected.get(wnid, 0)}"
+        for wnid in sorted(actual.keys() | expected.keys())
+        if actual.get(wnid, 0) != expected.get(wnid, 0)
     ]
-    if wrong or (len(found), len(lines)) != (num_classes, num_images):
-        more = f" and {len(wrong) - _SHOWN_CLASSES} more classes" if len(wrong) > _SHOWN_CLASSES else ""
-        classes = f" ({', '.join(wrong[:_SHOWN_CLASSES])}{more})" if wrong else ""
+    if wrong or (len(actual), len(image_list)) != (num_classes, num_images):
+        num_more = len(wrong) - _MAX_CLASSES_IN_MESSAGE
+        more = f" and {num_more} more classes" if num_more > 0 else ""
+        classes = f" ({', '.join(wrong[:_MAX_CLASSES_IN_MESSAGE])}{more})" if wrong else ""
         raise ValueError(
-            f"{out / split}: {len(lines)} images in {len(found)} classes, not {num_images} in {num_classes}{classes}; "
-            f"where images lack, {archive} is cut off or another archive: fetch it again (what is unpacked stays); "
-            "where there are too many, move away those that aren't the archive's"
+            f"{out / split}: {len(image_list)} images in {len(actual)} classes, not {num_images} in "
+            f"{num_classes}{classes}; if images are missing, {archive} is truncated or the wrong archive: download it "
+            "again (unpacked images are kept); if there are too many, move away those that aren't in the archive"
         )
     with write_atomically(out / f"{split}_list.txt") as temporary, temporary.open("wb") as file:
-        for number, label in enumerate(lines.labels.values.tolist()):
-            file.write(b"%s %d\n" % (lines.path(number), label))
+        for index, label in enumerate(image_list.labels.values.tolist()):
+            file.write(b"%s %d\n" % (image_list.path(index), label))
 
 
-def bytes_in(folder: Path) -> int:
-    """What the images below a folder take; 0 where there is none."""
+def image_bytes(folder: Path) -> int:
+    """Return the size of all images below a folder; 0 if there is no such folder."""
     return sum(
-        (Path(below) / name).stat().st_size
-        for below, _, names in os.walk(folder)
+        (Path(parent) / name).stat().st_size
+        for parent, _, names in os.walk(folder)
         for name in names
         if name.endswith(".JPEG")
     )
 
 
 def write_class_names(out: Path, devkit: Devkit | None) -> None:
-    """Without a devkit, a class is called by its WNID, unless the names are there."""
+    """Write class_names.txt. Without a devkit, keep an existing one, or use the WNIDs as names."""
     if devkit is None and (out / CLASS_NAMES_FILE).exists():
         return
     names = devkit.names if devkit is not None else {path.name: path.name for path in class_folders(out / "train")}
@@ -347,12 +381,9 @@ def write_class_names(out: Path, devkit: Devkit | None) -> None:
 
 
 def read_source(path: Path) -> dict[str, Any]:
-    """What this tool has written there; nothing where it hasn't."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return {}
-    return found if isinstance(found, dict) and found.get("source") == SOURCE else {}
+    """Return the content of a manifest that this tool has written; empty for any other file."""
+    content = read_manifest(path)
+    return content if content.get("source") == SOURCE else {}
 
 
 def write_source(path: Path, splits: Mapping[str, Any]) -> None:

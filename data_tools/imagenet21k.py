@@ -1,15 +1,15 @@
-"""ImageNet-21k's list of images with all of their labels, as the seed trains on it.
+"""ImageNet-21k's list file with all labels of each image, as PLSC trains on it.
 
     ROOT/images/n00004475/n00004475_54295.JPEG    21,841 class folders, 14,197,122 files (release of Fall 2011)
-    ROOT/image_all_list.txt           a line a distinct image: 'images/n00004475/n00004475_54295.JPEG 0,17'
-    ROOT/image_dummy_val_list.txt     of each class the first 20 images that have no other label
-    ROOT/.digests.sqlite              what is known of the files, so that they are read once
-    ROOT/class_names.txt              with --words, unless there is one
+    ROOT/image_all_list.txt           one line per distinct image: 'images/n00004475/n00004475_54295.JPEG 0,17'
+    ROOT/image_dummy_val_list.txt     the first 20 images of each class that have no other label
+    ROOT/.digests.sqlite              the digests of the files, so that each is read only once
+    ROOT/class_names.txt              with --words, unless it exists
 
-Many images stand in several class folders, byte for byte: such an image has several labels, those of all its folders
-(sorted folders are the classes), and is listed once, by its first path. There is no official validation set; the dummy
-one, whose images are trained on, too, shows no more than whether training works. Empty files are left out: by their
-digest they would all be one image, of every class that has one.
+Many images are in several class folders, byte for byte. Such an image has the labels of all its folders (sorted folders
+are the classes), and is listed once, by its first path. There is no official validation set; the dummy one, whose
+images are also trained on, only shows whether training works. Empty files are left out: their digest would make all of
+them one image, with every class that has an empty file.
 """
 
 import hashlib
@@ -26,10 +26,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data_tools.arguments import ToolParser
+from data_tools.arguments import ToolParser, override_options
 from vit_static.common.errors import DataError
 from vit_static.common.io import write_atomically
-from vit_static.data.image_set import IMAGE_SUFFIXES, read_whole
+from vit_static.data.image_set import IMAGE_SUFFIXES, read_file
 from vit_static.data.open_set import CLASS_NAMES_FILE
 
 ALL_LIST, DUMMY_LIST, CACHE_FILE = "image_all_list.txt", "image_dummy_val_list.txt", ".digests.sqlite"
@@ -38,60 +38,73 @@ _DIGEST_BYTES = 16
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Raises ValueError for a wrong argument or folder."""
-    parser = ToolParser(prog="vit_static data imagenet21k", description="ImageNet-21k's list, with several labels.")
-    parser.add_argument("--root", type=Path, metavar="DIR", required=True, help="holds images/CLASS/*.JPEG")
-    parser.add_argument("--num-classes", type=int, default=NUM_CLASSES, help="of a part of it (default: 21,841)")
-    parser.add_argument("--words", type=Path, metavar="FILE", help="WordNet's words.txt, for class_names.txt")
+    """Run the command line. Raise ValueError for a wrong argument or folder."""
+    parser = ToolParser(
+        prog="vit_static data imagenet21k", description="List ImageNet-21k's images, each with all of its labels."
+    )
+    parser.add_argument("--root", type=Path, metavar="DIR", required=True, help="folder with images/CLASS/*.JPEG")
+    parser.add_argument(
+        "--num-classes", type=int, default=NUM_CLASSES, help="for a part of ImageNet-21k (default: 21,841)"
+    )
+    parser.add_argument("--words", type=Path, metavar="FILE", help="WordNet's words.txt, to write class_names.txt")
     arguments = parser.parse_args(argv)
     root: Path = arguments.root
     if arguments.num_classes < 1:
         raise ValueError(f"--num-classes {arguments.num_classes}: must be at least 1")
     folders = class_folders(root / "images", arguments.num_classes)
-    class_names = None if arguments.words is None else named(folders, arguments.words)
-    with opened_cache(root / CACHE_FILE) as cache:
-        counts, skipped_batches = read_new_files(cache, folders)
+    class_names = None if arguments.words is None else class_names_text(folders, arguments.words)
+    with open_cache(root / CACHE_FILE) as cache:
+        counts, skipped_files = read_new_files(cache, folders)
         digests = all_digests(cache, folders, counts)
         labels = np.repeat(np.arange(len(folders), dtype=np.int32), counts)
-        images = distinct(digests, labels)
+        images = merge_copies(digests, labels)
         write_lists(cache, root, folders, images)
     if class_names is not None and not (root / CLASS_NAMES_FILE).exists():
         with write_atomically(root / CLASS_NAMES_FILE) as temporary:
             temporary.write_text(class_names, encoding="utf-8")
     elif class_names is not None:
-        print(f"imagenet21k: {root / CLASS_NAMES_FILE} is there, and is left as it is", file=sys.stderr)
-    if skipped_batches:
-        print(
-            f"imagenet21k: {len(skipped_batches)} files left out, empty or no images, such as {skipped_batches[0]!r}",
-            file=sys.stderr,
-        )
-    several = int((np.diff(images.offsets) > 1).sum())
-    most = int(np.diff(images.offsets).max())
+        warn(f"{root / CLASS_NAMES_FILE} exists, and stays as it is")
+    if skipped_files:
+        warn(f"left out {len(skipped_files)} files that are empty or not images, such as {skipped_files[0]!r}")
+    num_labels = np.diff(images.offsets)
+    options = override_options(
+        {
+            "data.root": root,
+            "data.train": ALL_LIST,
+            "data.val": DUMMY_LIST,
+            "data.multi_label": "true",
+            "model.num_classes": len(folders),
+            "loss.name": "sigmoid",
+        }
+    )
     print(
-        f"imagenet21k: {len(labels)} files, {len(images.first)} distinct images, {several} with several labels (at "
-        f"most {most}), {len(folders)} classes\n"
-        f"imagenet21k: to train on it set -o {shlex.quote(f'data.root={root}')} -o data.train={ALL_LIST} "
-        f"-o data.val={DUMMY_LIST} -o data.multi_label=true -o model.num_classes={len(folders)} -o loss.name=sigmoid"
+        f"imagenet21k: {len(labels)} files, {len(images.first_files)} distinct images, {int((num_labels > 1).sum())} "
+        f"with several labels (at most {int(num_labels.max())}), {len(folders)} classes\n"
+        f"imagenet21k: to train on them, set {options}"
     )
     return 0
 
 
+def warn(message: str) -> None:
+    print(f"imagenet21k: {message}", file=sys.stderr)
+
+
 def class_folders(images: Path, num_classes: int) -> list[Path]:
-    """Raises ValueError where there are not so many, or tars in their place."""
+    """Return the class folders, sorted. Raise ValueError if their number is wrong, or if there are tars instead."""
     if not images.is_dir():
-        raise ValueError(f"{images}: no such folder; --root must hold images/CLASS/*.JPEG")
+        raise ValueError(f"{images}: no such folder; --root must have images/CLASS/*.JPEG")
     entries = sorted(path for path in images.iterdir() if not path.name.startswith("."))
     tars = [path for path in entries if path.suffix == ".tar"]
     if tars:
         raise ValueError(
-            f"{tars[0]}: is packed; unpack all of them: cd {shlex.quote(str(images))} && for t in *.tar; do "
+            f"{tars[0]}: is a tar archive; unpack all of them: cd {shlex.quote(str(images))} && for t in *.tar; do "
             "mkdir -p ${t%.tar} && tar xf $t -C ${t%.tar} && rm $t; done"
         )
     folders = [path for path in entries if path.is_dir()]
     if len(folders) != num_classes:
         raise ValueError(
-            f"{images}: has {len(folders)} class folders, not {num_classes}; complete it, or say --num-classes "
-            f"{len(folders)} if it is a part on purpose"
+            f"{images}: has {len(folders)} class folders, not {num_classes}; add the missing ones, or give "
+            f"--num-classes {len(folders)} if you want only a part"
         )
     for folder in folders:
         check_name(folder.name, folder)
@@ -99,13 +112,16 @@ def class_folders(images: Path, num_classes: int) -> list[Path]:
 
 
 def check_name(name: str, path: Path | str) -> None:
-    """Raises ValueError for a name that would be two lines of a list."""
+    """Raise ValueError for a name with a line break, which a list file can't have."""
     if "\n" in name or "\r" in name:
-        raise ValueError(f"{str(path)!r}: its name breaks a list's lines; rename it")
+        raise ValueError(f"{str(path)!r}: its name has a line break; rename it")
 
 
-def named(folders: list[Path], words: Path) -> str:
-    """class_names.txt, from WordNet's `n00001740<tab>entity` a line. ValueError where a class has no name there."""
+def class_names_text(folders: list[Path], words: Path) -> str:
+    """Return the content of class_names.txt, from WordNet's words.txt, with 'n00001740<tab>entity' per line.
+
+    Raise ValueError for a class without a name.
+    """
     lines = words.read_text(encoding="utf-8", errors="replace").splitlines()
     names = {wnid: name.strip() for wnid, _, name in (line.partition("\t") for line in lines)}
     for folder in folders:
@@ -115,14 +131,14 @@ def named(folders: list[Path], words: Path) -> str:
 
 
 @contextmanager
-def opened_cache(path: Path) -> Iterator[sqlite3.Connection]:
-    """Raises ValueError for a file that is no cache of ours and for one that another run has open, else OSError."""
-    path.open("ab").close()  # of a folder that can't be written to, this says more than SQLite does
+def open_cache(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open the cache of digests. Raise ValueError if the file isn't one or another run uses it, else OSError."""
+    path.open("ab").close()  # for a folder without write permission, this error is clearer than SQLite's
     try:
         with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as cache:
-            # Held until the end: one run at a time, and no shared memory, which network disks lack.
+            # Locked until the end: one run at a time, and no shared memory, which network disks don't support.
             cache.execute("PRAGMA locking_mode = EXCLUSIVE")
-            cache.execute("PRAGMA journal_mode = WAL")  # a killed run's last folder is missing, and nothing else
+            cache.execute("PRAGMA journal_mode = WAL")  # a killed run only loses its last folder
             cache.execute(
                 "CREATE TABLE IF NOT EXISTS files (folder BLOB, name BLOB, size INTEGER, changed_ns INTEGER, "
                 "digest BLOB, PRIMARY KEY (folder, name)) WITHOUT ROWID"
@@ -131,47 +147,50 @@ def opened_cache(path: Path) -> Iterator[sqlite3.Connection]:
     except sqlite3.OperationalError as error:
         if "locked" in str(error):
             raise ValueError(f"{path}: another run is using it; wait until that has ended") from None
-        raise OSError(f"{path}: {error}") from None  # a full disk, say: what is in the cache is still good
+        raise OSError(f"{path}: {error}") from None  # for example a full disk; the cache is still good
     except sqlite3.DatabaseError as error:
-        raise ValueError(f"{path}: is no cache or damaged ({error}); remove it, all files are then read anew") from None
+        raise ValueError(
+            f"{path}: is not a cache of this tool, or is damaged ({error}); remove it, and all files are read again"
+        ) from None
 
 
 def read_new_files(cache: sqlite3.Connection, folders: list[Path]) -> tuple[list[int], list[str]]:
-    """Brings the cache up to date, reading what is new on all cores; how many images each folder has, and what is none.
+    """Add the digests of new and changed files to the cache, reading on all cores.
 
-    Threads do: on files of 100 kB they are as quick as processes.
+    Return the number of images in each folder, and the files that are empty or not images. Threads are as fast as
+    processes for files of 100 kB.
     """
-    counts, skipped_batches = [], []
+    counts, skipped_files = [], []
     with (
         ThreadPoolExecutor(len(os.sched_getaffinity(0)) + 2) as threads,
         tqdm(unit="image", desc="reading", disable=None) as bar,
     ):
         for folder in folders:
-            files, others = files_of(folder)
+            files, others = scan_folder(folder)
             if not files:
-                raise ValueError(f"{folder}: this class folder has no image; put its images in, or remove it")
+                raise ValueError(f"{folder}: this class folder has no image; add its images, or remove it")
             key = os.fsencode(folder.name)
             rows = cache.execute("SELECT name, size, changed_ns FROM files WHERE folder = ?", (key,))
-            known = {name: (size, changed_ns) for name, size, changed_ns in rows}
-            new = [name for name, state in files.items() if known.get(name) != state]
-            gone = [name for name in known if name not in files]
+            cached = {name: (size, changed_ns) for name, size, changed_ns in rows}
+            new = [name for name, state in files.items() if cached.get(name) != state]
+            removed = [name for name in cached if name not in files]
             digests = threads.map(digest_of, (os.path.join(os.fsencode(folder), name) for name in new))  # noqa: PTH118
             rows_to_add = [(key, name, *files[name], digest) for name, digest in zip(new, digests, strict=True)]
-            if new or gone:
+            if new or removed:
                 cache.execute("BEGIN")
-                cache.executemany("DELETE FROM files WHERE folder = ? AND name = ?", [(key, name) for name in gone])
+                cache.executemany("DELETE FROM files WHERE folder = ? AND name = ?", [(key, name) for name in removed])
                 cache.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", rows_to_add)
                 cache.execute("COMMIT")
             counts.append(len(files))
-            skipped_batches += others
+            skipped_files += others
             bar.update(len(files))
-    return counts, skipped_batches
+    return counts, skipped_files
 
 
-def files_of(folder: Path) -> tuple[dict[bytes, tuple[int, int]], list[str]]:
-    """A class's images by name, with size in bytes and when they were changed, and whatever else is in its folder.
+def scan_folder(folder: Path) -> tuple[dict[bytes, tuple[int, int]], list[str]]:
+    """Return size (bytes) and modification time (ns) of a class's images by name, and the paths of its other files.
 
-    Hidden files are neither. Raises ValueError for a name that would be two lines of a list.
+    Hidden files are ignored. Raise ValueError for a name with a line break.
     """
     files: dict[bytes, tuple[int, int]] = {}
     others = []
@@ -181,27 +200,28 @@ def files_of(folder: Path) -> tuple[dict[bytes, tuple[int, int]], list[str]]:
                 continue
             name, path = os.fsdecode(entry.name), os.fsdecode(entry.path)
             is_image = os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and entry.is_file()  # noqa: PTH122
-            if is_image and (state := entry.stat()).st_size:
+            if is_image and (status := entry.stat()).st_size:
                 check_name(name, path)
-                files[entry.name] = (state.st_size, state.st_mtime_ns)
+                files[entry.name] = (status.st_size, status.st_mtime_ns)
             else:
                 others.append(path)
     return files, others
 
 
 def digest_of(path: bytes) -> bytes:
-    """Raises OSError, and ValueError for a file that became shorter as it was read."""
+    """Return a digest of a file's content. Raise OSError, or ValueError if the file has become shorter or empty."""
     try:
-        content = read_whole(path)
+        content = read_file(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, os.fsdecode(path)) from None
     except DataError as error:
-        raise ValueError(f"{os.fsdecode(path)}: {error}; it was changed meanwhile: give the command again") from None
+        message = f"{os.fsdecode(path)}: {error}; it has changed meanwhile, so run the command again"
+        raise ValueError(message) from None
     return hashlib.blake2b(content.data, digest_size=_DIGEST_BYTES).digest()
 
 
 def all_digests(cache: sqlite3.Connection, folders: list[Path], counts: list[int]) -> np.ndarray:
-    """Of all files, by folder and then by name, [num_files, 2] uint64."""
+    """Return the digests of all files, sorted by folder and name, [num_files, 2] uint64."""
     digests = np.empty((sum(counts), 2), np.uint64)
     start = 0
     for folder, count in zip(folders, counts, strict=True):
@@ -213,35 +233,37 @@ def all_digests(cache: sqlite3.Connection, folders: list[Path], counts: list[int
 
 @dataclass(frozen=True)
 class DistinctImages:
-    """Images, each once, in the order of their first files; the labels of image n are `labels[offsets[n]:
-    offsets[n + 1]]`, in order."""
+    """Images without copies, in the order of their first files.
 
-    first: np.ndarray  # [num_images], the number of the first file
+    The labels of image n are `labels[offsets[n]:offsets[n + 1]]`, sorted.
+    """
+
+    first_files: np.ndarray  # [num_images], the number of the first file
     labels: np.ndarray
     offsets: np.ndarray  # [num_images + 1]
 
 
-def distinct(digests: np.ndarray, labels: np.ndarray) -> DistinctImages:
-    """Files of one digest as one image. `labels` rise with the files' numbers."""
-    order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: within an image, files stay in order
+def merge_copies(digests: np.ndarray, labels: np.ndarray) -> DistinctImages:
+    """Merge files with the same digest into one image. `labels` are sorted, as the files are."""
+    order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: the files of an image stay in order
     ordered = digests[order]
-    begins = np.concatenate([[True], (ordered[1:] != ordered[:-1]).any(axis=1)])
-    image_of = np.cumsum(begins) - 1
-    # A class counts once for an image, though it may have it in several files.
-    new_label = begins | np.concatenate([[True], labels[order][1:] != labels[order][:-1]])
-    counts = np.bincount(image_of[new_label])
-    values, starts = labels[order][new_label], np.concatenate([[0], np.cumsum(counts)])
-    first = order[begins]
-    by_file = np.argsort(first, kind="stable")
+    is_new_image = np.concatenate([[True], (ordered[1:] != ordered[:-1]).any(axis=1)])
+    image_numbers = np.cumsum(is_new_image) - 1
+    # A class that has an image in several files counts once.
+    is_new_label = is_new_image | np.concatenate([[True], labels[order][1:] != labels[order][:-1]])
+    counts = np.bincount(image_numbers[is_new_label])
+    values, starts = labels[order][is_new_label], np.concatenate([[0], np.cumsum(counts)])
+    first_files = order[is_new_image]
+    by_file = np.argsort(first_files, kind="stable")
     sizes = counts[by_file]
     offsets = np.concatenate([[0], np.cumsum(sizes)])
-    picked = np.arange(offsets[-1]) - np.repeat(offsets[:-1], sizes) + np.repeat(starts[:-1][by_file], sizes)
-    return DistinctImages(first[by_file], values[picked], offsets)
+    positions = np.arange(offsets[-1]) - np.repeat(offsets[:-1], sizes) + np.repeat(starts[:-1][by_file], sizes)
+    return DistinctImages(first_files[by_file], values[positions], offsets)
 
 
 def write_lists(cache: sqlite3.Connection, root: Path, folders: list[Path], images: DistinctImages) -> None:
-    """Both lists, or neither of them anew."""
-    number, image = 0, 0
+    """Write both lists, or neither if there is an error."""
+    file_number, image = 0, 0
     with (
         write_atomically(root / DUMMY_LIST) as dummy_path,
         write_atomically(root / ALL_LIST) as all_path,
@@ -252,7 +274,7 @@ def write_lists(cache: sqlite3.Connection, root: Path, folders: list[Path], imag
             key = os.fsencode(folder.name)
             num_dummy = 0
             for (name,) in cache.execute("SELECT name FROM files WHERE folder = ? ORDER BY name", (key,)):
-                if image < len(images.first) and images.first[image] == number:
+                if image < len(images.first_files) and images.first_files[image] == file_number:
                     labels = images.labels[images.offsets[image] : images.offsets[image + 1]].tolist()
                     line = b"images/%b/%b %b\n" % (key, name, ",".join(map(str, labels)).encode())
                     all_list.write(line)
@@ -260,4 +282,4 @@ def write_lists(cache: sqlite3.Connection, root: Path, folders: list[Path], imag
                         dummy_list.write(line)
                         num_dummy += 1
                     image += 1
-                number += 1
+                file_number += 1

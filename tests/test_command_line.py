@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.command_line import run_sh, use_test_environment  # noqa: F401 - a fixture
-from helpers.sets import copy_of_some
+from helpers.sets import copy_part
 from helpers.small import ROOT, read_state
 from helpers.tiny import tiny_model
 from PIL import Image
@@ -47,7 +47,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("a folder with spaces")
     for labels, name, per_class in (("digit", "digits", 12), ("parity", "parity", 40)):
         make_digits(folder / "all" / name, labels, 80)
-        copy_of_some(folder / "all" / name, folder / name, per_class, per_class // 4)
+        copy_part(folder / "all" / name, folder / name, per_class, per_class // 4)
     (folder / "tiny.yaml").write_text(TINY)
     (folder / "finetune.yaml").write_text(FINETUNE)
     pretrained = run_sh("pretrain", "-c", "tiny.yaml", cwd=folder)

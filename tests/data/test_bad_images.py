@@ -1,4 +1,4 @@
-"""Damaged and unusual image files are read, or refused in one line."""
+"""Damaged and unusual image files are read, or are an error of one line."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ def png_of(height: int, width: int, depth: int = 8, colours: int = 2, pixels: by
 
 def jpeg_of(height: int, width: int) -> bytes:
     content = bytearray(encoded_image("RGB", "JPEG", (48, 64)))
-    place = content.index(b"\xff\xc0")
-    content[place + 5 : place + 9] = struct.pack(">HH", height, width)
+    position = content.index(b"\xff\xc0")
+    content[position + 5 : position + 9] = struct.pack(">HH", height, width)
     return bytes(content)
 
 
 def tiff_of(height: int, width: int) -> bytes:
     content = encoded_image("RGB", "TIFF", (48, 64))
     for tag, value in ((256, width), (257, height)):
-        place = (
+        position = (
             content.index(struct.pack("<H", tag) + struct.pack("<H", 3), 8)
             if struct.pack("<HH", tag, 3) in content
             else 0
         )
-        place = place or content.index(struct.pack("<HH", tag, 4), 8)
-        content = content[:place] + struct.pack("<HHII", tag, 4, 1, value) + content[place + 12 :]
+        position = position or content.index(struct.pack("<HH", tag, 4), 8)
+        content = content[:position] + struct.pack("<HHII", tag, 4, 1, value) + content[position + 12 :]
     return content
 
 
@@ -93,7 +93,7 @@ any_picture = st.builds(
 
 @st.composite
 def any_image(draw: Callable[[Any], Any]) -> tuple[str, bytes]:
-    """A file's suffix and content: whole, damaged, or never one."""
+    """Return a file's suffix and content: an intact image, a damaged one, or something else."""
     if draw(st.integers(0, 9)) == 0:
         return ".png", draw(st.binary(max_size=100) | st.sampled_from(list(IMAGE_BOMBS.values())))
     file_format = draw(st.sampled_from(list(FORMATS)))
@@ -106,7 +106,7 @@ def any_image(draw: Callable[[Any], Any]) -> tuple[str, bytes]:
 
 @cases(500)
 @given(any_image())
-def test_images_to_predict(trial: Trial, image: tuple[str, bytes]) -> None:
+def test_prediction_reads_or_refuses_any_image(trial: Trial, image: tuple[str, bytes]) -> None:
     path = trial.folder / f"image{image[0]}"
     path.write_bytes(image[1])
     with trial.of("images: predict", path.name):
@@ -115,7 +115,7 @@ def test_images_to_predict(trial: Trial, image: tuple[str, bytes]) -> None:
 
 
 @pytest.mark.parametrize("content", IMAGE_BOMBS.values(), ids=IMAGE_BOMBS)
-def test_images_that_mean_harm(trial: Trial, content: bytes) -> None:
+def test_malicious_images_are_refused_without_much_memory(trial: Trial, content: bytes) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     path = trial.folder / "bomb"
     path.write_bytes(content)
@@ -137,10 +137,10 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @cases(12)
 @given(st.lists(any_image(), min_size=16, max_size=16))
-def test_what_the_check_lets_pass_is_trained_on_and_evaluated(
+def test_images_that_pass_the_check_can_be_trained_on_and_evaluated(
     trial: Trial, image_folder: Path, images: list[tuple[str, bytes]]
 ) -> None:
-    """And what it doesn't, stops a run with its name."""
+    """The others stop a run, with their names."""
     for old in image_folder.rglob("*.*"):
         old.unlink()
     for number, (suffix, content) in enumerate(images):
@@ -149,44 +149,44 @@ def test_what_the_check_lets_pass_is_trained_on_and_evaluated(
         path.write_bytes(content)
     check.main([str(image_folder)])
     report = json.loads((image_folder / "data_check.json").read_text(encoding="utf-8"))
-    bad = sorted(found["path"] for found in report["problems"] if found["stops_training"])
-    assert all(len(found["detail"]) < MAX_MESSAGE_LENGTH for found in report["problems"])
+    bad = sorted(problem["path"] for problem in report["problems"] if problem["stops_training"])
+    assert all(len(problem["detail"]) < MAX_MESSAGE_LENGTH for problem in report["problems"])
     data = DataConfig(root=str(image_folder), val="train", global_batch_size=4, num_threads=1, num_readers=1)
-    everything = open_set(data, "train", 2)
+    all_images = open_set(data, "train", 2)
     if len(bad) < len(images):
-        kept = open_set(data.model_copy(update={"on_bad_image": "skip"}), "train", 2)
-        feed = train_feed(kept, data)
-        for _ in range(math.ceil(len(kept) / 4)):
-            assert np.isfinite(np.asarray(next(feed)[0])).all()
-        batches = list(eval_feed(kept, data))
-        assert sum(float(np.asarray(weights).sum()) for _, _, weights in batches) == len(kept)
-        for _ in range(len(kept)):
+        good = open_set(data.model_copy(update={"on_bad_image": "skip"}), "train", 2)
+        loader = train_loader(good, data)
+        for _ in range(math.ceil(len(good) / 4)):
+            assert np.isfinite(np.asarray(next(loader)[0])).all()
+        batches = list(eval_loader(good, data))
+        assert sum(float(np.asarray(weights).sum()) for _, _, weights in batches) == len(good)
+        for _ in range(len(good)):
             with trial.of("images: check, training, evaluation"):
                 pass
-    for place, name in enumerate(bad):
-        number = next(number for number in range(len(everything)) if everything.relative_name(number) == name)
+    for position, name in enumerate(bad):
+        index = next(index for index in range(len(all_images)) if all_images.relative_name(index) == name)
         with trial.of("images: check, training, evaluation", name):
-            if place < 2:
-                alone = everything.exclude([everything.relative_name(n) for n in range(len(images)) if n != number])
-                next(iter((train_feed, eval_feed)[place](alone, data)))
-            elif (problem := why_undecodable(everything, number)) is not None:
+            if position < 2:
+                others = [all_images.relative_name(n) for n in range(len(images)) if n != index]
+                next(iter((train_loader, eval_loader)[position](all_images.exclude(others), data)))
+            elif (problem := why_undecodable(all_images, index)) is not None:
                 raise problem
-            raise AssertionError(f"{name} was refused by the check alone")
+            raise AssertionError(f"only the check refuses {name}")
 
 
-def train_feed(images: ImageDataset, data: DataConfig) -> TrainLoader:
+def train_loader(images: ImageDataset, data: DataConfig) -> TrainLoader:
     return TrainLoader(
         images, (16, 16), data, AugmentConfig(), seed=0, start_step=0, dp_rank=0, dp_size=1, device_id=None
     )
 
 
-def eval_feed(images: ImageDataset, data: DataConfig) -> EvalLoader:
+def eval_loader(images: ImageDataset, data: DataConfig) -> EvalLoader:
     return EvalLoader(images, (16, 16), 4, data, EvalConfig(), dp_rank=0, dp_size=1, device_id=None)
 
 
 @pytest.mark.parametrize("mode", ["I;16", "F", "1", "LA", "PA", "RGBA", "CMYK", "P"])
-def test_predict_reads_what_training_reads(trial: Trial, mode: str) -> None:
-    """16-bit grey is scaled: its brightest is white, and its middle grey."""
+def test_prediction_and_training_read_the_same_pixels(trial: Trial, mode: str) -> None:
+    """16-bit grey is scaled, so that its maximum becomes white."""
     content = encoded_image(mode, "TIFF" if mode in ("F", "CMYK") else "PNG", (48, 64))
     (decoded,) = decoding_pipeline(1, 1, None).run(encoded=[np.frombuffer(content, np.uint8)])
     pixels = read_pixels(io.BytesIO(content), "it").astype(int)
@@ -196,24 +196,24 @@ def test_predict_reads_what_training_reads(trial: Trial, mode: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 20_000), (20_000, 2)])
-def test_the_middle_of_a_slim_image_is_what_is_seen(shape: tuple[int, int]) -> None:
-    """As Pillow's, of the whole image resized to 24 by 480,000 pixels."""
+def test_the_evaluation_crops_the_middle_of_a_slim_image(shape: tuple[int, int]) -> None:
+    """The result is Pillow's after resizing the entire image to 24 by 480,000 pixels."""
     grey = np.zeros(shape, np.uint8)
     grey[shape[0] // 2 if shape[0] > 2 else 0 :, shape[1] // 2 if shape[1] > 2 else 0 :] = 255
     scale = 24 / min(shape)
     height, width = (round(side * scale) for side in shape)
     top, left = (height - 24) // 2, (width - 24) // 2
-    whole = Image.fromarray(grey).resize((width, height), Image.Resampling.BICUBIC)
-    expected = np.asarray(whole.crop((left, top, left + 24, top + 24)), np.float32)
+    resized = Image.fromarray(grey).resize((width, height), Image.Resampling.BICUBIC)
+    expected = np.asarray(resized.crop((left, top, left + 24, top + 24)), np.float32)
     run = preprocessing_pipeline(1, 1, (24, 24), DataConfig(), EvalConfig(crop_pct=1.0)).run
-    seen = np.asarray(run(pixels=[np.repeat(grey[..., None], 3, axis=2)])[0].as_tensor())[0, 0]
+    actual = np.asarray(run(pixels=[np.repeat(grey[..., None], 3, axis=2)])[0].as_tensor())[0, 0]
     assert expected.max() - expected.min() > 100
-    np.testing.assert_allclose((seen + 1.0) * 127.5, expected, atol=1.0)
+    np.testing.assert_allclose((actual + 1.0) * 127.5, expected, atol=1.0)
 
 
 @pytest.mark.timeout(60)
-def test_what_is_no_file_is_refused(trial: Trial, tmp_path: Path) -> None:
-    """Folders, pipes, devices, and links to themselves that are called as images are."""
+def test_a_path_that_isnt_a_file_is_refused(trial: Trial, tmp_path: Path) -> None:
+    """Folders, pipes, devices, and symbolic links to themselves, with names of images."""
     folder = tmp_path / "train" / "a"
     folder.mkdir(parents=True)
     (folder / "folder.jpg").mkdir()
@@ -227,28 +227,28 @@ def test_what_is_no_file_is_refused(trial: Trial, tmp_path: Path) -> None:
         with trial.of("images: no files", f"{name}.jpg"):
             read_pixels(folder / f"{name}.jpg")
             raise AssertionError(name)
-    found = {path.name for path in find_images([tmp_path])}
-    assert "folder.jpg" not in found and "pipe.jpg" in found
-    listed = "".join(f"train/a/{name}.jpg 0\n" for name in [*names, "a\0b", "x" * 5000, "../../../../../etc/shadow0"])
-    (tmp_path / "list.txt").write_text(listed + "/dev/stdin 0\n")
+    found_names = {path.name for path in find_images([tmp_path])}
+    assert "folder.jpg" not in found_names and "pipe.jpg" in found_names
+    lines = "".join(f"train/a/{name}.jpg 0\n" for name in [*names, "a\0b", "x" * 5000, "../../../../../etc/shadow0"])
+    (tmp_path / "list.txt").write_text(lines + "/dev/stdin 0\n")
     images = open_set(DataConfig(root=str(tmp_path), train="list.txt"), "train", 1)
-    for number in range(len(images)):
-        with trial.of("images: no files", images.relative_name(number)[:50].replace("\0", "\\x00")):
-            images.read(number)
-            raise AssertionError(number)
+    for index in range(len(images)):
+        with trial.of("images: no files", images.relative_name(index)[:50].replace("\0", "\\x00")):
+            images.read(index)
+            raise AssertionError(index)
     assert check.main([str(tmp_path), "--train", "list.txt"]) == 1
     with trial.of("images: no files", str(folder.parent)):
         open_set(DataConfig(root=str(tmp_path)), "train", 1)
         raise AssertionError
 
 
-def test_the_check_writes_into_no_place_that_a_set_leads_it_to(trial: Trial, tmp_path: Path) -> None:
+def test_the_check_doesnt_write_through_symbolic_links(trial: Trial, tmp_path: Path) -> None:
     (tmp_path / "set/train/a").mkdir(parents=True)
     (tmp_path / "set/train/a/1.png").write_bytes(encoded_image("RGB", "PNG", (48, 64)))
     (tmp_path / "elsewhere").write_text("mine")
     (tmp_path / "set/data_check.json").symlink_to("../elsewhere")
     assert check.main([str(tmp_path / "set")]) == 0
     (tmp_path / "set/.data_check.journal").symlink_to("../elsewhere")
-    with pytest.raises(ValueError, match=r"\.data_check\.journal: is no file"):
+    with pytest.raises(ValueError, match=r"\.data_check\.journal: is not a regular file"):
         check.main([str(tmp_path / "set")])
     assert (tmp_path / "elsewhere").read_text() == "mine"

@@ -1,4 +1,4 @@
-"""Malformed lists, shards and files beside images are read, or refused in one line."""
+"""Malformed list files, shards and other files of a dataset are read, or are an error of one line."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ list_texts = st.lists(
     | st.binary(max_size=40),
     st.booleans(),
 )
-def test_lists(trial: Trial, content: bytes, multi_label: bool) -> None:
+def test_malformed_lists_are_read_or_refused(trial: Trial, content: bytes, multi_label: bool) -> None:
     (trial.folder / "a.jpg").write_bytes(b"x")
     (trial.folder / "train.txt").write_bytes(content)
     with trial.of("list files", "train.txt"):
         data = DataConfig(root=str(trial.folder), train="train.txt", multi_label=multi_label)
         images = open_set(data, "train", 3)
         assert len(images) and images.digest()
-        for number in range(len(images)):
-            assert images.image_list.labels.of(number).max() < 3
+        for index in range(len(images)):
+            assert images.image_list.labels[index].max() < 3
             try:
-                images.read(number)
+                images.read(index)
             except DataError as error:
                 assert str(error).isprintable()
 
@@ -60,7 +60,7 @@ def test_lists(trial: Trial, content: bytes, multi_label: bool) -> None:
 def test_a_list_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_bytes("\ufeffa.jpg 1\r\nb.jpg 0".encode())
     images = open_set(DataConfig(root=str(tmp_path), train="train.txt"), "train", 2)
-    assert [images.relative_name(number) for number in range(2)] == ["a.jpg", "b.jpg"]
+    assert [images.relative_name(index) for index in range(2)] == ["a.jpg", "b.jpg"]
 
 
 index_numbers = st.sampled_from(
@@ -91,8 +91,8 @@ index_texts = st.builds(
     ),
     st.booleans(),
 )
-def test_shards(trial: Trial, index: bytes, label: bytes, multi_label: bool) -> None:
-    """A tar file of an image and a label; its index may say what it likes."""
+def test_malformed_shards_are_read_or_refused(trial: Trial, index: bytes, label: bytes, multi_label: bool) -> None:
+    """A tar file with an image and a label, and any index."""
     folder = trial.folder / "shards" / "train"
     folder.mkdir(parents=True, exist_ok=True)
     file = io.BytesIO()
@@ -102,24 +102,24 @@ def test_shards(trial: Trial, index: bytes, label: bytes, multi_label: bool) -> 
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     (folder / "0.tar").write_bytes(file.getvalue())
-    whole = f"v1.2 1\njpg 512 5 a.jpg cls 1536 {len(label)} a.cls\n".encode()
-    (folder / "0.idx").write_bytes(index if len(index) % 4 else whole)
+    valid = f"v1.2 1\njpg 512 5 a.jpg cls 1536 {len(label)} a.cls\n".encode()
+    (folder / "0.idx").write_bytes(index if len(index) % 4 else valid)
     with trial.of("shards", "0.idx", "0.tar", "its shards"):
         images = open_set(DataConfig(root=str(folder.parent), multi_label=multi_label), "train", 2)
         assert images.digest()
-        for number in range(len(images)):
-            _, labels = images.read(number)
+        for index in range(len(images)):
+            _, labels = images.read(index)
             assert labels.min() >= 0 and labels.max() < 2
 
 
-problems_told = st.fixed_dictionaries(
+problem_entries = st.fixed_dictionaries(
     {},
     optional={
         "path": values.map(repr) | st.sampled_from(["train/a/1.png", "\ud800", 7, None]),
         "stops_training": st.booleans() | st.none(),
     },
 )
-report_texts = (st.lists(problems_told, max_size=3) | st.just(7)).map(
+report_texts = (st.lists(problem_entries, max_size=3) | st.just(7)).map(
     lambda problems: json.dumps({"problems": problems})
 )
 journal_entries = st.fixed_dictionaries(
@@ -143,7 +143,7 @@ journal_texts = st.lists(journal_entries | st.just([]) | st.none(), max_size=3).
     st.sampled_from(["data_check.json", ".data_check.journal", "class_names.txt"]),
     st.binary(max_size=40) | report_texts.map(str.encode) | journal_texts.map(str.encode) | st.just(b"[" * 100_000),
 )
-def test_what_lies_beside_images(trial: Trial, name: str, content: bytes) -> None:
+def test_malformed_files_beside_images_are_read_or_refused(trial: Trial, name: str, content: bytes) -> None:
     folder = trial.folder / "set"
     (folder / "train/a").mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
@@ -151,22 +151,22 @@ def test_what_lies_beside_images(trial: Trial, name: str, content: bytes) -> Non
             old.unlink()
     (folder / "train/a/1.png").write_bytes(encoded_image("RGB", "PNG", (48, 64)))
     (folder / name).write_bytes(content)
-    with trial.of(f"files beside images: {name}", name, "all of its images are bad"):
+    with trial.of(f"files beside images: {name}", name, "all of its images as bad"):
         if name.endswith("journal"):
             assert check.main([str(folder)]) == 0
         skip = "skip" if name == "data_check.json" else "stop"
         assert len(open_set(DataConfig(root=str(folder), on_bad_image=skip), "train", 1)) == 1
 
 
-def test_a_forged_journal_is_not_believed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Entries of the right state whose content is none."""
+def test_invalid_journal_entries_are_ignored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Entries with the right state and invalid content."""
     (tmp_path / "train/a").mkdir(parents=True)
     (tmp_path / "train/a/1.png").write_bytes(encoded_image("RGB", "PNG", (48, 64)))
     journal = tmp_path / ".data_check.journal"
-    sets, _ = check.open_sets(tmp_path, {"train": tmp_path / "train"})
-    stats = hashlib.blake2b(repr([check.state_of(sets["train"], 0)]).encode(), digest_size=8).hexdigest()
+    sets, _ = check.open_splits(tmp_path, {"train": tmp_path / "train"})
+    state = hashlib.blake2b(repr([check.file_state(sets["train"], 0)]).encode(), digest_size=8).hexdigest()
     for digests, problems in (([], []), (["x"], []), ([1], [{"x": 1}]), ([-1], []), ([1], 7), (None, [])):
-        entry = {"split": "train", "start": 0, "state": stats, "digests": digests, "problems": problems}
+        entry = {"split": "train", "start": 0, "state": state, "digests": digests, "problems": problems}
         journal.write_text(json.dumps({"train": sets["train"].digest()}) + "\n" + json.dumps(entry))
         assert check.main([str(tmp_path)]) == 0
         assert "nothing would stop training" in capsys.readouterr().out
@@ -194,10 +194,10 @@ real_values = st.recursive(
 @given(
     st.sampled_from(real_texts).map(str.encode) | real_values.map(json.dumps).map(str.encode) | st.binary(max_size=30)
 )
-def test_real_labels(trial: Trial, content: bytes) -> None:
+def test_malformed_real_labels_are_read_or_refused(trial: Trial, content: bytes) -> None:
     name = b"ILSVRC2012_val_00000001.JPEG"
     images = FileDataset(trial.folder, one_line(name), ["a", "b"])
     (trial.folder / "real.json").write_bytes(content)
     with trial.of("real.json", "real.json"):
-        found = with_real_labels(images, trial.folder / "real.json", 2)
-        assert all(found.image_list.labels.of(number).max() < 2 for number in range(len(found)))
+        relabelled = with_real_labels(images, trial.folder / "real.json", 2)
+        assert all(relabelled.image_list.labels[index].max() < 2 for index in range(len(relabelled)))

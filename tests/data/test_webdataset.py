@@ -1,4 +1,4 @@
-"""WebDataset shards: what is packed is what was there, for us and for NVIDIA's own reader; what is wrong is named."""
+"""WebDataset shards: their content for our reader and for NVIDIA's, and errors that name the file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NUM_IMAGES, NUM_CLASSES = 23, 3
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Class folders of JPEG and PNG files, and of one validation image a class."""
+    """Class folders of JPEG and PNG files, with one validation image per class."""
     root = tmp_path / "source"
     for number in range(NUM_IMAGES):
         folder = root / "train" / f"c{number % NUM_CLASSES}"
@@ -49,7 +49,7 @@ def pack(source: Path, out: Path, *arguments: str) -> Path:
     return out
 
 
-def opened(root: Path, split: str = "train", **data: object) -> ImageDataset:
+def open_split(root: Path, split: str = "train", **data: object) -> ImageDataset:
     return open_set(DataConfig(root=str(root), **data), split, NUM_CLASSES)  # type: ignore[arg-type]
 
 
@@ -57,27 +57,27 @@ def contents(images: ImageDataset) -> list[tuple[bytes, list[int]]]:
     return [(encoded.tobytes(), labels.tolist()) for encoded, labels in map(images.read, range(len(images)))]
 
 
-def test_shards_hold_every_image_once_with_its_label(source: Path, tmp_path: Path) -> None:
-    packed = opened(pack(source, tmp_path / "packed"))
+def test_shards_have_every_image_once_with_its_label(source: Path, tmp_path: Path) -> None:
+    packed = open_split(pack(source, tmp_path / "packed"))
     assert len(list((tmp_path / "packed/train").glob("*.tar"))) > 2
-    assert sorted(contents(packed)) == sorted(contents(opened(source)))
-    assert contents(packed) != contents(opened(source))  # shuffled
+    assert sorted(contents(packed)) == sorted(contents(open_split(source)))
+    assert contents(packed) != contents(open_split(source))  # shuffled
     assert packed.class_names == ["cat", "cow", "dog"]
-    assert contents(opened(tmp_path / "packed", "val")) == contents(opened(source, "val"))
+    assert contents(open_split(tmp_path / "packed", "val")) == contents(open_split(source, "val"))
 
 
-def test_an_images_name_leads_to_where_it_came_from(source: Path, tmp_path: Path) -> None:
+def test_contents_txt_has_the_path_that_an_image_came_from(source: Path, tmp_path: Path) -> None:
     root = pack(source, tmp_path / "packed")
-    packed = opened(root)
-    came_from = dict(line.split(" ", 1) for line in (root / "train/contents.txt").read_text().splitlines())
-    for number in range(len(packed)):
-        name = Path(packed.name(number)).relative_to(root / "train")
-        assert (source / came_from[str(name)]).read_bytes() == packed.read(number)[0].tobytes()
+    packed = open_split(root)
+    sources = dict(line.split(" ", 1) for line in (root / "train/contents.txt").read_text().splitlines())
+    for index in range(len(packed)):
+        name = Path(packed.name(index)).relative_to(root / "train")
+        assert (source / sources[str(name)]).read_bytes() == packed.read(index)[0].tobytes()
 
 
-def test_nvidias_reader_takes_the_shards(source: Path, tmp_path: Path) -> None:
+def test_nvidias_reader_reads_the_shards(source: Path, tmp_path: Path) -> None:
     root = pack(source, tmp_path / "packed")
-    packed = opened(root)
+    packed = open_split(root)
     paths = sorted((root / "train").glob("*.tar"))
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None)
@@ -98,8 +98,8 @@ def test_nvidias_reader_takes_the_shards(source: Path, tmp_path: Path) -> None:
     assert read == contents(packed)
 
 
-def test_nvidias_indexes_and_tars_of_others_are_read(source: Path, tmp_path: Path) -> None:
-    """Made by tar and indexed by DALI's own program: text beside, labels before images, a label with a newline."""
+def test_other_tars_with_nvidias_indexes_are_read(source: Path, tmp_path: Path) -> None:
+    """Indexed by DALI's wds2idx: with other members, labels before images, and labels that end with a newline."""
     folder = tmp_path / "others/train"
     folder.mkdir(parents=True)
     expected = []
@@ -114,9 +114,9 @@ def test_nvidias_indexes_and_tars_of_others_are_read(source: Path, tmp_path: Pat
             tar.add(folder / name, name)
             (folder / name).unlink()
     with pytest.raises(DataError, match="data shards --index"):
-        opened(tmp_path / "others")
+        open_split(tmp_path / "others")
     assert main(["shards", "--index", str(folder)]) == 0
-    assert contents(opened(tmp_path / "others")) == expected
+    assert contents(open_split(tmp_path / "others")) == expected
 
 
 def test_the_same_source_gives_the_same_bytes_and_another_seed_another_order(source: Path, tmp_path: Path) -> None:
@@ -125,12 +125,12 @@ def test_the_same_source_gives_the_same_bytes_and_another_seed_another_order(sou
     assert len(files) > 8
     assert all((first / path).read_bytes() == (again / path).read_bytes() for path in files)
     other = pack(source, tmp_path / "c", "--seed", "1")
-    assert contents(opened(other)) != contents(opened(first))
+    assert contents(open_split(other)) != contents(open_split(first))
 
 
 @pytest.mark.parametrize("kill_after", [0.0, 0.05, 0.15])
-def test_a_killed_run_is_gone_on_with(source: Path, tmp_path: Path, kill_after: float) -> None:
-    whole = pack(source, tmp_path / "whole")
+def test_a_killed_run_can_be_resumed(source: Path, tmp_path: Path, kill_after: float) -> None:
+    expected = pack(source, tmp_path / "expected")
     command = [sys.executable, "-m", "data_tools", "shards", "--root", str(source), "--out", str(tmp_path / "killed")]
     process = subprocess.Popen([*command, "--shard-mb", "0.02"], cwd=ROOT, stdout=subprocess.DEVNULL)
     folder = tmp_path / "killed/train"
@@ -143,14 +143,14 @@ def test_a_killed_run_is_gone_on_with(source: Path, tmp_path: Path, kill_after: 
     process.wait()
     if (folder / ".unfinished.json").exists():
         with pytest.raises(DataError, match="not finished"):
-            opened(tmp_path / "killed")
+            open_split(tmp_path / "killed")
     pack(source, tmp_path / "killed")
-    for path in sorted(whole.rglob("*")):
+    for path in sorted(expected.rglob("*")):
         if path.is_file():
-            assert path.read_bytes() == (tmp_path / "killed" / path.relative_to(whole)).read_bytes()
+            assert path.read_bytes() == (tmp_path / "killed" / path.relative_to(expected)).read_bytes()
 
 
-def test_a_finished_set_is_left_alone_and_another_one_refused(source: Path, tmp_path: Path, capsys) -> None:
+def test_a_finished_dataset_stays_and_another_one_is_an_error(source: Path, tmp_path: Path, capsys) -> None:
     out = pack(source, tmp_path / "packed")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")}
     pack(source, out)
@@ -158,7 +158,7 @@ def test_a_finished_set_is_left_alone_and_another_one_refused(source: Path, tmp_
     capsys.readouterr()
     for change in (["--seed", "1"], ["--shard-mb", "5"]):
         assert main(["shards", "--root", str(source), "--out", str(out), *change]) == 2
-        assert "name another --out" in capsys.readouterr().err
+        assert "give another folder as --out" in capsys.readouterr().err
     (tmp_path / "mine/train").mkdir(parents=True)
     (tmp_path / "mine/train/thesis.txt").write_text("precious")
     assert main(["shards", "--root", str(source), "--out", str(tmp_path / "mine")]) == 2
@@ -166,62 +166,62 @@ def test_a_finished_set_is_left_alone_and_another_one_refused(source: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ([], "--root and --out"),
         (["--root", "nowhere", "--out", "x"], "no such folder"),
-        (["--root", "source", "--out", "source"], "the set itself"),
+        (["--root", "source", "--out", "source"], "the dataset itself"),
         (["--root", "source", "--out", "x", "--shard-mb", "0"], "--shard-mb"),
         (["--index", "source"], "no .tar files"),
     ],
 )
-def test_mistakes_are_named(source, tmp_path, monkeypatch, capsys, arguments: list[str], said: str) -> None:
+def test_wrong_arguments_are_errors(source, tmp_path, monkeypatch, capsys, arguments: list[str], message: str) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["shards", *arguments]) == 2
     error = capsys.readouterr().err
-    assert said in error and len(error.splitlines()) == 1
+    assert message in error and len(error.splitlines()) == 1
 
 
-def harmed(root: Path, harm: str) -> Path:
-    """What is wrong with the first shard, and its path."""
+def damage_shard(root: Path, damage: str) -> Path:
+    """Damage the first shard and return its path."""
     shard = root / "train/000000.tar"
     index = shard.with_suffix(".idx")
     lines = index.read_text().splitlines()
-    if harm == "cut off":
+    if damage == "truncated":
         shard.write_bytes(shard.read_bytes()[:3000])
-    elif harm == "other index":
+    elif damage == "other index":
         index.write_text((root / "train/000001.idx").read_text().replace("v1.2 ", "v1.2 1"))
-    elif harm == "no label":
+    elif damage == "no label":
         index.write_text("\n".join([lines[0], " ".join(lines[1].split()[:4]), *lines[2:]]) + "\n")
-    elif harm == "no index":
+    elif damage == "no index":
         index.unlink()
     return shard
 
 
 @pytest.mark.parametrize(
-    ("harm", "said"),
-    [("cut off", "another file's index"), ("other index", "no whole index"), ("no label", "lacks a label"),
+    ("damage", "message"),
+    [("truncated", "index of another file"), ("other index", "not a complete index"), ("no label", "lacks a label"),
      ("no index", "--index")],
 )  # fmt: skip
-def test_a_shard_that_cant_be_is_named_when_it_is_opened(source, tmp_path, harm: str, said: str) -> None:
+def test_a_damaged_shard_is_named_when_it_is_opened(source, tmp_path, damage: str, message: str) -> None:
     root = pack(source, tmp_path / "packed")
-    shard = harmed(root, harm)
-    with pytest.raises(DataError, match=said) as error:
-        opened(root)
+    shard = damage_shard(root, damage)
+    with pytest.raises(DataError, match=message) as error:
+        open_split(root)
     assert str(shard.with_suffix("")) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_shard_that_vanishes_is_named_when_it_is_read(source: Path, tmp_path: Path) -> None:
+def test_a_shard_that_is_removed_is_named_when_it_is_read(source: Path, tmp_path: Path) -> None:
     root = pack(source, tmp_path / "packed")
-    images = opened(root)
+    images = open_split(root)
     (root / "train/000001.tar").unlink()
     data = DataConfig(root=str(root), global_batch_size=4, num_threads=1)
-    feed = TrainLoader(
+    loader = TrainLoader(
         images, (32, 32), data, AugmentConfig(), seed=0, start_step=0, dp_rank=0, dp_size=1, device_id=None
     )
     with pytest.raises(DataError) as error:
         for _ in range(8):
-            next(feed)
+            next(loader)
     assert str(root / "train/000001.tar") in str(error.value) and "No such file" in str(error.value)
 
 
@@ -235,41 +235,42 @@ def test_labels_are_checked_when_they_are_read(tmp_path: Path) -> None:
                 (tmp_path / name).write_bytes(content)
                 tar.add(tmp_path / name, name)
     assert main(["shards", "--index", str(folder)]) == 0
-    images = opened(tmp_path)
+    images = open_split(tmp_path)
     assert images.read(0)[1].tolist() == [0]
-    for number, said in ((1, "no number"), (2, "several labels"), (3, "label 3"), (4, "label -1"), (5, "no number")):
-        with pytest.raises(DataError, match=said) as error:
-            images.read(number)
-        assert str(folder / f"a.tar/{number}.jpg") in str(error.value)
-    assert opened(tmp_path, multi_label=True).read(2)[1].tolist() == [0, 2]
+    errors = ["not the number", "several labels", "label 3", "label -1", "not the number"]
+    for index, message in enumerate(errors, start=1):
+        with pytest.raises(DataError, match=message) as error:
+            images.read(index)
+        assert str(folder / f"a.tar/{index}.jpg") in str(error.value)
+    assert open_split(tmp_path, multi_label=True).read(2)[1].tolist() == [0, 2]
 
 
-def test_several_labels_and_skipped_images_go_through_shards(source: Path, tmp_path: Path) -> None:
-    listed = [str(path.relative_to(source)) for path in sorted(source.glob("train/*/*"))]
+def test_shards_may_have_several_labels_and_skipped_images(source: Path, tmp_path: Path) -> None:
+    paths = [str(path.relative_to(source)) for path in sorted(source.glob("train/*/*"))]
     (source / "multi.txt").write_text(
-        "".join(f"{path} 0,{n % 3}\n" if n % 3 else f"{path} 0\n" for n, path in enumerate(listed))
+        "".join(f"{path} 0,{n % 3}\n" if n % 3 else f"{path} 0\n" for n, path in enumerate(paths))
     )
     root = pack(source, tmp_path / "packed", "--train", "multi.txt")
-    packed = opened(root, multi_label=True)
-    assert sorted(contents(packed)) == sorted(contents(opened(source, train="multi.txt", multi_label=True)))
+    packed = open_split(root, multi_label=True)
+    assert sorted(contents(packed)) == sorted(contents(open_split(source, train="multi.txt", multi_label=True)))
     bad = str(Path(packed.name(5)).relative_to(root))
     (root / "data_check.json").write_text(json.dumps({"problems": [{"path": bad, "stops_training": True}]}))
-    rest = opened(root, multi_label=True, on_bad_image="skip")
-    assert contents(rest) == [image for number, image in enumerate(contents(packed)) if number != 5]
-    assert packed.digest() != rest.digest()
-    assert rest.name(5) == packed.name(6)
+    remaining = open_split(root, multi_label=True, on_bad_image="skip")
+    assert contents(remaining) == [image for index, image in enumerate(contents(packed)) if index != 5]
+    assert packed.digest() != remaining.digest()
+    assert remaining.name(5) == packed.name(6)
 
 
-def test_shards_have_the_size_that_was_asked_for(source: Path, tmp_path: Path) -> None:
+def test_shards_have_the_configured_size(source: Path, tmp_path: Path) -> None:
     root = pack(source, tmp_path / "packed")
     sizes = [path.stat().st_size for path in sorted((root / "train").glob("*.tar"))]
     assert max(sizes) <= 20_000 + 2 * tarfile.RECORDSIZE and np.mean(sizes[:-1]) > 10_000
-    one = opened(pack(source, tmp_path / "one", "--shard-mb", "0.000001"))
+    one = open_split(pack(source, tmp_path / "one", "--shard-mb", "0.000001"))
     assert len(one) == NUM_IMAGES and len(list((tmp_path / "one/train").glob("*.tar"))) == NUM_IMAGES
     assert tool.MANIFEST_FILE in {path.name for path in (root / "train").iterdir()}
 
 
-def test_two_runs_at_once_are_refused(source: Path, tmp_path: Path, capsys) -> None:
+def test_a_second_run_at_the_same_time_is_an_error(source: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "packed"
     (out / "train").mkdir(parents=True)
     with lock(out / "train", "not here"):
@@ -278,9 +279,9 @@ def test_two_runs_at_once_are_refused(source: Path, tmp_path: Path, capsys) -> N
     pack(source, out)
 
 
-def test_names_that_are_no_text_are_packed_and_listed(source: Path, tmp_path: Path) -> None:
+def test_names_that_arent_utf8_are_packed_and_listed(source: Path, tmp_path: Path) -> None:
     name = os.fsdecode(b"\xe9t\xe9.jpeg")
     next((source / "train/c0").glob("*.jpeg")).rename(source / "train/c0" / name)
     root = pack(source, tmp_path / "packed")
-    assert sorted(contents(opened(root))) == sorted(contents(opened(source)))
+    assert sorted(contents(open_split(root))) == sorted(contents(open_split(source)))
     assert b" train/c0/\xe9t\xe9.jpeg\n" in (root / "train/contents.txt").read_bytes()

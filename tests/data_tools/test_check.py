@@ -1,4 +1,4 @@
-"""`data check`: every kind of bad file is made and found, from class folders, lists and shards; what is done then."""
+"""`data check`: every kind of problem in class folders, lists and shards, and the options for bad images."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ from vit_static.data.loader import why_undecodable
 from vit_static.data.open_set import open_set
 
 
-def encoded(image: Image.Image, file_format: str = "JPEG", **options: Any) -> bytes:
+def encode(image: Image.Image, file_format: str = "JPEG", **options: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, file_format, **options)
     return file.getvalue()
 
 
-WHOLE = encoded(photo(40, 50, seed=1))
+INTACT = encode(photo(40, 50, seed=1))
 STOPPING = {
     "empty.jpeg": (b"", "empty"),
-    "half.jpeg": (WHOLE[: len(WHOLE) // 2], "truncated"),
-    "half.png": (encoded(photo(40, 50), "PNG")[:2000], "truncated"),
-    "text.jpeg": (b"This is no picture.\n" * 20, "not_an_image"),
+    "half.jpeg": (INTACT[: len(INTACT) // 2], "truncated"),
+    "half.png": (encode(photo(40, 50), "PNG")[:2000], "truncated"),
+    "text.jpeg": (b"This is not an image.\n" * 20, "not_an_image"),
     "page.jpg": (b"<html><body>404 Not Found</body></html>", "not_an_image"),
 }
-ODD = {
-    "inks.jpeg": (encoded(photo(40, 50, seed=2).convert("CMYK")), "cmyk"),
-    "called.jpeg": (encoded(photo(40, 50, seed=3), "PNG"), "other_format"),
-    "deep.png": (encoded(Image.fromarray(np.arange(2000, dtype=np.uint16).reshape(40, 50) * 30), "PNG"), "16_bit"),
+UNUSUAL = {
+    "cmyk.jpeg": (encode(photo(40, 50, seed=2).convert("CMYK")), "cmyk"),
+    "png_named.jpeg": (encode(photo(40, 50, seed=3), "PNG"), "other_format"),
+    "deep.png": (encode(Image.fromarray(np.arange(2000, dtype=np.uint16).reshape(40, 50) * 30), "PNG"), "16_bit"),
 }
 
 
-def good(root: Path) -> None:
-    """Two classes of five training images and two validation images each."""
+def write_good_images(root: Path) -> None:
+    """Write two classes with five training images and two validation images each."""
     for split, count in (("train", 5), ("val", 2)):
         for label, name in enumerate(("cat", "dog")):
             (root / split / name).mkdir(parents=True)
@@ -60,30 +60,30 @@ def good(root: Path) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """The good ones, and among the dogs everything that is bad or odd."""
-    good(tmp_path / "set")
-    for name, (content, _) in (STOPPING | ODD).items():
+    """Good images, and among the dogs every kind of bad or unusual file."""
+    write_good_images(tmp_path / "set")
+    for name, (content, _) in (STOPPING | UNUSUAL).items():
         (tmp_path / "set/train/dog" / name).write_bytes(content)
     return tmp_path / "set"
 
 
-def checked(root: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+def run_check(root: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     code = main(["check", str(root), *arguments])
     return code, json.loads((root / "data_check.json").read_text(encoding="utf-8"))
 
 
 def kinds(report: dict[str, Any]) -> dict[str, str]:
-    """By the name of the file."""
-    return {Path(found["path"]).name: found["kind"] for found in report["problems"]}
+    """Return the kinds of problems by the name of the file."""
+    return {Path(problem["path"]).name: problem["kind"] for problem in report["problems"]}
 
 
 def stopping(report: dict[str, Any]) -> set[str]:
-    return {found["path"] for found in report["problems"] if found["stops_training"]}
+    return {problem["path"] for problem in report["problems"] if problem["stops_training"]}
 
 
-def test_a_good_set_passes(tmp_path: Path, capsys) -> None:
-    good(tmp_path)
-    code, report = checked(tmp_path)
+def test_a_good_dataset_passes(tmp_path: Path, capsys) -> None:
+    write_good_images(tmp_path)
+    code, report = run_check(tmp_path)
     assert (code, report["problems"]) == (0, [])
     assert report["num_images"] == {"train": 10, "val": 4}
     assert "nothing would stop training" in capsys.readouterr().out
@@ -91,61 +91,61 @@ def test_a_good_set_passes(tmp_path: Path, capsys) -> None:
 
 
 def test_every_kind_is_found_and_only_some_stop_training(root: Path, capsys) -> None:
-    code, report = checked(root)
+    code, report = run_check(root)
     assert code == 1
-    assert kinds(report) == {name: kind for name, (_, kind) in (STOPPING | ODD).items()}
+    assert kinds(report) == {name: kind for name, (_, kind) in (STOPPING | UNUSUAL).items()}
     assert {Path(path).name for path in stopping(report)} == set(STOPPING)
-    said = capsys.readouterr().out
-    assert "train/dog/half.jpeg" in said and "5 of these would stop training" in said
+    output = capsys.readouterr().out
+    assert "train/dog/half.jpeg" in output and "5 of these would stop training" in output
 
 
-def test_what_stops_training_is_what_trainings_decoder_refuses(root: Path) -> None:
-    """Every image of the set, with the pipeline that the run itself asks."""
-    _, report = checked(root)
+def test_the_images_that_stop_training_are_those_that_its_decoder_refuses(root: Path) -> None:
+    """For every image of the dataset, with the pipeline that a run uses."""
+    _, report = run_check(root)
     images = open_set(DataConfig(root=str(root)), "train", 2)
     refused = {images.relative_name(n) for n in range(len(images)) if why_undecodable(images, n) is not None}
     assert refused == stopping(report)
 
 
-def test_a_huge_image_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    good(tmp_path)
+def test_a_huge_image_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_good_images(tmp_path)
     monkeypatch.setattr(tool, "HUGE_PIXELS", 1300)
     photo(36, 40, seed=5).save(tmp_path / "train/cat/panorama.jpeg")
-    assert kinds(checked(tmp_path)[1]) == {"panorama.jpeg": "huge"}
+    assert kinds(run_check(tmp_path)[1]) == {"panorama.jpeg": "huge"}
 
 
-def test_a_validation_image_that_is_trained_on_is_told_with_its_twin(tmp_path: Path) -> None:
-    good(tmp_path)
-    leak = (tmp_path / "train/cat/3.jpeg").read_bytes()
-    (tmp_path / "val/dog/other name.jpeg").write_bytes(leak)
+def test_a_validation_image_that_is_also_a_training_image_is_reported_with_its_twin(tmp_path: Path) -> None:
+    write_good_images(tmp_path)
+    content = (tmp_path / "train/cat/3.jpeg").read_bytes()
+    (tmp_path / "val/dog/other name.jpeg").write_bytes(content)
     (tmp_path / "train/dog/copy.jpeg").write_bytes((tmp_path / "train/dog/0.jpeg").read_bytes())
-    code, report = checked(tmp_path)
+    code, report = run_check(tmp_path)
     assert code == 0
-    (found,) = report["problems"]
-    assert (found["path"], found["kind"]) == ("val/dog/other name.jpeg", "duplicate")
-    assert "train/cat/3.jpeg" in found["detail"]
+    (problem,) = report["problems"]
+    assert (problem["path"], problem["kind"]) == ("val/dog/other name.jpeg", "duplicate")
+    assert "train/cat/3.jpeg" in problem["detail"]
     assert report["num_copies_within"] == {"train": 1, "val": 0}
 
 
 def test_class_folders_that_differ_and_empty_ones_stop_training(tmp_path: Path) -> None:
-    good(tmp_path)
+    write_good_images(tmp_path)
     (tmp_path / "val/cow").mkdir()
     photo(30, 30, seed=9).save(tmp_path / "val/cow/1.jpeg")
     (tmp_path / "train/emu").mkdir()
-    code, report = checked(tmp_path)
+    code, report = run_check(tmp_path)
     assert code == 1
-    assert sorted((found["path"], found["kind"]) for found in report["problems"]) == [
+    assert sorted((problem["path"], problem["kind"]) for problem in report["problems"]) == [
         ("train/emu", "class_folders"), ("train/emu", "empty_class"), ("val/cow", "class_folders"),
     ]  # fmt: skip
     with pytest.raises(DataError):
         open_set(DataConfig(root=str(tmp_path)), "val", 3)
 
 
-def test_lists_tell_missing_files_and_labels_beyond_the_classes(tmp_path: Path) -> None:
-    good(tmp_path)
+def test_missing_files_and_labels_beyond_the_classes_of_lists_are_reported(tmp_path: Path) -> None:
+    write_good_images(tmp_path)
     (tmp_path / "t.txt").write_text("train/cat/0.jpeg 0\ntrain/cat/gone.jpeg 0\ntrain/dog/1.jpeg 0,1\n")
     (tmp_path / "v.txt").write_text("val/cat/0.jpeg 0\nval/dog/1.jpeg 2\n")
-    code, report = checked(tmp_path, "--train", "t.txt", "--val", "v.txt")
+    code, report = run_check(tmp_path, "--train", "t.txt", "--val", "v.txt")
     assert code == 1
     assert kinds(report) == {"gone.jpeg": "missing", "1.jpeg": "label"}
     assert stopping(report) == {"train/cat/gone.jpeg", "val/dog/1.jpeg"}
@@ -153,44 +153,44 @@ def test_lists_tell_missing_files_and_labels_beyond_the_classes(tmp_path: Path) 
 
 @pytest.fixture
 def shards(tmp_path: Path, root: Path) -> Path:
-    """The set as shards; an empty file can't be packed."""
+    """The dataset as shards, without the empty file, which can't be packed."""
     (root / "train/dog/empty.jpeg").unlink()
     assert main(["shards", "--root", str(root), "--out", str(tmp_path / "shards"), "--shard-mb", "0.03"]) == 0
     return tmp_path / "shards"
 
 
-def test_shards_are_checked_alike(shards: Path, root: Path) -> None:
-    code, report = checked(shards)
+def test_shards_have_the_same_problems(shards: Path, root: Path) -> None:
+    code, report = run_check(shards)
     assert code == 1
-    came_from = dict(line.split(" ", 1) for line in (shards / "train/contents.txt").read_text().splitlines())
-    found = {Path(came_from[entry["path"].removeprefix("train/")]).name: entry["kind"] for entry in report["problems"]}
-    expected = {name: kind for name, (_, kind) in (STOPPING | ODD).items() if name != "empty.jpeg"}
-    assert found == expected
+    sources = dict(line.split(" ", 1) for line in (shards / "train/contents.txt").read_text().splitlines())
+    actual = {Path(sources[entry["path"].removeprefix("train/")]).name: entry["kind"] for entry in report["problems"]}
+    expected = {name: kind for name, (_, kind) in (STOPPING | UNUSUAL).items() if name != "empty.jpeg"}
+    assert actual == expected
 
 
-@pytest.mark.parametrize("kind", ["folders", "list", "shards"])
-def test_bad_images_can_be_skipped_or_left_out_of_lists(root: Path, shards: Path, tmp_path: Path, kind: str) -> None:
-    where = shards if kind == "shards" else root
+@pytest.mark.parametrize("source", ["folders", "list", "shards"])
+def test_bad_images_can_be_skipped_or_left_out_of_lists(root: Path, shards: Path, tmp_path: Path, source: str) -> None:
+    dataset = shards if source == "shards" else root
     names: dict[str, str] = {}
-    if kind == "list":
-        listed = sorted(str(path.relative_to(root)) for path in root.glob("train/*/*"))
-        (root / "t.txt").write_text("".join(f"{path} {int('dog' in path)}\n" for path in listed))
+    if source == "list":
+        paths = sorted(str(path.relative_to(root)) for path in root.glob("train/*/*"))
+        (root / "t.txt").write_text("".join(f"{path} {int('dog' in path)}\n" for path in paths))
         names = {"train": "t.txt"}
     arguments = [item for name, value in names.items() for item in (f"--{name}", value)]
-    code, report = checked(where, *arguments)
+    code, report = run_check(dataset, *arguments)
     assert code == 1
-    data = DataConfig(root=str(where), **names)
-    everything = open_set(data, "train", 2)
-    rest = open_set(data.model_copy(update={"on_bad_image": "skip"}), "train", 2)
-    assert len(rest) == len(everything) - len(stopping(report)) == len(everything) - 4
-    assert all(why_undecodable(rest, number) is None for number in range(len(rest)))
-    if kind == "shards":
+    data = DataConfig(root=str(dataset), **names)
+    all_images = open_set(data, "train", 2)
+    good_images = open_set(data.model_copy(update={"on_bad_image": "skip"}), "train", 2)
+    assert len(good_images) == len(all_images) - len(stopping(report)) == len(all_images) - 4
+    assert all(why_undecodable(good_images, index) is None for index in range(len(good_images)))
+    if source == "shards":
         return
     before = sorted(root.rglob("*.jpeg"))
-    code, _ = checked(where, *arguments, "--fix", str(tmp_path / "fixed"))
-    assert code == 1  # of what was found
+    code, _ = run_check(dataset, *arguments, "--fix", str(tmp_path / "fixed"))
+    assert code == 1  # because of the images left out
     fixed = open_set(DataConfig(root=str(tmp_path / "fixed"), train="train_list.txt"), "train", 2)
-    assert contents(fixed) == contents(rest)
+    assert contents(fixed) == contents(good_images)
     assert sorted(root.rglob("*.jpeg")) == before  # nothing is deleted
 
 
@@ -198,55 +198,58 @@ def contents(images: ImageDataset) -> list[tuple[bytes, list[int]]]:
     return [(content.tobytes(), labels.tolist()) for content, labels in map(images.read, range(len(images)))]
 
 
-def test_shards_have_no_list_without_their_bad_images(shards: Path, tmp_path: Path, capsys) -> None:
+def test_shards_cant_be_listed_without_their_bad_images(shards: Path, tmp_path: Path, capsys) -> None:
     assert main(["check", str(shards), "--fix", str(tmp_path / "fixed")]) == 2
     assert "data.on_bad_image=skip" in capsys.readouterr().err
 
 
-def test_a_killed_check_goes_on_and_reads_again_what_has_changed(tmp_path: Path, monkeypatch) -> None:
-    good(tmp_path)
+def test_a_killed_check_resumes_and_reads_changed_files_again(tmp_path: Path, monkeypatch) -> None:
+    write_good_images(tmp_path)
     for number in range(5, 60):
         photo(20, 20, seed=5000 + number).save(tmp_path / f"train/cat/{number}.jpeg")
     script = """
 import os, signal, sys
 from data_tools import check as tool
-tool._JOURNAL_BATCH = 8
-left, some = int(sys.argv[1]), tool.check_some
-def dying(*arguments):
-    global left
-    left -= 1
-    if left < 0:
+tool._JOURNAL_BATCH_SIZE = 8
+num_batches, check_batch = int(sys.argv[1]), tool.check_batch
+def check_or_die(*arguments):
+    global num_batches
+    num_batches -= 1
+    if num_batches < 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    return some(*arguments)
-tool.check_some = dying
+    return check_batch(*arguments)
+tool.check_batch = check_or_die
 tool.main(sys.argv[2:])
 """
-    for left in (2, 3):
-        done = subprocess.run([sys.executable, "-c", script, str(left), str(tmp_path)], cwd=ROOT, check=False)
+    for num_batches in (2, 3):
+        done = subprocess.run([sys.executable, "-c", script, str(num_batches), str(tmp_path)], cwd=ROOT, check=False)
         assert done.returncode == -signal.SIGKILL
     assert not (tmp_path / "data_check.json").exists()
-    monkeypatch.setattr(tool, "_JOURNAL_BATCH", 8)
-    (tmp_path / "train/cat/0.jpeg").write_bytes(b"spoilt since")
-    read: list[int] = []
-    some = tool.check_some
-    monkeypatch.setattr(
-        tool, "check_some", lambda i, s, numbers, *a: read.append(numbers[0]) or some(i, s, numbers, *a)
-    )
-    code, report = checked(tmp_path)
+    monkeypatch.setattr(tool, "_JOURNAL_BATCH_SIZE", 8)
+    (tmp_path / "train/cat/0.jpeg").write_bytes(b"damaged since")
+    first_indices: list[int] = []
+    check_batch = tool.check_batch
+
+    def check_and_record(images: ImageDataset, split: str, indices: range, *arguments: Any) -> Any:
+        first_indices.append(indices[0])
+        return check_batch(images, split, indices, *arguments)
+
+    monkeypatch.setattr(tool, "check_batch", check_and_record)
+    code, report = run_check(tmp_path)
     assert code == 1 and kinds(report) == {"0.jpeg": "not_an_image"}
-    assert read[:2] == [0, 40]  # of the first five stretches only the one with the changed file
+    assert first_indices[:2] == [0, 40]  # of the first five batches, only the one with the changed file
     assert not (tmp_path / ".data_check.journal").exists()
 
 
-def test_a_report_is_the_same_every_time(root: Path, tmp_path: Path) -> None:
-    checked(root)
+def test_a_repeated_check_writes_the_same_report(root: Path, tmp_path: Path) -> None:
+    run_check(root)
     first = (root / "data_check.json").read_bytes()
     assert main(["check", str(root), "--json", str(tmp_path / "again.json")]) == 1
     assert (tmp_path / "again.json").read_bytes() == first
 
 
-def test_mistakes_are_named(root: Path, tmp_path: Path, capsys) -> None:
-    for arguments, said in (
+def test_wrong_arguments_are_errors(root: Path, tmp_path: Path, capsys) -> None:
+    for arguments, message in (
         ([str(tmp_path / "nowhere")], "no such folder"),
         ([str(root), "--train", "list.txt"], "--train"),
         ([str(root), "--fix", str(root)], "is not empty"),
@@ -254,17 +257,17 @@ def test_mistakes_are_named(root: Path, tmp_path: Path, capsys) -> None:
     ):
         assert main(["check", *arguments]) == 2
         error = capsys.readouterr().err
-        assert said in error and len(error.splitlines()) == 1
+        assert message in error and len(error.splitlines()) == 1
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_a_file_without_permission_is_unreadable(tmp_path: Path) -> None:
-    good(tmp_path)
+    write_good_images(tmp_path)
     (tmp_path / "train/cat/0.jpeg").chmod(0)
-    assert kinds(checked(tmp_path)[1]) == {"0.jpeg": "unreadable"}
+    assert kinds(run_check(tmp_path)[1]) == {"0.jpeg": "unreadable"}
 
 
-def test_two_checks_at_once_do_not_write_one_report(root: Path, tmp_path: Path, capsys) -> None:
+def test_a_second_check_at_the_same_time_is_an_error(root: Path, tmp_path: Path, capsys) -> None:
     journal = root / ".data_check.journal"
     journal.touch()
     with lock(journal, "not here"):
@@ -275,16 +278,16 @@ def test_two_checks_at_once_do_not_write_one_report(root: Path, tmp_path: Path, 
     assert not (root / "data_check.json").exists()
 
 
-def test_names_that_are_no_text_are_checked_and_skipped(tmp_path: Path) -> None:
-    good(tmp_path)
-    name = os.fsdecode(b"\xe9t\xe9.jpeg")  # as Latin-1 has it
+def test_names_that_arent_utf8_are_checked_and_skipped(tmp_path: Path) -> None:
+    write_good_images(tmp_path)
+    name = os.fsdecode(b"\xe9t\xe9.jpeg")  # in Latin-1
     (tmp_path / "train/cat" / name).write_bytes(b"nothing")
     command = [sys.executable, "-m", "data_tools", "check", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONUTF8": "1"}, capture_output=True, check=False)
     assert done.returncode == 1, done.stderr
     assert b"\\udce9t\\udce9.jpeg" in done.stdout
-    (found,) = json.loads((tmp_path / "data_check.json").read_text(encoding="utf-8"))["problems"]
-    assert found["path"] == f"train/cat/{name}"
+    (problem,) = json.loads((tmp_path / "data_check.json").read_text(encoding="utf-8"))["problems"]
+    assert problem["path"] == f"train/cat/{name}"
     data = DataConfig(root=str(tmp_path), on_bad_image="skip")
-    before = sum(1 for _ in (tmp_path / "train").glob("*/*"))
-    assert len(open_set(data, "train", 2)) == before - 1
+    num_files = sum(1 for _ in (tmp_path / "train").glob("*/*"))
+    assert len(open_set(data, "train", 2)) == num_files - 1

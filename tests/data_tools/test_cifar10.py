@@ -1,4 +1,4 @@
-"""`data cifar10` on archives made as CIFAR-10's was, and on such as want to run something."""
+"""`data cifar10` with archives like CIFAR-10's, damaged archives, and archives that try to run code."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from data_tools.__main__ import main
 from vit_static.config.schema import DataConfig
 from vit_static.data.open_set import open_set
 
-NUM_IMAGES = 30  # a batch
+NUM_IMAGES = 30  # per batch
 
 
 def batches() -> dict[str, Any]:
     rng = np.random.default_rng(0)
     names = [name for names in tool.BATCHES.values() for name in names]
-    found: dict[str, Any] = {
+    contents: dict[str, Any] = {
         name: {
             b"batch_label": b"one of them",
             b"labels": [int(label) for label in rng.permutation(np.arange(NUM_IMAGES) % 10)],
@@ -38,8 +38,8 @@ def batches() -> dict[str, Any]:
         }
         for name in names
     }
-    found["batches.meta"] = {b"label_names": [name.encode() for name in tool.CLASSES], b"num_vis": 3072}
-    return found
+    contents["batches.meta"] = {b"label_names": [name.encode() for name in tool.CLASSES], b"num_vis": 3072}
+    return contents
 
 
 def write(path: Path, contents: dict[str, Any], protocol: int = 2) -> Path:
@@ -53,7 +53,7 @@ def write(path: Path, contents: dict[str, Any], protocol: int = 2) -> Path:
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_every_image_is_where_its_label_says(tmp_path: Path, protocol: int) -> None:
+def test_every_image_is_in_the_folder_of_its_label(tmp_path: Path, protocol: int) -> None:
     contents = batches()
     archive = write(tmp_path / "cifar.tar.gz", contents, protocol)
     assert tool.unpack(archive, tmp_path / "out", NUM_IMAGES) is False
@@ -61,76 +61,85 @@ def test_every_image_is_where_its_label_says(tmp_path: Path, protocol: int) -> N
         images = open_set(DataConfig(root=str(tmp_path / "out")), split, 10)
         assert len(images) == NUM_IMAGES * len(names)
         assert images.class_names == tool.CLASSES
-        for number in range(len(images)):
-            path = Path(images.name(number))
-            batch, place = divmod(int(path.stem), NUM_IMAGES)
+        for index in range(len(images)):
+            path = Path(images.name(index))
+            batch, position = divmod(int(path.stem), NUM_IMAGES)
             content = contents[names[batch]]
-            assert images.read(number)[1].tolist() == [content[b"labels"][place]]
+            assert images.read(index)[1].tolist() == [content[b"labels"][position]]
             red_green_blue = np.asarray(Image.open(path)).transpose(2, 0, 1).reshape(-1)
-            np.testing.assert_array_equal(red_green_blue, content[b"data"][place])
+            np.testing.assert_array_equal(red_green_blue, content[b"data"][position])
     assert tool.unpack(archive, tmp_path / "out", NUM_IMAGES) is True
 
 
-def python2(value: Any) -> bytes:
-    """As Python 2's cPickle, protocol 2, wrote it: text and pixels as its own strings, BINSTRING."""
+def pickle_as_python2(value: Any) -> bytes:
+    """Return the pickle of Python 2's cPickle, protocol 2, with text and pixels as BINSTRING."""
     if isinstance(value, np.ndarray):
-        shape = b"".join(map(python2, value.shape))
-        dtype = b"cnumpy\ndtype\n(" + python2(b"u1") + b"K\0K\1tR(K\3" + python2(b"|") + b"NNNJ" + b"\xff" * 4
+        shape = b"".join(map(pickle_as_python2, value.shape))
+        dtype = (
+            b"cnumpy\ndtype\n("
+            + pickle_as_python2(b"u1")
+            + b"K\0K\1tR(K\3"
+            + pickle_as_python2(b"|")
+            + b"NNNJ"
+            + b"\xff" * 4
+        )
         return (
-            b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\0t" + python2(b"b") + b"tR(K\1("
-            + shape + b"t" + dtype + b"J" + b"\xff" * 4 + b"K\0tb\x89" + python2(value.tobytes()) + b"tb"
+            b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\0t" + pickle_as_python2(b"b") + b"tR(K\1("
+            + shape + b"t" + dtype + b"J" + b"\xff" * 4 + b"K\0tb\x89" + pickle_as_python2(value.tobytes()) + b"tb"
         )  # fmt: skip
     if isinstance(value, dict):
-        return b"}(" + b"".join(python2(item) for pair in value.items() for item in pair) + b"u"
+        return b"}(" + b"".join(pickle_as_python2(item) for pair in value.items() for item in pair) + b"u"
     if isinstance(value, list):
-        return b"](" + b"".join(map(python2, value)) + b"e"
+        return b"](" + b"".join(map(pickle_as_python2, value)) + b"e"
     return b"J" + struct.pack("<i", value) if isinstance(value, int) else b"T" + struct.pack("<i", len(value)) + value
 
 
-def test_an_archive_of_python_2_is_read(tmp_path: Path) -> None:
+def test_an_archive_from_python_2_is_read(tmp_path: Path) -> None:
     contents = batches()
-    old = write(tmp_path / "old.tar.gz", {name: b"\x80\2" + python2(c) + b"." for name, c in contents.items()})
+    old = write(
+        tmp_path / "old.tar.gz", {name: b"\x80\2" + pickle_as_python2(c) + b"." for name, c in contents.items()}
+    )
     for name, (pixels, labels) in tool.read_archive(old, NUM_IMAGES).items():
         np.testing.assert_array_equal(pixels.transpose(0, 3, 1, 2).reshape(NUM_IMAGES, -1), contents[name][b"data"])
         assert labels == contents[name][b"labels"]
 
 
-def test_a_damaged_archive_is_refused_wherever_the_damage_is(tmp_path: Path) -> None:
-    """A bit at a time; where the bit is of no matter (the file's date, say), what is read must be the same."""
-    whole = write(tmp_path / "cifar.tar.gz", batches())
-    expected = tool.read_archive(whole, NUM_IMAGES)
-    content, damaged = whole.read_bytes(), tmp_path / "damaged.tar.gz"
+def test_a_damaged_archive_is_an_error_wherever_the_damage_is(tmp_path: Path) -> None:
+    """With one changed bit. If the bit doesn't matter, as in a file's date, the content must be the same."""
+    intact = write(tmp_path / "cifar.tar.gz", batches())
+    expected = tool.read_archive(intact, NUM_IMAGES)
+    content, damaged = intact.read_bytes(), tmp_path / "damaged.tar.gz"
     rng = np.random.default_rng(0)
     num_refused = 0
-    for place, bit in zip(rng.integers(0, len(content), 100).tolist(), rng.integers(0, 8, 100).tolist(), strict=True):
+    for offset, bit in zip(rng.integers(0, len(content), 100).tolist(), rng.integers(0, 8, 100).tolist(), strict=True):
         changed = bytearray(content)
-        changed[place] ^= 1 << bit
+        changed[offset] ^= 1 << bit
         damaged.write_bytes(changed)
         try:
-            found = tool.read_archive(damaged, NUM_IMAGES)
+            actual = tool.read_archive(damaged, NUM_IMAGES)
         except ValueError as error:
-            assert "fetch it again" in str(error)
+            assert "download it again" in str(error)
             num_refused += 1
         else:
-            for name, (pixels, labels) in found.items():
+            for name, (pixels, labels) in actual.items():
                 np.testing.assert_array_equal(pixels, expected[name][0])
                 assert labels == expected[name][1]
     assert num_refused > 90
 
 
-def test_damaged_pickles_are_refused(tmp_path: Path) -> None:
-    """Bytes of the dictionaries' frames changed, in a tar without a checksum."""
+def test_damaged_pickles_are_errors(tmp_path: Path) -> None:
+    """With changed bytes at the start of a pickle, in a tar without a checksum."""
     raw = bytearray(gzip.decompress(write(tmp_path / "cifar.tar.gz", batches()).read_bytes()))
     begin = raw.find(b"data_batch_1") + 512 - raw.find(b"data_batch_1") % 512
     rng = np.random.default_rng(0)
-    for place, byte in zip(rng.integers(0, 250, 200).tolist(), rng.integers(0, 256, 200).tolist(), strict=True):
+    for offset, byte in zip(rng.integers(0, 250, 200).tolist(), rng.integers(0, 256, 200).tolist(), strict=True):
         changed = bytearray(raw)
-        changed[begin + place] = byte
+        changed[begin + offset] = byte
         (tmp_path / "damaged.tar").write_bytes(changed)
         try:
             tool.read_archive(tmp_path / "damaged.tar", NUM_IMAGES)
         except ValueError as error:
-            assert "fetch it again" in str(error)
+            assert "download it again" in str(error)
 
 
 def test_the_classes_are_in_the_order_of_their_folders() -> None:
@@ -144,28 +153,28 @@ def failed(capsys, archive: Path, out: Path) -> str:
     return error
 
 
-class Evil:
+class Malicious:
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return os.system, ("touch evil",)
 
 
-@pytest.mark.parametrize("what", ["a call", "eval"])
-def test_nothing_in_an_archive_is_run(tmp_path: Path, monkeypatch, capsys, what: str) -> None:
+@pytest.mark.parametrize("attack", ["a call", "eval"])
+def test_no_code_in_an_archive_is_run(tmp_path: Path, monkeypatch, capsys, attack: str) -> None:
     monkeypatch.chdir(tmp_path)
-    evil = pickle.dumps(Evil()) if what == "a call" else b'c__builtin__\neval\n(S\'open("evil","w")\'\ntR.'
-    archive = write(tmp_path / "evil.tar.gz", {**batches(), "data_batch_3": evil})
+    pickled = pickle.dumps(Malicious()) if attack == "a call" else b'c__builtin__\neval\n(S\'open("evil","w")\'\ntR.'
+    archive = write(tmp_path / "evil.tar.gz", {**batches(), "data_batch_3": pickled})
     assert "it asks for" in failed(capsys, archive, tmp_path / "out")
     assert not (tmp_path / "evil").exists()
 
 
-def test_other_archives_are_refused(tmp_path: Path, capsys) -> None:
+def test_other_archives_are_errors(tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
-    whole = write(tmp_path / "cifar.tar.gz", batches())
-    assert "(30, 3072)" in failed(capsys, whole, out)  # a miniature is not CIFAR-10
-    (tmp_path / "half.tar.gz").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-    assert "fetch it again" in failed(capsys, tmp_path / "half.tar.gz", out)
+    intact = write(tmp_path / "cifar.tar.gz", batches())
+    assert "(30, 3072)" in failed(capsys, intact, out)  # too few images
+    (tmp_path / "half.tar.gz").write_bytes(intact.read_bytes()[: intact.stat().st_size // 2])
+    assert "download it again" in failed(capsys, tmp_path / "half.tar.gz", out)
     (tmp_path / "text.tar.gz").write_text("text")
-    assert "fetch it again" in failed(capsys, tmp_path / "text.tar.gz", out)
+    assert "download it again" in failed(capsys, tmp_path / "text.tar.gz", out)
     assert "nowhere.tar.gz" in failed(capsys, tmp_path / "nowhere.tar.gz", out)
     missing = {name: content for name, content in batches().items() if name != "data_batch_5"}
     assert "data_batch_5" in failed(capsys, write(tmp_path / "m.tar.gz", missing), out)
@@ -174,26 +183,26 @@ def test_other_archives_are_refused(tmp_path: Path, capsys) -> None:
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, capsys) -> None:
+def test_a_folder_with_other_files_is_never_changed(tmp_path: Path, capsys) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("precious")
     archive = write(tmp_path / "cifar.tar.gz", batches())
     assert main(["cifar10", "--archive", str(archive), "--out", str(tmp_path / "mine")]) == 2
-    assert "name another folder" in capsys.readouterr().err
+    assert "give another folder" in capsys.readouterr().err
     assert (tmp_path / "mine/thesis.txt").read_text() == "precious"
 
 
-def test_a_set_with_an_image_missing_is_not_taken_for_whole(tmp_path: Path) -> None:
+def test_a_dataset_without_one_image_is_not_complete(tmp_path: Path) -> None:
     archive = write(tmp_path / "cifar.tar.gz", batches())
     tool.unpack(archive, tmp_path / "out", NUM_IMAGES)
     next((tmp_path / "out/val/cat").iterdir()).unlink()
-    with pytest.raises(ValueError, match="not the whole of CIFAR-10"):
+    with pytest.raises(ValueError, match="not the complete CIFAR-10"):
         tool.unpack(archive, tmp_path / "out", NUM_IMAGES)
 
 
-def test_two_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+def test_a_second_run_at_the_same_time_is_an_error(tmp_path: Path) -> None:
     archive = write(tmp_path / "cifar.tar.gz", batches())
-    with tool.claimed(tmp_path / ".out.part", tmp_path / "out") as part:
+    with tool.locked_folder(tmp_path / ".out.part", tmp_path / "out") as part:
         (part / "set").mkdir()
         with pytest.raises(ValueError, match="another run is writing it"):
             tool.unpack(archive, tmp_path / "out", NUM_IMAGES)
@@ -201,7 +210,7 @@ def test_two_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
     assert tool.unpack(archive, tmp_path / "out", NUM_IMAGES) is False
 
 
-def test_the_folder_that_one_is_in_can_be_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_current_folder_can_be_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = write(tmp_path / "cifar.tar.gz", batches())
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -215,7 +224,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
 import resource, sys
 from pathlib import Path
 from data_tools import cifar10
-resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))  # bytes; stands in for a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))  # bytes; simulates a full disk
 try:
     cifar10.unpack(Path(sys.argv[1]), Path(sys.argv[2]), {NUM_IMAGES})
 except OSError:
@@ -227,7 +236,7 @@ except OSError:
     assert list(tmp_path.iterdir()) == [archive]
 
 
-def test_a_killed_runs_leftovers_are_no_set(tmp_path: Path) -> None:
+def test_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".out.part/set/train").mkdir(parents=True)
     archive = write(tmp_path / "cifar.tar.gz", batches())
     assert tool.unpack(archive, tmp_path / "out", NUM_IMAGES) is False

@@ -1,4 +1,4 @@
-"""The handwritten digits as a JPEG tree: what is in it, and that nothing of the user's is overwritten."""
+"""`data digits`: the images, their labels and their split; existing files are never overwritten."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ from data_tools.digits import make_digits
 REPOSITORY = Path(__file__).resolve().parents[2]
 SIZE = 80
 DIGIT_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-# Images of each digit, 0 to 9, as UCI lists them for this part of its data set (optdigits.names, "Testing").
+# Images of each digit, 0 to 9, according to UCI's description of this part (optdigits.names, "Testing").
 NUM_OF_DIGIT = [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
 
 
@@ -50,7 +50,7 @@ def source_index(path: Path) -> int:
 
 
 def contents(root: Path) -> dict[Path, tuple[int, str]]:
-    """Modification time and digest of every file."""
+    """Return modification time and digest of every file."""
     return {
         path: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
         for path in root.rglob("*")
@@ -58,7 +58,7 @@ def contents(root: Path) -> dict[Path, tuple[int, str]]:
     }
 
 
-def test_every_image_of_the_source_is_there_once_under_its_digit(digits: Path) -> None:
+def test_every_image_of_the_source_is_once_in_the_folder_of_its_digit(digits: Path) -> None:
     targets = load_digits().target
     paths = images_of(digits)
     assert sorted(map(source_index, paths)) == list(range(1797))
@@ -66,14 +66,14 @@ def test_every_image_of_the_source_is_there_once_under_its_digit(digits: Path) -
     assert Counter(int(path.parent.name) for path in paths) == dict(enumerate(NUM_OF_DIGIT))
 
 
-def test_a_fifth_of_each_digit_is_validation(digits: Path) -> None:
+def test_a_fifth_of_each_digit_is_for_validation(digits: Path) -> None:
     for digit, count in enumerate(NUM_OF_DIGIT):
         num_val = len(list((digits / "val" / str(digit)).iterdir()))
         num_train = len(list((digits / "train" / str(digit)).iterdir()))
         assert (num_train, num_val) == (count - count // 5, count // 5)
 
 
-def test_no_validation_image_is_also_in_train(digits: Path) -> None:
+def test_no_validation_image_is_also_a_training_image(digits: Path) -> None:
     digests = {
         split: {hashlib.sha256(path.read_bytes()).digest() for path in images_of(digits / split)}
         for split in ("train", "val")
@@ -83,24 +83,24 @@ def test_no_validation_image_is_also_in_train(digits: Path) -> None:
 
 
 def test_every_image_shows_its_source(digits: Path) -> None:
-    """Shrunk back by box means, within 20 grey levels of 255 on average over an image, and 90 at any pixel.
+    """Reduced by box means, it is within 20 grey levels of 255 on average over an image, and 90 at any pixel.
 
-    Bicubic enlargement (a = -1/2), then the mean of a box, is in one dimension a filter of weights -0.013,
-    0.094, 0.838, 0.094, -0.013 (integrals of the kernel). In two dimensions the positive weights off the
-    centre add up to 0.350, so that white neighbours raise a black pixel by at most 89.3. Images of different
-    digits are 64 levels apart on average.
+    Bicubic enlargement (a = -1/2) and then the mean of a box is, in one dimension, a filter with the weights -0.013,
+    0.094, 0.838, 0.094, -0.013 (integrals of the kernel). In two dimensions, the positive weights outside the centre
+    add up to 0.350, so that white neighbours raise a black pixel by at most 89.3. Images of different digits differ
+    by 64 levels on average.
     """
     source = load_digits().images * (255 / 16)  # [1797, 8, 8]
     for path in images_of(digits):
         with Image.open(path) as image:
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (SIZE, SIZE)), path
             grey = np.asarray(image, dtype=np.float64).mean(axis=2)
-        shrunk = grey.reshape(8, SIZE // 8, 8, SIZE // 8).mean(axis=(1, 3))  # [8, 8]
-        difference = np.abs(shrunk - source[source_index(path)])
+        reduced = grey.reshape(8, SIZE // 8, 8, SIZE // 8).mean(axis=(1, 3))  # [8, 8]
+        difference = np.abs(reduced - source[source_index(path)])
         assert difference.mean() < 20 and difference.max() < 90, path
 
 
-def test_the_parity_set_is_the_digit_set_under_other_folders(digits: Path, parity: Path) -> None:
+def test_the_parity_dataset_has_the_same_images_in_other_folders(digits: Path, parity: Path) -> None:
     expected = {
         (path.parts[-3], "odd" if int(path.parent.name) % 2 else "even", path.name): path.read_bytes()
         for path in images_of(digits)
@@ -118,7 +118,7 @@ def test_class_names_are_in_label_order(digits: Path, parity: Path) -> None:
         assert folders == sorted(path.name for path in (root / "val").iterdir())
 
 
-def test_a_complete_set_is_left_alone(digits: Path) -> None:
+def test_a_complete_dataset_is_not_written_again(digits: Path) -> None:
     before = contents(digits)
     done = run("digits", "--out", digits, "--size", str(SIZE))
     assert done.returncode == 0
@@ -126,7 +126,7 @@ def test_a_complete_set_is_left_alone(digits: Path) -> None:
     assert contents(digits) == before
 
 
-def test_a_folder_of_something_else_is_refused_untouched(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_an_error_and_unchanged(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("the only copy")
     before = contents(tmp_path)
     done = run("digits", "--out", tmp_path)
@@ -137,19 +137,19 @@ def test_a_folder_of_something_else_is_refused_untouched(tmp_path: Path) -> None
     assert contents(tmp_path) == before
 
 
-def test_a_set_of_another_size_or_with_a_file_missing_is_refused(tmp_path: Path) -> None:
+def test_a_dataset_of_another_size_or_without_one_file_is_an_error(tmp_path: Path) -> None:
     root = make_digits(tmp_path / "digits", "digit", 64).root
     for labels, size in (("digit", SIZE), ("parity", 64)):
-        with pytest.raises(ValueError, match="not the complete set"):
+        with pytest.raises(ValueError, match="not the complete dataset"):
             make_digits(root, labels, size)
     images_of(root)[0].unlink()
     before = contents(root)
-    with pytest.raises(ValueError, match="not the complete set"):
+    with pytest.raises(ValueError, match="not the complete dataset"):
         make_digits(root, "digit", 64)
     assert contents(root) == before
 
 
-def test_two_at_once_make_one_complete_set_and_leave_nothing_else(tmp_path: Path) -> None:
+def test_two_runs_at_the_same_time_make_one_complete_dataset(tmp_path: Path) -> None:
     root = tmp_path / "digits"
     processes = [
         subprocess.Popen(command("digits", "--out", root), cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
@@ -163,22 +163,22 @@ def test_two_at_once_make_one_complete_set_and_leave_nothing_else(tmp_path: Path
 
 
 def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
-    assert not make_digits(tmp_path, "digit", 64).was_there
+    assert not make_digits(tmp_path, "digit", 64).already_existed
     assert len(images_of(tmp_path)) == 1797
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--size", "63"], "at least 64"),
         (["--size", "big"], "invalid int value"),
         (["--labels", "colour"], "invalid choice"),
-        (["--out", "a_file/digits"], "can't be made"),
+        (["--out", "a_file/digits"], "can't be created"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_code_2(
     arguments: list[str],
-    told: str,
+    message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -187,13 +187,15 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(
     Path("a_file").write_text("no folder")
     assert main(["digits", *arguments]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("vit_static data digits: ") and told in error and error.count("\n") == 1
+    assert error.startswith("vit_static data digits: ") and message in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["a_file"]
 
 
-@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits another process's files: Linux only")
-def test_a_file_that_cannot_be_written_whole_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
-    without_bytecode = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}  # the limit would cut it short, too
+@pytest.mark.skipif(
+    not hasattr(resource, "prlimit"), reason="limits the files of another process, which only Linux can"
+)
+def test_a_full_disk_is_an_error_and_leaves_no_files(tmp_path: Path) -> None:
+    without_bytecode = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}  # would be subject to the limit, too
     process = subprocess.Popen(
         command("digits", "--out", tmp_path / "digits"),
         cwd=REPOSITORY,
@@ -201,24 +203,24 @@ def test_a_file_that_cannot_be_written_whole_is_an_error_and_leaves_nothing(tmp_
         stderr=subprocess.PIPE,
         text=True,
     )
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1024, 1024))  # bytes; stands in for a full disk
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1024, 1024))  # bytes; simulates a full disk
     error = process.communicate()[1]
     assert process.returncode == 1
     assert error.startswith("vit_static data digits: ") and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_without_scikit_learn_the_error_says_how_to_get_it(
+def test_without_scikit_learn_the_error_says_how_to_install_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)  # an import now fails as if it weren't installed
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)  # makes the import fail as if it weren't installed
     assert main(["digits", "--out", str(tmp_path / "digits")]) == 2
     error = capsys.readouterr().err
     assert "pip install scikit-learn" in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unknown_tool_names_the_nearest() -> None:
+def test_the_error_for_an_unknown_tool_names_the_nearest() -> None:
     done = run("digit")
     assert done.returncode == 2
     assert "'digits'" in done.stderr and done.stderr.count("\n") == 1

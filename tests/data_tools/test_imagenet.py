@@ -1,4 +1,4 @@
-"""`data imagenet` on a miniature of the archives: tars in a tar, a validation tar, a devkit with its MATLAB file."""
+"""`data imagenet` with miniature archives: tars in a tar, a validation tar, a devkit with a MATLAB file."""
 
 from __future__ import annotations
 
@@ -28,35 +28,35 @@ from vit_static.config.schema import DataConfig
 from vit_static.data.open_set import open_set
 
 WNIDS = ["n01440764", "n02105855", "n03000001", "n03999999"]
-IDS = {1: "n03000001", 2: "n01440764", 3: "n03999999", 4: "n02105855"}  # in no order
+IDS = {1: "n03000001", 2: "n01440764", 3: "n03999999", 4: "n02105855"}  # not sorted
 NAMES = {"n01440764": "tench, Tinca tinca", "n02105855": "Shetland sheepdog", "n03000001": "thing", "n03999999": "café"}
 NUM_VAL = 18
 COUNTS = ["--num-classes", "4", "--num-train", "22", "--num-val", str(NUM_VAL)]
 
 
-def jpeg(seed: int) -> bytes:
+def make_jpeg(seed: int) -> bytes:
     file = io.BytesIO()
     photo(20 + seed % 7, 30, seed=seed).save(file, "JPEG")
     return file.getvalue()
 
 
-def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))
 
 
 def train_images() -> dict[str, dict[str, bytes]]:
-    """By class, its files: 4, 5, 6 and 7 of them."""
+    """Return 4, 5, 6 and 7 files by class."""
     return {
-        wnid: {f"{wnid}_{97 * n + 3}.JPEG": jpeg(10 * label + n) for n in range(4 + label)}
+        wnid: {f"{wnid}_{97 * n + 3}.JPEG": make_jpeg(10 * label + n) for n in range(4 + label)}
         for label, wnid in enumerate(WNIDS)
     }
 
 
 TRAIN = train_images()
 TRUTH = [1 + (7 * number) % 4 for number in range(NUM_VAL)]  # the ID of validation image number + 1
-VAL = {f"ILSVRC2012_val_{number + 1:08d}.JPEG": jpeg(200 + number) for number in range(NUM_VAL)}
+VAL = {f"ILSVRC2012_val_{number + 1:08d}.JPEG": make_jpeg(200 + number) for number in range(NUM_VAL)}
 
 
 def write_train(path: Path, images: dict[str, dict[str, bytes]] = TRAIN) -> None:
@@ -65,18 +65,18 @@ def write_train(path: Path, images: dict[str, dict[str, bytes]] = TRAIN) -> None
             inner = io.BytesIO()
             with tarfile.open(fileobj=inner, mode="w") as tar:
                 for name, content in files.items():
-                    add(tar, name, content)
-            add(outer, f"{wnid}.tar", inner.getvalue())
+                    add_member(tar, name, content)
+            add_member(outer, f"{wnid}.tar", inner.getvalue())
 
 
 def write_val(path: Path, images: dict[str, bytes] = VAL) -> None:
     with tarfile.open(path, "w") as tar:
         for name, content in images.items():
-            add(tar, name, content)
+            add_member(tar, name, content)
 
 
-def meta(ids: dict[int, str] = IDS) -> bytes:
-    """The devkit's meta.mat, with an inner node, 5, above the four leaves, as the real one has."""
+def make_meta(ids: dict[int, str] = IDS) -> bytes:
+    """Return the devkit's meta.mat, with an inner node, 5, above the four leaves, like the real one."""
     fields = [
         "ILSVRC2012_ID",
         "WNID",
@@ -88,7 +88,7 @@ def meta(ids: dict[int, str] = IDS) -> bytes:
         "num_train_images",
     ]
     rows = [(n, w, NAMES[IDS[n]], "a gloss", 0, np.zeros(0), 0, len(TRAIN[IDS[n]])) for n, w in ids.items()]
-    rows.append((5, "n00001740", "entity", "what is", 4, np.arange(1, 5), 1, 0))
+    rows.append((5, "n00001740", "entity", "a gloss", 4, np.arange(1, 5), 1, 0))
     synsets = np.array([tuple(row) for row in rows], dtype=[(name, object) for name in fields])[:, None]
     mat = io.BytesIO()
     savemat(mat, {"synsets": synsets})
@@ -97,9 +97,9 @@ def meta(ids: dict[int, str] = IDS) -> bytes:
 
 def write_devkit(path: Path, mat: bytes | None = None) -> None:
     with tarfile.open(path, "w:gz") as tar:
-        add(tar, "ILSVRC2012_devkit_t12/data/meta.mat", meta() if mat is None else mat)
+        add_member(tar, "ILSVRC2012_devkit_t12/data/meta.mat", make_meta() if mat is None else mat)
         lines = "".join(f"{number}\n" for number in TRUTH)
-        add(tar, "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt", lines.encode())
+        add_member(tar, "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt", lines.encode())
 
 
 @pytest.fixture
@@ -113,11 +113,11 @@ def archives(tmp_path: Path) -> Path:
 
 
 def arguments(archives: Path, out: Path, *parts: str) -> list[str]:
-    named = [item for part in parts or ("train", "val") for item in (f"--{part}", str(archives / f"{part}.tar"))]
-    return ["imagenet", *named, "--out", str(out), *COUNTS]
+    options = [item for part in parts or ("train", "val") for item in (f"--{part}", str(archives / f"{part}.tar"))]
+    return ["imagenet", *options, "--out", str(out), *COUNTS]
 
 
-def assert_whole(out: Path) -> None:
+def assert_complete(out: Path) -> None:
     for wnid, files in TRAIN.items():
         assert {path.name: path.read_bytes() for path in (out / "train" / wnid).iterdir()} == files
     for number, (name, content) in enumerate(VAL.items()):
@@ -132,7 +132,7 @@ def assert_whole(out: Path) -> None:
 def test_the_archives_become_class_folders_names_and_lists(archives: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "imagenet"
     assert main(arguments(archives, out)) == 0
-    assert_whole(out)
+    assert_complete(out)
     assert (out / "class_names.txt").read_text(encoding="utf-8") == "".join(f"{w} {NAMES[w]}\n" for w in WNIDS)
     lines = (out / "train_list.txt").read_text().splitlines()
     assert lines[0] == "train/n01440764/n01440764_100.JPEG 0" and lines[-1].endswith(" 3") and len(lines) == 22
@@ -140,28 +140,28 @@ def test_the_archives_become_class_folders_names_and_lists(archives: Path, tmp_p
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_lists_and_folders_are_one_set(archives: Path, tmp_path: Path, split: str) -> None:
-    """Labels are the sorted folders', not the devkit's own numbers; class names are the devkit's."""
+def test_lists_and_folders_are_the_same_dataset(archives: Path, tmp_path: Path, split: str) -> None:
+    """Labels are the positions of the sorted folders, not the devkit's IDs; class names are the devkit's."""
     out = tmp_path / "imagenet"
     assert main(arguments(archives, out)) == 0
     folders = open_set(DataConfig(root=str(out)), split, 4)
-    listed = open_set(DataConfig(root=str(out), **{split: f"{split}_list.txt"}), split, 4)
-    assert len(folders) == len(listed) == {"train": 22, "val": NUM_VAL}[split]
-    for number in range(len(folders)):
-        assert folders.name(number) == listed.name(number)
-        assert folders.read(number)[1].tolist() == listed.read(number)[1].tolist()
-        assert WNIDS[folders.read(number)[1][0]] == Path(folders.name(number)).parent.name
-    assert folders.class_names == listed.class_names == [NAMES[wnid] for wnid in WNIDS]
+    image_list = open_set(DataConfig(root=str(out), **{split: f"{split}_list.txt"}), split, 4)
+    assert len(folders) == len(image_list) == {"train": 22, "val": NUM_VAL}[split]
+    for index in range(len(folders)):
+        assert folders.name(index) == image_list.name(index)
+        assert folders.read(index)[1].tolist() == image_list.read(index)[1].tolist()
+        assert WNIDS[folders.read(index)[1][0]] == Path(folders.name(index)).parent.name
+    assert folders.class_names == image_list.class_names == [NAMES[wnid] for wnid in WNIDS]
 
 
 @pytest.mark.parametrize("parts", [("train",), ("val",)])
-def test_one_archive_alone_and_the_other_later(archives: Path, tmp_path: Path, parts: tuple[str, ...]) -> None:
+def test_one_archive_first_and_the_other_later(archives: Path, tmp_path: Path, parts: tuple[str, ...]) -> None:
     out = tmp_path / "imagenet"
     assert main(arguments(archives, out, *parts)) == 0
     assert set(json.loads((out / "source.json").read_text())) == {"source", *parts}
     other = "val" if parts == ("train",) else "train"
     assert main(arguments(archives, out, other)) == 0
-    assert_whole(out)
+    assert_complete(out)
     assert set(json.loads((out / "source.json").read_text())) == {"source", "train", "val"}
 
 
@@ -171,12 +171,12 @@ def test_training_images_need_no_devkit(archives: Path, tmp_path: Path) -> None:
     assert main(arguments(archives, out, "train")) == 0
     assert (out / "class_names.txt").read_text() == "".join(f"{wnid} {wnid}\n" for wnid in WNIDS)
     assert main([*arguments(archives, out, "val"), "--devkit", str(tmp_path / "kit.tar.gz")]) == 0
-    assert_whole(out)
+    assert_complete(out)
     assert main(arguments(archives, out, "train")) == 0
-    assert "tench" in (out / "class_names.txt").read_text(encoding="utf-8")  # names that are there are kept
+    assert "tench" in (out / "class_names.txt").read_text(encoding="utf-8")  # existing names are kept
 
 
-def test_a_second_run_writes_nothing_again(archives: Path, tmp_path: Path) -> None:
+def test_a_second_run_writes_no_image_again(archives: Path, tmp_path: Path) -> None:
     out = tmp_path / "imagenet"
     assert main(arguments(archives, out)) == 0
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.JPEG")}
@@ -184,7 +184,7 @@ def test_a_second_run_writes_nothing_again(archives: Path, tmp_path: Path) -> No
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.JPEG")} == before
 
 
-def test_what_a_power_cut_has_spoilt_is_done_again(archives: Path, tmp_path: Path) -> None:
+def test_files_that_a_power_cut_has_truncated_are_written_again(archives: Path, tmp_path: Path) -> None:
     out = tmp_path / "imagenet"
     assert main(arguments(archives, out)) == 0
     (out / "source.json").rename(out / ".unfinished.json")
@@ -193,58 +193,59 @@ def test_what_a_power_cut_has_spoilt_is_done_again(archives: Path, tmp_path: Pat
     next((out / "val/n02105855").iterdir()).write_bytes(b"")
     next((out / "train/n03000001").iterdir()).unlink()
     assert main(arguments(archives, out)) == 0
-    assert_whole(out)
+    assert_complete(out)
 
 
-def test_nothing_of_a_whole_set_is_lost_to_a_wrong_archive(archives: Path, tmp_path: Path, capsys) -> None:
-    """Images that it lacks stay, a damaged one replaces none; the set isn't called whole until it was seen to be."""
+def test_a_wrong_archive_removes_nothing_from_a_complete_dataset(archives: Path, tmp_path: Path, capsys) -> None:
+    """Images that the archive lacks stay, a damaged one replaces none, and source.json is only written for a complete
+    dataset."""
     out = tmp_path / "imagenet"
     assert main(arguments(archives, out)) == 0
-    (out / "train/n03000001/notes.txt").write_text("one's own")
+    (out / "train/n03000001/notes.txt").write_text("my notes")
     before = {path: path.read_bytes() for path in out.rglob("*.*")}
     del before[out / "source.json"]
-    whole = (archives / "train.tar").read_bytes()
-    (archives / "train.tar").write_bytes(whole[: len(whole) // 2])
+    intact = (archives / "train.tar").read_bytes()
+    (archives / "train.tar").write_bytes(intact[: len(intact) // 2])
     failed(capsys, *arguments(archives, out))
     assert not (out / "source.json").exists()
     write_train(archives / "train.tar", {"n01440764": TRAIN["n01440764"]})
-    assert main(arguments(archives, out)) == 0  # the others are there, from the first run
-    write_train(archives / "train.tar", {"n01440764": {"n01440764_1.JPEG": jpeg(1)}})
+    assert main(arguments(archives, out)) == 0  # the others exist since the first run
+    write_train(archives / "train.tar", {"n01440764": {"n01440764_1.JPEG": make_jpeg(1)}})
     assert "(n01440764 has 5 of 4)" in failed(capsys, *arguments(archives, out, "train"))
     assert {path: path.read_bytes() for path in before} == before
     assert set(json.loads((out / "source.json").read_text())) == {"source", "val"}
 
 
-def test_archives_of_another_md5_sum_are_told_if_asked(archives: Path, tmp_path: Path, capsys) -> None:
+def test_a_wrong_md5_sum_is_an_error_with_check_md5(archives: Path, tmp_path: Path, capsys) -> None:
     archive, out = archives / "val.tar", tmp_path / "imagenet"
-    found = hashlib.md5(archive.read_bytes()).hexdigest()
+    md5 = hashlib.md5(archive.read_bytes()).hexdigest()
     error = failed(capsys, *arguments(archives, out, "val"), "--check-md5")
-    assert str(archive) in error and found in error and imagenet.MD5["val"] in error
+    assert str(archive) in error and md5 in error and imagenet.MD5["val"] in error
     assert not list(out.rglob("*.JPEG"))
-    imagenet.check_md5(archive, found)
+    imagenet.check_md5(archive, md5)
 
 
-def test_two_runs_at_once_are_refused(archives: Path, tmp_path: Path, capsys) -> None:
+def test_a_second_run_at_the_same_time_is_an_error(archives: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "imagenet"
     assert main(arguments(archives, out)) == 0
     (out / "source.json").rename(out / ".unfinished.json")
     with (out / ".unfinished.json").open() as file:
         fcntl.flock(file, fcntl.LOCK_SH)
-        assert "another run is filling it" in failed(capsys, *arguments(archives, out))
+        assert "another run is writing it" in failed(capsys, *arguments(archives, out))
     assert main(arguments(archives, out)) == 0
-    assert_whole(out)
+    assert_complete(out)
 
 
-def test_a_run_killed_at_any_moment_is_gone_on_with(archives: Path, tmp_path: Path) -> None:
-    """By a signal from within, after a random number of files: what happens between two system calls."""
+def test_a_run_killed_at_any_time_can_be_resumed(archives: Path, tmp_path: Path) -> None:
+    """By a signal from the process itself, after a random number of files, in the middle of a file."""
     script = """
 import os, pathlib, signal, sys
 from data_tools import imagenet
-left, kind, write = int(sys.argv[1]), sys.argv[2], pathlib.Path.write_bytes
+num_files, kind, write = int(sys.argv[1]), sys.argv[2], pathlib.Path.write_bytes
 def write_bytes(path, content):
-    global left
-    left -= 1
-    if left < 0:
+    global num_files
+    num_files -= 1
+    if num_files < 0:
         write(path, content[: len(content) // 2])
         os.kill(os.getpid(), getattr(signal, kind))
     return write(path, content)
@@ -256,18 +257,18 @@ sys.exit(imagenet.main(sys.argv[4:]))
     out = tmp_path / "imagenet"
     rng = random.Random(0)
     for turn in range(6):
-        left, kind = rng.randrange(1, 12), ("SIGKILL", "SIGTERM")[turn % 2]
-        command = [sys.executable, "-c", script, str(left), kind, *arguments(archives, out)]
+        num_files, kind = rng.randrange(1, 12), ("SIGKILL", "SIGTERM")[turn % 2]
+        command = [sys.executable, "-c", script, str(num_files), kind, *arguments(archives, out)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode in (0, -signal.SIGKILL, 1, -signal.SIGINT), done.stderr
         if done.returncode:
             assert not (out / "source.json").exists()
-            for path in out.glob("train/n*/*.JPEG"):  # what has its name is whole
+            for path in out.glob("train/n*/*.JPEG"):  # a file with its final name is complete
                 assert path.read_bytes() == TRAIN[path.parent.name][path.name]
             for path in out.glob("val/*/I*.JPEG"):
                 assert path.read_bytes() == VAL[path.name]
     assert main(arguments(archives, out)) == 0
-    assert_whole(out)
+    assert_complete(out)
 
 
 def failed(capsys, *command: str) -> str:
@@ -277,21 +278,21 @@ def failed(capsys, *command: str) -> str:
     return error
 
 
-def test_a_cut_off_archive_is_named_and_gone_on_with(archives: Path, tmp_path: Path, capsys) -> None:
+def test_a_truncated_archive_is_named_and_the_run_can_be_resumed(archives: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "imagenet"
-    whole = (archives / "train.tar").read_bytes()
+    intact = (archives / "train.tar").read_bytes()
     for share in (0.4, 0.55, 0.8):
-        (archives / "train.tar").write_bytes(whole[: int(share * len(whole))])
+        (archives / "train.tar").write_bytes(intact[: int(share * len(intact))])
         error = failed(capsys, *arguments(archives, out))
-        assert str(archives / "train.tar") in error and "fetch it again" in error
+        assert str(archives / "train.tar") in error and "download it again" in error
         assert not (out / "source.json").exists()
     assert list((out / "train").glob("n*"))
-    (archives / "train.tar").write_bytes(whole)
+    (archives / "train.tar").write_bytes(intact)
     assert main(arguments(archives, out)) == 0
-    assert_whole(out)
+    assert_complete(out)
 
 
-def test_an_image_at_which_the_archive_ends_is_not_taken_for_whole(archives: Path, tmp_path: Path, capsys) -> None:
+def test_an_image_in_which_the_archive_ends_is_not_written(archives: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "imagenet"
     with tarfile.open(archives / "val.tar") as tar:
         member = tar.getmembers()[9]
@@ -301,26 +302,28 @@ def test_an_image_at_which_the_archive_ends_is_not_taken_for_whole(archives: Pat
     assert {path.name: path.read_bytes() for path in out.rglob("*.JPEG")} == dict(list(VAL.items())[:9])
 
 
-@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits another process's files: Linux only")
-def test_a_full_disk_is_told_with_the_file_and_gone_on_with(archives: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(
+    not hasattr(resource, "prlimit"), reason="limits the files of another process, which only Linux can"
+)
+def test_a_full_disk_is_an_error_with_the_file_and_the_run_can_be_resumed(archives: Path, tmp_path: Path) -> None:
     out = tmp_path / "imagenet"
     process = subprocess.Popen(
         [sys.executable, "-m", "data_tools", *arguments(archives, out)],
         cwd=ROOT,
-        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},  # the limit would cut it short, too
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},  # would be subject to the limit, too
         stderr=subprocess.PIPE,
         text=True,
     )
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (512, 512))  # bytes; stands in for a full disk
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (512, 512))  # bytes; simulates a full disk
     error = process.communicate()[1]
     assert process.returncode == 1
     assert "train/n01440764/n01440764_3.JPEG: File too large" in error and len(error.splitlines()) == 1
     assert not list(out.glob("train/*/*")) and not list(out.glob("train/*/.*"))
     assert main(arguments(archives, out)) == 0
-    assert_whole(out)
+    assert_complete(out)
 
 
-def test_other_numbers_than_the_devkits_are_told(archives: Path, tmp_path: Path, capsys) -> None:
+def test_wrong_numbers_of_images_are_errors_with_the_classes(archives: Path, tmp_path: Path, capsys) -> None:
     fewer = {wnid: dict(files) for wnid, files in TRAIN.items()}
     fewer["n03000001"].popitem()
     del fewer["n03999999"]
@@ -330,51 +333,51 @@ def test_other_numbers_than_the_devkits_are_told(archives: Path, tmp_path: Path,
     assert not (tmp_path / "a/source.json").exists()
     moved = {wnid: dict(files) for wnid, files in TRAIN.items()}
     moved["n03000001"].popitem()
-    moved["n01440764"]["n01440764_1.JPEG"] = jpeg(1)
+    moved["n01440764"]["n01440764_1.JPEG"] = make_jpeg(1)
     write_train(archives / "train.tar", moved)
     error = failed(capsys, *arguments(archives, tmp_path / "moved"))
     assert "not 22 in 4 (n01440764 has 5 of 4, n03000001 has 5 of 6)" in error
     write_train(archives / "train.tar")
     write_val(archives / "val.tar", dict(list(VAL.items())[:-1]))
     assert "17 images in 4 classes, not 18 in 4" in failed(capsys, *arguments(archives, tmp_path / "b"))
-    real = [item for item in arguments(archives, tmp_path / "c") if item not in COUNTS]
-    error = failed(capsys, *real)
-    assert "4 classes, 22 training and 18 validation images, not of 1000, 1281167 and 50000" in error
+    without_counts = [item for item in arguments(archives, tmp_path / "c") if item not in COUNTS]
+    error = failed(capsys, *without_counts)
+    assert "4 classes, 22 training and 18 validation images, not 1000, 1281167 and 50000" in error
     assert not (tmp_path / "c").exists()
-    train_alone = ["imagenet", "--train", str(archives / "train.tar"), "--out", str(tmp_path / "d")]
+    only_train = ["imagenet", "--train", str(archives / "train.tar"), "--out", str(tmp_path / "d")]
     (archives / "ILSVRC2012_devkit_t12.tar.gz").unlink()
-    assert "22 images in 4 classes, not 1281167 in 1000" in failed(capsys, *train_alone)
+    assert "22 images in 4 classes, not 1281167 in 1000" in failed(capsys, *only_train)
 
 
-def test_an_image_that_comes_twice_stands_for_no_other(archives: Path, tmp_path: Path, capsys) -> None:
+def test_an_image_that_is_twice_in_the_archive_counts_once(archives: Path, tmp_path: Path, capsys) -> None:
     with tarfile.open(archives / "val.tar", "w") as tar:
         for name, content in [*list(VAL.items())[1:], list(VAL.items())[-1]]:
-            add(tar, name, content)
+            add_member(tar, name, content)
     assert "17 images in 4 classes, not 18 in 4" in failed(capsys, *arguments(archives, tmp_path / "imagenet"))
 
 
-def test_what_one_puts_into_a_class_is_counted_as_training_would(archives: Path, tmp_path: Path, capsys) -> None:
+def test_an_added_image_is_counted_as_training_would(archives: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "imagenet"
     assert main(arguments(archives, out)) == 0
-    (out / "train/n03000001/holiday.jpg").write_bytes(jpeg(1))
+    (out / "train/n03000001/holiday.jpg").write_bytes(make_jpeg(1))
     assert "n03000001 has 7 of 6" in failed(capsys, *arguments(archives, out))
 
 
-def test_a_damaged_devkit_is_told_by_its_checksum(archives: Path, tmp_path: Path, capsys) -> None:
-    """Before SciPy reads it, which some damage crashes."""
+def test_a_damaged_devkit_is_detected_by_its_checksum(archives: Path, tmp_path: Path, capsys) -> None:
+    """Before SciPy reads it, which can crash on damaged data."""
     rng, kit = random.Random(0), archives / "ILSVRC2012_devkit_t12.tar.gz"
-    whole = kit.read_bytes()
+    intact = kit.read_bytes()
     for turn in range(60):
-        damaged = bytearray(whole)
-        place = rng.randrange(64, len(whole))  # behind gzip's header, whose time and name matter to nobody
-        damaged[place] ^= rng.randrange(1, 256)
-        kit.write_bytes(damaged if turn % 2 else whole[:place])
+        damaged = bytearray(intact)
+        offset = rng.randrange(64, len(intact))  # after gzip's header, whose time and name don't matter
+        damaged[offset] ^= rng.randrange(1, 256)
+        kit.write_bytes(damaged if turn % 2 else intact[:offset])
         error = failed(capsys, *arguments(archives, tmp_path / "imagenet"))
-        assert str(kit) in error and "fetch it again" in error
+        assert str(kit) in error and "download it again" in error
     assert not (tmp_path / "imagenet").exists()
 
 
-def test_a_devkit_without_synsets_is_told(archives: Path, tmp_path: Path, capsys) -> None:
+def test_a_devkit_without_synsets_is_an_error(archives: Path, tmp_path: Path, capsys) -> None:
     others = io.BytesIO()
     savemat(others, {"others": np.zeros(3)})
     for mat in (b"", b"no MATLAB file" * 20, others.getvalue()):
@@ -382,14 +385,14 @@ def test_a_devkit_without_synsets_is_told(archives: Path, tmp_path: Path, capsys
         assert "can't be read as" in failed(capsys, *arguments(archives, tmp_path / "imagenet"))
 
 
-def evil(path: Path, name: str, kind: bytes = tarfile.REGTYPE) -> None:
+def write_malicious_train(path: Path, name: str, kind: bytes = tarfile.REGTYPE) -> None:
     with tarfile.open(path, "w") as outer:
         inner = io.BytesIO()
         with tarfile.open(fileobj=inner, mode="w") as tar:
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, "/etc/passwd"
             tar.addfile(member, io.BytesIO())
-        add(outer, "n01440764.tar", inner.getvalue())
+        add_member(outer, "n01440764.tar", inner.getvalue())
 
 
 @pytest.mark.parametrize(
@@ -398,22 +401,22 @@ def evil(path: Path, name: str, kind: bytes = tarfile.REGTYPE) -> None:
         ("../../evil.JPEG", tarfile.REGTYPE),
         ("/tmp/evil.JPEG", tarfile.REGTYPE),
         ("n01440764_1.JPEG", tarfile.SYMTYPE),
-        ("n02105855_1.JPEG", tarfile.REGTYPE),  # of another class
+        ("n02105855_1.JPEG", tarfile.REGTYPE),  # in the folder of another class
     ],
 )
-def test_nothing_is_written_beside_the_folder(archives: Path, tmp_path: Path, capsys, name: str, kind: bytes) -> None:
-    evil(archives / "train.tar", name, kind)
+def test_nothing_is_written_outside_the_folder(archives: Path, tmp_path: Path, capsys, name: str, kind: bytes) -> None:
+    write_malicious_train(archives / "train.tar", name, kind)
     assert repr(name) in failed(capsys, *arguments(archives, tmp_path / "imagenet", "train"))
     assert not list(tmp_path.rglob("*evil*")) and not list(tmp_path.rglob("*.JPEG"))
 
 
-def test_a_devkit_names_no_folder_outside(archives: Path, tmp_path: Path, capsys) -> None:
-    write_devkit(archives / "ILSVRC2012_devkit_t12.tar.gz", meta({**IDS, 3: "../../evil"}))
-    assert "or names them otherwise" in failed(capsys, *arguments(archives, tmp_path / "imagenet", "val"))
+def test_a_devkit_cant_name_a_folder_outside(archives: Path, tmp_path: Path, capsys) -> None:
+    write_devkit(archives / "ILSVRC2012_devkit_t12.tar.gz", make_meta({**IDS, 3: "../../evil"}))
+    assert "or other names" in failed(capsys, *arguments(archives, tmp_path / "imagenet", "val"))
     assert not list(tmp_path.rglob("*evil*"))
 
 
-def test_mistakes_are_named_before_anything_is_written(archives: Path, tmp_path: Path, capsys) -> None:
+def test_wrong_arguments_are_errors_before_anything_is_written(archives: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "imagenet"
     assert "--train or --val" in failed(capsys, "imagenet", "--out", str(out))
     assert "nowhere.tar" in failed(capsys, "imagenet", "--train", "nowhere.tar", "--out", str(out))
@@ -426,7 +429,7 @@ def test_mistakes_are_named_before_anything_is_written(archives: Path, tmp_path:
     packed = ["imagenet", "--train", str(archives / "packed.tar"), "--out", str(tmp_path / "b")]
     assert "is compressed" in failed(capsys, *packed)
     (archives / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(b"junk")
-    assert "fetch it again" in failed(capsys, *arguments(archives, tmp_path / "c"))
+    assert "download it again" in failed(capsys, *arguments(archives, tmp_path / "c"))
     (archives / "ILSVRC2012_devkit_t12.tar.gz").unlink()
     assert "--devkit" in failed(capsys, *arguments(archives, tmp_path / "c"))
     (tmp_path / "mine").mkdir()
@@ -434,16 +437,16 @@ def test_mistakes_are_named_before_anything_is_written(archives: Path, tmp_path:
     assert "not empty" in failed(capsys, *arguments(archives, tmp_path / "mine", "train"))
     assert (tmp_path / "mine/thesis.txt").read_text() == "precious"
     (tmp_path / "mine/thesis.txt").unlink()
-    (tmp_path / "mine/source.json").write_text('{"source": "digits"}')  # other tools' folders have one, too
-    assert "not this tool's" in failed(capsys, *arguments(archives, tmp_path / "mine", "train"))
+    (tmp_path / "mine/source.json").write_text('{"source": "digits"}')  # other tools also write this file
+    assert "not from this tool" in failed(capsys, *arguments(archives, tmp_path / "mine", "train"))
 
 
-def test_too_little_room_is_told_before_anything_is_written(archives: Path, tmp_path: Path, capsys) -> None:
-    """What is there of one split makes no room for the other."""
+def test_too_little_disk_space_is_an_error_before_anything_is_written(archives: Path, tmp_path: Path, capsys) -> None:
+    """Existing files of one split don't count for the other."""
     out = tmp_path / "imagenet"
     for name in ("train.tar", "val.tar"):
         with (archives / name).open("ab") as file:
-            file.truncate(1 << 43)  # 9 TB, of which the disk holds nothing
+            file.truncate(1 << 43)  # 9 TB, as a sparse file
     assert "needs 8796.1 GB" in failed(capsys, *arguments(archives, out, "train"))
     assert not out.exists()
     write_train(archives / "train.tar")

@@ -1,4 +1,4 @@
-"""Small sets of real images for tests of whole runs."""
+"""Small datasets of generated images for tests."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from data_tools.digits import make_digits
 from vit_static.config.schema import DataConfig
 
 
-def copy_of_some(source: Path, target: Path, train: int, val: int) -> None:
-    """The first so many images of each class of a set."""
-    for split, count in (("train", train), ("val", val)):
+def copy_part(source: Path, target: Path, num_train: int, num_val: int) -> None:
+    """Copy the first images of each class of a dataset."""
+    for split, count in (("train", num_train), ("val", num_val)):
         for folder in sorted((source / split).iterdir()):
             (target / split / folder.name).mkdir(parents=True)
             for path in sorted(folder.iterdir())[:count]:
@@ -27,15 +27,15 @@ def copy_of_some(source: Path, target: Path, train: int, val: int) -> None:
 
 @pytest.fixture(scope="session")
 def small_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """12 training and 3 validation images of each of the ten digits."""
+    """Return a dataset with 12 training and 3 validation images of each of the ten digits."""
     base = tmp_path_factory.mktemp("digits")
     make_digits(base / "all", "digit", 80)
-    copy_of_some(base / "all", base / "some", 12, 3)
-    return base / "some"
+    copy_part(base / "all", base / "small", 12, 3)
+    return base / "small"
 
 
 def photo(height: int, width: int, seed: int = 0) -> Image.Image:
-    """Smooth colours, an edge, and noise as of a camera."""
+    """Return an image with smooth colours, an edge, and noise like a camera's."""
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(7 * x / width + c) + np.cos(5 * y / height + 2 * c) + np.sin((x + y) / 23 + c) for c in range(3)]
     pixels = 128 + 35 * np.stack(waves, axis=-1)
@@ -46,10 +46,10 @@ def photo(height: int, width: int, seed: int = 0) -> Image.Image:
 
 @pytest.fixture
 def make_set(tmp_path: Path) -> Callable[..., DataConfig]:
-    """make_set({"train/cat/1.jpeg": photo(...)}, {"train/cat/2.jpeg": b"junk"}): a set's config."""
+    """make_set({"train/cat/1.jpeg": photo(...)}, {"train/cat/2.jpeg": b"junk"}) writes files and returns a config."""
 
     def make(*files: dict[str, Image.Image | bytes], **data: Any) -> DataConfig:
-        for path, content in {path: content for part in files for path, content in part.items()}.items():
+        for path, content in {path: content for group in files for path, content in group.items()}.items():
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, bytes):
                 (tmp_path / path).write_bytes(content)
@@ -60,6 +60,6 @@ def make_set(tmp_path: Path) -> Callable[..., DataConfig]:
     return make
 
 
-def thirteen(split: str = "train", num_classes: int = 1) -> dict[str, Image.Image | bytes]:
-    """Files of 13 images of different sizes, dealt out to class folders."""
+def thirteen_images(split: str = "train", num_classes: int = 1) -> dict[str, Image.Image | bytes]:
+    """Return the files of 13 images with different sizes, distributed over class folders."""
     return {f"{split}/c{n % num_classes}/{n:02d}.jpeg": photo(40 + n, 60 - n, seed=n) for n in range(13)}

@@ -1,7 +1,8 @@
-"""What is done to a training image besides its crop and flip: from uniform draws to the parameters of operations.
+"""Random parameters of the augmentations that follow the crop: RandAugment and its relatives, jitter and erasing.
 
-Pure functions of the draws, for a batch at a time; operations.py does what they say. An image goes through a few
-layers, one operation each: those of its policy, then those of colour jitter.
+Pure functions from uniform random numbers to the parameters of operations, for a whole batch at a time; `dali_ops`
+applies the operations. An image passes through a few layers with one operation each: first the layers of its policy,
+then those of color jitter.
 """
 
 from __future__ import annotations
@@ -13,204 +14,215 @@ import numpy as np
 
 from vit_static.config.schema import AugmentConfig
 
-ERASE_ATTEMPTS = 10  # timm's RandomErasing
-REFERENCE_SIDE = 224  # the image that the policies' pixels are of
-_DRAWS_A_LAYER, _DRAWS_OF_JITTER, _DRAWS_OF_ERASING = 8, 4, 28
+NUM_ERASING_ATTEMPTS = 10  # as in timm's RandomErasing
+REFERENCE_SIZE = 224  # the image size for which the policies give distances in pixels
+_NUM_POLICY_DRAWS, _NUM_JITTER_DRAWS, _NUM_ERASING_DRAWS = 8, 4, 28  # per layer, per image, per image
 
 
 class Op:
-    """An operation's number; what its `factor` is."""
+    """The numbers by which the pipeline knows the operations. The comments describe each operation's `factor`."""
 
     NONE = 0
-    GEOMETRIC = 1  # its matrix
-    BRIGHTNESS = 2  # this and the next three: 1 leaves the image, 0 gives black, ...
-    CONTRAST = 3  # ... its mean grey,
-    COLOUR = 4  # its grey,
-    SHARPNESS = 5  # or the smoothed image; above 1 away from it
-    POSTERIZE = 6  # bits that are kept, 0 to 8
-    SOLARIZE = 7  # values from this one up are inverted, 0 to 256
-    SOLARIZE_ADD = 8  # what is added to values below 128
+    GEOMETRIC = 1  # not used: the operation takes a matrix
+    BRIGHTNESS = 2  # for this and the next three, 1 leaves the image as it is; here 0 gives black
+    CONTRAST = 3  # 0 gives the image's mean grey
+    COLOUR = 4  # 0 gives a grey image
+    SHARPNESS = 5  # 0 gives a smoothed image
+    POSTERIZE = 6  # number of bits that remain, 0 to 8
+    SOLARIZE = 7  # the lowest value that is inverted, 0 to 256
+    SOLARIZE_ADD = 8  # the amount added to values below 128
     AUTOCONTRAST = 9
     EQUALIZE = 10
-    CUTOUT = 11  # its box
-    BLUR = 12  # the Gaussian's deviation, in pixels
+    CUTOUT = 11  # half the side of the box, as a share of the image's side
+    BLUR = 12  # standard deviation of the Gaussian, in pixels
 
 
 @dataclass(frozen=True)
-class _Operation:
-    """A policy's operation, whose factor goes from `first` to `last` as the magnitude goes from 0 to 1.
+class _PolicyOp:
+    """One operation of a policy, whose factor goes from `start` to `end` as the magnitude goes from 0 to 1.
 
-    `signed`: it is that much, as a move, or that much more than 1, or less. `matrix`: shear_x, shear_y, translate_x,
-    translate_y, rotate.
+    With `is_signed`, the factor has a random sign, and is a distance (with `matrix`) or a difference from 1 (without).
+    With `is_integer`, the distance from `start` is truncated to an integer. `matrix` is one of shear_x, shear_y,
+    translate_x, translate_y and rotate.
     """
 
-    kind: int
-    first: float = 0.0
-    last: float = 0.0
-    signed: bool = False
-    whole: bool = False  # the way from `first` is cut off to a whole number
+    op: int
+    start: float = 0.0
+    end: float = 0.0
+    is_signed: bool = False
+    is_integer: bool = False
     matrix: str = ""
 
     def factor(self, magnitude: np.ndarray, sign: np.ndarray) -> np.ndarray:
-        way = (self.last - self.first) * magnitude
-        found = self.first + (np.trunc(way + np.copysign(1e-6, way)) if self.whole else way)
-        if not self.signed:
-            return found
-        return sign * found if self.matrix else 1.0 + sign * found
+        change = (self.end - self.start) * magnitude
+        factor = self.start + (np.trunc(change + np.copysign(1e-6, change)) if self.is_integer else change)
+        if not self.is_signed:
+            return factor
+        return sign * factor if self.matrix else 1.0 + sign * factor
 
 
-def _geometric(matrix: str, most: float) -> _Operation:
-    return _Operation(Op.GEOMETRIC, 0.0, most, signed=True, matrix=matrix)
+def _geometric_op(matrix: str, max_factor: float) -> _PolicyOp:
+    return _PolicyOp(Op.GEOMETRIC, 0.0, max_factor, is_signed=True, matrix=matrix)
 
 
-def _moves(shear: float, translate: float, degrees: float) -> list[_Operation]:
-    """Shears by a share, translations by a share of the side, a rotation by degrees: up to, in both directions."""
+def _geometric_ops(max_shear: float, max_translation: float, max_degrees: float) -> list[_PolicyOp]:
+    """Return shears, translations (as shares of the image's side) and a rotation, each up to a limit either way."""
     return [
-        _geometric("shear_x", shear),
-        _geometric("shear_y", shear),
-        _geometric("translate_x", translate),
-        _geometric("translate_y", translate),
-        _geometric("rotate", degrees),
+        _geometric_op("shear_x", max_shear),
+        _geometric_op("shear_y", max_shear),
+        _geometric_op("translate_x", max_translation),
+        _geometric_op("translate_y", max_translation),
+        _geometric_op("rotate", max_degrees),
     ]
 
 
-_BLENDS = (Op.BRIGHTNESS, Op.COLOUR, Op.CONTRAST, Op.SHARPNESS)
-_PLAIN = [_Operation(Op.AUTOCONTRAST), _Operation(Op.EQUALIZE)]
-_INVERT = _Operation(Op.SOLARIZE)  # from 0 up
-_SOLARIZE_ADD = _Operation(Op.SOLARIZE_ADD, 0, 110, whole=True)
+_BLEND_OPS = (Op.BRIGHTNESS, Op.COLOUR, Op.CONTRAST, Op.SHARPNESS)
+_OPS_WITHOUT_FACTOR = [_PolicyOp(Op.AUTOCONTRAST), _PolicyOp(Op.EQUALIZE)]
+_INVERT = _PolicyOp(Op.SOLARIZE)  # every value from 0 up
+_SOLARIZE_ADD = _PolicyOp(Op.SOLARIZE_ADD, 0, 110, is_integer=True)
 
-# RandAugment, arXiv 1909.13719. google: the reference's 16 (tensorflow/tpu, efficientnet/autoaugment.py), whose pixels
-# are of an image of 224. timm: those of its 'rand-m9-mstd0.5-inc1', as DeiT has it, where more is always stronger.
-_GOOGLE = [
-    *_PLAIN,
+# RandAugment, arXiv 1909.13719. google: the 16 operations of the reference (tensorflow/tpu,
+# efficientnet/autoaugment.py), whose pixels are those of an image of 224. timm: the operations of its
+# 'rand-m9-mstd0.5-inc1', which DeiT uses, where a greater magnitude always changes the image more.
+_GOOGLE_OPS = [
+    *_OPS_WITHOUT_FACTOR,
     _INVERT,
-    *_moves(0.3, 100 / REFERENCE_SIDE, 30.0),
-    _Operation(Op.POSTERIZE, 0, 4, whole=True),
-    _Operation(Op.SOLARIZE, 0, 256, whole=True),
+    *_geometric_ops(0.3, 100 / REFERENCE_SIZE, 30.0),
+    _PolicyOp(Op.POSTERIZE, 0, 4, is_integer=True),
+    _PolicyOp(Op.SOLARIZE, 0, 256, is_integer=True),
     _SOLARIZE_ADD,
-    *(_Operation(kind, 0.1, 1.9) for kind in _BLENDS),
-    _Operation(Op.CUTOUT, 0, 40 / REFERENCE_SIDE),
+    *(_PolicyOp(op, 0.1, 1.9) for op in _BLEND_OPS),
+    _PolicyOp(Op.CUTOUT, 0, 40 / REFERENCE_SIZE),
 ]
-_TIMM = [
-    *_PLAIN,
+_TIMM_OPS = [
+    *_OPS_WITHOUT_FACTOR,
     _INVERT,
-    *_moves(0.3, 0.45, 30.0),
-    _Operation(Op.POSTERIZE, 4, 0, whole=True),
-    _Operation(Op.SOLARIZE, 256, 0, whole=True),
+    *_geometric_ops(0.3, 0.45, 30.0),
+    _PolicyOp(Op.POSTERIZE, 4, 0, is_integer=True),
+    _PolicyOp(Op.SOLARIZE, 256, 0, is_integer=True),
     _SOLARIZE_ADD,
-    *(_Operation(kind, 0.0, 0.9, signed=True) for kind in _BLENDS),
+    *(_PolicyOp(op, 0.0, 0.9, is_signed=True) for op in _BLEND_OPS),
 ]
-# TrivialAugment, arXiv 2103.10158, the wide set, with torchvision's ranges and 31 steps. Its 32 pixels are of 224, too.
-_TRIVIAL = [
-    _Operation(Op.NONE),
-    *_PLAIN,
-    *_moves(0.99, 32 / REFERENCE_SIDE, 135.0),
-    _Operation(Op.POSTERIZE, 8, 2),
-    _Operation(Op.SOLARIZE, 255, 0),
-    *(_Operation(kind, 0.0, 0.99, signed=True) for kind in _BLENDS),
+# TrivialAugment, arXiv 2103.10158: the wide set, with torchvision's ranges and 31 steps. Its 32 pixels are those of an
+# image of 224, too.
+_TRIVIAL_OPS = [
+    _PolicyOp(Op.NONE),
+    *_OPS_WITHOUT_FACTOR,
+    *_geometric_ops(0.99, 32 / REFERENCE_SIZE, 135.0),
+    _PolicyOp(Op.POSTERIZE, 8, 2),
+    _PolicyOp(Op.SOLARIZE, 255, 0),
+    *(_PolicyOp(op, 0.0, 0.99, is_signed=True) for op in _BLEND_OPS),
 ]
-_TRIVIAL_STEPS = 31
+_NUM_TRIVIAL_STEPS = 31
 # DeiT III's 3-Augment, arXiv 2204.07118: grey, inverted from 128 up, or blurred.
-_THREE = [
-    _Operation(Op.COLOUR),
-    _Operation(Op.SOLARIZE, 128, 128),
-    _Operation(Op.BLUR, 0.1, 2.0),
+_THREE_AUGMENT_OPS = [
+    _PolicyOp(Op.COLOUR),
+    _PolicyOp(Op.SOLARIZE, 128, 128),
+    _PolicyOp(Op.BLUR, 0.1, 2.0),
 ]
-_JITTERED = (Op.BRIGHTNESS, Op.CONTRAST, Op.COLOUR)
-_ORDERS = np.array([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
+_JITTER_OPS = (Op.BRIGHTNESS, Op.CONTRAST, Op.COLOUR)
+_JITTER_ORDERS = np.array([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
 
 
-def layer_kinds(config: AugmentConfig) -> list[set[int]]:
-    """What each layer may do."""
-    of_policy = [{operation.kind for operation in _policy_operations(config)}] * _num_policy_layers(config)
-    return of_policy + ([set(_JITTERED)] * 3 if config.color_jitter > 0.0 else [])
+def ops_per_layer(config: AugmentConfig) -> list[set[int]]:
+    """Return the operations that each layer may apply."""
+    policy_layers = [{policy_op.op for policy_op in _policy_ops(config)}] * _num_policy_layers(config)
+    return policy_layers + ([set(_JITTER_OPS)] * 3 if config.color_jitter > 0.0 else [])
 
 
 def num_draws_per_image(config: AugmentConfig) -> int:
-    """How many uniform numbers an image takes, a multiple of 4; 0 where nothing is done."""
+    """Return how many uniform random numbers an image needs: a multiple of 4, or 0 without augmentation."""
     return (
-        _DRAWS_A_LAYER * _num_policy_layers(config)
-        + _DRAWS_OF_JITTER * (config.color_jitter > 0.0)
-        + _DRAWS_OF_ERASING * (config.random_erasing_probability > 0.0)
+        _NUM_POLICY_DRAWS * _num_policy_layers(config)
+        + _NUM_JITTER_DRAWS * (config.color_jitter > 0.0)
+        + _NUM_ERASING_DRAWS * (config.random_erasing_probability > 0.0)
     )
 
 
 def op_parameters(draws: np.ndarray, config: AugmentConfig, image_size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Of draws [B, num_draws] in [0, 1), what operations.py takes, float32 or int32, as far as the config needs it:
+    """Return the parameters that `dali_ops` takes, float32 or int32, as far as the config needs them.
 
-    `kind` [B, layers]; `factor` [B, layers]; `matrix` [B, layers, 2, 3], from a place in the result (x, y, 1) to one in
-    the image, in pixels; `box` [B, layers, 4], top, left, height, width; where images are erased `erase_box`
-    [B, 4], of height 0 where nothing is, and `erase_window` [B, 2], the noise's corner (y, x).
+    `draws`: uniform random numbers in [0, 1), [B, num_draws_per_image]. The result has `op` [B, layers]; `factor`
+    [B, layers]; `matrix` [B, layers, 2, 3], from a position in the result (x, y, 1) to one in the image, in pixels;
+    `box` [B, layers, 4] of cutout: top, left, height, width; with random erasing `erasing_box` [B, 4], whose height is
+    0 where nothing is erased, and `erasing_noise_corner` [B, 2] (y, x).
     """
-    found: dict[str, np.ndarray] = {}
+    parameters: dict[str, np.ndarray] = {}
     num_layers = _num_policy_layers(config)
-    of_layers, rest = np.split(draws.astype(np.float64), [_DRAWS_A_LAYER * num_layers], axis=1)
-    split = np.split(of_layers, num_layers, axis=1) if num_layers else []
-    layers = [_policy_layer(part, config, image_size) for part in split]
+    policy_draws, rest = np.split(draws.astype(np.float64), [_NUM_POLICY_DRAWS * num_layers], axis=1)
+    draws_per_layer = np.split(policy_draws, num_layers, axis=1) if num_layers else []
+    layers = [_policy_layer(layer_draws, config, image_size) for layer_draws in draws_per_layer]
     if config.color_jitter > 0.0:
-        of_jitter, rest = np.split(rest, [_DRAWS_OF_JITTER], axis=1)
-        layers += _jitter_layers(of_jitter, config.color_jitter)
-    kinds = set().union(*layer_kinds(config))
-    needed = {
-        "kind": bool(kinds),
-        "factor": bool(kinds),
-        "matrix": Op.GEOMETRIC in kinds,
-        "box": Op.CUTOUT in kinds,
+        jitter_draws, rest = np.split(rest, [_NUM_JITTER_DRAWS], axis=1)
+        layers += _jitter_layers(jitter_draws, config.color_jitter)
+    ops = set().union(*ops_per_layer(config))
+    is_needed = {
+        "op": bool(ops),
+        "factor": bool(ops),
+        "matrix": Op.GEOMETRIC in ops,
+        "box": Op.CUTOUT in ops,
     }
-    for name in (name for name, is_needed in needed.items() if is_needed):
-        found[name] = np.stack([layer[name] for layer in layers], axis=1)
+    for name in (name for name in is_needed if is_needed[name]):
+        parameters[name] = np.stack([layer[name] for layer in layers], axis=1)
     if config.random_erasing_probability > 0.0:
-        found |= _erasing(rest, config, image_size)
-    return found
+        parameters |= _erasing_parameters(rest, config, image_size)
+    return parameters
 
 
 def _num_policy_layers(config: AugmentConfig) -> int:
     return {"none": 0, "randaugment": config.num_ops, "trivialaugment": 1, "three_augment": 1}[config.policy]
 
 
-def _policy_operations(config: AugmentConfig) -> list[_Operation]:
-    of_randaugment = {"google": _GOOGLE, "timm": _TIMM}[config.op_set]
-    return {"none": [], "randaugment": of_randaugment, "trivialaugment": _TRIVIAL, "three_augment": _THREE}[
-        config.policy
-    ]
+def _policy_ops(config: AugmentConfig) -> list[_PolicyOp]:
+    randaugment_ops = {"google": _GOOGLE_OPS, "timm": _TIMM_OPS}[config.op_set]
+    return {
+        "none": [],
+        "randaugment": randaugment_ops,
+        "trivialaugment": _TRIVIAL_OPS,
+        "three_augment": _THREE_AUGMENT_OPS,
+    }[config.policy]
 
 
 def _policy_layer(draws: np.ndarray, config: AugmentConfig, image_size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Of draws [B, 8]: which operation, whether at all, the sign, two for the magnitude, two for a box's centre."""
-    operations = _policy_operations(config)
-    chosen = (draws[:, 0] * len(operations)).astype(int)
+    """Return the parameters of one layer of the policy, without the axis of the layers.
+
+    `draws` [B, 8]: 0 selects the operation, 1 decides whether it is applied, 2 gives the sign, 3 and 4 the magnitude,
+    5 and 6 the centre of a box; 7 is not used.
+    """
+    policy_ops = _policy_ops(config)
+    selected = (draws[:, 0] * len(policy_ops)).astype(int)
     sign = np.where(draws[:, 2] < 0.5, -1.0, 1.0)
     magnitude = _magnitude(draws[:, 3], draws[:, 4], config)
     layer = _empty_layer(len(draws))
-    for number, operation in enumerate(operations):
-        here = chosen == number
-        factor = operation.factor(magnitude[here], sign[here])
-        layer["kind"][here], layer["factor"][here] = operation.kind, factor
-        if operation.matrix:
-            layer["matrix"][here] = _matrix(operation.matrix, factor, image_size)
-        if operation.kind == Op.CUTOUT:
-            layer["box"][here] = _cutout(factor, draws[here, 5:7], image_size)
-    if config.policy == "trivialaugment":  # bits are rounded; a whole value is above 59.5 from 60 up
-        layer["factor"] = np.where(layer["kind"] == Op.POSTERIZE, np.round(layer["factor"]), layer["factor"])
-        layer["factor"] = np.where(layer["kind"] == Op.SOLARIZE, np.ceil(layer["factor"]), layer["factor"])
+    for number, policy_op in enumerate(policy_ops):
+        is_selected = selected == number
+        factor = policy_op.factor(magnitude[is_selected], sign[is_selected])
+        layer["op"][is_selected], layer["factor"][is_selected] = policy_op.op, factor
+        if policy_op.matrix:
+            layer["matrix"][is_selected] = _matrix(policy_op.matrix, factor, image_size)
+        if policy_op.op == Op.CUTOUT:
+            layer["box"][is_selected] = _cutout_box(factor, draws[is_selected, 5:7], image_size)
+    if config.policy == "trivialaugment":  # numbers of bits are rounded; an integer is above 59.5 from 60 up
+        layer["factor"] = np.where(layer["op"] == Op.POSTERIZE, np.round(layer["factor"]), layer["factor"])
+        layer["factor"] = np.where(layer["op"] == Op.SOLARIZE, np.ceil(layer["factor"]), layer["factor"])
     if config.policy == "randaugment":
-        layer["kind"][draws[:, 1] >= config.op_probability] = Op.NONE
+        layer["op"][draws[:, 1] >= config.op_probability] = Op.NONE
     return layer
 
 
-def _magnitude(draw: np.ndarray, other: np.ndarray, config: AugmentConfig) -> np.ndarray:
-    """0 to 1. RandAugment's is the config's, with a deviation of its own by Box and Muller's method."""
+def _magnitude(draw: np.ndarray, second_draw: np.ndarray, config: AugmentConfig) -> np.ndarray:
+    """Return magnitudes from 0 to 1. RandAugment's are normally distributed, by the Box-Muller method."""
     if config.policy == "three_augment":
         return draw
     if config.policy == "trivialaugment":
-        return np.floor(draw * _TRIVIAL_STEPS) / (_TRIVIAL_STEPS - 1)
-    normal = np.sqrt(-2.0 * np.log1p(-draw)) * np.cos(2.0 * math.pi * other)
+        return np.floor(draw * _NUM_TRIVIAL_STEPS) / (_NUM_TRIVIAL_STEPS - 1)
+    normal = np.sqrt(-2.0 * np.log1p(-draw)) * np.cos(2.0 * math.pi * second_draw)
     return np.clip(config.magnitude + config.magnitude_std * normal, 0.0, 10.0) / 10.0
 
 
 def _empty_layer(num_images: int) -> dict[str, np.ndarray]:
     return {
-        "kind": np.zeros(num_images, np.int32),
+        "op": np.zeros(num_images, np.int32),
         "factor": np.zeros(num_images, np.float32),
         "matrix": np.tile(np.eye(2, 3, dtype=np.float32), (num_images, 1, 1)),
         "box": np.zeros((num_images, 4), np.int32),
@@ -218,7 +230,8 @@ def _empty_layer(num_images: int) -> dict[str, np.ndarray]:
 
 
 def _matrix(name: str, factor: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
-    """[B, 2, 3]. Shears keep the upper left corner, as the references' do; rotations the centre, counter-clockwise."""
+    """Return matrices [B, 2, 3]. Shears keep the top left corner in place, as in the references; rotations are
+    counter-clockwise about the centre."""
     height, width = image_size
     matrix = np.tile(np.eye(2, 3), (len(factor), 1, 1))
     if name == "rotate":
@@ -237,48 +250,55 @@ def _matrix(name: str, factor: np.ndarray, image_size: tuple[int, int]) -> np.nd
     return matrix
 
 
-def _cutout(half_side: np.ndarray, centre: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
-    """[B, 4]: a square of twice `half_side`, a share of the side, about a place in the image; what of it is inside."""
+def _cutout_box(half_side: np.ndarray, centre: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+    """Return boxes [B, 4]: the part inside the image of a square about `centre`, a position in shares of the image."""
     size = np.array(image_size)
     middle = np.floor(centre * size)
     half = np.trunc(half_side[:, None] * size + 1e-6)
-    first, behind = np.maximum(middle - half, 0), np.minimum(middle + half, size)
-    return np.concatenate([first, behind - first], axis=1)
+    start, stop = np.maximum(middle - half, 0), np.minimum(middle + half, size)
+    return np.concatenate([start, stop - start], axis=1)
 
 
 def _jitter_layers(draws: np.ndarray, strength: float) -> list[dict[str, np.ndarray]]:
-    """Of draws [B, 4]: brightness, contrast and saturation, each by its own factor, in one of their six orders."""
-    order = _ORDERS[(draws[:, 0] * len(_ORDERS)).astype(int)]  # [B, 3]
-    factors = 1.0 + strength * (2.0 * draws[:, 1:4] - 1.0)  # [B, 3], by kind
+    """Return three layers: brightness, contrast and saturation in random order, each with its own factor.
+
+    `draws` [B, 4]: 0 selects one of the six orders, 1 to 3 give the factors.
+    """
+    order = _JITTER_ORDERS[(draws[:, 0] * len(_JITTER_ORDERS)).astype(int)]  # [B, 3]
+    factors = 1.0 + strength * (2.0 * draws[:, 1:4] - 1.0)  # [B, 3], in the order of _JITTER_OPS
     layers = []
-    for place in range(3):
+    for position in range(3):
         layer = _empty_layer(len(draws))
-        layer["kind"] = np.array(_JITTERED, np.int32)[order[:, place]]
-        layer["factor"] = np.take_along_axis(factors, order[:, place : place + 1], axis=1)[:, 0].astype(np.float32)
+        layer["op"] = np.array(_JITTER_OPS, np.int32)[order[:, position]]
+        layer["factor"] = np.take_along_axis(factors, order[:, position : position + 1], axis=1)[:, 0].astype(
+            np.float32
+        )
         layers.append(layer)
     return layers
 
 
-def _erasing(draws: np.ndarray, config: AugmentConfig, image_size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Random erasing, arXiv 1708.04896, as timm has it: ten tries at a share of the area (uniform) and an aspect ratio
-    (uniform in its logarithm); the first that is smaller than the image is placed uniformly.
+def _erasing_parameters(draws: np.ndarray, config: AugmentConfig, image_size: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Return the boxes of random erasing, arXiv 1708.04896, as timm draws them.
 
-    `draws` [B, 28]: 0 whether, 1-10 areas, 11-20 aspects, 21 and 22 the place, 23 and 24 the noise's corner.
+    In up to ten attempts, the share of the area is uniform and the aspect ratio is uniform in its logarithm; the first
+    box that is smaller than the image gets a uniform position. `draws` [B, 28]: 0 decides whether the image is erased,
+    1-10 areas, 11-20 aspect ratios, 21 and 22 the position, 23 and 24 the corner of the noise; the rest is not used.
     """
     height, width = image_size
-    least_area, most_area = config.random_erasing_area
-    log_least, log_most = (math.log(aspect) for aspect in config.random_erasing_aspect_ratio)
-    area = height * width * (least_area + (most_area - least_area) * draws[:, 1:11])
-    aspect = np.exp(log_least + (log_most - log_least) * draws[:, 11:21])
-    tried_height, tried_width = np.round(np.sqrt(area * aspect)), np.round(np.sqrt(area / aspect))
-    fits = (tried_height < height) & (tried_width < width)
+    min_area, max_area = config.random_erasing_area
+    log_min, log_max = (math.log(ratio) for ratio in config.random_erasing_aspect_ratio)
+    area_draws, aspect_draws = draws[:, 1 : 1 + NUM_ERASING_ATTEMPTS], draws[:, 11 : 11 + NUM_ERASING_ATTEMPTS]
+    area = height * width * (min_area + (max_area - min_area) * area_draws)
+    aspect_ratio = np.exp(log_min + (log_max - log_min) * aspect_draws)
+    heights, widths = np.round(np.sqrt(area * aspect_ratio)), np.round(np.sqrt(area / aspect_ratio))  # [B, 10]
+    fits = (heights < height) & (widths < width)
     first = np.argmax(fits, axis=1)
     rows = np.arange(len(draws))
-    erased = fits.any(axis=1) & (draws[:, 0] < config.random_erasing_probability)
-    box_height = np.where(erased, tried_height[rows, first], 0)
-    box_width = np.where(erased, tried_width[rows, first], 0)
+    is_erased = fits.any(axis=1) & (draws[:, 0] < config.random_erasing_probability)
+    box_height = np.where(is_erased, heights[rows, first], 0)
+    box_width = np.where(is_erased, widths[rows, first], 0)
     top = np.floor(draws[:, 21] * (height - box_height + 1))
     left = np.floor(draws[:, 22] * (width - box_width + 1))
     box = np.stack([top, left, box_height, box_width], axis=1).astype(np.int32)
-    window = np.floor(draws[:, 23:25] * (np.array(image_size) + 1)).astype(np.int32)
-    return {"erase_box": box, "erase_window": window}
+    corner = np.floor(draws[:, 23:25] * (np.array(image_size) + 1)).astype(np.int32)
+    return {"erasing_box": box, "erasing_noise_corner": corner}

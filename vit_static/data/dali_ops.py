@@ -1,19 +1,20 @@
-"""The operations of augment.py, of DALI's operators: for CPU and card from the same lines, without randomness.
+"""Augmentation operations built from DALI's operators, with the same code for CPU and GPU and without randomness.
 
-They follow Pillow's definitions, as the references of RandAugment and its kin do. What differs, in grey levels of 255,
-the mean of the worst of six photographs and the largest of all pixels (`./run.sh test tests/test_operations.py -rP`):
+The operations follow Pillow's definitions, as the references of RandAugment and its relatives do. The differences from
+Pillow, in grey levels of 255: the mean of the worst of six photos, and the largest of all pixels
+(`./run.sh test tests/data/test_dali_ops.py -rP` prints them):
 
     brightness, contrast, posterize, solarize, solarize_add, cutout    0        0
-    moves, nearest neighbours                                          0        0
+    geometric, nearest neighbour                                       0        0
     colour, grey                                                       0.001    1   rounding
     autocontrast                                                       0.02     1   rounding
-    sharpness                                                          0.65    34   at the border, which Pillow leaves
-                                                                                    as it is; within it 0.45 and 1
-    moves, linear                                                      0.7     63   at the edge to the grey; within it
-                                                                                    0.5 and 1, as Pillow cuts off
-    blur                                                               0.6      9   Pillow's is three box filters
-    equalize                                                           1.0      3   OpenCV's; 3.9 and 7 on photographs
-                                                                                    of a third of the contrast
+    sharpness                                                          0.65    34   at the border, which Pillow doesn't
+                                                                                    change; inside it 0.45 and 1
+    geometric, linear                                                  0.7     63   at the edge of the grey fill; inside
+                                                                                    it 0.5 and 1, as Pillow truncates
+    blur                                                               0.6      9   Pillow uses three box filters
+    equalize                                                           1.0      3   OpenCV's; 3.9 and 7 on photos with a
+                                                                                    third of the contrast
 """
 
 from __future__ import annotations
@@ -26,87 +27,90 @@ import nvidia.dali.math as dali_math
 from nvidia.dali import fn, types
 
 from vit_static.config.schema import AugmentConfig
-from vit_static.data.augment import Op, layer_kinds
+from vit_static.data.augment import Op, ops_per_layer
 
-GREY = 128  # what a moved image leaves behind, and what is cut out
+GREY = 128  # fills cut-out boxes, and what a geometric operation leaves empty
 _NOISE_SEED = 0
-_SMOOTHING = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13.0  # Pillow's ImageFilter.SMOOTH
-_IDENTITY = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]], np.float32)
-# A cast rounds to the nearest level, and Pillow's operations leave fractions out; a whole number stays what it is.
-_TO_FLOOR = -0.498
+_SMOOTHING_KERNEL = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13.0  # Pillow's ImageFilter.SMOOTH
+_IDENTITY_KERNEL = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]], np.float32)
+# A cast rounds to the nearest level, while Pillow's operations truncate. An integer stays the same.
+_TRUNCATION_OFFSET = -0.498
 
 
-def augmented(images: Any, parameters: Mapping[str, Any], config: AugmentConfig) -> Any:
-    """Images [height, width, 3] uint8 after all layers, the same type. `parameters` as augment.parameters names them.
+def apply_ops(images: Any, parameters: Mapping[str, Any], config: AugmentConfig) -> Any:
+    """Apply all layers to images [height, width, 3] uint8. `parameters` are those of `augment.op_parameters`.
 
-    DALI splits the batch by each `if`, so that an image pays for its own operations alone.
+    DALI splits the batch at each `if`, so that an image only costs the time of its own operations.
     """
-    for layer, kinds in enumerate(layer_kinds(config)):
-        kind, factor = parameters["kind"][layer], parameters["factor"][layer]
-        if Op.GEOMETRIC in kinds and kind == Op.GEOMETRIC:
+    for layer, ops in enumerate(ops_per_layer(config)):
+        op, factor = parameters["op"][layer], parameters["factor"][layer]
+        if Op.GEOMETRIC in ops and op == Op.GEOMETRIC:
             matrix = parameters["matrix"][layer]
             images = fn.warp_affine(images, matrix=matrix, fill_value=GREY, interp_type=_interpolation(config))
-        if (kind >= Op.BRIGHTNESS) & (kind <= Op.SHARPNESS):
-            images = blended(images, kind, factor)
-        if (kind >= Op.POSTERIZE) & (kind <= Op.SOLARIZE_ADD):
-            images = of_single_values(images, kind, factor)
-        if kinds & {Op.AUTOCONTRAST, Op.EQUALIZE}:
-            if kind == Op.AUTOCONTRAST:
+        if (op >= Op.BRIGHTNESS) & (op <= Op.SHARPNESS):
+            images = blend(images, op, factor)
+        if (op >= Op.POSTERIZE) & (op <= Op.SOLARIZE_ADD):
+            images = map_values(images, op, factor)
+        if ops & {Op.AUTOCONTRAST, Op.EQUALIZE}:
+            if op == Op.AUTOCONTRAST:
                 images = autocontrast(images)
-            elif kind == Op.EQUALIZE:
+            elif op == Op.EQUALIZE:
                 images = fn.equalize(images)
-        if Op.CUTOUT in kinds and kind == Op.CUTOUT:
-            images = cut_out(images, parameters["box"][layer])
-        if Op.BLUR in kinds and kind == Op.BLUR:
+        if Op.CUTOUT in ops and op == Op.CUTOUT:
+            images = cutout(images, parameters["box"][layer])
+        if Op.BLUR in ops and op == Op.BLUR:
             images = fn.gaussian_blur(images, sigma=factor)
     return images
 
 
-def blended(images: Any, kind: Any, factor: Any) -> Any:
-    """Pillow's ImageEnhance: d + factor * (image - d); d is black, the mean grey, the grey or the smoothed image."""
-    if kind == Op.BRIGHTNESS:
-        result = fn.brightness_contrast(images, brightness=factor, brightness_shift=_TO_FLOOR / 255)
-    elif kind == Op.CONTRAST:
-        share = at(images, factor)
+def blend(images: Any, op: Any, factor: Any) -> Any:
+    """Apply brightness, contrast, colour or sharpness, as Pillow's ImageEnhance does.
+
+    The result is d + factor * (image - d), where d is black, the mean grey, the grey image or the smoothed image.
+    """
+    if op == Op.BRIGHTNESS:
+        result = fn.brightness_contrast(images, brightness=factor, brightness_shift=_TRUNCATION_OFFSET / 255)
+    elif op == Op.CONTRAST:
+        share = to_device_of(images, factor)
         grey = fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
         mean = dali_math.floor(fn.reductions.mean(grey) + 0.5)
-        result = fn.cast(images * share + (mean * (1.0 - share) + _TO_FLOOR), dtype=types.UINT8)
-    elif kind == Op.COLOUR:
-        share = at(images, factor)
+        result = fn.cast(images * share + (mean * (1.0 - share) + _TRUNCATION_OFFSET), dtype=types.UINT8)
+    elif op == Op.COLOUR:
+        share = to_device_of(images, factor)
         grey = fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
-        result = fn.cast(images * share + (grey * (1.0 - share) + _TO_FLOOR), dtype=types.UINT8)
+        result = fn.cast(images * share + (grey * (1.0 - share) + _TRUNCATION_OFFSET), dtype=types.UINT8)
     else:
-        kernel = types.Constant(_SMOOTHING) * (1.0 - factor) + types.Constant(_IDENTITY) * factor
-        result = fn.filter(images, at(images, kernel), dtype=types.UINT8)
+        kernel = types.Constant(_SMOOTHING_KERNEL) * (1.0 - factor) + types.Constant(_IDENTITY_KERNEL) * factor
+        result = fn.filter(images, to_device_of(images, kernel), dtype=types.UINT8)
     return result
 
 
-def of_single_values(images: Any, kind: Any, factor: Any) -> Any:
-    """Pillow's ImageOps.posterize and solarize, and the reference's solarize_add."""
-    if kind == Op.POSTERIZE:
+def map_values(images: Any, op: Any, factor: Any) -> Any:
+    """Apply posterize or solarize, as Pillow's ImageOps do, or solarize_add, as RandAugment's reference does."""
+    if op == Op.POSTERIZE:
         mask = 256.0 - dali_math.floor(dali_math.pow(2.0, 8.0 - factor) + 0.5)
-        result = images & at(images, fn.cast(mask, dtype=types.UINT8))
-    elif kind == Op.SOLARIZE:
-        inverted = images >= at(images, fn.cast(factor, dtype=types.INT32))
-        result = images ^ inverted * types.Constant(255, dtype=types.UINT8)
+        result = images & to_device_of(images, fn.cast(mask, dtype=types.UINT8))
+    elif op == Op.SOLARIZE:
+        is_inverted = images >= to_device_of(images, fn.cast(factor, dtype=types.INT32))
+        result = images ^ is_inverted * types.Constant(255, dtype=types.UINT8)
     else:
-        dark = images < GREY
-        result = images + dark * at(images, fn.cast(factor, dtype=types.UINT8))
+        is_dark = images < GREY
+        result = images + is_dark * to_device_of(images, fn.cast(factor, dtype=types.UINT8))
     return result
 
 
 def autocontrast(images: Any) -> Any:
-    """Pillow's ImageOps.autocontrast: each channel's least value becomes 0, its greatest 255."""
-    least, most = fn.reductions.min(images, axes=[0, 1]), fn.reductions.max(images, axes=[0, 1])
-    span = fn.cast(most, dtype=types.FLOAT) - least
-    flat = fn.cast(span == 0, dtype=types.FLOAT)  # a channel of one value stays as it is
-    scale = (1.0 - flat) * 255.0 / (span + flat) + flat
-    stretched = (fn.cast(images, dtype=types.FLOAT) - (1.0 - flat) * least) * scale
-    return fn.cast(stretched + _TO_FLOOR, dtype=types.UINT8)
+    """Stretch each channel's values to 0 to 255, as Pillow's ImageOps.autocontrast does."""
+    low, high = fn.reductions.min(images, axes=[0, 1]), fn.reductions.max(images, axes=[0, 1])
+    span = fn.cast(high, dtype=types.FLOAT) - low
+    is_flat = fn.cast(span == 0, dtype=types.FLOAT)  # a channel with a single value doesn't change
+    scale = (1.0 - is_flat) * 255.0 / (span + is_flat) + is_flat
+    stretched = (fn.cast(images, dtype=types.FLOAT) - (1.0 - is_flat) * low) * scale
+    return fn.cast(stretched + _TRUNCATION_OFFSET, dtype=types.UINT8)
 
 
-def cut_out(images: Any, box: Any) -> Any:
-    """`box`: top, left, height, width, in the image."""
+def cutout(images: Any, box: Any) -> Any:
+    """Fill a box of each image with grey. `box`: top, left, height, width."""
     return fn.erase(
         images,
         anchor=fn.cast(box[0:2], dtype=types.FLOAT),
@@ -116,39 +120,43 @@ def cut_out(images: Any, box: Any) -> Any:
     )
 
 
-def erased(images: Any, parameters: Mapping[str, Any], config: AugmentConfig, image_size: tuple[int, int]) -> Any:
-    """Normalised images [3, height, width] with their `erase_box` filled: with normal noise, a window of a fixed plate
-    of it, or with 0, which is the mean."""
+def random_erasing(
+    images: Any, parameters: Mapping[str, Any], config: AugmentConfig, image_size: tuple[int, int]
+) -> Any:
+    """Fill the `erasing_box` of normalised images [3, height, width] with normal noise or with 0, which is the mean.
+
+    The noise is a window of `erasing_noise`, whose corner is `erasing_noise_corner`.
+    """
     if config.random_erasing_probability > 0.0:
-        box, corner = parameters["erase_box"], parameters["erase_window"]
+        box, corner = parameters["erasing_box"], parameters["erasing_noise_corner"]
         if box[2] > 0:
-            where = {
+            region = {
                 "anchor": fn.cast(box[0:2], dtype=types.FLOAT),
                 "shape": fn.cast(box[2:4], dtype=types.FLOAT),
                 "axes": [1, 2],
                 "fill_value": 0.0,
             }
-            images = fn.erase(images, **where)
+            images = fn.erase(images, **region)
             if config.random_erasing_with == "noise":
-                plate = at(images, types.Constant(noise_plate(image_size)))
-                noise = fn.slice(plate, corner, list(image_size), axes=[1, 2])
-                images = images + noise - fn.erase(noise, **where)
+                all_noise = to_device_of(images, types.Constant(erasing_noise(image_size)))
+                noise = fn.slice(all_noise, corner, list(image_size), axes=[1, 2])
+                images = images + noise - fn.erase(noise, **region)
     return images
 
 
-def noise_plate(image_size: tuple[int, int]) -> np.ndarray:
-    """[3, 2 * height, 2 * width] float32, the same in every run."""
+def erasing_noise(image_size: tuple[int, int]) -> np.ndarray:
+    """Return normal noise [3, 2 * height, 2 * width] float32, the same in every run."""
     height, width = image_size
     generator = np.random.Generator(np.random.Philox(_NOISE_SEED))
     return generator.standard_normal((3, 2 * height, 2 * width)).astype(np.float32)
 
 
 def _interpolation(config: AugmentConfig) -> Any:
-    """Of moved images: nearest neighbours, as in the references of RandAugment and TrivialAugment; timm's is linear."""
-    is_timms = config.policy == "randaugment" and config.op_set == "timm"
-    return types.INTERP_LINEAR if is_timms else types.INTERP_NN
+    """Return the interpolation of geometric operations: linear in timm, nearest neighbour in the other references."""
+    is_timm = config.policy == "randaugment" and config.op_set == "timm"
+    return types.INTERP_LINEAR if is_timm else types.INTERP_NN
 
 
-def at(images: Any, values: Any) -> Any:
-    """Values of the CPU, where the images are."""
+def to_device_of(images: Any, values: Any) -> Any:
+    """Copy values from the CPU to the device of the images."""
     return values.gpu() if images.device == "gpu" else values

@@ -1,4 +1,4 @@
-"""ImageNet's other judges: the ReaL labels of its validation images, and ImageNet-V2's images."""
+"""ReaL labels and ImageNet-V2."""
 
 from __future__ import annotations
 
@@ -11,63 +11,66 @@ import numpy as np
 
 from vit_static.common.errors import DataError
 from vit_static.data.image_set import FileDataset, ImageDataset
-from vit_static.data.list_file import Labels
+from vit_static.data.list_file import ImageList, Labels
 from vit_static.data.open_set import class_folders, list_folders
 
 _VALIDATION_IMAGE = re.compile(rb"ILSVRC2012_val_(\d{8})\.[A-Za-z]+")
 
 
 def with_real_labels(images: ImageDataset, path: Path, num_classes: int) -> FileDataset:
-    """ImageNet-1k's validation images with all labels that ReaL has for each (arXiv 2006.07159), without those for
-    which it has none. A hit is an image whose first class is among them.
+    """Return ImageNet-1k's validation images with their ReaL labels (arXiv 2006.07159).
 
-    `path` is real.json of google-research/reassessed-imagenet: a list of lists, that of image n at n - 1. Raises
-    DataError where it is none, or an image's number isn't in its name.
+    An image may have several labels; images for which ReaL has none are left out. A prediction counts as correct if
+    the most probable class is among the labels. `path` is real.json of google-research/reassessed-imagenet: a list of
+    lists, in which item n - 1 has the labels of image n. Raise DataError if the file isn't such a list, or if the name
+    of an image doesn't have its number.
     """
     if not isinstance(images, FileDataset):
-        raise DataError("--real: wants the validation images as files, whose names have their numbers; set data.val")
+        raise DataError("--real: needs the validation images as files, which have their numbers as names; set data.val")
     try:
-        labels = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(labels, list) or not all(type(label) is int for of_image in labels for label in of_image):
+        real_labels = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(real_labels, list) or not all(type(label) is int for item in real_labels for label in item):
             raise TypeError
-        counts = np.array([len(of_image) for of_image in labels])
-        values = np.array([label for of_image in labels for label in of_image], np.int32)
+        counts = np.array([len(item) for item in real_labels])
+        values = np.array([label for item in real_labels for label in item], np.int32)
     except OSError as error:
-        raise DataError(f"{path}: can't be read ({error.strerror}); --real takes ReaL's real.json") from None
+        raise DataError(f"{path}: can't be read ({error.strerror}); give ReaL's real.json as --real") from None
     except (ValueError, TypeError, OverflowError, RecursionError):
-        raise DataError(f"{path}: is no list of lists of labels; --real takes ReaL's real.json") from None
+        raise DataError(f"{path}: is not a list of lists of labels; give ReaL's real.json as --real") from None
     if len(values) == 0 or values.min() < 0 or values.max() >= num_classes:
-        raise DataError(f"{path}: has labels beyond the model's {num_classes} classes; ReaL's are of ImageNet-1k")
-    of_each = np.zeros(len(images), np.int64)
-    for number in range(len(images)):
-        found = _VALIDATION_IMAGE.fullmatch(os.path.basename(images.image_list.path(number)))  # noqa: PTH119 - bytes
-        if found is None or not 1 <= int(found[1]) <= len(counts):
+        raise DataError(
+            f"{path}: has labels beyond the model's {num_classes} classes; ReaL labels are those of ImageNet-1k, so "
+            "use a model with its 1,000 classes"
+        )
+    real_indices = np.zeros(len(images), np.int64)
+    for index in range(len(images)):
+        match = _VALIDATION_IMAGE.fullmatch(os.path.basename(images.image_list.path(index)))  # noqa: PTH119 - bytes
+        if match is None or not 1 <= int(match[1]) <= len(counts):
             raise DataError(
-                f"{images.name(number)}: isn't ILSVRC2012_val_N.JPEG with N from 1 to {len(counts)}, by which {path} "
-                "counts its labels"
+                f"{images.name(index)}: isn't called ILSVRC2012_val_N.JPEG with N from 1 to {len(counts)}, and {path} "
+                "has its labels by that number; set data.root and data.val to the original validation images"
             )
-        of_each[number] = int(found[1]) - 1
+        real_indices[index] = int(match[1]) - 1
     starts = np.concatenate([[0], np.cumsum(counts)])
-    chosen = [values[starts[place] : starts[place + 1]] for place in of_each]
-    offsets = np.concatenate([[0], np.cumsum(counts[of_each])])
-    relabelled = Labels(np.concatenate(chosen), offsets)
-    lines = images.image_list
-    lines = type(lines)(lines.text, lines.starts, lines.stops, relabelled)
-    return FileDataset(images.root, lines.where(counts[of_each] > 0), images.class_names)
+    selected = [values[starts[n] : starts[n + 1]] for n in real_indices]
+    offsets = np.concatenate([[0], np.cumsum(counts[real_indices])])
+    old = images.image_list
+    relabelled = ImageList(old.text, old.starts, old.stops, Labels(np.concatenate(selected), offsets))
+    return FileDataset(images.root, relabelled.select(counts[real_indices] > 0), images.class_names)
 
 
 def imagenet_v2(folder: Path, class_names: list[str]) -> FileDataset:
-    """ImageNet-V2's images (arXiv 1902.10811): class folders that are called by the classes' numbers.
+    """Return ImageNet-V2's images (arXiv 1902.10811), whose class folders have the numbers of the classes as names.
 
-    Raises DataError where they aren't those of the model's classes.
+    Raise DataError if the folders aren't those of the model's classes.
     """
     folders = class_folders(folder)
     expected = {str(label) for label in range(len(class_names))}
-    odd = sorted({path.name for path in folders} ^ expected)
-    if odd:
+    differing = sorted({path.name for path in folders} ^ expected)
+    if differing:
         raise DataError(
-            f"{folder}: must have a folder for each of the model's {len(class_names)} classes, called 0, 1, 2, ..., "
-            f"but differs in {odd[0]!r}"
+            f"{folder}: must have one folder for each of the model's {len(class_names)} classes, called 0, 1, 2, ..., "
+            f"but differs in {differing[0]!r}; give ImageNet-V2's folder, or another model"
         )
-    lines, _ = list_folders(sorted(folders, key=lambda path: int(path.name)), folder)
-    return FileDataset(folder, lines, class_names)
+    image_list, _ = list_folders(sorted(folders, key=lambda path: int(path.name)), folder)
+    return FileDataset(folder, image_list, class_names)

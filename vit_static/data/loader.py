@@ -1,4 +1,4 @@
-"""Batches for the compiled program: DALI's outputs as Paddle tensors, without a copy, and how long they took."""
+"""Batches for the compiled program: DALI's outputs as Paddle tensors, without a copy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from paddle.utils.dlpack import from_dlpack
 from vit_static.common.errors import DataError
 from vit_static.config.schema import AugmentConfig, DataConfig, EvalConfig
 from vit_static.data.augment import num_draws_per_image, op_parameters
-from vit_static.data.dali_pipeline import decoders_words, decoding_pipeline, eval_pipeline, train_pipeline
+from vit_static.data.dali_pipeline import decoder_message, decoding_pipeline, eval_pipeline, train_pipeline
 from vit_static.data.image_set import ImageDataset
 from vit_static.data.prefetch import EncodedBatch, Prefetcher
 from vit_static.data.sampler import ShuffledSampler, nth_batch
@@ -24,11 +24,11 @@ Batch = tuple[paddle.Tensor, ...]
 
 
 class TrainLoader:
-    """An endless iterator of (images [B, 3, height, width], labels [B]): this rank's part of each global batch.
+    """An endless iterator over (images [B, 3, height, width], labels [B]): this rank's part of each global batch.
 
-    It starts behind `start_step` whole batches, and passes over those whose numbers are `skipped_batches`. With
-    `data.multi_label`, labels are [B, num_classes] uint8, 1 for those that an image has. `seconds_waited` adds up how
-    long batches were waited for. After a DataError, which names the image, the feed is at its end.
+    It starts after `start_step` batches and skips those with the numbers `skipped_batches`. With `data.multi_label`,
+    labels are [B, num_classes] uint8, 1 for the labels of the image. `seconds_waited` is the total time spent waiting
+    for batches. A DataError, which names the image, ends the iterator.
     """
 
     def __init__(
@@ -46,17 +46,17 @@ class TrainLoader:
         device_id: int | None,
     ) -> None:
         self.seconds_waited = 0.0
-        self._start_step, self._left_out = start_step, skipped_batches
+        self._start_step, self._skipped_batches = start_step, skipped_batches
         self._images, self._image_size, self._augment = images, image_size, augment
-        self._multi_hot = len(images.class_names) if data.multi_label else None
-        self._order = ShuffledSampler(len(images), seed, augment.repeated_aug)
+        self._num_multi_hot = len(images.class_names) if data.multi_label else None
+        self._sampler = ShuffledSampler(len(images), seed, augment.repeated_aug)
         self._num_draws = num_draws_per_image(augment)
         self._global_batch_size = data.global_batch_size
         self._batch_size = data.global_batch_size // dp_size
-        self._first_place = dp_rank * self._batch_size  # in a global batch
-        self._reader = Prefetcher(images, lambda n: self._order.indices(*self._positions(n)), data)
+        self._rank_offset = dp_rank * self._batch_size  # in a global batch
+        self._prefetcher = Prefetcher(images, lambda n: self._sampler.indices(*self._positions(n)), data)
         pipeline = train_pipeline(self._source, self._batch_size, image_size, data, augment, device_id)
-        self._outputs = _Outputs(pipeline, images, self._reader, data.prefetch_batches, device_id)
+        self._outputs = _PipelineOutputs(pipeline, images, self._prefetcher, data.prefetch_batches, device_id)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -67,8 +67,9 @@ class TrainLoader:
         return batch
 
     def _positions(self, n: int) -> tuple[int, int]:
-        batch = nth_batch(self._start_step + n, self._left_out)
-        start = batch * self._global_batch_size + self._first_place
+        """Return the first position and the end of this rank's part of the n-th batch since the start."""
+        batch = nth_batch(self._start_step + n, self._skipped_batches)
+        start = batch * self._global_batch_size + self._rank_offset
         return start, start + self._batch_size
 
     def _source(self, n: int) -> tuple[Any, ...]:
@@ -76,16 +77,17 @@ class TrainLoader:
         positions = self._positions(n)
         values: tuple[np.ndarray, ...] = ()
         if self._num_draws:
-            draws = self._order.augmentation_draws(*positions, self._num_draws)
+            draws = self._sampler.augmentation_draws(*positions, self._num_draws)
             values = tuple(op_parameters(draws, self._augment, self._image_size).values())
-        return batch.encoded, _labels(batch, self._multi_hot), self._order.crop_flip_draws(*positions), *values
+        labels = _label_array(batch, self._num_multi_hot)
+        return batch.encoded, labels, self._sampler.crop_flip_draws(*positions), *values
 
 
 class EvalLoader:
-    """One pass over a set, each image once: an iterable of (images, labels, weights [B]) of this rank's part.
+    """One pass over a dataset, each image once: an iterable of this rank's (images, labels, weights [B]).
 
-    The images are dealt out in whole batches of `batch_size` over all ranks; the last is filled up with copies
-    of the first image, of weight 0. Every pass builds a pipeline of its own, so none is held while training.
+    All ranks together get batches of `batch_size`. The last batch is padded with copies of the first image, whose
+    weight is 0. Every pass builds its own pipeline, so that none is in memory during training.
     """
 
     def __init__(
@@ -105,7 +107,7 @@ class EvalLoader:
         self._batch_size = batch_size // dp_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._device_id = device_id
-        self._multi_hot = len(images.class_names) if data.multi_label else None
+        self._num_multi_hot = len(images.class_names) if data.multi_label else None
 
     def __len__(self) -> int:
         return math.ceil(len(self.images) / (self._batch_size * self._dp_size))
@@ -114,70 +116,71 @@ class EvalLoader:
         def source(n: int) -> tuple[Any, ...]:
             n = min(n, len(self) - 1)  # DALI asks for batches beyond the last
             batch = outputs.read(n)
-            return batch.encoded, _labels(batch, self._multi_hot), self.indices(n)[1].astype(np.float32)
+            is_first = self.indices(n)[1]
+            return batch.encoded, _label_array(batch, self._num_multi_hot), is_first.astype(np.float32)
 
-        reader = Prefetcher(self.images, lambda n: self.indices(n)[0], self._data)
+        prefetcher = Prefetcher(self.images, lambda n: self.indices(n)[0], self._data)
         pipeline = eval_pipeline(
             source, self._batch_size, self._image_size, self._data, self._evaluation, self._device_id
         )
-        outputs = _Outputs(pipeline, self.images, reader, self._data.prefetch_batches, self._device_id)
+        outputs = _PipelineOutputs(pipeline, self.images, prefetcher, self._data.prefetch_batches, self._device_id)
         try:
             for _ in range(len(self)):
                 yield outputs.next()
         finally:
-            reader.close()
+            prefetcher.close()
             outputs.close()
 
-    def read(self, numbers: np.ndarray) -> EncodedBatch:
-        """Some images of the set, at least one, as they are stored. Raises DataError as a pass does."""
-        reader = Prefetcher(self.images, lambda n: numbers[:0] if n else numbers, self._data)
+    def read(self, indices: np.ndarray) -> EncodedBatch:
+        """Read the images with these indices, at least one, without decoding. Raise DataError as a pass does."""
+        prefetcher = Prefetcher(self.images, lambda n: indices[:0] if n else indices, self._data)
         try:
-            return reader.batch(0)
+            return prefetcher.batch(0)
         finally:
-            reader.close()
+            prefetcher.close()
 
     def indices(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """This rank's images of the n-th batch, by number, and which of them are there for the first time."""
+        """Return the dataset indices of this rank's part of the n-th batch, and which of them aren't padding."""
         start = (n * self._dp_size + self._dp_rank) * self._batch_size
-        numbers = np.arange(start, start + self._batch_size)
-        real = numbers < len(self.images)
-        return np.where(real, numbers, 0), real
+        indices = np.arange(start, start + self._batch_size)
+        is_real = indices < len(self.images)
+        return np.where(is_real, indices, 0), is_real
 
 
-class _Outputs:
-    """A pipeline's outputs as Paddle tensors that share DALI's memory, which is held as long as it can be read."""
+class _PipelineOutputs:
+    """A pipeline's outputs as Paddle tensors that share DALI's memory, which is kept until the device has read it."""
 
     def __init__(
-        self, pipeline: Any, images: ImageDataset, reader: Prefetcher, num_ahead: int, device_id: int | None
+        self, pipeline: Any, images: ImageDataset, prefetcher: Prefetcher, prefetch_batches: int, device_id: int | None
     ) -> None:
-        self.seconds_waited = 0.0  # for the pipeline alone, not for the card
+        self.seconds_waited = 0.0  # for the pipeline, not for the GPU
         self._pipeline = pipeline
-        self._images, self._reader = images, reader
+        self._images, self._prefetcher = images, prefetcher
         self._device_id = device_id
         self._in_use: deque[tuple[Any, Any]] = deque()
         self._last: Any = None
-        self._in_flight: deque[np.ndarray] = deque(maxlen=num_ahead + 1)  # images that DALI may be at
-        self._failure: DataError | None = None
+        self._recent_indices: deque[np.ndarray] = deque(maxlen=prefetch_batches + 1)  # images DALI may be decoding
+        self._read_error: DataError | None = None
 
     def close(self) -> None:
-        """Lets go of the pipeline, which refers to its source, and that to this: its memory would else be held until
-        Python looks for such circles."""
+        """Release the pipeline. The pipeline and its source refer to each other, so without this its memory would be
+        held until Python's garbage collector runs."""
         self._pipeline = self._last = None
         self._in_use.clear()
 
     def read(self, n: int) -> EncodedBatch:
-        """What the pipeline's source gets its images from."""
+        """Return the n-th batch to the pipeline's source."""
         try:
-            batch = self._reader.batch(n)
+            batch = self._prefetcher.batch(n)
         except DataError as error:
-            self._failure = error  # DALI may hide it in one of its own
+            self._read_error = error  # DALI may hide it in an error of its own
             raise
-        self._in_flight.append(batch.numbers)
+        self._recent_indices.append(batch.indices)
         return batch
 
     def next(self) -> Batch:
         if self._device_id is not None and self._last is not None:
-            # The card may still be reading earlier batches. Work queued so far includes the last batch's step;
+            # The GPU may still be reading earlier batches. Work queued so far includes the last batch's step;
             # waiting for the one before it keeps the host at most two steps ahead.
             event = paddle.device.Event()
             event.record()
@@ -188,41 +191,46 @@ class _Outputs:
         try:
             self._last = self._pipeline.run()
         except (DataError, RuntimeError) as error:
-            raise self._explained(error) from None
+            raise self._cause(error) from None
         self.seconds_waited += time.perf_counter() - started
         batch = tuple(from_dlpack(output.as_tensor()) for output in self._last)
-        # Labels and weights come from the host; the program on a card takes all of its inputs there.
+        # Labels and weights come from the host; on a GPU the program takes all of its inputs from the GPU.
         return batch if self._device_id is None else tuple(part.cuda() for part in batch)
 
-    def _explained(self, error: Exception) -> Exception:
-        """What to tell of a pipeline that stopped. DALI doesn't always name the file, so each is decoded once more."""
-        if self._failure is not None:
-            return self._failure
-        for number in dict.fromkeys(np.concatenate([np.empty(0, np.int64), *self._in_flight]).tolist()):
-            problem = why_undecodable(self._images, number, self._device_id)
+    def _cause(self, error: Exception) -> Exception:
+        """Return the error to raise for a pipeline that failed.
+
+        DALI doesn't always name the image, so each recent one is decoded again until one fails.
+        """
+        if self._read_error is not None:
+            return self._read_error
+        for index in dict.fromkeys(np.concatenate([np.empty(0, np.int64), *self._recent_indices]).tolist()):
+            problem = why_undecodable(self._images, index, self._device_id)
             if problem is not None:
                 return problem
         return error
 
 
-def why_undecodable(images: ImageDataset, number: int, device_id: int | None = None) -> DataError | None:
-    """What keeps training from reading an image, or None where nothing does."""
+def why_undecodable(images: ImageDataset, index: int, device_id: int | None = None) -> DataError | None:
+    """Return the error that keeps training from using an image, or None if there is none."""
     try:
-        encoded, _ = images.read(number)
+        encoded, _ = images.read(index)
         decoding_pipeline(1, 1, device_id).run(encoded=[encoded])
-    except DataError as problem:
-        return problem
-    except RuntimeError as problem:
-        said = f"is not an image that DALI can decode ({decoders_words(problem)}); mend or remove the file"
-        return DataError(f"{images.name(number)}: {said}")
+    except DataError as error:
+        return error
+    except RuntimeError as error:
+        return DataError(
+            f"{images.name(index)}: is not an image that DALI can decode ({decoder_message(error)}); repair or remove "
+            "the file"
+        )
     return None
 
 
-def _labels(batch: EncodedBatch, multi_hot: int | None) -> np.ndarray:
-    """[B] int64, or [B, multi_hot] uint8 of zeros and, for the labels that an image has, ones."""
-    if multi_hot is None:
+def _label_array(batch: EncodedBatch, num_multi_hot: int | None) -> np.ndarray:
+    """Return labels [B] int64, or [B, num_multi_hot] uint8 with 1 for the labels of an image and 0 for the others."""
+    if num_multi_hot is None:
         return np.concatenate(batch.labels).astype(np.int64)
-    rows = np.zeros((len(batch.labels), multi_hot), np.uint8)
-    for row, labels in zip(rows, batch.labels, strict=True):
+    multi_hot = np.zeros((len(batch.labels), num_multi_hot), np.uint8)
+    for row, labels in zip(multi_hot, batch.labels, strict=True):
         row[labels] = 1
-    return rows
+    return multi_hot

@@ -1,4 +1,4 @@
-"""The set that a config names: class folders, a list file, or shards, whichever `data.train` and `data.val` are."""
+"""Datasets as a config names them: class folders, a list file, or WebDataset shards."""
 
 from __future__ import annotations
 
@@ -16,70 +16,83 @@ from vit_static.data.list_file import ImageList, Labels, read_list
 from vit_static.data.webdataset import UNFINISHED_FILE, open_shards
 
 CLASS_NAMES_FILE = "class_names.txt"
-CHECK_FILE = "data_check.json"  # what `./run.sh data check ROOT` writes into ROOT
+CHECK_FILE = "data_check.json"  # written into ROOT by `./run.sh data check ROOT`
+
+
+def split_path(data: DataConfig, split: str) -> Path:
+    """Return the folder or list file of a split, `train` or `val`."""
+    return Path(data.root) / {"train": data.train, "val": data.val}[split]
 
 
 def open_set(data: DataConfig, split: str, num_classes: int) -> ImageDataset:
-    """The images of `train` or `val`: what `data.train` or `data.val` names below `data.root`.
+    """Open a split, `train` or `val`: a folder of class folders, a list file, or a folder of WebDataset shards.
 
-    A folder with class folders (in sorted order they are the labels), a list file, or a folder of WebDataset shards.
-    Raises DataError, with the remedy, where something is missing or empty, where train and val have different classes,
-    where there are not `num_classes` of them, and where an image has several labels without `data.multi_label`.
+    Class folders are labelled in sorted order. Raise DataError, with the remedy, if something is missing or empty, if
+    train and val have different classes, if there aren't `num_classes` of them, or if an image has several labels
+    without `data.multi_label`.
     """
-    root = Path(data.root)
-    place = root / {"train": data.train, "val": data.val}[split]
-    images = _open(place, root, data, split, num_classes)
+    path = split_path(data, split)
+    images = _open(path, data, split, num_classes)
     if data.on_bad_image == "skip":
         images = images.exclude(_bad_images(data))
         if not len(images):
-            raise DataError(f"{place}: all of its images are bad ones by {root / CHECK_FILE}")
+            report = Path(data.root) / CHECK_FILE
+            raise DataError(f"{path}: {report} lists all of its images as bad; repair them or set another data.root")
     return images
 
 
-def _open(place: Path, root: Path, data: DataConfig, split: str, num_classes: int) -> ImageDataset:
-    if place.is_file():
-        lines = read_list(place)
-        _check_labels(lines.labels, place, data, num_classes)
-        return FileDataset(root, lines, _names_by_label(root, num_classes))
-    if is_of_shards(place):
-        return open_shards(place, root, _names_by_label(root, num_classes), data.multi_label)
-    return _open_folders(place, root, data, split, num_classes)
+def _open(path: Path, data: DataConfig, split: str, num_classes: int) -> ImageDataset:
+    root = Path(data.root)
+    if path.is_file():
+        image_list = read_list(path)
+        _check_labels(image_list.labels, path, data, num_classes)
+        return FileDataset(root, image_list, _names_by_label(root, num_classes))
+    if has_shards(path):
+        return open_shards(path, root, _names_by_label(root, num_classes), data.multi_label)
+    return _open_folders(path, data, split, num_classes)
 
 
-def is_of_shards(place: Path) -> bool:
-    """Whether a folder holds shards, or will when `data shards` has finished."""
-    return place.is_dir() and (any(place.glob("*.tar")) or (place / UNFINISHED_FILE).exists())
+def has_shards(path: Path) -> bool:
+    """Return whether a folder has shards, or will have them when `data shards` has finished."""
+    return path.is_dir() and (any(path.glob("*.tar")) or (path / UNFINISHED_FILE).exists())
 
 
-def _open_folders(place: Path, root: Path, data: DataConfig, split: str, num_classes: int) -> FileDataset:
-    folders = class_folders(place)
+def _open_folders(path: Path, data: DataConfig, split: str, num_classes: int) -> FileDataset:
+    root = Path(data.root)
+    folders = class_folders(path)
     if len(folders) != num_classes:
         raise DataError(
-            f"{place}: has {len(folders)} class folders where model.num_classes is {num_classes}; "
+            f"{path}: has {len(folders)} class folders, but model.num_classes is {num_classes}; "
             f"set model.num_classes={len(folders)} or another data.root"
         )
-    train = root / data.train
-    if split != "train" and train.is_dir() and not is_of_shards(train):
-        odd = sorted(set(map(os.path.basename, class_folders(train))) ^ set(map(os.path.basename, folders)))
-        if odd:
-            raise DataError(f"{root}: train and {split} must have the same class folders, but differ in {odd[0]!r}")
-    lines, counts = list_folders(folders, root)
+    train_path = split_path(data, "train")
+    if split != "train" and train_path.is_dir() and not has_shards(train_path):
+        differing = sorted({folder.name for folder in class_folders(train_path)} ^ {folder.name for folder in folders})
+        if differing:
+            raise DataError(
+                f"{root}: train and {split} must have the same class folders, but differ in {differing[0]!r}; add the "
+                "folder that is missing, or remove the other"
+            )
+    image_list, counts = list_folders(folders, root)
     if not counts.all():
         empty = folders[int(np.argmin(counts))]
-        raise DataError(f"{empty}: this class folder has no image; put images in, or remove it from every split")
+        raise DataError(f"{empty}: this class folder has no image; add images, or remove it from every split")
     names = dict(_class_names(root))
-    return FileDataset(root, lines, [names.get(folder.name, folder.name) for folder in folders])
+    return FileDataset(root, image_list, [names.get(folder.name, folder.name) for folder in folders])
 
 
 def list_folders(folders: list[Path], root: Path) -> tuple[ImageList, np.ndarray]:
-    """The images of class folders by folder and name, the folders' numbers as labels; how many are in each folder."""
+    """List the images of class folders, sorted by folder and name; also return the number of images per folder.
+
+    The label is the position of the folder in `folders`.
+    """
     paths: list[bytes] = []
     counts = np.zeros(len(folders), np.int64)
     for label, folder in enumerate(folders):
-        below = os.fsencode(os.path.relpath(folder, root))
-        images = sorted(_images_in(folder))
-        paths += [below + b"/" + name for name in images]
-        counts[label] = len(images)
+        relative_folder = os.fsencode(os.path.relpath(folder, root))
+        names = sorted(_images_in(folder))
+        paths += [relative_folder + b"/" + name for name in names]
+        counts[label] = len(names)
     lengths = np.fromiter(map(len, paths), np.int64, len(paths))
     stops = np.cumsum(lengths)
     labels = np.repeat(np.arange(len(folders), dtype=np.int32), counts)
@@ -87,7 +100,7 @@ def list_folders(folders: list[Path], root: Path) -> tuple[ImageList, np.ndarray
 
 
 def _images_in(folder: Path) -> Iterator[bytes]:
-    with os.scandir(os.fsencode(folder)) as entries:  # which, unlike a Path, knows a file without asking the disk
+    with os.scandir(os.fsencode(folder)) as entries:  # unlike Path, it tells files from folders without a system call
         for entry in entries:
             is_hidden = entry.name.startswith(b".")
             suffix = os.path.splitext(entry.name)[1].decode("ascii", "replace").lower()  # noqa: PTH122 - bytes
@@ -98,45 +111,49 @@ def _images_in(folder: Path) -> Iterator[bytes]:
 def _is_file(entry: os.DirEntry[bytes]) -> bool:
     try:
         return entry.is_file()
-    except OSError:  # a link to itself
+    except OSError:  # a symbolic link to itself
         return False
 
 
 def class_folders(folder: Path) -> list[Path]:
+    """Return the class folders in a folder, in label order. Raise DataError if there are none."""
     if not folder.is_dir():
         raise DataError(
-            f"{folder}: no such folder or list; data.root must hold what data.train and data.val name: class folders "
-            "in a folder, a list file, or a folder of shards ('./run.sh data digits' makes a small set, the README "
-            "says how to lay out ImageNet)"
+            f"{folder}: no such folder or list; set data.root, data.train and data.val to a folder of class folders, "
+            "a list file, or a folder of shards ('./run.sh data digits' makes a small dataset; the README explains "
+            "the layout of ImageNet)"
         )
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
-        raise DataError(f"{folder}: has neither class folders nor shards; images belong in {folder}/CLASS/")
+        raise DataError(f"{folder}: has neither class folders nor shards; put images in {folder}/CLASS/")
     return folders
 
 
 def count_classes(data: DataConfig, split: str) -> int:
-    """How many classes a set of class folders has, or a list by its highest label."""
-    place = Path(data.root) / {"train": data.train, "val": data.val}[split]
-    return 1 + int(read_list(place).labels.values.max()) if place.is_file() else len(class_folders(place))
+    """Return the number of class folders, or the highest label of a list plus 1."""
+    path = split_path(data, split)
+    return 1 + int(read_list(path).labels.values.max()) if path.is_file() else len(class_folders(path))
 
 
-def _check_labels(labels: Labels, place: Path, data: DataConfig, num_classes: int) -> None:
+def _check_labels(labels: Labels, path: Path, data: DataConfig, num_classes: int) -> None:
     if labels.offsets is not None and not data.multi_label:
-        image = int(np.argmax(np.diff(labels.offsets) > 1))
+        index = int(np.argmax(np.diff(labels.offsets) > 1))
         raise DataError(
-            f"{place}: image {image + 1} has several labels; set data.multi_label=true (and loss.name=sigmoid)"
+            f"{path}: image {index + 1} has several labels; set data.multi_label=true (and loss.name=sigmoid)"
         )
-    highest = int(labels.values.max())
-    if highest >= num_classes:
+    max_label = int(labels.values.max())
+    if max_label >= num_classes:
         raise DataError(
-            f"{place}: has a label {highest}, where model.num_classes is {num_classes} and labels begin at 0; "
-            f"set model.num_classes={highest + 1} or another list"
+            f"{path}: has a label {max_label}, but model.num_classes is {num_classes} and labels begin at 0; "
+            f"set model.num_classes={max_label + 1} or another list"
         )
 
 
 def _class_names(root: Path) -> list[tuple[str, str]]:
-    """The set's class_names.txt (a line a class, in label order: its folder, a blank, its name), if there is one."""
+    """Return folder and name of each class from class_names.txt, in label order; empty if there is no such file.
+
+    A line has the folder, a space and the name.
+    """
     path = root / CLASS_NAMES_FILE
     if not path.is_file():
         return []
@@ -145,22 +162,24 @@ def _class_names(root: Path) -> list[tuple[str, str]]:
 
 
 def read_class_names(path: Path) -> list[str]:
-    """The lines of a class_names.txt. Raises DataError where they are no text."""
+    """Return the lines of a class_names.txt. Raise DataError if it isn't text."""
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
-        raise DataError(f"{path}: is not UTF-8 text; write it anew: a line a class, its folder and its name") from None
+        raise DataError(
+            f"{path}: is not UTF-8 text; write it again, with one line per class: its folder and its name"
+        ) from None
 
 
 def _names_by_label(root: Path, num_classes: int) -> list[str]:
-    """The names of a set that has labels in place of folders: those of class_names.txt if it has one a class."""
+    """Return the class names of a dataset without class folders: those of class_names.txt if their number is right."""
     names = [name for _, name in _class_names(root)]
     return names if len(names) == num_classes else [str(label) for label in range(num_classes)]
 
 
 def check_command(data: DataConfig) -> str:
-    """What reads all of a set's images."""
-    options = [f" --{split} {place}" for split, place in (("train", data.train), ("val", data.val)) if place != split]
+    """Return the command that reads all images of a dataset."""
+    options = [f" --{split} {name}" for split, name in (("train", data.train), ("val", data.val)) if name != split]
     return f"./run.sh data check {data.root}{''.join(options)}"
 
 
@@ -168,14 +187,14 @@ def _bad_images(data: DataConfig) -> list[str]:
     path = Path(data.root) / CHECK_FILE
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        bad = [problem["path"] for problem in report["problems"] if problem["stops_training"]]
-        for name in bad:
+        names = [problem["path"] for problem in report["problems"] if problem["stops_training"]]
+        for name in names:
             os.fsencode(name)
-        return bad
+        return names
     except OSError as error:
         raise DataError(
-            f"{path}: can't be read ({error.strerror}), and data.on_bad_image=skip leaves out what it lists; "
-            f"make it with '{check_command(data)}'"
+            f"{path}: can't be read ({error.strerror}), but data.on_bad_image=skip leaves out the images that it "
+            f"lists; create it with '{check_command(data)}'"
         ) from None
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise DataError(f"{path}: is no report of 'data check'; make it anew with '{check_command(data)}'") from None
+        raise DataError(f"{path}: is not a report of 'data check'; create it with '{check_command(data)}'") from None

@@ -1,12 +1,11 @@
-"""Batches of files, read ahead by threads of our own: what fails or hangs is known by its path.
+"""Reading of encoded images ahead of DALI, by threads of our own, so that errors and timeouts name the file.
 
-DALI would read files, too, but it names no path for some that can't be read, and waits for ever for a disk that doesn't
-answer. Reading lets go of Python's lock, and is as quick (`bench data` shows its share).
+DALI can read files as well, but it doesn't name some files that can't be read, and waits forever for a disk that
+doesn't respond. Reading releases Python's global lock and is as fast (`bench data` shows its share).
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,67 +16,71 @@ from typing import Any
 import numpy as np
 
 from vit_static.common.errors import DataError
+from vit_static.common.text import say
 from vit_static.config.schema import DataConfig
 from vit_static.data.image_set import ImageDataset
 
-_SAY_AFTER_S = 10.0  # that a batch is waited for
-_LOOK_EVERY_S = 0.5
+_NOTICE_AFTER_S = 10.0  # of waiting for one batch
+_POLL_INTERVAL_S = 0.5
 
 
 @dataclass
 class EncodedBatch:
-    """A batch's encoded images [num_bytes] uint8 and their labels [num_labels], when `done` is set; or what failed."""
+    """The encoded images [num_bytes] uint8 and the labels [num_labels] of a batch; complete when `done` is set.
 
-    numbers: np.ndarray
+    If an image can't be read, `done` is set at once and `error` says why.
+    """
+
+    indices: np.ndarray  # of the images in the dataset
     encoded: list[np.ndarray] = field(init=False)
     labels: list[np.ndarray] = field(init=False)
     done: threading.Event = field(default_factory=threading.Event)
-    failure: DataError | None = None
+    error: DataError | None = None
 
     def __post_init__(self) -> None:
-        nothing = np.empty(0, np.uint8)
-        self.encoded, self.labels = [nothing] * len(self.numbers), [nothing] * len(self.numbers)
-        self._num_left = len(self.numbers)
+        empty = np.empty(0, np.uint8)
+        self.encoded, self.labels = [empty] * len(self.indices), [empty] * len(self.indices)
+        self._num_pending = len(self.indices)
         self._lock = threading.Lock()
 
-    def read(self, images: ImageDataset, place: int) -> None:
-        """Reads the image at a place of the batch."""
+    def read(self, images: ImageDataset, position: int) -> None:
+        """Read the image at a position in the batch."""
         try:
-            self.encoded[place], self.labels[place] = images.read(int(self.numbers[place]))
+            self.encoded[position], self.labels[position] = images.read(int(self.indices[position]))
         except DataError as error:
-            self.failure = error
+            self.error = error
             self.done.set()
         with self._lock:
-            self._num_left -= 1
-            if self._num_left == 0:
+            self._num_pending -= 1
+            if self._num_pending == 0:
                 self.done.set()
 
     @property
-    def num_left(self) -> int:
-        return self._num_left
+    def num_pending(self) -> int:
+        return self._num_pending
 
 
 class Prefetcher:
-    """Batch n is read by the time that `batch(n)` is asked for, if the disk keeps up; n must not go down.
+    """Threads that read the batches that follow. They end with the process, or when this object is deleted.
 
-    `numbers_of` gives a batch's images. Threads end with the process, or once the reader is gone.
+    `batch_indices(n)` returns the dataset indices of the n-th batch's images.
     """
 
-    def __init__(self, images: ImageDataset, numbers_of: Callable[[int], np.ndarray], data: DataConfig) -> None:
-        self._images, self._numbers_of = images, numbers_of
-        self._num_ahead = data.prefetch_batches
+    def __init__(self, images: ImageDataset, batch_indices: Callable[[int], np.ndarray], data: DataConfig) -> None:
+        self._images, self._batch_indices = images, batch_indices
+        self._prefetch_batches = data.prefetch_batches
         self._timeout_s = data.read_timeout_s
-        self._asked: dict[int, EncodedBatch] = {}
+        self._requested: dict[int, EncodedBatch] = {}
         self._tasks: SimpleQueue[tuple[EncodedBatch, int] | None] = SimpleQueue()
-        self._now_reading: dict[int, tuple[int, float]] = {}  # by thread: the image, and since when
+        self._active_reads: dict[int, tuple[int, float]] = {}  # by thread: the image's index, and when it started
         self._num_threads = data.num_readers
-        for number in range(data.num_readers):
-            # Daemons: one that hangs in a read doesn't keep the process from ending.
-            arguments = (number, images, self._tasks, self._now_reading)
+        for thread_number in range(data.num_readers):
+            # Daemons, so that a thread that hangs in a read doesn't keep the process from ending.
+            arguments = (thread_number, images, self._tasks, self._active_reads)
             threading.Thread(target=_work, args=arguments, daemon=True, name="vit_static reader").start()
 
     def close(self) -> None:
-        """Ends the threads, as the end of the reader does."""
+        """End the threads, as the deletion of this object does."""
         for _ in range(self._num_threads):
             self._tasks.put(None)
         self._num_threads = 0
@@ -85,51 +88,54 @@ class Prefetcher:
     __del__ = close
 
     def batch(self, n: int) -> EncodedBatch:
-        """Waits for a batch. Raises DataError, with the path, where a file can't be read or gives nothing in time."""
-        for wanted in range(n, n + 1 + self._num_ahead):
-            if wanted not in self._asked:
-                self._ask(wanted)
-        self._asked = {number: batch for number, batch in self._asked.items() if number >= n}
-        batch = self._asked[n]
+        """Wait for the n-th batch, and request those that follow. Successive calls may not go back.
+
+        Raise DataError, with the path, if a file can't be read, or if reading makes no progress within the timeout.
+        """
+        for number in range(n, n + 1 + self._prefetch_batches):
+            if number not in self._requested:
+                self._request(number)
+        self._requested = {number: batch for number, batch in self._requested.items() if number >= n}
+        batch = self._requested[n]
         self._wait_for(batch)
-        if batch.failure is not None:
-            raise batch.failure
+        if batch.error is not None:
+            raise batch.error
         return batch
 
-    def _ask(self, n: int) -> None:
-        batch = self._asked[n] = EncodedBatch(self._numbers_of(n))
-        for place in range(len(batch.numbers)):
-            self._tasks.put((batch, place))
+    def _request(self, n: int) -> None:
+        batch = self._requested[n] = EncodedBatch(self._batch_indices(n))
+        for position in range(len(batch.indices)):
+            self._tasks.put((batch, position))
 
     def _wait_for(self, batch: EncodedBatch) -> None:
         started = last_progress = time.monotonic()
-        num_left, has_said = batch.num_left, False
-        while not batch.done.wait(_LOOK_EVERY_S):
+        num_pending, has_notified = batch.num_pending, False
+        while not batch.done.wait(_POLL_INTERVAL_S):
             now = time.monotonic()
-            if batch.num_left != num_left:
-                num_left, last_progress = batch.num_left, now
+            if batch.num_pending != num_pending:
+                num_pending, last_progress = batch.num_pending, now
             name = self._slowest()
             if now - last_progress > self._timeout_s:
                 raise DataError(
-                    f"{name}: reading it has given nothing for {self._timeout_s:.0f} s; see to the disk or the "
-                    "network that it is on, or set data.read_timeout_s higher"
+                    f"{name}: no data after {self._timeout_s:.0f} s of reading; check the disk or the network that it "
+                    "is on, or set data.read_timeout_s higher"
                 )
-            if not has_said and now - started > _SAY_AFTER_S:
-                has_said = True
-                print(f"vit_static: waiting for images for {now - started:.0f} s, now for {name}", file=sys.stderr)
+            if not has_notified and now - started > _NOTICE_AFTER_S:
+                has_notified = True
+                say(f"waiting for images for {now - started:.0f} s, currently for {name}")
 
     def _slowest(self) -> str:
-        """What has been read for longest."""
-        reading = sorted(self._now_reading.copy().values(), key=lambda image_and_start: image_and_start[1])
-        return self._images.name(reading[0][0]) if reading else "its files"
+        """Return the name of the image whose read started first."""
+        active_reads = sorted(self._active_reads.copy().values(), key=lambda index_and_start: index_and_start[1])
+        return self._images.name(active_reads[0][0]) if active_reads else "images"
 
 
 def _work(
-    number: int, images: ImageDataset, tasks: SimpleQueue[Any], now_reading: dict[int, tuple[int, float]]
+    thread_number: int, images: ImageDataset, tasks: SimpleQueue[Any], active_reads: dict[int, tuple[int, float]]
 ) -> None:
-    """A thread: it holds no reference to the reader, whose end ends it."""
+    """Read until a task is None. Refers to no prefetcher, so that a prefetcher can be deleted while threads run."""
     while (task := tasks.get()) is not None:
-        batch, place = task
-        now_reading[number] = int(batch.numbers[place]), time.monotonic()
-        batch.read(images, place)
-        now_reading.pop(number, None)
+        batch, position = task
+        active_reads[thread_number] = int(batch.indices[position]), time.monotonic()
+        batch.read(images, position)
+        active_reads.pop(thread_number, None)
