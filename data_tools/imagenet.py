@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check-md5", action="store_true", help="first compare the archives' MD5 sums")
     arguments = parser.parse_args(argv)
     if arguments.train is None and arguments.val is None:
-        raise ValueError("--train and --val are missing; give ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar or both")
+        raise ValueError("--train or --val is missing; give ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar or both")
     archives = {split: path for split, path in (("train", arguments.train), ("val", arguments.val)) if path is not None}
     for archive in archives.values():
         check_is_tar(archive)

@@ -82,9 +82,9 @@ def test_google_magnitudes() -> None:
         np.testing.assert_allclose(np.unique(factors(half, op)), [at_5], rtol=1e-6)
     assert set(factors(full, Op.SOLARIZE)) == {0, 256} and set(factors(half, Op.SOLARIZE)) == {0, 128}
     for parameters, share in ((full, 1.0), (half, 0.5)):
-        at_10 = {"shear_x": 0.3, "shear_y": 0.3, "translate_x": 100, "translate_y": 100, "rotate": 30}
+        max_factors = {"shear_x": 0.3, "shear_y": 0.3, "translate_x": 100, "translate_y": 100, "rotate": 30}
         for name, values in geometric_factors(parameters).items():
-            np.testing.assert_allclose(np.abs(values), share * at_10[name], rtol=1e-5)
+            np.testing.assert_allclose(np.abs(values), share * max_factors[name], rtol=1e-5)
         boxes = parameters["box"][parameters["op"] == Op.CUTOUT]
         inside = (boxes[:, :2] > 0).all(axis=1) & (boxes[:, :2] + boxes[:, 2:] < 224).all(axis=1)
         assert inside.sum() > 500

@@ -107,8 +107,8 @@ def test_malformed_shards_are_read_or_refused(trial: Trial, index: bytes, label:
     with trial.of("shards", "0.idx", "0.tar", "its shards"):
         images = open_set(DataConfig(root=str(folder.parent), multi_label=multi_label), "train", 2)
         assert images.digest()
-        for index in range(len(images)):
-            _, labels = images.read(index)
+        for number in range(len(images)):
+            _, labels = images.read(number)
             assert labels.min() >= 0 and labels.max() < 2
 
 
