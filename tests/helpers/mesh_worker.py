@@ -1,13 +1,14 @@
-"""The worker processes of tests/parallel/test_meshes.py: short training runs, one after another, each on its mesh.
+"""Worker process of tests/parallel/test_meshes.py: runs training cases, each on its mesh.
 
-`main` is called with a JSON file of `Case`s, a folder for this rank's `Outcome` of each (NAME.RANK, pickled), and the
-root folder of a data set.
+`main` gets a JSON file of `Case`s, a folder to which each rank writes its `Outcome` of each case (NAME.RANK, pickled),
+and a folder of images.
 """
 
 from __future__ import annotations
 
 import pickle
 from collections import defaultdict
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from vit_static.data.open_set import open_set
 from vit_static.model.variants import variant_of
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel import gloo
+from vit_static.parallel.gloo import Traffic
 from vit_static.parallel.mesh import Mesh, MeshShape, make_mesh, rank_and_world_size, resolve_mesh, start_mesh
 from vit_static.plan.costs import Collective, program_costs
 from vit_static.program.precision import Precision, choose_attention
@@ -48,16 +50,16 @@ EVAL_BATCH_SIZE = 8
 
 
 class Case(BaseModel):
-    """A short training run, with the same images and labels on any mesh."""
+    """A short training run, with the same images and labels on every mesh."""
 
     name: str
     model: ModelConfig
     optim: OptimConfig
     parallel: ParallelConfig  # `dp` a number
-    steps: list[int] = list(range(10))  # the step numbers passed to `train_step`
+    steps: list[int] = list(range(10))  # passed to `train_step`
     evaluates: bool = False  # after the last step
     records_masks: bool = False
-    mixes: bool = False  # mixup and CutMix, so targets instead of labels
+    mixes: bool = False  # applies mixup and CutMix, and so has targets instead of labels
 
     @property
     def world_size(self) -> int:
@@ -69,9 +71,9 @@ class Part:
     """The part of a tensor that one rank holds."""
 
     local: np.ndarray
-    shape: tuple[int, ...]  # of the full tensor
+    shape: tuple[int, ...]  # of the entire tensor
     num_parts: tuple[int, ...]  # along each axis of the tensor
-    place: tuple[int, ...]  # the index of this part along each axis
+    index: tuple[int, ...]  # of this part along each axis
 
 
 @dataclass
@@ -79,27 +81,25 @@ class Outcome:
     """Results of a case on one rank."""
 
     losses: list[float] = field(default_factory=list)
-    grad_norms: list[float] = field(default_factory=list)  # NaN where the rank doesn't know it
+    grad_norms: list[float] = field(default_factory=list)  # NaN on ranks that don't compute it
     state: dict[str, Part] = field(default_factory=dict)
-    # Per step: the masks by the dropout's index in the model, in the order of execution.
+    # for each step: the masks by the number of the dropout layer, in the order of execution
     masks: list[dict[int, list[np.ndarray]]] = field(default_factory=list)
     evaluation: EvalMetrics | None = None
-    answers: Predictions | None = None  # from which `evaluation` is computed
-    averaged: EvalMetrics | None = None  # of the EMA weights
+    predictions: Predictions | None = None  # from which the evaluation is computed
+    ema_evaluation: EvalMetrics | None = None
     collectives: tuple[Collective, ...] = ()
-    moved: dict[str, tuple[int, int]] = field(
-        default_factory=dict
-    )  # calls and bytes of the last step, by kind of collective
+    traffic: dict[str, Traffic] = field(default_factory=dict)  # of the last step, by kind of collective
 
 
 class RecordingProgram(Program):
-    """A program that appends each mask that a dropout draws to `masks`."""
+    """Program that records the mask of each dropout in `masks`, each time that it draws one."""
 
     def _run_passes(self, mode: str, compiled: Any) -> None:
         super()._run_passes(mode, compiled)
         with paddle.static.program_guard(compiled):
             for operation in list(compiled.global_block().ops):
-                # Without a pipeline the engine passes a program here twice.
+                # The engine passes a program without a pipeline twice.
                 if operation.name() == "pd_op.dropout" and not operation.has_attr("recorded"):
                     operation.set_bool_attr("recorded", True)
                     pir.set_insertion_point_after(operation)
@@ -144,25 +144,24 @@ def run(case: Case, mesh: Mesh, images_root: Path) -> Outcome:
     mixup = Mixup(config.augment, 6, seed=5)
     outcome = Outcome()
     size = BATCH_SIZE // mesh.dp_size
-    own = slice(mesh.dp_rank * size, (mesh.dp_rank + 1) * size)
+    local = slice(mesh.dp_rank * size, (mesh.dp_rank + 1) * size)
     for step in case.steps:
         images, labels = images_and_labels(BATCH_SIZE, case.model, seed=step)
         masks.clear()
-        gloo.moved_bytes.clear()
-        gloo.num_calls.clear()
-        batch = mixup((images[own], labels[own]), step)
+        gloo.traffic.clear()
+        batch = mixup((images[local], labels[local]), step)
         loss = program.loss_value(program.train_step(*batch, step))
-        outcome.moved = what_moved()
+        outcome.traffic = deepcopy(dict(gloo.traffic))
         outcome.losses.append(mesh.mean(loss))
         outcome.grad_norms.append(program.grad_norm())
         outcome.masks.append(dict(masks))
     if case.evaluates:
-        outcome.answers = predict_all(program, eval_feed(case, mesh, images_root), mesh)
-        outcome.evaluation = EvalMetrics.of(outcome.answers)
+        outcome.predictions = predict_all(program, eval_loader(case, mesh, images_root), mesh)
+        outcome.evaluation = EvalMetrics.of(outcome.predictions)
     if case.evaluates and case.optim.ema_decay:
         before = program.weights()
         with program.ema_weights():
-            outcome.averaged = evaluate(program, eval_feed(case, mesh, images_root), mesh)
+            outcome.ema_evaluation = evaluate(program, eval_loader(case, mesh, images_root), mesh)
         after = program.weights()
         assert all(np.array_equal(before[name], after[name]) for name in before)
     outcome.state = {name: part for name, tensor in program.state().items() if (part := part_of(tensor, mesh))}
@@ -170,15 +169,7 @@ def run(case: Case, mesh: Mesh, images_root: Path) -> Outcome:
     return outcome
 
 
-def what_moved() -> dict[str, tuple[int, int]]:
-    totals: dict[str, tuple[int, int]] = {}
-    for (kind, ring), calls in gloo.num_calls.items():
-        before = totals.get(kind, (0, 0))
-        totals[kind] = (before[0] + calls, before[1] + gloo.moved_bytes[kind, ring])
-    return totals
-
-
-def eval_feed(case: Case, mesh: Mesh, images_root: Path) -> EvalLoader:
+def eval_loader(case: Case, mesh: Mesh, images_root: Path) -> EvalLoader:
     data = DataConfig(root=str(images_root), num_threads=1)
     return EvalLoader(
         open_set(data, "val", case.model.num_classes),
@@ -193,16 +184,16 @@ def eval_feed(case: Case, mesh: Mesh, images_root: Path) -> EvalLoader:
 
 
 def part_of(tensor: paddle.Tensor, mesh: Mesh) -> Part | None:
-    """Return this rank's part of a tensor, or None for a tensor of another pipeline stage."""
+    """Return this rank's part, or None of a tensor of another pipeline stage."""
     ranks = np.reshape(tensor.process_mesh.process_ids, tensor.process_mesh.shape)
     if mesh.rank not in ranks:
         return None
-    num_parts, place = [1] * len(tensor.shape), [0] * len(tensor.shape)
+    num_parts, index = [1] * len(tensor.shape), [0] * len(tensor.shape)
     for axis, placement in enumerate(tensor.placements):
         if placement.is_shard():
             num_parts[placement.get_dim()] = ranks.shape[axis]
-            place[placement.get_dim()] = int(np.argwhere(ranks == mesh.rank)[0][axis])
-    return Part(np.array(tensor._local_value()), tuple(tensor.shape), tuple(num_parts), tuple(place))
+            index[placement.get_dim()] = int(np.argwhere(ranks == mesh.rank)[0][axis])
+    return Part(np.array(tensor._local_value()), tuple(tensor.shape), tuple(num_parts), tuple(index))
 
 
 def main(cases: Path, folder: Path, images_root: Path) -> None:
@@ -210,7 +201,7 @@ def main(cases: Path, folder: Path, images_root: Path) -> None:
     start_mesh(MeshShape(world_size, 1, 1), "cpu")
     for case in TypeAdapter(list[Case]).validate_json(cases.read_bytes()):
         mesh_shape = resolve_mesh(case.parallel, world_size, BATCH_SIZE, variant_of(case.model))
-        # Paddle gives the parameters of every model the same names, under which a scope stores them.
+        # Paddle gives the parameters of all models the same names, and would reuse those that are in the scope.
         with paddle.static.scope_guard(paddle.static.Scope()):
             outcome = run(case, make_mesh(rank, mesh_shape, "cpu"), images_root)
         (folder / f"{case.name}.{rank}").write_bytes(pickle.dumps(outcome))

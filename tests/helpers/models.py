@@ -24,6 +24,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def config_of(kind: str) -> ModelConfig:
+    """Return the small model's config with the changes of a kind."""
     return ModelConfig.model_validate({**SMALL.model_dump(), **KINDS[kind]})
 
 

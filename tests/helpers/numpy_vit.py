@@ -1,7 +1,7 @@
-"""The Vision Transformer's forward pass in NumPy, float64, from the paper's equations and the files' layout.
+"""Forward pass of the Vision Transformer in NumPy, in float64, from the paper's equations.
 
-Written for the tests, apart from the model: loops over heads, explicit softmax, the patch embedding as a
-convolution's sum.
+Independent of the model: it loops over heads, writes out the softmax, and computes the patch embedding as a
+convolution.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ def logits(
     num_heads: int,
     attention: list[np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Images [B, 3, height, width] to logits [B, K]. The state (files' layout) says what the model has, but for the
-    head, which reads the class token, if there is one.
+    """Compute logits [B, K] from images [B, 3, height, width] and the weights as they are in files.
 
-    The weights of each layer's attention, [B, H, N, N], are added to `attention`.
+    The weights determine the layers; the head reads the class token if there is one, else the mean of the patches. The
+    attention weights of each layer, [B, H, N, N], are appended to `attention`.
     """
     state = {name: value.astype(np.float64) for name, value in state.items()}
     x = _embed(state, images.astype(np.float64), patch_size)

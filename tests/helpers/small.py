@@ -1,4 +1,4 @@
-"""The small model that the tests use, inputs for it, and where things lie."""
+"""The small model of the tests, inputs and weights for it, and the folders of the repository."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vit_static.weights.load import file_state
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "tests" / "reference"
 
-# Small, and nothing in it square or equal by chance: 12 x 16 pixels in patches of 4, 24 wide, 3 heads, 5 classes.
+# No two dimensions are equal by chance: 12 x 16 pixels, patches of 4, width 24, 3 heads, 5 classes.
 SMALL = ModelConfig(
     variant="Ti/16",
     image_size=(12, 16),
@@ -33,25 +33,26 @@ SMALL = ModelConfig(
 def images_and_labels(
     num_images: int, config: ModelConfig = SMALL, seed: int = 0
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """Normally distributed images and uniform labels."""
+    """Return normally distributed images and uniformly distributed labels."""
     rng = np.random.default_rng(seed)
     images = rng.standard_normal((num_images, 3, *config.image_size)).astype(np.float32)
     return paddle.to_tensor(images), paddle.to_tensor(rng.integers(0, config.num_classes, num_images))
 
 
 def read_state(path: Path) -> State:
-    """The arrays of a file of weights."""
+    """Return the arrays of a weights file."""
     return read_weights(path).state
 
 
 def model_logits(model: paddle.nn.Layer, images: paddle.Tensor) -> np.ndarray:
-    """Of a plain model, as it evaluates."""
+    """Return the logits of a model in evaluation."""
     model.eval()
     with paddle.no_grad():
         return model(images).numpy()
 
 
 def random_state(seed: int = 0, **changed: object) -> dict[str, np.ndarray]:
+    """Return random weights for the small model with changed config keys, as they are in files."""
     rng = np.random.default_rng(seed)
     state = file_state(VisionTransformer(SMALL.model_copy(update=changed)))
     return {name: (0.1 * rng.standard_normal(value.shape)).astype(np.float32) for name, value in state.items()}

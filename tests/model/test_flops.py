@@ -1,4 +1,4 @@
-"""The counts of operations against published figures and against the products that a model makes."""
+"""Operation counts, against published figures and against the matrix products that a model executes."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from vit_static.model.vit import PatchProjection, VisionTransformer, attention_b
 
 
 @pytest.mark.parametrize(("side", "published"), [(224, 17.58), (384, 55.54)])
-def test_b16_is_what_is_published(side: int, published: float) -> None:
-    """fvcore's figures, in GMACs. They count 5 a number of each layer norm, we none: 0.1 %."""
+def test_b16_matches_published_figures(side: int, published: float) -> None:
+    """The figures are fvcore's, in GMACs. They include 5 per element of each LayerNorm, which we don't count: 0.1 %."""
     macs = forward_macs(shape_of(ModelConfig(variant="B/16", image_size=(side, side))))
     norms = 5 * (2 * 12 + 1) * ((side // 16) ** 2 + 1) * 768
     assert round((macs + norms) / 1e9, 2) == published
     assert macs == pytest.approx(1e9 * published, rel=1.01e-3)
 
 
-def test_training_is_three_forwards_of_two_operations_a_mac() -> None:
+def test_training_costs_three_forward_passes_of_two_operations_per_mac() -> None:
     shape = shape_of(ModelConfig(variant="B/16"))
     assert train_flops(shape) == 6 * forward_macs(shape)
     assert train_flops(shape) == pytest.approx(6 * 17.58e9, rel=1e-3)
 
 
-def counted_while_running(config: ModelConfig) -> int:
-    """The multiply-adds of one image's forward pass, seen by hooks: rows x inner x columns of every product."""
+def executed_macs(config: ModelConfig) -> int:
+    """Return the multiply-adds of one image's forward pass, by hooks: rows x inner x columns of each product."""
     products: list[tuple[int, int, int]] = []
 
     def attention(query: paddle.Tensor, key: paddle.Tensor, value: paddle.Tensor, *rest: object) -> paddle.Tensor:
@@ -54,9 +54,9 @@ def counted_while_running(config: ModelConfig) -> int:
 
 @pytest.mark.parametrize("pool", ["cls", "gap"])
 @pytest.mark.parametrize("representation_size", [None, 20])
-def test_the_count_is_that_of_the_products_made(pool: str, representation_size: int | None) -> None:
+def test_the_count_equals_the_executed_products(pool: str, representation_size: int | None) -> None:
     config = SMALL.model_copy(update={"pool": pool, "representation_size": representation_size})
-    assert forward_macs(shape_of(config)) == counted_while_running(config)
+    assert forward_macs(shape_of(config)) == executed_macs(config)
 
 
 @pytest.mark.parametrize(
@@ -73,12 +73,12 @@ def test_the_count_is_that_of_the_products_made(pool: str, representation_size: 
         ("NVIDIA L40S", "float16", 362e12),
         ("Tesla V100-SXM2-32GB", "float16", 125e12),
         ("Tesla V100-SXM2-32GB", "bfloat16", None),
-        ("NVIDIA RTX A1000", "bfloat16", None),  # a workstation's card of 6.7 TFLOP/s, no A100
-        ("NVIDIA A10G", "bfloat16", None),  # a cloud's slower A10
+        ("NVIDIA RTX A1000", "bfloat16", None),  # a workstation GPU with 6.7 TFLOP/s, not an A100
+        ("NVIDIA A10G", "bfloat16", None),  # slower than the A10, in some clouds
         ("NVIDIA GeForce RTX 4090", "bfloat16", None),
         ("AMD EPYC 7B13", "float32", None),
         ("", "float32", None),
     ],
 )
-def test_peaks(device_name: str, dtype: str, peak: float | None) -> None:
+def test_peak_flops_by_device_name(device_name: str, dtype: str, peak: float | None) -> None:
     assert peak_flops(device_name, dtype) == peak

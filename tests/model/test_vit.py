@@ -1,4 +1,4 @@
-"""The model against closed forms, NumPy and torch."""
+"""The model, against closed forms, NumPy and torch."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ import paddle
 import pytest
 from helpers.numpy_vit import logits as numpy_logits
 from helpers.small import REFERENCE, SMALL, images_and_labels
+from reference import closed_form
 
 from vit_static.config.schema import KernelsConfig, ModelConfig, OptimConfig
 from vit_static.model.pos_embed import resample_pos_embed, sincos2d_pos_embed
 from vit_static.model.variants import VARIANTS, variant_of
-from vit_static.model.vit import VisionTransformer, attention_by_matmul
+from vit_static.model.vit import AttentionFunction, DropPath, VisionTransformer, attention_by_matmul, flash_attention
 from vit_static.program.precision import Precision
 from vit_static.weights.formats import fuse_qkv, split_qkv
 from vit_static.weights.load import file_state, load_state
 
 
-def randomised(config: ModelConfig, seed: int = 0, **build_arguments: object):
-    """A model whose every weight is random, so that none is 0 or 1 by its initialisation."""
-    model = VisionTransformer(config, **build_arguments)
+def randomized_model(config: ModelConfig, attention: AttentionFunction = flash_attention, seed: int = 0):
+    """Return a model whose weights are all random: initialization would leave some at 0 or 1."""
+    model = VisionTransformer(config, attention)
     rng = np.random.default_rng(seed)
     for name, value in model.state_dict().items():
-        around = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-        value.set_value((around + 0.2 * rng.standard_normal(value.shape)).astype(np.float32))
+        mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        value.set_value((mean + 0.2 * rng.standard_normal(value.shape)).astype(np.float32))
     model.eval()
     return model
 
@@ -32,11 +33,11 @@ def num_parameters(model: paddle.nn.Layer) -> int:
     return sum(int(np.prod(parameter.shape)) for parameter in model.parameters())
 
 
-# The first four: vit_jax's own tests. The rest are summed here from the layers' shapes.
+# From the tests of vit_jax. For the other variants, the test sums up the shapes of the layers.
 PUBLISHED = {"S/16": 22_050_664, "B/16": 86_567_656, "L/16": 304_326_632, "H/14": 632_045_800}
 
 
-def counted_by_hand(name: str) -> int:
+def sum_of_layer_shapes(name: str) -> int:
     patch, width, depth, _, mlp = (getattr(VARIANTS[name], key) for key in VARIANTS[name].__dataclass_fields__)
     tokens = (224 // patch) ** 2 + 1
     norms = 2 * 2 * width
@@ -47,14 +48,14 @@ def counted_by_hand(name: str) -> int:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_parameter_counts(name: str) -> None:
-    with paddle.LazyGuard():  # shapes alone: 6B/14 needs no 24 GB
+    with paddle.LazyGuard():  # shapes without values, which for 6B/14 would need 24 GB
         counted = num_parameters(VisionTransformer(ModelConfig(variant=name)))
-    assert counted == PUBLISHED.get(name, counted_by_hand(name))
-    assert counted_by_hand(name) == counted
+    assert counted == PUBLISHED.get(name, sum_of_layer_shapes(name))
+    assert sum_of_layer_shapes(name) == counted
 
 
 def test_every_variant_is_pinned() -> None:
-    """width, depth, heads, MLP as in the papers' tables; a variant that isn't listed here fails."""
+    """Dimensions as in the papers' tables; a variant that isn't listed here makes the test fail."""
     assert {name: (v.patch_size, v.width, v.depth, v.num_heads, v.mlp_dim) for name, v in VARIANTS.items()} == {
         "Ti/16": (16, 192, 12, 3, 768),
         "S/16": (16, 384, 12, 6, 1536),
@@ -70,25 +71,25 @@ def test_every_variant_is_pinned() -> None:
     }
 
 
-@pytest.mark.parametrize("attention", [None, attention_by_matmul], ids=["flash", "products"])
+@pytest.mark.parametrize("attention", [flash_attention, attention_by_matmul], ids=["flash", "matmul"])
 @pytest.mark.parametrize("representation_size", [None, 20], ids=["plain head", "representation"])
 @pytest.mark.parametrize("pool", ["cls", "gap"])
-def test_logits_are_those_of_the_equations(pool, representation_size, attention) -> None:
+def test_logits_match_the_equations(pool, representation_size, attention) -> None:
     config = SMALL.model_copy(update={"pool": pool, "representation_size": representation_size})
-    model = randomised(config, **({} if attention is None else {"attention": attention}))
+    model = randomized_model(config, attention)
     images, _ = images_and_labels(4)
     expected = numpy_logits(file_state(model), images.numpy(), patch_size=4, num_heads=3)
     np.testing.assert_allclose(model(images).numpy(), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
 def test_logits_without_layer_scale_and_qkv_bias() -> None:
-    model = randomised(SMALL.model_copy(update={"layer_scale_init": None, "qkv_bias": False}))
+    model = randomized_model(SMALL.model_copy(update={"layer_scale_init": None, "qkv_bias": False}))
     images, _ = images_and_labels(2)
     expected = numpy_logits(file_state(model), images.numpy(), patch_size=4, num_heads=3)
     np.testing.assert_allclose(model(images).numpy(), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
-def test_file_names_are_plscs() -> None:
+def test_parameter_names_in_files_are_those_of_plsc() -> None:
     config = SMALL.model_copy(update={"layer_scale_init": None, "depth": 1})
     state = file_state(VisionTransformer(config))
     block = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
@@ -102,15 +103,15 @@ def test_file_names_are_plscs() -> None:
     assert state["pos_embed"].shape == (1, 1 + 3 * 4, 24)
 
 
-def test_fused_and_split_qkv_are_each_others_inverse() -> None:
-    state = {name: value.numpy() for name, value in randomised(SMALL).state_dict().items()}
+def test_split_qkv_inverts_fuse_qkv() -> None:
+    state = {name: value.numpy() for name, value in randomized_model(SMALL).state_dict().items()}
     again = split_qkv(fuse_qkv(state))
     assert set(again) == set(state)
     assert all(np.array_equal(again[name], state[name]) for name in state)
 
 
-def test_initial_weights_are_the_seeds() -> None:
-    """Its limits and deviations, estimated from the 590,000 numbers of a matrix of B/16's size."""
+def test_initial_weights_are_distributed_as_in_plsc() -> None:
+    """Maximum and standard deviation, estimated from the 590,000 elements of a matrix of B/16."""
     paddle.seed(0)
     model = VisionTransformer(ModelConfig(variant="B/16", depth=1, representation_size=768, head_bias_init=-10.0))
     state = file_state(model)
@@ -132,14 +133,11 @@ def test_initial_weights_are_the_seeds() -> None:
     assert state["pos_embed"].std() == pytest.approx(0.02, rel=1e-2)
     assert not state["cls_token"].any() and not state["blocks.0.attn.qkv.bias"].any()
     assert (state["head.bias"] == -10.0).all()
-    assert not file_state(VisionTransformer(SMALL.model_copy(update={"representation_size": None})))[
-        "head.weight"
-    ].any()
+    without_representation = VisionTransformer(SMALL.model_copy(update={"representation_size": None}))
+    assert not without_representation.head.weight.numpy().any()
 
 
-def test_drop_path_drops_whole_images_and_keeps_the_mean() -> None:
-    from vit_static.model.vit import DropPath
-
+def test_drop_path_drops_entire_images_and_preserves_the_mean() -> None:
     paddle.seed(1)
     layer = DropPath(0.25)
     layer.train()
@@ -154,14 +152,14 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean() -> None:
 def test_drop_path_rises_linearly_to_the_last_block() -> None:
     model = VisionTransformer(SMALL.model_copy(update={"depth": 5, "drop_path_rate": 0.2}))
     assert [block.drop_path1.drop.p for block in model.blocks] == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
-    alike = VisionTransformer(
+    constant = VisionTransformer(
         SMALL.model_copy(update={"depth": 3, "drop_path_rate": 0.2, "drop_path_schedule": "constant"})
     )
-    assert [block.drop_path2.drop.p for block in alike.blocks] == [0.2] * 3
+    assert [block.drop_path2.drop.p for block in constant.blocks] == [0.2] * 3
 
 
 @pytest.mark.parametrize("case", ["4x4_to_6x6", "4x6_to_7x5", "8x8_to_5x5"])
-def test_position_embedding_is_resampled_as_torch_does(case: str) -> None:
+def test_position_embedding_is_resampled_like_in_torch(case: str) -> None:
     golden = np.load(REFERENCE / "pos_embed.npz")
     old, new = golden[f"{case}/input"], golden[f"{case}/bicubic"]
     prefix = np.full((1, 1, 6), 7.0, np.float32)
@@ -172,7 +170,7 @@ def test_position_embedding_is_resampled_as_torch_does(case: str) -> None:
 
 
 def test_sincos_position_embedding() -> None:
-    """Against the formula of the paper's code, spelled out for single entries."""
+    """The reference is the formula of the paper's code, written out for single entries."""
     table = sincos2d_pos_embed((3, 5), 16, num_prefix_tokens=1)
     assert table.shape == (1, 16, 16)
     assert not table[0, 0].any()
@@ -188,8 +186,8 @@ def test_sincos_position_embedding() -> None:
         np.testing.assert_allclose(entry[[k, 4 + k, 8 + k, 12 + k]], expected, atol=1e-6)
 
 
-def test_gradients_are_torchs(make_program, kernels) -> None:
-    """Every parameter's, through the whole path: one step of plain SGD at rate 1 moves a weight by its gradient."""
+def test_gradients_match_torch(make_program, kernels) -> None:
+    """Of every parameter, through the compiled program: one SGD step with learning rate 1 subtracts the gradient."""
     golden = np.load(REFERENCE / "vit_gradients.npz")
     weights = {name.removeprefix("param/"): golden[name] for name in golden if name.startswith("param/")}
     model = VisionTransformer(SMALL, attention_by_matmul)
@@ -203,7 +201,7 @@ def test_gradients_are_torchs(make_program, kernels) -> None:
         expected = golden[f"grad/{name}"].astype(np.float64)
         squares += (expected**2).sum()
         got = before.astype(np.float64) - after[name]
-        # The subtraction costs a digit: weights are around 1, gradients around 0.01.
+        # The subtraction loses accuracy: weights are around 1, gradients around 0.01.
         assert np.abs(got - expected).max() < 3e-7 + 1e-4 * np.linalg.norm(expected), name
     assert program.grad_norm() == pytest.approx(squares**0.5, rel=1e-4)
 
@@ -219,14 +217,11 @@ FLOAT32, BFLOAT16 = Precision("O0", "float32"), Precision("O1", "bfloat16")
         pytest.param(True, BFLOAT16, 2e-2, id="onednn bfloat16", marks=pytest.mark.needs_bfloat16),
     ],
 )
-def test_gradients_at_s16_width_are_torchs(make_program, onednn, precision, tolerance) -> None:
-    """384 wide, 197 tokens: norms and projections of every parameter's. Paddle's own oneDNN operators are wrong there
-    without an error."""
-    import sys
+def test_gradients_at_s16_width_match_torch(make_program, onednn, precision, tolerance) -> None:
+    """Norms and projections of each gradient, at width 384 with 197 tokens.
 
-    sys.path.insert(0, str(REFERENCE))
-    import closed_form
-
+    Paddle's own oneDNN operators give wrong results there without an error.
+    """
     golden = np.load(REFERENCE / "vit_s16_gradients.npz")
     config = ModelConfig(variant="S/16", depth=1, num_classes=10)
     model = VisionTransformer(config, attention_by_matmul)

@@ -1,4 +1,4 @@
-"""The optimizers against torch's, timm's and optax's arithmetic; each parameter's own rate and decay; the average."""
+"""Optimizers, against torch, timm and optax; parameter groups; the average of the weights."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from reference.closed_form import uniform
 
 from vit_static.config.schema import OptimConfig
 from vit_static.model.vit import VisionTransformer, attention_by_matmul
-from vit_static.optim.optimizers import ema_decay
+from vit_static.optim.ema import ema_decay
 from vit_static.optim.param_groups import param_group
 
 NUM_STEPS = 20
 
 
-class GivenGradients(nn.Layer):
-    """Parameters whose gradients are the numbers in its input: the sum of parameter x input."""
+class GradientsFromInput(nn.Layer):
+    """Layer whose output is the sum of parameters times inputs, so that its gradients are its input."""
 
     def __init__(self, initial: dict[str, np.ndarray]) -> None:
         super().__init__()
@@ -35,26 +35,28 @@ class GivenGradients(nn.Layer):
             layer.add_parameter(last, layer.create_parameter(value.shape, default_initializer=initializer))
 
     def forward(self, images: paddle.Tensor) -> paddle.Tensor:
-        numbers, total, start = images.flatten(), 0.0, 0
+        values, total, start = images.flatten(), 0.0, 0
         for parameter in self.parameters():
             count = int(np.prod(parameter.shape))
-            total = total + (numbers[start : start + count].reshape(parameter.shape) * parameter).sum()
+            total = total + (values[start : start + count].reshape(parameter.shape) * parameter).sum()
             start += count
         return total
 
 
-class ItsOutput(nn.Layer):
+class OutputAsLoss(nn.Layer):
     def forward(self, output: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
         return output
 
 
-def updates(make_program: Any, initial: dict[str, Any], gradients: dict[str, Any], optim: OptimConfig, **more: Any):
-    """The program after each of the steps that the gradients are of, [steps, *shape] each by name."""
+def train_on_gradients(
+    make_program: Any, initial: dict[str, Any], gradients: dict[str, Any], optim: OptimConfig, **options: Any
+):
+    """Yield each step and the program after it. Gradients are [steps, *shape], by the name of the parameter."""
     side = 64 if sum(value.size for value in initial.values()) > 54 else 6
     program = make_program(
-        GivenGradients(initial), 1, optim, criterion=ItsOutput(), image_size=(side // 2, side), **more
+        GradientsFromInput(initial), 1, optim, criterion=OutputAsLoss(), image_size=(side // 2, side), **options
     )
-    names = [name for name, _ in GivenGradients(initial).named_parameters()]
+    names = [name for name, _ in GradientsFromInput(initial).named_parameters()]
     for step in range(NUM_STEPS):
         images = np.zeros((1, 3, side // 2, side), np.float32)
         flat = np.concatenate([gradients[name][step].ravel() for name in names])
@@ -64,15 +66,15 @@ def updates(make_program: Any, initial: dict[str, Any], gradients: dict[str, Any
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_twenty_updates_are_torchs(make_program, kernels, name) -> None:
-    """With clipping that bites in half of them, decay on everything, and a rate that changes every step."""
+def test_twenty_updates_match_torch(make_program, kernels, name) -> None:
+    """With clipping in half of the steps, decay on all parameters, and a different learning rate in each step."""
     golden = np.load(REFERENCE / "optimizers.npz")
     rates = golden["learning_rates"]
     keys = ("weight", "bias", "kernel")
     optim = OptimConfig(name=name, weight_decay={"adamw": 0.3, "sgd": 1e-4}[name], momentum=0.9, clip_norm=1.0)
     initial, gradients = ({key: golden[f"{kind}/{key}"] for key in keys} for kind in ("initial", "grad"))
-    given = {"kernels": kernels, "learning_rate": lambda step: float(rates[step])}
-    for step, program in updates(make_program, initial, gradients, optim, **given):
+    options = {"kernels": kernels, "learning_rate": lambda step: float(rates[step])}
+    for step, program in train_on_gradients(make_program, initial, gradients, optim, **options):
         assert program.grad_norm() == pytest.approx(float(golden["grad_norms"][step]), rel=1e-5)
         for key, value in program.weights().items():
             np.testing.assert_allclose(
@@ -80,8 +82,8 @@ def test_twenty_updates_are_torchs(make_program, kernels, name) -> None:
             )
 
 
-# Named so that what the golden file has for each follows from the config: rates of a quarter, a half and one with a
-# layer decay of a half, and no decay for the bias.
+# With these names, the config gives the settings of the golden file: with a layer decay of 0.5, learning rates times
+# 0.25, 0.5 and 1, and no weight decay for the bias.
 NAMES = {"weight": "blocks.0.weight", "kernel": "blocks.1.kernel", "bias": "head.bias"}
 SHAPES = {"weight": (34, 33), "kernel": (3, 2, 2), "bias": (5,)}
 CASES: dict[str, dict[str, Any]] = {
@@ -98,8 +100,8 @@ for averaged in ("ema_warmup", "ema"):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_twenty_updates_are_the_recipes(make_program, case: str) -> None:
-    """timm's LAMB and averages, optax's Lion, big_vision's Adafactor and AdamW, torch's AdamW with groups."""
+def test_twenty_updates_match_the_recipes(make_program, case: str) -> None:
+    """timm's LAMB and EMA, optax's Lion, big_vision's Adafactor and AdamW, torch's AdamW with parameter groups."""
     golden = np.load(REFERENCE / "optimizers_of_recipes.npz")
     rates, scales = golden["learning_rates"], golden["gradient_scales"]
     initial = {NAMES[key]: uniform(f"initial/{key}", shape) for key, shape in SHAPES.items()}
@@ -108,7 +110,7 @@ def test_twenty_updates_are_the_recipes(make_program, case: str) -> None:
         for key, shape in SHAPES.items()
     }
     optim = OptimConfig(lr=float(rates[3]), clip_norm=1.0, **CASES[case])
-    for step, program in updates(
+    for step, program in train_on_gradients(
         make_program, initial, gradients, optim, learning_rate=lambda step: float(rates[step])
     ):
         assert program.grad_norm() == pytest.approx(float(golden["grad_norms"][step]), rel=1e-5)
@@ -121,32 +123,32 @@ def test_twenty_updates_are_the_recipes(make_program, case: str) -> None:
                 np.testing.assert_allclose(values[name], expected, rtol=2e-6, atol=2e-6, err_msg=f"{key} {step}")
 
 
-def test_adafactors_second_moment_is_that_of_the_rows_and_the_columns(make_program) -> None:
-    """Of a matrix within more axes, as a position embedding is, the two largest; the same update as of the matrix."""
+def test_adafactor_factors_the_two_largest_axes(make_program) -> None:
+    """A matrix with additional axes of size 1, like a position embedding, is updated like the matrix."""
     rng = np.random.default_rng(0)
     matrix = rng.standard_normal((33, 34)).astype(np.float32)
     gradients = rng.standard_normal((NUM_STEPS, 33, 34)).astype(np.float32)
-    found = []
+    results = []
     for shape in ((33, 34), (1, 33, 34)):
         optim = OptimConfig(name="adafactor", lr=0.01, clip_norm=None)
-        given = {"pos_embed": gradients.reshape(NUM_STEPS, *shape)}
-        *_, (_, program) = updates(make_program, {"pos_embed": matrix.reshape(shape)}, given, optim)
-        kept = {name: list(tensor.shape) for name, tensor in program.state().items()}
-        assert kept["pos_embed@row_moment2"] == list(shape[:-1])
-        assert kept["pos_embed@column_moment2"] == [*shape[:-2], shape[-1]]
-        found.append(program.weights()["pos_embed"].reshape(33, 34))
-    assert np.array_equal(*found)
+        shaped = {"pos_embed": gradients.reshape(NUM_STEPS, *shape)}
+        *_, (_, program) = train_on_gradients(make_program, {"pos_embed": matrix.reshape(shape)}, shaped, optim)
+        state_shapes = {name: list(tensor.shape) for name, tensor in program.state().items()}
+        assert state_shapes["pos_embed@row_moment2"] == list(shape[:-1])
+        assert state_shapes["pos_embed@column_moment2"] == [*shape[:-2], shape[-1]]
+        results.append(program.weights()["pos_embed"].reshape(33, 34))
+    assert np.array_equal(*results)
 
 
-def test_the_averages_warmup_ends_at_its_decay() -> None:
+def test_the_warmup_of_the_average_ends_at_its_decay() -> None:
     """timm's docstring: with power 2/3 a decay of 0.999 is reached after some 31,600 updates, 0.99 after 1,000."""
     optim = OptimConfig(ema_decay=0.99)
     assert ema_decay(998, optim) < 0.99 == ema_decay(1000, optim) == ema_decay(10**6, optim)
     assert ema_decay(31_622, OptimConfig(ema_decay=0.9999)) == pytest.approx(0.999, abs=1e-6)
 
 
-def test_every_parameters_rate_and_decay() -> None:
-    """BEiT's and MAE's rule of layers, spelled out for a model of 12 blocks."""
+def test_learning_rate_multiplier_and_decay_of_each_parameter() -> None:
+    """The layer decay of BEiT and MAE, written out for a model with 12 blocks."""
     optim = OptimConfig(layer_decay=0.75, no_decay=("bias", "norm", "embedding"))
     expected = {
         "cls_token": (13, False),
@@ -163,16 +165,16 @@ def test_every_parameters_rate_and_decay() -> None:
         "head.weight": (0, True),
         "head0.bias": (0, False),
     }
-    for name, (above, decays) in expected.items():
+    for name, (num_layers_above, decays) in expected.items():
         group = param_group(name, 12, optim)
-        assert (group.rate, group.decays) == (pytest.approx(0.75**above), decays), name
-    assert all(param_group(name, 12, OptimConfig()).decays for name in expected)  # the seed's
+        assert (group.lr_multiplier, group.decays) == (pytest.approx(0.75**num_layers_above), decays), name
+    assert all(param_group(name, 12, OptimConfig()).decays for name in expected)  # as in PLSC
     only_bias = OptimConfig(no_decay=("bias",))
     assert param_group("blocks.3.norm1.weight", 12, only_bias).decays
     assert not param_group("blocks.3.norm1.bias", 12, only_bias).decays
 
 
-def test_every_name_of_the_model_has_its_group() -> None:
+def test_exactly_the_matrices_decay() -> None:
     config = SMALL.model_copy(update={"register_tokens": 2, "pool": "cls_gap"})
     names = dict(VisionTransformer(config).named_parameters())
     optim = OptimConfig(no_decay=("bias", "norm", "embedding"))
@@ -183,8 +185,8 @@ def test_every_name_of_the_model_has_its_group() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
-def test_a_frozen_body_stays_and_the_head_learns(make_program, kernels, optimizer: str) -> None:
-    """The same head as a linear layer has that is trained on the body's features."""
+def test_with_a_frozen_backbone_only_the_head_learns(make_program, kernels, optimizer: str) -> None:
+    """The head learns the same as a linear layer trained on the features of the backbone."""
     config = SMALL.model_copy(update={"representation_size": None})
     paddle.seed(3)
     model = VisionTransformer(config, attention_by_matmul)
@@ -198,10 +200,10 @@ def test_a_frozen_body_stays_and_the_head_learns(make_program, kernels, optimize
     for step, (images, labels) in enumerate(batches):
         program.train_step(images, labels, step)
     after = program.weights()
-    moved = {name for name in after if name in before and not np.array_equal(after[name], before[name])}
-    assert moved == {"head.weight", "head.bias"}
-    kept = {name for name in program.state() if "@" in name}
-    assert {name.split("@")[0] for name in kept} == moved
+    changed = {name for name in after if name in before and not np.array_equal(after[name], before[name])}
+    assert changed == {"head.weight", "head.bias"}
+    states = {name for name in program.state() if "@" in name}
+    assert {name.split("@")[0] for name in states} == changed
     if optimizer == "adamw":
         head = nn.Linear(24, config.num_classes)
         head.set_state_dict({"weight": before["head.weight"], "bias": before["head.bias"]})
@@ -214,16 +216,16 @@ def test_a_frozen_body_stays_and_the_head_learns(make_program, kernels, optimize
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion", "adafactor"])
-def test_what_an_optimizer_keeps_is_what_the_plan_counts(make_program, name: str) -> None:
-    """To the byte, with the average; and an average is one copy of the weights."""
+def test_the_plan_counts_the_optimizer_state(make_program, name: str) -> None:
+    """To the byte, and the EMA is one copy of the weights."""
     config = SMALL.model_copy(update={"width": 36})
-    sizes = []
+    totals = []
     for decay in (0.0, 0.9):
         program = make_program(
             VisionTransformer(config, attention_by_matmul), 8, OptimConfig(name=name, ema_decay=decay)
         )
-        kept = {key: 4 * int(np.prod(tensor.shape)) for key, tensor in program.state().items()}
-        state = sum(size for key, size in kept.items() if "@" in key)
+        num_bytes = {key: 4 * int(np.prod(tensor.shape)) for key, tensor in program.state().items()}
+        state = sum(size for key, size in num_bytes.items() if "@" in key)
         assert program.costs().optimizer_state == state
-        sizes.append(state)
-    assert sizes[1] - sizes[0] == program.costs().parameters
+        totals.append(state)
+    assert totals[1] - totals[0] == program.costs().parameters

@@ -1,6 +1,7 @@
-"""Every mesh trains as one process does: losses, weights, masks, what moves between ranks. In real processes.
+"""Training on every mesh, compared with one process: losses, weights, dropout masks, collectives.
 
-Cases of one number of processes share these, so that Paddle starts once; see mesh_worker.py.
+The ranks are real processes. All cases with the same number of processes run in the same ones, so that Paddle starts
+only once; see helpers/mesh_worker.py.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import pickle
 import socket
 import subprocess
 import sys
+from collections import defaultdict
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,6 +26,7 @@ from pydantic import TypeAdapter
 
 from vit_static.config.schema import AmpConfig, Config, DataConfig, ModelConfig, OptimConfig, ParallelConfig
 from vit_static.launch import __main__
+from vit_static.parallel.gloo import Traffic
 from vit_static.plan.costs import count_by_kind
 from vit_static.plan.planner import Cluster, make_plan
 
@@ -32,8 +35,8 @@ pytestmark = pytest.mark.early
 TIME_LIMIT_S = 900
 NUM_EVAL_IMAGES = 101
 
-# Nothing in it square or equal by chance; 2 and 4 divide the heads and mlp_dim, 2 the classes. Of two stages the first
-# has two blocks, the second one; a model of two blocks compiles sooner.
+# No two dimensions are equal by chance. 2 and 4 divide num_heads and mlp_dim, and 2 divides num_classes. Of two stages,
+# the first has two blocks and the second has one. Some cases have only two blocks because they compile faster.
 MODEL = ModelConfig(
     variant="Ti/16",
     image_size=(12, 16),
@@ -54,7 +57,7 @@ def changed(**update: object) -> ModelConfig:
 MODELS = {
     "cls": MODEL,
     "gap": changed(depth=2, pool="gap", pos_embed="sincos2d", representation_size=24),
-    # no 2 ranks can split its head
+    # 7 classes, which 2 ranks can't split
     "seven": changed(depth=2, num_classes=7, qkv_bias=False, layer_scale_init=None),
     "dropped_paths": changed(pool="gap", drop_path_rate=0.3),
     "tokens": changed(depth=2, pool="cls_gap", register_tokens=2, class_token_pos_embed=False),
@@ -62,7 +65,7 @@ MODELS = {
 }
 OPTIMIZERS = {
     "adamw": OptimConfig(name="adamw", weight_decay=0.1),
-    "sgd": OptimConfig(name="sgd", lr=0.1, momentum=0.9, clip_norm=0.3),  # bites in every step
+    "sgd": OptimConfig(name="sgd", lr=0.1, momentum=0.9, clip_norm=0.3),  # below the norm of every step
 }
 
 
@@ -76,7 +79,7 @@ MESHES = {
     "recompute_every_2nd": (mesh(recompute=2), "cls"),
     "dp2": (mesh(dp=2), "cls"),
     "mp2": (mesh(mp=2), "cls"),
-    "mp2_whole_head": (mesh(mp=2), "seven"),
+    "mp2_replicated_head": (mesh(mp=2), "seven"),
     "pp2_1F1B": (mesh(pp=2), "cls"),
     "pp2_1F1B_accum4": (mesh(pp=2, grad_accum_steps=4), "cls"),
     "pp2_FThenB_accum4": (mesh(pp=2, grad_accum_steps=4, pp_schedule="FThenB"), "gap"),
@@ -91,16 +94,16 @@ MESHES = {
     "dp2_pp2_sharding3": (mesh(dp=2, pp=2, sharding_stage=3), "seven"),
     "dp2_mp2_sharding1": (mesh(dp=2, mp=2, sharding_stage=1), "cls"),
 }
-EVALUATED_AVERAGES = ["one", "dp2_sharding2", "pp2", "dp2_mp2_sharding1"]
+EVALUATED_EMA = ["one", "dp2_sharding2", "pp2", "dp2_mp2_sharding1"]
 EVALUATED = ["one_cls_sgd", "dp2_sgd", "mp2_sgd", "pp2_1F1B_sgd", "dp4_sgd", "mp2_pp2_sgd", "dp2_sharding1_sgd"]
-# the recipes' optimizers, with all that they may be given, for a few steps
+# the optimizers of recipes with all of their options, for a few steps
 RECIPES = {
     "adamw": OptimConfig(weight_decay=0.1, no_decay=("bias", "norm"), layer_decay=0.7, ema_decay=0.9),
     "lamb": OptimConfig(name="lamb", epsilon=1e-3, weight_decay=0.1, no_decay=("bias",), ema_decay=0.9),
     "lion": OptimConfig(name="lion", lr=1e-4, betas=(0.9, 0.99), weight_decay=0.1, decay_times_lr=False),
     "adafactor": OptimConfig(name="adafactor", betas=(0.9, 0.99), weight_decay=0.1, ema_decay=0.9),
 }
-RECIPES_MESHES = {
+RECIPE_MESHES = {
     "dp2": mesh(dp=2),
     "mp2": mesh(mp=2),
     "pp2": mesh(pp=2),
@@ -109,24 +112,24 @@ RECIPES_MESHES = {
     "dp2_sharding3": mesh(dp=2, sharding_stage=3),
     "dp2_mp2_sharding1": mesh(dp=2, mp=2, sharding_stage=1),
 }
-# with drop path alone, and the run in one process that draws the same
-DROPPING_PATHS = {
+# with only drop path: the mesh, and the run in one process that draws the same
+DROP_PATH = {
     "paths_dp2": (mesh(dp=2), "paths_one"),
     "paths_dp4": (mesh(dp=4), "paths_one"),
     "paths_mp2": (mesh(mp=2), "paths_one"),
     "paths_dp2_mp2": (mesh(dp=2, mp=2), "paths_one"),
     "paths_pp2": (mesh(pp=2), "paths_accum2"),
 }
-# with images mixed with each other
-MIXED = {
+# with mixup and CutMix
+MIXUP = {
     "mixed_dp2": mesh(dp=2),
     "mixed_mp2": mesh(mp=2),
     "mixed_pp2": mesh(pp=2),
     "mixed_accum2": mesh(grad_accum_steps=2),
     "mixed_dp2_sharding3": mesh(dp=2, sharding_stage=3),
 }
-# with all kinds of dropout, for a few steps, one of them twice
-DROPPING = {
+# with all kinds of dropout, for a few steps, of which one is repeated
+DROPOUT = {
     "dropout_one": mesh(),
     "dropout_accum2": mesh(grad_accum_steps=2),
     "dropout_recompute": mesh(recompute="block"),
@@ -138,7 +141,7 @@ DROPPING = {
     "dropout_pp2_recompute": mesh(pp=2, recompute="block"),
     "dropout_dp2_mp2": mesh(dp=2, mp=2),
 }
-SAME_STEP_TWICE = [0, 1, 2, 1]
+STEPS_WITH_A_REPETITION = [0, 1, 2, 1]
 
 
 def all_cases() -> list[Case]:
@@ -150,17 +153,17 @@ def all_cases() -> list[Case]:
             named.append((f"{name}_{optimizer}", MODELS[model], optim, parallel, {}))
     for name, parallel in {"paths_one": mesh(), "paths_accum2": mesh(grad_accum_steps=2)}.items():
         named.append((name, MODELS["dropped_paths"], OPTIMIZERS["adamw"], parallel, {}))
-    for name, (parallel, _) in DROPPING_PATHS.items():
+    for name, (parallel, _) in DROP_PATH.items():
         named.append((name, MODELS["dropped_paths"], OPTIMIZERS["adamw"], parallel, {}))
-    for name, parallel in {"mixed_one": mesh(), **MIXED}.items():
+    for name, parallel in {"mixed_one": mesh(), **MIXUP}.items():
         named.append((name, MODEL, OPTIMIZERS["sgd"], parallel, {"mixes": True}))
     for optimizer, optim in RECIPES.items():
-        for name, parallel in {"one": mesh(), **RECIPES_MESHES}.items():
+        for name, parallel in {"one": mesh(), **RECIPE_MESHES}.items():
             named.append((f"recipe_{name}_{optimizer}", MODELS["tokens"], optim, parallel, {"steps": list(range(4))}))
-    for name, parallel in DROPPING.items():
-        recorded = {"steps": SAME_STEP_TWICE, "records_masks": True}
+    for name, parallel in DROPOUT.items():
+        recorded = {"steps": STEPS_WITH_A_REPETITION, "records_masks": True}
         named.append((name, MODELS["dropout"], OPTIMIZERS["sgd"], parallel, recorded))
-    evaluated = {*EVALUATED, *(f"recipe_{name}_adamw" for name in EVALUATED_AVERAGES)}
+    evaluated = {*EVALUATED, *(f"recipe_{name}_adamw" for name in EVALUATED_EMA)}
     return [
         Case(name=name, model=model, optim=optim, parallel=parallel, evaluates=name in evaluated, **others)
         for name, model, optim, parallel, others in named
@@ -171,11 +174,11 @@ CASES = {case.name: case for case in all_cases()}
 
 
 class Runs:
-    """What every rank has found in a case. Cases of as many processes run when the first of them is asked for."""
+    """Outcomes of the cases, by rank. All cases with the same number of processes run when one of them is needed."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._logs: dict[int, str] = {}  # by world size
+        self._logs: dict[int, str] = {}  # the end of the processes' output, by world size
         make_images(folder / "images", NUM_EVAL_IMAGES, MODEL.num_classes)
 
     def __call__(self, name: str) -> list[Outcome]:
@@ -184,16 +187,16 @@ class Runs:
             self._logs[world_size] = self._run([case for case in CASES.values() if case.world_size == world_size])
         paths = [self._folder / f"{name}.{rank}" for rank in range(world_size)]
         if not all(path.is_file() for path in paths):
-            pytest.fail(f"{name} has no outcome; its processes' last words:\n{self._logs[world_size]}", pytrace=False)
+            pytest.fail(f"{name} has no outcome; the end of the output:\n{self._logs[world_size]}", pytrace=False)
         return [pickle.loads(path.read_bytes()) for path in paths]
 
     def one(self, name: str) -> Outcome:
-        """Of a case of one process."""
+        """Return the outcome of a case with one process."""
         (outcome,) = self(name)
         return outcome
 
     def _run(self, cases: list[Case]) -> str:
-        """Runs cases of one world size; what their processes said last."""
+        """Run all cases of one world size, and return the end of their processes' output."""
         world_size = cases[0].world_size
         path = self._folder / f"cases_{world_size}.json"
         path.write_bytes(TypeAdapter(list[Case]).dump_json(cases, by_alias=True))
@@ -204,19 +207,19 @@ class Runs:
             for environ, log in zip(environs, logs, strict=True)
         ]
         with ThreadPoolExecutor(world_size) as threads:
-            ends = [threads.submit(end_well, process) for process in processes]
-            wait(ends, TIME_LIMIT_S, return_when=FIRST_EXCEPTION)
-            for process in processes:  # those that wait for one that has failed
+            waits = [threads.submit(wait_for, process) for process in processes]
+            wait(waits, TIME_LIMIT_S, return_when=FIRST_EXCEPTION)
+            for process in processes:  # the ones that wait for a failed one
                 process.kill()
         return "\n".join(f"rank {rank}: {log.read_text(errors='replace')[-2000:]}" for rank, log in enumerate(logs))
 
 
 def environments(world_size: int) -> list[dict[str, str]]:
-    """Each rank's, as launch.py makes it."""
+    """Return the environment of each rank, as the launcher sets it."""
     with ExitStack() as stack:
         free = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(world_size + 1)]
         store, *endpoints = [f"127.0.0.1:{listening.getsockname()[1]}" for listening in free]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PADDLE_", "SLURM_"))}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PADDLE_", "SLURM_"))}
     common = {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
@@ -227,8 +230,8 @@ def environments(world_size: int) -> list[dict[str, str]]:
         "PADDLE_TRAINERS_NUM": str(world_size),
         "PADDLE_TRAINER_ENDPOINTS": ",".join(endpoints),
     }
-    own = [{"PADDLE_TRAINER_ID": str(rank), "PADDLE_CURRENT_ENDPOINT": at} for rank, at in enumerate(endpoints)]
-    return [kept | common | values for values in own]
+    per_rank = [{"PADDLE_TRAINER_ID": str(rank), "PADDLE_CURRENT_ENDPOINT": at} for rank, at in enumerate(endpoints)]
+    return [inherited | common | values for values in per_rank]
 
 
 def start(arguments: list[Path], environ: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
@@ -244,13 +247,13 @@ def start(arguments: list[Path], environ: dict[str, str], log: Path) -> subproce
         )
 
 
-def end_well(process: subprocess.Popen[bytes]) -> None:
+def wait_for(process: subprocess.Popen[bytes]) -> None:
     if process.wait():
         raise ChildProcessError
 
 
 def make_images(root: Path, num_images: int, num_classes: int) -> None:
-    """A validation set of noise, its classes of unequal size."""
+    """Create a validation set of noise whose classes have different sizes."""
     rng = np.random.default_rng(0)
     for number in range(num_images):
         folder = root / "val" / str(number % num_classes)
@@ -264,26 +267,26 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("meshes"))
 
 
-def whole(outcomes: list[Outcome]) -> dict[str, np.ndarray]:
-    """The state put together from all ranks' parts; parts that several hold must be the same bits."""
+def merged_state(outcomes: list[Outcome]) -> dict[str, np.ndarray]:
+    """Merge the parts of all ranks. Ranks that hold the same part must hold the same bits."""
     arrays = {}
     for name in {name: None for outcome in outcomes for name in outcome.state}:
         held = [outcome.state[name] for outcome in outcomes if name in outcome.state]
         parts: dict[tuple[int, ...], Part] = {}
         for part in held:
-            first = parts.setdefault(part.place, part)
-            assert part.local.tobytes() == first.local.tobytes(), f"{name} {part.place}"
-        array = together({place: part.local for place, part in parts.items()}, held[0].num_parts)
+            first = parts.setdefault(part.index, part)
+            assert part.local.tobytes() == first.local.tobytes(), f"{name} {part.index}"
+        array = concatenated({index: part.local for index, part in parts.items()}, held[0].num_parts)
         assert array.shape == held[0].shape, name
         arrays[name] = array
     return arrays
 
 
-def together(parts: dict[tuple[int, ...], np.ndarray], num_parts: tuple[int, ...]) -> np.ndarray:
-    """One array of its parts, by their place along each axis."""
+def concatenated(parts: dict[tuple[int, ...], np.ndarray], num_parts: tuple[int, ...]) -> np.ndarray:
+    """Concatenate the parts of an array, given by their index along each axis."""
     assert set(parts) == set(itertools.product(*map(range, num_parts)))
     for axis in reversed(range(len(num_parts))):
-        starts = sorted({place[:axis] for place in parts})
+        starts = sorted({index[:axis] for index in parts})
         parts = {at: np.concatenate([parts[(*at, n)] for n in range(num_parts[axis])], axis) for at in starts}
     return parts[()]
 
@@ -293,15 +296,15 @@ def together(parts: dict[tuple[int, ...], np.ndarray], num_parts: tuple[int, ...
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", MESHES)
-def test_a_mesh_trains_as_one_process(runs: Runs, name: str, optimizer: str) -> None:
-    """Ten steps with clipping, and decay or momentum."""
+def test_a_mesh_trains_like_one_process(runs: Runs, name: str, optimizer: str) -> None:
+    """Ten steps, with clipping and with weight decay or momentum."""
     one, outcomes = runs.one(f"one_{MESHES[name][1]}_{optimizer}"), runs(f"{name}_{optimizer}")
     for outcome in outcomes:
         np.testing.assert_allclose(outcome.losses, one.losses, rtol=1e-5)
         if not np.isnan(outcome.grad_norms).all():
             np.testing.assert_allclose(outcome.grad_norms, one.grad_norms, rtol=1e-5)
     assert not np.isnan(outcomes[0].grad_norms).any()
-    weights, expected = whole(outcomes), whole([one])
+    weights, expected = merged_state(outcomes), merged_state([one])
     assert weights.keys() == expected.keys()
     assert all(weights[key].shape == expected[key].shape for key in weights)
     if optimizer == "sgd":
@@ -311,16 +314,19 @@ def test_a_mesh_trains_as_one_process(runs: Runs, name: str, optimizer: str) -> 
 
 
 @pytest.mark.parametrize("optimizer", RECIPES)
-@pytest.mark.parametrize("name", RECIPES_MESHES)
-def test_a_recipes_optimizer_updates_as_in_one_process(runs: Runs, name: str, optimizer: str) -> None:
-    """What it keeps, and the weights' average, too; but where a gradient is rounding errors, which k's bias has, and
-    of Lion, which goes by signs."""
+@pytest.mark.parametrize("name", RECIPE_MESHES)
+def test_the_optimizers_of_recipes_update_like_in_one_process(runs: Runs, name: str, optimizer: str) -> None:
+    """The weights, the optimizer state and the EMA agree.
+
+    Values aren't compared for the bias of k, whose gradient consists of rounding errors, nor for Lion, which depends on
+    signs.
+    """
     one, outcomes = runs.one(f"recipe_one_{optimizer}"), runs(f"recipe_{name}_{optimizer}")
     for outcome in outcomes:
         np.testing.assert_allclose(outcome.losses, one.losses, rtol=1e-5)
-    state, expected = whole(outcomes), whole([one])
+    state, expected = merged_state(outcomes), merged_state([one])
     assert state.keys() == expected.keys()
-    assert sum(key.endswith("@ema") for key in state) == (0 if optimizer == "lion" else len(one_of_each(state)))
+    assert sum(key.endswith("@ema") for key in state) == (0 if optimizer == "lion" else len(weight_names(state)))
     if optimizer == "adafactor":
         assert expected["blocks.0.attn.q.weight@row_moment2"].shape == (32,)
     for key, value in expected.items():
@@ -329,41 +335,40 @@ def test_a_recipes_optimizer_updates_as_in_one_process(runs: Runs, name: str, op
             np.testing.assert_allclose(state[key], value, rtol=1e-3, atol=2e-5, err_msg=key)
 
 
-@pytest.mark.parametrize("name", EVALUATED_AVERAGES)
-def test_an_average_is_evaluated_on_any_mesh(runs: Runs, name: str) -> None:
-    """And the weights are then what they were, which the worker looks at."""
+@pytest.mark.parametrize("name", EVALUATED_EMA)
+def test_the_ema_is_evaluated_on_any_mesh(runs: Runs, name: str) -> None:
+    """The worker checks that the weights are the same before and after."""
     one = runs.one("recipe_one_adamw")
-    assert one.averaged.loss != one.evaluation.loss
+    assert one.ema_evaluation.loss != one.evaluation.loss
     for outcome in runs(f"recipe_{name}_adamw"):
-        assert outcome.averaged.loss == pytest.approx(one.averaged.loss, rel=1e-5)
+        assert outcome.ema_evaluation.loss == pytest.approx(one.ema_evaluation.loss, rel=1e-5)
 
 
-def one_of_each(state: dict[str, np.ndarray]) -> list[str]:
-    """The weights' names."""
+def weight_names(state: dict[str, np.ndarray]) -> list[str]:
     return [key for key in state if "@" not in key]
 
 
-@pytest.mark.parametrize("name", MIXED)
-def test_mixed_images_are_those_of_one_process(runs: Runs, name: str) -> None:
+@pytest.mark.parametrize("name", MIXUP)
+def test_mixup_is_that_of_one_process(runs: Runs, name: str) -> None:
     one, outcomes = runs.one("mixed_one"), runs(name)
     for outcome in outcomes:
         np.testing.assert_allclose(outcome.losses, one.losses, rtol=1e-5)
     assert np.abs(np.subtract(one.losses, runs.one("one_cls_sgd").losses)).max() > 1e-2
-    whole(outcomes)
+    merged_state(outcomes)
 
 
 @pytest.mark.parametrize("name", [name for name in MESHES if "sharding" in name])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_zero_splits_what_it_can(runs: Runs, name: str, optimizer: str) -> None:
-    """The moments, and in stage 3 the parameters: over both data-parallel ranks along the first axis that divides."""
+def test_zero_splits_every_tensor_that_can_be_split(runs: Runs, name: str, optimizer: str) -> None:
+    """Moments, and in stage 3 parameters, are split over dp along the first axis that can be divided."""
     stage = MESHES[name][0].sharding_stage
     for outcome in runs(f"{name}_{optimizer}"):
         moments = {key: part for key, part in outcome.state.items() if key.endswith(("moment1", "moment2", "velocity"))}
         for key, moment in moments.items():
             parameter = outcome.state[key.split("@")[0]]
             mp_parts = parameter.num_parts if stage < 3 else (1,) * len(parameter.shape)
-            free = [n for n, size in enumerate(parameter.shape) if mp_parts[n] == 1 and size % 2 == 0]
-            expected = [2 if n in free[:1] else parts for n, parts in enumerate(mp_parts)]
+            divisible = [n for n, size in enumerate(parameter.shape) if mp_parts[n] == 1 and size % 2 == 0]
+            expected = [2 if n in divisible[:1] else parts for n, parts in enumerate(mp_parts)]
             assert list(moment.num_parts) == expected, key
             assert [n * parts for n, parts in zip(moment.local.shape, expected, strict=True)] == list(moment.shape), key
             assert stage < 3 or parameter.num_parts == moment.num_parts, key
@@ -372,34 +377,34 @@ def test_zero_splits_what_it_can(runs: Runs, name: str, optimizer: str) -> None:
 
 
 @pytest.mark.parametrize("name", EVALUATED[1:])
-def test_every_image_counts_once_on_any_mesh(runs: Runs, name: str) -> None:
-    """101 images in batches of 8: the last batch is filled up. Every rank knows what is said of each."""
-    one, answers = runs.one(EVALUATED[0]).evaluation, runs.one(EVALUATED[0]).answers
+def test_every_image_is_evaluated_once_on_any_mesh(runs: Runs, name: str) -> None:
+    """101 images in batches of 8, of which the last is padded. Every rank has all predictions."""
+    one, predictions = runs.one(EVALUATED[0]).evaluation, runs.one(EVALUATED[0]).predictions
     assert one.num_images == NUM_EVAL_IMAGES
     for outcome in runs(name):
-        found = outcome.evaluation
-        assert (found.num_images, found.top1, found.top5) == (one.num_images, one.top1, one.top5)
-        assert found.loss == pytest.approx(one.loss, rel=1e-5)
-        np.testing.assert_array_equal(outcome.answers.classes, answers.classes)
-        np.testing.assert_array_equal(outcome.answers.labels, answers.labels)
-        np.testing.assert_allclose(outcome.answers.probabilities, answers.probabilities, rtol=1e-4)
+        evaluation = outcome.evaluation
+        assert (evaluation.num_images, evaluation.top1, evaluation.top5) == (one.num_images, one.top1, one.top5)
+        assert evaluation.loss == pytest.approx(one.loss, rel=1e-5)
+        np.testing.assert_array_equal(outcome.predictions.classes, predictions.classes)
+        np.testing.assert_array_equal(outcome.predictions.labels, predictions.labels)
+        np.testing.assert_allclose(outcome.predictions.probabilities, predictions.probabilities, rtol=1e-4)
 
 
-# Masks
+# Dropout masks
 
 
-@pytest.mark.parametrize("name", DROPPING_PATHS)
-def test_dropped_paths_are_those_of_one_process(runs: Runs, name: str) -> None:
-    one = runs.one(DROPPING_PATHS[name][1])
+@pytest.mark.parametrize("name", DROP_PATH)
+def test_drop_path_is_that_of_one_process(runs: Runs, name: str) -> None:
+    one = runs.one(DROP_PATH[name][1])
     for outcome in runs(name):
         np.testing.assert_allclose(outcome.losses, one.losses, rtol=1e-5)
-    whole(runs(name))
+    merged_state(runs(name))
 
 
-def test_a_dropped_path_makes_a_difference(runs: Runs) -> None:
-    whole_batch, micro_batches = runs.one("paths_one").losses, runs.one("paths_accum2").losses
-    assert whole_batch[0] == pytest.approx(micro_batches[0])  # of a head of zeros
-    assert np.abs(np.subtract(whole_batch, micro_batches))[1:].max() > 1e-3
+def test_drop_path_changes_the_losses(runs: Runs) -> None:
+    one_batch, micro_batches = runs.one("paths_one").losses, runs.one("paths_accum2").losses
+    assert one_batch[0] == pytest.approx(micro_batches[0])  # the head's initial weights are zero
+    assert np.abs(np.subtract(one_batch, micro_batches))[1:].max() > 1e-3
 
 
 RECOMPUTED = {
@@ -412,22 +417,22 @@ RECOMPUTED = {
 
 @pytest.mark.parametrize("name", RECOMPUTED)
 def test_recomputed_blocks_draw_their_masks_again(runs: Runs, name: str) -> None:
-    """So that losses and weights are those without recomputing, to the last bit."""
+    """Losses and weights are the same as without recomputing, to the last bit."""
     without, blocks = RECOMPUTED[name]
     drawn_again = set()
-    for outcome, kept in zip(runs(name), runs(without), strict=True):
-        assert outcome.losses == kept.losses
-        assert all(part.local.tobytes() == kept.state[key].local.tobytes() for key, part in outcome.state.items())
-        for masks, masks_without in zip(outcome.masks, kept.masks, strict=True):
+    for outcome, reference in zip(runs(name), runs(without), strict=True):
+        assert outcome.losses == reference.losses
+        assert all(part.local.tobytes() == reference.state[key].local.tobytes() for key, part in outcome.state.items())
+        for masks, masks_without in zip(outcome.masks, reference.masks, strict=True):
             for dropout, drawn in masks_without.items():
                 again = masks[dropout]
                 assert {mask.tobytes() for mask in again} == {mask.tobytes() for mask in drawn}
                 if len(again) > len(drawn):
                     assert len(again) == 2 * len(drawn)
                     drawn_again.add(dropout)
-    # The first dropout is that of the position embedding; then come six a block.
+    # Dropout 0 is that of the position embedding; each block has six.
     assert sorted({(dropout - 1) // 6 for dropout in drawn_again}) == blocks
-    assert len(drawn_again) == sum(6 if block > 0 else 4 for block in blocks)  # the first block's paths never drop
+    assert len(drawn_again) == sum(6 if block > 0 else 4 for block in blocks)  # the first block never drops its paths
 
 
 def test_a_pipeline_draws_the_masks_of_its_micro_batches(runs: Runs) -> None:
@@ -440,11 +445,11 @@ def test_a_pipeline_draws_the_masks_of_its_micro_batches(runs: Runs) -> None:
 
 @pytest.mark.parametrize("name", ["dropout_one", "dropout_accum2", "dropout_pp2"])
 def test_steps_micro_batches_and_layers_draw_different_masks(runs: Runs, name: str) -> None:
-    """And the same step the same again."""
+    """A repeated step draws the same masks again."""
     outcomes = runs(name)
     first, second, third, second_again = (
         [mask for outcome in outcomes for drawn in outcome.masks[n].values() for mask in drawn if is_large(mask)]
-        for n in range(len(SAME_STEP_TWICE))
+        for n in range(len(STEPS_WITH_A_REPETITION))
     )
     num_dropouts = 1 + 4 * MODEL.depth
     assert len(first) == num_dropouts * (1 if name == "dropout_one" else 2)
@@ -454,39 +459,39 @@ def test_steps_micro_batches_and_layers_draw_different_masks(runs: Runs, name: s
 
 
 @pytest.mark.parametrize("name", ["dropout_dp2", "dropout_mp2", "dropout_dp2_mp2"])
-def test_masks_follow_what_the_ranks_hold(runs: Runs, name: str) -> None:
-    """Ranks that hold the same activations drop the same of them, and others other ones."""
+def test_ranks_with_the_same_activations_draw_the_same_masks(runs: Runs, name: str) -> None:
+    """Ranks with different activations draw different masks."""
     outcomes, parallel = runs(name), CASES[name].parallel
-    whole(outcomes)
-    for step, dropout in itertools.product(range(len(SAME_STEP_TWICE)), outcomes[0].masks[0]):
+    merged_state(outcomes)
+    for step, dropout in itertools.product(range(len(STEPS_WITH_A_REPETITION)), outcomes[0].masks[0]):
         masks = [outcome.masks[step][dropout] for outcome in outcomes]
         assert all(len(drawn) == 1 for drawn in masks)
         for rank, other in itertools.combinations(range(len(outcomes)), 2):
-            (mask,), (others,) = masks[rank], masks[other]
+            (mask,), (other_mask,) = masks[rank], masks[other]
             is_split = holds_split_activations(mask, parallel.mp)
             same_images = rank // parallel.mp == other // parallel.mp or not is_large(mask)
             same_channels = rank % parallel.mp == other % parallel.mp or not is_split
-            assert np.array_equal(mask, others) == (same_images and same_channels), f"dropout {dropout} {mask.shape}"
+            assert np.array_equal(mask, other_mask) == (same_images and same_channels), (dropout, mask.shape)
 
 
 def is_large(mask: np.ndarray) -> bool:
-    """Not of a dropped path, which draws a number an image, of the whole batch on every rank."""
+    """Return False for drop path, which draws one number per image, on every rank for the global batch."""
     return mask[0].size > 1
 
 
 def holds_split_activations(mask: np.ndarray, mp: int) -> bool:
-    """Whether tensor parallelism splits them: attention's weights by heads, the MLP's hidden channels."""
+    """Return whether tensor parallelism splits the activations: attention weights by heads, the MLP's hidden layer."""
     heads, hidden = MODEL.num_heads // mp, MODEL.mlp_dim // mp
     assert mask.shape[1:] in [(heads, 13, 13), (13, hidden), (13, MODEL.width), (1, 1)]
     return mp > 1 and mask.shape[1:] in [(heads, 13, 13), (13, hidden)]
 
 
-# What moves
+# Collectives
 
 
-@pytest.mark.parametrize("name", ["mp2", "mp2_whole_head", "dp2_mp2", "mp2_pp2"])
-def test_tensor_parallelism_sums_twice_a_block_and_way(runs: Runs, name: str) -> None:
-    """Megatron-LM's four sums of activations (arXiv 1909.08053, figure 4), and nothing else but the logits."""
+@pytest.mark.parametrize("name", ["mp2", "mp2_replicated_head", "dp2_mp2", "mp2_pp2"])
+def test_tensor_parallelism_needs_four_all_reduces_per_block(runs: Runs, name: str) -> None:
+    """Two forward and two backward, as in Megatron-LM (arXiv 1909.08053, figure 4), and those of the logits."""
     parallel, model = MESHES[name][0], MODELS[MESHES[name][1]]
     tokens = 12 + (model.pool == "cls")
     batch = BATCH_SIZE // parallel.dp // parallel.pp  # a micro-batch
@@ -495,17 +500,17 @@ def test_tensor_parallelism_sums_twice_a_block_and_way(runs: Runs, name: str) ->
         is_last = stage == parallel.pp - 1
         num_blocks = model.depth if parallel.pp == 1 else [2, 1][stage]
         first = rank // 2 * 2
-        between = [found for found in outcome.collectives if found.ranks == (first, first + 1)]
-        moved = [(found.kind, found.role, found.num_bytes) for found in between if found.role != "update"]
+        between = [one for one in outcome.collectives if one.ranks == (first, first + 1)]
+        collectives = [(one.kind, one.role, one.num_bytes) for one in between if one.role != "update"]
         activations = 4 * batch * tokens * model.width
         expected = 2 * num_blocks * [("all_reduce", role, activations) for role in ("forward", "backward")]
         if is_last and model.num_classes % 2 == 0:
             head_inputs = 4 * batch * (model.representation_size or model.width)
             expected.append(("all_gather", "forward", 4 * batch * model.num_classes // 2))
             expected.append(("all_reduce", "backward", head_inputs))
-        assert sorted(moved) == sorted(expected), rank
-        # The gradients' norms: a number a block, and a few for what lies outside.
-        update = [found.num_bytes for found in between if found.role == "update"]
+        assert sorted(collectives) == sorted(expected), rank
+        # The gradient norms: one number per block, and a few for the layers outside.
+        update = [one.num_bytes for one in between if one.role == "update"]
         assert all(num_bytes <= 4 * (model.depth + 6) for num_bytes in update)
 
 
@@ -520,8 +525,8 @@ PLANNED = [
 
 
 @pytest.mark.parametrize("name", PLANNED)
-def test_a_plan_is_what_the_run_does(runs: Runs, name: str) -> None:
-    """Of every rank: the bytes that it holds between steps, and the collectives and bytes of a step."""
+def test_the_plan_predicts_the_run(runs: Runs, name: str) -> None:
+    """For every rank: the bytes held between steps, and the calls and bytes of the collectives of a step."""
     case = CASES[name]
     config = Config(
         name=name,
@@ -531,13 +536,13 @@ def test_a_plan_is_what_the_run_does(runs: Runs, name: str) -> None:
         amp=AmpConfig(level="O0"),
     )
     for rank, outcome in enumerate(runs(name)):
-        found = make_plan(config, case.parallel, case.world_size, Cluster("a100-80g", "ib-hdr"), rank)
+        plan = make_plan(config, case.parallel, case.world_size, Cluster("a100-80g", "ib-hdr"), rank)
         held = {key: part.local.nbytes for key, part in outcome.state.items()}
-        assert found.costs.parameters == sum(size for key, size in held.items() if "@" not in key)
-        assert found.costs.optimizer_state == sum(size for key, size in held.items() if "@" in key)
-        table = count_by_kind(found.costs.collectives, found.num_micro_batches)
-        moved: dict[str, tuple[int, int]] = {}
-        for (kind, _, _), (count, num_bytes) in table.items():
-            calls, before = moved.get(kind, (0, 0))
-            moved[kind] = (calls + count, before + num_bytes)
-        assert outcome.moved == moved
+        assert plan.costs.parameters == sum(size for key, size in held.items() if "@" not in key)
+        assert plan.costs.optimizer_state == sum(size for key, size in held.items() if "@" in key)
+        table = count_by_kind(plan.costs.collectives, plan.num_micro_batches)
+        predicted: defaultdict[str, Traffic] = defaultdict(Traffic)
+        for (kind, _, _), (num_calls, num_bytes) in table.items():
+            predicted[kind].num_calls += num_calls
+            predicted[kind].num_bytes += num_bytes
+        assert outcome.traffic == predicted

@@ -1,4 +1,4 @@
-"""How the model is split over ranks, and which meshes can be: what can be said without starting processes."""
+"""Sharding rules and the validation of meshes, without starting processes."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import MeshShape, resolve_mesh, why_invalid
 from vit_static.parallel.sharding import TP_SHARDING_RULES, stage_of_blocks, tp_axis, zero_shard_axis
 
-# What a config may add to a variant's parameters, or take from them.
+# Configs that add parameters to those of a variant, or remove some.
 KINDS = {
     "plain": {},
-    "more": {"layer_scale_init": 0.1, "representation_size": 24},
-    "less": {"pool": "gap", "pos_embed": "sincos2d", "qkv_bias": False},
+    "additional": {"layer_scale_init": 0.1, "representation_size": 24},
+    "fewer": {"pool": "gap", "pos_embed": "sincos2d", "qkv_bias": False},
 }
 SMALL = Variant(patch_size=4, width=24, depth=3, num_heads=6, mlp_dim=54)
 
 
-def parameters(variant: str, kind: str) -> dict[str, list[int]]:
-    """The shapes of a model's parameters, which aren't made."""
+def parameter_shapes(variant: str, kind: str) -> dict[str, list[int]]:
+    """Return the shapes of a model's parameters, without creating them."""
     config = ModelConfig(variant=variant, image_size=VARIANTS[variant].patch_size * 3, **KINDS[kind])
     with paddle.LazyGuard():
         return {name: list(value.shape) for name, value in VisionTransformer(config).named_parameters()}
 
 
-def lines(name: str) -> list[str]:
+def matching_rules(name: str) -> list[str]:
     return [pattern for pattern in TP_SHARDING_RULES if re.fullmatch(pattern, name)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_parameter_has_one_line_of_the_table(variant: str, kind: str) -> None:
-    for name in parameters(variant, kind):
-        assert len(lines(name)) == 1, name
+def test_every_parameter_matches_exactly_one_rule(variant: str, kind: str) -> None:
+    for name in parameter_shapes(variant, kind):
+        assert len(matching_rules(name)) == 1, name
 
 
-def test_every_line_of_the_table_has_parameters() -> None:
-    names = {name for kind in KINDS for name in parameters("Ti/16", kind)}
-    assert {line for name in names for line in lines(name)} == set(TP_SHARDING_RULES)
+def test_every_rule_matches_a_parameter() -> None:
+    names = {name for kind in KINDS for name in parameter_shapes("Ti/16", kind)}
+    assert {rule for name in names for rule in matching_rules(name)} == set(TP_SHARDING_RULES)
 
 
-def test_a_rank_has_whole_heads_and_hidden_channels() -> None:
-    """What is split by columns before the attention and the activation is split by rows behind them."""
+def test_a_rank_has_complete_heads_and_hidden_channels() -> None:
+    """Layers before attention and activation are split by columns, layers after them by rows."""
     by_columns, by_rows = ["attn.q", "attn.k", "attn.v", "mlp.fc1"], ["attn.proj", "mlp.fc2"]
-    for name, shape in parameters("B/16", "more").items():
+    for name, shape in parameter_shapes("B/16", "additional").items():
         layer = ".".join(name.split(".")[2:-1])
         axis = len(shape) - 1 if layer in by_columns or name.startswith("head.") else None
         if layer in by_rows and name.endswith(".weight"):
@@ -60,7 +60,7 @@ def test_a_rank_has_whole_heads_and_hidden_channels() -> None:
         assert tp_axis(name, shape, mp=1) is None
 
 
-def test_a_head_whose_classes_do_not_divide_is_whole() -> None:
+def test_a_head_with_an_indivisible_number_of_classes_is_replicated() -> None:
     assert tp_axis("head.weight", [24, 7], mp=2) is None and tp_axis("head.bias", [7], mp=2) is None
     assert tp_axis("head.weight", [24, 6], mp=2) == 1 and tp_axis("head.bias", [6], mp=2) == 0
 
@@ -74,11 +74,11 @@ def test_a_head_whose_classes_do_not_divide_is_whole() -> None:
         ([7], None, 1, 2, None),
         ([6], None, 1, 4, None),
         ([32, 6], 1, 2, 2, 0),
-        ([56, 32], 0, 2, 2, 1),  # of two axes tensor parallelism has one
+        ([56, 32], 0, 2, 2, 1),  # tensor parallelism splits one of two axes
         ([6], 0, 2, 2, None),
     ],
 )
-def test_zero_splits_the_first_axis_that_divides(shape: list, mp_axis: int, mp: int, dp: int, axis: int) -> None:
+def test_zero_splits_the_first_divisible_axis(shape: list, mp_axis: int, mp: int, dp: int, axis: int) -> None:
     assert zero_shard_axis(shape, mp_axis, mp, dp) == axis
 
 
@@ -86,7 +86,7 @@ def test_zero_splits_the_first_axis_that_divides(shape: list, mp_axis: int, mp: 
     ("depth", "pp", "stages"),
     [(3, 1, [0, 0, 0]), (3, 2, [0, 0, 1]), (4, 4, [0, 1, 2, 3]), (8, 3, [0, 0, 0, 1, 1, 1, 2, 2])],
 )
-def test_blocks_are_dealt_out_evenly(depth: int, pp: int, stages: list[int]) -> None:
+def test_blocks_are_distributed_evenly_over_stages(depth: int, pp: int, stages: list[int]) -> None:
     assert stage_of_blocks(depth, pp) == stages
 
 

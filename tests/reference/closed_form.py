@@ -1,4 +1,4 @@
-"""Values that are too large to store, made again by NumPy alone from a name and a shape.
+"""Reference inputs that are too large to store, computed by NumPy from a name and a shape.
 
 `uniform` is SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
 generators"), seeded with crc32(name). It is integer arithmetic modulo 2**64 and one exact
@@ -17,7 +17,7 @@ NUM_DIRECTIONS = 8
 
 
 def uniform(name: str, shape: Sequence[int]) -> npt.NDArray[np.float32]:
-    """Pseudo-random values in (-1, 1), C order, never 0; each is exact in float32.
+    """Return pseudo-random values in (-1, 1), in C order, never 0; each is exact in float32.
 
     Element i is output i of SplitMix64 with the seed crc32(name) * 2**32: its upper 24 bits k
     become (2k + 1 - 2**24) / 2**24. The variance is 1/3.
@@ -34,7 +34,7 @@ def uniform(name: str, shape: Sequence[int]) -> npt.NDArray[np.float32]:
 
 
 def vit_parameter(name: str, shape: Sequence[int]) -> npt.NDArray[np.float32]:
-    """A ViT parameter by its PLSC name, in Paddle's layout (a Linear weight is [in, out]).
+    """Return a ViT parameter by its PLSC name, in Paddle's layout (a Linear weight is [in, out]).
 
     With u = uniform(name, shape), computed in float64 and rounded once to float32:
 
@@ -57,7 +57,7 @@ def vit_parameter(name: str, shape: Sequence[int]) -> npt.NDArray[np.float32]:
 
 
 def project(name: str, gradient: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Dot products, in float64, of a gradient with its NUM_DIRECTIONS fixed directions.
+    """Return the dot products, in float64, of a gradient with its NUM_DIRECTIONS fixed directions.
 
     Direction j is uniform(f"{name}/direction{j}", gradient.shape), in the gradient's layout. An
     error e in the gradient shows as about |e| / sqrt(3) in each: compare with the gradient's norm,

@@ -1,4 +1,4 @@
-"""How the scripts of this folder write their files."""
+"""Writer of the reference files."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,8 +1,8 @@
 """Make losses_of_recipes.npz: the losses of known ViT recipes and their gradients, in float64.
 
 Inputs, exact in float32: `logits` z [6, 7] in (-5, 5), `labels` [6] int64, and `soft_targets` [6, 7], as
-mixup has them: row i is lambda_i of its own label and 1 - lambda_i of the label of row 5 - i. Rows 2 and 3
-have the same label, so their targets are one-hot. No label smoothing is in them.
+from mixup: row i is lambda_i for its label and 1 - lambda_i for the label of row 5 - i. Rows 2 and 3 have the
+same label, so their targets are one-hot. They contain no label smoothing.
 
 For each loss, `LOSS/loss` [] and `LOSS/gradient` [6, 7], the derivative with respect to the logits. With y
 the targets, B = 6 images and C = 7 classes, every binary loss is the mean over all B * C elements of
@@ -13,9 +13,9 @@ the B images of -sum(y log softmax(z)), with the gradient (softmax(z) - y) / B, 
 - `bce_labels`: timm's BinaryCrossEntropy(smoothing=0.1) of the labels: y = 0.1 / C, and 0.9 + 0.1 / C at
   the label.
 - `bce_thresholded`: timm's BinaryCrossEntropy(target_threshold=0.0) of the soft targets: y is 1 where the
-  target is above 0, so up to two 1s a row. timm smooths labels only, not targets of this shape. Were
-  mixup's own targets smoothed, every y would be 1.
-- `bce_soft`: torch's BCEWithLogitsLoss of the soft targets as they are.
+  target is above 0, so up to two 1s per row. timm smooths only labels, not targets of this shape; with
+  smoothed targets, every y would be 1.
+- `bce_soft`: torch's BCEWithLogitsLoss of the soft targets.
 - `ce_soft`: timm's SoftTargetCrossEntropy of the soft targets.
 - `ce_labels`: timm's LabelSmoothingCrossEntropy(0.1) of the labels, with the y of `bce_labels`.
 
@@ -55,9 +55,9 @@ def main() -> None:
         "ce_labels": (timm.loss.LabelSmoothingCrossEntropy(0.1), labels),
     }
     arrays: dict[str, npt.ArrayLike] = {"logits": logits, "labels": LABELS, "soft_targets": soft.numpy()}
-    for name, (loss_of, target) in losses.items():
+    for name, (loss_function, target) in losses.items():
         z = torch.from_numpy(logits).double().requires_grad_()
-        loss = loss_of(z, target)
+        loss = loss_function(z, target)
         (gradient,) = torch.autograd.grad(loss, z)
         arrays[f"{name}/loss"] = loss.item()
         arrays[f"{name}/gradient"] = gradient.numpy()

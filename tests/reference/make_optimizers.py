@@ -7,7 +7,7 @@ so both optimizers see the same ones.
 - `adamw`: betas (0.9, 0.999), epsilon 1e-8, weight decay 0.3, decoupled and times the learning rate:
   p -= lr * 0.3 * p before Adam's update. Epsilon is added to sqrt(v / (1 - beta2**t)).
 - `sgd`: momentum 0.9, no dampening, no Nesterov, weight decay 1e-4 as L2. The decay comes after
-  the clipping, as torch has it: the clip sees the raw gradient, then the optimizer adds 1e-4 * p.
+  the clipping, as in torch: the clip sees the raw gradient, then the optimizer adds 1e-4 * p.
   The first step's momentum buffer is the gradient itself.
 
 Weight decay acts on all three tensors, whatever their names.
@@ -39,7 +39,7 @@ Array = npt.NDArray[np.float32]
 
 
 def learning_rates() -> Array:
-    """Four steps of linear warm-up to 0.05, then a cosine down to 0.0005; [NUM_STEPS]."""
+    """Return [NUM_STEPS] rates: four steps of linear warmup to 0.05, then a cosine down to 0.0005."""
     step = np.arange(NUM_STEPS)
     warmup = 0.05 * (step + 1) / 4
     cosine = 0.0005 + 0.0495 * (1 + np.cos(np.pi * (step - 3) / (NUM_STEPS - 4))) / 2
@@ -47,7 +47,7 @@ def learning_rates() -> Array:
 
 
 def random_gradients(rng: np.random.Generator) -> dict[str, Array]:
-    """By name, [NUM_STEPS, *shape]; the global norms go from 0.2 to 5 in a random order."""
+    """Return gradients [NUM_STEPS, *shape] by name, whose global norms are 0.2 to 5 in random order."""
     norms = rng.permutation(np.geomspace(0.2, 5.0, NUM_STEPS))
     drawn = {name: rng.standard_normal((NUM_STEPS, *shape)) for name, shape in SHAPES.items()}
     squares = sum(np.square(g).reshape(NUM_STEPS, -1).sum(axis=1) for g in drawn.values())
@@ -61,7 +61,7 @@ def run(
     gradients: dict[str, Array],
     rates: Array,
 ) -> tuple[dict[str, npt.NDArray[np.float64]], npt.NDArray[np.float64]]:
-    """Parameters after each step, by name, and the global gradient norms before clipping."""
+    """Return the parameters after each step, by name, and the global gradient norms before clipping."""
     parameters = {n: nn.Parameter(torch.from_numpy(v).double()) for n, v in initial.items()}
     optimizer = make_optimizer(list(parameters.values()))
     history: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in initial}

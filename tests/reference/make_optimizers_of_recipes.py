@@ -1,24 +1,24 @@
 """Make optimizers_of_recipes.npz: 20 steps of the optimizers of known ViT recipes, in float64.
 
-With S the shape of `weight` [34, 33], `bias` [5], `kernel` [3, 2, 2], NumPy makes what is not stored:
+With S the shape of `weight` [34, 33], `bias` [5], `kernel` [3, 2, 2], these inputs are computed, not stored:
 
 - the initial parameters: closed_form.uniform(f"initial/{name}", S)
 - step t's gradient: closed_form.uniform(f"grad/{name}", (20, *S))[t - 1] * gradient_scales[t - 1],
   exact in float32, as the scales are powers of two.
 
 The gradients do not depend on the parameters. Each step's are clipped first, by clip_grad_norm_(1.0)
-over the three together, so every optimizer sees the same ones (what that differs in from Paddle's
-clip stands in make_optimizers.py). With g the clipped gradient, lr step t's `learning_rates`, t from
+over the three together, so every optimizer sees the same ones (make_optimizers.py describes the
+difference from Paddle's clip). With g the clipped gradient, lr step t's `learning_rates`, t from
 1, p the parameter before the step, and all moments 0 at first:
 
-- `lamb`: timm's Lamb, its own clipping off. With m = 0.9 m + 0.1 g, v = 0.999 v + 0.001 g**2 and
+- `lamb`: timm's Lamb without its own clipping. With m = 0.9 m + 0.1 g, v = 0.999 v + 0.001 g**2 and
   u = m / (1 - 0.9**t) / (sqrt(v / (1 - 0.999**t)) + 1e-6): `weight` and `kernel` have weight decay 0.05
-  and a trust ratio, u += 0.05 * p, p -= lr * |p| / |u| * u with the 2-norms of the whole tensor (a ratio
+  and a trust ratio, u += 0.05 * p, p -= lr * |p| / |u| * u with the 2-norms of the entire tensor (a ratio
   of 1 where either norm is 0); `bias` has neither, p -= lr * u. As in apex's FusedLAMB (use_nvlamb off),
-  the ratio comes only with the decay. timm's epsilon is 1e-6; facebookresearch/deit passes --opt-eps,
+  the ratio is applied only with the decay. timm's epsilon is 1e-6; facebookresearch/deit passes --opt-eps,
   1e-8 by default.
 - `lion`: optax.lion. p -= lr * (sign(0.9 m + 0.1 g) + 0.1 * p), then m = 0.99 m + 0.01 g; the decay is on
-  all three. No sign hangs on rounding: |0.9 m + 0.1 g| is over 1e-4 (|0.9 m| + |0.1 g|).
+  all three. No sign depends on rounding: |0.9 m + 0.1 g| is over 1e-4 (|0.9 m| + |0.1 g|).
 - `adafactor`: scale_by_adafactor of google-research/big_vision's big_vision/optax.py (arXiv 2106.04560,
   section 3.5) with its defaults. b = min(0.999, 1 - t**-0.8), so b = 0 at t = 1, and q = g**2 + 1e-30.
   Two dimensions of at least 32 (the two largest; `weight`) are factored: r = b r + (1 - b) mean(q, axis=0),
@@ -71,7 +71,7 @@ Tensors = dict[str, Array]  # by name: parameters [*S], or of all steps [NUM_STE
 
 
 def clipped_gradients() -> tuple[Tensors, Array]:
-    """The gradients of all steps after torch's clipping, and the global norms before it [NUM_STEPS]."""
+    """Return the gradients of all steps after torch's clipping, and the global norms [NUM_STEPS] before it."""
     drawn = {name: uniform(f"grad/{name}", (NUM_STEPS, *shape)).astype(np.float64) for name, shape in SHAPES.items()}
     clipped: dict[str, list[Array]] = {name: [] for name in SHAPES}
     norms: list[float] = []
@@ -93,7 +93,7 @@ def torch_parameters(values: Tensors) -> dict[str, nn.Parameter]:
 def run_torch(
     parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, gradients: Tensors, rates: Array
 ) -> Tensors:
-    """Parameters after each step; a group's `lr_scale` multiplies the step's rate."""
+    """Return the parameters after each step. A group's `lr_scale` multiplies the step's learning rate."""
     history: dict[str, list[Array]] = {name: [] for name in parameters}
     for step, rate in enumerate(rates):
         for name, parameter in parameters.items():
@@ -107,7 +107,7 @@ def run_torch(
 
 
 def run_optax(initial: Tensors, transformation: optax.GradientTransformation, gradients: Tensors) -> Tensors:
-    """Parameters after each step; the learning rate is the transformation's own schedule."""
+    """Return the parameters after each step. The transformation contains the learning-rate schedule."""
     parameters = {name: jnp.asarray(value) for name, value in initial.items()}
     state = transformation.init(parameters)
     history: dict[str, list[Array]] = {name: [] for name in initial}
@@ -149,7 +149,7 @@ def lion(initial: Tensors, gradients: Tensors, rates: Array) -> Tensors:
 
 
 def assert_clear_signs(gradients: Tensors) -> None:
-    """No sum whose sign Lion takes is so near 0 that float32 may see another sign."""
+    """Assert that no sum whose sign Lion uses is so close to 0 that its sign may differ in float32."""
     for name, gradient in gradients.items():
         momentum = np.zeros(SHAPES[name])
         for g in gradient:
@@ -190,7 +190,7 @@ def adamw_bigvision(initial: Tensors, gradients: Tensors, rates: Array) -> Tenso
 
 
 def average(initial: Tensors, history: Tensors, decay: float, warmup: bool) -> tuple[Tensors, Array]:
-    """timm's averages after each step, and the decay of each step [NUM_STEPS]."""
+    """Return timm's averages after each step, and the decay of each step [NUM_STEPS]."""
     model = nn.ParameterDict(torch_parameters(initial))
     ema = timm.utils.ModelEmaV3(model, decay=decay, use_warmup=warmup)
     averages: dict[str, list[Array]] = {name: [] for name in initial}

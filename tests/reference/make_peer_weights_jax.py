@@ -1,20 +1,20 @@
 """Make weights/vit_jax*.npz, weights/big_vision_*.npz and weights/jax.npz: Google's ViTs with random weights, saved
-under their own names, and their logits in float64.
+under Google's parameter names, and their logits in float64.
 
-Run with the two repositories' folders: python make_peer_weights_jax.py VISION_TRANSFORMER BIG_VISION, checkouts of
-google-research/vision_transformer (c6de1e5) and google-research/big_vision (0127fb6). The models are these programs'
-own; of big_vision's utils, which want TensorFlow, they use nothing here, so an empty module stands in.
+Run with two checkouts: python make_peer_weights_jax.py VISION_TRANSFORMER BIG_VISION, of
+google-research/vision_transformer (c6de1e5) and google-research/big_vision (0127fb6). The models are those of these
+programs. An empty module replaces big_vision's utils, which need TensorFlow and aren't used here.
 
-As in weights/torch.npz 20 wide, 2 blocks, 4 heads, an MLP of 36, patches of 4, 7 classes, for each case `CASE/images`
+As in weights/torch.npz: width 20, 2 blocks, 4 heads, mlp_dim 36, patches of 4, 7 classes; for each case `CASE/images`
 [2, 3, height, width] and `CASE/logits` [2, 7]. Both programs' GELU is the tanh approximation, Flax's default, and their
-LayerNorm's epsilon 1e-6. vit_jax's blocks compute in float32 even so: its encoder has no way to ask for another type.
+LayerNorm's epsilon is 1e-6. vit_jax's blocks compute in float32 nevertheless: its encoder has no option for the dtype.
 
 - vit_jax: class token with a position, a tanh layer of 12 before the head (pre_logits)
-- vit_jax_gap: the patches' mean, no class token
-- big_vision_tok: class token without a position, a tanh layer; names below params/, as its checkpoints have them
-- big_vision_gap_sincos: the patches' mean, a fixed position, which is not in the file
-- big_vision_map: pooled by attention; no logits, for it is refused
-- big_vision_scan: as big_vision_tok without the layer, blocks along an axis of each array
+- vit_jax_gap: mean of the patches, no class token
+- big_vision_tok: class token without a position, a tanh layer; names start with params/, as in its checkpoints
+- big_vision_gap_sincos: mean of the patches, a fixed position embedding, which is not in the file
+- big_vision_map: pooled by attention; without logits, because this program refuses it
+- big_vision_scan: as big_vision_tok without the tanh layer; each array has an axis for the blocks
 """
 
 import sys
@@ -50,27 +50,26 @@ def models(vision_transformer: str, big_vision: str) -> dict[str, nn.Module]:
     from vit_jax import models_vit
 
     size = {"width": WIDTH, "depth": DEPTH, "num_heads": HEADS, "mlp_dim": MLP_DIM, "patch_size": (PATCH, PATCH)}
-    found = {case: vit.Model(NUM_CLASSES, **size, **changed) for case, changed in BIG_VISION.items()}
+    results = {case: vit.Model(NUM_CLASSES, **size, **changed) for case, changed in BIG_VISION.items()}
     transformer = {"mlp_dim": MLP_DIM, "num_heads": HEADS, "num_layers": DEPTH, "dropout_rate": 0.0}
     for case, changed in VIT_JAX.items():
         patches = types.SimpleNamespace(size=(PATCH, PATCH))
-        found[case] = models_vit.VisionTransformer(
+        results[case] = models_vit.VisionTransformer(
             num_classes=NUM_CLASSES, patches=patches, transformer=transformer, hidden_size=WIDTH, **changed
         )
-    return found
+    return results
 
 
 def main() -> None:
     jax.config.update("jax_enable_x64", True)
     FOLDER.mkdir(exist_ok=True)
-    found = {}
+    results = {}
     for case, model in models(*sys.argv[1:]).items():
         images = peers.images(case, IMAGE_SIZE)
-        last = images.transpose(0, 2, 3, 1).astype(np.float64)  # [2, height, width, 3]
-        more = {"train": False}
+        channels_last = images.transpose(0, 2, 3, 1).astype(np.float64)  # [2, height, width, 3]
         if case in BIG_VISION:
             model = model.clone(dtype_mm="float64")
-        variables = model.init(jax.random.key(0), jnp.asarray(last), **more)
+        variables = model.init(jax.random.key(0), jnp.asarray(channels_last), train=False)
         shapes = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables["params"]), sep="/")
         values = {name: peers.random_values(case, name, value.shape) for name, value in shapes.items()}
         prefix = "params/" if case == "big_vision_tok" else ""
@@ -79,10 +78,10 @@ def main() -> None:
             continue
         exact = {name: jnp.asarray(value, jnp.float64) for name, value in values.items()}
         tree = flax.traverse_util.unflatten_dict(exact, sep="/")
-        logits = model.apply({"params": tree}, jnp.asarray(last), **more)
-        found[case] = (images, np.asarray(logits[0] if case in BIG_VISION else logits))
-        assert np.abs(found[case][1]).max() > 0.1
-    peers.record(found, "jax.npz")
+        logits = model.apply({"params": tree}, jnp.asarray(channels_last), train=False)
+        results[case] = (images, np.asarray(logits[0] if case in BIG_VISION else logits))
+        assert np.abs(results[case][1]).max() > 0.1
+    peers.record(results, "jax.npz")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
 """Make weights/plsc*.pdparams, weights/paddleclas.pdparams and weights/paddle.npz: PLSC's and PaddleClas's ViTs with
-random weights, saved by paddle.save as both save (PLSC in half precision, too), and their logits in float32.
+random weights, saved with paddle.save as both programs do (PLSC also in half precision), and their logits in float32.
 
-Run with this project's own environment and checkouts of PaddlePaddle/PLSC (bd0c824) and PaddlePaddle/PaddleClas
-(d178931): python make_peer_weights_paddle.py PLSC PADDLECLAS. The models are these programs' own files; of the rest of
-them, which Paddle 3.3.1 doesn't import, stand-ins are enough: for PLSC's base class and initialisers (what they set is
-set anew here), and for PaddleClas's functions that load files.
+Run in this project's environment with checkouts of PaddlePaddle/PLSC (bd0c824) and PaddlePaddle/PaddleClas (d178931):
+python make_peer_weights_paddle.py PLSC PADDLECLAS. The models are the files of these programs. Paddle 3.3.1 can't
+import the rest of them, so stubs replace PLSC's base class and initializers (all weights are set here) and
+PaddleClas's functions that load files.
 
-20 wide, 2 blocks, 4 heads, an MLP of 36, patches of 4, 7 classes, epsilon 1e-6, a bias of q, k and v, the erf GELU, all
-as both programs' base models have them; for each case `CASE/images` [2, 3, 12, 12] and `CASE/logits` [2, 7].
+Width 20, 2 blocks, 4 heads, mlp_dim 36, patches of 4, 7 classes, epsilon 1e-6, biases for q, k and v, the erf GELU, as
+in the base models of both programs; for each case `CASE/images` [2, 3, 12, 12] and `CASE/logits` [2, 7].
 
 - plsc: float32, with the representation layer of 20 (head0)
-- plsc_fp16: the same weights in float16; the logits are those of the rounded ones
-- plsc_finetuned: without the layer
+- plsc_fp16: the same weights in float16; the logits are those of the rounded weights
+- plsc_finetuned: without the representation layer
 - paddleclas: float32; PaddleClas has no such layer. Its ViT_small is another model: it scales attention by 768**-0.5
-  (the model's width, not a head's), which its file of weights doesn't tell, has no bias of q, k and v, and an epsilon
+  (the model's width, not a head's), which its weights file doesn't tell, has no biases for q, k and v, and an epsilon
   of 1e-5.
 """
 
@@ -38,16 +38,18 @@ CASES = {
 
 
 def vision_transformer(checkout: Path, file: str) -> type[nn.Layer]:
-    """The class of PLSC's or PaddleClas's file; under its own name, for PaddleClas imports relative to it."""
+    """Load the class from a file of PLSC or PaddleClas, under the module name to which relative imports refer."""
     names = ("plsc", "plsc.utils", "plsc.models.base_model", "plsc.nn", "ppcls", "ppcls.utils", "ppcls.utils.save_load")
-    stand_ins = {name: types.ModuleType(name) for name in names}
-    stand_ins["plsc.utils"].logger = None
-    stand_ins["plsc.models.base_model"].Model = nn.Layer
-    nothing = {name: lambda *_, **__: None for name in ("xavier_uniform_", "normal_", "zeros_", "ones_", "constant_")}
-    stand_ins["plsc.nn"].init = types.SimpleNamespace(**nothing)
-    load = stand_ins["ppcls.utils.save_load"]
+    stubs = {name: types.ModuleType(name) for name in names}
+    stubs["plsc.utils"].logger = None
+    stubs["plsc.models.base_model"].Model = nn.Layer
+    initializers = {
+        name: lambda *_, **__: None for name in ("xavier_uniform_", "normal_", "zeros_", "ones_", "constant_")
+    }
+    stubs["plsc.nn"].init = types.SimpleNamespace(**initializers)
+    load = stubs["ppcls.utils.save_load"]
     load.load_dygraph_pretrain = load.load_dygraph_pretrain_from_url = None
-    sys.modules |= stand_ins
+    sys.modules |= stubs
     spec = importlib.util.spec_from_file_location(file.removesuffix(".py").replace("/", "."), checkout / file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -58,7 +60,7 @@ def vision_transformer(checkout: Path, file: str) -> type[nn.Layer]:
 def main() -> None:
     checkouts = dict(zip((PLSC, PADDLECLAS), map(Path, sys.argv[1:]), strict=True))
     classes = {file: vision_transformer(checkout, file) for file, checkout in checkouts.items()}
-    found = {}
+    results = {}
     for case, (file, representation_size, dtype) in CASES.items():
         model = classes[file](
             img_size=SQUARE[0],
@@ -84,8 +86,8 @@ def main() -> None:
         model.eval()
         images = peers.images(case, SQUARE)
         with paddle.no_grad():
-            found[case] = (images, np.asarray(model(paddle.to_tensor(images))))
-    peers.record(found, "paddle.npz")
+            results[case] = (images, np.asarray(model(paddle.to_tensor(images))))
+    peers.record(results, "paddle.npz")
 
 
 if __name__ == "__main__":

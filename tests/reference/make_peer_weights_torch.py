@@ -1,16 +1,16 @@
 """Make weights/timm_*.safetensors, weights/hf_*/ and weights/torch.npz: ViTs of timm and Hugging Face with random
-weights, saved as these programs save, and their logits in float64.
+weights, saved as these programs do, and their logits in float64.
 
-For each case of CASES: two images [2, 3, height, width], `CASE/images`, and the model's logits of them [2, 7],
-`CASE/logits`. 20 wide, 2 blocks, 4 heads, an MLP of 36, patches of 4.
+For each case: two images, `CASE/images` [2, 3, height, width], and their logits, `CASE/logits` [2, 7]. Width 20, 2
+blocks, 4 heads, mlp_dim 36, patches of 4.
 
-- timm_vit: class token, of 12x20 pixels
-- timm_avg_fc_norm: the patches' mean, then a norm (fc_norm), beside a class token that is not read: MAE's finetuning
+- timm_vit: class token, 12x20 pixels
+- timm_avg_fc_norm: mean of the patches, then a norm (fc_norm), with an unused class token: MAE's finetuning
 - timm_gap_no_class: no class token
 - timm_deit3: LayerScale, no position for the class token (no_embed_class): DeiT III
 - timm_dinov2_reg: four registers, LayerScale, no position for class token and registers
 - hf_vit: ViTForImageClassification, whose LayerNorm has an epsilon of 1e-12
-- hf_dinov2, hf_dinov2_registers: class token and the patches' mean side by side, LayerScale
+- hf_dinov2, hf_dinov2_registers: class token and mean of the patches side by side, LayerScale
 """
 
 import json
@@ -48,7 +48,7 @@ COMMON = {
 }
 HUGGING_FACE = {
     "hf_vit": lambda: ViTForImageClassification(ViTConfig(**COMMON, intermediate_size=MLP_DIM)),
-    # Its mlp_ratio must be a whole number.
+    # Dinov2Config requires an integer mlp_ratio.
     "hf_dinov2": lambda: Dinov2ForImageClassification(Dinov2Config(**COMMON, mlp_ratio=2)),
     "hf_dinov2_registers": lambda: Dinov2WithRegistersForImageClassification(
         Dinov2WithRegistersConfig(**COMMON, mlp_ratio=2, num_register_tokens=4)
@@ -56,7 +56,7 @@ HUGGING_FACE = {
 }
 
 
-def randomised(case: str, model: nn.Module) -> nn.Module:
+def randomized(case: str, model: nn.Module) -> nn.Module:
     state = {
         name: torch.from_numpy(peers.random_values(case, name, tuple(value.shape)))
         for name, value in model.state_dict().items()
@@ -68,7 +68,7 @@ def randomised(case: str, model: nn.Module) -> nn.Module:
 def main() -> None:
     torch.set_num_threads(1)
     FOLDER.mkdir(exist_ok=True)
-    found = {}
+    results = {}
     for case, (size, changed) in TIMM.items():
         model = VisionTransformer(
             img_size=size,
@@ -80,21 +80,21 @@ def main() -> None:
             num_classes=NUM_CLASSES,
             **changed,
         )
-        randomised(case, model)
+        randomized(case, model)
         save_file(model.state_dict(), FOLDER / f"{case}.safetensors")
         images = peers.images(case, size)
         with torch.no_grad():
-            found[case] = (images, model.double()(torch.from_numpy(images).double()).numpy())
+            results[case] = (images, model.double()(torch.from_numpy(images).double()).numpy())
     for case, make in HUGGING_FACE.items():
-        model = randomised(case, make())
+        model = randomized(case, make())
         shutil.rmtree(FOLDER / case, ignore_errors=True)
         model.save_pretrained(FOLDER / case)
         config = json.loads((FOLDER / case / "config.json").read_text())
         peers.write_json(FOLDER / case / "config.json", config)
         images = peers.images(case, SQUARE)
         with torch.no_grad():
-            found[case] = (images, model.double()(torch.from_numpy(images).double()).logits.numpy())
-    peers.record(found, "torch.npz")
+            results[case] = (images, model.double()(torch.from_numpy(images).double()).logits.numpy())
+    peers.record(results, "torch.npz")
 
 
 if __name__ == "__main__":

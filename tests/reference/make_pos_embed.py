@@ -24,7 +24,7 @@ CASES = [((4, 4), (6, 6)), ((4, 6), (7, 5)), ((8, 8), (5, 5))]
 def resample(
     grid: npt.NDArray[np.float32], size: tuple[int, int], mode: str, antialias: bool
 ) -> npt.NDArray[np.float64]:
-    """[1, H, W, D] to [1, *size, D]."""
+    """Resample [1, H, W, D] to [1, *size, D]."""
     channels_first = torch.from_numpy(grid).double().permute(0, 3, 1, 2)  # [1, D, H, W]
     resized = F.interpolate(channels_first, size=size, mode=mode, align_corners=False, antialias=antialias)
     return resized.permute(0, 2, 3, 1).numpy()  # [1, H', W', D]

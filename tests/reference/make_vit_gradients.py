@@ -9,8 +9,8 @@ dropout; the loss is the mean softmax cross-entropy of a batch of 3.
 weight is [in, out]). The columns of `attn.qkv` are q, k, v, each of them head after head.
 
 Inputs and parameters are exact in float32; results are float64 rounded to float32. The gradient
-of the k third of `attn.qkv.bias` is 0 but for rounding, since softmax ignores what all keys share:
-compare with a tolerance relative to the whole tensor's size, not to each element.
+of the k third of `attn.qkv.bias` is 0 except for rounding, since softmax ignores what all keys share:
+compare with a tolerance relative to the norm of the tensor, not to each element.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ NUM_CLASSES = 5
 
 
 def random_parameter(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> Array:
-    """float32 values far from any initialisation, large enough that attention is uneven."""
+    """Return float32 values unlike any initialization, and so large that attention isn't uniform."""
     normal = rng.standard_normal(shape)
     if name.endswith(".gamma"):
         value = 0.5 + 0.1 * normal

@@ -9,9 +9,9 @@ parameters closed_form.vit_parameter(NAME, shape), under PLSC's names and in Pad
 Linear weight is [in, out]).
 
 `labels` [2] int64; `logits` [2, 10]; `loss` []; for each parameter's gradient `grad_norm/NAME` []
-(L2), `grad_projection/NAME` [8] (closed_form.project) and, up to 2,000 elements, the whole of it
-as `grad/NAME`. Results are float64 rounded to float32. The gradient of the k third of
-`attn.qkv.bias` is 0 but for rounding (see make_vit_gradients.py).
+(L2), `grad_projection/NAME` [8] (closed_form.project) and, up to 2,000 elements, the gradient
+itself as `grad/NAME`. Results are float64 rounded to float32. The gradient of the k third of
+`attn.qkv.bias` is 0 except for rounding (see make_vit_gradients.py).
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch_vit import TorchViT, load_paddle, loss_and_gradients, paddle_shapes
 
-MAX_WHOLE_GRADIENT = 2000  # elements
+MAX_STORED_GRADIENT = 2000  # elements
 IMAGES_SHAPE = (2, 3, 224, 224)
 LABELS = np.array([3, 8])
 
@@ -48,7 +48,7 @@ def main() -> None:
     for name, gradient in gradients.items():
         arrays[f"grad_norm/{name}"] = np.sqrt(np.sum(np.square(gradient)))
         arrays[f"grad_projection/{name}"] = closed_form.project(name, gradient)
-        if gradient.size <= MAX_WHOLE_GRADIENT:
+        if gradient.size <= MAX_STORED_GRADIENT:
             arrays[f"grad/{name}"] = gradient
     golden.write(Path(__file__).with_name("vit_s16_gradients.npz"), arrays)
 

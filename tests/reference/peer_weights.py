@@ -1,4 +1,4 @@
-"""What the scripts that make files of peers' weights share: sizes, random weights, and where the files go."""
+"""Model dimensions, random weights and output of the scripts that make weights files of other programs."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 FOLDER = Path(__file__).with_name("weights")
-# Nothing square or equal by chance, as far as the program allows.
+# No two dimensions are equal by chance, as far as the programs allow.
 WIDTH, DEPTH, HEADS, MLP_DIM, PATCH, NUM_CLASSES = 20, 2, 4, 36, 4, 7
 IMAGE_SIZE, SQUARE = (12, 20), (12, 12)
 
@@ -18,7 +18,7 @@ Array = npt.NDArray[np.float32]
 
 
 def random_values(case: str, name: str, shape: tuple[int, ...]) -> Array:
-    """Norms' scales about 1, LayerScale's factors about 0.5, all else about 0; exact in float32."""
+    """Return random values, exact in float32: norm scales around 1, LayerScale factors around 0.5, others around 0."""
     seed = int.from_bytes(hashlib.sha256(f"{case}/{name}".encode()).digest()[:8], "big")
     values = np.random.Generator(np.random.Philox(seed)).standard_normal(shape).astype(np.float32)
     last = name.replace("/", ".").rsplit(".", 1)[-1]
@@ -30,15 +30,15 @@ def random_values(case: str, name: str, shape: tuple[int, ...]) -> Array:
 
 
 def images(case: str, size: tuple[int, int]) -> Array:
-    """[2, 3, height, width]."""
+    """Return random images [2, 3, height, width]."""
     return random_values(case, "images", (2, 3, *size))
 
 
 def record(cases: Mapping[str, tuple[Array, npt.ArrayLike]], npz: str) -> None:
-    """Each case's images and logits, into weights/NPZ."""
+    """Write the images and logits of each case to weights/NPZ."""
     arrays = {}
-    for case, (of_case, logits) in cases.items():
-        arrays[f"{case}/images"], arrays[f"{case}/logits"] = of_case, logits
+    for case, (case_images, logits) in cases.items():
+        arrays[f"{case}/images"], arrays[f"{case}/logits"] = case_images, logits
     golden.write(FOLDER / npz, arrays)
 
 

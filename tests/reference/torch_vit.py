@@ -1,4 +1,4 @@
-"""A ViT of plain torch.nn layers under PLSC's parameter names: the source of true gradients.
+"""ViT of plain torch.nn layers with PLSC's parameter names, for reference gradients.
 
 PLSC: plsc/models/vision_transformer.py of PaddlePaddle/PLSC. LayerScale (Touvron et al. 2021,
 "Going deeper with Image Transformers") is not in PLSC; its names are timm's.
@@ -76,8 +76,8 @@ class Block(nn.Module):
 class TorchViT(nn.Module):
     """Pre-norm ViT with a class token; images [B, 3, H, W] to logits [B, num_classes], float64.
 
-    `representation` adds head0 and a tanh before the head. No parameter is given a value here:
-    `load_paddle` must set them all.
+    `representation` adds head0 and a tanh before the head. Parameters are uninitialized: set all of them
+    with `load_paddle`.
     """
 
     def __init__(
@@ -115,12 +115,12 @@ class TorchViT(nn.Module):
 
 
 def _other_layout(tensor: Tensor) -> Tensor:
-    """Between torch's and Paddle's layout; of a ViT only the Linear weights have two axes."""
+    """Convert between torch's and Paddle's layout: only Linear weights have two axes."""
     return tensor.T if tensor.ndim == 2 else tensor
 
 
 def paddle_shapes(model: TorchViT) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each parameter as Paddle has them, in the model's order."""
+    """Return the shape of each parameter in Paddle's layout, by name, in the model's order."""
     return {name: tuple(_other_layout(p).shape) for name, p in model.named_parameters()}
 
 
@@ -130,7 +130,7 @@ def load_paddle(model: TorchViT, parameters: Mapping[str, Array]) -> None:
 
 
 def loss_and_gradients(model: TorchViT, images: Array, labels: Array) -> tuple[Array, Array, dict[str, Array]]:
-    """Logits [B, num_classes], mean cross-entropy [], gradients by name in Paddle's layout."""
+    """Return logits [B, num_classes], the mean cross-entropy [], and gradients by name in Paddle's layout."""
     logits = model(torch.from_numpy(images).double())
     loss = F.cross_entropy(logits, torch.from_numpy(labels))
     names, parameters = zip(*model.named_parameters(), strict=True)

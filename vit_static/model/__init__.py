@@ -1,1 +1,1 @@
-"""The Vision Transformer, its variants and losses."""
+"""Vision Transformer, its variants and its losses."""

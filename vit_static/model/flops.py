@@ -1,4 +1,4 @@
-"""Operations and parameters of a ViT in closed form, and the peak rates of known cards."""
+"""Operations of a Vision Transformer in closed form."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shape:
-    """What the counts depend on. `num_tokens` are the patches, and the class token and registers if there are any;
-    `num_pooled` of them, or of their means, are the head's input."""
+    """Dimensions that determine the number of operations per image.
+
+    `num_tokens` counts the patches, the class token and the registers. The head reads `num_pooled` states of `width`
+    each: one token or mean, or both side by side.
+    """
 
     num_patches: int
     num_tokens: int
@@ -22,11 +25,11 @@ class Shape:
 
 
 def forward_macs(shape: Shape) -> int:
-    """Multiply-adds of one image's forward pass: the matrix products, as is usual, without norms and softmax."""
+    """Return the multiply-adds of a forward pass per image: matrix products only, without norms and softmax."""
     num_tokens, width = shape.num_tokens, shape.width
     embedding = shape.num_patches * shape.patch_dim * width
-    projections = 4 * num_tokens * width**2  # q, k, v and the output's
-    attention = 2 * num_tokens**2 * width  # the scores, and their product with the values
+    projections = 4 * num_tokens * width**2  # q, k, v and the output projection
+    attention = 2 * num_tokens**2 * width  # q k^T, and the weights times v
     mlp = 2 * num_tokens * width * shape.mlp_dim
     if shape.representation_size is None:
         head = shape.num_pooled * width * shape.num_classes
@@ -36,5 +39,8 @@ def forward_macs(shape: Shape) -> int:
 
 
 def train_flops(shape: Shape) -> int:
-    """Operations of one image's training step: a multiply-add is two, the backward costs two forwards."""
+    """Return the operations of a training step per image.
+
+    A multiply-add counts as two operations, and a backward pass as two forward passes.
+    """
     return 3 * 2 * forward_macs(shape)

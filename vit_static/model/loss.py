@@ -1,4 +1,4 @@
-"""The losses, and what is counted of a batch's logits."""
+"""Losses and evaluation metrics computed from logits."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from paddle import nn
 
 from vit_static.config.schema import LossConfig
 
-_NEVER_A_HIT = 1e6
+_RANK_OF_NAN = 1e6  # beyond every class
 
 
 def per_image_loss(logits: paddle.Tensor, labels: paddle.Tensor, loss: LossConfig) -> paddle.Tensor:
-    """Logits [B, K] and labels [B] (int64), or targets y [B, K] (0 to 1, float32), to losses [B], in float32.
+    """Compute losses [B] (float32) from logits [B, K] and labels [B] (int64) or targets y [B, K] (float32, 0 to 1).
 
-    softmax: cross-entropy with targets y * (1 - e) + e / K. sigmoid: binary cross-entropy summed over the classes,
-    with targets y * (1 - e) + e as in the seed (its 'ViTCELoss'). bce: its mean over the classes, with softmax's
-    targets (DeiT III). With `target_threshold` t both take y > t for y, before they smooth. On a CPU Paddle's softmax
-    takes a logit more than 64 below the greatest for 64 below it, so the loss of such an image is too small; its
-    gradient is right.
+    With label smoothing e, `loss.name` means:
+    softmax: cross-entropy with targets y * (1 - e) + e / K.
+    sigmoid: binary cross-entropy summed over the classes, with targets y * (1 - e) + e (PLSC's ViTCELoss).
+    bce: binary cross-entropy averaged over the classes, with the targets of softmax (DeiT III).
+    With `target_threshold` t, sigmoid and bce replace y by y > t before smoothing.
+
+    On a CPU, Paddle's softmax clamps logits that are more than 64 below the largest. The loss of such an image is too
+    small; its gradient is correct.
     """
     logits = logits.astype("float32")
     num_classes = logits.shape[-1]
@@ -35,41 +38,45 @@ def per_image_loss(logits: paddle.Tensor, labels: paddle.Tensor, loss: LossConfi
     return losses / num_classes if loss.name == "bce" else losses
 
 
-def ranks_of_labels(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
-    """How many classes come before the label, [B] float32: 0 is a top-1 hit, up to 4 a top-5 hit.
+def label_ranks(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
+    """Compute the rank of the label among the classes, [B] float32: 0 is correct top-1, 0 to 4 correct top-5.
 
-    Of several labels, given as [B, K] of zeros and ones, the one that comes first counts. Of equal scores the lower
-    class comes first, as `argmax` has it. Scores that are NaN hit nothing.
+    `labels` are [B], or [B, K] with zeros and ones, of which the best rank counts. Of equal scores the lower class
+    comes first, as in `argmax`. An image with a NaN score is never correct.
     """
     logits = logits.astype("float32")
     num_classes = logits.shape[-1]
     classes = paddle.arange(num_classes).unsqueeze(0)  # [1, K]
     if labels.ndim == 1:
-        own, label = paddle.take_along_axis(logits, labels.unsqueeze(-1), axis=1), labels.unsqueeze(-1)  # [B, 1]
+        label = labels.unsqueeze(-1)  # [B, 1]
+        score = paddle.take_along_axis(logits, label, axis=1)  # [B, 1]
     else:
         is_label = labels > 0.5
-        own = paddle.where(is_label, logits, paddle.full_like(logits, -float("inf"))).max(axis=-1, keepdim=True)
-        is_best = is_label & (logits == own)
+        score = paddle.where(is_label, logits, paddle.full_like(logits, -float("inf"))).max(axis=-1, keepdim=True)
+        is_best = is_label & (logits == score)
         label = paddle.where(is_best, classes, paddle.full_like(classes, num_classes)).min(axis=-1, keepdim=True)
-    behind = (logits < own) | ((logits == own) & (classes >= label))
-    ranks = num_classes - behind.astype("float32").sum(axis=-1)
-    return ranks + _NEVER_A_HIT * paddle.isnan(logits).astype("float32").sum(axis=-1)
+    is_behind = (logits < score) | ((logits == score) & (classes >= label))
+    ranks = num_classes - is_behind.astype("float32").sum(axis=-1)
+    return ranks + _RANK_OF_NAN * paddle.isnan(logits).astype("float32").sum(axis=-1)
 
 
-def first_classes(
+def top1_predictions(
     logits: paddle.Tensor, name: Literal["softmax", "sigmoid", "bce"]
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """The class that comes first and its probability, by a loss's name, [B] float32 each, which holds every class."""
+    """Compute the most probable class and its probability, [B] float32 each (exact for class numbers below 2**24).
+
+    `name` is the loss's: softmax gives softmax probabilities, the others sigmoid.
+    """
     logits = logits.astype("float32")
     probabilities = F.softmax(logits, axis=-1) if name == "softmax" else F.sigmoid(logits)
     return logits.argmax(axis=-1).astype("float32"), probabilities.max(axis=-1)
 
 
 class Criterion(nn.Layer):
-    """What the program returns of a batch: training, the mean loss; evaluating, [B, 4] losses, label ranks, and the
-    classes that come first with their probabilities.
+    """Loss in training, metrics per image in evaluation.
 
-    The evaluation's loss is the training loss without smoothing.
+    In training: the mean loss. In evaluation: [B, 4] with the loss without label smoothing, the label's rank, the most
+    probable class, and its probability.
     """
 
     def __init__(self, loss: LossConfig) -> None:
@@ -82,5 +89,5 @@ class Criterion(nn.Layer):
             losses = per_image_loss(logits, labels, self._train_loss)
             return losses.mean()
         losses = per_image_loss(logits, labels, self._eval_loss)
-        ranks = ranks_of_labels(logits, labels)
-        return paddle.stack([losses, ranks, *first_classes(logits, self._eval_loss.name)], axis=1)
+        ranks = label_ranks(logits, labels)
+        return paddle.stack([losses, ranks, *top1_predictions(logits, self._eval_loss.name)], axis=1)

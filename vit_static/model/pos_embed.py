@@ -1,4 +1,4 @@
-"""A learned position embedding on another grid of patches, by the arithmetic of the programs that weights come from."""
+"""Position embeddings: resampling to another grid of patches, and the fixed 2D sine-cosine embedding."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ def resample_pos_embed(
     new_grid: tuple[int, int],
     mode: PosEmbedResampling = "bicubic",
 ) -> np.ndarray:
-    """[1, prefix + rows * columns, C] in and out, float32; grids are (rows, columns).
+    """Resample a position embedding [1, prefix + rows * columns, C] to another grid; grids are (rows, columns).
 
-    Prefix tokens (what the embedding holds beyond the old grid) are kept as they are. `mode`:
-    bicubic: between half-pixel centres, a = -0.75, as the seed and torch's `interpolate`; bilinear: corner on corner,
-    as `scipy.ndimage.zoom(order=1)` in Google's code; antialias: Pillow's bicubic (a = -0.5), widened where the grid
-    shrinks, as timm's `resample_abs_pos_embed`.
+    The prefix (positions beyond the old grid, such as the class token's) is returned unchanged. The result is float32.
+    Each mode reproduces the program that weights come from:
+    bicubic: half-pixel centers and a = -0.75, as PLSC and torch's `interpolate`.
+    bilinear: aligned corners, as `scipy.ndimage.zoom(order=1)` in Google's code.
+    antialias: Pillow's bicubic (a = -0.5), with a wider kernel if the grid shrinks, as timm's `resample_abs_pos_embed`.
     """
     num_prefix_tokens = pos_embed.shape[1] - old_grid[0] * old_grid[1]
     prefix, table = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
@@ -30,26 +31,26 @@ def resample_pos_embed(
 
 
 def resampling_matrix(old: int, new: int, mode: PosEmbedResampling) -> np.ndarray:
-    """Along one axis: the weights of `old` points in each of `new`, [new, old], float64."""
-    places = np.arange(old)  # of what is read
+    """Return the weights of the `old` points in each of the `new` points along one axis, [new, old] float64."""
+    points = np.arange(old)
     if mode == "bilinear":
-        centres = np.linspace(0.0, old - 1.0, new) if new > 1 else np.zeros(1)
-        return np.maximum(1.0 - np.abs(centres[:, None] - places), 0.0)
-    centres = (np.arange(new) + 0.5) * old / new - 0.5
+        centers = np.linspace(0.0, old - 1.0, new) if new > 1 else np.zeros(1)
+        return np.maximum(1.0 - np.abs(centers[:, None] - points), 0.0)
+    centers = (np.arange(new) + 0.5) * old / new - 0.5
     if mode == "antialias":
         widening = max(old / new, 1.0)
-        weights = _cubic((centres[:, None] - places) / widening, a=-0.5)
+        weights = _cubic((centers[:, None] - points) / widening, a=-0.5)
         return weights / weights.sum(axis=1, keepdims=True)
-    # Without antialiasing four points are read, those beyond the edge from the edge.
+    # Four points contribute; those beyond the edge are replaced by the edge.
     matrix = np.zeros((new, old))
-    for row, centre in enumerate(centres):
-        for place in int(np.floor(centre)) + np.arange(-1, 3):
-            matrix[row, np.clip(place, 0, old - 1)] += _cubic(np.array(centre - place), a=-0.75)
+    for row, center in enumerate(centers):
+        for point in int(np.floor(center)) + np.arange(-1, 3):
+            matrix[row, np.clip(point, 0, old - 1)] += _cubic(np.array(center - point), a=-0.75)
     return matrix
 
 
 def _cubic(x: np.ndarray, a: float) -> np.ndarray:
-    """The cubic convolution kernel (Keys 1981), 0 beyond 2."""
+    """Evaluate the cubic convolution kernel (Keys 1981), which is 0 beyond 2."""
     x = np.abs(x)
     near = (a + 2.0) * x**3 - (a + 3.0) * x**2 + 1.0
     far = a * (x**3 - 5.0 * x**2 + 8.0 * x - 4.0)
@@ -57,10 +58,10 @@ def _cubic(x: np.ndarray, a: float) -> np.ndarray:
 
 
 def sincos2d_pos_embed(grid: tuple[int, int], width: int, num_prefix_tokens: int = 0) -> np.ndarray:
-    """The fixed embedding of 'Better plain ViT' (arXiv 2205.01580), [1, prefix + rows * columns, width], float32.
+    """Return the fixed embedding of 'Better plain ViT' (arXiv 2205.01580), [1, prefix + rows * columns, width] float32.
 
-    A quarter of the channels each: sine and cosine of the column, sine and cosine of the row, at frequencies
-    1 / 10000**(i / (width / 4 - 1)). Prefix tokens get zeros. 4 must divide the width.
+    Four equal groups of channels: sine and cosine of the column, sine and cosine of the row, at frequencies
+    1 / 10000**(i / (width / 4 - 1)). Prefix tokens get zeros. `width` must be a multiple of 4.
     """
     rows, columns = np.mgrid[: grid[0], : grid[1]]
     frequencies = 10000.0 ** -(np.arange(width // 4) / max(width // 4 - 1, 1))

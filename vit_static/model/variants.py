@@ -1,4 +1,4 @@
-"""Named model sizes (B/16, L/16, ...) and the shapes that follow from a config."""
+"""Named model sizes (B/16, L/16, ...) and the dimensions that follow from a config."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vit_static.model.flops import Shape
 
 @dataclass(frozen=True)
 class Variant:
-    """The shape of one published ViT, the image and the head left open."""
+    """Dimensions of a ViT, except for those of its images and its head."""
 
     patch_size: int
     width: int
@@ -36,35 +36,40 @@ VARIANTS: dict[str, Variant] = {
 
 
 def variant_of(config: ModelConfig) -> Variant:
-    """The config's variant with the keys that override it. Raises ConfigError for what no ViT can be."""
+    """Return the config's variant, with the keys that override it. Raises ConfigError if no such ViT exists."""
     if config.variant not in VARIANTS:
-        raise ConfigError(f"model.variant = {config.variant!r}: there are {', '.join(VARIANTS)}")
+        raise ConfigError(f"model.variant = {config.variant!r}: is unknown; set one of {', '.join(VARIANTS)}")
     named = asdict(VARIANTS[config.variant])
     variant = Variant(**{key: getattr(config, key) or value for key, value in named.items()})
     height, width = config.image_size
     patch = variant.patch_size
     if height % patch or width % patch:
-        sizes = [max(round(side / patch), 1) * patch for side in (height, width)]
+        nearest = [max(round(side / patch), 1) * patch for side in (height, width)]
         raise ConfigError(
-            f"model.image_size = {[height, width]}: patches of {patch} pixels don't tile it; {sizes} would do"
+            f"model.image_size = {[height, width]}: can't be divided into patches of {patch} pixels; "
+            f"set model.image_size={nearest}"
         )
     if variant.width % variant.num_heads:
         raise ConfigError(
-            f"model.num_heads = {variant.num_heads}: doesn't divide the width of {variant.width}; set another"
+            f"model.num_heads = {variant.num_heads}: must divide the width of {variant.width}; "
+            "set another model.num_heads or model.width"
         )
     if "sincos2d" in (config.pos_embed, config.pos_embed_init) and variant.width % 4:
-        raise ConfigError(f"model.pos_embed: sincos2d wants a width that 4 divides, not {variant.width}")
+        key = "pos_embed" if config.pos_embed == "sincos2d" else "pos_embed_init"
+        raise ConfigError(
+            f"model.{key} = 'sincos2d': needs a width that is a multiple of 4, not {variant.width}; set model.width"
+        )
     return variant
 
 
 def grid_of(config: ModelConfig) -> tuple[int, int]:
-    """Rows and columns of patches."""
+    """Return the rows and columns of patches."""
     patch_size = variant_of(config).patch_size
     return config.image_size[0] // patch_size, config.image_size[1] // patch_size
 
 
 def shape_of(config: ModelConfig) -> Shape:
-    """What the model's operations are counted from."""
+    """Return the dimensions from which `flops` counts the model's operations."""
     variant, (rows, columns) = variant_of(config), grid_of(config)
     return Shape(
         num_patches=rows * columns,

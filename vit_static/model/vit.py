@@ -170,7 +170,7 @@ class Attention(nn.Layer):
         self.num_heads = variant.num_heads
         self.attention_drop = Dropout(config.attention_dropout)
         self.attention = attention
-        # PLSC initialises q, k and v as one matrix of `width` rows and 3 * `width` columns: use the same limits here.
+        # PLSC initializes q, k and v as one matrix of `width` rows and 3 * `width` columns: use the same limits here.
         fused = XavierUniform(fan_in=width, fan_out=3 * width)
         self.q = linear(width, width, bias=config.qkv_bias, weight_init=fused)
         self.k = linear(width, width, bias=config.qkv_bias, weight_init=fused)
@@ -231,7 +231,7 @@ def _layer_scale(config: ModelConfig, width: int) -> nn.Layer:
 
 
 class VisionTransformer(nn.Layer):
-    """Vision Transformer: normalised images [B, 3, height, width] to logits [B, num_classes].
+    """Vision Transformer: normalized images [B, 3, height, width] to logits [B, num_classes].
 
     The fields of `ModelConfig` describe the options. With `fc_norm` the last LayerNorm is applied to the pooled state
     instead of to each token, as in MAE's finetuning. Register tokens come before the class token and have no position
@@ -301,7 +301,7 @@ class VisionTransformer(nn.Layer):
         return self.pos_drop(x)
 
     def features(self, images: paddle.Tensor) -> paddle.Tensor:
-        """Compute the pooled, normalised state that the head reads: [B, C], or [B, 2 C] with cls_gap."""
+        """Compute the pooled, normalized state that the head reads: [B, C], or [B, 2 C] with cls_gap."""
         x = self.embed(images)
         for block in self.blocks:
             x = block(x)  # [B, N, C]

@@ -1,1 +1,1 @@
-"""Optimizers, parameter groups, schedules, gradient clipping."""
+"""Optimizers, parameter groups, learning-rate schedules, gradient clipping, and the average of the weights."""

@@ -14,34 +14,38 @@ from paddle import nn
 from vit_static.parallel.dist_values import assign_to, replicate, reshard
 
 _NO_CLIPPING = 1e30
-SQUARES = "vit_static_squares"  # an attribute of the operators whose results are sums of gradients' squares
+SQUARES = "vit_static_squares"  # an attribute of the operators whose results are sums of squared gradients
 
 
 class GlobalNormClip(nn.ClipGradByGlobalNorm):
-    """Clipping by the norm of all gradients together, whose norm (before clipping) can be read after a step, and of the
-    first step in which it wasn't finite the number, and the norms by what `group_of` says of a parameter's name.
+    """Clip gradients by their global norm, and record the norm before clipping.
 
-    `clip_norm` None only measures. Paddle computes the norm but keeps it in the program; here it is copied into a
-    variable that lives as long as the parameters. (Fetching it would do for a program in one piece, but not with
-    accumulated gradients: those that compute the update are then a program of their own.) And Paddle sums each split
-    gradient's square over the ranks by itself, a number at a time; here those of one split are added up first.
+    The first step whose norm isn't finite is recorded, too, with its norms by group. `clip_norm` None only measures.
+
+    Paddle also computes the norm, but keeps it inside the program. Here it is copied into a variable that outlives the
+    step. (Fetching it would do for a program in one piece, but with gradient accumulation the update is a program of
+    its own.) And for each sharded gradient Paddle sums the squares over the ranks in a separate collective; here the
+    squares with the same sharding are added up first.
     """
 
     def __init__(self, clip_norm: float | None, group_of: Mapping[str, str], step_number: Callable[[], Any]) -> None:
-        """`step_number` gives, while the program is built, the number of the step that it will be doing, from 1."""
+        """`group_of` maps the name of each parameter to its group.
+
+        `step_number` is called while the program is built and returns the variable with the number of the step, from 1.
+        """
         super().__init__(_NO_CLIPPING if clip_norm is None else clip_norm)
         self._group_of, self._step_number = group_of, step_number
-        self._groups: list[str] = []  # of the numbers in _norms, of which some are parts of one group's
-        self._norm = self._first_nonfinite_step = self._norms = ""  # names of variables
+        self._groups: list[str] = []  # the group of each recorded norm; a group may have several
+        self._variable_names: dict[str, str] = {}  # of grad_norm, first_nonfinite_step and nonfinite_norms
 
     def _pir_clip(self, params_grads: Any) -> Any:
         params_grads = [(parameter, gradient) for parameter, gradient in params_grads if gradient is not None]
-        squares = [(self._group_of[parameter.name], _square(gradient)) for parameter, gradient in params_grads]
-        self._groups, of_groups = _totals(squares)
-        norm = paddle.sqrt(of_groups.sum(keepdim=True))
-        kept = self._variable("grad_norm", norm)
-        assign_to(kept, norm)
-        self._record_first_nonfinite(norm, paddle.sqrt(of_groups))
+        squares = [(self._group_of[parameter.name], _squared_norm(gradient)) for parameter, gradient in params_grads]
+        self._groups, group_squares = _sum_by_group(squares)
+        norm = paddle.sqrt(group_squares.sum(keepdim=True))
+        recorded = self._variable("grad_norm", norm)
+        assign_to(recorded, norm)
+        self._record_first_nonfinite(norm, paddle.sqrt(group_squares))
         bound = paddle.full([1], self.clip_norm, "float32")
         factor = bound / paddle.maximum(norm, bound)
         return [
@@ -50,33 +54,40 @@ class GlobalNormClip(nn.ClipGradByGlobalNorm):
         ]
 
     def _record_first_nonfinite(self, norm: Any, norms: Any) -> None:
-        """On the device: it isn't waited for before somebody asks."""
-        first, kept = self._variable("first_nonfinite_step", norm), self._variable("unsound_norms", norms)
-        # `assign`, since the engine would move a variable itself to this stage, of which others then know nothing.
+        """Record the step on the device, so that the host waits for it only when somebody asks."""
+        recorded_step = self._variable("first_nonfinite_step", norm)
+        recorded_norms = self._variable("nonfinite_norms", norms)
+        # Without `assign` the engine would move the variable itself to this stage, and other stages would lose it.
         step = replicate(paddle.assign(self._step_number()), norm.process_mesh)
-        is_later = first > 0.0
-        # Where shapes differ `where` makes them alike by additions, of NaN too.
-        assign_to(kept, paddle.where(paddle.expand(is_later, norms.shape), kept, norms))
-        assign_to(first, paddle.where(paddle.logical_or(is_later, paddle.isfinite(norm)), first, step))
+        is_recorded = recorded_step > 0.0
+        # `expand`, since `where` broadcasts by additions, in which a NaN spreads.
+        is_recorded_for_each = paddle.expand(is_recorded, norms.shape)
+        assign_to(recorded_norms, paddle.where(is_recorded_for_each, recorded_norms, norms))
+        keeps_step = paddle.logical_or(is_recorded, paddle.isfinite(norm))
+        assign_to(recorded_step, paddle.where(keeps_step, recorded_step, step))
 
     def _variable(self, name: str, like: Any) -> Any:
-        unique = paddle.utils.unique_name.generate(name)
-        setattr(self, {"grad_norm": "_norm", "unsound_norms": "_norms"}.get(name, f"_{name}"), unique)
-        zeros = nn.initializer.Constant(0.0)
-        dist_attr = like.dist_attr()
+        """Create a variable that outlives the step, 0 at first, with the shape and placement of `like`."""
+        unique_name = self._variable_names[name] = paddle.utils.unique_name.generate(name)
         return paddle.pir.core.create_persistable_value(
-            "float32", like.shape, unique, initializer=zeros, dist_attr=dist_attr
+            "float32",
+            like.shape,
+            unique_name,
+            initializer=nn.initializer.Constant(0.0),
+            dist_attr=like.dist_attr(),
         )
 
     def norm(self) -> float:
-        """The last step's. Waits for the device."""
-        values = _value_of(self._norm)
-        return math.nan if values is None else float(values.item())  # a pipeline's later stages don't compute it
+        """Return the last step's norm, or NaN on later stages of a pipeline. Waits for the device."""
+        value = self._recorded("grad_norm")
+        return math.nan if value is None else float(value.item())
 
     def first_nonfinite_step(self) -> tuple[int, dict[str, float]] | None:
-        """The number, from 1, of the first step whose norm wasn't finite, and its norms by group; None where there is
-        none, or where another stage of the pipeline knows. Waits for the device."""
-        step, norms = _value_of(self._first_nonfinite_step), _value_of(self._norms)
+        """Return the number, from 1, of the first step whose norm wasn't finite, and its norms by group.
+
+        None if there was no such step, and on later stages of a pipeline. Waits for the device.
+        """
+        step, norms = self._recorded("first_nonfinite_step"), self._recorded("nonfinite_norms")
         if step is None or norms is None or step.item() == 0.0:
             return None
         squares: dict[str, float] = {}
@@ -85,41 +96,47 @@ class GlobalNormClip(nn.ClipGradByGlobalNorm):
         return int(step.item()), {group: math.sqrt(square) for group, square in squares.items()}
 
     def clear_nonfinite(self) -> None:
-        """As if there had been no such step."""
-        variable = paddle.static.global_scope().find_var(self._first_nonfinite_step)
-        if variable is not None and variable.get_tensor()._is_initialized():
-            variable.get_tensor().set(np.zeros([1], np.float32), paddle.framework._current_expected_place_())
+        """Forget the recorded non-finite step."""
+        tensor = self._tensor("first_nonfinite_step")
+        if tensor is not None:
+            tensor.set(np.zeros([1], np.float32), paddle.framework._current_expected_place_())
+
+    def _recorded(self, name: str) -> np.ndarray | None:
+        tensor = self._tensor(name)
+        return None if tensor is None else np.asarray(tensor)
+
+    def _tensor(self, name: str) -> Any:
+        """Return a recorded variable's tensor, or None if this rank doesn't compute it."""
+        variable = paddle.static.global_scope().find_var(self._variable_names.get(name, ""))
+        if variable is None or not variable.get_tensor()._is_initialized():
+            return None
+        return variable.get_tensor()
 
 
-def _value_of(name: str) -> np.ndarray | None:
-    """A variable's that outlives a step; None where this rank doesn't compute it."""
-    variable = paddle.static.global_scope().find_var(name)
-    if variable is None or not variable.get_tensor()._is_initialized():
-        return None
-    return np.asarray(variable.get_tensor())
-
-
-def _square(gradient: Any) -> Any:
-    """The sum of a gradient's squares, [1], float32; of a split gradient what each rank has of it."""
+def _squared_norm(gradient: Any) -> Any:
+    """Return the sum of a gradient's squares, [1] float32; for a sharded gradient, partial sums on the ranks."""
     return paddle._C_ops.squared_l2_norm(gradient.astype("float32"))
 
 
-def _totals(squares: list[tuple[str, Any]]) -> tuple[list[str], Any]:
-    """The sums by group, [n], on the first stage of a pipeline, and the group of each; where a group's parameters are
-    split in several ways it has as many. Each rank's parts are added up before they are exchanged, all at once."""
-    alike: dict[str, dict[str, list[Any]]] = {}
+def _sum_by_group(squares: list[tuple[str, Any]]) -> tuple[list[str], Any]:
+    """Sum squared norms by group, on the first stage of a pipeline: the groups' names, and their sums [n].
+
+    A group whose parameters are sharded in several ways occurs once for each. Every rank adds up its partial sums
+    before one collective per sharding.
+    """
+    by_sharding: dict[str, dict[str, list[Any]]] = {}
     for group, square in squares:
-        split = f"{square.process_mesh.process_ids} {square.placements}"
-        alike.setdefault(split, {}).setdefault(group, []).append(square)
+        sharding = f"{square.process_mesh.process_ids} {square.placements}"
+        by_sharding.setdefault(sharding, {}).setdefault(group, []).append(square)
     groups: list[str] = []
     vectors: list[Any] = []
-    for by_group in alike.values():
-        # `add_n` keeps partial sums partial, where other sums would exchange each of them.
+    for by_group in by_sharding.values():
+        # `add_n` leaves partial sums partial; other additions would start a collective for each.
         vector = paddle.stack([paddle.add_n(values) for values in by_group.values()])  # [n] or [n, 1]
         vector = vector.reshape([-1])
         vector.get_defining_op().set_bool_attr(SQUARES, True)
         vectors.append(reshard(vector, [dist.Replicate()] * vector.process_mesh.ndim))
         groups += by_group
-    first = min((vector.process_mesh for vector in vectors), key=lambda mesh: min(mesh.process_ids))
-    whole = [replicate(vector, first) for vector in vectors]
-    return groups, whole[0] if len(whole) == 1 else paddle.concat(whole)
+    first_stage = min((vector.process_mesh for vector in vectors), key=lambda mesh: min(mesh.process_ids))
+    vectors = [replicate(vector, first_stage) for vector in vectors]
+    return groups, vectors[0] if len(vectors) == 1 else paddle.concat(vectors)

@@ -1,5 +1,8 @@
-"""The optimizers, by the config's names: what each parameter's rate and decay are, the moving average of the weights,
-and how ZeRO splits what they keep."""
+"""Optimizers by the config's names. Each one is the states that it keeps and its update.
+
+g is the clipped gradient, p the parameter, lr the parameter's learning rate in this step, and decay its weight decay
+(`decay_coefficient`), 0 for a parameter without decay.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import paddle
@@ -15,121 +18,80 @@ import paddle.distributed as dist
 from paddle import nn
 
 from vit_static.config.schema import OptimConfig
+from vit_static.optim.ema import EmaMixin, ema_decay
 from vit_static.optim.grad_clip import GlobalNormClip
-from vit_static.optim.param_groups import ParamGroup, decay_coefficient, layer_index, param_group
-from vit_static.optim.sharded_state import ShardedState, StepScalars
+from vit_static.optim.param_groups import ParamGroup, decay_coefficient, norm_group, param_group
+from vit_static.optim.sharded_state import ShardedState, StatePlacements, StepScalars
 from vit_static.parallel.dist_values import assign_to, replicate, reshard
-
-# (a parameter or a gradient as a value of the program) -> the placements that ZeRO gives what belongs to it
-StatePlacements = Callable[[Any], list[Any]]
-EMA = "ema"  # what the average is called among what an optimizer keeps
-
-
-def ema_decay(step: int, optim: OptimConfig) -> float:
-    """The share that the average keeps in the update that follows `step` done ones.
-
-    As timm's ModelEmaV3: 0 in the first, so that the average begins with the weights after it; with the warmup then
-    1 - n ** (-2/3) in the n-th, until that passes `ema_decay`.
-    """
-    warmed = 1.0 - (step + 1) ** (-2.0 / 3.0) if optim.ema_warmup else optim.ema_decay
-    return min(optim.ema_decay, warmed) if step > 0 else 0.0
 
 
 def step_scalars(step: int, optim: OptimConfig) -> dict[str, float]:
-    """What the update after `step` done ones needs besides the learning rate, by name."""
-    numbers = {"step": step + 1.0}
+    """Return by name what the update that follows `step` completed ones needs besides the learning rate."""
+    scalars = {"step": step + 1.0}
     if optim.name == "lamb":
-        numbers |= {f"correction{order}": 1.0 - beta ** (step + 1) for order, beta in enumerate(optim.betas, 1)}
+        scalars |= {f"correction{order}": 1.0 - beta ** (step + 1) for order, beta in enumerate(optim.betas, 1)}
     if optim.name == "adafactor":
-        numbers |= {"second_moment_decay": min(optim.betas[1], 1.0 - (step + 1) ** -0.8)}
+        scalars |= {"second_moment_decay": min(optim.betas[1], 1.0 - (step + 1) ** -0.8)}
     if optim.ema_decay > 0.0:
-        numbers["ema_decay"] = ema_decay(step, optim)
-    return numbers
+        scalars["ema_decay"] = ema_decay(step, optim)
+    return scalars
 
 
-# -- the updates -----------------------------------------------------------------------------------------------------
+class AdamW(EmaMixin, ShardedState, paddle.optimizer.AdamW):
+    """AdamW (arXiv 1711.05101): Paddle's fused operator, with sharded state, parameter groups and the EMA.
 
-
-class _AveragedWeights:
-    """For an optimizer to inherit: each parameter's group, and the average of the weights."""
-
-    _groups: Mapping[str, ParamGroup]
-    _numbers: StepScalars
-    _averages_weights = False
-    _rate: Any = None
-
-    def _rate_on(self, parameter: Any) -> Any:
-        """The step's, on the ranks of a parameter."""
-        if self._rate is None:
-            rate = paddle.assign(self._global_learning_rate())  # type: ignore[attr-defined]
-            self._rate = replicate(rate, dist.auto_parallel.get_mesh())
-        return replicate(self._rate, parameter.process_mesh)
-
-    def average_weights(self) -> None:
-        self._averages_weights = True
-
-    def _average(self, parameter: Any, weight: Any, updated: Any) -> None:
-        """`weight` in float32 is what the average is kept for, `updated` its new value."""
-        if not self._averages_weights:
-            return
-        average = self._get_accumulator(EMA, weight)  # type: ignore[attr-defined]
-        share = replicate(self._numbers.value("ema_decay"), parameter.process_mesh)
-        updated = reshard(updated.astype("float32"), average.placements)
-        assign_to(average, updated + share * (average - updated))
-
-
-class AdamW(_AveragedWeights, ShardedState, paddle.optimizer.AdamW):
-    """Paddle's, whose state may be split."""
+    m' = beta1 m + (1 - beta1) g, v' = beta2 v + (1 - beta2) g^2, and in the n-th update
+    p' = p - lr (decay p + m' / (1 - beta1^n) / (sqrt(v' / (1 - beta2^n)) + epsilon)).
+    """
 
     def __init__(
-        self, learning_rate: Any, groups: Mapping[str, ParamGroup], numbers: StepScalars, **arguments: Any
+        self, learning_rate: Any, groups: Mapping[str, ParamGroup], scalars: StepScalars, **arguments: Any
     ) -> None:
         super().__init__(learning_rate, apply_decay_param_fun=lambda name: groups[name].decays, **arguments)
-        self._groups, self._numbers = groups, numbers
+        self._groups, self._scalars = groups, scalars
 
     def _create_param_lr(self, parameter_and_gradient: tuple[Any, Any]) -> Any:
-        # Not by the argument lr_ratio, which on a CPU scales the decay alone (3.3.1).
-        if all(group.rate == 1.0 for group in self._groups.values()):
+        # Not with the argument lr_ratio: on a CPU, Paddle 3.3.1 multiplies only the decay by it.
+        if all(group.lr_multiplier == 1.0 for group in self._groups.values()):
             return super()._create_param_lr(parameter_and_gradient)
         parameter = parameter_and_gradient[0]
-        return self._groups[parameter.name].rate * self._rate_on(parameter)
+        return self._groups[parameter.name].lr_multiplier * self._learning_rate_on(parameter)
 
     def _create_accumulators(self, block: Any, parameters: list[Any]) -> None:
-        if self._averages_weights:
-            for parameter in parameters:
-                low_precision = self._multi_precision and self._is_dtype_fp16_or_bf16(parameter.dtype)
-                weight = self._create_master_weight(parameter) if low_precision else parameter
-                self._add_accumulator(EMA, weight, dtype="float32")
+        for parameter in parameters:
+            low_precision = self._multi_precision and self._is_dtype_fp16_or_bf16(parameter.dtype)
+            self._create_ema(self._create_master_weight(parameter) if low_precision and self._has_ema else parameter)
         super()._create_accumulators(block, parameters)
 
     def _append_optimize_op(self, block: Any, parameter_and_gradient: tuple[Any, Any]) -> None:
         super()._append_optimize_op(block, parameter_and_gradient)
         parameter = parameter_and_gradient[0]
         master = self._master_weights.get(parameter.name)
-        weight, written = (parameter, 0) if master is None else (master, 6)
+        weight, result_index = (parameter, 0) if master is None else (master, 6)
         updated = weight
         if self._placements_of_state(parameter) != weight.placements:
-            # The operator gets a part of the weight, and writes to its memory: what it gives is to be read, since
-            # Paddle's later passes take what it was given for dead.
+            # The operator gets a part of the weight and writes into its memory. Read its result: Paddle's later passes
+            # assume that nobody reads the input again.
             operator = paddle.static.default_main_program().global_block().ops[-1]
             assert operator.name() == "pd_op.adamw_"
-            updated = operator.result(written)
-        self._average(parameter, weight, updated)
+            updated = operator.result(result_index)
+        self._update_ema(parameter, weight, updated)
 
 
 @dataclass(frozen=True)
 class Update:
-    """What a rule makes of a gradient: what the weight is moved by, times the rate, and the new states."""
+    """Result of a rule: the direction of the update (p' = p - lr * direction), and the new states by name."""
 
     direction: Any
     states: dict[str, Any] = field(default_factory=dict)
 
 
-class RuleOptimizer(_AveragedWeights, ShardedState, paddle.optimizer.Optimizer, ABC):
-    """p' = p - rate * direction, of basic operators, since Paddle 3.3.1's rules for how its other optimizers'
-    operators are split don't keep their state split. A subclass says what is kept and what the direction is.
+class RuleOptimizer(EmaMixin, ShardedState, paddle.optimizer.Optimizer, ABC):
+    """Optimizer whose update p' = p - lr * direction is built of basic operators.
 
-    Everything is float32; parameters in half precision have master copies.
+    With its fused operators other than AdamW's, Paddle 3.3.1 doesn't keep sharded states sharded. A subclass defines
+    which states it keeps and its update; it then works on every mesh and in every precision. All arithmetic is in
+    float32: parameters in half precision have master copies.
     """
 
     def __init__(
@@ -137,33 +99,35 @@ class RuleOptimizer(_AveragedWeights, ShardedState, paddle.optimizer.Optimizer, 
         learning_rate: Any,
         optim: OptimConfig,
         groups: Mapping[str, ParamGroup],
-        numbers: StepScalars,
+        scalars: StepScalars,
         **arguments: Any,
     ) -> None:
         self._multi_precision = arguments.pop("multi_precision")
         super().__init__(learning_rate, **arguments)
-        self._optim, self._groups, self._numbers = optim, groups, numbers
+        self._optim, self._groups, self._scalars = optim, groups, scalars
         self._decay = decay_coefficient(optim)
         self._master_weights: dict[str, Any] = {}
 
     @abstractmethod
     def state_shapes(self, shape: list[int]) -> dict[str, int | None]:
-        """By name what is kept of a parameter of this shape: the axis that it lacks, or None."""
+        """Return the states of a parameter of this shape, by name.
+
+        None is a state with the parameter's shape, a number one with that shape without this axis.
+        """
 
     @abstractmethod
     def update(self, gradient: Any, weight: Any, states: Mapping[str, Any], decay: float) -> Update:
-        """All with the same placements; `decay` is 0 where the parameter has none."""
+        """Compute the update of a parameter. All values have the same placements."""
 
     def _create_accumulators(self, block: Any, parameters: list[Any]) -> None:
         for parameter in parameters:
             weight = self._create_master_weight(parameter) if self._in_low_precision(parameter) else parameter
-            for name, axis in self.state_shapes(list(parameter.shape)).items():
-                if axis is None:
+            for name, missing_axis in self.state_shapes(list(parameter.shape)).items():
+                if missing_axis is None:
                     self._add_accumulator(name, weight, dtype="float32")
                 else:
-                    self._add_reduced(name, weight, parameter, axis)
-            if self._averages_weights:
-                self._add_accumulator(EMA, weight, dtype="float32")
+                    self._add_reduced_accumulator(name, weight, parameter, missing_axis)
+            self._create_ema(weight)
         super()._create_accumulators(block, parameters)
 
     def _append_optimize_op(self, block: Any, parameter_and_gradient: tuple[Any, Any]) -> None:
@@ -171,35 +135,39 @@ class RuleOptimizer(_AveragedWeights, ShardedState, paddle.optimizer.Optimizer, 
         low_precision = self._in_low_precision(parameter)
         weight = self._master_weights[parameter.name] if low_precision else parameter
         group = self._groups[parameter.name]
-        kept = {name: self._get_accumulator(name, weight) for name in self.state_shapes(list(parameter.shape))}
+        states = {name: self._get_accumulator(name, weight) for name in self.state_shapes(list(parameter.shape))}
         placements = self._placements_of_state(parameter)
-        whole = reshard(weight, placements)
-        rate = group.rate * self._rate_on(parameter)
+        old = reshard(weight, placements)
+        learning_rate = group.lr_multiplier * self._learning_rate_on(parameter)
         gradient = reshard(gradient.astype("float32"), placements)
-        updated = self.update(gradient, whole, kept, self._decay if group.decays else 0.0)
-        change, states = rate * updated.direction, updated.states
-        overflow = self._get_auxiliary_var("found_inf")  # of float16's scaled gradients: then nothing is to change
+        update = self.update(gradient, old, states, self._decay if group.decays else 0.0)
+        change, new_states = learning_rate * update.direction, update.states
+        overflow = self._get_auxiliary_var("found_inf")  # set if float16's scaled gradients overflowed: change nothing
         if overflow is not None:
-            sound = 1.0 - overflow.astype("float32")
-            change = sound * change
-            states = {name: kept[name] + sound * (value - kept[name]) for name, value in states.items()}
-        for name, value in states.items():
-            assign_to(kept[name], reshard(value, kept[name].placements))
-        new = whole - change
+            is_finite = 1.0 - overflow.astype("float32")
+            change = is_finite * change
+            new_states = {name: states[name] + is_finite * (new - states[name]) for name, new in new_states.items()}
+        for name, new_state in new_states.items():
+            assign_to(states[name], reshard(new_state, states[name].placements))
+        new = old - change
         assign_to(weight, reshard(new, weight.placements))
         if low_precision:
             assign_to(parameter, reshard(new.astype(parameter.dtype), parameter.placements))
-        self._average(parameter, weight, new)
+        self._update_ema(parameter, weight, new)
 
     def _in_low_precision(self, parameter: Any) -> bool:
         return self._multi_precision and self._is_dtype_fp16_or_bf16(parameter.dtype)
 
-    def _number(self, name: str, like: Any) -> Any:
-        return replicate(self._numbers.value(name), like.process_mesh)
+    def _scalar(self, name: str, like: Any) -> Any:
+        """Return a scalar of this step on the ranks of `like`."""
+        return replicate(self._scalars.value(name), like.process_mesh)
 
 
 class SGDMomentum(RuleOptimizer):
-    """v' = momentum * v + g + decay * p, p' = p - lr * v'."""
+    """SGD with momentum and an L2 penalty.
+
+    v' = momentum v + g + decay p, p' = p - lr v'.
+    """
 
     def state_shapes(self, shape: list[int]) -> dict[str, int | None]:
         return {"velocity": None}
@@ -212,7 +180,10 @@ class SGDMomentum(RuleOptimizer):
 
 
 class Lion(RuleOptimizer):
-    """arXiv 2302.06675: the sign of the momentum, interpolated otherwise than it is kept."""
+    """Lion (arXiv 2302.06675, algorithm 2).
+
+    p' = p - lr (sign(beta1 m + (1 - beta1) g) + decay p), m' = beta2 m + (1 - beta2) g.
+    """
 
     def state_shapes(self, shape: list[int]) -> dict[str, int | None]:
         return {"moment1": None}
@@ -226,8 +197,11 @@ class Lion(RuleOptimizer):
 
 
 class Lamb(RuleOptimizer):
-    """arXiv 1904.00962, as timm's and apex's: Adam's direction and the decay, times the weight's norm over theirs; by
-    parameter, and only for those that decay."""
+    """LAMB (arXiv 1904.00962), as in timm and apex.
+
+    u is AdamW's direction, decay included; p' = p - lr |p| / |u| u with the 2-norms of the parameter. A parameter
+    without decay, or with a norm of 0, has the factor 1 instead of |p| / |u|.
+    """
 
     def state_shapes(self, shape: list[int]) -> dict[str, int | None]:
         return {"moment1": None, "moment2": None}
@@ -236,60 +210,61 @@ class Lamb(RuleOptimizer):
         beta1, beta2 = self._optim.betas
         first = beta1 * states["moment1"] + (1.0 - beta1) * gradient
         second = beta2 * states["moment2"] + (1.0 - beta2) * gradient * gradient
-        deviation = paddle.sqrt(second / self._number("correction2", weight)) + self._optim.epsilon
-        direction = first / self._number("correction1", weight) / deviation
+        deviation = paddle.sqrt(second / self._scalar("correction2", weight)) + self._optim.epsilon
+        direction = first / self._scalar("correction1", weight) / deviation
         if decay:
             direction = direction + decay * weight
-            norm_of_weight, norm_of_direction = _norm(weight), _norm(direction)
-            both = (norm_of_weight * norm_of_direction > 0.0).astype("float32")
-            ratio = norm_of_weight / (norm_of_direction + (1.0 - both))
-            direction = direction * (both * ratio + (1.0 - both))
+            weight_norm, direction_norm = _norm(weight), _norm(direction)
+            has_ratio = (weight_norm * direction_norm > 0.0).astype("float32")
+            ratio = weight_norm / (direction_norm + (1.0 - has_ratio))
+            direction = direction * (has_ratio * ratio + (1.0 - has_ratio))
         return Update(direction, {"moment1": first, "moment2": second})
 
 
 def _norm(value: Any) -> Any:
-    """The 2-norm of all of a tensor, [1], on every rank."""
+    """Return the 2-norm of an entire tensor, [1], on every rank."""
     square = paddle._C_ops.squared_l2_norm(value)
     return paddle.sqrt(reshard(square, [dist.Replicate()] * len(square.placements)))
 
 
 class Adafactor(RuleOptimizer):
-    """As arXiv 2106.04560, section 3.5, has it for Vision Transformers: the second moment of a matrix from the means of
-    its rows and columns, a momentum in place of Adafactor's own step sizes and clipping.
+    """Adafactor for Vision Transformers (arXiv 2106.04560, section 3.5).
 
-    Its decay is min(betas[1], 1 - n ** -0.8) in the n-th update. (big_vision keeps the momentum in bfloat16; here it
-    is float32.)
+    The second moment of a matrix is factored: R and C are moving averages of the means of g^2 over its columns and over
+    its rows. m' = beta1 m + (1 - beta1) g / sqrt(R' C' / mean(R')), p' = p - lr (m' + decay p). Momentum replaces the
+    update clipping and relative step sizes of the original (arXiv 1804.04235). In the n-th update the averages decay by
+    min(beta2, 1 - n^-0.8). Unlike big_vision's, the momentum is float32, not bfloat16.
     """
 
-    LEAST_FACTORED = 32  # of the smaller of the two axes
+    MIN_FACTORED_SIZE = 32  # of the smaller of the two axes
 
     def state_shapes(self, shape: list[int]) -> dict[str, int | None]:
-        axes = self._factored(shape)
-        second: dict[str, int | None] = {"moment2": None}
-        if axes is not None:
-            second = {"row_moment2": axes[1], "column_moment2": axes[0]}
-        return {"moment1": None, **second}
+        axes = self._factored_axes(shape)
+        if axes is None:
+            return {"moment1": None, "moment2": None}
+        smaller, larger = axes
+        return {"moment1": None, "row_moment2": larger, "column_moment2": smaller}
 
-    def _factored(self, shape: list[int]) -> tuple[int, int] | None:
-        """The second largest axis and the largest, or None where the second moment is kept whole."""
+    def _factored_axes(self, shape: list[int]) -> tuple[int, int] | None:
+        """Return the second largest axis and the largest one, or None if the second moment isn't factored."""
         if len(shape) < 2:
             return None
         smaller, larger = (int(axis) for axis in np.argsort(shape, kind="stable")[-2:])
-        return (smaller, larger) if shape[smaller] >= self.LEAST_FACTORED else None
+        return (smaller, larger) if shape[smaller] >= self.MIN_FACTORED_SIZE else None
 
     def update(self, gradient: Any, weight: Any, states: Mapping[str, Any], decay: float) -> Update:
-        keep = self._number("second_moment_decay", weight)
+        moment2_decay = self._scalar("second_moment_decay", weight)
         square = gradient * gradient + 1e-30
-        axes = self._factored(list(weight.shape))
+        axes = self._factored_axes(list(weight.shape))
         if axes is None:
-            second = {"moment2": square + keep * (states["moment2"] - square)}
+            second = {"moment2": square + moment2_decay * (states["moment2"] - square)}
             scaled = gradient * paddle.rsqrt(second["moment2"])
         else:
             smaller, larger = axes
             second = {}
             for name, axis in (("row_moment2", larger), ("column_moment2", smaller)):
                 mean = reshard(square.mean(axis=axis), states[name].placements)
-                second[name] = mean + keep * (states[name] - mean)
+                second[name] = mean + moment2_decay * (states[name] - mean)
             row, column = second["row_moment2"].unsqueeze(larger), second["column_moment2"].unsqueeze(smaller)
             scaled = gradient * paddle.rsqrt(row / row.mean(axis=smaller, keepdim=True)) * paddle.rsqrt(column)
         beta1 = self._optim.betas[0]
@@ -299,7 +274,16 @@ class Adafactor(RuleOptimizer):
         return Update(direction, {"moment1": moment, **second})
 
 
-_BY_RULE: dict[str, type[RuleOptimizer]] = {"sgd": SGDMomentum, "lamb": Lamb, "lion": Lion, "adafactor": Adafactor}
+_RULES: dict[str, type[RuleOptimizer]] = {"sgd": SGDMomentum, "lamb": Lamb, "lion": Lion, "adafactor": Adafactor}
+
+
+class OptimizerParts(NamedTuple):
+    """An optimizer and what is set or read in each step."""
+
+    optimizer: paddle.optimizer.Optimizer
+    scheduler: paddle.optimizer.lr.LRScheduler  # step(n) sets the learning rate of the update after n completed ones
+    clip: GlobalNormClip  # knows the norms of the gradients
+    scalars: StepScalars  # set them to `step_scalars`
 
 
 def make_optimizer(
@@ -311,22 +295,20 @@ def make_optimizer(
     low_precision: bool = False,
     sharding_stage: int = 0,
     state_placements: StatePlacements | None = None,
-) -> tuple[paddle.optimizer.Optimizer, paddle.optimizer.lr.LRScheduler, GlobalNormClip, StepScalars]:
-    """The optimizer over all parameters that have a gradient, the scheduler that feeds it (``scheduler.step(n)`` sets
-    update n's rate), its clipping, which knows the gradients' norm, and the other numbers of a step (`step_numbers`).
+) -> OptimizerParts:
+    """Create the config's optimizer over all parameters of the model that have a gradient.
 
-    adamw: arXiv 1711.05101, the decay multiplied by the learning rate and applied to every parameter unless the config
-    says otherwise, as the seed has it. sgd: with momentum, the decay added to the (already clipped) gradient. lamb,
-    lion, adafactor: see their classes. `low_precision` parameters get float32 master copies. `sharding_stage` is
-    ZeRO's, `state_placements` where it puts what belongs to a parameter.
+    With `low_precision`, parameters in half precision get float32 master copies. `sharding_stage` is ZeRO's, and
+    `state_placements` returns where it puts a parameter's state.
     """
     scheduler = paddle.optimizer.lr.LambdaDecay(learning_rate=1.0, lr_lambda=learning_rate)
-    numbers = StepScalars()
+    scalars = StepScalars()
+    names = [name for name, _ in model.named_parameters()]
+    depth = len({match[1] for name in names if (match := re.match(r"blocks\.(\d+)\.", name))})
     trained = {name: parameter for name, parameter in model.named_parameters() if not parameter.stop_gradient}
-    depth = len({found[1] for name, _ in model.named_parameters() if (found := re.match(r"blocks\.(\d+)\.", name))})
     groups = {parameter.name: param_group(name, depth, optim) for name, parameter in trained.items()}
-    layers = {parameter.name: layer_index(name) for name, parameter in trained.items()}
-    clip = GlobalNormClip(optim.clip_norm, layers, lambda: numbers.value("step"))
+    norm_groups = {parameter.name: norm_group(name) for name, parameter in trained.items()}
+    clip = GlobalNormClip(optim.clip_norm, norm_groups, lambda: scalars.value("step"))
     common: dict[str, Any] = {
         "parameters": list(trained.values()),
         "weight_decay": None,
@@ -336,12 +318,12 @@ def make_optimizer(
     if optim.name == "adamw":
         common["weight_decay"] = decay_coefficient(optim)
         (beta1, beta2), epsilon = optim.betas, optim.epsilon
-        optimizer = AdamW(scheduler, groups, numbers, beta1=beta1, beta2=beta2, epsilon=epsilon, **common)
+        optimizer = AdamW(scheduler, groups, scalars, beta1=beta1, beta2=beta2, epsilon=epsilon, **common)
     else:
-        optimizer = _BY_RULE[optim.name](scheduler, optim, groups, numbers, **common)
+        optimizer = _RULES[optim.name](scheduler, optim, groups, scalars, **common)
     if optim.ema_decay > 0.0:
-        optimizer.average_weights()
+        optimizer.enable_ema()
     optimizer.average_over(num_micro_batches)
     if state_placements is not None and sharding_stage > 0:
         optimizer.shard_state(state_placements, scatter_gradients=sharding_stage > 1)
-    return optimizer, scheduler, clip, numbers
+    return OptimizerParts(optimizer, scheduler, clip, scalars)

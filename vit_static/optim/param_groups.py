@@ -1,4 +1,4 @@
-"""Per-parameter learning-rate multiplier and weight-decay flag."""
+"""Per-parameter learning-rate multiplier and weight-decay flag; freezing."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from paddle import nn
 
 from vit_static.config.schema import OptimConfig
 
-# -- each parameter's own --------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """What is different for a parameter."""
+    """Settings of a parameter that differ from those of others."""
 
-    rate: float  # times the step's
+    lr_multiplier: float
     decays: bool
 
 
 def param_group(name: str, depth: int, optim: OptimConfig) -> ParamGroup:
-    """Of a parameter by the model's name for it, in a model of `depth` blocks.
+    """Return the settings of a parameter, by its name in a model of `depth` blocks.
 
-    The rate falls by `layer_decay` with each layer above, as in BEiT and MAE: the last norm and the head have none
-    above, block i has depth - i, patch embedding, position and tokens have depth + 1.
+    The learning rate is multiplied by `layer_decay` for each layer above the parameter, as in BEiT and MAE. The last
+    norm and the head have no layer above them, block i has depth - i, and the patch embedding, the position embedding
+    and the tokens have depth + 1.
     """
     kinds = set()
     if re.fullmatch(r"(.*\.)?(norm[12]?|ls[12])\.\w+", name):
@@ -34,21 +33,26 @@ def param_group(name: str, depth: int, optim: OptimConfig) -> ParamGroup:
     if name in ("cls_token", "reg_token", "pos_embed"):
         kinds.add("embedding")
     block = re.match(r"blocks\.(\d+)\.", name)
-    above = depth - int(block[1]) if block else 0 if name.startswith(("norm.", "head")) else depth + 1
-    return ParamGroup(optim.layer_decay**above, not kinds & set(optim.no_decay))
+    if name.startswith(("norm.", "head")):
+        num_layers_above = 0
+    elif block:
+        num_layers_above = depth - int(block[1])
+    else:
+        num_layers_above = depth + 1
+    return ParamGroup(optim.layer_decay**num_layers_above, not kinds & set(optim.no_decay))
 
 
-def layer_index(name: str) -> str:
-    """What a parameter's gradient is added up with for people to read: its block, or what it belongs to outside."""
+def norm_group(name: str) -> str:
+    """Return the group in which a parameter's gradient norm is reported: its block, or its layer outside the blocks."""
     return ".".join(name.split(".")[: 2 if name.startswith("blocks.") else 1])
 
 
 def freeze_backbone(model: nn.Layer) -> None:
-    """Leaves only the head to be trained: a linear probe."""
+    """Stop the gradients of all parameters except the head's: a linear probe."""
     for name, parameter in model.named_parameters():
         parameter.stop_gradient = not name.startswith("head")
 
 
 def decay_coefficient(optim: OptimConfig) -> float:
-    """What is multiplied by the step's rate."""
+    """Return the factor that, times the step's learning rate, is the weight decay of the step."""
     return optim.weight_decay if optim.decay_times_lr else optim.weight_decay / optim.lr

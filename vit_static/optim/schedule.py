@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step."""
+"""Learning-rate schedules as pure functions of the step, and the lengths of a run and its warmup."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from vit_static.config.schema import OptimConfig, ScheduleConfig, TrainConfig
 def learning_rate(
     step: int, total_steps: int, optim: OptimConfig, schedule: ScheduleConfig, warmup_steps: int | None = None
 ) -> float:
-    """The rate of the update that follows `step` done ones (so `warmup_start_lr`, 0, for the first with a warmup).
+    """Return the learning rate of the update that follows `step` completed ones.
 
-    `warmup_steps` None: the schedule's own. As the seed has it, the decay begins after the warmup and ends at
-    `total_steps`, and the warmup rises linearly to the peak. With `decay_begins` at_start the decay counts from step 0,
-    as timm's schedulers do: what the warmup hides of it is left out. rsqrt and the cooldown, which multiplies the rest
-    by the share of its steps that are left, are big_vision's. Past the end the last value holds.
+    The warmup rises linearly from `warmup_start_lr`, in the first update, to `optim.lr`. `warmup_steps` None means
+    `schedule.warmup_steps`. As in PLSC, the decay begins after the warmup and ends at `total_steps`. With
+    `decay_begins` at_start it is counted from step 0, as in timm's schedulers, and the warmup replaces its beginning.
+    rsqrt and the cooldown, which decreases linearly from 1 to 0 and multiplies the rate, are big_vision's. After
+    `total_steps`, the rate stays constant.
     """
     step = min(step, total_steps)
     warmup = min(schedule.warmup_steps if warmup_steps is None else warmup_steps, total_steps)
     if step < warmup:
         return schedule.warmup_start_lr + (optim.lr - schedule.warmup_start_lr) * step / warmup
-    begin = warmup if schedule.decay_begins == "after_warmup" else 0
-    progress = (step - begin) / max(total_steps - begin, 1)
+    decay_start = warmup if schedule.decay_begins == "after_warmup" else 0
+    progress = (step - decay_start) / max(total_steps - decay_start, 1)
     decay = {
         "cosine": lambda: schedule.end_lr + 0.5 * (optim.lr - schedule.end_lr) * (1.0 + math.cos(math.pi * progress)),
         "linear": lambda: schedule.end_lr + (optim.lr - schedule.end_lr) * (1.0 - progress),
@@ -33,12 +34,12 @@ def learning_rate(
     return decay() * cooldown
 
 
-_ENDLESS = 2.0**62  # images; more epochs than that make no whole number of steps
+_MAX_IMAGES = 2.0**62  # the number of steps must stay an exact integer
 
 
 def total_steps(train: TrainConfig, num_images: int, global_batch_size: int) -> int:
-    """Optimizer steps of a run: whole batches of the images that it has, at least one."""
-    images = min(train.epochs * num_images, _ENDLESS)
+    """Return the number of optimizer steps of a run: full batches only, but at least one."""
+    images = min(train.epochs * num_images, _MAX_IMAGES)
     if train.max_images is not None:
         images = min(images, train.max_images)
     steps = max(1, math.floor(images / global_batch_size + 1e-9))
@@ -46,7 +47,7 @@ def total_steps(train: TrainConfig, num_images: int, global_batch_size: int) -> 
 
 
 def warmup_steps(schedule: ScheduleConfig, num_images: int, global_batch_size: int) -> int:
-    """Optimizer steps of the warmup."""
+    """Return the number of optimizer steps of the warmup."""
     if schedule.warmup_epochs is None:
         return schedule.warmup_steps
-    return round(min(schedule.warmup_epochs * num_images, _ENDLESS) / global_batch_size)
+    return round(min(schedule.warmup_epochs * num_images, _MAX_IMAGES) / global_batch_size)

@@ -1,4 +1,4 @@
-"""Place, reshard, replicate and read distributed values of a static program."""
+"""Create, place, reshard, replicate and read distributed values of a static program."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from paddle import nn
 from paddle.distributed.auto_parallel.placement_type import to_dim_map
 
 
-def persistable(name: str, shape: list[int], dtype: str, mesh: dist.ProcessMesh, placements: list[Any]) -> Any:
-    """A variable of the program being built that outlives a step; 0 at first."""
+def create_variable(name: str, shape: list[int], dtype: str, mesh: dist.ProcessMesh, placements: list[Any]) -> Any:
+    """Create a variable of the program being built that outlives a step, 0 at first. A number makes its name unique."""
     dim_map, partial = to_dim_map(placements, len(shape))
     return paddle.pir.core.create_persistable_value(
         dtype,
@@ -23,22 +23,22 @@ def persistable(name: str, shape: list[int], dtype: str, mesh: dist.ProcessMesh,
     )
 
 
-def _place_variable(value: Any, mesh: dist.ProcessMesh, placements: list[Any]) -> None:
-    """Says of a persistable variable, before the program is cut, how it is split."""
+def place_variable(variable: Any, mesh: dist.ProcessMesh, placements: list[Any]) -> None:
+    """Set the placements of a persistable variable, before the engine splits the program."""
     libpir = paddle.base.libpaddle.pir
-    dim_map, partial = to_dim_map(placements, len(value.shape))
+    dim_map, partial = to_dim_map(placements, len(variable.shape))
     attributes = libpir.create_tensor_dist_attribute(mesh, dim_map, partial)
-    value.set_type(libpir.cvt_to_dist_type(value.type(), attributes))
-    value.get_defining_op().dist_attr = libpir.create_op_dist_attribute(mesh, [], [attributes])
+    variable.set_type(libpir.cvt_to_dist_type(variable.type(), attributes))
+    variable.get_defining_op().dist_attr = libpir.create_op_dist_attribute(mesh, [], [attributes])
 
 
 def reshard(value: Any, placements: list[Any]) -> Any:
-    """A value of the program, placed otherwise on the same mesh."""
+    """Return the value with other placements on the same mesh."""
     return value if value.placements == placements else dist.reshard(value, value.process_mesh, placements)
 
 
 def replicate(value: Any, mesh: dist.ProcessMesh) -> Any:
-    """A value, placed nowhere yet or on all ranks, whole on every rank of a mesh."""
+    """Return the value replicated over `mesh`. It must have no placements yet, or be replicated on another mesh."""
     if not value.is_dist():
         world = dist.auto_parallel.get_mesh()
         value = dist.shard_tensor(value, world, [dist.Replicate()] * world.ndim)
@@ -46,14 +46,15 @@ def replicate(value: Any, mesh: dist.ProcessMesh) -> Any:
 
 
 def assign_to(variable: Any, value: Any) -> None:
-    """Stores a value in a persistable variable of the program."""
+    """Store a value in a persistable variable of the program."""
     paddle.assign(value, output=variable)
 
 
 def local_array(tensor: paddle.Tensor) -> np.ndarray:
-    """The part of a distributed tensor that this rank holds."""
+    """Return the part of a distributed tensor that this rank holds, as an array."""
     return np.array(local_tensor(tensor))
 
 
 def local_tensor(tensor: paddle.Tensor) -> paddle.Tensor:
+    """Return the part of a distributed tensor that this rank holds."""
     return tensor._local_value() if tensor.is_dist() else tensor

@@ -1,16 +1,17 @@
-"""What Paddle 3.3.1 lacks to run its auto-parallel static program on CPU processes: collectives over gloo.
+"""Collectives over gloo, with which Paddle 3.3.1 runs its auto-parallel static program on CPU processes.
 
-`install` is called before the process group is started, on CPUs with more than one process alone; on cards
-Paddle's own NCCL path runs untouched.
+`install` is called before the process group is started, and only on CPUs with several processes. On GPUs, Paddle's own
+NCCL collectives run unchanged.
 """
 
 from __future__ import annotations
 
 import socket
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import paddle
@@ -24,39 +25,41 @@ from paddle.static.python_op import register_op
 
 STORE_TIMEOUT_S = 900
 
-_stores: list[Any] = []  # held for the life of the process: a store's end closes its sockets
-_num_stores: Counter[str] = Counter()
+
+@dataclass
+class Traffic:
+    """Collectives of one kind that this rank has executed, and the bytes that it put into them."""
+
+    num_calls: int = 0
+    num_bytes: int = 0
+
+
+traffic: defaultdict[str, Traffic] = defaultdict(Traffic)  # by kind; what a plan predicts can be compared with it
+seconds_spent = 0.0  # in all collectives, including the wait for other ranks
+
+_stores: list[Any] = []  # kept until the process ends, since a store closes its sockets when it is destroyed
+_num_stores: Counter[str] = Counter()  # by the ranks of the group
 _groups: dict[int, Any] = {}  # by ring
-_senders: dict[int, ThreadPoolExecutor] = {}
-_members_of_new_group: list[list[int]] = []
-_paddles: dict[str, Any] = {}  # what `install` has replaced
-moved_bytes: Counter[tuple[str, int]] = Counter()  # by kind and ring: what this rank has put into collectives
-num_calls: Counter[tuple[str, int]] = Counter()
-seconds_spent = 0.0  # in all of them, waiting for the others included
+_senders: dict[int, ThreadPoolExecutor] = {}  # by ring
+_paddle_reshard: Any = None  # set by `install`
 
 
 def install() -> None:
-    """Makes groups, barriers and the auto-parallel engine's communicators work over gloo."""
-    if _paddles:
+    """Make process groups, barriers and resharding of Paddle's auto-parallel engine work over gloo."""
+    global _paddle_reshard
+    if _paddle_reshard is not None:
         return
-    _paddles["reshard"] = core.reshard
-    _paddles["new_group"] = collective.new_group
-    _paddles["_new_process_group_impl"] = collective._new_process_group_impl
+    _paddle_reshard = core.reshard
     process_group.ProcessGroup.instantiate = _instantiate
     paddle._legacy_C_ops.barrier = _barrier
     core.reshard = _reshard  # type: ignore[assignment]
-    collective._new_process_group_impl = _new_process_group
-    collective.new_group = dist.new_group = _new_group
-    # `dist.load_state_dict` stages every tensor through `.cuda()`, on builds without CUDA too.
-    if not paddle.is_compiled_with_cuda():
-        paddle.Tensor.cuda = lambda self, *args, **kwargs: self
 
 
-# -- groups ----------------------------------------------------------------------------------------------------------
+# Groups
 
 
 def _instantiate(self: Any) -> None:
-    """`ProcessGroup.instantiate` knows only accelerators ('No CUDA device found'): a gloo group instead."""
+    """Create a gloo group. Replaces `ProcessGroup.instantiate`, which fails without a GPU ('No CUDA device found')."""
     if self._is_instantiate:
         return
     rank = dist.get_rank()
@@ -67,9 +70,9 @@ def _instantiate(self: Any) -> None:
 
 
 def _group_store(ranks: list[int], rank: int) -> Any:
-    """A key-value store of the group's own: gloo's keys carry no group, so two groups in one store collide.
+    """Return a key-value store for one group. Gloo's keys don't name the group, so two groups in one store collide.
 
-    The group's first rank serves it on a free port, which it publishes in the global store.
+    The first rank of the group serves the store on a free port, which it publishes in the global store.
     """
     members = "_".join(map(str, ranks))
     key = f"vit_static/{members}/{_num_stores[members]}"
@@ -80,7 +83,7 @@ def _group_store(ranks: list[int], rank: int) -> Any:
         with socket.socket() as free:
             free.bind(("", 0))
             port = free.getsockname()[1]
-        # For one process, that is: without waiting here for the others.
+        # The number of processes is 1, so that this doesn't wait for the others.
         store = core.TCPStore(host, port, True, 1, STORE_TIMEOUT_S)
         global_store.set(key, str(port))
     else:
@@ -90,42 +93,25 @@ def _group_store(ranks: list[int], rank: int) -> Any:
     return store
 
 
-def _new_group(ranks: list[int] | None = None, *arguments: Any, **options: Any) -> Any:
-    """`dist.new_group`, which checkpoints use, with a store of the group's own."""
-    members = sorted(ranks) if ranks is not None else list(range(dist.get_world_size()))
-    _members_of_new_group.append(members)
-    try:
-        return _paddles["new_group"](ranks, *arguments, **options)
-    finally:
-        _members_of_new_group.pop()
-
-
-def _new_process_group(backend: str, store: Any, rank: int, *arguments: Any, group_id: int = 0, **options: Any) -> Any:
-    if backend == "gloo" and group_id != 0:
-        members = _members_of_new_group[-1]
-        store = _group_store(members, members[rank])
-    return _paddles["_new_process_group_impl"](backend, store, rank, *arguments, group_id=group_id, **options)
-
-
 def _barrier(*_: Any) -> None:
-    """The barrier operator has no CPU kernel; the process group has one."""
+    """Wait for all ranks. Replaces the barrier operator, which has no CPU kernel, by the process group's barrier."""
     dist.communication.group._get_global_group().process_group.barrier(dist.get_rank()).wait()
 
 
 def _reshard(tensor: Any, attributes: Any) -> Any:
-    """Parameters of another pipeline stage hold nothing here; Paddle's would ask for a GPU to put nothing on."""
-    return _paddles["reshard"](tensor, attributes) if tensor._is_initialized() else tensor
+    """Reshard, except for another pipeline stage's parameters: they hold no data here, and Paddle requires a GPU."""
+    return _paddle_reshard(tensor, attributes) if tensor._is_initialized() else tensor
 
 
-# -- collectives in the compiled program -----------------------------------------------------------------------------
+# Collectives in the compiled program
 #
-# The executor keeps one communicator in the one CPU device context, and the last ring built wins, without an error: so
-# every collective is replaced by an operator of ours that names its ring's group.
+# Paddle's executor has one communicator per device context, and all rings of a CPU share one context: the last ring
+# created silently replaces the others. So every collective is replaced by an operator that names its ring's group.
 
 
 def replace_collectives(program: Any) -> None:
-    """Puts our operators in the place of Paddle's collectives, in a program as one rank executes it."""
-    replacing = {
+    """Replace Paddle's collectives, in the program that one rank executes, by the operators below."""
+    replacements = {
         "pd_op.all_reduce": all_reduce,
         "pd_op.all_reduce_": all_reduce,
         "pd_op.all_gather": all_gather,
@@ -135,7 +121,7 @@ def replace_collectives(program: Any) -> None:
     }
     with paddle.static.program_guard(program):
         for operation in list(program.global_block().ops):
-            function = replacing.get(operation.name())
+            function = replacements.get(operation.name())
             if function is not None:
                 _replace(operation, function)
 
@@ -146,17 +132,17 @@ def _replace(operation: Any, function: Callable[..., Any]) -> None:
     pir.set_insertion_point(operation)
     result = None if is_send else operation.result(0)
     if is_receive:
-        given = paddle.full([1], 0, "float32")
-        given.get_defining_op().op_role = operation.op_role
+        operand = paddle.full([1], 0, "float32")
+        operand.get_defining_op().op_role = operation.op_role
     else:
-        given = operation.operand_source(0)
-    shape, dtype = ([1], given.dtype) if result is None else (result.shape, result.dtype)
+        operand = operation.operand_source(0)
+    shape, dtype = ([1], operand.dtype) if result is None else (result.shape, result.dtype)
     option = attributes["peer"] if is_send or is_receive else attributes.get("reduce_type", dist.ReduceOp.SUM)
-    made = function(given, tuple(shape), dtype, attributes["ring_id"], int(option))
-    made.get_defining_op().op_role = operation.op_role
+    new_result = function(operand, tuple(shape), dtype, attributes["ring_id"], int(option))
+    new_result.get_defining_op().op_role = operation.op_role
     if result is not None:
-        made.stop_gradient = result.stop_gradient
-        result.replace_all_uses_with(made)
+        new_result.stop_gradient = result.stop_gradient
+        result.replace_all_uses_with(new_result)
     operation.erase()
 
 
@@ -165,7 +151,9 @@ def _meta(x: Any, shape: tuple[int, ...], dtype: Any, ring: int, option: int) ->
 
 
 def _operator(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Its parameters by name: Paddle binds the constant ones.
+    """Register a function as an operator `vit_static_NAME`, and time its execution."""
+
+    # Spelled out instead of *args: Paddle binds constant arguments by their names.
     def timed(x: paddle.Tensor, shape: tuple[int, ...], dtype: Any, ring: int, option: int) -> paddle.Tensor:
         global seconds_spent
         started = time.perf_counter()
@@ -178,15 +166,15 @@ def _operator(function: Callable[..., Any]) -> Callable[..., Any]:
     return register(timed)
 
 
-def _count(kind: str, ring: int, x: paddle.Tensor) -> None:
-    moved_bytes[kind, ring] += x.size * x.element_size()
-    num_calls[kind, ring] += 1
+def _count(kind: str, x: paddle.Tensor) -> None:
+    traffic[kind].num_calls += 1
+    traffic[kind].num_bytes += x.size * x.element_size()
 
 
 @_operator
 def all_reduce(x: paddle.Tensor, shape: tuple[int, ...], dtype: Any, ring: int, option: int) -> paddle.Tensor:
-    _count("all_reduce", ring, x)
-    group, total = _groups[ring], _summable(x)
+    _count("all_reduce", x)
+    group, total = _groups[ring], _to_summable(x)
     kinds = {
         dist.ReduceOp.SUM: core.ReduceOp.SUM,
         dist.ReduceOp.MAX: core.ReduceOp.MAX,
@@ -198,14 +186,14 @@ def all_reduce(x: paddle.Tensor, shape: tuple[int, ...], dtype: Any, ring: int, 
     return (total / group.size() if option == dist.ReduceOp.AVG else total).astype(x.dtype)
 
 
-def _summable(x: paddle.Tensor) -> paddle.Tensor:
-    """A copy that gloo adds up rightly: of float16 and bfloat16 it makes infinities and wrong sums, silently."""
+def _to_summable(x: paddle.Tensor) -> paddle.Tensor:
+    """Copy to a dtype that gloo sums correctly: its sums of float16 and bfloat16 are wrong, without an error."""
     return x.astype("float32") if x.dtype in (paddle.float16, paddle.bfloat16) else x.clone()
 
 
 @_operator
 def all_gather(x: paddle.Tensor, shape: tuple[int, ...], dtype: Any, ring: int, option: int) -> paddle.Tensor:
-    _count("all_gather", ring, x)
+    _count("all_gather", x)
     gathered = paddle.empty([x.shape[0] * _groups[ring].size(), *x.shape[1:]], x.dtype)
     _groups[ring].all_gather_into_tensor(gathered, x.contiguous(), True).wait()
     return gathered
@@ -213,9 +201,9 @@ def all_gather(x: paddle.Tensor, shape: tuple[int, ...], dtype: Any, ring: int, 
 
 @_operator
 def reduce_scatter(x: paddle.Tensor, shape: tuple[int, ...], dtype: Any, ring: int, option: int) -> paddle.Tensor:
-    """By an all-reduce of which the own part is kept: gloo has no reduce-scatter in Paddle."""
-    _count("reduce_scatter", ring, x)
-    group, total = _groups[ring], _summable(x)
+    """All-reduce, and return this rank's part: Paddle has no reduce-scatter over gloo."""
+    _count("reduce_scatter", x)
+    group, total = _groups[ring], _to_summable(x)
     group.all_reduce(total, core.ReduceOp.SUM, True).wait()
     size = x.shape[0] // group.size()
     part = total[group.rank() * size : (group.rank() + 1) * size]
@@ -224,8 +212,8 @@ def reduce_scatter(x: paddle.Tensor, shape: tuple[int, ...], dtype: Any, ring: i
 
 @_operator
 def send(x: paddle.Tensor, shape: tuple[int, ...], dtype: Any, ring: int, option: int) -> paddle.Tensor:
-    """On a thread of the ring's own, which keeps the order: a send that waits for its receiver would stop 1F1B."""
-    _count("send", ring, x)
+    """Send in the background, in order: waiting here for the receiver would block the 1F1B schedule."""
+    _count("send", x)
     thread = _senders.setdefault(ring, ThreadPoolExecutor(1))
     copy = x.clone()
     thread.submit(lambda: _groups[ring].send(copy, option, True).wait())
@@ -236,5 +224,5 @@ def send(x: paddle.Tensor, shape: tuple[int, ...], dtype: Any, ring: int, option
 def receive(x: paddle.Tensor, shape: tuple[int, ...], dtype: Any, ring: int, option: int) -> paddle.Tensor:
     received = paddle.empty(list(shape), dtype)
     _groups[ring].recv(received, option, True).wait()
-    _count("receive", ring, received)
+    _count("receive", received)
     return received

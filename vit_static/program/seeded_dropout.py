@@ -12,7 +12,7 @@ import paddle
 import paddle.distributed as dist
 import paddle.nn.functional as F
 
-from vit_static.parallel.dist_values import assign_to, persistable
+from vit_static.parallel.dist_values import assign_to, create_variable
 
 # Attributes of operators; the value is the dropout's index.
 _DROPOUT, _DROPOUT_SEED = "vit_static_dropout", "vit_static_seed_of_dropout"
@@ -56,8 +56,8 @@ class SeededDropout:
         for stage in set(self._stages):
             mesh = self._meshes[stage]
             replicated = [dist.Replicate()] * mesh.ndim
-            seeds = persistable("dropout_seeds", [len(self._stages)], "int32", mesh, replicated)
-            num_done = persistable("dropout_micro_batches", [1], "int32", mesh, replicated)
+            seeds = create_variable("dropout_seeds", [len(self._stages)], "int32", mesh, replicated)
+            num_done = create_variable("dropout_micro_batches", [1], "int32", mesh, replicated)
             self._names[stage] = (seeds.name, num_done.name)
             current = seeds + num_done
             for index, dropout_stage in enumerate(self._stages):

@@ -11,7 +11,7 @@ import paddle
 import paddle.distributed as dist
 
 from vit_static.checkpoint.sharded_state import ShardedReader, slice_on_rank
-from vit_static.optim.optimizers import EMA
+from vit_static.optim.ema import EMA
 from vit_static.parallel.dist_values import local_array, local_tensor
 from vit_static.parallel.mesh import Mesh
 from vit_static.program import engine

@@ -21,7 +21,7 @@ from vit_static.common.errors import ConfigError, WeightsError
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
 from vit_static.model.variants import grid_of, variant_of
-from vit_static.optim.optimizers import EMA
+from vit_static.optim.ema import EMA
 from vit_static.weights.formats import ExternalWeights, State, fuse_qkv, read_weights
 
 
