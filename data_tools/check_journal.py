@@ -56,7 +56,7 @@ class Journal:
             digests = np.array(entry["digests"], np.uint64)
         except (KeyError, TypeError, ValueError, OverflowError):
             return None
-        texts = (text for found in problems for text in (found.path, found.split, found.kind, found.detail))
+        texts = (text for problem in problems for text in (problem.path, problem.split, problem.kind, problem.detail))
         return BatchResult(digests, problems) if all(isinstance(text, str) for text in texts) else None
 
     def add(self, split: str, start: int, state: str, result: BatchResult) -> None:

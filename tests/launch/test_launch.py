@@ -366,7 +366,7 @@ def test_two_nodes_train_as_one_launch_does(job: Job, losses_of_one_launch: list
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_nodes", [2, 1], ids=["a task a node", "a task a process"])
+@pytest.mark.parametrize("num_nodes", [2, 1], ids=["one task per node", "one task per process"])
 def test_sruns_tasks_train_as_one_launch_does(job: Job, losses_of_one_launch: list[float], num_nodes: int) -> None:
     """Task 0 is rank 0 and prints for all."""
     srun(job, num_nodes=num_nodes)
@@ -504,7 +504,7 @@ def test_a_signal_is_not_answered_with_a_restart(light: LightJob) -> None:
     assert (code, stderr, len(light.calls("0"))) == (75, "", 1)
 
 
-@pytest.mark.parametrize("num_nodes", [2, 1], ids=["a task a node", "a task a process"])
+@pytest.mark.parametrize("num_nodes", [2, 1], ids=["one task per node", "one task per process"])
 def test_a_killed_rank_is_started_again_under_srun(light: LightJob, num_nodes: int) -> None:
     srun(light, *restarts(1), num_nodes=num_nodes, DEEDS_0="1 0", DEEDS_1="kill 0")
     (code, _, stderr), other = light.end()

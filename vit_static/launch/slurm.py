@@ -92,5 +92,5 @@ def expand_ranges(ranges: str) -> Iterator[str]:
 
 def expand_counts(counts: str) -> list[int]:
     """Slurm's `2(x3),1` as 2, 2, 2, 1."""
-    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
-    return [int(count) for count, repeats in found for _ in range(int(repeats or 1))]
+    groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
+    return [int(count) for count, repeats in groups for _ in range(int(repeats or 1))]

@@ -221,7 +221,7 @@ def _temporaries(ops: list[Any], cost_model: CostModel) -> _Temporaries:
     # Not the update's first operator: gradient buckets may start earlier (grad_buckets.py).
     after_backward = 1 + max((i for i, op in enumerate(ops) if _role(op) == "backward"), default=len(ops))
     change, activation_change = [0] * (len(ops) + 1), [0] * (len(ops) + 1)  # of the bytes alive, by operator
-    gradients = kept = 0
+    gradients = num_kept_bytes = 0
     for value, first, last in _lifetimes(ops):
         is_gradient = first_backward <= first < after_backward <= last
         is_in_update = is_gradient or _role(ops[first]) == "update"
@@ -230,8 +230,8 @@ def _temporaries(ops: list[Any], cost_model: CostModel) -> _Temporaries:
             changes[first] += size
             changes[last + 1] -= size
         gradients += size if is_gradient else 0
-        kept += size if first < first_backward <= last else 0
-    return _Temporaries(gradients, max(accumulate(activation_change)), kept, max(accumulate(change)))
+        num_kept_bytes += size if first < first_backward <= last else 0
+    return _Temporaries(gradients, max(accumulate(activation_change)), num_kept_bytes, max(accumulate(change)))
 
 
 def _lifetimes(ops: list[Any]) -> Iterator[tuple[Any, int, int]]:

@@ -1,4 +1,4 @@
-"""A run's asynchronous checkpoints: what was saved, what failed, what training waited."""
+"""A run's asynchronous checkpoints: saves, failures and their cost."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Checkpointer:
         self._writer.wait()
 
     def log_save_results(self) -> None:
-        """Log what has become of checkpoints since the last call; `problem` is the last one's."""
+        """Log the results of saves since the last call; `problem` is then the last one's."""
         while not self._writer.results.empty():
             self._log_result(self._writer.results.get())
 
     def describe(self) -> str | None:
-        """What all checkpoints have cost, if there were any."""
+        """Describe the cost of all checkpoints; None if there were none."""
         return self._writer.stats.describe() if self._writer.stats.num_written else None
 
     def _log_result(self, result: SaveResult) -> None:

@@ -1,4 +1,4 @@
-"""What a run measures: evaluation metrics, throughput, and the log of both."""
+"""Evaluation metrics, throughput, and the log of both."""
 
 from __future__ import annotations
 

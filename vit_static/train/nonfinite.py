@@ -17,7 +17,7 @@ from vit_static.train.run_spec import RunSpec
 
 @dataclass(frozen=True)
 class NonFiniteReport:
-    """A step whose gradients aren't finite: what to look at."""
+    """Facts about a step with non-finite gradients."""
 
     step: int  # counted from 1
     lr: float

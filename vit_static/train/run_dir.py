@@ -1,4 +1,4 @@
-"""The run's folder: its lock, and what a new or resumed run finds and leaves in it."""
+"""The run's folder: lock, recovery and description files."""
 
 from __future__ import annotations
 
@@ -81,10 +81,10 @@ class RunDir:
         write_class_names(self.path, class_names)
 
     def log_path(self, rank: int) -> Path:
-        """Where the output of libraries goes."""
+        """Return the file for the output of libraries."""
         return self.path / "log" / f"rank_{rank}.log"
 
     def resume_hint(self) -> str:
-        """What the user can resume from, for the end of a message."""
+        """Tell what the user can resume from, for the end of a message."""
         newest = latest_checkpoint(self.path)
         return "it has no checkpoint" if newest is None else f"the same command resumes from {newest}"

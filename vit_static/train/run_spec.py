@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Due:
-    """What a run has to do before its next step."""
+    """The work to do before the next step."""
 
     log: bool
     eval: bool
@@ -45,7 +45,7 @@ class RunSpec:
 
     @classmethod
     def resolve(cls, config: Config) -> RunSpec:
-        """Derive the spec of a run. Raises UserError for every mistake that can be found before anything is built."""
+        """Derive the spec of a run. Raise UserError for every mistake that can be found before anything is built."""
         # Imported here so that the rest of this module is usable without Paddle.
         from vit_static.model.variants import variant_of
         from vit_static.parallel.mesh import rank_and_world_size, resolve_mesh
@@ -77,15 +77,15 @@ class RunSpec:
         return self.config.data.global_batch_size
 
     def epoch(self, step: int) -> float:
-        """Epochs done after `step` optimizer steps."""
+        """Return the epochs done after `step` optimizer steps."""
         return step * self.batch_size / len(self.train_images)
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of the update that follows `step` done ones."""
+        """Return the learning rate of the update that follows `step` done ones."""
         return learning_rate(step, self.total_steps, self.config.optim, self.config.schedule, self.warmup_steps)
 
     def due(self, progress: Progress, logged_step: int) -> Due:
-        """What has to be done after `progress.step` steps, `logged_step` being the last one that was logged.
+        """Return the work that is due after `progress.step` steps; `logged_step` is the last one that was logged.
 
         It depends on the progress alone, so a run that was stopped before an evaluation does it after it resumes.
         """
@@ -108,7 +108,7 @@ class RunSpec:
         return self.train_images.digest()
 
     def data_position(self, progress: Progress) -> DataPosition:
-        """The position of the next batch in the order of the training images, and what that order is of."""
+        """Return the position of the next batch, and the properties of the set and order that it belongs to."""
         return DataPosition(
             progress.next_batch_index() * self.batch_size,
             len(self.train_images),

@@ -81,13 +81,13 @@ class StartPoint:
 
 @dataclass(frozen=True)
 class Start:
-    """What a run starts with."""
+    """The progress and weights that a run starts with."""
 
     progress: Progress
     run_id: str  # shared by all checkpoints of a run
     description: str
     is_resumed: bool
-    init_report: LoadReport | None  # what became of the arrays of init.from
+    init_report: LoadReport | None  # how the arrays of init.from were used
 
 
 def verify_checkpoint(path: Path, mesh: Mesh | None = None) -> str:

@@ -92,14 +92,14 @@ class StopController:
 
         `bad_image`: why the next batch can't be read; `failed_save`: why the last checkpoint couldn't be written.
         """
-        own: list[str] | None = None
+        proposal: list[str] | None = None
         if bad_image is not None:
-            own = [BAD_IMAGE, bad_image]
+            proposal = [BAD_IMAGE, bad_image]
         elif self._has_signal():
-            own = [ON_REQUEST, ""]
+            proposal = [ON_REQUEST, ""]
         elif failed_save is not None and self._stops_on_failed_save:
-            own = [UNSAVED, failed_save]
-        agreed = self._agree(own)
+            proposal = [UNSAVED, failed_save]
+        agreed = self._agree(proposal)
         if agreed is not None:
             self._stop = Stop(*agreed)
 

@@ -130,7 +130,7 @@ def is_over_last(axis: int, value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What a product does to its result before writing it, and the value of the program that it then writes."""
+    """The operations that a product applies to its result before writing it, and the value that it writes."""
 
     value: Any
     moves: tuple[Any, ...] = ()  # transpositions and reshapes, in order
