@@ -99,9 +99,9 @@ def test_eval_with_other_labels_other_images_and_converted_weights(workplace: Pa
     given = ["eval", "--checkpoint", "output/tiny", "-o", "data.root=real", "-o", "data.train=val"]
     real = run_sh(*given, "--real", "real.json", cwd=workplace)
     assert real.returncode == 0, real.stderr
-    found = json.loads(real.stdout.splitlines()[-1])
+    metrics = json.loads(real.stdout.splitlines()[-1])
     num_hits = round(result["top1"] * 30 / 100)
-    assert found["num_images"] == 29 and round(found["top1"] * 29 / 100) in (num_hits - 1, num_hits)
+    assert metrics["num_images"] == 29 and round(metrics["top1"] * 29 / 100) in (num_hits - 1, num_hits)
 
     for target in ("converted.safetensors", "converted.npz"):
         converted = run_sh("convert", "--from", "output/tiny", "--to", target, cwd=workplace)
@@ -264,10 +264,10 @@ def test_a_stopped_run_resumes_to_the_same_bits(workplace: Path, number: signal.
     assert not (run / "model.pdparams").exists()
     done = run_sh(*arguments, cwd=workplace, OMP_NUM_THREADS=threads)
     assert done.returncode == 0 and "resumed from" in done.stdout
-    whole, parts = (
+    expected, resumed = (
         read_state(workplace / f"output/{name}{int(number)}/model.pdparams") for name in ("unbroken", "stopped")
     )
-    assert all(np.array_equal(parts[name], whole[name]) for name in whole)
+    assert all(np.array_equal(resumed[name], expected[name]) for name in expected)
 
 
 @pytest.mark.slow
@@ -287,11 +287,11 @@ def test_two_processes_train_as_one(workplace: Path) -> None:
     np.testing.assert_allclose(losses["2"], losses["1"], rtol=1e-4)
     for one, two in zip(evaluations["1"], evaluations["2"], strict=True):
         assert two["num_images"] == 30 and two["top1"] == one["top1"]
-    found = [json.loads((workplace / f"output/dp{nproc}/evaluation.json").read_text()) for nproc in ("1", "2")]
-    for one, two in zip(*(of_run["images"] for of_run in found), strict=True):
+    errors = [json.loads((workplace / f"output/dp{nproc}/evaluation.json").read_text()) for nproc in ("1", "2")]
+    for one, two in zip(*(each["images"] for each in errors), strict=True):
         for key in ("loss", "probability"):  # the order of additions shows in their last digits
             assert two.pop(key) == pytest.approx(one.pop(key), rel=1e-3)
-    assert found[0] == found[1] and found[0]["images"]
+    assert errors[0] == errors[1] and errors[0]["images"]
     evaluated = [
         json.loads(run_sh("eval", "--checkpoint", path, cwd=workplace, NPROC=n).stdout.splitlines()[-1])
         for n, path in (("1", "output/dp2"), ("2", "output/dp2/checkpoints/latest"))
@@ -330,8 +330,8 @@ def test_two_processes_in_low_precision(
     workplace: Path, losses_in_float32: list[float], overrides: list[str], tolerance: float
 ) -> None:
     """As one process in float32, within rounding."""
-    found = losses_of_ten_steps(workplace, "low_2", "2", *overrides)
-    np.testing.assert_allclose(found, losses_in_float32, rtol=tolerance)
+    losses = losses_of_ten_steps(workplace, "low_2", "2", *overrides)
+    np.testing.assert_allclose(losses, losses_in_float32, rtol=tolerance)
 
 
 # A run's meshes, one after the other: (processes, overrides). Its state is resharded at each change.
@@ -367,14 +367,14 @@ def test_a_run_resumes_on_other_meshes(workplace: Path) -> None:
 
     for number, (nproc, overrides) in enumerate(MESHES, 1):
         train("wandering", 2 * number, nproc, *overrides)
-        if number == 4:  # each rank writes its own part, and none the whole
+        if number == 4:  # each rank writes its own shard, and none the whole state
             parts = (workplace / "output/wandering/checkpoints/latest/").glob("rank_*.safetensors")
             sizes = [path.stat().st_size for path in parts]
             assert len(sizes) == 4 and max(sizes) < 1.2 * sum(sizes) / 4
     train("unbroken", 2 * len(MESHES), "1")
-    expected, found = losses("unbroken", "train", "loss"), losses("wandering", "train", "loss")
-    assert found.keys() == expected.keys()
-    np.testing.assert_allclose([found[step] for step in expected], list(expected.values()), rtol=1e-5)
+    expected, actual = losses("unbroken", "train", "loss"), losses("wandering", "train", "loss")
+    assert actual.keys() == expected.keys()
+    np.testing.assert_allclose([actual[step] for step in expected], list(expected.values()), rtol=1e-5)
     last = 2 * len(MESHES)
     for key in ("loss", "ema_loss"):
         evaluated = losses("wandering", "eval", key)[last]

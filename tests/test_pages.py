@@ -1,4 +1,4 @@
-"""The pages: what they link to is there, and the commands in them are ones that the program takes."""
+"""The documents: their links resolve, and the program accepts their commands."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ CONFIGS = ROOT / "configs"
 PAGES = [ROOT / "README.md", *sorted(CONFIGS.glob("*.md")), *sorted((ROOT / ".github").rglob("*.md"))]
 
 
-def named(page: Path) -> str:
+def page_name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
 def anchors(page: Path) -> set[str]:
-    """Those that GitHub gives the page's headings."""
+    """Return the anchors that GitHub gives the page's headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=named)
-def test_what_a_page_links_to_is_there(page: Path) -> None:
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_a_pages_links_resolve(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
     for target in targets:
@@ -40,16 +40,18 @@ def test_what_a_page_links_to_is_there(page: Path) -> None:
 
 
 def commands(page: Path) -> list[str]:
-    """The page's `./run.sh` commands in code blocks, of which none is cut short by three dots."""
+    """Return the `./run.sh` commands in the page's code blocks, except those that are cut short by three dots."""
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     lines = "\n".join(block for kind, block in blocks if kind in ("", "bash")).replace("\\\n", " ").splitlines()
-    found = [line[line.index("./run.sh ") :] for line in lines if re.match(r"(\$ |\w+=\S+ |srun )*\./run\.sh ", line)]
-    return [line for line in found if " ..." not in line]
+    commands = [
+        line[line.index("./run.sh ") :] for line in lines if re.match(r"(\$ |\w+=\S+ |srun )*\./run\.sh ", line)
+    ]
+    return [line for line in commands if " ..." not in line]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=named)
-def test_a_pages_commands_are_taken(page: Path) -> None:
-    """By the argument parser; and their configs load, with what they override."""
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_a_pages_commands_are_accepted(page: Path) -> None:
+    """By the argument parser; their configs load with the overrides."""
     for command in commands(page):
         arguments = shlex.split(command, comments=True)[1:]
         if arguments[0] in ("data", "test", "setup"):

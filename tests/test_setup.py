@@ -72,15 +72,15 @@ class Checkout:
         for name in ("launch", "config", "common"):
             shutil.copytree(ROOT / "vit_static" / name, package / name)
         self.caller_folder = folder / "caller"
-        (self.caller_folder / "data" / "digits").mkdir(parents=True)  # pretrain has nothing to make first
+        (self.caller_folder / "data" / "digits").mkdir(parents=True)  # pretrain has no data set to create first
 
     def start(self, *arguments: str, **environ: str) -> subprocess.Popen[str]:
-        kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+        inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
         active = {"VIRTUAL_ENV": str(self.environment), "VIT_STATIC_DEVICE": "cpu"}
         return subprocess.Popen(
             [str(self.root / "run.sh"), *arguments],
             cwd=self.caller_folder,
-            env={**kept, **active, **environ},
+            env={**inherited, **active, **environ},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -275,8 +275,8 @@ def test_two_nodes_number_their_ranks_by_themselves(set_up: Checkout) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         master = f"127.0.0.1:{free.getsockname()[1]}"
     nodes = [set_up.start("eval", PADDLE_NNODES="2", PADDLE_MASTER=master) for _ in range(2)]
-    told = [node.communicate(timeout=60)[0] for node in nodes]
-    assert sorted(line.split(" in ")[0] for line in told) == ["rank 0 of 2", "rank 1 of 2"]
+    outputs = [node.communicate(timeout=60)[0] for node in nodes]
+    assert sorted(line.split(" in ")[0] for line in outputs) == ["rank 0 of 2", "rank 1 of 2"]
     assert [node.returncode for node in nodes] == [0, 0]
 
 

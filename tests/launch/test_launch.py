@@ -82,13 +82,13 @@ class Job:
         (folder / "tiny.yaml").write_text(TINY.replace("root: ROOT", f"root: {small_digits}"))
 
     def start(self, *arguments: str, verb: str = "pretrain", **environ: str) -> None:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "PADDLE_"))}
-        own = {"VIT_STATIC_DEVICE": "cpu", "PYTHONPATH": str(self.code), "TEST_JOB": self.name}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "PADDLE_"))}
+        job_environ = {"VIT_STATIC_DEVICE": "cpu", "PYTHONPATH": str(self.code), "TEST_JOB": self.name}
         self.launches.append(
             subprocess.Popen(
                 [*self.prefix, sys.executable, "-m", "vit_static.launch", verb, "-c", "tiny.yaml", *arguments],
                 cwd=self.folder,
-                env=kept | own | environ,
+                env=inherited | job_environ | environ,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -113,13 +113,13 @@ class Job:
     def end(self, timeout_s: float = 120) -> list[tuple[int, str, str]]:
         """Return (exit code, stdout, stderr) of every launch; all of their processes must have ended by then."""
         deadline = time.monotonic() + timeout_s
-        told = [launched.communicate(timeout=max(deadline - time.monotonic(), 0.1)) for launched in self.launches]
+        outputs = [launched.communicate(timeout=max(deadline - time.monotonic(), 0.1)) for launched in self.launches]
         assert not self.processes()
-        return [(launched.returncode, *words) for launched, words in zip(self.launches, told, strict=True)]
+        return [(launched.returncode, *output) for launched, output in zip(self.launches, outputs, strict=True)]
 
     def processes(self) -> dict[int, dict[str, str]]:
         """The environments of the job's running processes, by process id."""
-        found = {}
+        environs = {}
         for path in Path("/proc").glob("[0-9]*/environ"):
             try:
                 entries = path.read_bytes().decode(errors="replace").split("\0")
@@ -127,8 +127,8 @@ class Job:
                 continue
             environ = dict(entry.split("=", 1) for entry in entries if "=" in entry)
             if environ.get("TEST_JOB") == self.name:
-                found[int(path.parent.name)] = environ
-        return found
+                environs[int(path.parent.name)] = environ
+        return environs
 
     def worker(self, rank: int) -> int:
         (number,) = [n for n, environ in self.processes().items() if environ.get("PADDLE_TRAINER_ID") == str(rank)]
