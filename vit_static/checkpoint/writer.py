@@ -36,7 +36,9 @@ from vit_static.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class SaveResult:
-    """Outcome of one checkpoint: written if `problem` is None, else the reason; earlier checkpoints are unaffected."""
+    """Outcome of one checkpoint. `problem` is None if it was written, otherwise the reason why not; earlier
+    checkpoints stay valid.
+    """
 
     step: int
     num_bytes: int  # over all ranks
@@ -125,7 +127,7 @@ class CheckpointWriter:
     # -- in the thread: nothing below may call Paddle, which the main thread is training with meanwhile --------------
 
     def _write(self, shard: RankShard, progress: Progress, meta: dict[str, Any], seconds_waited: float) -> None:
-        """Write a checkpoint and report the outcome; the thread's target. Never raises."""
+        """Write a checkpoint and queue its result. Target of the thread; never raises."""
         started = time.perf_counter()
         num_bytes = shard.num_bytes
         try:
@@ -199,12 +201,14 @@ def _recreate(folder: Path) -> None:
 
 
 def _attempt(path: Path, num_bytes: int, action: Callable[[], None]) -> str | None:
-    """Run `action` and return why it failed, None if it didn't. Never raises: the other ranks wait for this one."""
+    """Run `action`. Return None on success, otherwise why it failed. Never raises, because the other ranks wait for
+    this one.
+    """
     size = f" ({num_bytes:,} bytes were to be written)" if num_bytes else ""
     try:
         action()
     except OSError as error:
-        return f"{error.filename or path}: {error.strerror}{size}"
+        return f"{error.filename or path}: {error.strerror or error}{size}"
     except Exception as error:  # safetensors raises its own class for errors of the system
         return f"{path}: {error}{size}"
     return None

@@ -1,4 +1,4 @@
-"""Batches for the compiled program: DALI's outputs as Paddle tensors, without a copy."""
+"""Training and evaluation loaders: DALI's outputs as Paddle tensors without a copy, and errors that name the image."""
 
 from __future__ import annotations
 
@@ -116,8 +116,8 @@ class EvalLoader:
         def source(n: int) -> tuple[Any, ...]:
             n = min(n, len(self) - 1)  # DALI asks for batches beyond the last
             batch = outputs.read(n)
-            is_first = self.indices(n)[1]
-            return batch.encoded, _label_array(batch, self._num_multi_hot), is_first.astype(np.float32)
+            is_real = self.indices(n)[1]
+            return batch.encoded, _label_array(batch, self._num_multi_hot), is_real.astype(np.float32)
 
         prefetcher = Prefetcher(self.images, lambda n: self.indices(n)[0], self._data)
         pipeline = eval_pipeline(
@@ -140,7 +140,7 @@ class EvalLoader:
             prefetcher.close()
 
     def indices(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the dataset indices of this rank's part of the n-th batch, and which of them aren't padding."""
+        """Return the dataset indices of this rank's part of the n-th batch, and a mask that is False for padding."""
         start = (n * self._dp_size + self._dp_rank) * self._batch_size
         indices = np.arange(start, start + self._batch_size)
         is_real = indices < len(self.images)
@@ -148,7 +148,7 @@ class EvalLoader:
 
 
 class _PipelineOutputs:
-    """A pipeline's outputs as Paddle tensors that share DALI's memory, which is kept until the device has read it."""
+    """Pipeline outputs as Paddle tensors in DALI's memory, which is held until the device has read it."""
 
     def __init__(
         self, pipeline: Any, images: ImageDataset, prefetcher: Prefetcher, prefetch_batches: int, device_id: int | None
@@ -163,8 +163,10 @@ class _PipelineOutputs:
         self._read_error: DataError | None = None
 
     def close(self) -> None:
-        """Release the pipeline. The pipeline and its source refer to each other, so without this its memory would be
-        held until Python's garbage collector runs."""
+        """Release the pipeline.
+
+        The pipeline and its source refer to each other, so its memory would otherwise be held until garbage collection.
+        """
         self._pipeline = self._last = None
         self._in_use.clear()
 
@@ -191,13 +193,13 @@ class _PipelineOutputs:
         try:
             self._last = self._pipeline.run()
         except (DataError, RuntimeError) as error:
-            raise self._cause(error) from None
+            raise self._identify_error(error) from None
         self.seconds_waited += time.perf_counter() - started
         batch = tuple(from_dlpack(output.as_tensor()) for output in self._last)
         # Labels and weights come from the host; on a GPU the program takes all of its inputs from the GPU.
         return batch if self._device_id is None else tuple(part.cuda() for part in batch)
 
-    def _cause(self, error: Exception) -> Exception:
+    def _identify_error(self, error: Exception) -> Exception:
         """Return the error to raise for a pipeline that failed.
 
         DALI doesn't always name the image, so each recent one is decoded again until one fails.
@@ -212,7 +214,7 @@ class _PipelineOutputs:
 
 
 def why_undecodable(images: ImageDataset, index: int, device_id: int | None = None) -> DataError | None:
-    """Return the error that keeps training from using an image, or None if there is none."""
+    """Return the DataError that training would raise for an image, or None if it can be decoded."""
     try:
         encoded, _ = images.read(index)
         decoding_pipeline(1, 1, device_id).run(encoded=[encoded])

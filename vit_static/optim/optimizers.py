@@ -1,7 +1,10 @@
-"""Optimizers by the config's names. Each one is the states that it keeps and its update.
+"""Optimizers, selected by `optim.name`.
 
-g is the clipped gradient, p the parameter, lr the parameter's learning rate in this step, and decay its weight decay
-(`decay_coefficient`), 0 for a parameter without decay.
+To add one: subclass RuleOptimizer, register it in _OPTIMIZERS, add its name to OptimConfig.name (config/schema.py), and
+put its per-step values into step_scalars. CONTRIBUTING.md describes the tests.
+
+Notation: g is the clipped gradient, p the parameter, lr its learning rate in this step, and decay its weight-decay
+coefficient (0 if it isn't decayed).
 """
 
 from __future__ import annotations
@@ -274,7 +277,7 @@ class Adafactor(RuleOptimizer):
         return Update(direction, {"moment1": moment, **second})
 
 
-_RULES: dict[str, type[RuleOptimizer]] = {"sgd": SGDMomentum, "lamb": Lamb, "lion": Lion, "adafactor": Adafactor}
+_OPTIMIZERS: dict[str, type[RuleOptimizer]] = {"sgd": SGDMomentum, "lamb": Lamb, "lion": Lion, "adafactor": Adafactor}
 
 
 class OptimizerParts(NamedTuple):
@@ -320,7 +323,7 @@ def make_optimizer(
         (beta1, beta2), epsilon = optim.betas, optim.epsilon
         optimizer = AdamW(scheduler, groups, scalars, beta1=beta1, beta2=beta2, epsilon=epsilon, **common)
     else:
-        optimizer = _RULES[optim.name](scheduler, optim, groups, scalars, **common)
+        optimizer = _OPTIMIZERS[optim.name](scheduler, optim, groups, scalars, **common)
     if optim.ema_decay > 0.0:
         optimizer.enable_ema()
     optimizer.average_over(num_micro_batches)

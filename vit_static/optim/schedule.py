@@ -1,4 +1,7 @@
-"""Learning-rate schedules as pure functions of the step, and the lengths of a run and its warmup."""
+"""Learning-rate schedules as pure functions of the step, and the number of steps of a run and its warmup.
+
+`RunSpec.lr_at` calls `learning_rate`; the optimizers multiply it by each parameter's `lr_multiplier` (param_groups.py).
+"""
 
 from __future__ import annotations
 

@@ -135,7 +135,9 @@ class Mesh:
 
 
 def rank_and_world_size(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """Return what the launcher set for this process. Imports and connects nothing."""
+    """Return this process's rank and the world size, as the launcher set them; 0 and 1 without a launcher. Opens no
+    connections.
+    """
     return int(environ.get("PADDLE_TRAINER_ID", "0")), int(environ.get("PADDLE_TRAINERS_NUM", "1"))
 
 
@@ -158,7 +160,7 @@ def num_micro_batches(parallel: ParallelConfig) -> int:
 
 
 def resolve_mesh(parallel: ParallelConfig, world_size: int, global_batch_size: int, variant: Variant) -> MeshShape:
-    """Return the shape of the config's mesh, with `dp` computed if it is auto.
+    """Return the mesh shape of the config, with `dp` computed if it is auto.
 
     Raises ConfigError, before anything is built, if this mesh can't train the model.
     """
@@ -245,7 +247,7 @@ def make_mesh(rank: int, mesh_shape: MeshShape, device: str, device_id: int | No
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the generators of Paddle and NumPy, from which the initial weights are drawn: the same on every rank."""
+    """Seed Paddle's and NumPy's generators, so that all ranks draw the same initial weights."""
     paddle.seed(seed)
     np.random.seed(seed)
 

@@ -124,7 +124,9 @@ class Program:
         return cls(model, Criterion(config.loss), mesh, spec)
 
     def train_step(self, images: paddle.Tensor, labels: paddle.Tensor, step: int) -> Any:
-        """Run one update after `step` completed ones, without waiting for it; `loss_value` reads the returned loss."""
+        """Start the update that follows `step` completed ones and return its loss, which `loss_value` reads, without
+        waiting for the device.
+        """
         training = self._training()
         self._set_mode("train")
         self._scheduler.step(step)
@@ -138,16 +140,16 @@ class Program:
         return self._program(images, _as_input(labels))
 
     def loss_value(self, loss: Any) -> float:
-        """Return a loss of `train_step` as a number, the mean over the micro-batches. Waits for the device.
+        """Return a loss of `train_step` as a number, averaged over the micro-batches. Waits for the device.
 
-        0 on ranks of a pipeline's earlier stages, which have no loss (Mesh.mean doesn't count them).
+        Returns 0 on every pipeline stage but the last, which computes the loss; Mesh.mean ignores these zeros.
         """
         return 0.0 if loss is None else float(np.mean(np.asarray(loss)))
 
     def grad_norm(self) -> float:
         """Return the global norm of the last update's gradients before clipping. Waits for the device.
 
-        NaN on ranks of a pipeline's later stages, which don't know it.
+        Returns NaN on later pipeline stages, where the norm isn't available.
         """
         return self._clip.norm()
 
@@ -160,13 +162,13 @@ class Program:
         return None if self._spec.precision.dtype == "float16" else self._clip.first_nonfinite_step()
 
     def clear_nonfinite(self) -> None:
-        """Forget the non-finite step, after its effect on the state has been undone."""
+        """Clear the record of a non-finite step, after the state has been restored."""
         self._clip.clear_nonfinite()
 
     def eval_step(self, images: paddle.Tensor, labels: paddle.Tensor) -> np.ndarray:
         """Return loss.Criterion's values for this rank's images, [B, 4]. Waits for the device.
 
-        Zeros on ranks of a pipeline's earlier stages, which have no values (Mesh.all_reduce_sum doesn't count them).
+        Returns zeros on every pipeline stage but the last; Mesh.all_reduce_sum ignores them.
         """
         self._set_mode("eval")
         values = self._program(images, _as_input(labels))

@@ -1,4 +1,7 @@
-"""A run's asynchronous checkpoints: saves, failures and their cost."""
+"""Asynchronous saving of a run's checkpoints, and the log of the results.
+
+RunSpec.due and Trainer.fit decide when to save.
+"""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class EvalResult:
     predictions: Predictions
 
     @property
-    def judged(self) -> EvalMetrics:
+    def selection_metrics(self) -> EvalMetrics:
         """The metrics that decide which checkpoint is the best."""
         return self.ema or self.metrics
 

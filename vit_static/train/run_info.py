@@ -1,4 +1,4 @@
-"""A run's surroundings as its first event records them: machines, versions, mesh; its memory use."""
+"""Environment of a run for its first log event (machines, versions, mesh), and its memory use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Everything about a run that follows from its config, its data set and the number of ranks."""
+"""Run specification resolved from the config: datasets, mesh shape, number of steps, learning rate, and the schedule
+of logging, evaluation and checkpoints (`due`).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Due:
-    """The work to do before the next step."""
+    """Which of logging, evaluation and saving is due before the next step, and whether the schedule has ended."""
 
     log: bool
     eval: bool
@@ -87,7 +89,7 @@ class RunSpec:
     def due(self, progress: Progress, logged_step: int) -> Due:
         """Return the work that is due after `progress.step` steps; `logged_step` is the last one that was logged.
 
-        It depends on the progress alone, so a run that was stopped before an evaluation does it after it resumes.
+        An evaluation that a stop prevented is due again after resuming.
         """
         step, every = progress.step, self.config
         is_last = step >= self.total_steps

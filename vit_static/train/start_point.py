@@ -1,4 +1,4 @@
-"""Where a run starts: a checkpoint, before the weights that init.from names, before fresh weights."""
+"""Starting point of a run: a checkpoint, else the weights of init.from, else fresh weights."""
 
 from __future__ import annotations
 

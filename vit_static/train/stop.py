@@ -1,4 +1,8 @@
-"""Why and when a run stops: signals, unreadable images, failed saves, non-finite gradients."""
+"""Reasons for which a run stops early: signals, unreadable images, failed saves and non-finite gradients.
+
+SIGTERM and SIGINT during training: SignalWatch sets a flag, all ranks agree on the stop at the next step, the trainer
+saves a checkpoint, and the process ends with exit code 75. Before training, __main__.py handles them.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ class Stop:
 
 
 class SignalWatch:
-    """Notes SIGTERM and SIGINT while open, instead of letting them end the process.
+    """Records SIGTERM and SIGINT while open, instead of letting them end the process.
 
     A second signal ends the process at once, but not within a second of the first: a scheduler and a launcher may both
     forward the same request.

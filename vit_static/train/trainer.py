@@ -47,12 +47,12 @@ from vit_static.weights.source import merge_shards
 
 
 def train(config: Config, resume: str = "auto") -> bool:
-    """Train to the end of the schedule and return True, or until SIGTERM or SIGINT, save, and return False.
+    """Train to the end of the schedule and return True. On SIGTERM or SIGINT, save the state and return False.
 
-    `resume`: auto resumes from the latest checkpoint of the run's folder, if there is one; never starts again; the path
-    of a checkpoint or a run resumes from there. Raises UserError for mistakes in the config or the data, before
-    anything is built; DataError, on all ranks and with the state saved, for an image that can't be read; RunFailed
-    where the state can't be saved or gradients aren't finite.
+    `resume` is "auto" (the latest checkpoint of the run's folder, if there is one), "never" (start at step 0), or the
+    path of a checkpoint or of a run's folder. Raises UserError for a mistake in the config or data, before anything is
+    built; DataError, on all ranks and after saving, for an unreadable image; RunFailed if the state can't be saved or
+    gradients aren't finite.
     """
     spec = RunSpec.resolve(config)
     with RunDir.locked(config, spec.rank) as run:
@@ -64,7 +64,7 @@ def train(config: Config, resume: str = "auto") -> bool:
 
 
 class Trainer:
-    """One run. `progress` is all that changes and, with the program's state, all that a checkpoint stores."""
+    """One training run. A checkpoint stores `progress` and the program's state."""
 
     def __init__(
         self,
@@ -95,12 +95,12 @@ class Trainer:
             stops_on_failed_save=config.checkpoint.on_failure == "stop",
         )
         self.profiler = stack.enter_context(StepTrace(config.train.profile_steps, run.path, mesh, self.metrics.say))
-        self._loss: Any = None  # of the last step; read at log steps only, since reading waits for the device
+        self._loss: Any = None  # loss of the last step; read only when logging, because reading it waits for the device
 
     @classmethod
     @contextmanager
     def build(cls, spec: RunSpec, run: RunDir, start_point: StartPoint) -> Iterator[Trainer]:
-        """Connect the ranks, build the model, compile nothing yet, restore the state and open the log."""
+        """Connect the ranks, build model and program (compiled on first use), restore the state, open the log."""
         config = spec.config
         mesh = start_mesh(spec.mesh_shape, config.device)
         precision = choose_precision(config.amp, mesh.device, config.kernels, config.parallel)
@@ -130,15 +130,15 @@ class Trainer:
             yield trainer
 
     def fit(self) -> bool:
-        """Train to the end or to a stop; return whether it was the end."""
+        """Train until the schedule ends or a stop is requested. Return whether the schedule ended."""
         batch = self.next_batch()
         while True:
             due = self.spec.due(self.progress, self.metrics.logged_step)
-            if due.log:  # here, and for what is due below, the device is waited for; nowhere else
+            if due.log:  # only logging and the work below wait for the device
                 self.metrics.log_train(self.progress, self.program, self._loss, self.loader.seconds_waited)
             with self.metrics.not_training():
                 if due.any or self.stop.requested:
-                    bad_step = self._check_finite(due.log)  # before anything is overwritten
+                    bad_step = self._check_finite(due.log)  # before a non-finite state is evaluated or saved
                     if bad_step is not None and self.roll_back(bad_step):
                         batch = self.next_batch()
                         self.metrics.restart(self.progress.step, self.loader.seconds_waited)
@@ -158,7 +158,10 @@ class Trainer:
             batch = self.next_batch()
 
     def next_batch(self) -> Any:
-        """Return the next batch, and agree with all ranks on whether to stop; None after the last step or on a stop."""
+        """Return the next batch, and agree with all ranks on whether to stop.
+
+        None after the last step, and on a rank that can't read its batch.
+        """
         if self.progress.step >= self.spec.total_steps:
             return None
         batch, problem = None, None
@@ -171,9 +174,9 @@ class Trainer:
         return batch
 
     def roll_back(self, bad_step: NonFiniteStep) -> bool:
-        """Return to the last checkpoint, to continue without the bad batch; where that can't be, stop and return False.
+        """Restore the last checkpoint and skip the bad batch. If that isn't possible, request a stop and return False.
 
-        Waits for the checkpoint that is being written.
+        Waits first for a checkpoint that is still being written.
         """
         self.checkpoints.wait()
         checkpoint = latest_checkpoint(self.run.path)
@@ -195,15 +198,15 @@ class Trainer:
         return True
 
     def evaluate(self) -> bool:
-        """Evaluate, log it and write the report; return whether this is the run's best result so far."""
+        """Evaluate, log the metrics and write the report. Return whether the result is the run's best so far."""
         step = self.progress.step
         try:
             with self.profiler.span("evaluate"):
                 result = self.evaluator.evaluate(self.program)
-        except DataError as error:  # the same on all ranks
+        except DataError as error:  # raised on all ranks
             self.stop.request(BAD_IMAGE, str(error))
             return False
-        top1, best_top1 = result.judged.top1, self.progress.best_top1
+        top1, best_top1 = result.selection_metrics.top1, self.progress.best_top1
         is_best = best_top1 is None or top1 > best_top1
         self.progress = replace(self.progress, evaluated_step=step)
         if is_best:
@@ -213,11 +216,13 @@ class Trainer:
             with self.metrics.log_exceptions("the report"):
                 self.evaluator.analyze_errors(result, step).write(self.run.path / EVALUATION_FILE)
                 write_report(self.run.path)
-        self.mesh.first_non_none(None)  # ranks wait for the report on the host, where no collective times out
+        self.mesh.first_non_none(
+            None
+        )  # wait for the report on the host: this has no timeout, unlike a device collective
         return is_best
 
     def finish(self) -> bool:
-        """Wait for the last checkpoint; merge its weights at the end of the schedule, or say why the run stopped."""
+        """Wait for the last checkpoint; merge its weights at the end of the schedule, or log why the run stopped."""
         config, step = self.spec.config, self.progress.step
         self.checkpoints.wait()
         self.checkpoints.log_save_results()
@@ -238,7 +243,9 @@ class Trainer:
         else:
             self.metrics.log_event(step, str(self.stop.reason), problem=self.stop.message or None)
         if self.stop.reason == ON_REQUEST:
-            self.metrics.say(f"stopped on request at step {step}, state saved; the same command resumes from there")
+            self.metrics.say(
+                f"stopped by a signal at step {step}; the state is saved, and the same command resumes from there"
+            )
         if self.run.is_writer:
             with self.metrics.log_exceptions("the report"):
                 write_report(config.run_dir)
@@ -246,6 +253,7 @@ class Trainer:
         return not self.stop.requested
 
     def _check_finite(self, has_logged: bool) -> NonFiniteStep | None:
+        """Return the first step with non-finite gradients, or None; its loss is read only if it has been logged."""
         loss = self.metrics.loss if has_logged else None
         return self.nonfinite.check(self.program.first_nonfinite_step(), self.progress, loss)
 
@@ -273,7 +281,7 @@ class Trainer:
         )
 
     def _announce(self, start: Start, precision: Precision, num_parameters: int) -> None:
-        """Print the run's first screen and log the event that it starts with."""
+        """Print the start screen and log the event `started` or `resumed`."""
         spec, metrics, step = self.spec, self.metrics, self.progress.step
         info = describe_run(spec.config, self.mesh, f"{precision.level} {precision.dtype}")
         metrics.say(start_screen(spec, step, start.description, num_parameters, info))

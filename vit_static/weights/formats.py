@@ -35,9 +35,9 @@ from vit_static.weights.name_maps import (
     PLSC_HINTS,
     TIMM,
     VIT_JAX,
-    VIT_JAX_NOW,
+    VIT_JAX_BY_CLASS,
     WITH_CLASS,
-    Table,
+    NameMap,
 )
 from vit_static.weights.readers import read_arrays
 
@@ -116,7 +116,7 @@ def _from_google(state: State, prefix: str, path: Path) -> ExternalWeights:
     outside = {name: "is not part of the model" for name in state if not name.startswith(prefix)}
     arrays = _unstack_blocks(arrays, path)
     is_numbered_by_class = any("/MlpBlock_0/" in name for name in arrays)
-    table = (VIT_JAX_NOW if WITH_CLASS in arrays else BIG_VISION) if is_numbered_by_class else VIT_JAX
+    table = (VIT_JAX_BY_CLASS if WITH_CLASS in arrays else BIG_VISION) if is_numbered_by_class else VIT_JAX
     external = _translate(arrays, table, path)
     for name, array in arrays.items():
         if name.endswith("/query/kernel") and array.ndim == 3:
@@ -173,7 +173,7 @@ def _read_hf_hints(path: Path) -> dict[str, Any]:
     return model_hints
 
 
-def _translate(state: State, table: Table, path: Path) -> ExternalWeights:
+def _translate(state: State, table: NameMap, path: Path) -> ExternalWeights:
     """Convert a file's arrays to our names and layout.
 
     Raises WeightsError for an array that the table neither has nor ignores, and for one of an impossible shape.
@@ -332,7 +332,7 @@ def _is_name_of_norm(theirs: str, model: ModelConfig) -> bool:
     return not theirs.startswith(("norm.", "fc_norm.")) or theirs.startswith("fc_norm.") == model.fc_norm
 
 
-def _table_for(state: Mapping[str, np.ndarray], model: ModelConfig, to: FormatName) -> Table:
+def _table_for(state: Mapping[str, np.ndarray], model: ModelConfig, to: FormatName) -> NameMap:
     """Return the table of a format. Raises WeightsError if its program would compute something else."""
     has_scale = "blocks.0.ls1.gamma" in state
     is_fixed = "pos_embed" not in state

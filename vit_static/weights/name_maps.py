@@ -1,6 +1,8 @@
-"""Tables of other programs' names for a ViT's arrays, with the conversion of each array in both directions.
+"""Parameter-name maps between other libraries' ViT weights (timm, Hugging Face, vit_jax, big_vision) and PLSC's names,
+with the conversion of each array in both directions.
 
-A new format is a new `Table`; formats.py reads and writes by it.
+PLSC's names have a fused attn.qkv; formats.split_qkv splits it for the model. To add a format, add a NameMap and detect
+it in formats.py.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ Names = dict[str, tuple[str, Conversion]]  # their name -> our name, conversion
 
 
 @dataclass(frozen=True)
-class Table:
+class NameMap:
     """Names of one format. `{}` in a name is a block's number."""
 
     format: str  # for people
@@ -95,13 +97,13 @@ _NORMS_IN_TORCH = {"blocks.{}.norm1.": "blocks.{}.norm1", "blocks.{}.norm2.": "b
 _EMBEDDINGS = _same("cls_token", "reg_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias")
 _SCALES = _same("blocks.{}.ls1.gamma", "blocks.{}.ls2.gamma")
 
-PLSC = Table(
+PLSC = NameMap(
     "PLSC's or this program's .pdparams",
     r"blocks\.([0-9]{1,4})\.",
     _EMBEDDINGS | _SCALES | _norms(_NORMS_IN_TORCH) | _linears({**_IN_TORCH, "head0.": "head0"}, IDENTITY),
 )
 PLSC_HINTS: dict[str, Any] = {"gelu": "erf", "layer_norm_epsilon": 1e-6}
-TIMM = Table(
+TIMM = NameMap(
     "timm's .safetensors",
     r"blocks\.([0-9]{1,4})\.",
     _EMBEDDINGS
@@ -133,7 +135,7 @@ _HF_REFUSED = {
     r"embeddings\.distillation_token|(cls|distillation)_classifier\..*": _DISTILLED,
     r"encoder\.layer\.\d+\.mlp\.weights_(in|out)\..*": _GATED_MLP,
 }
-HF_VIT = Table(
+HF_VIT = NameMap(
     "Hugging Face ViT's .safetensors",
     r"encoder\.layer\.([0-9]{1,4})\.",
     _HF_EMBEDDINGS
@@ -162,7 +164,7 @@ HF_VIT = Table(
     },
     refused=_HF_REFUSED,
 )
-HF_DINOV2 = Table(
+HF_DINOV2 = NameMap(
     "Hugging Face DINOv2's .safetensors",
     r"encoder\.layer\.([0-9]{1,4})\.",
     _HF_EMBEDDINGS
@@ -186,10 +188,10 @@ HF_DINOV2 = Table(
 
 def _google(
     name: str, attention: str, norms: tuple[str, str], mlp: str, position: str, class_token_pos_embed: bool
-) -> Table:
+) -> NameMap:
     """Return the table of one of Flax's layouts, which differ in how they number the modules of a block."""
     block = "Transformer/encoderblock_{}/"
-    return Table(
+    return NameMap(
         name,
         r"Transformer/encoderblock_([0-9]{1,4})/",
         {
@@ -233,5 +235,5 @@ _NUMBERED_IN_SEQUENCE = ("MultiHeadDotProductAttention_1", ("LayerNorm_0", "Laye
 _NUMBERED_BY_CLASS = ("MultiHeadDotProductAttention_0", ("LayerNorm_0", "LayerNorm_1"), "MlpBlock_0")
 WITH_CLASS, _WITHOUT_CLASS = "Transformer/posembed_input/pos_embedding", "pos_embedding"
 VIT_JAX = _google("vit_jax's .npz", *_NUMBERED_IN_SEQUENCE, WITH_CLASS, class_token_pos_embed=True)
-VIT_JAX_NOW = _google("vit_jax's .npz", *_NUMBERED_BY_CLASS, WITH_CLASS, class_token_pos_embed=True)
+VIT_JAX_BY_CLASS = _google("vit_jax's .npz", *_NUMBERED_BY_CLASS, WITH_CLASS, class_token_pos_embed=True)
 BIG_VISION = _google("big_vision's .npz", *_NUMBERED_BY_CLASS, _WITHOUT_CLASS, class_token_pos_embed=False)

@@ -1,4 +1,6 @@
-"""Attention and its gradients as single CPU kernels that never store the scores of the whole batch."""
+"""Fused attention and its gradient on oneDNN's CPU kernels, tile by tile, so that the scores of the whole batch are
+never stored. lowering.py (fuse_attention) puts them into a program.
+"""
 
 from __future__ import annotations
 

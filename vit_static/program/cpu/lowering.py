@@ -35,10 +35,10 @@ from vit_static.program.cpu.patterns import (
     contiguous,
     dtype_of,
     epilogues_of,
-    find_attention,
     is_over_first,
     is_over_last,
     is_read,
+    match_attention,
     view_of,
 )
 from vit_static.program.cpu.simplify import recompute_gelu, remove_unread, simplify_gradients
@@ -117,7 +117,7 @@ class _Lowering:
     def fuse_attention(self, program: Any) -> None:
         """Replace scores, softmax and weighted sum by one operator, and their gradients by another."""
         for operation in list(program.global_block().ops):
-            if operation.name() == "pd_op.softmax" and (pattern := find_attention(operation)) is not None:
+            if operation.name() == "pd_op.softmax" and (pattern := match_attention(operation)) is not None:
                 self._attention(pattern)
                 if pattern.weighted_sum_grad is not None:
                     self._attention_grad(pattern)

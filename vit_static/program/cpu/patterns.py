@@ -231,7 +231,7 @@ class AttentionPattern:
     weighted_sum_grad: Any = None
 
 
-def find_attention(softmax: Any) -> AttentionPattern | None:
+def match_attention(softmax: Any) -> AttentionPattern | None:
     """Return the attention that a softmax is part of.
 
     None if it belongs to none, or if another operator, such as dropout, lies in between.
