@@ -44,7 +44,7 @@ def run_eval(arguments: argparse.Namespace) -> int:
     from vit_static.train.evaluate import evaluate_checkpoint
 
     labels = {"real": arguments.real, "v2": arguments.imagenet_v2}
-    evaluate_checkpoint(config, arguments.checkpoint, arguments.overrides, averaged=arguments.ema, **labels)
+    evaluate_checkpoint(config, arguments.checkpoint, arguments.overrides, ema=arguments.ema, **labels)
     return EXIT_DONE
 
 

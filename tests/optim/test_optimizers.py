@@ -95,8 +95,8 @@ CASES: dict[str, dict[str, Any]] = {
     "ema_warmup": {"ema_decay": 0.99},
     "ema": {"ema_decay": 0.9, "ema_warmup": False},
 }
-for averaged in ("ema_warmup", "ema"):
-    CASES[averaged] |= CASES["adamw_groups"]
+for name in ("ema_warmup", "ema"):
+    CASES[name] |= CASES["adamw_groups"]
 
 
 @pytest.mark.parametrize("case", CASES)

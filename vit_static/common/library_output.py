@@ -2,6 +2,8 @@
 
 libjpeg, oneDNN and Paddle2ONNX write to the file descriptors 1 and 2 without any log level, and so does Paddle's report
 of a crash, so these descriptors must lead to a file while Python's `sys.stdout` and `sys.stderr` keep the console.
+Log levels would drop the warnings that the run's log has to keep, and Paddle's, DALI's and Paddle2ONNX's loggers create
+handlers for the console at any time, so `StreamHandler.emit` is replaced as well.
 """
 
 from __future__ import annotations

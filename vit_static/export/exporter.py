@@ -19,6 +19,7 @@ from paddle.static import InputSpec
 from tqdm import tqdm
 
 from vit_static.common.errors import ExportError, UserError
+from vit_static.common.io import write_json
 from vit_static.config.schema import Config, InferencePrecision
 from vit_static.data.image_set import ImageDataset
 from vit_static.data.open_set import open_set
@@ -153,7 +154,7 @@ def _export_size(
     for name, comparison in comparisons.items():
         _check(comparison, str(Path(subfolder, name)), name, spec)
     spec = spec.model_copy(update={"files": file_records(folder), "comparisons": comparisons})
-    (folder / SPEC_FILE).write_text(spec.model_dump_json(indent=1), encoding="utf-8")
+    write_json(spec.model_dump(mode="json"), folder / SPEC_FILE)
     shape, num_parameters = shape_of(config.model), sum(p.size for p in model.parameters())
     text = model_card_text(spec, config, str(loaded.source), shape, int(num_parameters))
     (folder / MODEL_CARD_FILE).write_text(text, encoding="utf-8")
@@ -214,7 +215,7 @@ def write_artifact(
                 _save(model, spec, "float32", Path(temporary))
                 onnx_export.write_onnx(Path(temporary), folder / ONNX_FILE)
     spec = spec.model_copy(update={"files": file_records(folder)})
-    (folder / SPEC_FILE).write_text(spec.model_dump_json(indent=1), encoding="utf-8")
+    write_json(spec.model_dump(mode="json"), folder / SPEC_FILE)
     return spec
 
 

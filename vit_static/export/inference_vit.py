@@ -25,34 +25,36 @@ class InferenceModel(nn.Layer):
     def __init__(self, model: VisionTransformer, dtype: InferencePrecision = "float32") -> None:
         super().__init__()
         self.dtype, self.is_low_precision = dtype, dtype != "float32"
-        self.body = copy.deepcopy(model)
-        for block in self.body.blocks:
+        self.backbone = copy.deepcopy(model)
+        for block in self.backbone.blocks:
             block.attn = _FusedQkvAttention(block.attn)
-        self.body.eval()
+        self.backbone.eval()
         if self.is_low_precision:
-            self.body.to(dtype=dtype)
-            for layer in self.body.sublayers():
+            self.backbone.to(dtype=dtype)
+            for layer in self.backbone.sublayers():
                 if isinstance(layer, nn.LayerNorm):
                     layer.to(dtype="float32")
-        for name, parameter in self.body.named_parameters():
+        for name, parameter in self.backbone.named_parameters():
             parameter.name = name
 
     def forward(self, images: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
-        body = self.body
-        x = body.embed(images.astype(self.dtype))  # [B, N, C]
-        last = len(body.blocks) - 1
-        for index, block in enumerate(body.blocks):
-            needs_only_class_token = index == last and body.pool == "cls"
-            x = _apply_block(block, x, body.num_prefix_tokens - 1 if needs_only_class_token else None)
+        backbone = self.backbone
+        x = backbone.embed(images.astype(self.dtype))  # [B, N, C]
+        last = len(backbone.blocks) - 1
+        for index, block in enumerate(backbone.blocks):
+            needs_only_class_token = index == last and backbone.pool == "cls"
+            x = _apply_block(block, x, backbone.num_prefix_tokens - 1 if needs_only_class_token else None)
         x = x.astype("float32")
-        if body.pool == "cls":
-            features = body.norm(x[:, 0])
+        if backbone.pool == "cls":
+            features = backbone.norm(x[:, 0])
         else:
-            features = body.norm(body.pool_tokens(x)) if body.fc_norm else body.pool_tokens(body.norm(x))
+            features = (
+                backbone.norm(backbone.pool_tokens(x)) if backbone.fc_norm else backbone.pool_tokens(backbone.norm(x))
+            )
         representation = features
-        if body.head0 is not None:
-            representation = F.tanh(self._in_float32(body.head0, representation))
-        return self._in_float32(body.head, representation), features
+        if backbone.head0 is not None:
+            representation = F.tanh(self._in_float32(backbone.head0, representation))
+        return self._in_float32(backbone.head, representation), features
 
     def _in_float32(self, layer: nn.Linear, x: paddle.Tensor) -> paddle.Tensor:
         if not self.is_low_precision:

@@ -366,7 +366,7 @@ def _wrap_forward(
 
     def traced(images: paddle.Tensor) -> paddle.Tensor:
         if seeds is not None and model.training:
-            seeds.begin()
+            seeds.create_seeds()
         if not autocast:  # a disabled auto_cast would also disable O2's, which the engine has entered
             return forward(images)
         with paddle.amp.auto_cast(

@@ -51,7 +51,7 @@ class SeededDropout:
         self._names: dict[int, tuple[str, str]] = {}
         self._split_axes: list[tuple[str, ...]] = [()] * len(stages)  # mesh axes that split each dropout's activation
 
-    def begin(self) -> None:
+    def create_seeds(self) -> None:
         """Create the seeds. Call it first in the forward, outside of everything that is recomputed."""
         for stage in set(self._stages):
             mesh = self._meshes[stage]

@@ -105,7 +105,7 @@ def _run_page(run: RunLogData) -> dict[str, Any]:
     evaluations, earlier_evaluations = _evaluations(run)
     sessions, num_same_sessions = _sessions(run)
     return {
-        "facts": _facts(run),
+        "key_figures": _key_figures(run),
         "legend": _legend(run),
         "charts": _charts(run),
         "evaluations": evaluations,
@@ -118,10 +118,10 @@ def _run_page(run: RunLogData) -> dict[str, Any]:
     }
 
 
-def _facts(run: RunLogData) -> dict[str, str]:
+def _key_figures(run: RunLogData) -> dict[str, str]:
     """The figures at the top of the page, by name, as far as they are known."""
     best, rate, memory, parameters = run.best, run.images_per_s, run.peak_memory_mb, run.num_parameters
-    facts = {
+    figures = {
         "best top-1": best and f"{best[1]:.2f} % at step {best[0]:,}",
         "last top-1": run.top1 and f"{run.top1[-1][1]:.2f} %",
         "steps": f"{run.last_step:,}" + ("" if run.total_steps is None else f" of {run.total_steps:,}"),
@@ -131,7 +131,7 @@ def _facts(run: RunLogData) -> dict[str, str]:
         "parameters": parameters and f"{parameters:,}",
         "state": run.state,
     }
-    return {name: str(fact) for name, fact in facts.items() if fact}
+    return {name: str(figure) for name, figure in figures.items() if figure}
 
 
 def _legend(run: RunLogData) -> str:

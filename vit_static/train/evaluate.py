@@ -146,20 +146,20 @@ def evaluate_checkpoint(
     checkpoint: Path,
     overrides: list[str],
     *,
-    averaged: bool = False,
+    ema: bool = False,
     real: Path | None = None,
     v2: Path | None = None,
 ) -> None:
     """Evaluate a checkpoint with the config that it was trained with, unless another is given (the verb `eval`).
 
-    `averaged`: the weights' moving average. `real`: the file of ReaL labels, `v2`: the folder of ImageNet-V2's images
+    `ema`: the weights' moving average. `real`: the file of ReaL labels, `v2`: the folder of ImageNet-V2's images
     (data/imagenet_eval.py).
     """
     # Every rank evaluates the whole model on its share of the images, whatever mesh and batch size trained it. The
     # processes connect first, since all of them read a sharded checkpoint together.
     device = (config or load_config(None, overrides)).device
     mesh = start_mesh(MeshShape(dp=rank_and_world_size()[1], mp=1, pp=1), device)
-    loaded = load_weights(checkpoint, ema=averaged)
+    loaded = load_weights(checkpoint, ema=ema)
     config = config or loaded.config_with(overrides)
     num_classes = config.model.num_classes
     if v2 is not None:

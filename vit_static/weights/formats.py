@@ -157,12 +157,12 @@ def _read_hf_hints(path: Path) -> dict[str, Any]:
         return {}
     model_hints: dict[str, Any] = {}
     if isinstance(config, dict):
-        for theirs, ours, kind, most in (
+        for theirs, ours, kind, maximum in (
             ("num_attention_heads", "num_heads", int, 10_000),
             ("layer_norm_eps", "layer_norm_epsilon", float, 1.0),
         ):
             if type(config.get(theirs)) is kind:
-                if not 0 < config[theirs] <= most:
+                if not 0 < config[theirs] <= maximum:
                     raise WeightsError(f"{path}: {theirs} is {format_value(config[theirs])}, which no model has")
                 model_hints[ours] = config[theirs]
         activation = config.get("hidden_act", "gelu")

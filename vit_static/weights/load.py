@@ -80,9 +80,9 @@ class LoadReport:
         write_json({**asdict(self), "missing": [], "unexpected": []}, path)
 
 
-def _listed(names: Mapping[str, str], most: int = 3) -> str:
-    shown = [f"{name} ({reason})" for name, reason in list(names.items())[:most]]
-    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _listed(names: Mapping[str, str], max_names: int = 3) -> str:
+    shown = [f"{name} ({reason})" for name, reason in list(names.items())[:max_names]]
+    return ", ".join(shown) + (f" and {len(names) - max_names} more" if len(names) > max_names else "")
 
 
 def load_state(model: VisionTransformer, state: Mapping[str, np.ndarray], source: str) -> None:

@@ -14,7 +14,7 @@ from vit_static.common.errors import WeightsError, truncate
 from vit_static.weights.unpickler import ForbiddenName, PickledArray, load_pickle
 
 Arrays = dict[str, np.ndarray | None]  # by the names in the file; None if it isn't an array of floating-point numbers
-Kind = Literal["paddle", "npz", "safetensors"]
+Container = Literal["paddle", "npz", "safetensors"]
 
 _TORCH = (
     "is PyTorch's own file, which is a pickle that can run code; if you trust it, save it again with "
@@ -24,7 +24,7 @@ _MAX_NAME_LENGTH, _MAX_AXES = 200, 8
 _MAX_EXPANSION = 100  # of a zip file; weights hardly compress
 
 
-def read_arrays(path: Path) -> tuple[Kind, Arrays]:
+def read_arrays(path: Path) -> tuple[Container, Arrays]:
     """Return a file's kind and its arrays as float32. Never runs code from the file.
 
     Raises WeightsError if it is none of the three kinds, is damaged, or holds infinities, NaN or impossible arrays.
@@ -47,7 +47,7 @@ def read_arrays(path: Path) -> tuple[Kind, Arrays]:
     return kind, arrays
 
 
-def _read(path: Path, beginning: bytes) -> tuple[Kind, Arrays]:
+def _read(path: Path, beginning: bytes) -> tuple[Container, Arrays]:
     if beginning[:2] == b"PK":
         return "npz", _read_npz(path)
     if len(beginning) == 16 and beginning[8:9] == b"{" and struct.unpack("<Q", beginning[:8])[0] < 10**8:

@@ -195,8 +195,9 @@ def test_reshaping_is_none_where_no_strides_describe_it() -> None:
 
 
 def test_the_wheels_version_is_supported() -> None:
-    assert onednn.library_version()[:2] == (3, 6)
-    assert onednn.why_unsupported(onednn.library_version()) is None
+    version = onednn.library_version()
+    assert version is not None and version[:2] == (3, 6)
+    assert onednn.why_unsupported(version) is None
     assert onednn.is_supported()
 
 
@@ -205,6 +206,15 @@ def test_another_version_is_unsupported_with_a_reason(version: tuple[int, int, i
     reason = onednn.why_unsupported(version)
     assert reason is not None
     assert ".".join(map(str, version)) in reason and "need 3.6" in reason
+
+
+def test_without_the_library_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise OSError("libdnnl.so.3: cannot open shared object file")
+
+    monkeypatch.setattr(onednn, "_load", fail)
+    assert onednn.library_version() is None
+    assert "no oneDNN 3 in Paddle's wheel" in str(onednn.why_unsupported(None))
 
 
 def test_a_patch_release_is_supported() -> None:

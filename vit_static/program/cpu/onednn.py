@@ -149,20 +149,24 @@ def _load() -> ctypes.CDLL:
     return ctypes.CDLL(str(Path(paddle.__file__).parent / "libs" / "libdnnl.so.3"))
 
 
-def library_version() -> tuple[int, int, int]:
-    """Return the version of the oneDNN library in Paddle's wheel: major, minor, patch."""
-    dnnl_version = _load().dnnl_version
+def library_version() -> tuple[int, int, int] | None:
+    """Return the version of the oneDNN library in Paddle's wheel: major, minor, patch; None without oneDNN 3."""
+    try:
+        dnnl_version = _load().dnnl_version
+    except (OSError, AttributeError):  # another file name, or a library without this function
+        return None
     dnnl_version.restype = ctypes.POINTER(_Version)
     version = dnnl_version().contents
     return version.major, version.minor, version.patch
 
 
-def why_unsupported(version: tuple[int, int, int]) -> str | None:
+def why_unsupported(version: tuple[int, int, int] | None) -> str | None:
     """Return one line that says why the kernels don't run with this oneDNN version, or None if they do."""
-    if version[:2] == _SUPPORTED_VERSION:
+    if version is not None and version[:2] == _SUPPORTED_VERSION:
         return None
+    name = "no oneDNN 3" if version is None else f"oneDNN {'.'.join(map(str, version))}"
     return (
-        f"oneDNN {'.'.join(map(str, version))} in Paddle's wheel: the CPU kernels need {_SUPPORTED_VERSION[0]}."
+        f"{name} in Paddle's wheel: the CPU kernels need {_SUPPORTED_VERSION[0]}."
         f"{_SUPPORTED_VERSION[1]}, so Paddle's own kernels run, which are slower; install the pinned version of Paddle"
     )
 
