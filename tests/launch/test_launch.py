@@ -268,7 +268,7 @@ def test_one_task_per_process_is_one_worker() -> None:
     layout = topology.find_layout(environ | {"VIT_STATIC_DEVICE": "cpu"})
     assert (layout.num_nodes, layout.num_local, layout.first_on_machine, layout.num_on_machine) == (3, 1, 1, 2)
     assert layout.num_machines == 2
-    with pytest.raises(ValueError, match="NPROC=4: srun has started 2 tasks here"):
+    with pytest.raises(ValueError, match="NPROC=4: srun started 2 tasks here"):
         topology.find_layout(environ | {"VIT_STATIC_DEVICE": "cpu", "NPROC": "4"})
 
 
@@ -424,7 +424,7 @@ def test_a_lost_node_ends_the_job(job: Job) -> None:
     job.launches[1].kill()
     wait_until(lambda: not job.processes())  # its worker ends by itself, with the state saved
     (code, _, stderr), _ = job.end()
-    assert code == 1 and "vit_static: node 1" in stderr and "is gone" in stderr
+    assert code == 1 and "vit_static: node 1" in stderr and "was lost" in stderr
 
 
 @pytest.mark.slow
@@ -452,7 +452,7 @@ def test_a_killed_rank_is_started_again_with_the_others(light: LightJob) -> None
     assert code == 0
     assert re.fullmatch(
         r"vit_static: rank 1 was killed by signal 9 \(out of memory\?\) \(/.*/workerlog.1\); restart 1 of 1, "
-        r"from the beginning, since nothing is saved yet\n",
+        r"from the beginning, since no checkpoint has been saved\n",
         stderr,
     )
     assert len(light.calls("0")) == len(light.calls("1")) == 2
@@ -469,7 +469,7 @@ def test_one_process_is_restarted_too_and_resumes_what_it_has_saved(light: Light
     assert first == second == "--resume never -o train.max_restarts=2"
     assert third == f"{first} --resume auto"
     assert [line.split("; ")[1] for line in stderr.splitlines()] == [
-        "restart 1 of 2, from the beginning, since nothing is saved yet",
+        "restart 1 of 2, from the beginning, since no checkpoint has been saved",
         "restart 2 of 2, from the latest checkpoint",
     ]
 
@@ -530,7 +530,7 @@ def test_under_srun_a_lost_task_ends_the_job(light: LightJob) -> None:
     lose_node(light, 1)
     (code, _, stderr), _ = light.end(timeout_s=30)
     assert code == 1 and len(light.calls("0")) == 1
-    assert "vit_static: node 1" in stderr and "is gone" in stderr and "restart" not in stderr
+    assert "vit_static: node 1" in stderr and "was lost" in stderr and "restart" not in stderr
 
 
 def test_a_lost_node_joins_again_when_its_launcher_is_started(light: LightJob) -> None:
@@ -548,8 +548,8 @@ def test_a_lost_node_joins_again_when_its_launcher_is_started(light: LightJob) -
     (code, _, stderr), lost, new = light.end()
     assert (code, lost[0], new[0], new[2]) == (0, -signal.SIGKILL, 0, "")
     assert re.fullmatch(
-        r"vit_static: node [01] \(.+\) is gone: its launcher was killed, or its machine or network failed; restart 1 "
-        r"of 1, from the latest checkpoint, when its launcher is started again; waiting 900 s for it\n",
+        r"vit_static: node [01] \(.+\) was lost: its launcher was killed, or its machine or network failed; restart 1 "
+        r"of 1, from the latest checkpoint, when its launcher is started again; waiting up to 900 s\n",
         stderr,
     )
 
@@ -631,7 +631,7 @@ def test_a_silent_node_counts_as_lost_after_the_timeout(light: LightJob, network
     assert 2.0 < time.monotonic() - cut_at < 5.0
     (light.folder / "lost").touch()
     for code, _, stderr in light.end(timeout_s=20):
-        assert code == 1 and re.match(r"vit_static: node [01] \(.+\) is gone", stderr)
+        assert code == 1 and re.match(r"vit_static: node [01] \(.+\) was lost", stderr)
 
 
 # Training with restarts

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 from vit_static.common.text import non_negative_int, positive_int
 
-SLURM_PORTS = range(20000, 30000)  # below those that Linux hands out by itself
+SLURM_PORTS = range(20000, 30000)  # below the ports that Linux assigns by itself
 
 
 class SlurmTask(NamedTuple):
-    """This process among the tasks of a step that srun has started."""
+    """The position of this process among the tasks of a step that srun started."""
 
     step: str  # JOB.STEP
     number: int  # 0 to num_tasks - 1
@@ -25,17 +25,17 @@ class SlurmTask(NamedTuple):
 
     @property
     def is_one_worker(self) -> bool:
-        """Whether srun has started a task a process; else it is one a machine, which starts the processes."""
+        """Return whether srun started one task per process, otherwise one per machine, which starts the processes."""
         return self.num_tasks > self.num_nodes
 
 
 def find_slurm_task(environ: Mapping[str, str]) -> SlurmTask | None:
-    """This task of a step that srun has started with more than one; None where there is no such step.
+    """Return this process's task if srun started a step of several tasks; otherwise None.
 
-    What an `sbatch` script or an `salloc` shell runs without srun runs once, on one node: Slurm's users know it so, and
-    to reach for the other nodes from there would be to wait for launchers that nobody starts. (SLURM_PROCID=0 and the
-    job's SLURM_NTASKS stand there too, so that only the step's own variables tell; an `salloc` shell may be a step
-    itself, of one task, with the job's SLURM_NTASKS.)
+    A command that an `sbatch` script or an `salloc` shell runs without srun runs once, on one node, as Slurm's users
+    expect: nobody would start launchers on the other nodes. SLURM_PROCID=0 and the job's SLURM_NTASKS are set there,
+    too, so only the step's variables distinguish the two cases. (An `salloc` shell may itself be a step of one task,
+    with the job's SLURM_NTASKS.) Raise ValueError if a number or a list of nodes is invalid.
     """
     if not all(environ.get(name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_PROCID")):
         return None
@@ -47,7 +47,7 @@ def find_slurm_task(environ: Mapping[str, str]) -> SlurmTask | None:
     node = non_negative_int(environ, "SLURM_NODEID")
     tasks_per_node = expand_counts(environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
     job, step = non_negative_int(environ, "SLURM_JOB_ID"), non_negative_int(environ, "SLURM_STEP_ID")
-    # 16: steps of one job that run at once should differ, and not have the next job's ports.
+    # Concurrent steps of a job get different ports, and 16 steps fit before the next job's ports begin.
     port = SLURM_PORTS[(16 * job + step) % len(SLURM_PORTS)]
     return SlurmTask(
         step=f"{job}.{step}",
@@ -61,19 +61,19 @@ def find_slurm_task(environ: Mapping[str, str]) -> SlurmTask | None:
 
 
 def first_host(environ: Mapping[str, str]) -> str:
-    """The step's first node, where task 0 is."""
+    """Return the step's first node, on which task 0 runs."""
     for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"):
         if environ.get(name):
             return expand_hosts(environ[name])[0]
-    raise ValueError("srun has set no SLURM_STEP_NODELIST; set PADDLE_MASTER=HOST:PORT, HOST being task 0's")
+    raise ValueError("SLURM_STEP_NODELIST is not set; set PADDLE_MASTER=HOST:PORT, where HOST is the host of task 0")
 
 
 def expand_hosts(hosts: str) -> list[str]:
-    """Slurm's `node[001-003,7],login` as node001, node002, node003, node7, login."""
+    """Expand Slurm's `node[001-003,7],login` to node001, node002, node003, node7, login."""
     ranges = r"\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\]"
     group = rf"(?:[^][,\s]|{ranges})+"
     if not re.fullmatch(rf"{group}(?:,{group})*", hosts):
-        raise ValueError(f"{hosts!r}: not a list of nodes as Slurm writes it; set PADDLE_MASTER=HOST:PORT")
+        raise ValueError(f"{hosts!r}: not a list of nodes in Slurm's format; set PADDLE_MASTER=HOST:PORT")
     expanded = []
     for name in re.findall(group, hosts):
         parts = re.split(rf"({ranges})", name)
@@ -83,7 +83,7 @@ def expand_hosts(hosts: str) -> list[str]:
 
 
 def expand_ranges(ranges: str) -> Iterator[str]:
-    """`001-003,7` as 001, 002, 003, 7."""
+    """Expand `001-003,7` to 001, 002, 003, 7."""
     for item in ranges.split(","):
         first, _, last = item.partition("-")
         for number in range(int(first), int(last or first) + 1):
@@ -91,6 +91,6 @@ def expand_ranges(ranges: str) -> Iterator[str]:
 
 
 def expand_counts(counts: str) -> list[int]:
-    """Slurm's `2(x3),1` as 2, 2, 2, 1."""
+    """Expand Slurm's `2(x3),1` to 2, 2, 2, 1."""
     groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
     return [int(count) for count, repeats in groups for _ in range(int(repeats or 1))]

@@ -1,4 +1,4 @@
-"""Number of processes and nodes of a launch: from the visible GPUs, NPROC, PADDLE_NNODES, or srun."""
+"""Number of processes and nodes of a launch, from the visible GPUs, NPROC, PADDLE_NNODES, or srun."""
 
 from __future__ import annotations
 
@@ -11,22 +11,26 @@ from vit_static.launch.slurm import SlurmTask, find_slurm_task
 
 
 class Layout(NamedTuple):
+    """Number of nodes, and of processes and GPUs on this node."""
+
     num_nodes: int  # launchers
     num_local: int  # processes of this launcher
-    num_gpus: int  # visible ones, of which a process takes one; 0: CPUs
+    num_gpus: int  # visible GPUs, one per process; 0 if the processes run on CPUs
     task: SlurmTask | None = None
 
     @property
     def first_on_machine(self) -> int:
-        """The number of this launcher's first process among those of the machine."""
+        """Return the index of this launcher's first process among the processes of the machine."""
         return self.task.local_number if self.task and self.task.is_one_worker else 0
 
     @property
     def num_on_machine(self) -> int:
+        """Return the number of processes on this machine."""
         return self.task.num_local if self.task and self.task.is_one_worker else self.num_local
 
     @property
     def num_machines(self) -> int:
+        """Return the number of machines, which is that of nodes unless srun started several tasks on one."""
         return self.task.num_nodes if self.task else self.num_nodes
 
 
@@ -43,7 +47,7 @@ def find_layout(environ: Mapping[str, str], device: str = "auto") -> Layout:
     if task and task.is_one_worker:
         if positive_int(environ, "NPROC", default=task.num_local) != task.num_local:
             raise ValueError(
-                f"NPROC={environ['NPROC']}: srun has started {task.num_local} tasks here, each of which is one "
+                f"NPROC={environ['NPROC']}: srun started {task.num_local} tasks here, each of which is one "
                 "process; leave NPROC unset, or give srun --ntasks-per-node=1"
             )
         return Layout(task.num_tasks, 1, num_gpus, task)
@@ -55,12 +59,12 @@ def find_layout(environ: Mapping[str, str], device: str = "auto") -> Layout:
 
 
 def is_worker(environ: Mapping[str, str]) -> bool:
-    """Whether another launcher has started this process."""
+    """Return whether another launcher has started this process."""
     return "PADDLE_CURRENT_ENDPOINT" in environ
 
 
 def count_visible_gpus(environ: Mapping[str, str]) -> int:
-    """Count GPUs without importing Paddle, which takes seconds. run.sh sets VIT_STATIC_DEVICE."""
+    """Count the visible GPUs without importing Paddle, which takes seconds. (run.sh sets VIT_STATIC_DEVICE.)"""
     if environ.get("VIT_STATIC_DEVICE") == "cpu":
         return 0
     try:
@@ -72,16 +76,16 @@ def count_visible_gpus(environ: Mapping[str, str]) -> int:
     if num_gpus == 0 or visible is None or visible == "all":
         return num_gpus
     entries = [entry.strip() for entry in visible.split(",")]
-    # As CUDA does: whatever follows an invalid entry ("-1", nothing) is invisible too.
+    # As in CUDA, the GPUs after an invalid entry ("-1" or an empty one) are invisible, too.
     return next((i for i, entry in enumerate(entries) if entry in ("", "-1")), len(entries))
 
 
 def warn_of_idle_nodes(environ: Mapping[str, str]) -> None:
     """Warn if a Slurm job of several nodes runs this on only one, without srun (see `find_slurm_task`)."""
-    decided = any(environ.get(name) for name in ("SLURM_STEP_ID", "PADDLE_NNODES", "PADDLE_CURRENT_ENDPOINT"))
+    is_explicit = any(environ.get(name) for name in ("SLURM_STEP_ID", "PADDLE_NNODES", "PADDLE_CURRENT_ENDPOINT"))
     num_nodes = non_negative_int(environ, "SLURM_JOB_NUM_NODES")
-    if not decided and num_nodes > 1:
+    if not is_explicit and num_nodes > 1:
         say(
             f"this runs on one of the Slurm job's {num_nodes} nodes; start it with srun to use all, "
-            "or with PADDLE_NNODES=1 if one is meant"
+            "or set PADDLE_NNODES=1 if one node is enough"
         )
