@@ -106,7 +106,7 @@ def main() -> int:
 
 
 def config_of(argv: Sequence[str]) -> Config:
-    """Return the config of the verb, or the defaults if it is invalid, which the verb itself is_reporter."""
+    """Return the config of the verb, or the defaults if it is invalid, which the verb itself reports."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("-c", "--config", type=Path, default=DEFAULT_CONFIGS.get(argv[0]) if argv else None)
     parser.add_argument("-o", dest="overrides", action="append", default=[])
@@ -342,7 +342,7 @@ def supervise(workers: list[Worker], cluster: Cluster, peers: Peers, received_si
             signum = unsent.pop()
             for worker in running:
                 worker.process.send_signal(signum)
-        # A node that disconnects after this doesn't count as lost. Node 0 is_reporter last, so that every node learns all
+        # A node that disconnects after this doesn't count as lost. Node 0 reports last, so that every node learns all
         # outcomes.
         if not running and not is_done and (cluster.node > 0 or not peers.running):
             is_done = True
