@@ -1,5 +1,7 @@
-"""run.sh, the launcher behind it, and the lock file. Nothing is installed, and no network is used:
-in the environment that run.sh gets, `python -m pip` only notes what it was asked for."""
+"""run.sh, the launcher that it starts, and the lock file.
+
+Nothing is installed, and no network is used: in the environment of run.sh, `python -m pip` only logs its arguments.
+"""
 
 from __future__ import annotations
 
@@ -36,23 +38,23 @@ esac
 exec {python} "$@"
 """
 
-# A verb that prints its rank, and then does what its arguments say.
+# A verb that prints its rank, then takes the action that an argument "rankN=ACTION" names: an exit code, or "wait".
 WORKER = """
 import os, signal, sys, time
 rank = os.environ.get("PADDLE_TRAINER_ID", "0")
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-deed = dict(argument.split("=") for argument in sys.argv[2:]).get("rank" + rank, "0")
+action = dict(argument.split("=") for argument in sys.argv[2:]).get("rank" + rank, "0")
 print(f"rank {rank} of {os.environ.get('PADDLE_TRAINERS_NUM', '1')} in {os.getcwd()}", flush=True)
-print(f"a word of rank {rank}", file=sys.stderr)
-if deed == "wait":
+print(f"error output of rank {rank}", file=sys.stderr)
+if action == "wait":
     signal.sigwait({signal.SIGTERM})
-    deed = "75"
-sys.exit(int(deed))
+    action = "75"
+sys.exit(int(action))
 """
 
 
 class Checkout:
-    """A copy of what setup needs, in a path with a space, with an active environment beside it."""
+    """A copy of the files that setup needs, in a path with a space, next to an active environment."""
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "a checkout"
@@ -72,7 +74,9 @@ class Checkout:
         for name in ("launch", "config", "common"):
             shutil.copytree(ROOT / "vit_static" / name, package / name)
         self.caller_folder = folder / "caller"
-        (self.caller_folder / "data" / "digits").mkdir(parents=True)  # pretrain has no data set to create first
+        (self.caller_folder / "data" / "digits").mkdir(
+            parents=True
+        )  # so that pretrain doesn't create the dataset first
 
     def start(self, *arguments: str, **environ: str) -> subprocess.Popen[str]:
         inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
@@ -91,7 +95,7 @@ class Checkout:
         stdout, stderr = process.communicate(timeout=60)
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
-    def what_pip_did(self) -> str:
+    def pip_calls(self) -> str:
         return self.pip_log.read_text() if self.pip_log.exists() else ""
 
 
@@ -124,20 +128,20 @@ def test_setup_installs_the_lock_and_the_second_call_does_nothing(checkout: Chec
     first = checkout.run("setup")
     assert first.returncode == 0
     assert "installing" in first.stderr
-    assert "--require-hashes" in checkout.what_pip_did()
+    assert "--require-hashes" in checkout.pip_calls()
 
-    done = checkout.what_pip_did()
+    calls = checkout.pip_calls()
     second = checkout.run("setup")
     assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
-    assert checkout.what_pip_did() == done
+    assert checkout.pip_calls() == calls
 
 
 def test_setup_follows_a_changed_lock(set_up: Checkout) -> None:
-    done = set_up.what_pip_did()
+    calls = set_up.pip_calls()
     with (set_up.root / ".requirements" / "lock.txt").open("a") as lock:
         lock.write("# changed\n")
     assert set_up.run("setup").returncode == 0
-    assert set_up.what_pip_did() != done
+    assert set_up.pip_calls() != calls
 
 
 def test_a_failed_setup_says_why_in_one_line_and_the_next_one_repairs_it(checkout: Checkout) -> None:
@@ -151,8 +155,8 @@ def test_a_failed_setup_says_why_in_one_line_and_the_next_one_repairs_it(checkou
 
     checkout.pip_failure.unlink()
     assert checkout.run("setup").returncode == 0
-    # Packages that the failed set-up had half copied are not trusted.
-    assert "--force-reinstall" in checkout.what_pip_did().splitlines()[-1]
+    # The failed set-up may have left incomplete packages.
+    assert "--force-reinstall" in checkout.pip_calls().splitlines()[-1]
 
 
 def test_two_setups_at_once_install_once(checkout: Checkout) -> None:
@@ -160,7 +164,7 @@ def test_two_setups_at_once_install_once(checkout: Checkout) -> None:
     for process in both:
         process.communicate(timeout=60)
     assert [process.returncode for process in both] == [0, 0]
-    assert checkout.what_pip_did().count("pip install") == 1
+    assert checkout.pip_calls().count("pip install") == 1
 
 
 def test_an_unknown_device_is_refused(checkout: Checkout) -> None:
@@ -195,11 +199,11 @@ def test_without_a_supported_python_setup_says_so(checkout: Checkout) -> None:
 def test_on_a_gpu_paddle_comes_from_its_own_index(checkout: Checkout, tmp_path: Path, cuda: str, folder: str) -> None:
     path = fake_nvidia_smi(tmp_path / "bin", cuda, num_gpus=1)
     assert checkout.run("setup", VIT_STATIC_DEVICE="", PATH=path).returncode == 0
-    did = checkout.what_pip_did()
+    calls = checkout.pip_calls()
     version = pins("paddlepaddle")[0].specifier
-    assert re.search(rf"--extra-index-url \S+/{folder}/ paddlepaddle-gpu{version}", did)
-    assert "\npaddlepaddle==" not in did
-    assert "\npillow==" in did
+    assert re.search(rf"--extra-index-url \S+/{folder}/ paddlepaddle-gpu{version}", calls)
+    assert "\npaddlepaddle==" not in calls
+    assert "\npillow==" in calls
 
 
 def test_a_driver_that_is_too_old_is_refused(checkout: Checkout, tmp_path: Path) -> None:
@@ -214,7 +218,7 @@ def test_a_driver_that_is_too_old_is_refused(checkout: Checkout, tmp_path: Path)
 def test_a_verb_runs_in_the_callers_folder_through_a_link_too(set_up: Checkout) -> None:
     link = set_up.caller_folder / "run.sh"
     link.symlink_to(set_up.root / "run.sh")
-    set_up.root = set_up.caller_folder  # from now on, `run` calls the link
+    set_up.root = set_up.caller_folder  # `run` calls the link from here on
     result = set_up.run("predict")
     assert result.returncode == 0
     assert result.stdout == f"rank 0 of 1 in {set_up.caller_folder}\n"
@@ -238,13 +242,13 @@ def test_of_two_processes_the_terminal_shows_rank_0(set_up: Checkout) -> None:
     result = set_up.run("pretrain", NPROC="2")
     assert result.returncode == 0
     assert result.stdout == f"rank 0 of 2 in {set_up.caller_folder}\n"
-    assert result.stderr == "a word of rank 0\n"
+    assert result.stderr == "error output of rank 0\n"
     (log,) = set_up.caller_folder.glob("log/*/workerlog.1")
-    assert "a word of rank 1" in log.read_text()
+    assert "error output of rank 1" in log.read_text()
 
 
 @pytest.mark.parametrize(
-    ("deeds", "exit_code"),
+    ("actions", "exit_code"),
     [
         (["rank0=2", "rank1=2"], 2),
         (["rank0=75", "rank1=75"], 75),
@@ -252,22 +256,22 @@ def test_of_two_processes_the_terminal_shows_rank_0(set_up: Checkout) -> None:
         (["rank0=3", "rank1=3"], 1),
     ],
 )
-def test_the_exit_code_is_the_workers(set_up: Checkout, deeds: list[str], exit_code: int) -> None:
-    assert set_up.run("pretrain", *deeds, NPROC="2").returncode == exit_code
+def test_the_exit_code_is_the_workers(set_up: Checkout, actions: list[str], exit_code: int) -> None:
+    assert set_up.run("pretrain", *actions, NPROC="2").returncode == exit_code
 
 
 def test_the_last_lines_of_a_failed_rank_are_shown(set_up: Checkout) -> None:
     result = set_up.run("pretrain", "rank1=2", NPROC="2")
     assert result.returncode == 2
-    assert "a word of rank 1" in result.stderr
+    assert "error output of rank 1" in result.stderr
 
 
 def test_sigterm_reaches_every_worker_once_and_leaves_none(set_up: Checkout) -> None:
     process = set_up.start("pretrain", "rank0=wait", "rank1=wait", NPROC="2")
     assert process.stdout
-    process.stdout.readline()  # rank 0 is up; rank 1 is, or SIGTERM ends it just as well
+    process.stdout.readline()  # rank 0 has started; SIGTERM ends rank 1 even if it hasn't
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)  # ends only when no worker holds the pipe any more
+    process.communicate(timeout=60)  # returns only when no worker holds the pipe
     assert process.returncode in (75, 128 + signal.SIGTERM)
 
 
