@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from helpers import paddle_state
 from helpers.bad_input import trial  # noqa: F401 - a fixture
+from helpers.command_line import workplace  # noqa: F401 - a fixture
 from helpers.exported import exported  # noqa: F401 - a fixture
 from helpers.runs import finished, run, small_config  # noqa: F401 - fixtures
 from helpers.sets import make_set, small_digits  # noqa: F401 - fixtures

@@ -314,10 +314,8 @@ def test_the_message_for_a_renamed_value_has_the_new_one(load_text, key: str, ol
     new_value = RENAMED_VALUES[key, old_value]
     old_keys = [old.partition(".")[2] for old, new in RENAMED_KEYS.items() if new == key]
     for written in (name, *old_keys):
-        for text, overrides in (
-            (f"{section}: {{{written}: {old_value}}}", []),
-            ("", [f"{section}.{written}={old_value}"]),
-        ):
+        in_file, override = f"{section}: {{{written}: {old_value}}}", f"{section}.{written}={old_value}"
+        for text, overrides in ((in_file, []), ("", [override])):
             with pytest.raises(ConfigError) as error:
                 load_text(text, *overrides)
             assert f"the value {old_value} is now called {new_value}" in message_of(error)
@@ -408,8 +406,7 @@ def test_the_message_for_an_image_size_that_patches_do_not_divide_has_a_valid_si
     config = ModelConfig(image_size=size, patch_size=patch_size)
     with pytest.raises(ConfigError) as error:
         variant_of(config)
-    assert str(list(size)) in message_of(error)
-    assert str(valid_size) in message_of(error)
+    assert str(list(size)) in message_of(error) and str(valid_size) in message_of(error)
     rows, columns = grid_of(config.model_copy(update={"image_size": tuple(valid_size)}))
     assert (rows * patch_size, columns * patch_size) == tuple(valid_size)
 
@@ -417,8 +414,7 @@ def test_the_message_for_an_image_size_that_patches_do_not_divide_has_a_valid_si
 def test_the_message_for_heads_that_do_not_divide_the_width_has_both_numbers() -> None:
     with pytest.raises(ConfigError) as error:
         variant_of(ModelConfig(num_heads=7))
-    assert "model.num_heads = 7" in message_of(error)
-    assert "768" in message_of(error)
+    assert "model.num_heads = 7" in message_of(error) and "768" in message_of(error)
 
 
 def test_sincos_needs_a_width_divisible_by_4() -> None:

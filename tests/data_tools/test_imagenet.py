@@ -77,16 +77,8 @@ def write_val(path: Path, images: dict[str, bytes] = VAL) -> None:
 
 def make_meta(ids: dict[int, str] = IDS) -> bytes:
     """Return the devkit's meta.mat, with an inner node, 5, above the four leaves, like the real one."""
-    fields = [
-        "ILSVRC2012_ID",
-        "WNID",
-        "words",
-        "gloss",
-        "num_children",
-        "children",
-        "wordnet_height",
-        "num_train_images",
-    ]
+    fields = ["ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children"]
+    fields += ["wordnet_height", "num_train_images"]
     rows = [(n, w, NAMES[IDS[n]], "a gloss", 0, np.zeros(0), 0, len(TRAIN[IDS[n]])) for n, w in ids.items()]
     rows.append((5, "n00001740", "entity", "a gloss", 4, np.arange(1, 5), 1, 0))
     synsets = np.array([tuple(row) for row in rows], dtype=[(name, object) for name in fields])[:, None]

@@ -1,4 +1,4 @@
-"""Worker process of tests/parallel/test_meshes.py: runs training cases, each on its mesh.
+"""Worker process of helpers/mesh_cases.py: runs training cases, each on its mesh.
 
 `main` gets a JSON file of `Case`s, a folder to which each rank writes its `Outcome` of each case (NAME.RANK, pickled),
 and a folder of images.

@@ -1,265 +1,39 @@
 """Training on every mesh, compared with one process: losses, weights, dropout masks, collectives.
 
-The ranks are real processes. All cases with the same number of processes run in the same ones, so that Paddle starts
-only once; see helpers/mesh_worker.py.
+The cases, and the processes that run them, are in helpers/mesh_cases.py.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
-import pickle
-import socket
-import subprocess
-import sys
 from collections import defaultdict
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack
-from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.mesh_worker import BATCH_SIZE, Case, Outcome, Part
-from helpers.small import ROOT
-from PIL import Image
-from pydantic import TypeAdapter
+from helpers.mesh_cases import (
+    CASES,
+    DROP_PATH,
+    EVALUATED,
+    EVALUATED_EMA,
+    MESHES,
+    MIXUP,
+    MODEL,
+    MODELS,
+    NUM_EVAL_IMAGES,
+    OPTIMIZERS,
+    RECIPE_MESHES,
+    RECIPES,
+    STEPS_WITH_A_REPETITION,
+    Runs,
+)
+from helpers.mesh_worker import BATCH_SIZE, Outcome, Part
 
-from vit_static.config.schema import AmpConfig, Config, DataConfig, ModelConfig, OptimConfig, ParallelConfig
-from vit_static.launch import __main__
+from vit_static.config.schema import AmpConfig, Config, DataConfig
 from vit_static.parallel.gloo import Traffic
 from vit_static.plan.costs import count_by_kind
 from vit_static.plan.planner import Cluster, make_plan
 
 pytestmark = pytest.mark.early
-
-TIME_LIMIT_S = 900
-NUM_EVAL_IMAGES = 101
-
-# No two dimensions are equal by chance. 2 and 4 divide num_heads and mlp_dim, and 2 divides num_classes. Of two stages,
-# the first has two blocks and the second has one. Some cases have only two blocks because they compile faster.
-MODEL = ModelConfig(
-    variant="Ti/16",
-    image_size=(12, 16),
-    patch_size=4,
-    width=32,
-    depth=3,
-    num_heads=4,
-    mlp_dim=56,
-    num_classes=6,
-    layer_scale_init=0.5,
-)
-
-
-def changed(**update: object) -> ModelConfig:
-    return MODEL.model_copy(update=update)
-
-
-MODELS = {
-    "cls": MODEL,
-    "gap": changed(depth=2, pool="gap", pos_embed="sincos2d", representation_size=24),
-    # 7 classes, which 2 ranks can't split
-    "seven": changed(depth=2, num_classes=7, qkv_bias=False, layer_scale_init=None),
-    "dropped_paths": changed(pool="gap", drop_path_rate=0.3),
-    "tokens": changed(depth=2, pool="cls_gap", register_tokens=2, class_token_pos_embed=False),
-    "dropout": changed(dropout=0.1, attention_dropout=0.1, drop_path_rate=0.3),
-}
-OPTIMIZERS = {
-    "adamw": OptimConfig(name="adamw", weight_decay=0.1),
-    "sgd": OptimConfig(name="sgd", lr=0.1, momentum=0.9, clip_norm=0.3),  # below the norm of every step
-}
-
-
-def mesh(dp: int = 1, mp: int = 1, pp: int = 1, **others: object) -> ParallelConfig:
-    return ParallelConfig(dp=dp, mp=mp, pp=pp, **others)
-
-
-MESHES = {
-    "accum2": (mesh(grad_accum_steps=2), "gap"),
-    "recompute": (mesh(recompute="block"), "gap"),
-    "recompute_every_2nd": (mesh(recompute=2), "cls"),
-    "dp2": (mesh(dp=2), "cls"),
-    "mp2": (mesh(mp=2), "cls"),
-    "mp2_replicated_head": (mesh(mp=2), "seven"),
-    "pp2_1F1B": (mesh(pp=2), "cls"),
-    "pp2_1F1B_accum4": (mesh(pp=2, grad_accum_steps=4), "cls"),
-    "pp2_FThenB_accum4": (mesh(pp=2, grad_accum_steps=4, pp_schedule="FThenB"), "gap"),
-    "dp2_sharding1": (mesh(dp=2, sharding_stage=1), "cls"),
-    "dp2_sharding2": (mesh(dp=2, sharding_stage=2), "gap"),
-    "dp2_sharding3": (mesh(dp=2, sharding_stage=3), "seven"),
-    "dp2_accum2_sharding2": (mesh(dp=2, grad_accum_steps=2, sharding_stage=2), "cls"),
-    "dp4": (mesh(dp=4, bucket_mb=0.02), "cls"),  # several buckets
-    "dp2_mp2": (mesh(dp=2, mp=2, bucket_mb=0), "gap"),
-    "mp2_pp2": (mesh(mp=2, pp=2), "cls"),
-    "dp2_pp2": (mesh(dp=2, pp=2), "gap"),
-    "dp2_pp2_sharding3": (mesh(dp=2, pp=2, sharding_stage=3), "seven"),
-    "dp2_mp2_sharding1": (mesh(dp=2, mp=2, sharding_stage=1), "cls"),
-}
-EVALUATED_EMA = ["one", "dp2_sharding2", "pp2", "dp2_mp2_sharding1"]
-EVALUATED = ["one_cls_sgd", "dp2_sgd", "mp2_sgd", "pp2_1F1B_sgd", "dp4_sgd", "mp2_pp2_sgd", "dp2_sharding1_sgd"]
-# the optimizers of recipes with all of their options, for a few steps
-RECIPES = {
-    "adamw": OptimConfig(weight_decay=0.1, no_decay=("bias", "norm"), layer_decay=0.7, ema_decay=0.9),
-    "lamb": OptimConfig(name="lamb", epsilon=1e-3, weight_decay=0.1, no_decay=("bias",), ema_decay=0.9),
-    "lion": OptimConfig(name="lion", lr=1e-4, betas=(0.9, 0.99), weight_decay=0.1, decay_times_lr=False),
-    "adafactor": OptimConfig(name="adafactor", betas=(0.9, 0.99), weight_decay=0.1, ema_decay=0.9),
-}
-RECIPE_MESHES = {
-    "dp2": mesh(dp=2),
-    "mp2": mesh(mp=2),
-    "pp2": mesh(pp=2),
-    "accum2": mesh(grad_accum_steps=2),
-    "dp2_sharding2": mesh(dp=2, sharding_stage=2),
-    "dp2_sharding3": mesh(dp=2, sharding_stage=3),
-    "dp2_mp2_sharding1": mesh(dp=2, mp=2, sharding_stage=1),
-}
-# with only drop path: the mesh, and the run in one process that draws the same
-DROP_PATH = {
-    "paths_dp2": (mesh(dp=2), "paths_one"),
-    "paths_dp4": (mesh(dp=4), "paths_one"),
-    "paths_mp2": (mesh(mp=2), "paths_one"),
-    "paths_dp2_mp2": (mesh(dp=2, mp=2), "paths_one"),
-    "paths_pp2": (mesh(pp=2), "paths_accum2"),
-}
-# with mixup and CutMix
-MIXUP = {
-    "mixed_dp2": mesh(dp=2),
-    "mixed_mp2": mesh(mp=2),
-    "mixed_pp2": mesh(pp=2),
-    "mixed_accum2": mesh(grad_accum_steps=2),
-    "mixed_dp2_sharding3": mesh(dp=2, sharding_stage=3),
-}
-# with all kinds of dropout, for a few steps, of which one is repeated
-DROPOUT = {
-    "dropout_one": mesh(),
-    "dropout_accum2": mesh(grad_accum_steps=2),
-    "dropout_recompute": mesh(recompute="block"),
-    "dropout_recompute_accum2": mesh(recompute=2, grad_accum_steps=2),
-    "dropout_dp2": mesh(dp=2),
-    "dropout_mp2": mesh(mp=2),
-    "dropout_mp2_recompute": mesh(mp=2, recompute="block"),
-    "dropout_pp2": mesh(pp=2),
-    "dropout_pp2_recompute": mesh(pp=2, recompute="block"),
-    "dropout_dp2_mp2": mesh(dp=2, mp=2),
-}
-STEPS_WITH_A_REPETITION = [0, 1, 2, 1]
-
-
-def all_cases() -> list[Case]:
-    named = []
-    for optimizer, optim in OPTIMIZERS.items():
-        for model in ("cls", "gap", "seven"):
-            named.append((f"one_{model}_{optimizer}", MODELS[model], optim, mesh(), {}))
-        for name, (parallel, model) in MESHES.items():
-            named.append((f"{name}_{optimizer}", MODELS[model], optim, parallel, {}))
-    for name, parallel in {"paths_one": mesh(), "paths_accum2": mesh(grad_accum_steps=2)}.items():
-        named.append((name, MODELS["dropped_paths"], OPTIMIZERS["adamw"], parallel, {}))
-    for name, (parallel, _) in DROP_PATH.items():
-        named.append((name, MODELS["dropped_paths"], OPTIMIZERS["adamw"], parallel, {}))
-    for name, parallel in {"mixed_one": mesh(), **MIXUP}.items():
-        named.append((name, MODEL, OPTIMIZERS["sgd"], parallel, {"mixes": True}))
-    for optimizer, optim in RECIPES.items():
-        for name, parallel in {"one": mesh(), **RECIPE_MESHES}.items():
-            named.append((f"recipe_{name}_{optimizer}", MODELS["tokens"], optim, parallel, {"steps": list(range(4))}))
-    for name, parallel in DROPOUT.items():
-        recorded = {"steps": STEPS_WITH_A_REPETITION, "records_masks": True}
-        named.append((name, MODELS["dropout"], OPTIMIZERS["sgd"], parallel, recorded))
-    evaluated = {*EVALUATED, *(f"recipe_{name}_adamw" for name in EVALUATED_EMA)}
-    return [
-        Case(name=name, model=model, optim=optim, parallel=parallel, evaluates=name in evaluated, **others)
-        for name, model, optim, parallel, others in named
-    ]
-
-
-CASES = {case.name: case for case in all_cases()}
-
-
-class Runs:
-    """Outcomes of the cases, by rank. All cases with the same number of processes run when one of them is needed."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._logs: dict[int, str] = {}  # the end of the processes' output, by world size
-        make_images(folder / "images", NUM_EVAL_IMAGES, MODEL.num_classes)
-
-    def __call__(self, name: str) -> list[Outcome]:
-        world_size = CASES[name].world_size
-        if world_size not in self._logs:
-            self._logs[world_size] = self._run([case for case in CASES.values() if case.world_size == world_size])
-        paths = [self._folder / f"{name}.{rank}" for rank in range(world_size)]
-        if not all(path.is_file() for path in paths):
-            pytest.fail(f"{name} has no outcome; the end of the output:\n{self._logs[world_size]}", pytrace=False)
-        return [pickle.loads(path.read_bytes()) for path in paths]
-
-    def one(self, name: str) -> Outcome:
-        """Return the outcome of a case with one process."""
-        (outcome,) = self(name)
-        return outcome
-
-    def _run(self, cases: list[Case]) -> str:
-        """Run all cases of one world size, and return the end of their processes' output."""
-        world_size = cases[0].world_size
-        path = self._folder / f"cases_{world_size}.json"
-        path.write_bytes(TypeAdapter(list[Case]).dump_json(cases, by_alias=True))
-        environs = environments(world_size)
-        logs = [self._folder / f"log_{world_size}.{rank}" for rank in range(world_size)]
-        processes = [
-            start([path, self._folder, self._folder / "images"], environ, log)
-            for environ, log in zip(environs, logs, strict=True)
-        ]
-        with ThreadPoolExecutor(world_size) as threads:
-            waits = [threads.submit(wait_for, process) for process in processes]
-            wait(waits, TIME_LIMIT_S, return_when=FIRST_EXCEPTION)
-            for process in processes:  # the ones that wait for a failed one
-                process.kill()
-        return "\n".join(f"rank {rank}: {log.read_text(errors='replace')[-2000:]}" for rank, log in enumerate(logs))
-
-
-def environments(world_size: int) -> list[dict[str, str]]:
-    """Return the environment of each rank, as the launcher sets it."""
-    with ExitStack() as stack:
-        free = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(world_size + 1)]
-        store, *endpoints = [f"127.0.0.1:{listening.getsockname()[1]}" for listening in free]
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PADDLE_", "SLURM_"))}
-    common = {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        "GLOO_SOCKET_IFNAME": __main__.interface_of("127.0.0.1") or "",
-        "PADDLE_DISTRI_BACKEND": "gloo",
-        "PADDLE_MASTER": store,
-        "PADDLE_NNODES": "1",
-        "PADDLE_TRAINERS_NUM": str(world_size),
-        "PADDLE_TRAINER_ENDPOINTS": ",".join(endpoints),
-    }
-    per_rank = [{"PADDLE_TRAINER_ID": str(rank), "PADDLE_CURRENT_ENDPOINT": at} for rank, at in enumerate(endpoints)]
-    return [inherited | common | values for values in per_rank]
-
-
-def start(arguments: list[Path], environ: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
-    call = "import sys; from pathlib import Path; from helpers.mesh_worker import main; main(*map(Path, sys.argv[1:]))"
-    with log.open("wb") as output:
-        return subprocess.Popen(
-            [sys.executable, "-c", call, *map(str, arguments)],
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            preexec_fn=__main__.stop_with_parent,
-        )
-
-
-def wait_for(process: subprocess.Popen[bytes]) -> None:
-    if process.wait():
-        raise ChildProcessError
-
-
-def make_images(root: Path, num_images: int, num_classes: int) -> None:
-    """Create a validation set of noise whose classes have different sizes."""
-    rng = np.random.default_rng(0)
-    for number in range(num_images):
-        folder = root / "val" / str(number % num_classes)
-        folder.mkdir(parents=True, exist_ok=True)
-        pixels = rng.integers(0, 256, (4, 5, 3), np.uint8)
-        Image.fromarray(pixels).resize((20, 16), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
 
 
 @pytest.fixture(scope="module")
