@@ -220,7 +220,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(workplace: Path, number: signal.
             break
     rest = process.stdout.read()
     assert process.wait(timeout=60) == 75
-    assert "state saved" in rest
+    assert "the state is saved" in rest
     run = workplace / f"output/stopped{int(number)}"
     assert not (run / "model.pdparams").exists()
     done = run_sh(*arguments, cwd=workplace, OMP_NUM_THREADS=threads)

@@ -160,7 +160,7 @@ def test_a_stopped_node_stops_the_job_with_its_state_saved(job: Job, stopped: sl
     for launched in job.launches[stopped]:
         launched.send_signal(signal.SIGTERM)
     (code, stdout, stderr), other = job.end()
-    assert (code, stderr) == (75, "") and "state saved" in stdout
+    assert (code, stderr) == (75, "") and "the state is saved" in stdout
     assert other == (75, "", "")
 
 

@@ -302,7 +302,7 @@ def supervise(workers: list[Worker], cluster: Cluster, peers: Peers, received_si
     failure: Failure | None = None
     forwarded: set[int] = set()
     last_forwarded, failed_at = float("-inf"), float("inf")
-    unsent = [signal.SIGKILL, signal.SIGTERM]  # the next one is last
+    unsent = [signal.SIGKILL, signal.SIGTERM]  # sent from the end
     is_done = False
     # After a failure, don't wait forever for nodes that can't end their workers, such as one with a suspended launcher.
     while running or (peers.running and time.monotonic() < failed_at + 3 * FAILURE_GRACE_S):
