@@ -172,14 +172,14 @@ def test_several_labels_with_softmax_and_odd_batches_with_mixup_are_refused(conf
 
 def test_a_moving_average_is_evaluated_saved_and_resumed(config: Config, tmp_path: Path) -> None:
     """With the same bits, from a checkpoint in the middle of the run, and with another optimizer than AdamW."""
-    averaged = config.model_copy(
+    with_ema = config.model_copy(
         update={
             "optim": config.optim.model_copy(update={"name": "lamb", "ema_decay": 0.5}),
-            "output_dir": str(tmp_path / "averaged"),
+            "output_dir": str(tmp_path / "with_ema"),
         }
     )
-    assert train(averaged)
-    run = averaged.run_dir
+    assert train(with_ema)
+    run = with_ema.run_dir
     for line in metrics(run, "eval"):
         assert {"ema_top1", "ema_top5", "ema_loss"} <= line.keys() and line["ema_loss"] != line["loss"]
     weights, average = read_state(run / "model.pdparams"), read_state(run / "model_ema.pdparams")
@@ -192,7 +192,7 @@ def test_a_moving_average_is_evaluated_saved_and_resumed(config: Config, tmp_pat
         shutil.rmtree(run / "checkpoints" / later)
     for name in ("model.pdparams", "model_ema.pdparams"):
         (run / name).unlink()
-    assert train(averaged)
+    assert train(with_ema)
     again = read_state(run / "model_ema.pdparams")
     assert all(np.array_equal(again[name], average[name]) for name in average)
     assert metrics(run, "eval")[-1]["ema_loss"] == losses[-1]["ema_loss"]

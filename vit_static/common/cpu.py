@@ -34,12 +34,12 @@ def cpu_model(cpuinfo: Path = _CPUINFO) -> str:
 
 
 def cpu_has_bfloat16(cpuinfo: Path = _CPUINFO, environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether the CPU multiplies bfloat16: AVX512-BF16 or AMX."""
+    """Return whether the CPU multiplies bfloat16: AVX512-BF16 or AMX."""
     return bool(_BFLOAT16_FLAGS & cpu_flags(cpuinfo, environ))
 
 
 def cpu_has_vnni(cpuinfo: Path = _CPUINFO, environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether the CPU accumulates products of 8-bit numbers in 32 bits: VNNI or AMX.
+    """Return whether the CPU accumulates products of 8-bit numbers in 32 bits: VNNI or AMX.
 
     Without it ONNX Runtime adds pairs of products of unsigned activations and signed weights in 16 bits. There the sum
     saturates with 8-bit weights, and doesn't with 7-bit ones.
@@ -76,7 +76,7 @@ def onednn_max_cpu_isa(environ: Mapping[str, str]) -> str:
 
 
 def is_amd_with_avx2(cpuinfo: Path = _CPUINFO) -> bool:
-    """Whether the CPU is made by AMD and has AVX2."""
+    """Return whether the CPU is made by AMD and has AVX2."""
     words = _read(cpuinfo).split()
     return "AuthenticAMD" in words and "avx2" in words
 

@@ -57,7 +57,7 @@ def load_config(path: Path | None, overrides: Iterable[str] = ()) -> Config:
 
 
 def _concerns(location: Sequence[Any], key: Sequence[Any]) -> bool:
-    """Whether a mistake at `location` is in the overridden `key`, or in a section on the way to it."""
+    """Return whether a mistake at `location` is in the overridden `key`, or in a section on the way to it."""
     length = min(len(location), len(key))
     return length > 0 and tuple(location[:length]) == tuple(key[:length])
 

@@ -417,7 +417,7 @@ class Config(Section):
 
     @property
     def mixes(self) -> bool:
-        """Whether training images are mixed (mixup, CutMix), so that their targets have shares of several classes."""
+        """Return whether training images are mixed (mixup, CutMix), which gives their targets several classes."""
         return self.augment.mixup_alpha > 0.0 or self.augment.cutmix_alpha > 0.0
 
     @property

@@ -71,7 +71,7 @@ def _bucket_reductions(
     late = [op for op in reductions if not any(op is other for other in early)]
 
     def is_computed_later(bucket: Bucket, operation: Any) -> bool:
-        """Whether the operand doesn't exist yet where the bucket's first reduction is."""
+        """Return whether the operand doesn't exist yet where the bucket's first reduction is."""
         return positions.of_source(operation) > positions.of(bucket[0])
 
     for bucket in _buckets(sorted(early, key=positions.of_source), sync.bucket_bytes):
@@ -114,7 +114,7 @@ def _buckets(
 
 
 def _needs_float32(value: Any) -> bool:
-    """Whether a value keeps its dtype on the wire: the sums of squares for clipping, and scalars."""
+    """Return whether a value keeps its dtype on the wire: the sums of squares for clipping, and scalars."""
     source = value.get_defining_op()
     return math.prod(value.shape) == 1 or (source is not None and source.has_attr(SQUARES))
 

@@ -79,7 +79,7 @@ class RunLogData:
 
     @cached_property
     def has_ema(self) -> bool:
-        """Whether the moving average of the weights is evaluated, too."""
+        """Return whether the moving average of the weights is evaluated, too."""
         return any("ema_top1" in entry for entry in self.evaluations)
 
     @cached_property
@@ -134,7 +134,7 @@ class RunLogData:
 
     @property
     def state(self) -> str:
-        """Whether the run has finished, was stopped, or may be running."""
+        """Return whether the run has finished, was stopped, or may be running."""
         event = self.all_entries[-1].get("event")
         return END_STATES.get(event if isinstance(event, str) else "", "running or killed: the log has no end")
 

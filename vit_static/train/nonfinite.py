@@ -80,6 +80,6 @@ class NonFiniteGuard:
         )
 
     def may_roll_back(self, progress: Progress) -> bool:
-        """Whether the config allows going back to the last checkpoint once more."""
+        """Return whether the config allows going back to the last checkpoint once more."""
         train = self._spec.config.train
         return train.on_nonfinite == "rollback" and len(progress.skipped_batches) < train.max_rollbacks

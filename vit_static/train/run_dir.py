@@ -58,7 +58,7 @@ class RunDir:
                     folder.rmdir()
 
     def contains(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint is one of this run's own."""
+        """Return whether a checkpoint is one of this run's own."""
         return checkpoint.resolve().parent.parent == self.path.resolve()
 
     def prepare(

@@ -69,13 +69,13 @@ class StartPoint:
         return Start(Progress(step=0), run_id, "fresh weights", False, None)
 
     def archive_after(self, progress: Progress) -> int | None:
-        """The step whose later checkpoints are moved out of the way; -1 for all of them, None for none."""
+        """Return the step whose later checkpoints are moved out of the way; -1 for all of them, None for none."""
         if not self.archives:
             return None
         return progress.step if self.is_own else -1
 
     def open(self) -> ShardedReader | None:
-        """The checkpoint's tensors, if there is a checkpoint."""
+        """Open the checkpoint's tensors, if there is a checkpoint."""
         return None if self.checkpoint is None else open_shards(self.checkpoint)
 
 

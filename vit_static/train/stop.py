@@ -21,14 +21,14 @@ BAD_IMAGE, ON_REQUEST, UNSAVED, NONFINITE = "bad image", "stopped", "not saved",
 
 @dataclass(frozen=True)
 class Stop:
-    """Why a run stops before its last step: one of the reasons above, and a message for people."""
+    """An early end of a run: one of the reasons above, and a message for people."""
 
     reason: str
     message: str
 
     @property
     def may_save(self) -> bool:
-        """Whether the state is worth saving and there is somewhere to save it."""
+        """Return whether the state is worth saving and there is somewhere to save it."""
         return self.reason in (BAD_IMAGE, ON_REQUEST)
 
 
@@ -88,7 +88,7 @@ class StopController:
 
     @property
     def may_save(self) -> bool:
-        """Whether the state may be saved, which it always may while the run continues."""
+        """Return whether the state may be saved, which it always may while the run continues."""
         return self._stop is None or self._stop.may_save
 
     def poll(self, bad_image: str | None, failed_save: str | None) -> None:

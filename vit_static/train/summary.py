@@ -88,6 +88,6 @@ def _optimizer(config: Config, warmup_steps: int) -> str:
 
 
 def expected_end(seconds_left: float, now: datetime | None = None) -> str:
-    """When a run that takes `seconds_left` more will be done."""
+    """Return the line that tells when a run that takes `seconds_left` more will end."""
     end = (now or datetime.now().astimezone()) + timedelta(seconds=seconds_left)
     return f"expected end {end:%a %d %b %H:%M:%S}, in {duration(seconds_left)}"

@@ -275,14 +275,14 @@ class _Lowering:
 
 
 def _has_operands(operation: Any, number: int) -> bool:
-    """Whether an operator has this many operands, none of them omitted, as a scale may be."""
+    """Return whether an operator has this many operands, none of them omitted, as a scale may be."""
     return operation.num_operands() == number and all(
         operation.operand_source(index).initialized() for index in range(number)
     )
 
 
 def _have_same_batch(a: View, b: View) -> bool:
-    """Whether both are matrices, or equally many of them: products with broadcasting are left to Paddle."""
+    """Return whether both are matrices, or equally many of them: products with broadcasting are left to Paddle."""
     return len(b.layout.shape) >= 2 and a.layout.shape[:-2] == b.layout.shape[:-2] and len(a.layout.shape) >= 2
 
 

@@ -263,7 +263,7 @@ def match_attention(softmax: Any) -> AttentionPattern | None:
 
 
 def _multiplies(product: Any, left: Any) -> bool:
-    """Whether a product, or its gradient, has `left` as its left operand, and neither operand is transposed."""
+    """Return whether a product, or its gradient, has `left` as its left operand, and neither operand is transposed."""
     attributes = product.attrs()
     is_left = through_casts(product.operand_source(0)).is_same(left)
     return is_left and not attributes["transpose_x"] and not attributes["transpose_y"]
