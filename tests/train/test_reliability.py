@@ -126,7 +126,7 @@ MOMENTS = {
     "in a step": ("program.program.Program.train_step", "True", 5, ""),
     "in an evaluation": ("program.program.Program.eval_step", "True", 2, ""),
     "with half a shard written": ("checkpoint.writer.write_shard", "True", 2, "args[1].write_bytes(b'half')"),
-    "before the manifest": ("checkpoint.writer.CheckpointWriter._complete", "True", 2, ""),
+    "before the manifest": ("checkpoint.writer.CheckpointWriter._commit", "True", 2, ""),
     "before the rename": ("checkpoint.folder.fsync", "args[0].name.endswith('.part')", 2, ""),
     "before `latest` is moved": ("checkpoint.folder.replace_symlink", "os.readlink(args[0]) != args[1]", 1, ""),
     "with an old checkpoint half removed": (
