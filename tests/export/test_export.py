@@ -62,9 +62,9 @@ def test_the_inference_model_computes_what_the_model_does(kind: str) -> None:
         logits, features = exported(images)
         np.testing.assert_allclose(features.numpy(), plain.features(images).numpy(), rtol=1e-4, atol=2e-5)
         np.testing.assert_allclose(logits.numpy(), plain(images).numpy(), rtol=1e-4, atol=2e-5)
-    names = {name for name, _ in exported.body.named_parameters()}
+    names = {name for name, _ in exported.backbone.named_parameters()}
     assert {parameter.name for parameter in exported.parameters()} == names
-    low_precision = dict(InferenceModel(plain, "bfloat16").body.named_parameters())
+    low_precision = dict(InferenceModel(plain, "bfloat16").backbone.named_parameters())
     dtypes = {name: parameter.dtype for name, parameter in low_precision.items()}
     assert dtypes["blocks.1.norm2.weight"] == paddle.float32 and dtypes["blocks.1.attn.qkv.weight"] == paddle.bfloat16
     assert all((dtype == paddle.float32) == ("norm" in name) for name, dtype in dtypes.items())
