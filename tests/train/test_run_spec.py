@@ -85,7 +85,7 @@ def test_the_data_position_is_the_next_batch_without_the_skipped_ones() -> None:
     spec = RunSpec(config, 0, shape, images, images, 50, 0)
     assert spec.data_position(Progress(7)).position == 70
     position = spec.data_position(Progress(7, skipped_batches=(2, 9)))
-    assert (position.position, position.num_images, position.images, position.seed) == (80, 100, "abc", 3)
+    assert (position.position, position.num_images, position.images_digest, position.seed) == (80, 100, "abc", 3)
 
 
 def test_the_decisions_of_a_run_need_no_paddle() -> None:
