@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 from helpers.mesh_worker import Case, Outcome
 from helpers.small import ROOT
 from vit_static.config.schema import ModelConfig, OptimConfig, ParallelConfig
-from vit_static.launch import __main__
+from vit_static.launch import launcher
 
 TIME_LIMIT_S = 900
 NUM_EVAL_IMAGES = 101
@@ -218,7 +218,7 @@ def environments(world_size: int) -> list[dict[str, str]]:
     common = {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        "GLOO_SOCKET_IFNAME": __main__.interface_of("127.0.0.1") or "",
+        "GLOO_SOCKET_IFNAME": launcher.interface_of("127.0.0.1") or "",
         "PADDLE_DISTRI_BACKEND": "gloo",
         "PADDLE_MASTER": store,
         "PADDLE_NNODES": "1",
@@ -239,7 +239,7 @@ def start(arguments: list[Path], environ: dict[str, str], log: Path) -> subproce
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            preexec_fn=__main__.stop_with_parent,
+            preexec_fn=launcher.stop_with_parent,
         )
 
 

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from helpers.jobs import LONG, Job, ScriptedJob, wait_for_both, wait_until
 
-from vit_static.launch import __main__, topology
+from vit_static.launch import launcher, topology
 
 
 def test_the_interface_of_an_address() -> None:
-    assert __main__.interface_of("127.0.0.1") == "lo"
-    assert __main__.interface_of("192.0.2.1") is None  # reserved for documentation
+    assert launcher.interface_of("127.0.0.1") == "lo"
+    assert launcher.interface_of("192.0.2.1") is None  # reserved for documentation
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_a_config_for_the_cpu_leaves_the_gpus_unused(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
     Path("cpu.yaml").write_text("device: cpu\n")
-    assert topology.find_layout({}, __main__.config_of(arguments).device).num_local == num_local
+    assert topology.find_layout({}, launcher.config_of(arguments).device).num_local == num_local
 
 
 # Training on nodes
