@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import paddle
 import paddle.distributed as dist
 from paddle.distributed import collective
-from paddle.distributed.auto_parallel.static import engine, process_group
+from paddle.distributed.auto_parallel.static import engine, helper, process_group
 
 
 @contextmanager
@@ -26,15 +28,18 @@ def fake_world(rank: int, world_size: int) -> Iterator[None]:
     }
     previous = {name: os.environ.get(name) for name in fake_environ}
     instantiate, initialize = process_group.ProcessGroup.instantiate, engine.Engine._initialize
+    init_parameters = helper.ProgramHelper.init_pir
     try:
         os.environ.update(fake_environ)
         collective._global_env, dist.parallel._global_parallel_env = None, None
         process_group.ProcessGroup.instantiate = lambda self: None
-        engine.Engine._initialize = lambda self, mode, init_parameters=True: None
+        engine.Engine._initialize = _without_parameters
+        helper.ProgramHelper.init_pir = lambda *_: None
         yield
     finally:
         process_group.ProcessGroup.instantiate = instantiate
         engine.Engine._initialize = initialize
+        helper.ProgramHelper.init_pir = init_parameters
         process_group.clear_all_process_groups()
         collective._global_env, dist.parallel._global_parallel_env = None, None
         for name, value in previous.items():
@@ -42,3 +47,7 @@ def fake_world(rank: int, world_size: int) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _without_parameters(self: Any, mode: str, init_parameters: bool = True) -> None:
+    self._place = paddle.CPUPlace()

@@ -1,0 +1,217 @@
+"""Compile the program that a GPU would execute, for any rank of any mesh and precision, on a machine without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import combinations, product
+from typing import Any
+
+import paddle
+from helpers.small import SMALL
+from paddle.distributed.auto_parallel.static.process_group import get_all_process_groups
+
+from gpu_program.gpu_wheel import gpu_wheel
+from vit_static.config.schema import (
+    AmpConfig,
+    Config,
+    DataConfig,
+    KernelsConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+from vit_static.model.vit import VisionTransformer
+from vit_static.parallel.mesh import MeshShape, make_mesh
+from vit_static.plan.fake_world import fake_world
+from vit_static.program.precision import Precision, choose_attention
+from vit_static.program.program import Program
+
+# 4 heads of 16 channels, which FlashAttention supports.
+MODEL = SMALL.model_copy(update={"width": 64, "num_heads": 4, "layer_scale_init": None})
+IMAGES_PER_RANK = 4  # per micro-batch
+
+
+@dataclass(frozen=True)
+class GpuCase:
+    """A program to compile: mesh, precision and the settings that change it."""
+
+    mesh: str = "single"  # a key of MESHES
+    precision: str = "O2 bfloat16"
+    optimizer: str = "adamw"
+    num_micro_batches: int = 1
+    recompute: str = "none"
+    dropout: float = 0.0
+    has_ema: bool = False
+    freeze: str = "none"
+    parallel: dict[str, Any] = field(default_factory=dict, compare=False)  # other fields of ParallelConfig
+    amp: dict[str, Any] = field(default_factory=dict, compare=False)  # fields of AmpConfig
+    kernels: dict[str, Any] = field(default_factory=dict, compare=False)  # fields of KernelsConfig
+    optim: dict[str, Any] = field(default_factory=dict, compare=False)  # other fields of OptimConfig
+    model: ModelConfig = field(default=MODEL, compare=False)
+
+    def __str__(self) -> str:
+        options = {
+            f"{self.num_micro_batches} micro-batches": self.num_micro_batches > 1,
+            "recompute": self.recompute != "none",
+            "dropout": self.dropout > 0.0,
+            "EMA": self.has_ema,
+            "frozen": self.freeze != "none",
+        }
+        return ", ".join(
+            [self.mesh, self.precision, self.optimizer, *(name for name, is_on in options.items() if is_on)]
+        )
+
+    @property
+    def shape(self) -> MeshShape:
+        return MESHES[self.mesh][0]
+
+    def config(self) -> Config:
+        """Return the run's config. `data.global_batch_size` is IMAGES_PER_RANK per data-parallel rank and micro-batch."""
+        shape, sharding_stage = MESHES[self.mesh]
+        level, dtype = self.precision.split()
+        num_micro_batches = max(self.num_micro_batches, shape.pp)
+        model = self.model
+        if self.dropout:
+            model = model.model_copy(update={"dropout": self.dropout, "drop_path_rate": self.dropout})
+        return Config(
+            name="gpu",
+            seed=3,
+            model=model,
+            data=DataConfig(global_batch_size=IMAGES_PER_RANK * shape.dp * num_micro_batches),
+            train=TrainConfig(freeze=self.freeze),
+            optim=OptimConfig(
+                **{
+                    "name": self.optimizer,
+                    "weight_decay": 0.1,
+                    "clip_norm": 1.0,
+                    "ema_decay": 0.99 if self.has_ema else 0.0,
+                    **self.optim,
+                }
+            ),
+            amp=AmpConfig(level=level, dtype="auto" if level == "O0" else dtype, **self.amp),
+            parallel=ParallelConfig(
+                **{
+                    "dp": shape.dp,
+                    "mp": shape.mp,
+                    "pp": shape.pp,
+                    "sharding_stage": sharding_stage,
+                    "grad_accum_steps": num_micro_batches,
+                    "recompute": self.recompute,
+                    **self.parallel,
+                }
+            ),
+            kernels=KernelsConfig(**self.kernels),
+        )
+
+
+# Mesh shape and ZeRO stage by name.
+MESHES = {
+    "single": (MeshShape(1, 1, 1), 0),
+    "dp 8": (MeshShape(8, 1, 1), 0),
+    "dp 4 x mp 2": (MeshShape(4, 2, 1), 0),
+    "pp 2 x mp 2 x dp 2": (MeshShape(2, 2, 2), 0),
+    "ZeRO 1": (MeshShape(4, 1, 1), 1),
+    "ZeRO 2": (MeshShape(4, 1, 1), 2),
+    "ZeRO 3": (MeshShape(4, 1, 1), 3),
+}
+_OPTIONS: dict[str, list[Any]] = {
+    "mesh": list(MESHES),
+    "precision": ["O2 float16", "O2 bfloat16", "O1 bfloat16", "O0 float32"],
+    "optimizer": ["adamw", "sgd", "lamb", "lion", "adafactor"],
+    "num_micro_batches": [1, 2],
+    "recompute": ["none", "block"],
+    "dropout": [0.0, 0.1],
+    "has_ema": [False, True],
+    "freeze": ["none", "backbone"],
+}
+
+
+def covering_cases() -> list[GpuCase]:
+    """Return cases in which every two values of different options occur together.
+
+    Greedy: of all combinations, take the one with the most pairs that haven't occurred, until all have.
+    """
+    names = list(_OPTIONS)
+    combinations_of_values = list(product(*_OPTIONS.values()))
+    pairs = {values: set(combinations(zip(names, values, strict=True), 2)) for values in combinations_of_values}
+    missing = set().union(*pairs.values())
+    cases = []
+    while missing:
+        best = max(combinations_of_values, key=lambda values: len(pairs[values] & missing))
+        missing -= pairs[best]
+        cases.append(GpuCase(**dict(zip(names, best, strict=True))))
+    return cases
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A rank's compiled programs."""
+
+    case: GpuCase
+    rank: int
+    program: Program
+    modes: dict[str, Any]  # the compiled program by mode: train, eval
+    rings: dict[int, tuple[int, ...]]  # ranks by ring_id, the identifier of a process group in a collective
+    parameter_names: dict[str, str]  # from the layers' names to the model's: linear_3.w_0 to blocks.0.attn.q.weight
+
+
+def compile_rank(case: GpuCase, rank: int = 0, modes: tuple[str, ...] = ("train", "eval")) -> Compiled:
+    """Compile the programs of one rank of a run that trains. Every rank's parameters have the same names."""
+    with building(case.shape, rank):
+        program = build_program(case, rank)
+        return _compile(case, rank, program, modes)
+
+
+def compile_eval_only(case: GpuCase, rank: int = 0) -> Compiled:
+    """Compile the program of the verb `eval`, which has no optimizer."""
+    with building(case.shape, rank):
+        config = case.config()
+        mesh = make_mesh(rank, case.shape, "gpu")
+        program = Program.for_eval(
+            config, _model(config), mesh, _precision(case), eval_batch_size=IMAGES_PER_RANK * case.shape.dp
+        )
+        return _compile(case, rank, program, ("eval",))
+
+
+@contextmanager
+def building(shape: MeshShape, rank: int) -> Iterator[None]:
+    """Compile as this rank of a world of GPUs within the context."""
+    with gpu_wheel(), fake_world(rank, shape.world_size), paddle.utils.unique_name.guard():
+        yield
+
+
+def build_program(case: GpuCase, rank: int, **arguments: Any) -> Program:
+    """Return the run's program, to be compiled within `building`. `arguments`: others of Program.for_training."""
+    config = case.config()
+    mesh = make_mesh(rank, case.shape, "gpu")
+    paddle.seed(config.seed)
+    return Program.for_training(
+        config,
+        _model(config),
+        mesh,
+        _precision(case),
+        learning_rate=lambda step: 1e-3,
+        eval_batch_size=IMAGES_PER_RANK * case.shape.dp,
+        **arguments,
+    )
+
+
+def _compile(case: GpuCase, rank: int, program: Program, modes: tuple[str, ...]) -> Compiled:
+    from vit_static.program.engine import structured_names
+
+    compiled = {mode: program.compiled(mode) for mode in modes}
+    rings = {group.id: tuple(group.ranks) for group in get_all_process_groups()}
+    return Compiled(case, rank, program, compiled, rings, structured_names(program._program))
+
+
+def _model(config: Config) -> VisionTransformer:
+    attention = choose_attention(config.model, config.parallel, config.kernels, "gpu")
+    return VisionTransformer(config.model, attention)
+
+
+def _precision(case: GpuCase) -> Precision:
+    level, dtype = case.precision.split()
+    return Precision(level, dtype)
