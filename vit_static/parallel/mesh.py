@@ -232,7 +232,7 @@ def start_mesh(mesh_shape: MeshShape, device: str) -> Mesh:
             gloo.install()
         with redirect_stderr(io.StringIO()):  # Paddle prints a table of the flags that common/startup.py has set
             dist.init_parallel_env()
-    device_id = paddle.device.cuda.current_device() if device == "gpu" else None
+    device_id = dist.ParallelEnv().device_id if device == "gpu" else None
     return make_mesh(rank, mesh_shape, device, device_id)
 
 
