@@ -69,7 +69,7 @@ class GpuCase:
         return MESHES[self.mesh][0]
 
     def config(self) -> Config:
-        """Return the run's config. `data.global_batch_size` is IMAGES_PER_RANK per data-parallel rank and micro-batch."""
+        """Return the run's config, with IMAGES_PER_RANK images per data-parallel rank and micro-batch."""
         shape, sharding_stage = MESHES[self.mesh]
         level, dtype = self.precision.split()
         num_micro_batches = max(self.num_micro_batches, shape.pp)
@@ -168,11 +168,10 @@ def compile_rank(case: GpuCase, rank: int = 0, modes: tuple[str, ...] = ("train"
 def compile_eval_only(case: GpuCase, rank: int = 0) -> Compiled:
     """Compile the program of the verb `eval`, which has no optimizer."""
     with building(case.shape, rank):
-        config = case.config()
+        config, precision = case.config(), _precision(case)
         mesh = make_mesh(rank, case.shape, "gpu")
-        program = Program.for_eval(
-            config, _model(config), mesh, _precision(case), eval_batch_size=IMAGES_PER_RANK * case.shape.dp
-        )
+        batch_size = IMAGES_PER_RANK * case.shape.dp
+        program = Program.for_eval(config, _model(config, precision), mesh, precision, eval_batch_size=batch_size)
         return _compile(case, rank, program, ("eval",))
 
 
@@ -190,7 +189,7 @@ def build_program(case: GpuCase, rank: int, **arguments: Any) -> Program:
     paddle.seed(config.seed)
     return Program.for_training(
         config,
-        _model(config),
+        _model(config, _precision(case)),
         mesh,
         _precision(case),
         learning_rate=lambda step: 1e-3,
@@ -207,8 +206,8 @@ def _compile(case: GpuCase, rank: int, program: Program, modes: tuple[str, ...])
     return Compiled(case, rank, program, compiled, rings, structured_names(program._program))
 
 
-def _model(config: Config) -> VisionTransformer:
-    attention = choose_attention(config.model, config.parallel, config.kernels, "gpu")
+def _model(config: Config, precision: Precision) -> VisionTransformer:
+    attention = choose_attention(config.model, precision, config.parallel, config.kernels, "gpu")
     return VisionTransformer(config.model, attention)
 
 

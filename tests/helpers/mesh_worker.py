@@ -26,7 +26,6 @@ from vit_static.config.schema import (
     Config,
     DataConfig,
     EvalConfig,
-    KernelsConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -40,7 +39,7 @@ from vit_static.parallel import gloo
 from vit_static.parallel.gloo import Traffic
 from vit_static.parallel.mesh import Mesh, MeshShape, make_mesh, rank_and_world_size, resolve_mesh, start_mesh
 from vit_static.plan.costs import Collective, program_costs
-from vit_static.program.precision import Precision, choose_attention
+from vit_static.program.precision import Precision
 from vit_static.program.program import Program
 from vit_static.report.error_analysis import Predictions
 from vit_static.train.evaluate import EvalMetrics, evaluate, predict_all
@@ -122,7 +121,7 @@ def record(x: paddle.Tensor, dropout: int) -> paddle.Tensor:
 
 def run(case: Case, mesh: Mesh, images_root: Path) -> Outcome:
     paddle.seed(3)
-    model = VisionTransformer(case.model, choose_attention(case.model, case.parallel, KernelsConfig(), "cpu"))
+    model = VisionTransformer(case.model)
     config = Config(
         name=case.name,
         seed=5,

@@ -51,7 +51,7 @@ def make_gpu_program(mesh: Mesh, precision: Precision, **changed: Any) -> Progra
             parallel=parallel,
             kernels=kernels,
         ),
-        VisionTransformer(config, choose_attention(config, parallel, kernels, "gpu")),
+        VisionTransformer(config, choose_attention(config, precision, parallel, kernels, "gpu")),
         mesh,
         precision,
         learning_rate=lambda step: 1e-3,

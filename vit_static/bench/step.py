@@ -50,7 +50,7 @@ class MeasuredStep:
         self.mesh = start_mesh(shape, config.device)
         self.precision = choose_precision(config.amp, self.mesh.device, config.kernels, config.parallel)
         seed_everything(config.seed)
-        attention = choose_attention(config.model, config.parallel, config.kernels, self.mesh.device)
+        attention = choose_attention(config.model, self.precision, config.parallel, config.kernels, self.mesh.device)
         self.program = Program.for_training(
             config,
             VisionTransformer(config.model, attention),

@@ -310,7 +310,7 @@ class KernelsConfig(Section):
     """Faster kernels instead of Paddle's plain operators."""
 
     onednn: bool = Field(True, description="CPU: oneDNN for products, attention, GELU, softmax, LayerNorm")
-    flash_attention: bool = Field(True, description="GPU: FlashAttention, through scaled_dot_product_attention")
+    flash_attention: bool = Field(True, description="GPU, O1 and O2: FlashAttention")
     fused_linear: bool = Field(True, description="GPU, O1 and O2: product and bias in one kernel")
     fused_gelu: bool = Field(False, description="GPU: GELU in that kernel too, as its tanh approximation")
     fused_dropout: bool = Field(True, description="GPU: dropout and residual addition in one kernel")

@@ -34,7 +34,7 @@ from vit_static.inference.artifact import MODEL_FILE, SPEC_FILE, ModelSpec, Prep
 from vit_static.inference.image_io import find_images
 from vit_static.inference.predictor import Preprocessor, prefetch_batches, to_probabilities
 from vit_static.model.variants import shape_of, variant_of
-from vit_static.model.vit import AttentionFunction, Dropout, VisionTransformer, attention_by_matmul, flash_attention
+from vit_static.model.vit import AttentionFunction, Dropout, VisionTransformer, attention_by_matmul
 from vit_static.weights.formats import split_qkv
 from vit_static.weights.load import load_into
 from vit_static.weights.source import load_weights
@@ -204,7 +204,7 @@ def load_exported(folder: Path) -> tuple[VisionTransformer, ModelSpec]:
     return load_as_layer(folder, AttentionRecorder()), read_spec(folder)
 
 
-def load_as_layer(folder: Path, attention: AttentionFunction = flash_attention) -> VisionTransformer:
+def load_as_layer(folder: Path, attention: AttentionFunction = attention_by_matmul) -> VisionTransformer:
     """Load an exported model as a Paddle layer in float32.
 
     Raises PredictError for an int8 model, and for a folder whose program doesn't fit its description.

@@ -22,7 +22,7 @@ from vit_static.config.loader import load_config
 from vit_static.config.schema import Config, ParallelConfig
 from vit_static.model import flops
 from vit_static.model.variants import shape_of, variant_of
-from vit_static.model.vit import VisionTransformer, flash_attention
+from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import (
     Mesh,
     MeshShape,
@@ -34,7 +34,7 @@ from vit_static.parallel.mesh import (
 )
 from vit_static.plan.costs import Collective, CostModel, Costs, count_by_kind, program_costs, runs_per_step
 from vit_static.plan.fake_world import fake_world
-from vit_static.program.precision import Precision, choose_attention, choose_precision
+from vit_static.program.precision import Precision, choose_precision, uses_flash_attention
 from vit_static.program.program import Program
 
 _MESH_KEYS = {
@@ -250,10 +250,9 @@ def make_plan(config: Config, parallel: ParallelConfig, world_size: int, cluster
 
 def _compile(config: Config, parallel: ParallelConfig, mesh: Mesh, precision: Precision) -> Program:
     """Return the program of this rank, with parameters that take no memory."""
-    attention = choose_attention(config.model, parallel, config.kernels, "gpu")
-    is_fused = attention is flash_attention and precision.dtype != "float32"
+    is_fused = uses_flash_attention(config.model, precision, parallel, config.kernels, "gpu")
     with paddle.LazyGuard():
-        model = VisionTransformer(config.model, attention)
+        model = VisionTransformer(config.model)
     cost_model = CostModel(
         item_size=2 if precision.level == "O2" else 4,
         master_gradients=config.amp.master_grad,

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from vit_static.common import cpu
 from vit_static.common.errors import ConfigError
 from vit_static.config.schema import AmpConfig, KernelsConfig, ModelConfig, ParallelConfig
+from vit_static.model.variants import variant_of
 from vit_static.model.vit import AttentionFunction, attention_by_matmul, flash_attention
 from vit_static.program.cpu import onednn
+
+_MAX_FLASH_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
@@ -66,16 +69,30 @@ def choose_precision(
 
 
 def choose_attention(
-    config: ModelConfig, parallel: ParallelConfig, kernels: KernelsConfig, device: str
+    model: ModelConfig, precision: Precision, parallel: ParallelConfig, kernels: KernelsConfig, device: str
 ) -> AttentionFunction:
-    """Return the attention function of a run: FlashAttention on a GPU, unless its dropout masks must follow the mesh.
+    """Return the attention function of a run: FlashAttention where it can be used, else plain matrix products.
 
-    On a CPU plain matrix products, which program/cpu/lowering.py fuses.
+    On a CPU, program/cpu/lowering.py fuses these products.
     """
-    needs_seeded_masks = config.attention_dropout > 0.0 and uses_seeded_dropout(parallel, device)
-    if device == "gpu" and kernels.flash_attention and not needs_seeded_masks:
+    if uses_flash_attention(model, precision, parallel, kernels, device):
         return flash_attention
     return attention_by_matmul
+
+
+def uses_flash_attention(
+    model: ModelConfig, precision: Precision, parallel: ParallelConfig, kernels: KernelsConfig, device: str
+) -> bool:
+    """Return whether a run uses FlashAttention: on a GPU in half precision, unless the masks must follow the mesh.
+
+    Its kernels exist for heads of up to 256 channels, a multiple of 8.
+    """
+    variant = variant_of(model)
+    head_dim = variant.width // variant.num_heads
+    has_kernel = head_dim % 8 == 0 and head_dim <= _MAX_FLASH_HEAD_DIM
+    needs_seeded_masks = model.attention_dropout > 0.0 and uses_seeded_dropout(parallel, device)
+    is_half = precision.level != "O0"
+    return device == "gpu" and kernels.flash_attention and is_half and has_kernel and not needs_seeded_masks
 
 
 def uses_seeded_dropout(parallel: ParallelConfig, device: str) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 
 from vit_static.common.errors import DataError
 from vit_static.config.loader import load_config
-from vit_static.config.schema import Config
+from vit_static.config.schema import Config, ParallelConfig
 from vit_static.data.image_set import ImageDataset
 from vit_static.data.imagenet_eval import imagenet_v2, with_real_labels
 from vit_static.data.loader import EvalLoader
@@ -169,10 +169,10 @@ def evaluate_checkpoint(
     if real is not None:
         images = with_real_labels(images, real, num_classes)
         config = config.with_several_labels()
-    attention = choose_attention(config.model, config.parallel, config.kernels, mesh.device)
+    precision = choose_precision(config.amp, mesh.device, config.kernels)
+    attention = choose_attention(config.model, precision, ParallelConfig(), config.kernels, mesh.device)
     model = VisionTransformer(config.model, attention)
     load_into(model, config.model, loaded, config.init.pos_embed)
-    precision = choose_precision(config.amp, mesh.device, config.kernels)
     program = Program.for_eval(config, model, mesh, precision, eval_batch_size=eval_batch_size(config, mesh))
     metrics = evaluate(program, eval_loader(config, images, mesh), mesh)
     text, values = metrics.describe(), asdict(metrics)

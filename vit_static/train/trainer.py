@@ -105,7 +105,7 @@ class Trainer:
         mesh = start_mesh(spec.mesh_shape, config.device)
         precision = choose_precision(config.amp, mesh.device, config.kernels, config.parallel)
         seed_everything(config.seed)
-        attention = choose_attention(config.model, config.parallel, config.kernels, mesh.device)
+        attention = choose_attention(config.model, precision, config.parallel, config.kernels, mesh.device)
         model = VisionTransformer(config.model, attention)
         start = start_point.load(spec, mesh, model)
         redirect_library_output(run.log_path(spec.rank))
