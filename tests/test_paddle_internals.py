@@ -37,6 +37,7 @@ PRIVATE_MODULES = (
     "paddle.framework",
     "paddle.pir",
     "paddle.static.MetaTensor",
+    "paddle.static.amp",
     "paddle.static.python_op",
 )
 OPERATOR_PREFIXES = ("pd_op.", "builtin.", "py_op.")

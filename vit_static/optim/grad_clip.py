@@ -11,10 +11,14 @@ import paddle
 import paddle.distributed as dist
 from paddle import nn
 
+from vit_static.optim.loss_scaling import LossScaling
 from vit_static.parallel.dist_values import assign_to, replicate, reshard
 
 _NO_CLIPPING = 1e30
-SQUARES = "vit_static_squares"  # an attribute of the operators whose results are sums of squared gradients
+# Attributes of operators: whose results are sums of squared gradients; the square of a parameter's gradient; its
+# clipped gradient. The value of the last two is the parameter's name.
+SQUARES = "vit_static_squares"
+SQUARED_GRADIENT, CLIPPED_GRADIENT = "vit_static_squared_gradient", "vit_static_clipped_gradient"
 
 
 class GlobalNormClip(nn.ClipGradByGlobalNorm):
@@ -28,30 +32,50 @@ class GlobalNormClip(nn.ClipGradByGlobalNorm):
     squares with the same sharding are added up first.
     """
 
-    def __init__(self, clip_norm: float | None, group_of: Mapping[str, str], step_number: Callable[[], Any]) -> None:
+    def __init__(
+        self,
+        clip_norm: float | None,
+        group_of: Mapping[str, str],
+        step_number: Callable[[], Any],
+        loss_scaling: LossScaling,
+    ) -> None:
         """`group_of` maps the name of each parameter to its group.
 
         `step_number` is called while the program is built and returns the variable with the number of the step, from 1.
+        If `loss_scaling` is on, gradients are unscaled in the same pass, and set to 0 in a step that is skipped.
         """
         super().__init__(_NO_CLIPPING if clip_norm is None else clip_norm)
-        self._group_of, self._step_number = group_of, step_number
+        self._group_of, self._step_number, self._loss_scaling = group_of, step_number, loss_scaling
         self._groups: list[str] = []  # the group of each recorded norm; a group may have several
         self._variable_names: dict[str, str] = {}  # of grad_norm, first_nonfinite_step and nonfinite_norms
 
     def _pir_clip(self, params_grads: Any) -> Any:
         params_grads = [(parameter, gradient) for parameter, gradient in params_grads if gradient is not None]
-        squares = [(self._group_of[parameter.name], _squared_norm(gradient)) for parameter, gradient in params_grads]
+        squares = [
+            (self._group_of[parameter.name], _squared_norm(parameter, gradient)) for parameter, gradient in params_grads
+        ]
         self._groups, group_squares = _sum_by_group(squares)
         norm = paddle.sqrt(group_squares.sum(keepdim=True))
+        if self._loss_scaling.is_on:
+            norm = self._loss_scaling.unscale_norm(norm)
         recorded = self._variable("grad_norm", norm)
         assign_to(recorded, norm)
         self._record_first_nonfinite(norm, paddle.sqrt(group_squares))
         bound = paddle.full([1], self.clip_norm, "float32")
         factor = bound / paddle.maximum(norm, bound)
-        return [
-            (parameter, gradient * replicate(factor, gradient.process_mesh).astype(gradient.dtype))
-            for parameter, gradient in params_grads
-        ]
+        if self._loss_scaling.is_on:
+            factor = self._loss_scaling.unscale_factor(factor, norm)
+        return [(parameter, self._clip(parameter, gradient, factor)) for parameter, gradient in params_grads]
+
+    def _clip(self, parameter: Any, gradient: Any, factor: Any) -> Any:
+        mesh = gradient.process_mesh
+        clipped = gradient * replicate(factor, mesh).astype(gradient.dtype)
+        clipped.get_defining_op().set_str_attr(CLIPPED_GRADIENT, parameter.name)
+        if not self._loss_scaling.is_on:
+            return clipped
+        # `expand`, since `where` broadcasts by additions, in which a NaN spreads.
+        is_finite = paddle.expand(self._loss_scaling.is_finite_on(mesh), clipped.shape)
+        return paddle.where(is_finite, clipped, paddle.zeros_like(clipped))
 
     def _record_first_nonfinite(self, norm: Any, norms: Any) -> None:
         """Record the step on the device, so that the host waits for it only when somebody asks."""
@@ -113,9 +137,11 @@ class GlobalNormClip(nn.ClipGradByGlobalNorm):
         return variable.get_tensor()
 
 
-def _squared_norm(gradient: Any) -> Any:
+def _squared_norm(parameter: Any, gradient: Any) -> Any:
     """Return the sum of a gradient's squares, [1] float32; for a sharded gradient, partial sums on the ranks."""
-    return paddle._C_ops.squared_l2_norm(gradient.astype("float32"))
+    square = paddle._C_ops.squared_l2_norm(gradient.astype("float32"))
+    square.get_defining_op().set_str_attr(SQUARED_GRADIENT, parameter.name)
+    return square
 
 
 def _sum_by_group(squares: list[tuple[str, Any]]) -> tuple[list[str], Any]:

@@ -23,9 +23,12 @@ from paddle import nn
 from vit_static.config.schema import OptimConfig
 from vit_static.optim.ema import EmaMixin, ema_decay
 from vit_static.optim.grad_clip import GlobalNormClip
+from vit_static.optim.loss_scaling import LossScaling
 from vit_static.optim.param_groups import ParamGroup, decay_coefficient, norm_group, param_group
 from vit_static.optim.sharded_state import ShardedState, StatePlacements, StepScalars
 from vit_static.parallel.dist_values import assign_to, replicate, reshard
+
+_BETA_POWERS = ("beta1_pow_acc", "beta2_pow_acc")  # as Paddle's AdamW names these states
 
 
 def step_scalars(step: int, optim: OptimConfig) -> dict[str, float]:
@@ -138,16 +141,15 @@ class RuleOptimizer(EmaMixin, ShardedState, paddle.optimizer.Optimizer, ABC):
         low_precision = self._in_low_precision(parameter)
         weight = self._master_weights[parameter.name] if low_precision else parameter
         group = self._groups[parameter.name]
-        states = {name: self._get_accumulator(name, weight) for name in self.state_shapes(list(parameter.shape))}
+        states = self._states_of(parameter, weight)
         placements = self._placements_of_state(parameter)
         old = reshard(weight, placements)
         learning_rate = group.lr_multiplier * self._learning_rate_on(parameter)
         gradient = reshard(gradient.astype("float32"), placements)
         update = self.update(gradient, old, states, self._decay if group.decays else 0.0)
         change, new_states = learning_rate * update.direction, update.states
-        overflow = self._get_auxiliary_var("found_inf")  # set if float16's scaled gradients overflowed: change nothing
-        if overflow is not None:
-            is_finite = 1.0 - overflow.astype("float32")
+        if self._loss_scaling.is_on:  # if the scaled gradients overflowed, change nothing
+            is_finite = self._loss_scaling.is_finite_on(parameter.process_mesh).astype("float32")
             change = is_finite * change
             new_states = {name: states[name] + is_finite * (new - states[name]) for name, new in new_states.items()}
         for name, new_state in new_states.items():
@@ -158,12 +160,48 @@ class RuleOptimizer(EmaMixin, ShardedState, paddle.optimizer.Optimizer, ABC):
             assign_to(parameter, reshard(new.astype(parameter.dtype), parameter.placements))
         self._update_ema(parameter, weight, new)
 
+    def _states_of(self, parameter: Any, weight: Any) -> dict[str, Any]:
+        return {name: self._get_accumulator(name, weight) for name in self.state_shapes(list(parameter.shape))}
+
     def _in_low_precision(self, parameter: Any) -> bool:
         return self._multi_precision and self._is_dtype_fp16_or_bf16(parameter.dtype)
 
     def _scalar(self, name: str, like: Any) -> Any:
         """Return a scalar of this step on the ranks of `like`."""
         return replicate(self._scalars.value(name), like.process_mesh)
+
+
+class AdamWByRule(RuleOptimizer):
+    """AdamW (see AdamW) of basic operators, for float16: it can skip a step without the host.
+
+    Paddle's fused operator reads on the host whether the gradients overflowed, which waits for the device. Unlike the
+    step's number, the powers of beta, [1] each, don't change in a step that is skipped.
+    """
+
+    def state_shapes(self, shape: list[int]) -> dict[str, int | None]:
+        return {"moment1": None, "moment2": None}
+
+    def _create_accumulators(self, block: Any, parameters: list[Any]) -> None:
+        super()._create_accumulators(block, parameters)
+        for parameter in parameters:
+            weight = self._master_weights.get(parameter.name, parameter)
+            for name, beta in zip(_BETA_POWERS, self._optim.betas, strict=True):
+                self._add_accumulator(name, weight, dtype="float32", fill_value=beta, shape=[1])
+
+    def _states_of(self, parameter: Any, weight: Any) -> dict[str, Any]:
+        powers = {name: self._get_accumulator(name, weight) for name in _BETA_POWERS}
+        return {**super()._states_of(parameter, weight), **powers}
+
+    def update(self, gradient: Any, weight: Any, states: Mapping[str, Any], decay: float) -> Update:
+        beta1, beta2 = self._optim.betas
+        power1, power2 = (states[name] for name in _BETA_POWERS)
+        first = beta1 * states["moment1"] + (1.0 - beta1) * gradient
+        second = beta2 * states["moment2"] + (1.0 - beta2) * gradient * gradient
+        direction = first / (1.0 - power1) / (paddle.sqrt(second / (1.0 - power2)) + self._optim.epsilon)
+        if decay:
+            direction = direction + decay * weight
+        powers = zip(_BETA_POWERS, (beta1 * power1, beta2 * power2), strict=True)
+        return Update(direction, {"moment1": first, "moment2": second, **dict(powers)})
 
 
 class SGDMomentum(RuleOptimizer):
@@ -296,13 +334,15 @@ def make_optimizer(
     *,
     num_micro_batches: int = 1,
     low_precision: bool = False,
+    scales_loss: bool = False,
     sharding_stage: int = 0,
     state_placements: StatePlacements | None = None,
 ) -> OptimizerParts:
     """Create the config's optimizer over all parameters of the model that have a gradient.
 
-    With `low_precision`, parameters in half precision get float32 master copies. `sharding_stage` is ZeRO's, and
-    `state_placements` returns where it puts a parameter's state.
+    With `low_precision`, parameters in half precision get float32 master copies; `scales_loss` says that the loss will be
+    scaled, as float16 needs. `sharding_stage` is ZeRO's, and `state_placements` returns where it puts a parameter's
+    state.
     """
     scheduler = paddle.optimizer.lr.LambdaDecay(learning_rate=1.0, lr_lambda=learning_rate)
     scalars = StepScalars()
@@ -311,22 +351,25 @@ def make_optimizer(
     trained = {name: parameter for name, parameter in model.named_parameters() if not parameter.stop_gradient}
     groups = {parameter.name: param_group(name, depth, optim) for name, parameter in trained.items()}
     norm_groups = {parameter.name: norm_group(name) for name, parameter in trained.items()}
-    clip = GlobalNormClip(optim.clip_norm, norm_groups, lambda: scalars.value("step"))
+    loss_scaling = LossScaling()
+    clip = GlobalNormClip(optim.clip_norm, norm_groups, lambda: scalars.value("step"), loss_scaling)
     common: dict[str, Any] = {
         "parameters": list(trained.values()),
         "weight_decay": None,
         "grad_clip": clip,
         "multi_precision": low_precision,
     }
-    if optim.name == "adamw":
+    if optim.name == "adamw" and not scales_loss:
         common["weight_decay"] = decay_coefficient(optim)
         (beta1, beta2), epsilon = optim.betas, optim.epsilon
         optimizer = AdamW(scheduler, groups, scalars, beta1=beta1, beta2=beta2, epsilon=epsilon, **common)
     else:
-        optimizer = _OPTIMIZERS[optim.name](scheduler, optim, groups, scalars, **common)
+        rule = AdamWByRule if optim.name == "adamw" else _OPTIMIZERS[optim.name]
+        optimizer = rule(scheduler, optim, groups, scalars, **common)
     if optim.ema_decay > 0.0:
         optimizer.enable_ema()
     optimizer.average_over(num_micro_batches)
+    optimizer.scale_loss_by(loss_scaling)
     if state_placements is not None and sharding_stage > 0:
         optimizer.shard_state(state_placements, scatter_gradients=sharding_stage > 1)
     return OptimizerParts(optimizer, scheduler, clip, scalars)

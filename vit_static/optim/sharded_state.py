@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
 
+from vit_static.optim.loss_scaling import LossScaling
 from vit_static.parallel.dist_values import create_variable, place_variable, replicate, reshard
 
 # (a parameter or gradient as a value of the program) -> the ZeRO placements of its optimizer state
@@ -26,6 +27,9 @@ class ShardedState:
     _scatters_gradients = False
     _num_micro_batches = 1
     _learning_rate_of_mesh: Any = None
+    _loss_scaling = LossScaling()
+    # Mixed precision then gives the scaled gradients to `apply_gradients`, and leaves it to check and unscale them.
+    _supports_check_nan_inf = True
 
     def average_over(self, num_micro_batches: int) -> None:
         """Divide gradients, which are sums over micro-batches, by the number of micro-batches.
@@ -48,20 +52,33 @@ class ShardedState:
         return super()._apply_optimize(loss, startup_program, reduced, param_group_idx)  # type: ignore[misc]
 
     def apply_gradients(self, params_grads: Any) -> Any:
-        """Override the method that mixed precision calls instead with O2, after unscaling the gradients."""
-        return super().apply_gradients(self._reduce_gradients(params_grads))  # type: ignore[misc]
+        """Override the method that mixed precision calls instead with O2."""
+        reduced = self._reduce_gradients(params_grads)
+        self._found_inf = _unique_meshes(parameter.process_mesh for parameter, _ in reduced)
+        return super().apply_gradients(reduced)  # type: ignore[misc]
+
+    def scale_loss_by(self, loss_scaling: LossScaling) -> None:
+        """Use this loss scaling if mixed precision turns it on, in float16."""
+        self._loss_scaling = loss_scaling
+
+    def _set_scale(self, scale: Any) -> None:
+        """Take the loss scale; mixed precision calls it before `apply_gradients`."""
+        self._loss_scaling.set_scale(scale)
+
+    def _get_stop_update_var(self) -> Any:
+        """Return what mixed precision passes on to `update_loss_scaling`."""
+        return self._loss_scaling
 
     def _reduce_gradients(self, params_grads: Any) -> Any:
         # Variables of the program that aren't trained, such as dropout's seeds, have no gradient.
         params_grads = [(parameter, gradient) for parameter, gradient in params_grads if gradient is not None]
-        if self._state_placements is not None:
-            params_grads = [(parameter, self._scatter(parameter, gradient)) for parameter, gradient in params_grads]
+        params_grads = [(parameter, self._reduce(parameter, gradient)) for parameter, gradient in params_grads]
         if self._num_micro_batches > 1:
             factor = 1.0 / self._num_micro_batches
             params_grads = [(parameter, paddle.scale(gradient, factor)) for parameter, gradient in params_grads]
         return params_grads
 
-    def _scatter(self, parameter: Any, gradient: Any) -> Any:
+    def _reduce(self, parameter: Any, gradient: Any) -> Any:
         if not self._scatters_gradients:
             gradient = reshard(gradient, parameter.placements)
         return reshard(gradient, self._placements_of_state(parameter))
@@ -100,6 +117,31 @@ class ShardedState:
             learning_rate = paddle.assign(self._global_learning_rate())  # type: ignore[attr-defined]
             self._learning_rate_of_mesh = replicate(learning_rate, dist.auto_parallel.get_mesh())
         return replicate(self._learning_rate_of_mesh, parameter.process_mesh)
+
+
+def update_loss_scaling(
+    gradients: Any,
+    stages: list[dist.ProcessMesh],
+    scale: Any,
+    num_good_steps: Any,
+    num_bad_steps: Any,
+    *settings: Any,
+    stop_update: LossScaling,
+    **arguments: Any,
+) -> None:
+    """Change the loss scale after a step: replaces Paddle's function of this name (program/engine.py).
+
+    `stages` and `stop_update` come from `ShardedState`.
+    """
+    stop_update.update(stages, num_good_steps, num_bad_steps)
+
+
+def _unique_meshes(meshes: Iterable[dist.ProcessMesh]) -> list[dist.ProcessMesh]:
+    unique: list[dist.ProcessMesh] = []
+    for mesh in meshes:
+        if not any(mesh == other for other in unique):
+            unique.append(mesh)
+    return unique
 
 
 class StepScalars:

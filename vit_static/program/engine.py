@@ -15,6 +15,9 @@ from paddle import nn
 from paddle.distributed.auto_parallel.static import engine as engine_module
 from paddle.distributed.auto_parallel.static.dist_input_spec import DistributedInputSpec
 from paddle.distributed.passes import auto_parallel_gradient_merge as gradient_merge
+from paddle.static.amp import decorator as amp_decorator
+
+from vit_static.optim.sharded_state import update_loss_scaling
 
 
 def input_spec(name: str, shape: list[int], dtype: Any, mesh: dist.ProcessMesh, placements: list[Any]) -> Any:
@@ -65,7 +68,7 @@ def _patched_passes(run_passes: Callable[[Any], None]) -> Iterator[None]:
     """Call `run_passes` on every program that the engine compiles within the context.
 
     It runs after the engine's pass that removes collectives of groups with one rank. The engine's scaling of
-    accumulated gradients is left out: optim/sharded_state.py averages them.
+    accumulated gradients is left out: optim/sharded_state.py averages them. Loss scaling is optim/loss_scaling.py's.
     """
     remove_collectives = engine_module.remove_unuseful_comm_op_pass
     changed: list[Any] = []  # the engine calls that pass on a program twice
@@ -77,13 +80,16 @@ def _patched_passes(run_passes: Callable[[Any], None]) -> Iterator[None]:
             run_passes(program)
 
     append_scale = gradient_merge._pir_append_scale_op
+    update_scale = amp_decorator.update_loss_scaling
     engine_module.remove_unuseful_comm_op_pass = remove_collectives_and_run_passes
     gradient_merge._pir_append_scale_op = lambda *_: None
+    amp_decorator.update_loss_scaling = update_loss_scaling
     try:
         yield
     finally:
         engine_module.remove_unuseful_comm_op_pass = remove_collectives
         gradient_merge._pir_append_scale_op = append_scale
+        amp_decorator.update_loss_scaling = update_scale
 
 
 def use_mode(program: dist.DistModel, mode: str, built: tuple[Any, Any]) -> None:

@@ -216,6 +216,7 @@ class Program:
             training.learning_rate,
             num_micro_batches=num_micro_batches(spec.parallel),
             low_precision=low_precision,
+            scales_loss=low_precision and spec.precision.dtype == "float16",
             sharding_stage=spec.parallel.sharding_stage,
             state_placements=partial(sharding.state_placements, self._mesh),
         )
