@@ -18,9 +18,8 @@ from paddle.distributed.auto_parallel.static.dist_input_spec import DistributedI
 from paddle.distributed.passes import auto_parallel_gradient_merge as gradient_merge
 from paddle.static.amp import decorator as amp_decorator
 
-from vit_static.optim.sharded_state import update_loss_scaling
-
 import vit_static
+from vit_static.optim.sharded_state import update_loss_scaling
 
 _MAX_CALL_STACK = 8  # frames, which reach from an operator to the line of the model that created it
 
