@@ -108,7 +108,7 @@ class GpuCase:
 
 
 # Mesh shape and ZeRO stage by name.
-MESHES = {
+_COVERED_MESHES = {
     "single": (MeshShape(1, 1, 1), 0),
     "dp 8": (MeshShape(8, 1, 1), 0),
     "dp 4 x mp 2": (MeshShape(4, 2, 1), 0),
@@ -117,8 +117,18 @@ MESHES = {
     "ZeRO 2": (MeshShape(4, 1, 1), 2),
     "ZeRO 3": (MeshShape(4, 1, 1), 3),
 }
+# Smaller ones for test_execution.py.
+_EXECUTED_MESHES = {
+    "dp 2": (MeshShape(2, 1, 1), 0),
+    "dp 2 x mp 2": (MeshShape(2, 2, 1), 0),
+    "pp 2 x dp 2": (MeshShape(2, 1, 2), 0),
+    "dp 2, ZeRO 1": (MeshShape(2, 1, 1), 1),
+    "dp 2, ZeRO 2": (MeshShape(2, 1, 1), 2),
+    "dp 2, ZeRO 3": (MeshShape(2, 1, 1), 3),
+}
+MESHES = {**_COVERED_MESHES, **_EXECUTED_MESHES}
 _OPTIONS: dict[str, list[Any]] = {
-    "mesh": list(MESHES),
+    "mesh": list(_COVERED_MESHES),
     "precision": ["O2 float16", "O2 bfloat16", "O1 bfloat16", "O0 float32"],
     "optimizer": ["adamw", "sgd", "lamb", "lion", "adafactor"],
     "num_micro_batches": [1, 2],
