@@ -138,8 +138,9 @@ def random_erasing(
             }
             images = fn.erase(images, **region)
             if config.random_erasing_with == "noise":
-                all_noise = to_device_of(images, types.Constant(erasing_noise(image_size)))
-                noise = fn.slice(all_noise, corner, list(image_size), axes=[1, 2])
+                # A constant of that device isn't copied in each step. Named arguments are always on the CPU.
+                all_noise = types.Constant(erasing_noise(image_size), device=images.device)
+                noise = fn.slice(all_noise, start=corner, shape=list(image_size), axes=[1, 2])
                 images = images + noise - fn.erase(noise, **region)
     return images
 

@@ -18,7 +18,7 @@ from nvidia.dali.pipeline import Pipeline
 
 from vit_static.config.schema import AugmentConfig, DataConfig, EvalConfig
 from vit_static.data.augment import num_draws_per_image, op_parameters
-from vit_static.data.dali_ops import apply_ops, random_erasing
+from vit_static.data.dali_ops import apply_ops, random_erasing, to_device_of
 from vit_static.data.sampler import NUM_CROP_FLIP_DRAWS
 
 NUM_CROP_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop
@@ -76,7 +76,7 @@ def train_pipeline(
         normalised = random_erasing(normalised, parameters, augment, image_size)
         # DALI removes operations whose outputs aren't returned, so the stages after `last_stage` don't run.
         stages = {"decode": decoded, "resize": resized, "augment": augmented, "normalise": normalised}
-        return stages[last_stage], labels
+        return stages[last_stage], to_device_of(decoded, labels)
 
     return _build(pipeline, batch_size, data.num_threads, data.prefetch_batches, device_id)
 
@@ -124,14 +124,15 @@ def eval_pipeline(
 ) -> Pipeline:
     """Build the evaluation pipeline: images [B, 3, height, width] float32, labels, weights [B].
 
-    `source` returns the weights after images and labels; they are 0 for the images that pad the last batch.
+    `source` returns the weights after images and labels; they are 0 for the images that pad the last batch, and stay on
+    the CPU.
     """
 
     @pipeline_def
     def pipeline() -> tuple[Any, Any, Any]:
         encoded, labels, weights = _inputs(source, data, np.zeros(1, np.float32))
         images = fn.decoders.image(encoded, adjust_orientation=False, device="cpu" if device_id is None else "mixed")
-        return preprocess(images, image_size, data, evaluation), labels, weights
+        return preprocess(images, image_size, data, evaluation), to_device_of(images, labels), weights
 
     return _build(pipeline, batch_size, data.num_threads, data.prefetch_batches, device_id)
 

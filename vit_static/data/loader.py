@@ -195,9 +195,7 @@ class _PipelineOutputs:
         except (DataError, RuntimeError) as error:
             raise self._identify_error(error) from None
         self.seconds_waited += time.perf_counter() - started
-        batch = tuple(from_dlpack(output.as_tensor()) for output in self._last)
-        # Labels and weights come from the host; on a GPU the program takes all of its inputs from the GPU.
-        return batch if self._device_id is None else tuple(part.cuda() for part in batch)
+        return tuple(from_dlpack(output.as_tensor()) for output in self._last)
 
     def _identify_error(self, error: Exception) -> Exception:
         """Return the error to raise for a pipeline that failed.

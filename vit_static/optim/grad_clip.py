@@ -12,7 +12,7 @@ import paddle.distributed as dist
 from paddle import nn
 
 from vit_static.optim.loss_scaling import LossScaling
-from vit_static.parallel.dist_values import assign_to, replicate, reshard
+from vit_static.parallel.dist_values import assign_to, replicate, reshard, set_variable
 
 _NO_CLIPPING = 1e30
 # Attributes of operators: whose results are sums of squared gradients; the square of a parameter's gradient; its
@@ -121,9 +121,8 @@ class GlobalNormClip(nn.ClipGradByGlobalNorm):
 
     def clear_nonfinite(self) -> None:
         """Forget the recorded non-finite step."""
-        tensor = self._tensor("first_nonfinite_step")
-        if tensor is not None:
-            tensor.set(np.zeros([1], np.float32), paddle.framework._current_expected_place_())
+        if self._tensor("first_nonfinite_step") is not None:
+            set_variable(self._variable_names["first_nonfinite_step"], np.zeros([1], np.float32))
 
     def _recorded(self, name: str) -> np.ndarray | None:
         tensor = self._tensor(name)

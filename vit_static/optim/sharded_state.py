@@ -10,7 +10,7 @@ import paddle
 import paddle.distributed as dist
 
 from vit_static.optim.loss_scaling import LossScaling
-from vit_static.parallel.dist_values import create_variable, place_variable, replicate, reshard
+from vit_static.parallel.dist_values import create_variable, place_variable, replicate, reshard, set_variable
 
 # (a parameter or gradient as a value of the program) -> the ZeRO placements of its optimizer state
 StatePlacements = Callable[[Any], list[Any]]
@@ -163,9 +163,5 @@ class StepScalars:
 
     def set(self, scalars: dict[str, float]) -> None:
         """Set the values for the next step. Those that the program doesn't use are ignored."""
-        scope = paddle.static.global_scope()
         for name, (variable_name, _) in self._variables.items():
-            variable = scope.find_var(variable_name)
-            if variable is not None:
-                array = np.array([scalars[name]], np.float32)
-                variable.get_tensor().set(array, paddle.framework._current_expected_place_())
+            set_variable(variable_name, np.array([scalars[name]], np.float32))

@@ -1,4 +1,4 @@
-"""Create, place, reshard, replicate and read distributed values of a static program."""
+"""Create, place, reshard, replicate, set and read distributed values of a static program."""
 
 from __future__ import annotations
 
@@ -48,6 +48,20 @@ def replicate(value: Any, mesh: dist.ProcessMesh) -> Any:
 def assign_to(variable: Any, value: Any) -> None:
     """Store a value in a persistable variable of the program."""
     paddle.assign(value, output=variable)
+
+
+def set_variable(name: str, values: np.ndarray) -> None:
+    """Set a persistable variable of a program from the host, without waiting for the device.
+
+    `Tensor.set` copies synchronously. `_copy_from`, by which the executor sets the learning rate, queues the copy
+    before the next step's work. When it returns, CUDA has taken so few values out of pageable memory. Does nothing if
+    the program doesn't have the variable.
+    """
+    variable = paddle.static.global_scope().find_var(name)
+    if variable is not None:
+        on_host = paddle.base.core.DenseTensor()
+        on_host.set(values, paddle.CPUPlace())
+        variable.get_tensor()._copy_from(on_host, paddle.framework._current_expected_place_())
 
 
 def local_array(tensor: paddle.Tensor) -> np.ndarray:

@@ -12,7 +12,8 @@ from typing import Any
 
 import paddle
 import paddle.distributed as dist
-from paddle import nn
+from paddle import nn, pir
+from paddle.base.dygraph.base import switch_to_static_graph
 from paddle.distributed.auto_parallel.static import engine as engine_module
 from paddle.distributed.auto_parallel.static.dist_input_spec import DistributedInputSpec
 from paddle.distributed.passes import auto_parallel_gradient_merge as gradient_merge
@@ -124,6 +125,24 @@ def use_mode(program: dist.DistModel, mode: str, built: tuple[Any, Any]) -> None
         program.train()
     else:
         program.eval()
+
+
+@switch_to_static_graph
+def run_without_results(program: dist.DistModel, inputs: list[paddle.Tensor]) -> None:
+    """Start the current mode's program. Calling `program` instead would fetch the loss, and so wait for the device."""
+    engine = program._engine
+    engine._executor.run(engine.main_program, feed=program._make_feeds(inputs), fetch_list=[])
+
+
+def loss_of(program: dist.DistModel, compiled: Any) -> Any:
+    """Return the loss as a value of the compiled program of the mode being built, or None on a stage without it."""
+    loss = compiled.get_output_value_by_name(program._engine._loss_names[0])
+    return None if pir.is_fake_value(loss) else loss
+
+
+def place_of(program: dist.DistModel) -> Any:
+    """Return the device of the program's variables, after a mode has been built."""
+    return program._engine._place
 
 
 def mark_recompute(layer: nn.Layer, segment: int) -> None:

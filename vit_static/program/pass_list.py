@@ -28,6 +28,7 @@ class PassContext:
     grad_sync: GradSyncConfig
     kernels: KernelsConfig
     count_costs: Callable[[Any], None] | None = None
+    record_loss: Callable[[Any], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ class Pass:
 def _count_costs(program: Any, context: PassContext) -> None:
     assert context.count_costs is not None
     context.count_costs(program)
+
+
+def _record_loss(program: Any, context: PassContext) -> None:
+    assert context.record_loss is not None
+    context.record_loss(program)
 
 
 _BY_NAME = "it recognizes Paddle's collectives by their operator names, which this pass replaces"
@@ -101,6 +107,15 @@ PASSES: tuple[Pass, ...] = (
         after={
             "seed dropouts": "a fused dropout no longer has the attribute that says which seed it gets",
             "count costs": _PLAIN,
+        },
+    ),
+    Pass(
+        "record the loss",
+        _record_loss,
+        applies=lambda context: context.is_training and context.record_loss is not None,
+        after={
+            "count costs": "costs are those of training itself",
+            "oneDNN kernels": "it recognizes patterns of operators, in which the loss has no other reader",
         },
     ),
 )

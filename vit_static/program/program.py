@@ -28,6 +28,7 @@ from vit_static.program import engine, seeded_dropout
 from vit_static.program.grad_buckets import GradSyncConfig
 from vit_static.program.pass_list import PassContext, run_passes
 from vit_static.program.precision import Precision, uses_seeded_dropout
+from vit_static.program.recorded_loss import RecordedLoss
 from vit_static.program.spec import CountCosts, ProgramSpec, TrainingSpec
 from vit_static.program.state import ProgramState
 from vit_static.weights.formats import State
@@ -50,6 +51,7 @@ class Program:
         self._mode: str | None = None
         self._built: dict[str, Any] = {}
         self._costs: Any = None
+        self._loss = RecordedLoss(num_micro_batches(spec.parallel))
         self._input_specs = {"eval": self._specs_of(spec.eval_batch_size, spec.eval_target_classes)}
         stages = sharding.shard_model(model, mesh, spec.parallel.sharding_stage)
         self._dropout = None
@@ -124,8 +126,9 @@ class Program:
         return cls(model, Criterion(config.loss), mesh, spec)
 
     def train_step(self, images: paddle.Tensor, labels: paddle.Tensor, step: int) -> Any:
-        """Start the update that follows `step` completed ones and return its loss, which `loss_value` reads, without
-        waiting for the device.
+        """Start the update that follows `step` completed ones and return its loss, without waiting for the device.
+
+        `loss_value` reads the loss, until the next step overwrites it.
         """
         training = self._training()
         self._set_mode("train")
@@ -137,7 +140,8 @@ class Program:
         else:
             entropy = [self._spec.seed, step, self._mesh.dp_rank, self._mesh.pp_rank]
             paddle.seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-        return self._program(images, _as_input(labels))
+        engine.run_without_results(self._program, [images, _as_input(labels)])
+        return self._loss.tensor()
 
     def loss_value(self, loss: Any) -> float:
         """Return a loss of `train_step` as a number, averaged over the micro-batches. Waits for the device.
@@ -241,6 +245,8 @@ class Program:
         if mode not in self._built:
             engine.set_input_specs(self._program, *self._input_specs[mode])
             self._built[mode] = engine.build_mode(self._program, mode, partial(self._run_passes, mode))
+            if mode == "train":
+                self._loss.create(engine.place_of(self._program))
         engine.use_mode(self._program, mode, self._built[mode])
         self._mode = mode
 
@@ -255,6 +261,7 @@ class Program:
             grad_sync=self._grad_sync,
             kernels=spec.kernels,
             count_costs=None if training is None or training.count_costs is None else self._count_costs,
+            record_loss=self._record_loss,
         )
         run_passes(compiled, context)
 
@@ -262,6 +269,11 @@ class Program:
         count = self._training().count_costs
         if count is not None and self._costs is None:
             self._costs = count(compiled, engine.structured_names(self._program))
+
+    def _record_loss(self, compiled: Any) -> None:
+        loss = engine.loss_of(self._program, compiled)
+        if loss is not None:
+            self._loss.record(compiled, loss)
 
     def _specs_of(self, batch_size: int, target_classes: int | None) -> list[list[Any]]:
         """Return the engine's input specs of images and of labels or targets, for a global batch."""
@@ -298,8 +310,6 @@ def _strategy(spec: ProgramSpec) -> dist.Strategy:
     precision, amp, parallel = spec.precision, spec.amp, spec.parallel
     strategy = dist.Strategy()
     micro_batches = num_micro_batches(parallel)
-    # Converting a result to NumPy waits for the device, but only then does Paddle merge the results of micro-batches.
-    strategy.return_numpy = micro_batches > 1
     if precision.level == "O2":
         strategy.amp.enable = True
         strategy.amp.level = "O2"

@@ -8,11 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import paddle
 import paddle.distributed as dist
 import paddle.nn.functional as F
 
-from vit_static.parallel.dist_values import assign_to, create_variable
+from vit_static.parallel.dist_values import assign_to, create_variable, set_variable
 
 # Attributes of operators; the value is the dropout's index.
 _DROPOUT, _DROPOUT_SEED = "vit_static_dropout", "vit_static_seed_of_dropout"
@@ -87,13 +86,12 @@ class SeededDropout:
         split the activation.
         """
         coordinates = self._coordinates()
-        scope = paddle.static.global_scope()
         for stage, names in self._names.items():
             if self._rank not in self._meshes[stage].process_ids:
                 continue
             seeds = np.array([self._seed_at(index, step, coordinates) for index in range(len(self._stages))], np.int32)
             for name, value in zip(names, (seeds, np.zeros(1, np.int32)), strict=True):
-                scope.find_var(name).get_tensor().set(value, paddle.framework._current_expected_place_())
+                set_variable(name, value)
 
     def _seed_at(self, index: int, step: int, coordinates: dict[str, int]) -> int:
         place = [coordinates[axis] if axis in self._split_axes[index] else 0 for axis in ("dp", "mp")]
