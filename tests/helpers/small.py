@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from vit_static.config.schema import ModelConfig
+from vit_static.config.schema import InitConfig, ModelConfig
+from vit_static.model.variants import grid_of
 from vit_static.model.vit import VisionTransformer
-from vit_static.weights.formats import State, read_weights
-from vit_static.weights.load import file_state
+from vit_static.weights.formats import ExternalWeights, State, read_weights
+from vit_static.weights.load import file_state, init_from
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "tests" / "reference"
@@ -42,6 +43,13 @@ def images_and_labels(
 def read_state(path: Path) -> State:
     """Return the arrays of a weights file."""
     return read_weights(path).state
+
+
+def set_weights(
+    model: VisionTransformer, state: State, config: ModelConfig = SMALL, source: str = "the test's weights"
+) -> None:
+    """Set all weights of a model, which `config` describes, from a state in the files' layout."""
+    init_from(model, config, ExternalWeights(dict(state), "test"), source, InitConfig(head="keep"), grid_of(config))
 
 
 def model_logits(model: paddle.nn.Layer, images: paddle.Tensor) -> np.ndarray:

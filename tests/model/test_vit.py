@@ -6,7 +6,7 @@ import numpy as np
 import paddle
 import pytest
 from helpers.numpy_vit import logits as numpy_logits
-from helpers.small import REFERENCE, SMALL, images_and_labels
+from helpers.small import REFERENCE, SMALL, images_and_labels, set_weights
 from reference import closed_form
 
 from vit_static.config.schema import KernelsConfig, ModelConfig, OptimConfig
@@ -15,7 +15,7 @@ from vit_static.model.variants import VARIANTS, variant_of
 from vit_static.model.vit import AttentionFunction, DropPath, VisionTransformer, attention_by_matmul, flash_attention
 from vit_static.program.precision import Precision
 from vit_static.weights.formats import fuse_qkv, split_qkv
-from vit_static.weights.load import file_state, load_state
+from vit_static.weights.load import file_state
 
 
 def randomized_model(config: ModelConfig, attention: AttentionFunction = flash_attention, seed: int = 0):
@@ -191,7 +191,7 @@ def test_gradients_match_torch(make_program, kernels) -> None:
     golden = np.load(REFERENCE / "vit_gradients.npz")
     weights = {name.removeprefix("param/"): golden[name] for name in golden if name.startswith("param/")}
     model = VisionTransformer(SMALL, attention_by_matmul)
-    load_state(model, weights, "golden")
+    set_weights(model, weights)
     program = make_program(model, 3, OptimConfig(name="sgd", lr=1.0, momentum=0.0, clip_norm=None), kernels=kernels)
     loss = program.train_step(paddle.to_tensor(golden["images"]), paddle.to_tensor(golden["labels"]), 0)
     assert program.loss_value(loss) == pytest.approx(float(golden["loss"]), rel=1e-5)
@@ -227,7 +227,7 @@ def test_gradients_at_s16_width_match_torch(make_program, onednn, precision, tol
     model = VisionTransformer(config, attention_by_matmul)
     shapes = {name: value.shape for name, value in file_state(model).items()}
     weights = {name: closed_form.vit_parameter(name, shape).astype(np.float32) for name, shape in shapes.items()}
-    load_state(model, weights, "closed form")
+    set_weights(model, weights, config)
     program = make_program(
         model,
         2,

@@ -8,14 +8,14 @@ import numpy as np
 import paddle
 import pytest
 from helpers.numpy_vit import logits as numpy_logits
-from helpers.small import SMALL, images_and_labels, model_logits, random_state, read_state
+from helpers.small import SMALL, images_and_labels, model_logits, random_state, read_state, set_weights
 
 from vit_static.common.errors import WeightsError
 from vit_static.config.schema import InitConfig
 from vit_static.model.pos_embed import resample_pos_embed
 from vit_static.model.vit import VisionTransformer
 from vit_static.weights.formats import ExternalWeights
-from vit_static.weights.load import LoadReport, file_state, init_from, load_into, load_state, write_pdparams
+from vit_static.weights.load import LoadReport, file_state, init_from, load_into, write_pdparams
 from vit_static.weights.source import Weights
 
 
@@ -36,7 +36,7 @@ def test_a_file_in_plscs_layout_gives_its_logits(tmp_path: Path, dtype: str) -> 
     state = {name: value.astype(dtype) for name, value in random_state().items()}
     paddle.save({name: paddle.to_tensor(value) for name, value in state.items()}, str(tmp_path / "plsc.pdparams"))
     model = VisionTransformer(SMALL)
-    load_state(model, read_state(tmp_path / "plsc.pdparams"), "plsc.pdparams")
+    set_weights(model, read_state(tmp_path / "plsc.pdparams"))
     model.eval()
     images, _ = images_and_labels(2)
     expected = numpy_logits(state, images.numpy(), patch_size=4, num_heads=3)
@@ -50,7 +50,7 @@ def test_a_file_in_plscs_layout_gives_its_logits(tmp_path: Path, dtype: str) -> 
 )
 def test_another_models_weights_are_refused(changed, named) -> None:
     with pytest.raises(WeightsError, match="another model") as error:
-        load_state(VisionTransformer(SMALL), random_state(**changed), "other.pdparams")
+        set_weights(VisionTransformer(SMALL), random_state(**changed), source="other.pdparams")
     assert named in str(error.value) and "other.pdparams" in str(error.value)
 
 

@@ -85,16 +85,6 @@ def _listed(names: Mapping[str, str], max_names: int = 3) -> str:
     return ", ".join(shown) + (f" and {len(names) - max_names} more" if len(names) > max_names else "")
 
 
-def load_state(model: VisionTransformer, state: Mapping[str, np.ndarray], source: str) -> None:
-    """Set all of a model's weights from a state in the files' layout; the model isn't distributed.
-
-    Raises WeightsError, which names `source`, unless the names and shapes are exactly the model's.
-    """
-    arrays = split_qkv(state)
-    check_state(arrays, _shapes(model), source)
-    model.set_state_dict({name: paddle.to_tensor(value) for name, value in arrays.items()})
-
-
 def load_into(
     model: VisionTransformer, config: ModelConfig, weights: Weights, pos_embed: PosEmbedResampling
 ) -> LoadReport:
