@@ -15,6 +15,7 @@ from helpers.command_line import workplace  # noqa: F401 - a fixture
 from helpers.exported import exported  # noqa: F401 - a fixture
 from helpers.runs import finished, run, small_config  # noqa: F401 - fixtures
 from helpers.sets import make_set, small_digits  # noqa: F401 - fixtures
+from helpers.shards import shard_source  # noqa: F401 - a fixture
 
 from vit_static.common.cpu import cpu_flags, cpu_has_bfloat16
 from vit_static.common.errors import UserError
