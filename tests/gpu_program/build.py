@@ -24,10 +24,11 @@ from vit_static.config.schema import (
     TrainConfig,
 )
 from vit_static.model.vit import VisionTransformer
-from vit_static.parallel.mesh import MeshShape, make_mesh
+from vit_static.parallel.mesh import Mesh, MeshShape, make_mesh
 from vit_static.plan.fake_world import fake_world
-from vit_static.program.precision import Precision, choose_attention
+from vit_static.program.precision import Precision, choose_attention, uses_flash_attention
 from vit_static.program.program import Program
+from vit_static.program.verify import Expected
 
 # 4 heads of 16 channels, which FlashAttention supports.
 MODEL = SMALL.model_copy(update={"width": 64, "num_heads": 4, "layer_scale_init": None})
@@ -127,7 +128,7 @@ _EXECUTED_MESHES = {
     "dp 2, ZeRO 3": (MeshShape(2, 1, 1), 3),
 }
 MESHES = {**_COVERED_MESHES, **_EXECUTED_MESHES}
-_OPTIONS: dict[str, list[Any]] = {
+OPTIONS: dict[str, list[Any]] = {
     "mesh": list(_COVERED_MESHES),
     "precision": ["O2 float16", "O2 bfloat16", "O1 bfloat16", "O0 float32"],
     "optimizer": ["adamw", "sgd", "lamb", "lion", "adafactor"],
@@ -144,8 +145,8 @@ def covering_cases() -> list[GpuCase]:
 
     Greedy: of all combinations, take the one with the most pairs that haven't occurred, until all have.
     """
-    names = list(_OPTIONS)
-    combinations_of_values = list(product(*_OPTIONS.values()))
+    names = list(OPTIONS)
+    combinations_of_values = list(product(*OPTIONS.values()))
     pairs = {values: set(combinations(zip(names, values, strict=True), 2)) for values in combinations_of_values}
     missing = set().union(*pairs.values())
     cases = []
@@ -214,6 +215,19 @@ def _compile(case: GpuCase, rank: int, program: Program, modes: tuple[str, ...])
     compiled = {mode: program.compiled(mode) for mode in modes}
     rings = {group.id: tuple(group.ranks) for group in get_all_process_groups()}
     return Compiled(case, rank, program, compiled, rings, structured_names(program._program))
+
+
+def expected_of(compiled: Compiled, mode: str) -> Expected:
+    """Return the properties by which a compiled program is checked."""
+    case, config, precision = compiled.case, compiled.case.config(), _precision(compiled.case)
+    mesh = Mesh(compiled.rank, case.shape, "gpu", None, None)
+    return Expected(
+        precision,
+        is_training=mode == "train",
+        dp_ranks=mesh.dp_ranks,
+        uses_flash_attention=uses_flash_attention(config.model, precision, config.parallel, config.kernels, "gpu"),
+        reduce_dtype=config.parallel.reduce_dtype,
+    )
 
 
 def _model(config: Config, precision: Precision) -> VisionTransformer:

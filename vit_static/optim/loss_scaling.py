@@ -1,7 +1,7 @@
 """Dynamic loss scaling for float16 (arXiv 1710.03740), computed on the device.
 
-Paddle's own multiplies the loss; the rest is here. Its check of the gradients works in place on copies once the
-gradients are scattered (ZeRO 2), each pipeline stage decides for itself whether to skip a step, and AdamW's kernel reads
+Paddle multiplies the loss; the rest is done here. Its own check of the gradients works in place on copies once the
+gradients are scattered (ZeRO 2), each pipeline stage decides by itself whether to skip a step, and AdamW's kernel reads
 that decision on the host, which waits for the device.
 """
 
@@ -51,9 +51,8 @@ class LossScaling:
         The norm is known on one pipeline stage. The factor, which is sent to all stages, also tells them to skip.
         """
         scale = replicate(paddle.assign(self._scale), factor.process_mesh)
-        self._finite_factor = paddle.where(
-            paddle.isfinite(norm), factor / scale, paddle.full_like(factor, float("nan"))
-        )
+        nan = paddle.full_like(factor, float("nan"))
+        self._finite_factor = paddle.where(paddle.isfinite(norm), factor / scale, nan)
         return self._finite_factor
 
     def is_finite_on(self, mesh: dist.ProcessMesh) -> Any:

@@ -340,7 +340,7 @@ def make_optimizer(
 ) -> OptimizerParts:
     """Create the config's optimizer over all parameters of the model that have a gradient.
 
-    With `low_precision`, parameters in half precision get float32 master copies; `scales_loss` says that the loss will be
+    With `low_precision`, parameters in half precision get float32 master copies. `scales_loss`: the loss is going to be
     scaled, as float16 needs. `sharding_stage` is ZeRO's, and `state_placements` returns where it puts a parameter's
     state.
     """

@@ -78,6 +78,12 @@ class Mesh:
         return self.rank // (self.shape.mp * self.shape.dp)
 
     @property
+    def dp_ranks(self) -> tuple[int, ...]:
+        """Ranks that hold the same part of the model as this one, this one among them."""
+        first = self.pp_rank * self.shape.dp * self.shape.mp + self.mp_rank
+        return tuple(first + self.shape.mp * index for index in range(self.shape.dp))
+
+    @property
     def axes(self) -> list[str]:
         """Axis names of a pipeline stage's mesh, in order."""
         return [axis for axis in self.process_mesh.dim_names if axis != "pp"]

@@ -15,17 +15,9 @@ from typing import Any
 
 from paddle.distributed.auto_parallel.static.process_group import get_process_group
 
-from vit_static.program.ir import BACKWARD, FORWARD, UPDATE
+from vit_static.program.ir import BACKWARD, COLLECTIVE_KINDS, FORWARD, UPDATE
 
 _ROLES = {FORWARD: "forward", BACKWARD: "backward", UPDATE: "update"}
-_KINDS = {
-    "pd_op.all_reduce": "all_reduce",
-    "pd_op.all_reduce_": "all_reduce",
-    "pd_op.all_gather": "all_gather",
-    "pd_op.reduce_scatter": "reduce_scatter",
-    "pd_op.send_v2": "send",
-    "pd_op.recv_v2": "receive",
-}
 _ITEM_SIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
 # Operators that give their operand another shape, or combine several, without memory of their own.
 _ALIASES = {
@@ -136,7 +128,7 @@ def collectives(program: Any, cost_model: CostModel = CostModel()) -> list[Colle
     """Return the collectives of a program of this rank, in order, before parallel/gloo.py replaces them."""
     counted = []
     for op in program.global_block().ops:
-        kind = _KINDS.get(op.name())
+        kind = COLLECTIVE_KINDS.get(op.name())
         if kind is not None:
             ranks = tuple(get_process_group(op.attrs()["ring_id"]).ranks)
             value = op.result(0) if kind == "receive" else op.operand_source(0)
@@ -277,7 +269,7 @@ def _identity(value: Any) -> int:
 
 def _bytes_moved(op: Any, cost_model: CostModel) -> int:
     """Return the bytes that an operator reads and writes; 0 for collectives."""
-    if op.name() in _KINDS or op.name() in ("pd_op.data", "builtin.parameter"):
+    if op.name() in COLLECTIVE_KINDS or op.name() in ("pd_op.data", "builtin.parameter"):
         return 0
     values = [*_operands(op), *(value for value in op.results() if value.initialized())]
     size = 4 if _role(op) == "update" else cost_model.item_size
@@ -290,13 +282,15 @@ def _flops(op: Any, cost_model: CostModel) -> int:
     0 for all others: their time is bounded by their memory traffic.
     """
     name = op.name()
-    if name == "pd_op.matmul":
+    if name in ("pd_op.matmul", "pd_op.fused_gemm_epilogue"):
         return _product_flops(op.operand_source(0), op.result(0), bool(op.attrs().get("transpose_x")))
-    if name == "pd_op.matmul_grad":
+    if name in ("pd_op.matmul_grad", "pd_op.fused_gemm_epilogue_grad"):
         # One product of the forward's size per gradient that is needed.
-        out = op.operand_source(2)
+        is_fused = name == "pd_op.fused_gemm_epilogue_grad"
+        out = op.operand_source(3 if is_fused else 2)
         forward = _product_flops(op.operand_source(0), out, bool(op.attrs().get("transpose_x")))
-        return forward * (cost_model.are_fused_scores(out) + sum(1 for value in op.results() if value.initialized()))
+        num_products = sum(1 for value in op.results()[:2] if value.initialized())
+        return forward * (cost_model.are_fused_scores(out) + num_products)
     return 0
 
 

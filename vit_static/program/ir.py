@@ -12,6 +12,15 @@ from typing import Any
 from paddle import pir
 
 FORWARD, BACKWARD, UPDATE = 0, 1, 2  # roles of operators
+# Collectives by the names of their operators.
+COLLECTIVE_KINDS = {
+    "pd_op.all_reduce": "all_reduce",
+    "pd_op.all_reduce_": "all_reduce",
+    "pd_op.all_gather": "all_gather",
+    "pd_op.reduce_scatter": "reduce_scatter",
+    "pd_op.send_v2": "send",
+    "pd_op.recv_v2": "receive",
+}
 
 
 @contextmanager

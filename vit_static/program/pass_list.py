@@ -24,6 +24,7 @@ class PassContext:
     is_training: bool
     device: str  # cpu or gpu
     world_size: int
+    dp_ranks: tuple[int, ...]  # ranks that hold the same part of the model as this one, this one among them
     sharding_stage: int
     grad_sync: GradSyncConfig
     kernels: KernelsConfig
@@ -64,14 +65,35 @@ PASSES: tuple[Pass, ...] = (
         applies=lambda context: True,
     ),
     Pass(
+        "fused linear layers",
+        lambda program, context: passes.fuse_linears(program, context.kernels.fused_gelu),
+        applies=lambda context: context.device == "gpu" and context.kernels.fused_linear,
+    ),
+    Pass(
         "re-gather parameters",
         lambda program, _: passes.regather_params_in_backward(program),
         applies=lambda context: context.sharding_stage == 3,
+        after={"fused linear layers": "it gathers in front of the first reader, and fused operators come earlier"},
+    ),
+    Pass(
+        "float32 gradient sums",
+        lambda program, context: passes.sum_gradients_in_float32(program, context.dp_ranks),
+        applies=lambda context: context.is_training and len(context.dp_ranks) > 1 and not context.grad_sync.dtype,
+    ),
+    Pass(
+        "early master gradients",
+        lambda program, _: passes.cast_master_gradients_early(program),
+        applies=lambda context: context.is_training and context.device == "gpu" and len(context.dp_ranks) > 1,
+        after={"fused linear layers": "it replaces the operators behind which the casts move"},
     ),
     Pass(
         "bucket gradients",
         lambda program, context: grad_buckets.bucket_gradients(program, context.grad_sync),
         applies=lambda context: context.is_training and context.grad_sync.bucket_bytes > 0,
+        after={
+            "float32 gradient sums": "a bucket has one dtype",
+            "early master gradients": "an exchange overlaps with the backward pass only if its operand is part of it",
+        },
     ),
     Pass(
         "count costs",
@@ -92,12 +114,6 @@ PASSES: tuple[Pass, ...] = (
         "oneDNN kernels",
         lambda program, _: lowering.lower(program),
         applies=lambda context: context.device == "cpu" and context.kernels.onednn and onednn.is_supported(),
-        after={"count costs": _PLAIN},
-    ),
-    Pass(
-        "fused linear layers",
-        lambda program, context: passes.fuse_linears(program, context.kernels.fused_gelu),
-        applies=lambda context: context.device == "gpu" and context.kernels.fused_linear,
         after={"count costs": _PLAIN},
     ),
     Pass(

@@ -1,4 +1,4 @@
-"""Extra passes over the compiled program: ZeRO-3 re-gather, fused linear layers, fused dropout.
+"""Extra passes over the compiled program: ZeRO-3 re-gather, float32 gradients, fused linear layers, fused dropout.
 
 pass_list.py says which of them apply, and in which order.
 """
@@ -9,14 +9,18 @@ from typing import Any
 
 import paddle
 from paddle import pir
+from paddle.distributed.auto_parallel.static.process_group import get_process_group
 
-from vit_static.program.ir import BACKWARD, FORWARD, clone_for_backward, operator_role
+from vit_static.program.ir import BACKWARD, FORWARD, clone_for_backward, insert_before, operator_role
 
 # Operators that only gather, cut, reorder or convert parameters.
 _GATHER_CHAIN = {
     *("pd_op.all_gather", "pd_op.concat", "pd_op.split", "pd_op.split_with_num", "pd_op.transpose", "pd_op.reshape"),
     *("pd_op.cast", "pd_op.assign", "pd_op.full", "pd_op.full_int_array", "builtin.split", "builtin.combine"),
 }
+_SUMS = ("pd_op.all_reduce", "pd_op.all_reduce_", "pd_op.reduce_scatter")
+_HALF_DTYPES = (paddle.float16, paddle.bfloat16)
+_MASTER_CAST = "master_grad_cast"  # Paddle's attribute of the casts of gradients to float32
 
 
 def regather_params_in_backward(program: Any) -> None:
@@ -50,6 +54,50 @@ def regather_params_in_backward(program: Any) -> None:
                 clone_for_backward(chain, value, readers, operations)
 
 
+def sum_gradients_in_float32(program: Any, dp_ranks: tuple[int, ...]) -> None:
+    """Sum gradients over the data-parallel ranks in float32 where Paddle does so in half precision.
+
+    It does for a gradient whose shape changes, as that of the patch embedding, and in ZeRO stage 3.
+    """
+    with paddle.static.program_guard(program):
+        for operation in list(program.global_block().ops):
+            if operation.name() not in _SUMS or operation.operand_source(0).dtype not in _HALF_DTYPES:
+                continue
+            attributes = operation.attrs()
+            if tuple(sorted(get_process_group(attributes["ring_id"]).ranks)) != dp_ranks:
+                continue
+            value, total = operation.operand_source(0), operation.result(0)
+            with insert_before(operation):
+                in_float32 = paddle.cast(value, "float32")
+                if operation.name() == "pd_op.reduce_scatter":
+                    summed = paddle._C_ops.reduce_scatter(in_float32, attributes["ring_id"], attributes["nranks"])
+                else:
+                    summed = paddle._C_ops.all_reduce(in_float32, attributes["ring_id"], attributes["reduce_type"])
+                for reader in total.all_used_ops():
+                    if reader.name() == "pd_op.cast" and reader.result(0).dtype == paddle.float32:
+                        reader.result(0).replace_all_uses_with(summed)
+                        reader.erase()
+                if total.all_used_ops():
+                    total.replace_all_uses_with(paddle.cast(summed, value.dtype))
+            operation.erase()
+
+
+def cast_master_gradients_early(program: Any) -> None:
+    """Cast each gradient to float32 behind the operator that computes it, as part of the backward pass.
+
+    Paddle casts all of them after the backward pass, so that none could be exchanged before its end.
+    """
+    operations = list(program.global_block().ops)
+    casts = [operation for operation in operations if operation.has_attr(_MASTER_CAST)]
+    others = [operation for operation in operations if not operation.has_attr(_MASTER_CAST)]
+    positions = {operation.id(): position for position, operation in enumerate(others)}
+    for cast in casts:
+        producer = cast.operand_source(0).get_defining_op()
+        if producer.op_role == BACKWARD:
+            cast.op_role = BACKWARD
+            cast.move_before(others[positions[producer.id()] + 1])
+
+
 def fuse_linears(program: Any, fuse_gelu: bool) -> None:
     """Add a linear layer's bias within its matrix product, and reduce the bias gradient within the weight gradient.
 
@@ -79,4 +127,9 @@ def _run_paddle_pass(program: Any, name: str) -> None:
     manager.run(program)
     for operation in program.global_block().ops:
         if operation.op_role < 0 and operation.name().startswith("pd_op.fused_"):  # Paddle's pass sets no role
-            operation.op_role = BACKWARD if operation.name().endswith("_grad") else FORWARD
+            # A forward operator that is recomputed belongs to the backward pass, as what it reads does.
+            is_backward = operation.name().endswith("_grad") or any(
+                value.initialized() and value.get_defining_op().op_role == BACKWARD
+                for value in operation.operands_source()
+            )
+            operation.op_role = BACKWARD if is_backward else FORWARD

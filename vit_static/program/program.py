@@ -257,6 +257,7 @@ class Program:
             is_training=mode == "train",
             device=self._mesh.device,
             world_size=self._mesh.world_size,
+            dp_ranks=self._mesh.dp_ranks,
             sharding_stage=spec.parallel.sharding_stage,
             grad_sync=self._grad_sync,
             kernels=spec.kernels,
