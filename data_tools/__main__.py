@@ -16,6 +16,7 @@ from vit_static.common.errors import (
     USER_ERRNOS,
     escape,
 )
+from vit_static.common.text import say
 
 # name: (module, summary). A tool's module is imported only when it runs, and has main(argv) -> exit code.
 TOOLS = {
@@ -63,7 +64,7 @@ def print_tools() -> None:
 
 
 def fail(prefix: str, message: str, code: int = EXIT_USER_MISTAKE) -> int:
-    print(f"{prefix}: {escape(message.strip())}", file=sys.stderr)
+    say(escape(message.strip()), prefix)
     return code
 
 

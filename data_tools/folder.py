@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import shlex
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from tqdm import tqdm
 from data_tools.arguments import ToolParser, override_options
 from vit_static.common.errors import DataError, escape
 from vit_static.common.io import write_atomically, write_json
+from vit_static.common.text import say
 from vit_static.config.schema import DataConfig
 from vit_static.data.image_set import IMAGE_SUFFIXES, FileDataset
 from vit_static.data.open_set import CLASS_NAMES_FILE, class_folders, open_set, split_path
@@ -82,10 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_lists(out, root, images, class_names, {"root": str(root), **settings, **asdict(copies), "settled": assigned})
     if copies.on_both_sides:
         example = copies.on_both_sides[0]
-        warn(f"{len(copies.on_both_sides)} validation images are also training images, such as {example}")
+        say(
+            escape(f"{len(copies.on_both_sides)} validation images are also training images, such as {example}"),
+            "folder",
+        )
     if copies.in_several_classes:
         example = copies.in_several_classes[0]
-        warn(f"{len(copies.in_several_classes)} images are in several classes, such as {example}")
+        say(escape(f"{len(copies.in_several_classes)} images are in several classes, such as {example}"), "folder")
     values = {
         "data.root": out,
         "data.train": "train_list.txt",
@@ -98,10 +101,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"folder: to train on them, set {override_options(values)}"
     )
     return 0
-
-
-def warn(message: str) -> None:
-    print(f"folder: {escape(message)}", file=sys.stderr)
 
 
 def is_already_split(root: Path) -> bool:
@@ -146,7 +145,7 @@ def open_folders(data: DataConfig, split: str) -> FileDataset:
     for paths, description in ((outside, "images outside the class folders"), (inside, "folders in class folders")):
         skipped = sorted(path for path in paths if not path.name.startswith("."))
         if skipped:
-            warn(f"left out {len(skipped)} {description}, such as {skipped[0]}")
+            say(escape(f"left out {len(skipped)} {description}, such as {skipped[0]}"), "folder")
     images = open_set(data, split, len(folders))
     assert isinstance(images, FileDataset)
     return FileDataset(images.root, images.image_list, [class_folder.name for class_folder in folders])

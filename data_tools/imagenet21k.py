@@ -16,7 +16,6 @@ import hashlib
 import os
 import shlex
 import sqlite3
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -29,6 +28,7 @@ from tqdm import tqdm
 from data_tools.arguments import ToolParser, override_options
 from vit_static.common.errors import DataError
 from vit_static.common.io import write_atomically
+from vit_static.common.text import say
 from vit_static.data.image_set import IMAGE_SUFFIXES, read_file
 from vit_static.data.open_set import CLASS_NAMES_FILE
 
@@ -63,9 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         with write_atomically(root / CLASS_NAMES_FILE) as temporary:
             temporary.write_text(class_names, encoding="utf-8")
     elif class_names is not None:
-        warn(f"{root / CLASS_NAMES_FILE} exists, and stays as it is")
+        say(f"{root / CLASS_NAMES_FILE} exists, and stays as it is", "imagenet21k")
     if skipped_files:
-        warn(f"left out {len(skipped_files)} files that are empty or not images, such as {skipped_files[0]!r}")
+        say(
+            f"left out {len(skipped_files)} files that are empty or not images, such as {skipped_files[0]!r}",
+            "imagenet21k",
+        )
     num_labels = np.diff(images.offsets)
     options = override_options(
         {
@@ -83,10 +86,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"imagenet21k: to train on them, set {options}"
     )
     return 0
-
-
-def warn(message: str) -> None:
-    print(f"imagenet21k: {message}", file=sys.stderr)
 
 
 def class_folders(images: Path, num_classes: int) -> list[Path]:

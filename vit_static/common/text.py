@@ -6,9 +6,9 @@ import sys
 from collections.abc import Mapping
 
 
-def say(line: str) -> None:
-    """Print a status line on stderr, so that stdout holds only results."""
-    print(f"vit_static: {line}", file=sys.stderr, flush=True)
+def say(line: str, program: str = "vit_static") -> None:
+    """Print a status line of a program or tool on stderr, so that stdout holds only results."""
+    print(f"{program}: {line}", file=sys.stderr, flush=True)
 
 
 def positive_int(environ: Mapping[str, str], name: str, default: int) -> int:
