@@ -113,6 +113,14 @@ def test_the_package_imports_no_data_tool() -> None:
         assert not {name for name in imports_of(path) if folder(name) == "data_tools"}, module
 
 
+def test_the_peers_import_nothing_of_the_package() -> None:
+    """They run in environments that don't have what the package needs, and import each other as scripts do."""
+    paths = list(PEERS.glob("*.py"))
+    assert len(paths) > 5
+    for path in paths:
+        assert not {name for name in imports_of(path) if folder(name) == "vit_static"}, path
+
+
 def test_no_test_imports_from_another_test_file() -> None:
     for path in (ROOT / "tests").rglob("*.py"):
         assert not [name for name in imports_of(path) if name.startswith("test_")], path
