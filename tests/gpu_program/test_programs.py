@@ -45,3 +45,16 @@ def test_a_program_has_all_properties(case: GpuCase) -> None:
 @pytest.mark.parametrize("precision", OPTIONS["precision"])
 def test_the_program_of_the_verb_eval_has_all_properties(precision: str) -> None:
     assert problems_of(compile_eval_only(GpuCase(mesh="dp 8", precision=precision))) == {"eval": []}
+
+
+@pytest.mark.parametrize(
+    ("precision", "num_products"), [("O2 bfloat16", 15), ("O2 float16", 15), ("O1 bfloat16", 15), ("O0 float32", 0)]
+)
+def test_linear_layers_are_fused(precision: str, num_products: int) -> None:
+    """6 per block, the patch embedding, the tanh layer and the head, in training and evaluation."""
+    compiled = compile_rank(GpuCase(precision=precision))
+    for mode in ("train", "eval"):
+        names = [op.name() for op in compiled.modes[mode].global_block().ops]
+        assert names.count("pd_op.fused_gemm_epilogue") == num_products, mode
+    names = [op.name() for op in compiled.modes["train"].global_block().ops]
+    assert names.count("pd_op.fused_gemm_epilogue_grad") == num_products

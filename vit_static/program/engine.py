@@ -117,6 +117,11 @@ def _short_call_stacks() -> Iterator[None]:
             sys.tracebacklimit = limit
 
 
+def can_run(built: tuple[Any, Any]) -> bool:
+    """Return whether a mode can be executed, not just inspected (plan/fake_world.py). `built`: see `build_mode`."""
+    return built[0] is not None
+
+
 def use_mode(program: dist.DistModel, mode: str, built: tuple[Any, Any]) -> None:
     """Make a mode the current one; `built` is what `build_mode` returned for it."""
     engine = program._engine

@@ -19,7 +19,7 @@ from vit_static.checkpoint.sharded_state import ShardedReader
 from vit_static.common.errors import ConfigError
 from vit_static.config.schema import AmpConfig, Config, ParallelConfig
 from vit_static.model.loss import Criterion
-from vit_static.model.vit import Dropout, VisionTransformer
+from vit_static.model.vit import Dropout, PatchProjection, VisionTransformer
 from vit_static.optim.optimizers import make_optimizer, step_scalars
 from vit_static.optim.param_groups import freeze_backbone
 from vit_static.parallel import sharding
@@ -30,7 +30,7 @@ from vit_static.program.pass_list import PassContext, run_passes
 from vit_static.program.precision import Precision, uses_seeded_dropout
 from vit_static.program.recorded_loss import RecordedLoss
 from vit_static.program.spec import CountCosts, ProgramSpec, TrainingSpec
-from vit_static.program.state import ProgramState
+from vit_static.program.state import ProgramState, float32_weights
 from vit_static.weights.formats import State
 
 
@@ -51,6 +51,7 @@ class Program:
         self._mode: str | None = None
         self._built: dict[str, Any] = {}
         self._costs: Any = None
+        self._initial_weights: dict[str, paddle.Tensor] = {}  # in float32, until the program is built for training
         self._loss = RecordedLoss(num_micro_batches(spec.parallel))
         self._input_specs = {"eval": self._specs_of(spec.eval_batch_size, spec.eval_target_classes)}
         stages = sharding.shard_model(model, mesh, spec.parallel.sharding_stage)
@@ -60,6 +61,8 @@ class Program:
             seeded = uses_seeded_dropout(spec.parallel, mesh.device)
             self._dropout = _place_dropouts(model, mesh, spec.seed, stages, seeded)
         _recompute_blocks(model, spec.parallel.recompute)
+        if spec.precision.level == "O1" and mesh.device == "gpu" and spec.kernels.fused_linear:
+            _add_biases_in_low_precision(model, spec.precision, spec.amp)
         _wrap_forward(model, spec.precision, spec.amp, self._dropout)
         layer, optimizer, strategy = model, None, _strategy(spec)
         if training is not None:
@@ -67,6 +70,8 @@ class Program:
             # The executor splits a batch into micro-batches.
             micro_batch_size = training.batch_size // num_micro_batches(spec.parallel)
             self._input_specs["train"] = self._specs_of(micro_batch_size, training.target_classes)
+        elif spec.precision.level == "O2":
+            layer = paddle.amp.decorate(model, level="O2", dtype=spec.precision.dtype)
         self._main_mode = "eval" if optimizer is None else "train"
         input_spec = self._input_specs[self._main_mode]
         self._program = dist.to_static(layer, None, criterion, optimizer, strategy=strategy, input_spec=input_spec)
@@ -226,6 +231,7 @@ class Program:
         )
         if not low_precision:
             return model, optimizer
+        self._initial_weights = float32_weights(model)
         layer, optimizer = paddle.amp.decorate(
             model,
             optimizer,
@@ -249,6 +255,10 @@ class Program:
                 self._loss.create(engine.place_of(self._program))
         engine.use_mode(self._program, mode, self._built[mode])
         self._mode = mode
+        if mode == "train" and self._initial_weights:
+            weights, self._initial_weights = self._initial_weights, {}
+            if engine.can_run(self._built[mode]):
+                self._state.start_masters(weights)
 
     def _run_passes(self, mode: str, compiled: Any) -> None:
         """Run our own passes over the program that Paddle has compiled for this rank and `mode`."""
@@ -381,13 +391,37 @@ def _wrap_forward(
             seeds.create_seeds()
         if not autocast:  # a disabled auto_cast would also disable O2's, which the engine has entered
             return forward(images)
-        with paddle.amp.auto_cast(
-            level="O1",
-            dtype=precision.dtype,
-            custom_white_list=set(amp.white_list),
-            custom_black_list=set(amp.black_list),
-        ):
+        with _autocast(precision, amp):
             return forward(images)
 
     if autocast or seeds is not None:
         model.forward = traced
+
+
+def _add_biases_in_low_precision(model: nn.Layer, precision: Precision, amp: AmpConfig) -> None:
+    """Let O1 add the bias of a linear layer in low precision, as the fused kernel does.
+
+    Otherwise it adds the float32 bias to the product in float32, which no fused kernel does.
+    """
+    layers: list[Any] = [layer for layer in model.sublayers() if isinstance(layer, nn.Linear | PatchProjection)]
+    for layer in layers:
+        layer.forward = _with_autocast(layer.forward, precision, amp)
+
+
+def _with_autocast(forward: Callable[..., Any], precision: Precision, amp: AmpConfig) -> Callable[..., Any]:
+    def autocast_forward(x: paddle.Tensor) -> paddle.Tensor:
+        with _autocast(precision, amp, "elementwise_add"):
+            return forward(x)
+
+    return autocast_forward
+
+
+def _autocast(precision: Precision, amp: AmpConfig, *operators: str) -> AbstractContextManager[None]:
+    """Return O1's autocast, in which these operators, too, run in low precision unless the config says otherwise."""
+    black_list = set(amp.black_list)
+    return paddle.amp.auto_cast(
+        level="O1",
+        dtype=precision.dtype,
+        custom_white_list={*amp.white_list, *operators} - black_list,
+        custom_black_list=black_list,
+    )

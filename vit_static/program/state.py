@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
+from paddle import nn
 
 from vit_static.checkpoint.sharded_state import ShardedReader, slice_on_rank
 from vit_static.optim.ema import EMA
@@ -50,6 +51,26 @@ class ProgramState:
             if tensor_slice is not None and (stored_name in shards or not name.startswith("@")):
                 _assign(tensor, paddle.to_tensor(shards.read(stored_name, tensor_slice)))
         self._dist_model.set_state_dict(dict(named.values()))
+
+    def start_masters(self, weights: Mapping[str, paddle.Tensor]) -> None:
+        """Start the float32 master copies from these weights (`float32_weights`), before they were rounded.
+
+        Paddle starts them from the rounded ones.
+        """
+        named = self._named()
+        masters = {name: named[f"{name}{_MASTER}"] for name in weights if f"{name}{_MASTER}" in named}
+        for name, (_, tensor) in masters.items():
+            _assign(tensor, self._part_of(weights[name], tensor))
+        self._dist_model.set_state_dict(dict(masters.values()))
+
+    def _part_of(self, weight: paddle.Tensor, like: paddle.Tensor) -> paddle.Tensor:
+        """Return this rank's part of a state, of a weight that ZeRO may not split."""
+        shape = local_tensor(like).shape
+        for axis, size in enumerate(shape):
+            if weight.shape[axis] != size:
+                start = self._mesh.dp_rank * size
+                weight = weight.slice([axis], [start], [start + size])
+        return weight
 
     def weights(self, ema: bool = False) -> State:
         """Return the weights (or their moving average) that this rank holds, as float32, in the file layout."""
@@ -124,6 +145,12 @@ class ProgramState:
         total = paddle.to_tensor(parts)
         dist.all_reduce(total)
         return total[mesh.mp_rank].numpy()
+
+
+def float32_weights(model: nn.Layer) -> dict[str, paddle.Tensor]:
+    """Return copies of this rank's parts of a model's weights, by name. Other pipeline stages' weights are left out."""
+    parts = {name: local_tensor(parameter) for name, parameter in model.named_parameters()}
+    return {name: part.clone().detach() for name, part in parts.items() if part._is_initialized()}
 
 
 def _assign(tensor: paddle.Tensor, values: paddle.Tensor) -> None:
