@@ -62,16 +62,24 @@ find_python() {
     fail 2 "no Python 3.10, 3.11 or 3.12 found (tried ${candidates[*]}); name one with PYTHON=/path/to/python3"
 }
 
-# Paddle's own index has one folder per CUDA version. DALI's build is for CUDA 12, where cu129 supports Blackwell and
-# cu126 runs on any driver.
+# Paddle's own index has one folder per CUDA version; 3.3.1 is in cu118, cu126, cu129 and cu130. DALI's build is for
+# CUDA 12, any release of which runs on any driver of 12.0 or later. Only cu129 has kernels for Blackwell (compute
+# capability 10 and 12), whose drivers may report CUDA 12.8. GPUs older than Turing (7.5) get cu126.
 paddle_index() {
-    local cuda
+    local cuda capabilities folder=cu126
     cuda=$(nvidia-smi 2> /dev/null | sed -nE 's/.*CUDA [A-Za-z ]*Version: *([0-9]+)\.([0-9]).*/\1\2/p' || true)
     [[ -n $cuda ]] || fail 2 "nvidia-smi reports no CUDA version; choose a folder of" \
         "https://www.paddlepaddle.org.cn/packages/stable/ with VIT_STATIC_PADDLE_INDEX=URL"
     ((cuda >= 120)) || fail 2 "the NVIDIA driver is too old: CUDA ${cuda%?}.${cuda: -1}, and DALI needs 12.0;" \
         "update it, or set VIT_STATIC_DEVICE=cpu"
-    echo "https://www.paddlepaddle.org.cn/packages/stable/$( ((cuda >= 129)) && echo cu129 || echo cu126)/"
+    # 75 for 7.5, in ascending order; drivers before 510 don't know this query.
+    capabilities=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null |
+        sed -nE 's/^ *([0-9]+)\.([0-9]) *$/\1\2/p' | sort -n || true)
+    local oldest newest
+    oldest=$(head -n 1 <<< "$capabilities")
+    newest=$(tail -n 1 <<< "$capabilities")
+    if ((${newest:-0} >= 100 || (cuda >= 129 && ${oldest:-75} >= 75))); then folder=cu129; fi
+    echo "https://www.paddlepaddle.org.cn/packages/stable/$folder/"
 }
 
 pip_install() {

@@ -110,13 +110,18 @@ def set_up(checkout: Checkout) -> Checkout:
     return checkout
 
 
-def fake_nvidia_smi(folder: Path, cuda: str, num_gpus: int) -> str:
-    """Make a PATH on which nvidia-smi reports a driver and GPUs that this machine may not have."""
+def fake_nvidia_smi(folder: Path, cuda: str, num_gpus: int, capabilities: str = "8.0") -> str:
+    """Make a PATH on which nvidia-smi reports a driver and GPUs that this machine may not have.
+
+    `capabilities`: the compute capabilities, one per line; "" for a driver that doesn't know the query.
+    """
     folder.mkdir()
     tool = folder / "nvidia-smi"
     listing = "".join(f"GPU {i}: a GPU (UUID: {i})\\n  MIG 1g.18gb\\n" for i in range(num_gpus))
     table = f"| NVIDIA-SMI 555.1    Driver Version: 555.1    CUDA Version: {cuda}     |\\n"
-    tool.write_text(f'#!/bin/sh\n[ "$1" = -L ] && printf "{listing}" || printf "{table}"\n')
+    query = f'printf "{capabilities}\\n"' if capabilities else "echo 'Field \"compute_cap\" is not valid.'; exit 2"
+    cases = f'-L) printf "{listing}" ;; --query-gpu=compute_cap) {query} ;; *) printf "{table}" ;;'
+    tool.write_text(f"#!/bin/sh\ncase $1 in {cases} esac\n")
     tool.chmod(0o755)
     return f"{folder}:{os.environ['PATH']}"
 
@@ -195,9 +200,20 @@ def test_without_a_supported_python_setup_says_so(checkout: Checkout) -> None:
     assert "PYTHON=" in result.stderr
 
 
-@pytest.mark.parametrize(("cuda", "folder"), [("12.4", "cu126"), ("12.9", "cu129"), ("13.1", "cu129")])
-def test_on_a_gpu_paddle_comes_from_its_own_index(checkout: Checkout, tmp_path: Path, cuda: str, folder: str) -> None:
-    path = fake_nvidia_smi(tmp_path / "bin", cuda, num_gpus=1)
+@pytest.mark.parametrize(
+    ("cuda", "capabilities", "folder"),
+    [
+        *(("12.4", "8.0", "cu126"), ("12.9", "9.0", "cu129"), ("13.1", "8.9", "cu129")),
+        *(("12.8", "12.0", "cu129"), ("12.8", "10.0", "cu129"), ("12.8", "9.0\\n9.0", "cu126")),  # Blackwell, Hopper
+        ("12.8", "8.6\\n12.0", "cu129"),
+        *(("12.9", "7.0", "cu126"), ("13.1", "6.1", "cu126")),  # Volta, Pascal
+        *(("12.2", "", "cu126"), ("12.9", "", "cu129")),  # the driver doesn't report it
+    ],
+)
+def test_on_a_gpu_paddle_comes_from_its_own_index(
+    checkout: Checkout, tmp_path: Path, cuda: str, capabilities: str, folder: str
+) -> None:
+    path = fake_nvidia_smi(tmp_path / "bin", cuda, num_gpus=2, capabilities=capabilities)
     assert checkout.run("setup", VIT_STATIC_DEVICE="", PATH=path).returncode == 0
     calls = checkout.pip_calls()
     version = pins("paddlepaddle")[0].specifier

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import paddle
 import pytest
+from helpers.exported import in_inference_process
 from helpers.recorded_device import TRAIN_STEP, Call, RecordedDevice, recorded_gpu
 from helpers.runs import TINY, metrics
+from paddle import inference
 from paddle.base import core
 
 from vit_static.checkpoint.folder import checkpoint_dir
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
+from vit_static.export.exporter import export_checkpoint
+from vit_static.inference.backends import PaddleSession
+from vit_static.model.vit import VisionTransformer
 from vit_static.train.evaluate import evaluate_checkpoint
 from vit_static.train.trainer import train
 
@@ -140,6 +146,40 @@ def test_resume_and_eval(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture
         evaluate_checkpoint(None, run.config.run_dir, [])
     assert "another program" in device.names()
     assert f"{metrics(run.config.run_dir, 'eval')[-1]['top1']:.2f} %" in capsys.readouterr().out
+
+
+def export_on_recorded_gpu(run_dir: Path, out: Path) -> tuple[list[str], list[bool], bool]:
+    """Export in float32 with TF32 on. Return the calls to the device, and whether TF32 was on: in each run of the
+    trained model and of the exported program, and afterwards."""
+    uses: list[bool] = []
+
+    def recorded(function: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            if paddle.in_dynamic_mode():
+                uses.append(core.get_cublas_switch() or core.get_cudnn_switch())
+            return function(*arguments)
+
+        return run
+
+    core.set_cublas_switch(True)
+    core.set_cudnn_switch(True)
+    with (
+        recorded_gpu() as device,
+        patch.object(inference.Config, "enable_use_gpu", lambda *_: device.add("enable_use_gpu")),
+        patch.object(PaddleSession, "outputs", recorded(PaddleSession.outputs)),
+        patch.object(VisionTransformer, "forward", recorded(VisionTransformer.forward)),
+    ):
+        export_checkpoint(None, run_dir, out, [])
+    return device.names(), uses, core.get_cublas_switch() and core.get_cudnn_switch()
+
+
+def test_export_compares_without_tf32(run: Run, tmp_path: Path) -> None:
+    names, uses, is_on_again = in_inference_process(export_on_recorded_gpu, run.config.run_dir, tmp_path / "model")
+    assert "enable_use_gpu" in names
+    assert uses == [False] * 4  # two batches
+    assert is_on_again
+    spec = json.loads((tmp_path / "model" / "vit_static.json").read_text())
+    assert spec["comparisons"]["model.json"]["largest_difference"] < 1e-4
 
 
 def test_each_way_to_wait_is_recorded() -> None:

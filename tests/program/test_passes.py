@@ -57,7 +57,7 @@ def test_linear_layers_are_fused_with_their_bias(make_program) -> None:
     before = count_operators(compiled)
     with paddle.pir_utils.IrGuard():  # as in the engine while it builds programs
         passes.fuse_linears(compiled, fuse_gelu=False)
-    after, num_linears = count_operators(compiled), 6 * DEPTH + 2
+    after, num_linears = count_operators(compiled), 6 * DEPTH + 1  # the head's 5 classes aren't a multiple of 8
     assert before["matmul"] - after["matmul"] == after["fused_gemm_epilogue"] == num_linears
     assert before["matmul_grad"] - after["matmul_grad"] == after["fused_gemm_epilogue_grad"] == num_linears
     assert after["gelu"] == after["gelu_grad"] == DEPTH

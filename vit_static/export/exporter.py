@@ -150,7 +150,8 @@ def _export_size(
     indices = evenly_spaced(len(images), config.export.num_calibration_images)
     calibration = (inputs for inputs, *_ in read_batches(images, indices, spec))
     spec = write_artifact(model, config, spec, folder, calibration, onnx=onnx)
-    comparisons = compare(model, spec, folder, images, config.export.num_check_images)
+    with _without_tf32():
+        comparisons = compare(model, spec, folder, images, config.export.num_check_images)
     for name, comparison in comparisons.items():
         _check(comparison, str(Path(subfolder, name)), name, spec)
     spec = spec.model_copy(update={"files": file_records(folder), "comparisons": comparisons})
@@ -320,6 +321,26 @@ def compare(
         )
         for name, tally in tallies.items()
     }
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Compute float32 products in float32 within the context, in Paddle and in Paddle Inference.
+
+    On a GPU, cuBLAS and cuDNN may round their factors to TF32's 10 bits, and the errors exceed float32's bound. Paddle
+    reads these switches of the process before each product (3.3.1 starts with cuDNN's on and cuBLAS's off); with
+    cuBLASLt it never allows TF32.
+    """
+    core = paddle.base.core
+    switches = ((core.get_cublas_switch, core.set_cublas_switch), (core.get_cudnn_switch, core.set_cudnn_switch))
+    previous = [get() for get, _ in switches]
+    try:
+        for _, set_switch in switches:
+            set_switch(False)
+        yield
+    finally:
+        for (_, set_switch), value in zip(switches, previous, strict=True):
+            set_switch(value)
 
 
 def _open_sessions(folder: Path, spec: ModelSpec) -> dict[str, OnnxSession | PaddleSession]:

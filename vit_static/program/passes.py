@@ -13,6 +13,8 @@ from paddle.distributed.auto_parallel.static.process_group import get_process_gr
 
 from vit_static.program.ir import BACKWARD, FORWARD, clone_for_backward, insert_before, operator_role
 
+_ALIGNED_SIZE = 8  # elements of 2 bytes: Tensor Cores read 16 bytes at a time
+
 # Operators that only gather, cut, reorder or convert parameters.
 _GATHER_CHAIN = {
     *("pd_op.all_gather", "pd_op.concat", "pd_op.split", "pd_op.split_with_num", "pd_op.transpose", "pd_op.reshape"),
@@ -102,18 +104,36 @@ def fuse_linears(program: Any, fuse_gelu: bool) -> None:
     """Add a linear layer's bias within its matrix product, and reduce the bias gradient within the weight gradient.
 
     Runs Paddle's fused_gemm_epilogue_pass, which only matches products in low precision. `fuse_gelu` also fuses the
-    MLP's activation in training; cuBLASLt computes it by the tanh approximation.
+    MLP's activation in training; cuBLASLt computes it by the tanh approximation. Layers whose numbers of inputs and
+    outputs aren't multiples of 8 stay as they are, such as a head of 21,841 classes: cuBLASLt may have no algorithm
+    with an epilogue for rows that don't start at multiples of 16 bytes.
     """
-    extra_readers = []
-    if not fuse_gelu:  # the pass leaves out an activation whose input has a second reader
-        with paddle.static.program_guard(program):
-            for operation in [op for op in program.global_block().ops if op.name() == "pd_op.gelu"]:
-                pir.set_insertion_point_after(operation)
-                with operator_role(operation.op_role):
-                    extra_readers.append(paddle._C_ops.assign(operation.operand_source(0)).get_defining_op())
+    operations = list(program.global_block().ops)
+    unfused = [_value_between(operation) for operation in operations if _is_unaligned_linear(operation)]
+    if not fuse_gelu:
+        unfused += [operation.operand_source(0) for operation in operations if operation.name() == "pd_op.gelu"]
+    extra_readers = []  # the pass leaves out operators with a value between them that has a second reader
+    with paddle.static.program_guard(program):
+        for value in unfused:
+            pir.set_insertion_point_after(value.get_defining_op())
+            with operator_role(value.get_defining_op().op_role):
+                extra_readers.append(paddle._C_ops.assign(value).get_defining_op())
     _run_paddle_pass(program, "fused_gemm_epilogue_pass")
     for reader in extra_readers:
         reader.erase()
+
+
+def _is_unaligned_linear(operation: Any) -> bool:
+    """Return whether this is the product of a linear layer, or its gradient, with other than multiples of 8."""
+    if operation.name() not in ("pd_op.matmul", "pd_op.matmul_grad"):
+        return False
+    weight_shape = operation.operand_source(1).shape
+    return len(weight_shape) == 2 and any(size % _ALIGNED_SIZE for size in weight_shape)
+
+
+def _value_between(product: Any) -> Any:
+    """Return the value between a product and the addition of the bias, or between the gradients of both."""
+    return product.result(0) if product.name() == "pd_op.matmul" else product.operand_source(2)
 
 
 def fuse_dropouts(program: Any) -> None:
