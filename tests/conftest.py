@@ -56,7 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return  # others run the tests
     os.environ.setdefault("GLOG_minloglevel", "2")
     if is_worker:
-        num_cores = len(os.sched_getaffinity(0)) // config.workerinput["workercount"]
+        num_cores = len(os.sched_getaffinity(0)) // config.workerinput["workercount"]  # type: ignore[attr-defined]
         os.environ.setdefault("OMP_NUM_THREADS", str(max(num_cores, 1)))
     prepare_process(verbose=True)
 

@@ -69,18 +69,22 @@ def uses(tree: ast.AST) -> Iterator[Use]:
     def path_of(node: ast.AST) -> str | None:
         if isinstance(node, ast.Name):
             return names.get(node.id)
-        base = path_of(node.value) if isinstance(node, ast.Attribute) else None
+        if not isinstance(node, ast.Attribute):
+            return None
+        base = path_of(node.value)
         return None if base is None else f"{base}.{node.attr}"
 
     names.update(aliases(tree, path_of))
     inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     calls = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
     for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute | ast.Name):
+            continue
         is_whole = isinstance(node, ast.Attribute) and id(node) not in inner
         is_called_name = isinstance(node, ast.Name) and id(node) in calls
-        path = path_of(node) if is_whole or is_called_name else None
-        if path is not None and is_of_library(path):
-            yield Use(path, node.lineno, calls.get(id(node)))
+        chain = path_of(node) if is_whole or is_called_name else None
+        if chain is not None and is_of_library(chain):
+            yield Use(chain, node.lineno, calls.get(id(node)))
 
 
 def aliases(tree: ast.AST, path_of: Any) -> dict[str, str]:

@@ -102,7 +102,9 @@ def internals_in(tree: ast.AST, defined_in_package: set[str]) -> Iterator[str]:
         """`paddle.base.core.Place` for an attribute of something imported from Paddle."""
         if isinstance(node, ast.Name):
             return names.get(node.id)
-        outer = resolve(node.value) if isinstance(node, ast.Attribute) else None
+        if not isinstance(node, ast.Attribute):
+            return None
+        outer = resolve(node.value)
         return None if outer is None else f"{outer}.{node.attr}"
 
     for name in names.values():

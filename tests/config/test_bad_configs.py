@@ -24,7 +24,9 @@ SECTIONS = {
     for name, field in Config.model_fields.items()
     if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 }
-KEYS = [(name, field.alias or key) for name, fields in SECTIONS.items() for key, field in fields.items()]
+KEYS: list[tuple[str, ...]] = [
+    (name, field.alias or key) for name, fields in SECTIONS.items() for key, field in fields.items()
+]
 KEYS += [(name,) for name in Config.model_fields]
 
 

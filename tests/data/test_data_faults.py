@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -54,7 +53,7 @@ DAMAGES = {
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_bytes(b"This is not an image.\n" * 20),
     "a GIF": lambda path: path.write_bytes(as_gif(path)),
-    "missing": lambda path: os.truncate(path, 0) or path.unlink(),
+    "missing": lambda path: path.unlink(),
 }
 
 

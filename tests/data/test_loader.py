@@ -111,7 +111,7 @@ def test_all_ranks_together_get_the_batches_of_one(sources: dict[str, DataConfig
     data = sources[source]
     parts = [next_batches(train_loader(data, 2, rank, num_ranks), 4) for rank in range(num_ranks)]
     batches = [tuple(map(np.concatenate, zip(*step, strict=True))) for step in zip(*parts, strict=True)]
-    assert_same(batches, next_batches(train_loader(data, 2), 4))  # type: ignore[arg-type]
+    assert_same(batches, next_batches(train_loader(data, 2), 4))
 
 
 @pytest.mark.parametrize("source", SOURCES)

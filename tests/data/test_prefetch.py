@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,11 +28,11 @@ def dataset(tmp_path: Path) -> FileDataset:
     return images
 
 
-def make_prefetcher(images: FileDataset, batch_size: int = 5, **data: float) -> Prefetcher:
+def make_prefetcher(images: FileDataset, batch_size: int = 5, **data: Any) -> Prefetcher:
     def batch_indices(n: int) -> np.ndarray:
         return np.arange(n * batch_size, (n + 1) * batch_size) % len(images)
 
-    return Prefetcher(images, batch_indices, DataConfig(**data))  # type: ignore[arg-type]
+    return Prefetcher(images, batch_indices, DataConfig(**data))
 
 
 @pytest.mark.parametrize("num_readers", [1, 2, 7])

@@ -81,7 +81,7 @@ def stopping(report: dict[str, Any]) -> set[str]:
     return {problem["path"] for problem in report["problems"] if problem["stops_training"]}
 
 
-def test_a_good_dataset_passes(tmp_path: Path, capsys) -> None:
+def test_a_good_dataset_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_good_images(tmp_path)
     code, report = run_check(tmp_path)
     assert (code, report["problems"]) == (0, [])
@@ -90,7 +90,7 @@ def test_a_good_dataset_passes(tmp_path: Path, capsys) -> None:
     assert not (tmp_path / ".data_check.journal").exists()
 
 
-def test_every_kind_is_found_and_only_some_stop_training(root: Path, capsys) -> None:
+def test_every_kind_is_found_and_only_some_stop_training(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, report = run_check(root)
     assert code == 1
     assert kinds(report) == {name: kind for name, (_, kind) in (STOPPING | UNUSUAL).items()}
@@ -198,12 +198,14 @@ def contents(images: ImageDataset) -> list[tuple[bytes, list[int]]]:
     return [(content.tobytes(), labels.tolist()) for content, labels in map(images.read, range(len(images)))]
 
 
-def test_shards_cant_be_listed_without_their_bad_images(shards: Path, tmp_path: Path, capsys) -> None:
+def test_shards_cant_be_listed_without_their_bad_images(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["check", str(shards), "--fix", str(tmp_path / "fixed")]) == 2
     assert "data.on_bad_image=skip" in capsys.readouterr().err
 
 
-def test_a_killed_check_resumes_and_reads_changed_files_again(tmp_path: Path, monkeypatch) -> None:
+def test_a_killed_check_resumes_and_reads_changed_files_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_good_images(tmp_path)
     for number in range(5, 60):
         photo(20, 20, seed=5000 + number).save(tmp_path / f"train/cat/{number}.jpeg")
@@ -248,7 +250,7 @@ def test_a_repeated_check_writes_the_same_report(root: Path, tmp_path: Path) -> 
     assert (tmp_path / "again.json").read_bytes() == first
 
 
-def test_wrong_arguments_are_errors(root: Path, tmp_path: Path, capsys) -> None:
+def test_wrong_arguments_are_errors(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         ([str(tmp_path / "nowhere")], "no such folder"),
         ([str(root), "--train", "list.txt"], "--train"),
@@ -267,7 +269,9 @@ def test_a_file_without_permission_is_unreadable(tmp_path: Path) -> None:
     assert kinds(run_check(tmp_path)[1]) == {"0.jpeg": "unreadable"}
 
 
-def test_a_second_check_at_the_same_time_is_an_error(root: Path, tmp_path: Path, capsys) -> None:
+def test_a_second_check_at_the_same_time_is_an_error(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     journal = root / ".data_check.journal"
     journal.touch()
     with lock(journal, "not here"):

@@ -146,7 +146,7 @@ def test_the_classes_are_in_the_order_of_their_folders() -> None:
     assert sorted(tool.CLASSES) == tool.CLASSES
 
 
-def failed(capsys, archive: Path, out: Path) -> str:
+def failed(capsys: pytest.CaptureFixture[str], archive: Path, out: Path) -> str:
     assert main(["cifar10", "--archive", str(archive), "--out", str(out)]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and not out.exists()
@@ -159,7 +159,9 @@ class Malicious:
 
 
 @pytest.mark.parametrize("attack", ["a call", "eval"])
-def test_no_code_in_an_archive_is_run(tmp_path: Path, monkeypatch, capsys, attack: str) -> None:
+def test_no_code_in_an_archive_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], attack: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     pickled = pickle.dumps(Malicious()) if attack == "a call" else b'c__builtin__\neval\n(S\'open("evil","w")\'\ntR.'
     archive = write(tmp_path / "evil.tar.gz", {**batches(), "data_batch_3": pickled})
@@ -167,7 +169,7 @@ def test_no_code_in_an_archive_is_run(tmp_path: Path, monkeypatch, capsys, attac
     assert not (tmp_path / "evil").exists()
 
 
-def test_other_archives_are_errors(tmp_path: Path, capsys) -> None:
+def test_other_archives_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     intact = write(tmp_path / "cifar.tar.gz", batches())
     assert "(30, 3072)" in failed(capsys, intact, out)  # too few images
@@ -183,7 +185,7 @@ def test_other_archives_are_errors(tmp_path: Path, capsys) -> None:
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_a_folder_with_other_files_is_never_changed(tmp_path: Path, capsys) -> None:
+def test_a_folder_with_other_files_is_never_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("precious")
     archive = write(tmp_path / "cifar.tar.gz", batches())
@@ -230,7 +232,7 @@ try:
 except OSError:
     sys.exit(7)
 """
-    command = [sys.executable, "-c", limited, archive, tmp_path / "out"]
+    command = [sys.executable, "-c", limited, str(archive), str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}, check=False)
     assert done.returncode == 7
     assert list(tmp_path.iterdir()) == [archive]

@@ -52,7 +52,7 @@ def test_every_image_is_in_one_split_and_every_class_in_both(root: Path) -> None
     assert 8 <= len(lists["val"]) <= 35  # about 20 of 103
 
 
-def test_the_printed_options_train_on_the_lists(root: Path, capsys) -> None:
+def test_the_printed_options_train_on_the_lists(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = root.rename(root.with_name("my images"))
     assert run(root) == 0
     output = capsys.readouterr().out
@@ -120,7 +120,7 @@ def test_an_image_that_was_moved_to_the_other_split_stays_there(tmp_path: Path) 
     assert json.loads((tmp_path / "images/split.json").read_text())["settled"]
 
 
-def test_an_image_in_two_classes_is_in_one_split_and_is_named(root: Path, capsys) -> None:
+def test_an_image_in_two_classes_is_in_one_split_and_is_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(3):  # red_deer has so few that one is moved to validation
         shutil.copy(root / f"red_deer/image {number}.jpg", root / f"cats/deer {number}.jpg")
     assert run(root, "--val-share", "0.01") == 0
@@ -142,7 +142,7 @@ def test_an_added_class_gets_a_name_and_the_others_keep_theirs(root: Path) -> No
     assert names.read_text() == "apple fruit\n"
 
 
-def test_files_and_folders_that_are_left_out_are_named(root: Path, capsys) -> None:
+def test_files_and_folders_that_are_left_out_are_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photo(8, 8).save(root / "stray.jpg")
     (root / "cats/kittens").mkdir()
     assert run(root) == 0
@@ -168,7 +168,7 @@ def test_the_split_depends_on_the_seed(root: Path, tmp_path: Path) -> None:
     assert read_lists(tmp_path / "a") == read_lists(tmp_path / "b") != read_lists(tmp_path / "c")
 
 
-def test_copies_are_in_the_same_split_and_are_counted(root: Path, capsys) -> None:
+def test_copies_are_in_the_same_split_and_are_counted(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(40):
         shutil.copy(root / f"cats/image {number}.jpg", root / f"cats/copy {number}.jpg")
     assert run(root, "--val-share", "0.5") == 0
@@ -177,7 +177,9 @@ def test_copies_are_in_the_same_split_and_are_counted(root: Path, capsys) -> Non
     assert all((f"copy {n}.jpg" in val) == (f"image {n}.jpg" in val) for n in range(40))
 
 
-def test_an_existing_split_is_kept_and_shared_images_are_named(root: Path, tmp_path: Path, capsys) -> None:
+def test_an_existing_split_is_kept_and_shared_images_are_named(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     split = tmp_path / "split"
     for name, count in NUM_IMAGES.items():
         shutil.copytree(root / name, split / "train" / name)
@@ -191,14 +193,14 @@ def test_an_existing_split_is_kept_and_shared_images_are_named(root: Path, tmp_p
     assert "1 validation images are also training images, such as val/cats/leak.jpg" in capsys.readouterr().err
 
 
-def failed(capsys, *command: str) -> str:
+def failed(capsys: pytest.CaptureFixture[str], *command: str) -> str:
     assert main(["folder", *command]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     return error
 
 
-def test_wrong_arguments_and_folders_are_errors(root: Path, tmp_path: Path, capsys) -> None:
+def test_wrong_arguments_and_folders_are_errors(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no such folder" in failed(capsys, "--root", str(tmp_path / "nowhere"))
     assert "--val-share" in failed(capsys, "--root", str(root), "--val-share", "1")
     (tmp_path / "flat").mkdir()

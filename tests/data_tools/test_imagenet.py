@@ -79,7 +79,9 @@ def make_meta(ids: dict[int, str] = IDS) -> bytes:
     """Return the devkit's meta.mat, with an inner node, 5, above the four leaves, like the real one."""
     fields = ["ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children"]
     fields += ["wordnet_height", "num_train_images"]
-    rows = [(n, w, NAMES[IDS[n]], "a gloss", 0, np.zeros(0), 0, len(TRAIN[IDS[n]])) for n, w in ids.items()]
+    rows: list[tuple[object, ...]] = [
+        (n, w, NAMES[IDS[n]], "a gloss", 0, np.zeros(0), 0, len(TRAIN[IDS[n]])) for n, w in ids.items()
+    ]
     rows.append((5, "n00001740", "entity", "a gloss", 4, np.arange(1, 5), 1, 0))
     synsets = np.array([tuple(row) for row in rows], dtype=[(name, object) for name in fields])[:, None]
     mat = io.BytesIO()
@@ -121,7 +123,9 @@ def assert_complete(out: Path) -> None:
     assert not list(out.rglob(".*"))
 
 
-def test_the_archives_become_class_folders_names_and_lists(archives: Path, tmp_path: Path, capsys) -> None:
+def test_the_archives_become_class_folders_names_and_lists(
+    archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "imagenet"
     assert main(arguments(archives, out)) == 0
     assert_complete(out)
@@ -188,7 +192,9 @@ def test_files_that_a_power_cut_has_truncated_are_written_again(archives: Path, 
     assert_complete(out)
 
 
-def test_a_wrong_archive_removes_nothing_from_a_complete_dataset(archives: Path, tmp_path: Path, capsys) -> None:
+def test_a_wrong_archive_removes_nothing_from_a_complete_dataset(
+    archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Images that the archive lacks stay, a damaged one replaces none, and source.json is only written for a complete
     dataset."""
     out = tmp_path / "imagenet"
@@ -208,7 +214,9 @@ def test_a_wrong_archive_removes_nothing_from_a_complete_dataset(archives: Path,
     assert set(json.loads((out / "source.json").read_text())) == {"source", "val"}
 
 
-def test_a_wrong_md5_sum_is_an_error_with_check_md5(archives: Path, tmp_path: Path, capsys) -> None:
+def test_a_wrong_md5_sum_is_an_error_with_check_md5(
+    archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     archive, out = archives / "val.tar", tmp_path / "imagenet"
     md5 = hashlib.md5(archive.read_bytes()).hexdigest()
     error = failed(capsys, *arguments(archives, out, "val"), "--check-md5")
@@ -217,7 +225,9 @@ def test_a_wrong_md5_sum_is_an_error_with_check_md5(archives: Path, tmp_path: Pa
     imagenet.check_md5(archive, md5)
 
 
-def test_a_second_run_at_the_same_time_is_an_error(archives: Path, tmp_path: Path, capsys) -> None:
+def test_a_second_run_at_the_same_time_is_an_error(
+    archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "imagenet"
     assert main(arguments(archives, out)) == 0
     (out / "source.json").rename(out / ".unfinished.json")
@@ -263,14 +273,16 @@ sys.exit(imagenet.main(sys.argv[4:]))
     assert_complete(out)
 
 
-def failed(capsys, *command: str) -> str:
+def failed(capsys: pytest.CaptureFixture[str], *command: str) -> str:
     assert main(list(command)) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     return error
 
 
-def test_a_truncated_archive_is_named_and_the_run_can_be_resumed(archives: Path, tmp_path: Path, capsys) -> None:
+def test_a_truncated_archive_is_named_and_the_run_can_be_resumed(
+    archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "imagenet"
     intact = (archives / "train.tar").read_bytes()
     for share in (0.4, 0.55, 0.8):
@@ -284,7 +296,9 @@ def test_a_truncated_archive_is_named_and_the_run_can_be_resumed(archives: Path,
     assert_complete(out)
 
 
-def test_an_image_in_which_the_archive_ends_is_not_written(archives: Path, tmp_path: Path, capsys) -> None:
+def test_an_image_in_which_the_archive_ends_is_not_written(
+    archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "imagenet"
     with tarfile.open(archives / "val.tar") as tar:
         member = tar.getmembers()[9]
@@ -315,7 +329,9 @@ def test_a_full_disk_is_an_error_with_the_file_and_the_run_can_be_resumed(archiv
     assert_complete(out)
 
 
-def test_wrong_numbers_of_images_are_errors_with_the_classes(archives: Path, tmp_path: Path, capsys) -> None:
+def test_wrong_numbers_of_images_are_errors_with_the_classes(
+    archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     fewer = {wnid: dict(files) for wnid, files in TRAIN.items()}
     fewer["n03000001"].popitem()
     del fewer["n03999999"]
@@ -341,21 +357,27 @@ def test_wrong_numbers_of_images_are_errors_with_the_classes(archives: Path, tmp
     assert "22 images in 4 classes, not 1281167 in 1000" in failed(capsys, *only_train)
 
 
-def test_an_image_that_is_twice_in_the_archive_counts_once(archives: Path, tmp_path: Path, capsys) -> None:
+def test_an_image_that_is_twice_in_the_archive_counts_once(
+    archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with tarfile.open(archives / "val.tar", "w") as tar:
         for name, content in [*list(VAL.items())[1:], list(VAL.items())[-1]]:
             add_member(tar, name, content)
     assert "17 images in 4 classes, not 18 in 4" in failed(capsys, *arguments(archives, tmp_path / "imagenet"))
 
 
-def test_an_added_image_is_counted_as_training_would(archives: Path, tmp_path: Path, capsys) -> None:
+def test_an_added_image_is_counted_as_training_would(
+    archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "imagenet"
     assert main(arguments(archives, out)) == 0
     (out / "train/n03000001/holiday.jpg").write_bytes(make_jpeg(1))
     assert "n03000001 has 7 of 6" in failed(capsys, *arguments(archives, out))
 
 
-def test_a_damaged_devkit_is_detected_by_its_checksum(archives: Path, tmp_path: Path, capsys) -> None:
+def test_a_damaged_devkit_is_detected_by_its_checksum(
+    archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Before SciPy reads it, which can crash on damaged data."""
     rng, kit = random.Random(0), archives / "ILSVRC2012_devkit_t12.tar.gz"
     intact = kit.read_bytes()
@@ -369,7 +391,9 @@ def test_a_damaged_devkit_is_detected_by_its_checksum(archives: Path, tmp_path: 
     assert not (tmp_path / "imagenet").exists()
 
 
-def test_a_devkit_without_synsets_is_an_error(archives: Path, tmp_path: Path, capsys) -> None:
+def test_a_devkit_without_synsets_is_an_error(
+    archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     others = io.BytesIO()
     savemat(others, {"others": np.zeros(3)})
     for mat in (b"", b"no MATLAB file" * 20, others.getvalue()):
@@ -396,19 +420,25 @@ def write_malicious_train(path: Path, name: str, kind: bytes = tarfile.REGTYPE) 
         ("n02105855_1.JPEG", tarfile.REGTYPE),  # in the folder of another class
     ],
 )
-def test_nothing_is_written_outside_the_folder(archives: Path, tmp_path: Path, capsys, name: str, kind: bytes) -> None:
+def test_nothing_is_written_outside_the_folder(
+    archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, kind: bytes
+) -> None:
     write_malicious_train(archives / "train.tar", name, kind)
     assert repr(name) in failed(capsys, *arguments(archives, tmp_path / "imagenet", "train"))
     assert not list(tmp_path.rglob("*evil*")) and not list(tmp_path.rglob("*.JPEG"))
 
 
-def test_a_devkit_cant_name_a_folder_outside(archives: Path, tmp_path: Path, capsys) -> None:
+def test_a_devkit_cant_name_a_folder_outside(
+    archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_devkit(archives / "ILSVRC2012_devkit_t12.tar.gz", make_meta({**IDS, 3: "../../evil"}))
     assert "or other names" in failed(capsys, *arguments(archives, tmp_path / "imagenet", "val"))
     assert not list(tmp_path.rglob("*evil*"))
 
 
-def test_wrong_arguments_are_errors_before_anything_is_written(archives: Path, tmp_path: Path, capsys) -> None:
+def test_wrong_arguments_are_errors_before_anything_is_written(
+    archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "imagenet"
     assert "--train or --val" in failed(capsys, "imagenet", "--out", str(out))
     assert "nowhere.tar" in failed(capsys, "imagenet", "--train", "nowhere.tar", "--out", str(out))
@@ -433,7 +463,9 @@ def test_wrong_arguments_are_errors_before_anything_is_written(archives: Path, t
     assert "not from this tool" in failed(capsys, *arguments(archives, tmp_path / "mine", "train"))
 
 
-def test_too_little_disk_space_is_an_error_before_anything_is_written(archives: Path, tmp_path: Path, capsys) -> None:
+def test_too_little_disk_space_is_an_error_before_anything_is_written(
+    archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Existing files of one split don't count for the other."""
     out = tmp_path / "imagenet"
     for name in ("train.tar", "val.tar"):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def read_lists(root: Path) -> tuple[list[str], list[str]]:
     return tuple((root / name).read_text().splitlines() for name in names)  # type: ignore[return-value]
 
 
-def test_an_image_is_listed_once_with_all_of_its_labels(root: Path, capsys) -> None:
+def test_an_image_is_listed_once_with_all_of_its_labels(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(root) == 0
     assert read_lists(root) == expected_lists(root)
     all_lines, _ = read_lists(root)
@@ -92,7 +93,12 @@ def test_the_dummy_list_has_at_most_twenty_images_per_class(root: Path) -> None:
 def test_only_new_and_changed_files_are_read_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     digest_of = tool.digest_of
-    monkeypatch.setattr(tool, "digest_of", lambda path: read.append(Path(os.fsdecode(path)).name) or digest_of(path))
+
+    def recording_digest_of(path: bytes) -> Any:
+        read.append(Path(os.fsdecode(path)).name)
+        return digest_of(path)
+
+    monkeypatch.setattr(tool, "digest_of", recording_digest_of)
     num_files = len(list(root.glob("images/*/*.JPEG")))
     assert run(root) == 0
     assert len(read) == num_files
@@ -132,7 +138,7 @@ tool.main(sys.argv[2:])
     assert read_lists(root) == expected_lists(root)
 
 
-def test_empty_files_and_other_files_are_left_out_and_named(root: Path, capsys) -> None:
+def test_empty_files_and_other_files_are_left_out_and_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected = expected_lists(root)
     for label in (0, 1, 3):
         (root / "images" / CLASSES[label] / "empty.JPEG").touch()
@@ -146,7 +152,7 @@ def test_empty_files_and_other_files_are_left_out_and_named(root: Path, capsys) 
     )
 
 
-def test_words_txt_gives_the_names_of_classes(root: Path, tmp_path: Path, capsys) -> None:
+def test_words_txt_gives_the_names_of_classes(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = tmp_path / "words.txt"
     words.write_text("".join(f"{wnid}\tname of {wnid}, its other\n" for wnid in ["n00000001", *CLASSES]))
     assert run(root, "--words", str(words)) == 0
@@ -162,7 +168,7 @@ def test_words_txt_gives_the_names_of_classes(root: Path, tmp_path: Path, capsys
     )
 
 
-def test_a_second_run_at_the_same_time_is_an_error(root: Path, capsys) -> None:
+def test_a_second_run_at_the_same_time_is_an_error(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(root) == 0
     capsys.readouterr()
     with tool.open_cache(root / tool.CACHE_FILE):
@@ -207,14 +213,14 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
         tool.digest_of(os.fsencode(tmp_path / "cut.JPEG"))
 
 
-def failed(capsys, *command: str) -> str:
+def failed(capsys: pytest.CaptureFixture[str], *command: str) -> str:
     assert main(list(command)) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     return error
 
 
-def test_wrong_arguments_and_folders_are_errors(root: Path, tmp_path: Path, capsys) -> None:
+def test_wrong_arguments_and_folders_are_errors(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["imagenet21k", "--root", str(root)]
     assert "4 class folders, not 21841" in failed(capsys, *command)
     assert "at least 1" in failed(capsys, *command, "--num-classes", "0")

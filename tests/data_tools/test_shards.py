@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def test_nvidias_reader_reads_the_shards(source: Path, tmp_path: Path) -> None:
     paths = sorted((root / "train").glob("*.tar"))
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None)
-    def pipeline():
+    def pipeline() -> tuple[Any, Any]:
         encoded, label = fn.readers.webdataset(
             paths=[str(path) for path in paths],
             index_paths=[str(path.with_suffix(".idx")) for path in paths],
@@ -94,7 +95,9 @@ def test_a_killed_run_can_be_resumed(source: Path, tmp_path: Path, kill_after: f
             assert path.read_bytes() == (tmp_path / "killed" / path.relative_to(expected)).read_bytes()
 
 
-def test_a_finished_dataset_stays_and_another_one_is_an_error(source: Path, tmp_path: Path, capsys) -> None:
+def test_a_finished_dataset_stays_and_another_one_is_an_error(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = pack(source, tmp_path / "packed")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")}
     pack(source, out)
@@ -119,7 +122,14 @@ def test_a_finished_dataset_stays_and_another_one_is_an_error(source: Path, tmp_
         (["--index", "source"], "no .tar files"),
     ],
 )
-def test_wrong_arguments_are_errors(source, tmp_path, monkeypatch, capsys, arguments: list[str], message: str) -> None:
+def test_wrong_arguments_are_errors(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["shards", *arguments]) == 2
     error = capsys.readouterr().err
@@ -151,7 +161,9 @@ def test_shards_have_the_configured_size(source: Path, tmp_path: Path) -> None:
     assert tool.MANIFEST_FILE in {path.name for path in (root / "train").iterdir()}
 
 
-def test_a_second_run_at_the_same_time_is_an_error(source: Path, tmp_path: Path, capsys) -> None:
+def test_a_second_run_at_the_same_time_is_an_error(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "packed"
     (out / "train").mkdir(parents=True)
     with lock(out / "train", "not here"):

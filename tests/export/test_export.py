@@ -145,12 +145,12 @@ def test_each_image_size_has_its_folder(exported: Exported, tmp_path: Path) -> N
 
 def export_with_bounds(run: Path, out: Path, precision: str, bounds: dict[str, float]) -> tuple[str, str | None]:
     """Export with some of the precision's bounds changed."""
-    before = BOUNDS[precision]  # type: ignore[index]
-    BOUNDS[precision] = replace(before, **bounds)  # type: ignore[index, arg-type]
+    before = BOUNDS[precision]
+    BOUNDS[precision] = replace(before, **bounds)
     try:
         return run_export(run, out, [f"export.precision={precision}"])
     finally:
-        BOUNDS[precision] = before  # type: ignore[index]
+        BOUNDS[precision] = before
 
 
 def test_beyond_its_bound_nothing_is_written(exported: Exported, tmp_path: Path) -> None:

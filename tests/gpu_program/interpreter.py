@@ -347,7 +347,7 @@ def _perform(requests: Sequence[Request]) -> list[Array]:
             raise RuntimeError(f"ranks of a group disagree: {signature[0]} and {signature[1]}")
     values, num_ranks = [request.value for request in requests], len(requests)
     if first.name == "pd_op.all_gather":
-        gathered = np.concatenate(values)
+        gathered: np.ndarray = np.concatenate(values)
         return [gathered.copy() for _ in requests]
     total = _reduce(values, int(first.attributes.get("reduce_type", paddle.distributed.ReduceOp.SUM)))
     if first.name == "pd_op.reduce_scatter":

@@ -190,6 +190,6 @@ def one_line(path: bytes) -> ImageList:
     return ImageList(np.frombuffer(path, np.uint8), np.array([0]), np.array([len(path)]), Labels(np.zeros(1, np.int32)))
 
 
-json_values = st.sampled_from(
+json_values: st.SearchStrategy[Any] = st.sampled_from(
     [None, 0, -1, 1, 2, 12, 10**6, 2**63, 1e-30, 1e30, "", "x", "float16", "sigmoid", True, [], [0], [1, 1], {}]
 )

@@ -62,7 +62,7 @@ class Case(BaseModel):
 
     @property
     def world_size(self) -> int:
-        return self.parallel.dp * self.parallel.mp * self.parallel.pp
+        return int(self.parallel.dp) * self.parallel.mp * self.parallel.pp
 
 
 @dataclass

@@ -97,9 +97,9 @@ def expected(exported: Exported) -> dict[Path, list[dict[str, Any]]]:
 
 def is_same(top: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
     """Compare classes, and probabilities up to the rounding that depends on the batch size."""
-    probabilities = [[entry["probability"] for entry in entries] for entries in (top, expected)]
+    actual, wanted = ([entry["probability"] for entry in entries] for entries in (top, expected))
     return [entry["class"] for entry in top] == [entry["class"] for entry in expected] and bool(
-        np.allclose(*probabilities, atol=2e-6)
+        np.allclose(actual, wanted, atol=2e-6)
     )
 
 

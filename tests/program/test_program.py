@@ -347,9 +347,12 @@ def test_requested_bfloat16_is_an_error_without_support() -> None:
 def test_the_settings_of_o2_on_a_gpu(make_program, monkeypatch, dtype, scaling) -> None:
     """All fields of the strategy and the arguments of `decorate`: a CPU can't compile the program itself."""
     decorated: list[dict] = []
-    monkeypatch.setattr(
-        paddle.amp, "decorate", lambda model, optimizer, **arguments: decorated.append(arguments) or (model, optimizer)
-    )
+
+    def decorate(model: Any, optimizer: Any, **arguments: Any) -> tuple[Any, Any]:
+        decorated.append(arguments)
+        return model, optimizer
+
+    monkeypatch.setattr(paddle.amp, "decorate", decorate)
     amp = AmpConfig(level="O2", dtype=dtype, init_loss_scaling=1024.0, white_list=("softmax",), black_list=("tanh",))
     paddle.seed(3)
     program = make_program(

@@ -52,7 +52,7 @@ def install() -> None:
     _paddle_reshard = core.reshard
     process_group.ProcessGroup.instantiate = _instantiate
     paddle._legacy_C_ops.barrier = _barrier
-    core.reshard = _reshard  # type: ignore[assignment]
+    core.reshard = _reshard
 
 
 # Groups
