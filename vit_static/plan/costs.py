@@ -104,6 +104,8 @@ class CostModel:
     # The number of tokens N if a fused kernel computes attention (FlashAttention, arXiv 2205.14135): the scores
     # [..., N, N] are never in memory, and computed a second time in the backward pass.
     fused_tokens: int | None = None
+    # Ranks that hold the same part of the model: sums over them in the backward pass are of gradients.
+    dp_ranks: tuple[int, ...] = ()
 
     def gradient_size(self) -> int:
         """Return the bytes per value of a gradient."""
@@ -133,7 +135,8 @@ def collectives(program: Any, cost_model: CostModel = CostModel()) -> list[Colle
             ranks = tuple(get_process_group(op.attrs()["ring_id"]).ranks)
             value = op.result(0) if kind == "receive" else op.operand_source(0)
             # In the update, all-gathers are for parameters, all others for gradients and their norms.
-            is_gradient = _role(op) == "update" and kind != "all_gather"
+            is_over_dp = kind in ("all_reduce", "reduce_scatter") and tuple(sorted(ranks)) == cost_model.dp_ranks
+            is_gradient = (_role(op) == "update" and kind != "all_gather") or (_role(op) == "backward" and is_over_dp)
             size = cost_model.gradient_size() if is_gradient else cost_model.item_size
             counted.append(Collective(kind, _role(op), ranks, cost_model.num_bytes(value, size)))
     return counted

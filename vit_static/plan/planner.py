@@ -256,6 +256,7 @@ def _compile(config: Config, parallel: ParallelConfig, mesh: Mesh, precision: Pr
     cost_model = CostModel(
         item_size=2 if precision.level == "O2" else 4,
         master_gradients=config.amp.master_grad,
+        dp_ranks=mesh.dp_ranks,
         fused_tokens=shape_of(config.model).num_tokens if is_fused else None,
     )
     return Program.for_training(

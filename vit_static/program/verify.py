@@ -6,6 +6,7 @@ Used by the tests, for the programs of GPUs on any mesh, and by `./run.sh doctor
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -171,7 +172,7 @@ def _state_is_float32(program: _Program, expected: Expected) -> Iterator[str]:
     for name in _trained_parameters(program):
         parameter = _parameter(program, name)
         is_half = parameter is not None and parameter.dtype in _HALF_DTYPES
-        if is_half and not any(other.startswith(f"{name}_fp32_master") for other in names):
+        if is_half and not any(re.fullmatch(rf"{re.escape(name)}_fp32_master_\d+", other) for other in names):
             yield f"parameter {name} in {parameter.dtype} has no float32 master copy"
 
 
