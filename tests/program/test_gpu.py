@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import paddle
 import pytest
-from helpers.small import SMALL, images_and_labels
+from helpers.runs import metrics
+from helpers.small import ROOT, SMALL, images_and_labels
+from helpers.tiny import tiny_model
 
 from vit_static.checkpoint.sharded_state import ShardedReader, rank_shard, write_shard
 from vit_static.config.schema import (
+    AmpConfig,
     Config,
     DataConfig,
     EvalConfig,
@@ -21,7 +28,9 @@ from vit_static.config.schema import (
     ParallelConfig,
 )
 from vit_static.model.vit import VisionTransformer
-from vit_static.parallel.mesh import Mesh, MeshShape, start_mesh
+from vit_static.parallel.mesh import Mesh, MeshShape, make_mesh, start_mesh
+from vit_static.plan.fake_world import fake_world
+from vit_static.program.ir import BACKWARD, FORWARD, UPDATE
 from vit_static.program.precision import Precision, choose_attention
 from vit_static.program.program import Program
 
@@ -137,6 +146,133 @@ def test_gradient_accumulation_on_a_gpu(gpu_mesh: Mesh) -> None:
         make_gpu_program(gpu_mesh, Precision("O0", "float32"), parallel=ParallelConfig(grad_accum_steps=2))
     )
     np.testing.assert_allclose(accumulated, one_batch, rtol=1e-3)
+
+
+FOUR_HEADS = CONFIG.model_copy(update={"width": 64, "num_heads": 4})  # which two ranks can split
+
+
+def gathers(program: Program, mode: str) -> list[Any]:
+    """Return the all-gathers, except for that of the gradient of the images' losses, one number per image."""
+    gathered = [op for op in program.compiled(mode).global_block().ops if "all_gather" in op.name()]
+    return [op for op in gathered if "pd_op.mean_grad" not in [reader.name() for reader in op.result(0).all_used_ops()]]
+
+
+@pytest.mark.parametrize("level", ["O0", "O1", "O2"])
+@pytest.mark.parametrize("parallel", [ParallelConfig(dp=2), ParallelConfig(mp=2)], ids=["dp 2", "mp 2"])
+def test_no_program_gathers_queries_keys_or_values(level: str, parallel: ParallelConfig) -> None:
+    """Compiled for the first of two GPUs, of which one may be missing: training, its evaluation, and the verb `eval`.
+
+    The kernel that Paddle takes for float32, memory_efficient_attention, has no sharding rule.
+    """
+    precision = Precision(level, "float32" if level == "O0" else "bfloat16")
+    with fake_world(0, 2):
+        mesh = make_mesh(0, MeshShape(2 // parallel.mp, parallel.mp, 1), "gpu", 0)
+        program = make_gpu_program(mesh, precision, parallel=parallel, config=FOUR_HEADS)
+        attention = choose_attention(FOUR_HEADS, precision, ParallelConfig(), KernelsConfig(), "gpu")
+        config = Config(name="gpu", model=FOUR_HEADS, amp=AmpConfig(level=level))
+        model = VisionTransformer(FOUR_HEADS, attention)
+        eval_only = Program.for_eval(config, model, mesh, precision, eval_batch_size=8)
+        compiled = [(program, "train"), (program, "eval"), (eval_only, "eval")]
+        for one, mode in compiled:
+            names = [op.name() for op in one.compiled(mode).global_block().ops]
+            assert not any("memory_efficient_attention" in name for name in names)
+            assert names.count("pd_op.flash_attn") == (0 if level == "O0" else FOUR_HEADS.depth)
+            activations = [op for op in gathers(one, mode) if len(op.operand_source(0).shape) > 2]
+            assert not activations, [op.operand_source(0).shape for op in activations]
+
+
+@pytest.mark.parametrize(("stage", "roles"), [(0, set()), (1, {UPDATE}), (2, {UPDATE}), (3, {FORWARD, BACKWARD})])
+def test_only_zero_gathers_and_only_parameters(stage: int, roles: set[int]) -> None:
+    """Stages 1 and 2 gather parameters after the update, stage 3 before each use."""
+    with fake_world(0, 2):
+        mesh = make_mesh(0, MeshShape(2, 1, 1), "gpu", 0)
+        parallel = ParallelConfig(dp=2, sharding_stage=stage)
+        program = make_gpu_program(mesh, Precision("O2", "float16"), parallel=parallel)
+        found = {op.op_role for op in gathers(program, "train")}
+    assert found == roles
+
+
+# -- two GPUs, each with a process that the launcher starts ------------------------------------------------------------
+
+needs_two_gpus = pytest.mark.skipif(paddle.device.cuda.device_count() < 2, reason="fewer than two GPUs")
+TINY = (
+    tiny_model()
+    + """
+data: {root: ROOT, global_batch_size: 16, num_threads: 1}
+train: {max_steps: 6}
+eval: {every_epochs: 1000}
+log: {every_steps: 1, tensorboard: false}
+"""
+)
+
+
+class Runs:
+    """Calls of verbs in a folder, on one or two GPUs."""
+
+    def __init__(self, folder: Path, digits: Path) -> None:
+        self.folder = folder
+        (folder / "tiny.yaml").write_text(TINY.replace("root: ROOT", f"root: {digits}"))
+
+    def call(self, *arguments: str, num_processes: int) -> str:
+        """Call a verb, which must succeed, and return what it prints."""
+        done = subprocess.run(
+            [sys.executable, "-m", "vit_static.launch", *arguments],
+            cwd=self.folder,
+            env={**os.environ, "NPROC": str(num_processes), "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def train(self, name: str, *overrides: str, num_processes: int = 2) -> dict[str, np.ndarray]:
+        """Train for six steps; return losses and gradient norms, from the first step that wasn't skipped."""
+        flags = [argument for override in (f"name={name}", *overrides) for argument in ("-o", override)]
+        self.call("pretrain", "-c", "tiny.yaml", *flags, num_processes=num_processes)
+        steps = metrics(self.folder / "output" / name, "train")
+        return {key: np.array([step[key] for step in steps]) for key in ("loss", "grad_norm")}
+
+
+@pytest.fixture
+def runs(tmp_path: Path, small_digits: Path) -> Runs:
+    return Runs(tmp_path, small_digits)
+
+
+FLOAT16 = ("amp.level=O2", "amp.dtype=float16", "amp.init_loss_scaling=1024")  # which no gradient exceeds
+
+
+@needs_two_gpus
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_zero_in_float16_trains_like_stage_0(runs: Runs, stage: int, accumulation: int) -> None:
+    """Gradients that are still scaled, or exchanged twice, change the norm; Adam's losses would hardly differ."""
+    steps = f"parallel.grad_accum_steps={accumulation}"
+    expected = runs.train("stage_0", steps, *FLOAT16)
+    sharded = runs.train(f"stage_{stage}", steps, f"parallel.sharding_stage={stage}", *FLOAT16)
+    np.testing.assert_allclose(sharded["grad_norm"], expected["grad_norm"], rtol=0.05)
+    np.testing.assert_allclose(sharded["loss"], expected["loss"], rtol=0.03)
+
+
+@needs_two_gpus
+@pytest.mark.parametrize("precision", [("amp.level=O0",), FLOAT16], ids=["float32", "float16"])
+def test_zero_3_trains_like_one_gpu(runs: Runs, precision: tuple[str, ...]) -> None:
+    expected = runs.train("one", "amp.level=O0", num_processes=1)
+    sharded = runs.train("two", "parallel.sharding_stage=3", *precision)
+    rtol = {"grad_norm": 1e-3, "loss": 1e-3} if precision == ("amp.level=O0",) else {"grad_norm": 0.05, "loss": 0.03}
+    for key, values in sharded.items():
+        np.testing.assert_allclose(values, expected[key], rtol=rtol[key])
+
+
+@needs_two_gpus
+@pytest.mark.parametrize("level", ["O0", "O2"])
+def test_eval_on_two_gpus_gives_the_values_of_one(runs: Runs, level: str) -> None:
+    runs.train("trained", num_processes=1)
+    command = ("eval", "--checkpoint", "output/trained", "-o", f"amp.level={level}")
+    one, two = (json.loads(runs.call(*command, num_processes=n).splitlines()[-1]) for n in (1, 2))
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5 if level == "O0" else 1e-2)
+    assert two["top1"] == pytest.approx(one["top1"], abs=0.0 if level == "O0" else 7.0)  # two of 30 images
 
 
 @pytest.mark.parametrize("policy", ["crop and flip", "randaugment", "trivialaugment", "three_augment", "erasing"])
