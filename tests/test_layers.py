@@ -16,6 +16,7 @@ LAYERS = [
     "__main__",
     "cli",
     "verbs",
+    "doctor",
     "bench",
     "export",
     "inference",

@@ -59,6 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_report(subparsers)
     _add_convert(subparsers)
     _add_plan(subparsers)
+    _add_doctor(subparsers)
     bench_help = "measure speeds, as ratios within one run"
     bench = subparsers.add_parser("bench", help=bench_help, description=bench_help)
     benches = bench.add_subparsers(dest="bench", required=True, metavar="BENCHMARK", parser_class=_Parser)
@@ -284,6 +285,17 @@ def _add_plan(subparsers: Subparsers) -> None:
     )
     verb.add_argument("--search", action="store_true", help="compare all valid meshes of --world GPUs")
     verb.add_argument("--json", type=Path, metavar="FILE", help="also write the plan to this file")
+
+
+def _add_doctor(subparsers: Subparsers) -> None:
+    help_text = "check a config on this machine's GPUs, or CPU, before a long run; takes about two minutes"
+    verb = _add_verb(subparsers, "doctor", help_text, verbs.run_doctor)
+    _add_config(verb, CONFIGS / "quickstart.yaml")
+    verb.add_argument(
+        "--only", action="append", default=[], metavar="CHECK", help="perform only this check; can be repeated"
+    )
+    _add_json(verb)
+    verb.add_argument("--worker", type=Path, metavar="DIR", help=argparse.SUPPRESS)  # for doctor/runner.py
 
 
 def _add_bench_train(subparsers: Subparsers) -> None:

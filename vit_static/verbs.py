@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 
-from vit_static.common.errors import EXIT_DONE, EXIT_STOPPED, UserError
+from vit_static.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, UserError
 from vit_static.common.startup import prepare_process
+from vit_static.common.text import say
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
 
@@ -32,9 +33,21 @@ def run_training(arguments: argparse.Namespace) -> int:
     """Train: `pretrain` and `finetune` differ only in their default config."""
     config = _load_config(arguments)
     prepare_process(arguments.verbose)
+    _recommend_doctor(config)
     from vit_static.train.trainer import train
 
     return EXIT_DONE if train(config, arguments.resume) else EXIT_STOPPED
+
+
+def _recommend_doctor(config: Config) -> None:
+    """Say in one line, on rank 0, if training starts on GPUs that `doctor` hasn't checked with this config."""
+    from vit_static.doctor.record import notice
+    from vit_static.parallel.mesh import choose_device, rank_and_world_size
+
+    if rank_and_world_size()[0] == 0 and choose_device(config.device) == "gpu":
+        line = notice(config)
+        if line is not None:
+            say(line)
 
 
 def run_eval(arguments: argparse.Namespace) -> int:
@@ -153,6 +166,27 @@ def run_plan(arguments: argparse.Namespace) -> int:
     cluster = Cluster(arguments.device, arguments.interconnect, arguments.gpus_per_node)
     plan_run(config, arguments.mesh, arguments.world, cluster, arguments.rank, arguments.search, arguments.json)
     return EXIT_DONE
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    """Check a config on this machine's devices; with --worker, perform checks in this process."""
+    config = _load_config(arguments)
+    if arguments.worker is not None:
+        prepare_process(arguments.verbose)
+        from vit_static.doctor import worker
+
+        return worker.work(config, arguments.worker)
+    from vit_static.doctor import runner
+
+    has_passed = runner.run(
+        config,
+        arguments.config,
+        arguments.overrides,
+        only=arguments.only,
+        json_path=arguments.json,
+        verbose=arguments.verbose,
+    )
+    return EXIT_DONE if has_passed else EXIT_FAILED
 
 
 def run_bench_train(arguments: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ NUM_PHOTOS, NUM_PHOTO_CLASSES = 256, 2
 PHOTO_SIZE, JPEG_QUALITY = (500, 375), 97  # ImageNet's most common width and height; about 95 kB per file
 
 
-def write_photos(root: Path) -> str:
+def write_photos(root: Path, num_photos: int = NUM_PHOTOS) -> str:
     """Write a training set of crops from scikit-learn's two sample photographs, one class each; return a description.
 
     Raise UserError if scikit-learn isn't installed.
@@ -30,7 +30,7 @@ def write_photos(root: Path) -> str:
     width, height = PHOTO_SIZE
     rng = np.random.default_rng(0)
     num_bytes = 0
-    for number in range(NUM_PHOTOS):
+    for number in range(num_photos):
         label = number % NUM_PHOTO_CLASSES
         photograph = photographs[label]
         crop_height = int(photograph.height * rng.uniform(0.75, 1.0))
@@ -45,5 +45,5 @@ def write_photos(root: Path) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path, quality=JPEG_QUALITY)
         num_bytes += path.stat().st_size
-    kilobytes = num_bytes / NUM_PHOTOS / 1e3
-    return f"{NUM_PHOTOS} JPEG files of {width}x{height} pixels, {kilobytes:.0f} kB each, generated for this run"
+    kilobytes = num_bytes / num_photos / 1e3
+    return f"{num_photos} JPEG files of {width}x{height} pixels, {kilobytes:.0f} kB each, generated for this run"

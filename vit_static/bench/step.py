@@ -19,7 +19,7 @@ from vit_static.model.variants import shape_of, variant_of
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel import gloo
 from vit_static.parallel.mesh import Mesh, device_name, rank_and_world_size, resolve_mesh, seed_everything, start_mesh
-from vit_static.program.precision import choose_attention, choose_precision
+from vit_static.program.precision import Precision, choose_attention, choose_precision
 from vit_static.program.program import Program
 
 _WARM_UP_STEPS = 3
@@ -120,8 +120,16 @@ def run(config: Config, seconds: float, real_data: bool) -> None:
 def _speed(step: MeasuredStep, images_per_s: float, elapsed: float) -> Speed:
     if step.mesh.device == "cpu":
         return Speed(images_per_s, gloo.seconds_spent / elapsed)
-    peak = peak_flops(device_name(step.mesh), step.precision.dtype)
-    flops_per_s = images_per_s * flops.train_flops(shape_of(step.config.model)) / step.mesh.world_size
-    return Speed(
-        images_per_s, None, None if peak is None else flops_per_s / peak, paddle.device.cuda.max_memory_allocated()
-    )
+    mfu = model_flops_utilization(step.config, step.mesh, step.precision, images_per_s)
+    return Speed(images_per_s, None, mfu, paddle.device.cuda.max_memory_allocated())
+
+
+def model_flops_utilization(config: Config, mesh: Mesh, precision: Precision, images_per_s: float) -> float | None:
+    """Return the share of the GPUs' peak rate that training uses at this speed of all ranks together, 0-1.
+
+    Operations are the model's, without recomputation (PaLM, arXiv 2204.02311, appendix B). None on a CPU, and for a GPU
+    whose peak rate isn't known.
+    """
+    peak = peak_flops(device_name(mesh), precision.dtype)
+    flops_per_s = images_per_s * flops.train_flops(shape_of(config.model)) / mesh.world_size
+    return None if peak is None else flops_per_s / peak

@@ -1,0 +1,120 @@
+"""The record of passed checks in the user's cache directory, which a run on GPUs looks up; needs no Paddle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from vit_static.common.io import write_json
+from vit_static.config.schema import Config
+from vit_static.doctor.gpus import Gpu, visible_gpus
+
+_MAX_ENTRIES = 200
+# Keys that change neither the program nor the data pipeline: everything else identifies what was checked.
+_IRRELEVANT: Mapping[str, Sequence[str] | None] = {
+    "name": None,
+    "output_dir": None,
+    "seed": None,
+    "device": None,
+    "schedule": None,
+    "init": None,
+    "eval": None,
+    "checkpoint": None,
+    "log": None,
+    "train": (
+        *("epochs", "max_steps", "max_images", "profile_steps", "on_nonfinite", "max_rollbacks", "max_restarts"),
+        "node_timeout_s",
+    ),
+    "data": (
+        "root",
+        "train",
+        "val",
+        "on_bad_image",
+        "num_threads",
+        "num_readers",
+        "prefetch_batches",
+        "read_timeout_s",
+    ),
+    "optim": ("lr", "weight_decay", "decay_times_lr"),
+}
+
+
+def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """Return this program's folder below XDG_CACHE_HOME or ~/.cache (XDG Base Directory Specification)."""
+    given = Path(environ.get("XDG_CACHE_HOME", ""))
+    return (given if given.is_absolute() else Path.home() / ".cache") / "vit_static"
+
+
+def fingerprint(config: Config) -> str:
+    """Return a digest of the keys that the checks depend on, 16 hexadecimal digits."""
+    values = config.model_dump(mode="json", by_alias=True)
+    for section, keys in _IRRELEVANT.items():
+        if keys is None:
+            del values[section]
+        else:
+            values[section] = {key: value for key, value in values[section].items() if key not in keys}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def setting(config: Config, world_size: int, gpus: Sequence[Gpu]) -> dict[str, Any]:
+    """Return what a pass is valid for, as JSON values: config, ranks, GPUs, driver and version of Paddle."""
+    return {
+        "config": fingerprint(config),
+        "world_size": world_size,
+        "gpus": sorted(gpu.name for gpu in gpus),
+        "drivers": sorted({gpu.driver for gpu in gpus}),
+        "paddle": paddle_version(),
+    }
+
+
+def paddle_version() -> str:
+    """Return the version of Paddle's installed build without importing it; empty if there is none."""
+    for name in ("paddlepaddle-gpu", "paddlepaddle"):
+        with suppress(PackageNotFoundError):
+            return f"{name} {version(name)}"
+    return ""
+
+
+def write_pass(passed: Mapping[str, Any], config_name: str) -> None:
+    """Record that all checks have passed in a setting. The oldest of _MAX_ENTRIES entries make room."""
+    entries = [entry for entry in _entries() if entry.get("setting") != passed]
+    time = datetime.now().astimezone().isoformat(timespec="seconds")
+    entries.append({"setting": dict(passed), "name": config_name, "time": time})
+    write_json(entries[-_MAX_ENTRIES:], _record_file())
+
+
+def has_passed(current: Mapping[str, Any]) -> bool:
+    """Return whether all checks have passed in a setting."""
+    return any(entry.get("setting") == current for entry in _entries())
+
+
+def notice(config: Config, environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return the line with which a run starts on GPUs on which the doctor hasn't passed with its config; else None.
+
+    Ask on rank 0 only, after the device has turned out to be a GPU.
+    """
+    gpus = visible_gpus(environ)
+    world_size = int(environ.get("PADDLE_TRAINERS_NUM", "1"))
+    if has_passed(setting(config, world_size, gpus)):
+        return None
+    return "these GPUs haven't passed './run.sh doctor' with this config, driver and version of Paddle; run it first"
+
+
+def _record_file() -> Path:
+    return cache_dir() / "doctor.json"
+
+
+def _entries() -> list[dict[str, Any]]:
+    """Return the recorded entries; none from a file that is missing or damaged, which the next pass replaces."""
+    try:
+        entries = json.loads(_record_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
