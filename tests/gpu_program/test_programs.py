@@ -53,6 +53,23 @@ def test_a_program_has_all_properties(case: GpuCase) -> None:
         assert problems_of(compile_rank(case, rank)) == {"train": [], "eval": []}
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        GpuCase(mesh="dp 8", amp={"master_grad": False}),
+        GpuCase(mesh="ZeRO 2", precision="O2 float16", amp={"master_grad": False}),
+        GpuCase(mesh="dp 8", parallel={"bucket_mb": 0.0}),
+        GpuCase(mesh="dp 8", parallel={"overlap_gradients": False}),
+        GpuCase(mesh="dp 8", parallel={"reduce_dtype": "bfloat16"}),
+        GpuCase(mesh="ZeRO 2", parallel={"reduce_dtype": "bfloat16"}),
+        GpuCase(mesh="dp 8", kernels={"fused_linear": False, "fused_dropout": False}),
+    ],
+    ids=lambda case: f"{case}: {case.amp or case.parallel or case.kernels}",
+)
+def test_settings_of_exchanges_and_kernels_keep_all_properties(case: GpuCase) -> None:
+    assert problems_of(compile_rank(case, modes=("train",))) == {"train": []}
+
+
 @pytest.mark.parametrize("precision", OPTIONS["precision"])
 def test_the_program_of_the_verb_eval_has_all_properties(precision: str) -> None:
     assert problems_of(compile_eval_only(GpuCase(mesh="dp 8", precision=precision))) == {"eval": []}

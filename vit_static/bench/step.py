@@ -47,7 +47,7 @@ class MeasuredStep:
         variant = variant_of(config.model)
         self.batch_size = config.data.global_batch_size
         shape = resolve_mesh(config.parallel, world_size, self.batch_size, variant)
-        self.mesh = start_mesh(shape, config.device)
+        self.mesh = start_mesh(shape, config.device, config.kernels.deterministic)
         self.precision = choose_precision(config.amp, self.mesh.device, config.kernels, config.parallel)
         seed_everything(config.seed)
         attention = choose_attention(config.model, self.precision, config.parallel, config.kernels, self.mesh.device)

@@ -314,6 +314,9 @@ class KernelsConfig(Section):
     fused_linear: bool = Field(True, description="GPU, O1 and O2: product and bias in one kernel")
     fused_gelu: bool = Field(False, description="GPU: GELU in that kernel too, as its tanh approximation")
     fused_dropout: bool = Field(True, description="GPU: dropout and residual addition in one kernel")
+    deterministic: bool = Field(
+        False, description="GPU: the same bits in every run; FlashAttention's backward pass is slower"
+    )
 
 
 class InitConfig(Section):

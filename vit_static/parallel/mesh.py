@@ -223,14 +223,17 @@ def all_mesh_shapes(world_size: int) -> Iterator[MeshShape]:
             yield MeshShape(world_size // (mp * pp), mp, pp)
 
 
-def start_mesh(mesh_shape: MeshShape, device: str) -> Mesh:
+def start_mesh(mesh_shape: MeshShape, device: str, deterministic: bool = False) -> Mesh:
     """Connect to the other processes, if there are any (NCCL on GPUs, gloo on CPUs), and return the mesh of them all.
 
-    `device` is the config's. Raises ConfigError if this machine doesn't have it.
+    `device` is the config's. Raises ConfigError if this machine doesn't have it. With `deterministic`, a GPU's kernels
+    add in the same order in every run.
     """
     rank, world_size = rank_and_world_size()
     device = choose_device(device)
     paddle.set_device(f"gpu:{dist.ParallelEnv().device_id}" if device == "gpu" else "cpu")
+    if deterministic and device == "gpu":
+        paddle.set_flags({"FLAGS_cudnn_deterministic": True})  # cuDNN's kernels, and FlashAttention's backward pass
     os.environ.pop("POD_NAME", None)  # set by launchers; it would make DistModel start `fleet`, which isn't used here
     if world_size > 1:
         if device == "cpu":

@@ -21,6 +21,7 @@ from vit_static.common.startup import user_environ
 from vit_static.config.schema import Config
 from vit_static.parallel.mesh import Mesh, device_name, num_micro_batches
 from vit_static.program.cpu import onednn
+from vit_static.program.precision import Precision, uses_flash_attention
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _DRIVER = Path("/proc/driver/nvidia/version")
@@ -74,10 +75,13 @@ def _passes(config: Config, mesh: Mesh, precision: str) -> list[str]:
     is_half = not precision.startswith("O0")
     on = {
         "kernels.onednn": kernels.onednn and not is_gpu and onednn.is_supported(),
-        "kernels.flash_attention": kernels.flash_attention and is_gpu,
+        "kernels.flash_attention": uses_flash_attention(
+            config.model, Precision(*precision.split()), parallel, kernels, mesh.device
+        ),
         "kernels.fused_linear": kernels.fused_linear and is_gpu and is_half,
         "kernels.fused_gelu": kernels.fused_linear and kernels.fused_gelu and is_gpu and is_half,
         "kernels.fused_dropout": kernels.fused_dropout and is_gpu,
+        "kernels.deterministic": kernels.deterministic and is_gpu,
         "parallel.bucket_mb": parallel.bucket_mb > 0.0 and is_parallel,
         "parallel.overlap_gradients": parallel.overlap_gradients and parallel.bucket_mb > 0.0 and is_parallel,
         f"parallel.reduce_dtype={parallel.reduce_dtype}": parallel.reduce_dtype != "float32" and is_parallel,

@@ -102,7 +102,7 @@ class Trainer:
     def build(cls, spec: RunSpec, run: RunDir, start_point: StartPoint) -> Iterator[Trainer]:
         """Connect the ranks, build model and program (compiled on first use), restore the state, open the log."""
         config = spec.config
-        mesh = start_mesh(spec.mesh_shape, config.device)
+        mesh = start_mesh(spec.mesh_shape, config.device, config.kernels.deterministic)
         precision = choose_precision(config.amp, mesh.device, config.kernels, config.parallel)
         seed_everything(config.seed)
         attention = choose_attention(config.model, precision, config.parallel, config.kernels, mesh.device)
