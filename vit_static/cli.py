@@ -60,14 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_convert(subparsers)
     _add_plan(subparsers)
     _add_doctor(subparsers)
-    bench_help = "measure speeds, as ratios within one run"
-    bench = subparsers.add_parser("bench", help=bench_help, description=bench_help)
-    benches = bench.add_subparsers(dest="bench", required=True, metavar="BENCHMARK", parser_class=_Parser)
-    _add_bench_train(benches)
-    _add_bench_data(benches)
-    _add_bench_infer(benches)
-    _add_bench_profile(benches)
-    _add_bench_step(benches)
+    _add_benches(subparsers)
     return parser
 
 
@@ -298,10 +291,14 @@ def _add_doctor(subparsers: Subparsers) -> None:
     verb.add_argument("--worker", type=Path, metavar="DIR", help=argparse.SUPPRESS)  # for doctor/runner.py
 
 
-def _add_bench_train(subparsers: Subparsers) -> None:
-    help_text = "the training step against PyTorch and a dynamic-graph Paddle loop"
-    bench = _add_verb(subparsers, "train", help_text, verbs.run_bench_train)
-    _add_config(bench, CONFIGS / "bench_s16.yaml")
+def _add_benches(subparsers: Subparsers) -> None:
+    help_text = "measure speeds, as ratios within one run"
+    verb = subparsers.add_parser("bench", help=help_text, description=help_text)
+    benches = verb.add_subparsers(dest="bench", required=True, metavar="BENCHMARK", parser_class=_Parser)
+
+    bench = _add_bench(
+        benches, "train", "the training step against PyTorch and a dynamic-graph Paddle loop", verbs.run_bench_train
+    )
     _add_rounds(bench)
     bench.add_argument(
         "--device", choices=["cpu", "gpu"], default="cpu", help="gpu: the four configs of PLSC on this machine's GPUs"
@@ -312,11 +309,12 @@ def _add_bench_train(subparsers: Subparsers) -> None:
         help="instead compare one process with several, data-parallel and tensor-parallel",
     )
 
-
-def _add_bench_data(subparsers: Subparsers) -> None:
-    help_text = "DALI's training images against PIL's, and how long training waits for them"
-    bench = _add_verb(subparsers, "data", help_text, verbs.run_bench_data)
-    _add_config(bench, CONFIGS / "bench_s16.yaml")
+    bench = _add_bench(
+        benches,
+        "data",
+        "DALI's training images against PIL's, and how long training waits for them",
+        verbs.run_bench_data,
+    )
     _add_rounds(bench)
     bench.add_argument(
         "--device", choices=["cpu", "gpu"], default="cpu", help="gpu: pixels and speed of a GPU against the CPU's"
@@ -325,11 +323,7 @@ def _add_bench_data(subparsers: Subparsers) -> None:
         "--scale", action="store_true", help="instead measure the cost of lists of 1.28 and 14.2 million images"
     )
 
-
-def _add_bench_infer(subparsers: Subparsers) -> None:
-    help_text = "the exported model against PyTorch and ONNX Runtime"
-    bench = _add_verb(subparsers, "infer", help_text, verbs.run_bench_infer)
-    _add_config(bench, CONFIGS / "bench_s16.yaml")
+    bench = _add_bench(benches, "infer", "the exported model against PyTorch and ONNX Runtime", verbs.run_bench_infer)
     _add_rounds(bench)
     bench.add_argument(
         "--checkpoint", type=Path, help="also measure the top-1 of this trained model, on its validation images"
@@ -338,18 +332,24 @@ def _add_bench_infer(subparsers: Subparsers) -> None:
         "--batch-size", type=_positive_int, action="append", dest="batch_sizes", metavar="N", help="default: 1, 8, 32"
     )
 
-
-def _add_bench_profile(subparsers: Subparsers) -> None:
-    help_text = "the time of a training step, by operator"
-    bench = _add_verb(subparsers, "profile", help_text, verbs.run_bench_profile)
-    _add_config(bench, CONFIGS / "bench_s16.yaml")
+    bench = _add_bench(benches, "profile", "the time of a training step, by operator", verbs.run_bench_profile)
     bench.add_argument("--steps", type=_positive_int, default=3, help="number of steps to average over (default: 3)")
     _add_json(bench)
 
-
-def _add_bench_step(subparsers: Subparsers) -> None:
-    help_text = "the training step of this mesh alone, as a line of JSON"
-    bench = _add_verb(subparsers, "step", help_text, verbs.run_bench_step)
-    _add_config(bench, CONFIGS / "quickstart.yaml")
+    bench = _add_bench(
+        benches,
+        "step",
+        "the training step of this mesh alone, as a line of JSON",
+        verbs.run_bench_step,
+        CONFIGS / "quickstart.yaml",
+    )
     bench.add_argument("--seconds", type=_positive_float, default=10.0, help="how long to measure (default: 10)")
     bench.add_argument("--real-data", action="store_true", help="train on images of data.root instead of noise")
+
+
+def _add_bench(
+    benches: Subparsers, name: str, help_text: str, handler: Handler, config: Path = CONFIGS / "bench_s16.yaml"
+) -> argparse.ArgumentParser:
+    bench = _add_verb(benches, name, help_text, handler)
+    _add_config(bench, config)
+    return bench
