@@ -9,7 +9,7 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from vit_static.config.schema import InferencePrecision
-from vit_static.model.vit import Attention, Block, VisionTransformer, attend
+from vit_static.model.vit import Attention, Block, VisionTransformer, attention_of_heads
 
 
 class InferenceModel(nn.Layer):
@@ -99,5 +99,5 @@ class _FusedQkvAttention(nn.Layer):
         # Scaled after the transposition, and `reshape` instead of `flatten`: Paddle Inference's passes fuse only this
         # sequence into the matrix products.
         query = query * (width // self.num_heads) ** -0.5
-        x = attend(query, key, value, self.attention_drop).transpose([0, 2, 1, 3])  # [B, N, H, d]
+        x = attention_of_heads(query, key, value, self.attention_drop).transpose([0, 2, 1, 3])  # [B, N, H, d]
         return self.proj(x.reshape([0, 0, width]))

@@ -69,10 +69,10 @@ def attention_by_matmul(
     """Compute the same attention with separate matrix products; `dropout` is applied to the weights [B, H, N, N]."""
     query = query * query.shape[-1] ** -0.5
     query, key, value = (x.transpose([0, 2, 1, 3]) for x in (query, key, value))  # [B, H, N, d]
-    return attend(query, key, value, dropout).transpose([0, 2, 1, 3])  # [B, N, H, d]
+    return attention_of_heads(query, key, value, dropout).transpose([0, 2, 1, 3])  # [B, N, H, d]
 
 
-def attend(
+def attention_of_heads(
     query: paddle.Tensor,
     key: paddle.Tensor,
     value: paddle.Tensor,
