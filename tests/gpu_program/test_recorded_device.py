@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.early]
 OPTIONS = [
     *("augment.policy=randaugment", "augment.mixup_alpha=0.8", "augment.cutmix_alpha=1.0"),
     *("augment.random_erasing_probability=0.5", "augment.random_erasing_with=noise"),
-    *("optim.ema_decay=0.9", "train.profile_steps=[5, 6]"),
+    *("optim.ema_decay=0.9", "train.profile_steps=[5, 6]", "data.hw_decoder_load=0.9"),
     # Neither has a kernel on the CPU, and both keep float32 programs as they are.
     *("model.dropout=0.0", "model.drop_path_rate=0.0"),
 ]

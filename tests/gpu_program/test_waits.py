@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from gpu_program.build import MODEL, GpuCase, compile_rank
@@ -21,6 +23,13 @@ CASES = [
 ]
 
 
+def num_seeded_dropouts(operators: list[Any]) -> int:
+    """Count the dropouts with a seed, which their kernels read on the host."""
+    seed_operands = {"pd_op.dropout": 1, "pd_op.fused_dropout_add": 2}
+    dropouts = [operation for operation in operators if operation.name() in seed_operands]
+    return sum(operation.operand_source(seed_operands[operation.name()]).initialized() for operation in dropouts)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_operator_reads_a_result_on_the_host(case: GpuCase) -> None:
     compiled = compile_rank(case, modes=("train",))  # operators don't outlive it
@@ -29,8 +38,22 @@ def test_no_operator_reads_a_result_on_the_host(case: GpuCase) -> None:
     for operation in operators:
         if operation.name() == "pd_op.adamw_":  # with `skip_update` its kernel reads that on the host
             assert not operation.operand_source(9).initialized()
-        if operation.name() == "pd_op.dropout":  # with a seed its kernel reads that on the host
-            assert not operation.operand_source(1).initialized()
+    assert num_seeded_dropouts(operators) == 0
+
+
+@pytest.mark.parametrize(
+    ("case", "is_seeded"),
+    [
+        (GpuCase("dp 8", dropout=0.1), False),
+        (GpuCase(recompute="block", dropout=0.1), True),
+        (GpuCase("dp 4 x mp 2", dropout=0.1), True),
+    ],
+    ids=str,
+)
+def test_dropout_has_seeds_only_with_tensor_parallelism_or_recomputation(case: GpuCase, is_seeded: bool) -> None:
+    """The exception that configs/GPU.md names."""
+    compiled = compile_rank(case, modes=("train",))
+    assert (num_seeded_dropouts(compiled.modes["train"].global_block().ops) > 0) == is_seeded
 
 
 @pytest.mark.parametrize("num_classes", [5, 8])

@@ -103,6 +103,9 @@ class DataConfig(Section):
     num_threads: PositiveInt = Field(4, description="DALI's CPU threads per rank")
     num_readers: PositiveInt = Field(4, description="threads per rank that read files ahead of DALI")
     prefetch_batches: PositiveInt = Field(2, description="batches that DALI prepares ahead")
+    hw_decoder_load: Fraction = Field(
+        0.65, description="share of the images that a GPU's JPEG hardware decodes, where it has any (A100, H100)"
+    )
     read_timeout_s: PositiveFloat = Field(120.0, description="seconds after which a stalled read is an error")
     mean: tuple[float, float, float] = Field(
         (0.5, 0.5, 0.5), description="of RGB pixels in 0-1; inputs are (pixel - mean) / std"

@@ -62,7 +62,7 @@ def train_pipeline(
             normalized_anchor=False,
             normalized_shape=False,
             adjust_orientation=False,
-            device="cpu" if device_id is None else "mixed",
+            **_decoder_options(data, device_id),
         )
         resized = fn.resize(
             decoded,
@@ -131,7 +131,7 @@ def eval_pipeline(
     @pipeline_def
     def pipeline() -> tuple[Any, Any, Any]:
         encoded, labels, weights = _inputs(source, data, np.zeros(1, np.float32))
-        images = fn.decoders.image(encoded, adjust_orientation=False, device="cpu" if device_id is None else "mixed")
+        images = fn.decoders.image(encoded, adjust_orientation=False, **_decoder_options(data, device_id))
         return preprocess(images, image_size, data, evaluation), to_device_of(images, labels), weights
 
     return _build(pipeline, batch_size, data.num_threads, data.prefetch_batches, device_id)
@@ -221,6 +221,10 @@ def _inputs(source: BatchSource, data: DataConfig, *examples: np.ndarray) -> lis
             ndim=[example.ndim - 1 for example in examples],
         )
     )
+
+
+def _decoder_options(data: DataConfig, device_id: int | None) -> dict[str, Any]:
+    return {"device": "cpu"} if device_id is None else {"device": "mixed", "hw_decoder_load": data.hw_decoder_load}
 
 
 def _normalise(images: Any, data: DataConfig, **crop_or_mirror: Any) -> Any:

@@ -158,7 +158,7 @@ class RuleOptimizer(EmaMixin, ShardedState, paddle.optimizer.Optimizer, ABC):
         assign_to(weight, reshard(new, weight.placements))
         if low_precision:
             assign_to(parameter, reshard(new.astype(parameter.dtype), parameter.placements))
-        self._update_ema(parameter, weight, new)
+        self._update_ema(parameter, weight, new)  # also in a skipped step, as in timm: step 0 starts the average
 
     def _states_of(self, parameter: Any, weight: Any) -> dict[str, Any]:
         return {name: self._get_accumulator(name, weight) for name in self.state_shapes(list(parameter.shape))}
