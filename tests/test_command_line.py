@@ -1,4 +1,4 @@
-"""The program as users run it: through run.sh, in their own folder."""
+"""The program as users run it, in their own folder: each verb through run.sh, and repetitions in forked processes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.command_line import run_sh, use_test_environment  # noqa: F401 - a fixture
+from helpers.forked_verbs import run_verb
 from helpers.small import ROOT, read_state
 from PIL import Image
 
@@ -46,7 +47,7 @@ def test_eval_with_other_labels_other_images_and_converted_weights(workplace: Pa
     """With the same labels, ImageNet-V2 and ReaL change nothing; neither do converted weights."""
     plain = run_sh("eval", "--checkpoint", "output/tiny", cwd=workplace)
     result = json.loads(plain.stdout.splitlines()[-1])
-    numbered = run_sh("eval", "--checkpoint", "output/tiny", "--imagenet-v2", "digits/val", cwd=workplace)
+    numbered = run_verb("eval", "--checkpoint", "output/tiny", "--imagenet-v2", "digits/val", cwd=workplace)
     assert json.loads(numbered.stdout.splitlines()[-1]) == result
 
     labels = []
@@ -58,20 +59,20 @@ def test_eval_with_other_labels_other_images_and_converted_weights(workplace: Pa
     labels[0] = []
     (workplace / "real.json").write_text(json.dumps(labels))
     given = ["eval", "--checkpoint", "output/tiny", "-o", "data.root=real", "-o", "data.train=val"]
-    real = run_sh(*given, "--real", "real.json", cwd=workplace)
+    real = run_verb(*given, "--real", "real.json", cwd=workplace)
     assert real.returncode == 0, real.stderr
     metrics = json.loads(real.stdout.splitlines()[-1])
     num_hits = round(result["top1"] * 30 / 100)
     assert metrics["num_images"] == 29 and round(metrics["top1"] * 29 / 100) in (num_hits - 1, num_hits)
 
     for target in ("converted.safetensors", "converted.npz"):
-        converted = run_sh("convert", "--from", "output/tiny", "--to", target, cwd=workplace)
+        converted = run_verb("convert", "--from", "output/tiny", "--to", target, cwd=workplace)
         assert converted.returncode == 0, converted.stderr
-        again = run_sh("eval", "--checkpoint", target, "-c", "output/tiny/config.yaml", cwd=workplace)
+        again = run_verb("eval", "--checkpoint", target, "-c", "output/tiny/config.yaml", cwd=workplace)
         assert again.returncode == 0, again.stderr
         assert json.loads(again.stdout.splitlines()[-1]) == result
 
-    none = run_sh("eval", "--checkpoint", "output/tiny", "--ema", cwd=workplace)
+    none = run_verb("eval", "--checkpoint", "output/tiny", "--ema", cwd=workplace)
     assert none.returncode == 2 and "moving average" in none.stderr and none.stderr.count("\n") == 1
 
 
@@ -86,13 +87,13 @@ def test_eval_export_and_predict_agree(workplace: Path) -> None:
     assert result["top1"] == last_eval["top1"] and result["num_images"] == 30
     assert result["loss"] == pytest.approx(last_eval["loss"], rel=1e-6)
 
-    other = run_sh("eval", "--checkpoint", "output/tiny/checkpoints/latest", "-o", "eval.batch_size=7", cwd=workplace)
+    other = run_verb("eval", "--checkpoint", "output/tiny/checkpoints/latest", "-o", "eval.batch_size=7", cwd=workplace)
     again = json.loads(other.stdout.splitlines()[-1])
     assert (again["top1"], again["top5"], again["num_images"]) == (result["top1"], result["top5"], 30)
 
     exported = run_sh("export", "--checkpoint", "output/tiny", "--out", "exported", cwd=workplace)
     assert exported.returncode == 0, exported.stderr
-    difference = float(re.search(r"trained model's: ([\d.e+-]+), over 30", exported.stdout)[1])  # type: ignore[index]
+    difference = float(re.search(r"trained model's: ([\d.e+-]+), over 30", exported.stdout)[1])
     assert 0 < difference < 1e-4
     names = {path.name for path in (workplace / "exported").iterdir()}
     assert names == {"model.json", "model.pdiparams", "vit_static.json", "MODEL_CARD.md"}
@@ -100,8 +101,8 @@ def test_eval_export_and_predict_agree(workplace: Path) -> None:
     assert spec["class_names"][3] == "three"
     assert spec["preprocessing"]["image_size"] == [16, 16] and spec["model"]["width"] == 32
 
-    for batch_size in (1, 32):
-        predicted = run_sh("predict", "--model", "exported", "--batch-size", batch_size, "digits/val", cwd=workplace)
+    for batch_size, run in ((1, run_sh), (32, run_verb)):
+        predicted = run("predict", "--model", "exported", "--batch-size", batch_size, "digits/val", cwd=workplace)
         assert predicted.returncode == 0, predicted.stderr
         lines = [json.loads(line) for line in predicted.stdout.splitlines()]
         assert len(lines) == 30
@@ -115,25 +116,25 @@ def test_eval_export_and_predict_agree(workplace: Path) -> None:
 def test_an_export_reports_the_precision_that_it_runs_in(workplace: Path) -> None:
     """bfloat16 on this CPU, compared with the trained model in float32; float16 needs a GPU."""
     export = ["export", "--checkpoint", "output/tiny", "--out"]
-    low = run_sh(*export, "exported_low", "-o", "export.precision=bfloat16", cwd=workplace)
+    low = run_verb(*export, "exported_low", "-o", "export.precision=bfloat16", cwd=workplace)
     assert low.returncode == 0, low.stderr
     assert json.loads((workplace / "exported_low/vit_static.json").read_text())["precision"] == "bfloat16"
-    assert run_sh(*export, "exported_again", cwd=workplace).returncode == 0
+    assert run_verb(*export, "exported_again", cwd=workplace).returncode == 0
     probabilities = []
     for folder in ("exported_again", "exported_low"):
-        predicted = run_sh("predict", "--model", folder, "--top-k", "10", "digits/val", cwd=workplace)
+        predicted = run_verb("predict", "--model", folder, "--top-k", "10", "digits/val", cwd=workplace)
         lines = [json.loads(line) for line in predicted.stdout.splitlines()]
         probabilities.append([[one["probability"] for one in line["top"]] for line in lines])
     np.testing.assert_allclose(probabilities[1], probabilities[0], atol=0.02)
     assert probabilities[1] != probabilities[0]
-    small = run_sh(*export, "exported_int8", "-o", "export.precision=int8", cwd=workplace)
+    small = run_verb(*export, "exported_int8", "-o", "export.precision=int8", cwd=workplace)
     assert small.returncode == 0 and "model.onnx (int8)" in small.stdout, small.stderr
-    predicted = run_sh("predict", "--model", "exported_int8", "--top-k", "1", "digits/val", cwd=workplace)
+    predicted = run_verb("predict", "--model", "exported_int8", "--top-k", "1", "digits/val", cwd=workplace)
     assert predicted.returncode == 0 and predicted.stdout.count("probability") == 30
     assert "int8 (as exported) on the CPU, ONNX Runtime" in predicted.stderr
-    onnx = run_sh(*export, "exported_onnx", "--onnx", cwd=workplace)
+    onnx = run_verb(*export, "exported_onnx", "--onnx", cwd=workplace)
     assert onnx.returncode == 0 and (workplace / "exported_onnx/model.onnx").is_file(), onnx.stderr
-    half = run_sh(*export, "exported_half", "-o", "export.precision=float16", cwd=workplace)
+    half = run_verb(*export, "exported_half", "-o", "export.precision=float16", cwd=workplace)
     assert half.returncode == 2 and "needs a GPU" in half.stderr
     assert not (workplace / "exported_half").exists()
 
@@ -157,7 +158,7 @@ def test_a_sharded_checkpoint_and_the_average_are_exported(workplace: Path) -> N
         "mesh's average": ["output/sharded/checkpoints/latest", "--ema"],
         "merged average": ["output/sharded/model_ema.pdparams"],
     }.items():
-        done = run_sh("export", "--checkpoint", *source, "--out", f"of {name}", cwd=workplace)
+        done = run_verb("export", "--checkpoint", *source, "--out", f"of {name}", cwd=workplace)
         assert done.returncode == 0, done.stderr
         written[name] = (workplace / f"of {name}" / "model.pdiparams").read_bytes()
     assert written["mesh"] == written["merged"] != written["merged average"] == written["mesh's average"]
@@ -166,7 +167,7 @@ def test_a_sharded_checkpoint_and_the_average_are_exported(workplace: Path) -> N
 @pytest.mark.slow
 def test_predict_accepts_every_kind_of_image(workplace: Path) -> None:
     if not (workplace / "exported").exists():
-        run_sh("export", "--checkpoint", "output/tiny", "--out", "exported", cwd=workplace)
+        run_verb("export", "--checkpoint", "output/tiny", "--out", "exported", cwd=workplace)
     source = Image.open(next((workplace / "digits/val/7").iterdir()))
     odd = workplace / "odd images"
     odd.mkdir(exist_ok=True)
@@ -190,7 +191,7 @@ def test_predict_accepts_every_kind_of_image(workplace: Path) -> None:
     assert "can't be read" in lines["broken.jpg"]["error"] and done.returncode == 2
     assert "1 image" in done.stderr and len(done.stderr.splitlines()) == 2  # the first says how the model is run
     assert all(len(lines[name]["top"]) == 1 for name in kinds)
-    plain = run_sh(
+    plain = run_verb(
         "predict", "--model", "exported", "--top-k", 1, next((workplace / "digits/val/7").iterdir()), cwd=workplace
     )
     expected = json.loads(plain.stdout)["top"][0]
@@ -200,18 +201,21 @@ def test_predict_accepts_every_kind_of_image(workplace: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "threads"), [(signal.SIGTERM, "2"), (signal.SIGINT, "1")])
-def test_a_stopped_run_resumes_to_the_same_bits(workplace: Path, number: signal.Signals, threads: str) -> None:
-    """The signal stops the run after the step with exit code 75; the same command then ends as if never stopped."""
-    unbroken = ["pretrain", "-c", "tiny.yaml", "-o", f"name=unbroken{int(number)}"]
-    assert run_sh(*unbroken, cwd=workplace, OMP_NUM_THREADS=threads).returncode == 0
-    arguments = ["pretrain", "-c", "tiny.yaml", "-o", f"name=stopped{int(number)}"]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_resumes_to_the_same_bits(workplace: Path, number: signal.Signals) -> None:
+    """The signal stops the run after the step with exit code 75; the same command then ends as if never stopped.
+
+    On SIGTERM with two threads; else with as many as the finished run of the fixture, which is the reference.
+    """
+    name, reference = f"stopped{int(number)}", "tiny"
+    threads = {"OMP_NUM_THREADS": "2"} if number == signal.SIGTERM else {}
+    if threads:
+        reference = "unbroken"
+        unbroken = ["pretrain", "-c", "tiny.yaml", "-o", "name=unbroken"]
+        assert run_sh(*unbroken, cwd=workplace, **threads).returncode == 0
+    arguments = ["pretrain", "-c", "tiny.yaml", "-o", f"name={name}"]
     process = subprocess.Popen(
-        [ROOT / "run.sh", *arguments],
-        cwd=workplace,
-        env=os.environ | {"OMP_NUM_THREADS": threads},
-        stdout=subprocess.PIPE,
-        text=True,
+        [ROOT / "run.sh", *arguments], cwd=workplace, env=os.environ | threads, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     for line in process.stdout:
@@ -221,14 +225,11 @@ def test_a_stopped_run_resumes_to_the_same_bits(workplace: Path, number: signal.
     rest = process.stdout.read()
     assert process.wait(timeout=60) == 75
     assert "the state is saved" in rest
-    run = workplace / f"output/stopped{int(number)}"
-    assert not (run / "model.pdparams").exists()
-    done = run_sh(*arguments, cwd=workplace, OMP_NUM_THREADS=threads)
+    assert not (workplace / f"output/{name}/model.pdparams").exists()
+    done = run_sh(*arguments, cwd=workplace, **threads)
     assert done.returncode == 0 and "resumed from" in done.stdout
-    expected, resumed = (
-        read_state(workplace / f"output/{name}{int(number)}/model.pdparams") for name in ("unbroken", "stopped")
-    )
-    assert all(np.array_equal(resumed[name], expected[name]) for name in expected)
+    expected, resumed = (read_state(workplace / f"output/{run}/model.pdparams") for run in (reference, name))
+    assert all(np.array_equal(resumed[key], expected[key]) for key in expected)
 
 
 @pytest.mark.slow
@@ -295,15 +296,13 @@ def test_two_processes_in_low_precision(
     np.testing.assert_allclose(losses, losses_in_float32, rtol=tolerance)
 
 
-# A run's meshes, one after the other: (processes, overrides). Its state is resharded at each change.
+# A run's meshes, one after the other: (processes, overrides). Its state is resharded at each change: from ZeRO 3 to
+# moments split over four ranks, to tensor parallelism, to pipeline stages, to one process.
 MESHES = [
-    ("2", ["parallel.sharding_stage=1"]),
-    ("2", ["parallel.sharding_stage=0"]),
-    ("2", ["parallel.mp=2"]),
-    ("4", []),
-    ("1", []),
-    ("2", ["parallel.pp=2"]),
     ("2", ["parallel.sharding_stage=3"]),
+    ("4", ["parallel.sharding_stage=1"]),
+    ("2", ["parallel.mp=2"]),
+    ("2", ["parallel.pp=2"]),
     ("1", []),
 ]
 
@@ -328,21 +327,21 @@ def test_a_run_resumes_on_other_meshes(workplace: Path) -> None:
 
     for number, (nproc, overrides) in enumerate(MESHES, 1):
         train("wandering", 2 * number, nproc, *overrides)
-        if number == 4:  # each rank writes its own shard, and none the whole state
+        if nproc == "4":  # each rank writes its own shard, and none the whole state
             parts = (workplace / "output/wandering/checkpoints/latest/").glob("rank_*.safetensors")
             sizes = [path.stat().st_size for path in parts]
             assert len(sizes) == 4 and max(sizes) < 1.2 * sum(sizes) / 4
-    train("unbroken", 2 * len(MESHES), "1")
-    expected, actual = losses("unbroken", "train", "loss"), losses("wandering", "train", "loss")
+    train("one_mesh", 2 * len(MESHES), "1")
+    expected, actual = losses("one_mesh", "train", "loss"), losses("wandering", "train", "loss")
     assert actual.keys() == expected.keys()
     np.testing.assert_allclose([actual[step] for step in expected], list(expected.values()), rtol=1e-5)
     last = 2 * len(MESHES)
     for key in ("loss", "ema_loss"):
         evaluated = losses("wandering", "eval", key)[last]
-        assert evaluated == pytest.approx(losses("unbroken", "eval", key)[last], rel=1e-5)
+        assert evaluated == pytest.approx(losses("one_mesh", "eval", key)[last], rel=1e-5)
     run = workplace / "output/wandering"
     for file in ("model.pdparams", "model_ema.pdparams"):
-        weights, whole = read_state(run / file), read_state(workplace / "output/unbroken" / file)
+        weights, whole = read_state(run / file), read_state(workplace / "output/one_mesh" / file)
         assert {key: value.shape for key, value in weights.items()} == {
             key: value.shape for key, value in whole.items()
         }

@@ -1,0 +1,95 @@
+"""Verbs in processes forked from one that has imported the package, which saves the four seconds of Paddle's import.
+
+Everything from the parsing of the arguments to the exit code is as on the command line. What run.sh and the launcher do
+is not part of it: tests of those start them (helpers/command_line.py, helpers/jobs.py).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from subprocess import CompletedProcess
+
+# Its only thread is the main one, so that it can be forked: importing Paddle and DALI starts no other.
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["helpers.forked_imports"])
+# Starting a process asks all others for their exit codes, each of which can be read once.
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class ForkedVerb:
+    """A verb in its own process. May be used by several threads."""
+
+    _process: ForkServerProcess
+
+    @property
+    def process_id(self) -> int:
+        """Return the process ID."""
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """Return the exit code: -9 after SIGKILL, None while the process runs."""
+        with _lock:
+            return self._process.exitcode
+
+    def wait(self, timeout_s: float = 600) -> int | None:
+        """Wait for the end of the process, or for the timeout, and return the exit code."""
+        wait([self._process.sentinel], timeout_s)
+        return self.exit_code
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self._process.kill()
+
+
+def start_verb(
+    arguments: Sequence[object], cwd: Path, stdout: Path, stderr: Path | None = None, before: str | None = None
+) -> ForkedVerb:
+    """Start a verb whose output is appended to files (`stderr` = None: to the same).
+
+    `before` is Python code that runs first, such as a change of a function.
+    """
+    process = _server.Process(
+        target=_run, args=([str(argument) for argument in arguments], cwd, stdout, stderr or stdout, before)
+    )
+    with _lock:
+        process.start()
+    return ForkedVerb(process)
+
+
+def run_verb(*arguments: object, cwd: Path, timeout_s: float = 240) -> CompletedProcess[str]:
+    """Run a verb to its end, as `run_sh` does."""
+    with tempfile.TemporaryDirectory() as folder:
+        stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
+        verb = start_verb(arguments, cwd, stdout, stderr)
+        code = verb.wait(timeout_s)
+        if code is None:
+            verb.kill()
+            raise TimeoutError(f"{arguments} took more than {timeout_s} s")
+        return CompletedProcess(list(arguments), code, stdout.read_text(), stderr.read_text())
+
+
+def _run(arguments: list[str], cwd: Path, stdout: Path, stderr: Path, before: str | None) -> None:
+    from vit_static.__main__ import main
+
+    os.chdir(cwd)
+    for path, descriptor in ((stdout, 1), (stderr, 2)):
+        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    sys.stdin = open(os.devnull)  # noqa: PTH123, SIM115 - lives as long as the process
+    sys.argv = ["vit_static", *arguments]
+    if before is not None:
+        exec(before, {})
+    sys.exit(main(arguments))
