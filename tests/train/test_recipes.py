@@ -136,7 +136,10 @@ def test_timms_schedule() -> None:
         assert rate == pytest.approx(expected, rel=1e-9)
 
 
-# Finetuning the digits model with each recipe's settings
+# Finetuning a digits model with each recipe's settings
+
+# The quickstart's model with half the width and a block less takes a third of the time. It reaches 97 %.
+SMALLER = ["model.width=64", "model.depth=3", "model.mlp_dim=256"]
 
 # Settings that belong to another model, data set or length of training.
 SHORTENED = [
@@ -171,9 +174,10 @@ DIFFERENT = list({settings(name): name for name in reversed(RECIPES)}.values())
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quickstart run, in a separate process, as a new user starts it."""
+    """The quickstart run with a smaller model, in a separate process, as a new user starts it."""
     folder = tmp_path_factory.mktemp("recipes")
-    command = [str(ROOT / "run.sh"), "pretrain", "-o", "train.epochs=20"]
+    overrides = ["train.epochs=20", "eval.every_epochs=20", *SMALLER]
+    command = [str(ROOT / "run.sh"), "pretrain", *(word for override in overrides for word in ("-o", override))]
     done = subprocess.run(command, cwd=folder, env=os.environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder / "output/quickstart"
@@ -182,8 +186,11 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_a_recipes_settings_finetune_the_digits(pretrained: Path, tmp_path: Path, name: str) -> None:
-    """Its loss, augmentation, optimizer, schedule and average reach 95 % on the quickstart's model with a new head."""
-    ours, digits = recipe(name), load_config(CONFIGS / "quickstart.yaml").model.model_dump(mode="json")
+    """Its loss, augmentation, optimizer, schedule and average reach 90 % on the digits model with a new head.
+
+    In 67 steps, or 135 with distorted images; chance is 10 %.
+    """
+    ours, digits = recipe(name), load_config(pretrained / "config.yaml").model.model_dump(mode="json")
     regularisation = ("drop_path_rate", "drop_path_schedule", "dropout", "head_bias_init", "head_init_std")
     model = [
         f"model.{key}={json.dumps(value)}"
@@ -193,7 +200,7 @@ def test_a_recipes_settings_finetune_the_digits(pretrained: Path, tmp_path: Path
         name,
         *SHORTENED,
         *model,
-        f"train.epochs={10 if ours.augment.policy != 'none' else 5}",  # distorted images are learned more slowly
+        f"train.epochs={6 if ours.augment.policy != 'none' else 3}",  # distorted images are learned more slowly
         "schedule.warmup_steps=0",
         "schedule.warmup_epochs=0.5",
         f"data.root={pretrained.parent.parent / 'data/digits'}",
@@ -210,7 +217,7 @@ def test_a_recipes_settings_finetune_the_digits(pretrained: Path, tmp_path: Path
         if line["kind"] == "eval"
     ]
     print(name, result["top1"])
-    assert result["top1"] > 95.0
+    assert result["top1"] > 90.0
     assert ("ema_top1" in result) == (ours.optim.ema_decay > 0.0)
     report = json.loads((config.run_dir / "init.json").read_text())
     assert report["reinitialized"] == (["head.weight", "head.bias"] if config.init.head == "reset" else [])
