@@ -93,7 +93,7 @@ def make_subject(tmp_path: Path, *overrides: str, **changed: Any) -> Subject:
     job = {"checks": (), "failed": (), "world_size": 1, "num_local": 1, **changed}
     subject = Subject(load_config(path, overrides), Job(**job))
     if device is not None:
-        subject.device = device
+        subject.device, subject.device_id = device, 0 if device == "gpu" else None
     return subject
 
 

@@ -6,14 +6,13 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import paddle
 
 from vit_static.bench.photos import NUM_PHOTO_CLASSES, write_photos
 from vit_static.config.schema import DataConfig
 from vit_static.data.open_set import open_set
 from vit_static.doctor.check import Result, failed, ok
 from vit_static.doctor.subject import Subject, with_keys
-from vit_static.export.exporter import compare, read_batches, write_artifact
+from vit_static.export.exporter import compare, read_batches, without_tf32, write_artifact
 from vit_static.inference.artifact import spec_of
 from vit_static.inference.backends import check_machine
 from vit_static.model.vit import VisionTransformer
@@ -29,7 +28,6 @@ def check_export(subject: Subject) -> Result:
     """
     config = with_keys(subject.config, model__depth=1, model__head_init_std=0.02, export__image_sizes=())
     check_machine(config.export.precision)
-    paddle.set_device("gpu:0" if subject.on_gpu else "cpu")
     seed_everything(config.seed)
     model = VisionTransformer(config.model)
     model.eval()
@@ -39,7 +37,8 @@ def check_export(subject: Subject) -> Result:
         spec = spec_of(config, [str(index) for index in range(config.model.num_classes)])
         calibration = (inputs for inputs, *_ in read_batches(images, np.arange(_NUM_PHOTOS), spec))
         spec = write_artifact(model, config, spec, Path(folder), calibration)
-        comparisons = compare(model, spec, Path(folder), images, _NUM_PHOTOS)
+        with without_tf32():
+            comparisons = compare(model, spec, Path(folder), images, _NUM_PHOTOS)
     for name, comparison in comparisons.items():
         if not comparison.largest_difference <= comparison.bound:
             return failed(

@@ -77,11 +77,10 @@ def check_imports(subject: Subject) -> Result:
     from nvidia.dali import fn, pipeline_def
     from paddle.utils.dlpack import from_dlpack
 
-    device = "gpu" if subject.on_gpu else "cpu"
-    paddle.set_device(f"{device}:0" if subject.on_gpu else device)
+    device = subject.device
     values = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 
-    @pipeline_def(batch_size=2, num_threads=1, device_id=0 if subject.on_gpu else None)
+    @pipeline_def(batch_size=2, num_threads=1, device_id=subject.device_id)
     def pipeline() -> Any:
         inputs = fn.external_source(lambda n: values, batch=True, device=device)
         return inputs + 1.0

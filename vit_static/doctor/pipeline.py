@@ -32,9 +32,8 @@ def check_data(subject: Subject) -> Result:
     config = subject.config
     size = min(MAX_BATCH_SIZE, max(config.data.global_batch_size // subject.mesh_shape.dp, 1))
     data = config.data.model_copy(update={"global_batch_size": size})
-    device_id = 0 if subject.on_gpu else None
     with _images(subject) as (images, where):
-        loader = _loader(subject, images, data, device_id)
+        loader = _loader(subject, images, data, subject.device_id)
         batch = next(loader)[0].numpy()
         one_thread = data.model_copy(update={"num_threads": 1})
         expected = next(_loader(subject, images, one_thread, None))[0].numpy()

@@ -76,6 +76,13 @@ class Subject:
     def on_gpu(self) -> bool:
         return self.device == "gpu"
 
+    @cached_property
+    def device_id(self) -> int | None:
+        """The index of this process's GPU; None on a CPU."""
+        from paddle.distributed import ParallelEnv
+
+        return int(ParallelEnv().device_id) if self.on_gpu else None
+
     @property
     def is_half(self) -> bool:
         """Whether products are computed in bfloat16 or float16."""

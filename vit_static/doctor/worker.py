@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import paddle
+
 from vit_static.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_MISTAKE, UserError
 from vit_static.common.library_output import redirect_library_output
 from vit_static.config.schema import Config
@@ -34,6 +36,7 @@ def work(config: Config, folder: Path) -> int:
     except UserError as error:
         _write(events, refused=str(error))
         return EXIT_USER_MISTAKE
+    paddle.set_device("cpu" if subject.device_id is None else f"gpu:{subject.device_id}")
     for name in job.checks:
         check = BY_NAME[name]
         missing = [other for other in check.needs if other in job.failed]

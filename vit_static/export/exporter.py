@@ -150,7 +150,7 @@ def _export_size(
     indices = evenly_spaced(len(images), config.export.num_calibration_images)
     calibration = (inputs for inputs, *_ in read_batches(images, indices, spec))
     spec = write_artifact(model, config, spec, folder, calibration, onnx=onnx)
-    with _without_tf32():
+    with without_tf32():
         comparisons = compare(model, spec, folder, images, config.export.num_check_images)
     for name, comparison in comparisons.items():
         _check(comparison, str(Path(subfolder, name)), name, spec)
@@ -324,7 +324,7 @@ def compare(
 
 
 @contextmanager
-def _without_tf32() -> Iterator[None]:
+def without_tf32() -> Iterator[None]:
     """Compute float32 products in float32 within the context, in Paddle and in Paddle Inference.
 
     On a GPU, cuBLAS and cuDNN may round their factors to TF32's 10 bits, and the errors exceed float32's bound. Paddle
