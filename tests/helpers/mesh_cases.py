@@ -13,6 +13,7 @@ import sys
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,35 +21,21 @@ from PIL import Image
 from pydantic import TypeAdapter
 
 from helpers.mesh_worker import Case, Outcome
-from helpers.small import ROOT
+from helpers.small import MESH_MODEL, ROOT
 from vit_static.config.schema import ModelConfig, OptimConfig, ParallelConfig
 from vit_static.launch import launcher
 
 TIME_LIMIT_S = 900
 NUM_EVAL_IMAGES = 101
 
-# No two dimensions are equal by chance. 2 and 4 divide num_heads and mlp_dim, and 2 divides num_classes. Of two stages,
-# the first has two blocks and the second has one. Some cases have only two blocks because they compile faster.
-MODEL = ModelConfig(
-    variant="Ti/16",
-    image_size=(12, 16),
-    patch_size=4,
-    width=32,
-    depth=3,
-    num_heads=4,
-    mlp_dim=56,
-    num_classes=6,
-    layer_scale_init=0.5,
-)
-
 
 def changed(**update: object) -> ModelConfig:
     """Return the model with changed config keys."""
-    return MODEL.model_copy(update=update)
+    return MESH_MODEL.model_copy(update=update)
 
 
 MODELS = {
-    "cls": MODEL,
+    "cls": MESH_MODEL,
     "gap": changed(depth=2, pool="gap", pos_embed="sincos2d", representation_size=24),
     # 7 classes, which 2 ranks can't split
     "seven": changed(depth=2, num_classes=7, qkv_bias=False, layer_scale_init=None),
@@ -62,7 +49,7 @@ OPTIMIZERS = {
 }
 
 
-def mesh(dp: int = 1, mp: int = 1, pp: int = 1, **others: object) -> ParallelConfig:
+def mesh(dp: int = 1, mp: int = 1, pp: int = 1, **others: Any) -> ParallelConfig:
     """Return the config of a mesh."""
     return ParallelConfig(dp=dp, mp=mp, pp=pp, **others)
 
@@ -88,6 +75,9 @@ MESHES = {
     "dp2_pp2_sharding3": (mesh(dp=2, pp=2, sharding_stage=3), "seven"),
     "dp2_mp2_sharding1": (mesh(dp=2, mp=2, sharding_stage=1), "cls"),
 }
+# The meshes of plain AdamW: one for each mechanism that involves the optimizer's state. SGD trains on all meshes, since
+# its weights can be compared (AdamW divides by small numbers); the recipes' AdamW, below, on seven kinds of mesh.
+ADAMW_MESHES = ["recompute", "dp2_sharding1", "dp2_sharding3", "pp2_1F1B"]
 EVALUATED_EMA = ["one", "dp2_sharding2", "pp2", "dp2_mp2_sharding1"]
 EVALUATED = ["one_cls_sgd", "dp2_sgd", "mp2_sgd", "pp2_1F1B_sgd", "dp4_sgd", "mp2_pp2_sgd", "dp2_sharding1_sgd"]
 # the optimizers of recipes with all of their options, for a few steps
@@ -106,11 +96,17 @@ RECIPE_MESHES = {
     "dp2_sharding3": mesh(dp=2, sharding_stage=3),
     "dp2_mp2_sharding1": mesh(dp=2, mp=2, sharding_stage=1),
 }
+# AdamW on every kind of mesh. LAMB and Adafactor compute norms and means of tensors, so they have a case for each way
+# to split a tensor: by tensor parallelism, with only the state split, with the parameters split too. Lion, as AdamW,
+# updates each number by itself.
+RECIPES_ON = {
+    "adamw": list(RECIPE_MESHES),
+    "lamb": ["mp2", "pp2", "dp2_sharding3", "dp2_mp2_sharding1"],
+    "adafactor": ["pp2", "dp2_sharding2", "dp2_sharding3", "dp2_mp2_sharding1"],
+    "lion": ["pp2", "dp2_sharding2"],
+}
 # with only drop path: the mesh, and the case with one process that draws the same masks
 DROP_PATH = {
-    "paths_dp2": (mesh(dp=2), "paths_one"),
-    "paths_dp4": (mesh(dp=4), "paths_one"),
-    "paths_mp2": (mesh(mp=2), "paths_one"),
     "paths_dp2_mp2": (mesh(dp=2, mp=2), "paths_one"),
     "paths_pp2": (mesh(pp=2), "paths_accum2"),
 }
@@ -120,7 +116,6 @@ MIXUP = {
     "mixed_mp2": mesh(mp=2),
     "mixed_pp2": mesh(pp=2),
     "mixed_accum2": mesh(grad_accum_steps=2),
-    "mixed_dp2_sharding3": mesh(dp=2, sharding_stage=3),
 }
 # with all kinds of dropout, for a few steps, of which one is repeated
 DROPOUT = {
@@ -128,7 +123,6 @@ DROPOUT = {
     "dropout_accum2": mesh(grad_accum_steps=2),
     "dropout_recompute": mesh(recompute="block"),
     "dropout_recompute_accum2": mesh(recompute=2, grad_accum_steps=2),
-    "dropout_dp2": mesh(dp=2),
     "dropout_mp2": mesh(mp=2),
     "dropout_mp2_recompute": mesh(mp=2, recompute="block"),
     "dropout_pp2": mesh(pp=2),
@@ -138,23 +132,29 @@ DROPOUT = {
 STEPS_WITH_A_REPETITION = [0, 1, 2, 1]
 
 
+# pairs of a mesh and an optimizer
+TRAINED = [*((name, "sgd") for name in MESHES), *((name, "adamw") for name in ADAMW_MESHES)]
+RECIPES_TRAINED = [(name, optimizer) for optimizer, names in RECIPES_ON.items() for name in names]
+
+
 def all_cases() -> list[Case]:
-    """Return every mesh with every optimizer, and the cases with drop path, mixup, recipes and dropout."""
-    named = []
-    for optimizer, optim in OPTIMIZERS.items():
-        for model in ("cls", "gap", "seven"):
-            named.append((f"one_{model}_{optimizer}", MODELS[model], optim, mesh(), {}))
-        for name, (parallel, model) in MESHES.items():
-            named.append((f"{name}_{optimizer}", MODELS[model], optim, parallel, {}))
+    """Return the meshes with their optimizers, and the cases with drop path, mixup, recipes and dropout."""
+    named: list[tuple[str, ModelConfig, OptimConfig, ParallelConfig, dict[str, Any]]] = []
+    for name, optimizer in TRAINED:
+        parallel, model = MESHES[name]
+        named.append((f"{name}_{optimizer}", MODELS[model], OPTIMIZERS[optimizer], parallel, {}))
+    for model, optimizer in {(MESHES[name][1], optimizer): None for name, optimizer in TRAINED}:
+        named.append((f"one_{model}_{optimizer}", MODELS[model], OPTIMIZERS[optimizer], mesh(), {}))
     for name, parallel in {"paths_one": mesh(), "paths_accum2": mesh(grad_accum_steps=2)}.items():
         named.append((name, MODELS["dropped_paths"], OPTIMIZERS["adamw"], parallel, {}))
     for name, (parallel, _) in DROP_PATH.items():
         named.append((name, MODELS["dropped_paths"], OPTIMIZERS["adamw"], parallel, {}))
     for name, parallel in {"mixed_one": mesh(), **MIXUP}.items():
-        named.append((name, MODEL, OPTIMIZERS["sgd"], parallel, {"mixes": True}))
-    for optimizer, optim in RECIPES.items():
-        for name, parallel in {"one": mesh(), **RECIPE_MESHES}.items():
-            named.append((f"recipe_{name}_{optimizer}", MODELS["tokens"], optim, parallel, {"steps": list(range(4))}))
+        named.append((name, MESH_MODEL, OPTIMIZERS["sgd"], parallel, {"mixes": True}))
+    for name, optimizer in [*(("one", optimizer) for optimizer in RECIPES), *RECIPES_TRAINED]:
+        parallel = mesh() if name == "one" else RECIPE_MESHES[name]
+        four_steps = {"steps": list(range(4))}
+        named.append((f"recipe_{name}_{optimizer}", MODELS["tokens"], RECIPES[optimizer], parallel, four_steps))
     for name, parallel in DROPOUT.items():
         recorded = {"steps": STEPS_WITH_A_REPETITION, "records_masks": True}
         named.append((name, MODELS["dropout"], OPTIMIZERS["sgd"], parallel, recorded))
@@ -174,7 +174,7 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._logs: dict[int, str] = {}  # the end of the processes' output, by world size
-        make_images(folder / "images", NUM_EVAL_IMAGES, MODEL.num_classes)
+        make_images(folder / "images", NUM_EVAL_IMAGES, MESH_MODEL.num_classes)
 
     def __call__(self, name: str) -> list[Outcome]:
         world_size = CASES[name].world_size
@@ -230,8 +230,11 @@ def environments(world_size: int) -> list[dict[str, str]]:
 
 
 def start(arguments: list[Path], environ: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
-    """Start a worker that ends with this process."""
-    call = "import sys; from pathlib import Path; from helpers.mesh_worker import main; main(*map(Path, sys.argv[1:]))"
+    """Start a worker that is set up as a verb is, and that ends with this process."""
+    call = (
+        "from vit_static.common.startup import prepare_process; prepare_process(verbose=True); import sys; "
+        "from pathlib import Path; from helpers.mesh_worker import main; main(*map(Path, sys.argv[1:]))"
+    )
     with log.open("wb") as output:
         return subprocess.Popen(
             [sys.executable, "-c", call, *map(str, arguments)],

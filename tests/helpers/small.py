@@ -30,6 +30,21 @@ SMALL = ModelConfig(
     layer_scale_init=0.5,
 )
 
+# For meshes, where again no two dimensions are equal by chance: 2 and 4 divide num_heads and mlp_dim, and 2 divides
+# num_classes. Of two stages, the first has two blocks and the second has one. Some cases have only two blocks because
+# they compile faster.
+MESH_MODEL = ModelConfig(
+    variant="Ti/16",
+    image_size=(12, 16),
+    patch_size=4,
+    width=32,
+    depth=3,
+    num_heads=4,
+    mlp_dim=56,
+    num_classes=6,
+    layer_scale_init=0.5,
+)
+
 
 def images_and_labels(
     num_images: int, config: ModelConfig = SMALL, seed: int = 0
