@@ -57,16 +57,21 @@ def test_the_bus_bandwidth_is_that_of_a_ring() -> None:
     assert bus_bandwidth(10**9, 8, 1.0) == pytest.approx(1.75e9)
 
 
-def test_a_wrong_sum_is_a_line(doctor: Doctor) -> None:
+@pytest.mark.slow
+def test_a_wrong_sum_is_a_line_and_a_sum_beside_products_is_right(doctor: Doctor) -> None:
+    """CPU processes have no streams, but the calls are the same: gloo sums in the background."""
     doctor.break_package(
         "doctor/collectives.py",
         "    dist.all_reduce(total)\n",
         "    dist.all_reduce(total, op=dist.ReduceOp.MAX)\n",
     )
-    report = doctor(only=("mesh", "all-reduce"), NPROC="2")
+    doctor.break_package("doctor/checks.py", "why_not=_several_gpus", "why_not=_several_ranks")
+    doctor.break_package("doctor/gpu_kernels.py", "    paddle.device.synchronize()\n", "    pass\n")
+    report = doctor(only=("mesh", "all-reduce", "streams"), NPROC="2")
     line = report.line("all-reduce")
     assert line.startswith("FAILED") and "sums are wrong: element " in line
     assert "GLOO_SOCKET_IFNAME names the network" in line
+    assert "an all-reduce beside 20 products: both right" in report.line("streams")
 
 
 def test_a_host_connection_without_all_ranks_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,7 @@ def test_gpu_checks_without_a_gpu_say_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "overrides", [(), ("model.drop_path_rate=0.2", "model.dropout=0.1"), ("parallel.recompute=block",)]
+    "overrides", [("model.drop_path_rate=0.2", "model.dropout=0.1"), ("parallel.recompute=block",)]
 )
 def test_the_memory_of_a_deep_model_is_that_of_its_plan(tmp_path: Path, overrides: tuple[str, ...]) -> None:
     subject = make_subject(tmp_path, "model.depth=6", *overrides)
