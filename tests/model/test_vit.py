@@ -12,15 +12,15 @@ from reference import closed_form
 from vit_static.config.schema import KernelsConfig, ModelConfig, OptimConfig
 from vit_static.model.pos_embed import resample_pos_embed, sincos2d_pos_embed
 from vit_static.model.variants import VARIANTS, variant_of
-from vit_static.model.vit import AttentionFunction, DropPath, VisionTransformer, attention_by_matmul, flash_attention
+from vit_static.model.vit import DropPath, VisionTransformer
 from vit_static.program.precision import Precision
 from vit_static.weights.formats import fuse_qkv, split_qkv
 from vit_static.weights.load import file_state
 
 
-def randomized_model(config: ModelConfig, attention: AttentionFunction = flash_attention, seed: int = 0):
+def randomized_model(config: ModelConfig, seed: int = 0):
     """Return a model whose weights are all random: initialization would leave some at 0 or 1."""
-    model = VisionTransformer(config, attention)
+    model = VisionTransformer(config)
     rng = np.random.default_rng(seed)
     for name, value in model.state_dict().items():
         mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
@@ -71,12 +71,11 @@ def test_every_variant_is_pinned() -> None:
     }
 
 
-@pytest.mark.parametrize("attention", [flash_attention, attention_by_matmul], ids=["flash", "matmul"])
 @pytest.mark.parametrize("representation_size", [None, 20], ids=["plain head", "representation"])
 @pytest.mark.parametrize("pool", ["cls", "gap"])
-def test_logits_match_the_equations(pool, representation_size, attention) -> None:
+def test_logits_match_the_equations(pool, representation_size) -> None:
     config = SMALL.model_copy(update={"pool": pool, "representation_size": representation_size})
-    model = randomized_model(config, attention)
+    model = randomized_model(config)
     images, _ = images_and_labels(4)
     expected = numpy_logits(file_state(model), images.numpy(), patch_size=4, num_heads=3)
     np.testing.assert_allclose(model(images).numpy(), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
@@ -190,7 +189,7 @@ def test_gradients_match_torch(make_program, kernels) -> None:
     """Of every parameter, through the compiled program: one SGD step with learning rate 1 subtracts the gradient."""
     golden = np.load(REFERENCE / "vit_gradients.npz")
     weights = {name.removeprefix("param/"): golden[name] for name in golden if name.startswith("param/")}
-    model = VisionTransformer(SMALL, attention_by_matmul)
+    model = VisionTransformer(SMALL)
     set_weights(model, weights)
     program = make_program(model, 3, OptimConfig(name="sgd", lr=1.0, momentum=0.0, clip_norm=None), kernels=kernels)
     loss = program.train_step(paddle.to_tensor(golden["images"]), paddle.to_tensor(golden["labels"]), 0)
@@ -224,7 +223,7 @@ def test_gradients_at_s16_width_match_torch(make_program, onednn, precision, tol
     """
     golden = np.load(REFERENCE / "vit_s16_gradients.npz")
     config = ModelConfig(variant="S/16", depth=1, num_classes=10)
-    model = VisionTransformer(config, attention_by_matmul)
+    model = VisionTransformer(config)
     shapes = {name: value.shape for name, value in file_state(model).items()}
     weights = {name: closed_form.vit_parameter(name, shape).astype(np.float32) for name, shape in shapes.items()}
     set_weights(model, weights, config)

@@ -1,4 +1,4 @@
-"""What the doctor calls on a GPU alone: the fused kernels by themselves, and work that keeps the GPU busy."""
+"""Calls that only a GPU supports: the fused kernels by themselves, and work that keeps the GPU busy."""
 
 from __future__ import annotations
 
