@@ -49,11 +49,6 @@ def copy(x: Array, *, dtype: Any = None) -> Array:
     return x.copy()
 
 
-def memcpy(x: Array, *, dst_place_type: int) -> Array:
-    """Return `x`. The place is 0 for the CPU, 1 for the GPU."""
-    return x.copy()
-
-
 def assign_out(x: Array, out: Array) -> Array:
     """Return `x` as the new content of `out`."""
     return x.copy()

@@ -12,6 +12,7 @@ import inspect
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import count
 from typing import Any
 
@@ -59,7 +60,8 @@ class Instruction:
     results: tuple[int | None, ...]
     types: tuple[list[tuple[Any, tuple[int, ...]]], ...]  # of each result: dtype and shape, several for a vector
     attributes: Mapping[str, Any]
-    operator: Operator | None  # None for the operators that execute_program treats itself
+    operator: Operator | None  # None for combine and split, variables, and collectives
+    supplied: frozenset[str] = frozenset()  # the keywords of the operator's function that are no attributes
     is_persistable: bool = False  # of a stored or loaded value: it outlives the step
 
 
@@ -77,6 +79,7 @@ class Decoded:
         return {*self.arguments, *(str(one.attributes[keys[one.name]]) for one in named)}
 
 
+_SUPPLIED = {"rounded", "new_seed"}  # keywords of an operator's function that are no attributes
 _BUILTINS = {"builtin.combine", "builtin.split", "builtin.parameter", "builtin.shadow_output", "pd_op.data"}
 _COLLECTIVES = {"pd_op.all_reduce", "pd_op.all_reduce_", "pd_op.all_gather", "pd_op.reduce_scatter"}
 _POINT_TO_POINT = {"pd_op.send_v2", "pd_op.recv_v2"}
@@ -102,12 +105,15 @@ def decode(program: Any) -> Decoded:
             for key, value in op.attrs().items()
             if key not in _ANNOTATIONS and not key.startswith(_OWN_ATTRIBUTE)
         }
-        operator = None
+        operator, supplied = None, set()
         if name not in _BUILTINS | _COLLECTIVES | _POINT_TO_POINT:
             operator = OPERATORS.get(name)
             if operator is None:
                 raise NotImplementedError(f"{name} isn't in the table of operators.py")
-            _check_attributes(name, operator, attributes)
+            supplied = _SUPPLIED & _keywords(operator)
+            unknown = set(attributes) - _keywords(operator)
+            if unknown:
+                raise TypeError(f"{name} has attributes that operators.py doesn't know: {sorted(unknown)}")
         stored = operands if name == "builtin.shadow_output" else results
         instructions.append(
             Instruction(
@@ -117,6 +123,7 @@ def decode(program: Any) -> Decoded:
                 tuple([] if value is None else _tensor_types(value.type()) for value in results),
                 attributes,
                 operator,
+                frozenset(supplied),
                 is_persistable=len(stored) == 1 and stored[0] is not None and bool(stored[0].persistable),
             )
         )
@@ -129,21 +136,11 @@ def _tensor_types(type_: Any) -> list[tuple[Any, tuple[int, ...]]]:
     return [(DTYPES[element.dtype], tuple(element.shape)) for element in elements]
 
 
-_SUPPLIED = {"rounded", "new_seed"}  # keywords of operators.py that are no attributes
-
-
-def _check_attributes(name: str, operator: Operator, attributes: Mapping[str, Any]) -> None:
+@cache
+def _keywords(operator: Operator) -> set[str]:
     if isinstance(operator.function, np.ufunc) or operator.function is np.where:
-        known = {"axis"} & set(attributes) if attributes.get("axis") == -1 else set()
-    else:
-        known = _keywords(operator.function) - _SUPPLIED
-    unknown = set(attributes) - known
-    if unknown:
-        raise TypeError(f"{name} has attributes that operators.py doesn't know: {sorted(unknown)}")
-
-
-def _keywords(function: Callable[..., Any]) -> set[str]:
-    parameters = inspect.signature(function).parameters.values()
+        return set()  # NumPy's keywords are others
+    parameters = inspect.signature(operator.function).parameters.values()
     return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 
 
@@ -191,7 +188,10 @@ class Rank:
             index: local[name] if name in local else self.variables[name] for name, index in program.arguments.items()
         }
         for instruction in program.instructions:
-            inputs = [None if index is None else values[index] for index in instruction.inputs]
+            try:
+                inputs = [None if index is None else values[index] for index in instruction.inputs]
+            except KeyError:
+                raise RuntimeError(f"{instruction.name} reads a value that no operator before it computes") from None
             if instruction.operator is not None:
                 results = self._compute(instruction, inputs)
             elif instruction.name in _BUILTINS:
@@ -222,19 +222,14 @@ class Rank:
     def _compute(self, instruction: Instruction, inputs: list[Value]) -> list[Value]:
         operator, keywords = instruction.operator, dict(instruction.attributes)
         assert operator is not None
-        if isinstance(operator.function, np.ufunc) or operator.function is np.where:
-            keywords = {}
-        else:
-            names = _keywords(operator.function)
-            if "new_seed" in names:
-                keywords["new_seed"] = lambda: int(self.generator.integers(1, 2**31))
-            if "rounded" in names:
-                dtype = inputs[0].dtype
-                keywords["rounded"] = lambda x: x.astype(dtype).astype(np.float32)
-        with np.errstate(all="ignore"):
-            results = operator.function(*map(_in_float32, inputs), **keywords)
-            results = results if isinstance(results, tuple) else (results,)
-            return [self._store(instruction, number, result, inputs) for number, result in enumerate(results)]
+        if "new_seed" in instruction.supplied:
+            keywords["new_seed"] = lambda: int(self.generator.integers(1, 2**31))
+        if "rounded" in instruction.supplied:
+            dtype = inputs[0].dtype
+            keywords["rounded"] = lambda x: x.astype(dtype).astype(np.float32)
+        results = operator.function(*map(_in_float32, inputs), **keywords)
+        results = results if isinstance(results, tuple) else (results,)
+        return [self._store(instruction, number, result, inputs) for number, result in enumerate(results)]
 
     @staticmethod
     def _store(instruction: Instruction, number: int, result: Value, inputs: list[Value]) -> Value:
@@ -288,6 +283,11 @@ def run_in_lock_step(tasks: Sequence[Collectives], rings: Sequence[Mapping[int, 
     (Two groups that have no rank in common may have the same ring_id.) Raises RuntimeError if ranks wait for each other
     forever, or disagree about a collective.
     """
+    with np.errstate(all="ignore"):  # overflows and NaNs are part of float16's loss scaling
+        _run_in_lock_step(tasks, rings)
+
+
+def _run_in_lock_step(tasks: Sequence[Collectives], rings: Sequence[Mapping[int, tuple[int, ...]]]) -> None:
     waiting: dict[int, Request] = {}
     sent: defaultdict[tuple[int, int, int], deque[Array]] = defaultdict(deque)  # by ring_id, sender, receiver
     ready: deque[tuple[int, Array | None]] = deque((rank, None) for rank in range(len(tasks)))
@@ -358,10 +358,9 @@ def _perform(requests: Sequence[Request]) -> list[Array]:
 def _reduce(values: Sequence[Array], kind: int) -> Array:
     """Reduce in the order of the ranks. In half precision each partial result is rounded."""
     dtype = values[0].dtype
-    with np.errstate(all="ignore"):
-        total = values[0]
-        for value in values[1:]:
-            total = _REDUCTIONS[kind](_in_float32(total), _in_float32(value)).astype(dtype)
-        if kind == int(paddle.distributed.ReduceOp.AVG):
-            total = (_in_float32(total) / len(values)).astype(dtype)
+    total = values[0]
+    for value in values[1:]:
+        total = _REDUCTIONS[kind](_in_float32(total), _in_float32(value)).astype(dtype)
+    if kind == int(paddle.distributed.ReduceOp.AVG):
+        total = (_in_float32(total) / len(values)).astype(dtype)
     return total

@@ -161,8 +161,8 @@ def keep_mask(shape: tuple[int, ...], p: float, seed: int) -> Array:
 
     These are the masks of Paddle's CPU kernel, with which a program is compared. A GPU draws others from the same seed.
     """
-    kept = paddle._C_ops.dropout(paddle.ones(shape), None, p, False, "upscale_in_train", seed, True)
-    return (kept.numpy() != 0).astype(np.uint8)
+    dropped_ones = paddle._C_ops.dropout(paddle.ones(shape), None, p, False, "upscale_in_train", seed, True)
+    return (dropped_ones.numpy() != 0).astype(np.uint8)
 
 
 def _drop(x: Array, mask: Array, p: float) -> Array:

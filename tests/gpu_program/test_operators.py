@@ -120,7 +120,6 @@ FORWARD: dict[str, list[Forward]] = {
     "max": [([X, ints(1)], {"keepdim": True}, lambda x, _: x.max(1, keepdim=True))],
     "maximum": [([X, Y], {}, paddle.maximum)],
     "mean": [([X, ints()], {"keepdim": False}, lambda x, _: x.mean())],
-    "memcpy": [([X], {"dst_place_type": 0}, paddle.assign)],
     "multiply": [([X, COLUMN], {}, paddle.multiply)],
     "one_hot": [([ints(2, 0, 4), ints(5)], {}, lambda x, _: F.one_hot(x, 5))],
     "reshape": [([X, ints(0, -1)], {}, lambda x, _: x.reshape([0, -1]))],

@@ -20,6 +20,7 @@ from gpu_program.build import (
     covering_cases,
     expected_of,
 )
+from gpu_program.interpreter import decode
 from vit_static.config.schema import ModelConfig
 from vit_static.plan.costs import count_by_kind, program_costs
 from vit_static.plan.planner import Cluster, make_plan
@@ -50,7 +51,10 @@ def test_every_pair_of_options_occurs() -> None:
 def test_a_program_has_all_properties(case: GpuCase) -> None:
     """Of the first rank, and in a pipeline also of the last."""
     for rank in {0, case.shape.world_size - 1} if case.shape.pp > 1 else {0}:
-        assert problems_of(compile_rank(case, rank)) == {"train": [], "eval": []}
+        compiled = compile_rank(case, rank)
+        assert problems_of(compiled) == {"train": [], "eval": []}
+        for program in compiled.modes.values():
+            decode(program)  # the interpreter knows every operator, and every attribute of it
 
 
 @pytest.mark.parametrize(

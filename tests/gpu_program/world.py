@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,12 +23,13 @@ from paddle.distributed.auto_parallel.static.process_group import get_all_proces
 
 from gpu_program.array_operators import Array
 from gpu_program.build import GpuCase, build_program, building
-from gpu_program.interpreter import Decoded, Rank, decode, run_in_lock_step
+from gpu_program.interpreter import Decoded, Instruction, Rank, decode, run_in_lock_step
 from vit_static.checkpoint.sharded_state import ShardedReader, rank_shard, write_shard
 from vit_static.parallel import gloo
 from vit_static.program.program import Program
 
 _initialize, _init_pir = paddle_engine.Engine._initialize, ProgramHelper.init_pir  # before `building` replaces them
+Instructions = tuple[Instruction, ...]
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -38,19 +39,24 @@ class _Launch:
 
     mode: str
     feed: dict[str, Array]
-    loss: Array | None  # receives the result
+    result: Array | None  # receives the criterion's values, if the host asks for them
     seed: int  # of the rank's generator
 
 
 class _Executor:
     """Takes the place of Paddle's executor for one mode of one rank: records what it is called with."""
 
-    def __init__(self, mode: str, num_micro_batches: int) -> None:
-        self._mode, self._num_micro_batches = mode, num_micro_batches
+    def __init__(self, mode: str) -> None:
+        self._mode = mode
         self.launched: _Launch | None = None
 
     def run(
-        self, program: Any, feed: Mapping[str, Any], fetch_list: list[Any], use_program_cache: bool, return_numpy: bool
+        self,
+        program: Any,
+        feed: Mapping[str, Any],
+        fetch_list: list[Any],
+        use_program_cache: bool = False,
+        return_numpy: bool = True,
     ) -> list[Array]:
         """Return arrays that are filled when the program has run."""
         assert self.launched is None, "the step before hasn't run"
@@ -58,11 +64,10 @@ class _Executor:
             scope = paddle.static.global_scope()
             rate = np.array(program.lr_scheduler(), np.float32)
             scope.var(program.lr_name).get_tensor().set(rate, paddle.CPUPlace())
-        batches = [self._num_micro_batches] if self._num_micro_batches > 1 else []
-        results = [np.full([*batches, *value.shape], np.nan, np.float32) for value in fetch_list]
+        results = [np.full(value.shape, np.nan, np.float32) for value in fetch_list]
         arrays = {name: np.array(value) for name, value in feed.items()}
-        loss = results[0] if results else None  # only the last stage of a pipeline has one
-        self.launched = _Launch(self._mode, arrays, loss, core.default_cpu_generator().initial_seed())
+        result = results[0] if results else None
+        self.launched = _Launch(self._mode, arrays, result, core.default_cpu_generator().initial_seed())
         return results
 
 
@@ -74,7 +79,7 @@ class _Member:
     scope: Any
     executors: dict[str, _Executor]
     jobs: dict[str, list[tuple[Decoded, int]]]  # programs, each for a micro-batch
-    loss_names: dict[str, str]
+    result_names: dict[str, str]  # of the criterion's values, by mode
     rings: dict[int, tuple[int, ...]]  # the ranks of each group, by ring_id
 
     def launched(self) -> _Launch:
@@ -87,14 +92,12 @@ class _Member:
 
     def variables(self, mode: str) -> dict[str, Array]:
         """Return copies of the persistable variables that a mode's programs use."""
-        names = {name for program, _ in self.jobs[mode] for name in program.variable_names()}
-        tensors = {name: self.scope.find_var(name) for name in sorted(names)}
-        arrays = {name: None if var is None else var.get_tensor() for name, var in tensors.items()}
-        return {
-            name: _to_array(tensor)
-            for name, tensor in arrays.items()
-            if tensor is not None and tensor._is_initialized()
-        }
+        arrays = {}
+        for name in {name for program, _ in self.jobs[mode] for name in program.variable_names()}:
+            variable = self.scope.find_var(name)
+            if variable is not None and variable.get_tensor()._is_initialized():
+                arrays[name] = _to_array(variable.get_tensor())
+        return arrays
 
     def store(self, variables: Mapping[str, Array]) -> None:
         """Write variables back, with the dtypes that they have."""
@@ -109,7 +112,7 @@ def _to_array(tensor: Any) -> Array:
 
 
 class World:
-    """The ranks of a mesh. Each launches a step, then `run` executes it on all of them."""
+    """The ranks of a mesh. Each launches a step; when all have, it is executed."""
 
     def __init__(self, case: GpuCase, modes: tuple[str, ...] = ("train",)) -> None:
         self.case = case
@@ -123,10 +126,10 @@ class World:
             for mode in modes:
                 compiled = program.compiled(mode)
                 plan = program._built[mode][1]
-                member.executors[mode] = _Executor(mode, 1 if plan is None else plan.micro_batch_num())
+                member.executors[mode] = _Executor(mode)
                 program._built[mode] = member.executors[mode], plan
                 member.jobs[mode] = _decode_jobs(compiled, plan)
-                member.loss_names[mode] = program._program._engine._loss_names[0]
+                member.result_names[mode] = program._program._engine._loss_names[0]
             program._mode = None  # the next step enters its mode, and with it the executor above
             member.rings |= {group.id: tuple(group.ranks) for group in get_all_process_groups()}
         return member
@@ -143,6 +146,27 @@ class World:
             stack.enter_context(patch.object(core, "reshard", gloo._reshard))
             stack.enter_context(patch.object(paddle._legacy_C_ops, "barrier", lambda *_: None))
             yield
+
+    @contextmanager
+    def rewritten(self, function: Callable[[Instructions], Instructions]) -> Iterator[None]:
+        """Replace the instructions of each training program by function(instructions) within the context."""
+        originals = [member.jobs["train"] for member in self._members]
+        for member in self._members:
+            changed: dict[int, Decoded] = {}
+            for program, _ in member.jobs["train"]:
+                if id(program) not in changed:
+                    changed[id(program)] = replace(program, instructions=function(program.instructions))
+            member.jobs["train"] = [(changed[id(program)], number) for program, number in member.jobs["train"]]
+        try:
+            yield
+        finally:
+            for member, original in zip(self._members, originals, strict=True):
+                member.jobs["train"] = original
+
+    def operator_names(self) -> set[str]:
+        """Return the names of all operators of the programs."""
+        jobs = [job for member in self._members for jobs in member.jobs.values() for job in jobs]
+        return {instruction.name for program, _ in jobs for instruction in program.instructions}
 
     def on_each_rank(self, function: Callable[[Program, int], Any]) -> list[Any]:
         """Return function(program, rank) for each rank, called as this rank."""
@@ -184,7 +208,7 @@ class World:
     def _run(self) -> None:
         """Execute what the ranks have launched."""
         launches = [member.launched() for member in self._members]
-        tasks, scopes, variables = [], [], []
+        tasks, feeds_of_ranks, memories = [], [], []
         for member, launch in zip(self._members, launches, strict=True):
             jobs = member.jobs[launch.mode]
             num_micro_batches = 1 + max(micro_batch for _, micro_batch in jobs)
@@ -194,14 +218,24 @@ class World:
             ]
             memory = member.variables(launch.mode)
             tasks.append(Rank(memory, np.random.default_rng(launch.seed)).run(jobs, feeds))
-            scopes.append(feeds)
-            variables.append(memory)
+            feeds_of_ranks.append(feeds)
+            memories.append(memory)
         run_in_lock_step(tasks, [member.rings for member in self._members])
-        for member, launch, feeds, memory in zip(self._members, launches, scopes, variables, strict=True):
+        for member, launch, feeds, memory in zip(self._members, launches, feeds_of_ranks, memories, strict=True):
             member.store(memory)
-            if launch.loss is not None:
-                name = member.loss_names[launch.mode]
-                launch.loss[...] = np.reshape([feed[name] for feed in feeds], launch.loss.shape)
+            if launch.result is not None:
+                (feed,) = feeds
+                launch.result[...] = feed[member.result_names[launch.mode]]
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Replace the weights by their moving average within the context."""
+        managers = self.on_each_rank(lambda program, rank: program.ema_weights())
+        self.on_each_rank(lambda program, rank: managers[rank].__enter__())
+        try:
+            yield
+        finally:
+            self.on_each_rank(lambda program, rank: managers[rank].__exit__(None, None, None))
 
     # State
 
