@@ -106,11 +106,22 @@ def test_steps_start_one_after_another_and_only_the_last_is_waited_for(
     assert timed[:-1] == [0] * (steps.NUM_TIMED_STEPS - 1) and timed[-1] > 0
 
 
-def test_a_step_whose_start_waits_for_the_gpu_is_found(recorded: tuple[Subject, RecordedDevice]) -> None:
+def test_a_step_whose_start_waits_for_the_gpu_is_found(
+    recorded: tuple[Subject, RecordedDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As here: the recorded GPU's work is done within the call that starts it."""
+    monkeypatch.setattr(gpu_kernels, "_BUSY_SIZE", 64)
     result = check(recorded, "speed")
     assert result.status == "failed" and "starting a step waits for the GPU" in result.message
     assert result.remedy.startswith("no switch")
+
+
+def test_a_step_longer_than_the_gpus_queue_is_not_judged(
+    recorded: tuple[Subject, RecordedDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "_MAX_QUEUED", 10)
+    result = check(recorded, "speed")
+    assert result.status == "ok" and "can't be told" in result.message
 
 
 def test_other_work_is_started_in_front_of_a_step_without_waiting_for_it(

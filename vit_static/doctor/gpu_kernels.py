@@ -10,7 +10,8 @@ from paddle.incubate.nn import functional as fused
 
 from vit_static.model.vit import Dropout, flash_attention
 
-_BUSY_SIZE = 4096  # rows and columns of the products that keep a GPU busy
+_BUSY_SIZE = 8192  # rows and columns of the products that keep a GPU busy: tens of milliseconds each
+_MAX_PRODUCTS = 100
 
 
 def attention(query: Any, key: Any, value: Any) -> Any:
@@ -42,5 +43,5 @@ def keep_busy(seconds: float) -> None:
     paddle.matmul(values, values)
     wait()
     per_product = max(time.perf_counter() - started, 1e-5)
-    for _ in range(min(int(seconds / per_product) + 1, 2000)):
+    for _ in range(min(int(seconds / per_product) + 1, _MAX_PRODUCTS)):
         paddle.matmul(values, values)

@@ -66,7 +66,7 @@ def run(
     seconds = time.monotonic() - started
     has_passed = num["failed"] == 0
     where = "" if has_passed else f"; what the processes printed is in {folder}"
-    print(f"{duration(seconds)}: {num['ok']} ok, {num['failed']} failed, {num['skipped']} don't apply{where}")
+    print(f"{duration(seconds)}: {num['ok']} ok, {num['failed']} failed, {num['skipped']} skipped{where}")
     setting = record.setting(config, world_size, visible_gpus())
     if has_passed and len(names) == len(CHECKS):
         record.write_pass(setting, config.name)
