@@ -24,6 +24,7 @@ from gpu_program.interpreter import decode
 from vit_static.config.schema import ModelConfig
 from vit_static.plan.costs import count_by_kind, program_costs
 from vit_static.plan.planner import Cluster, make_plan
+from vit_static.program.grad_buckets import STREAM
 from vit_static.program.ir import BACKWARD
 from vit_static.program.verify import violations
 
@@ -66,9 +67,12 @@ def test_a_program_has_all_properties(case: GpuCase) -> None:
         GpuCase(mesh="dp 8", parallel={"overlap_gradients": False}),
         GpuCase(mesh="dp 8", parallel={"reduce_dtype": "bfloat16"}),
         GpuCase(mesh="ZeRO 2", parallel={"reduce_dtype": "bfloat16"}),
+        GpuCase(mesh="ZeRO 3", parallel={"reduce_dtype": "float16"}),
+        GpuCase(mesh="ZeRO 3", precision="O0 float32", parallel={"reduce_dtype": "bfloat16"}),
+        GpuCase(mesh="pp 2 x mp 2 x dp 2", precision="O2 float16", freeze="backbone"),
         GpuCase(mesh="dp 8", kernels={"fused_linear": False, "fused_dropout": False}),
     ],
-    ids=lambda case: f"{case}: {case.amp or case.parallel or case.kernels}",
+    ids=lambda case: f"{case} {case.amp or case.parallel or case.kernels}",
 )
 def test_settings_of_exchanges_and_kernels_keep_all_properties(case: GpuCase) -> None:
     assert problems_of(compile_rank(case, modes=("train",))) == {"train": []}
@@ -130,6 +134,9 @@ def test_gradients_are_exchanged_during_the_backward_pass() -> None:
         for position, op in enumerate(ops)
         if op.name() == "pd_op.all_reduce" and compiled.rings[op.attrs()["ring_id"]] == tuple(range(8))
     ]
+    buckets = [op for op in ops if op.has_attr("execution_stream")]
+    assert {op.str_attr("execution_stream") for op in buckets} == {STREAM}
+    assert len(buckets) == len(exchanges) - 1  # all but the patch embedding's, which Paddle sums by itself
     num_bytes = sum(size for _, size in exchanges)
     assert 4 * 86_567_656 <= num_bytes < 4 * 86_567_656 * 1.001  # the parameters of B/16, and squares for the norm
     assert sum(size for position, size in exchanges if position < backward[-1]) >= 0.9 * num_bytes

@@ -105,6 +105,25 @@ def never_unscale(program: Any) -> None:
         clipped.operand(1).set_source(paddle.full([1], 1.0, "float32"))
 
 
+def unscale_by_the_factor_again(program: Any) -> None:
+    clipped = next(op for op in program.global_block().ops if op.has_attr(CLIPPED_GRADIENT))
+    scale = next(op.result(0) for op in operators(program, "data") if op.attrs()["name"].startswith("loss_scaling"))
+    with insert_before(clipped):
+        clipped.operand(1).set_source(clipped.operand_source(1) / scale)
+
+
+def record_the_scaled_norm(program: Any) -> None:
+    norm = next(op for op in operators(program, "sqrt") if len(op.result(0).all_used_ops()) == 1)
+    division = norm.result(0).all_used_ops()[0]
+    assert division.name() == "pd_op.divide"
+    division.result(0).replace_all_uses_with(norm.result(0))
+    division.erase()
+
+
+def forget_a_gradient(program: Any) -> None:
+    next(op for op in program.global_block().ops if op.has_attr(CLIPPED_GRADIENT)).erase_attr(CLIPPED_GRADIENT)
+
+
 def change_a_bucket_in_flight(program: Any) -> None:
     exchange = next(op for op in operators(program, "all_reduce") if op.has_attr("execution_stream"))
     assert exchange.str_attr("execution_stream") == STREAM
@@ -128,6 +147,9 @@ def change_a_bucket_in_flight(program: Any) -> None:
         (BFLOAT16, exchange_twice, "its gradient is exchanged 2 times before vit_static_squared_gradient"),
         (FLOAT16, unscale_again, "its gradient is unscaled 2 times"),
         (FLOAT16, never_unscale, "its gradient is unscaled 0 times"),
+        (FLOAT16, unscale_by_the_factor_again, "its gradient is unscaled 2 times"),
+        (FLOAT16, record_the_scaled_norm, "the norm of the gradients is unscaled 0 times"),
+        (BFLOAT16, forget_a_gradient, "its gradient is used 0 times as vit_static_clipped_gradient"),
         (BFLOAT16, change_a_bucket_in_flight, f"which may be running on the stream {STREAM}"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",

@@ -69,6 +69,8 @@ class GlobalNormClip(nn.ClipGradByGlobalNorm):
 
     def _clip(self, parameter: Any, gradient: Any, factor: Any) -> Any:
         mesh = gradient.process_mesh
+        if self._loss_scaling.is_on:  # float16 has neither the range nor the precision of such a factor
+            gradient = gradient.astype("float32")
         clipped = gradient * replicate(factor, mesh).astype(gradient.dtype)
         clipped.get_defining_op().set_str_attr(CLIPPED_GRADIENT, parameter.name)
         if not self._loss_scaling.is_on:

@@ -12,7 +12,7 @@ from typing import Any
 import paddle
 import paddle.distributed as dist
 
-from vit_static.parallel.dist_values import assign_to, place_variable, replicate
+from vit_static.parallel.dist_values import assign_to, create_variable, place_variable, replicate
 
 MAX_LOSS_SCALE = 2.0**32  # as in PLSC
 # PLSC's other settings: halve the scale after two steps in a row that overflowed, double it after 1000 that didn't.
@@ -22,11 +22,15 @@ DECREASE_RATIO, NUM_BAD_STEPS, INCREASE_RATIO, NUM_GOOD_STEPS = 0.5, 2, 2.0, 100
 class LossScaling:
     """The loss scale of the program being built, and whether the gradients of its step are finite.
 
-    If they aren't, the step changes nothing but the scale: neither weights nor optimizer state.
+    If they aren't, the step changes neither weights nor optimizer state, only the scale, and the moving average of the
+    weights as in any step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stages: list[dist.ProcessMesh]) -> None:
+        """`stages`: the mesh of each pipeline stage."""
+        self._stages = stages
         self._scale: Any = None
+        self._num_skipped: Any = None
         self._finite_factor: Any = None
         self._is_finite: dict[tuple[int, ...], Any] = {}  # by the ranks of a stage
 
@@ -40,6 +44,9 @@ class LossScaling:
     def set_scale(self, scale: Any) -> None:
         """Take the scale, [1] float32, a variable of every rank, that the loss has been multiplied by."""
         self._scale = _on_every_rank(scale)
+        world = dist.auto_parallel.get_mesh()
+        replicated = [dist.Replicate()] * world.ndim
+        self._num_skipped = create_variable("num_skipped_steps", [1], "float32", world, replicated)
 
     def unscale_norm(self, norm: Any) -> Any:
         """Return the norm of the gradients, [1], from that of the scaled gradients."""
@@ -63,14 +70,19 @@ class LossScaling:
             is_finite.stop_gradient = True
         return self._is_finite[ranks]
 
-    def update(self, stages: list[dist.ProcessMesh], num_good_steps: Any, num_bad_steps: Any) -> None:
+    def num_skipped_on(self, mesh: dist.ProcessMesh) -> Any:
+        """Return the number of steps before this one that were skipped, [1] float32, on the ranks of a stage."""
+        return replicate(paddle.assign(self._num_skipped), mesh)
+
+    def update(self, num_good_steps: Any, num_bad_steps: Any) -> None:
         """Change the scale after a step, on all pipeline stages. `num_...`: variables [1] int32 of every rank."""
-        variables = [self._scale, *(_on_every_rank(number) for number in (num_good_steps, num_bad_steps))]
-        for stage in stages:
+        variables = [self._scale, self._num_skipped, *map(_on_every_rank, (num_good_steps, num_bad_steps))]
+        for stage in self._stages:
             # Views, which share the memory of the variables.
-            scale, num_good, num_bad = (replicate(variable, stage) for variable in variables)
+            scale, num_skipped, num_good, num_bad = (replicate(variable, stage) for variable in variables)
             is_finite = self.is_finite_on(stage)
             finite = is_finite.astype("int32")
+            assign_to(num_skipped, num_skipped + (1.0 - is_finite.astype("float32")))
             good, bad = finite * (num_good + 1), (1 - finite) * (num_bad + 1)
             grows = paddle.equal(good, paddle.full_like(good, NUM_GOOD_STEPS))
             shrinks = paddle.equal(bad, paddle.full_like(bad, NUM_BAD_STEPS))

@@ -9,9 +9,10 @@ coefficient (0 if it isn't decayed).
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -147,14 +148,14 @@ class RuleOptimizer(EmaMixin, ShardedState, paddle.optimizer.Optimizer, ABC):
         learning_rate = group.lr_multiplier * self._learning_rate_on(parameter)
         gradient = reshard(gradient.astype("float32"), placements)
         update = self.update(gradient, old, states, self._decay if group.decays else 0.0)
-        change, new_states = learning_rate * update.direction, update.states
+        new_states = update.states
         if self._loss_scaling.is_on:  # if the scaled gradients overflowed, change nothing
-            is_finite = self._loss_scaling.is_finite_on(parameter.process_mesh).astype("float32")
-            change = is_finite * change
-            new_states = {name: states[name] + is_finite * (new - states[name]) for name, new in new_states.items()}
+            finite = self._loss_scaling.is_finite_on(parameter.process_mesh).astype("float32")
+            learning_rate = finite * learning_rate
+            new_states = {name: finite * new + (1.0 - finite) * states[name] for name, new in new_states.items()}
         for name, new_state in new_states.items():
             assign_to(states[name], reshard(new_state, states[name].placements))
-        new = old - change
+        new = old - learning_rate * update.direction
         assign_to(weight, reshard(new, weight.placements))
         if low_precision:
             assign_to(parameter, reshard(new.astype(parameter.dtype), parameter.placements))
@@ -167,8 +168,18 @@ class RuleOptimizer(EmaMixin, ShardedState, paddle.optimizer.Optimizer, ABC):
         return self._multi_precision and self._is_dtype_fp16_or_bf16(parameter.dtype)
 
     def _scalar(self, name: str, like: Any) -> Any:
-        """Return a scalar of this step on the ranks of `like`."""
-        return replicate(self._scalars.value(name), like.process_mesh)
+        """Return a scalar of this step (`step_scalars`), [1], on the ranks of `like`.
+
+        With loss scaling it is computed on the device, as that of the n-th step that wasn't skipped.
+        """
+        mesh = like.process_mesh
+        if not self._loss_scaling.is_on:
+            return replicate(self._scalars.value(name), mesh)
+        number = replicate(self._scalars.value("step"), mesh) - self._loss_scaling.num_skipped_on(mesh)
+        if name == "second_moment_decay":
+            return paddle.clip(1.0 - number**-0.8, max=self._optim.betas[1])
+        beta = self._optim.betas[0] if name == "correction1" else self._optim.betas[1]
+        return 1.0 - paddle.exp(number * math.log(beta))
 
 
 class AdamWByRule(RuleOptimizer):
@@ -337,12 +348,13 @@ def make_optimizer(
     scales_loss: bool = False,
     sharding_stage: int = 0,
     state_placements: StatePlacements | None = None,
+    stages: Sequence[dist.ProcessMesh] = (),
 ) -> OptimizerParts:
     """Create the config's optimizer over all parameters of the model that have a gradient.
 
     With `low_precision`, parameters in half precision get float32 master copies. `scales_loss`: the loss is going to be
     scaled, as float16 needs. `sharding_stage` is ZeRO's, and `state_placements` returns where it puts a parameter's
-    state.
+    state. `stages`: the mesh of each pipeline stage.
     """
     scheduler = paddle.optimizer.lr.LambdaDecay(learning_rate=1.0, lr_lambda=learning_rate)
     scalars = StepScalars()
@@ -351,7 +363,7 @@ def make_optimizer(
     trained = {name: parameter for name, parameter in model.named_parameters() if not parameter.stop_gradient}
     groups = {parameter.name: param_group(name, depth, optim) for name, parameter in trained.items()}
     norm_groups = {parameter.name: norm_group(name) for name, parameter in trained.items()}
-    loss_scaling = LossScaling()
+    loss_scaling = LossScaling(list(stages))
     clip = GlobalNormClip(optim.clip_norm, norm_groups, lambda: scalars.value("step"), loss_scaling)
     common: dict[str, Any] = {
         "parameters": list(trained.values()),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,8 @@ class ShardedState:
     _scatters_gradients = False
     _num_micro_batches = 1
     _learning_rate_of_mesh: Any = None
-    _loss_scaling = LossScaling()
+    _loss_scaling = LossScaling([])
+    _found_inf = None  # passed on to `update_loss_scaling`, which asks the loss scaling instead
     # Mixed precision then gives the scaled gradients to `apply_gradients`, and leaves it to check and unscale them.
     _supports_check_nan_inf = True
 
@@ -53,9 +54,7 @@ class ShardedState:
 
     def apply_gradients(self, params_grads: Any) -> Any:
         """Override the method that mixed precision calls instead with O2."""
-        reduced = self._reduce_gradients(params_grads)
-        self._found_inf = _unique_meshes(parameter.process_mesh for parameter, _ in reduced)
-        return super().apply_gradients(reduced)  # type: ignore[misc]
+        return super().apply_gradients(self._reduce_gradients(params_grads))  # type: ignore[misc]
 
     def scale_loss_by(self, loss_scaling: LossScaling) -> None:
         """Use this loss scaling if mixed precision turns it on, in float16."""
@@ -121,7 +120,7 @@ class ShardedState:
 
 def update_loss_scaling(
     gradients: Any,
-    stages: list[dist.ProcessMesh],
+    found_inf: None,
     scale: Any,
     num_good_steps: Any,
     num_bad_steps: Any,
@@ -131,17 +130,9 @@ def update_loss_scaling(
 ) -> None:
     """Change the loss scale after a step: replaces Paddle's function of this name (program/engine.py).
 
-    `stages` and `stop_update` come from `ShardedState`.
+    `stop_update` comes from `ShardedState._get_stop_update_var`.
     """
-    stop_update.update(stages, num_good_steps, num_bad_steps)
-
-
-def _unique_meshes(meshes: Iterable[dist.ProcessMesh]) -> list[dist.ProcessMesh]:
-    unique: list[dist.ProcessMesh] = []
-    for mesh in meshes:
-        if not any(mesh == other for other in unique):
-            unique.append(mesh)
-    return unique
+    stop_update.update(num_good_steps, num_bad_steps)
 
 
 class StepScalars:

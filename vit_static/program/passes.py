@@ -21,7 +21,6 @@ _GATHER_CHAIN = {
     *("pd_op.cast", "pd_op.assign", "pd_op.full", "pd_op.full_int_array", "builtin.split", "builtin.combine"),
 }
 _SUMS = ("pd_op.all_reduce", "pd_op.all_reduce_", "pd_op.reduce_scatter")
-_HALF_DTYPES = (paddle.float16, paddle.bfloat16)
 _MASTER_CAST = "master_grad_cast"  # Paddle's attribute of the casts of gradients to float32
 
 
@@ -56,27 +55,28 @@ def regather_params_in_backward(program: Any) -> None:
                 clone_for_backward(chain, value, readers, operations)
 
 
-def sum_gradients_in_float32(program: Any, dp_ranks: tuple[int, ...]) -> None:
-    """Sum gradients over the data-parallel ranks in float32 where Paddle does so in half precision.
+def sum_gradients_in(dtype: str, program: Any, dp_ranks: tuple[int, ...]) -> None:
+    """Sum gradients over the data-parallel ranks in `dtype` where Paddle does so before they are cast to float32.
 
-    It does for a gradient whose shape changes, as that of the patch embedding, and in ZeRO stage 3.
+    It does in the backward pass: for a gradient whose shape changes, as that of the patch embedding, and in ZeRO stage
+    3.
     """
     with paddle.static.program_guard(program):
         for operation in list(program.global_block().ops):
-            if operation.name() not in _SUMS or operation.operand_source(0).dtype not in _HALF_DTYPES:
+            if operation.name() not in _SUMS or operation.op_role != BACKWARD:
                 continue
-            attributes = operation.attrs()
-            if tuple(sorted(get_process_group(attributes["ring_id"]).ranks)) != dp_ranks:
+            attributes, value, total = operation.attrs(), operation.operand_source(0), operation.result(0)
+            is_over_dp = tuple(sorted(get_process_group(attributes["ring_id"]).ranks)) == dp_ranks
+            if not is_over_dp or value.dtype == getattr(paddle, dtype):
                 continue
-            value, total = operation.operand_source(0), operation.result(0)
             with insert_before(operation):
-                in_float32 = paddle.cast(value, "float32")
+                converted = paddle.cast(value, dtype)
                 if operation.name() == "pd_op.reduce_scatter":
-                    summed = paddle._C_ops.reduce_scatter(in_float32, attributes["ring_id"], attributes["nranks"])
+                    summed = paddle._C_ops.reduce_scatter(converted, attributes["ring_id"], attributes["nranks"])
                 else:
-                    summed = paddle._C_ops.all_reduce(in_float32, attributes["ring_id"], attributes["reduce_type"])
+                    summed = paddle._C_ops.all_reduce(converted, attributes["ring_id"], attributes["reduce_type"])
                 for reader in total.all_used_ops():
-                    if reader.name() == "pd_op.cast" and reader.result(0).dtype == paddle.float32:
+                    if reader.name() == "pd_op.cast" and reader.result(0).dtype == summed.dtype:
                         reader.result(0).replace_all_uses_with(summed)
                         reader.erase()
                 if total.all_used_ops():

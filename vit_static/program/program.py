@@ -225,6 +225,7 @@ class Program:
             training.learning_rate,
             num_micro_batches=num_micro_batches(spec.parallel),
             low_precision=low_precision,
+            stages=[self._mesh.stage(stage) for stage in range(self._mesh.shape.pp)],
             scales_loss=low_precision and spec.precision.dtype == "float16",
             sharding_stage=spec.parallel.sharding_stage,
             state_placements=partial(sharding.state_placements, self._mesh),

@@ -112,7 +112,7 @@ class ProgramState:
         named = {}
         for key, tensor in self._dist_model.state_dict("all").items():
             layer_name = next((name for name in longest_first if key.startswith(name)), None)
-            loss_scale = re.fullmatch(r"(loss_scaling|num_good_steps|num_bad_steps)_\d+", key)
+            loss_scale = re.fullmatch(r"(loss_scaling|num_good_steps|num_bad_steps|num_skipped_steps)_\d+", key)
             if key in model_names.values():
                 named[key] = (key, tensor)
             elif layer_name is not None:

@@ -58,7 +58,9 @@ def violations(program: Any, expected: Expected, ranks_of: Callable[[int], tuple
         _streams_are_ordered,
     ]
     if expected.is_training:
-        checks += [_state_is_float32, _gradients_are_exchanged_once]
+        checks += [_state_is_float32, _gradients_are_marked, _gradients_are_exchanged_once]
+        if expected.precision.dtype == "float16":
+            checks += [_norm_is_unscaled_once]
     return [problem for check in checks for problem in check(reader, expected)]
 
 
@@ -187,6 +189,37 @@ def _parameter(program: _Program, name: str) -> Any:
     return None
 
 
+def _gradients_are_marked(program: _Program, expected: Expected) -> Iterator[str]:
+    """Check that each trained parameter, which has optimizer state, has one clipped gradient and one in the norm."""
+    stored = [op.attrs()["name"] for op in program.ops if op.name() == "pd_op.data" and op.result(0).persistable]
+    for op in program.ops:
+        if op.name() != "builtin.parameter":
+            continue
+        name = op.attrs()["parameter_name"]
+        if not any(other.startswith(f"{name}_") for other in stored):
+            continue
+        for use in (CLIPPED_GRADIENT, SQUARED_GRADIENT):
+            num_uses = sum(1 for other in program.ops if other.has_attr(use) and other.attrs()[use] == name)
+            if num_uses != 1:
+                yield f"{name}: its gradient is used {num_uses} times as {use}"
+
+
+def _norm_is_unscaled_once(program: _Program, expected: Expected) -> Iterator[str]:
+    """Check the stage that computes the norm: a square root of a sum, divided by the loss scale."""
+    norms = [op.result(0) for op in program.ops if op.name() == "pd_op.sqrt" and _is_norm(program, op)]
+    for norm in norms:
+        divisions = [reader for reader in norm.all_used_ops() if reader.name() == "pd_op.divide"]
+        num_unscalings = sum(_depends_on_loss_scale(program, op.operand_source(1)) for op in divisions)
+        if num_unscalings != 1:
+            yield f"the norm of the gradients is unscaled {num_unscalings} times"
+
+
+def _is_norm(program: _Program, op: Any) -> bool:
+    """Return whether an operator is the root of the sum of all groups' squares."""
+    source = program.producer(op.operand_source(0))
+    return op.op_role == UPDATE and source is not None and source.name() == "pd_op.sum" and op.result(0).shape == [1]
+
+
 @dataclass(frozen=True)
 class _Path:
     """The way of a gradient from the backward pass to an operator of the update."""
@@ -220,7 +253,7 @@ def _gradients_are_exchanged_once(program: _Program, expected: Expected) -> Iter
                     if dtype != expected.reduce_dtype:
                         yield f"{name}: its gradient is summed over ranks in {dtype}, not {expected.reduce_dtype}"
                 if expected.precision.dtype == "float16" and use == CLIPPED_GRADIENT:
-                    num_unscalings = path.num_unscalings + _depends_on_loss_scale(program, op.operand_source(1))
+                    num_unscalings = path.num_unscalings + _num_unscalings(program, op.operand_source(1))
                     if num_unscalings != 1:
                         yield f"{name}: its gradient is unscaled {num_unscalings} times before it is used"
     for (name, _), exchanges in exchanges_of.items():
@@ -265,6 +298,27 @@ def _paths(
             yield _Path(path.source, exchanges, path.num_unscalings + num_unscalings)
 
 
+def _num_unscalings(program: _Program, factor: Any) -> int:
+    """Return how often the factor of the gradients has been divided by the loss scale."""
+    op = program.producer(factor)
+    if op is None:
+        return 0
+    if op.name() == "pd_op.recv_v2":  # of another pipeline stage, whose program is checked there
+        return 1
+    if op.name() == "pd_op.where":  # the factor, or NaN if the step is skipped
+        return _num_unscalings(program, op.operand_source(1))
+    if op.name() == "pd_op.divide" and _depends_on_loss_scale(program, op.operand_source(1)):
+        is_bound = not _depends_on_loss_scale(program, op.operand_source(0))
+        by_norm = _depends_on_maximum(program, op.operand_source(1))
+        return 0 if is_bound and by_norm else 1 + _num_unscalings(program, op.operand_source(0))
+    return _num_unscalings(program, op.operand_source(0)) if op.name() in ("pd_op.cast", "pd_op.assign") else 0
+
+
+def _depends_on_maximum(program: _Program, value: Any) -> bool:
+    op = program.producer(value)
+    return op is not None and op.name() == "pd_op.maximum"
+
+
 def _depends_on_loss_scale(program: _Program, value: Any) -> bool:
     pending, seen = [value], set()
     while pending:
@@ -272,8 +326,6 @@ def _depends_on_loss_scale(program: _Program, value: Any) -> bool:
         if op is None or op.id() in seen:
             continue
         seen.add(op.id())
-        if op.name() == "pd_op.recv_v2":  # of another pipeline stage, whose program is checked there
-            return True
         if op.name() == "pd_op.data" and op.attrs()["name"].startswith("loss_scaling"):
             return True
         if op.op_role == UPDATE:
