@@ -32,6 +32,8 @@ from vit_static.parallel.mesh import MeshShape, start_mesh
 from vit_static.program.precision import Precision
 from vit_static.program.program import Program
 
+pytestmark = pytest.mark.early  # the cases share the ranks and the references that `runs` keeps
+
 NUM_STEPS = 10
 FLOAT32_BOUND = 1e-5
 UNIT_ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -150,14 +152,18 @@ class Runs:
         self._worlds: dict[GpuCase, tuple[World, list[Path]]] = {}
         self._references: dict[tuple[object, ...], Reference] = {}
 
-    def world(self, case: GpuCase) -> World:
-        """Return the ranks of a case, in their initial state."""
+    def built(self, case: GpuCase) -> tuple[World, list[Path]]:
+        """Return the ranks of a case, in whatever state they are, and the files of their initial state."""
         if case not in self._worlds:
             world = World(case, ("train", "eval") if case in EVALUATED else ("train",))
             folder = self._folder / str(len(self._worlds))
             folder.mkdir()
             self._worlds[case] = world, world.save(folder)
-        world, paths = self._worlds[case]
+        return self._worlds[case]
+
+    def world(self, case: GpuCase) -> World:
+        """Return the ranks of a case, in their initial state."""
+        world, paths = self.built(case)
         world.restore(paths)
         return world
 
@@ -166,7 +172,7 @@ class Runs:
         config = case.config()
         key = config.optim, config.model, config.data.global_batch_size, case.shape.dp
         reference = self._references.get(key) or self._references.setdefault(key, Reference(case))
-        reference.restore(self._worlds[case][1])
+        reference.restore(self.built(case)[1])
         return reference
 
 
@@ -371,16 +377,17 @@ def update_rounded_weights(instructions: Instructions) -> Instructions:
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_a_broken_program_exceeds_the_bound(runs, case, break_program):
+    """By far: after ten steps by 15 times in bfloat16, and by 90 times or more in float16."""
     world = runs.world(case)
     with world.rewritten(break_program):
-        run = execute(world)
-    errors = relative_errors(run, runs.reference(case).train())
-    assert max(errors.values()) > 1.5 * bound(case)
+        run = execute(world, num_steps=4)
+    errors = relative_errors(run, runs.reference(case).train(num_steps=4))
+    assert max(errors.values()) > 5 * bound(case)
 
 
 def test_every_operator_of_the_table_occurs_in_a_program(runs):
     """Nearly all in those above. (test_programs.py tests the reverse, with many more programs.)"""
-    names = {name for case in [*FLOAT32, *HALF] for name in runs.world(case).operator_names()}
+    names = {name for case in [*FLOAT32, *HALF] for name in runs.built(case)[0].operator_names()}
     two_pools = MODEL.model_copy(update={"pool": "cls_gap"})
     names |= World(gpu_case("single", "O2 bfloat16", "lion", dropout=0.1, model=two_pools)).operator_names()
     assert set(OPERATORS) - names == set()
