@@ -29,6 +29,21 @@ ALL_OPTIMIZERS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("amp", "kernels", "message"),
+    [
+        (AmpConfig(dtype="bfloat16"), KernelsConfig(), "amp.dtype = bfloat16: this GPU has compute capability 7.5"),
+        (AmpConfig(), KernelsConfig(), "kernels.flash_attention = true: this GPU has compute capability 7.5"),
+    ],
+)
+def test_what_a_gpu_before_ampere_lacks_is_refused(amp: AmpConfig, kernels: KernelsConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        choose_precision(amp, "gpu", kernels, gpu_capability=(7, 5))
+    without_flash = KernelsConfig(flash_attention=False)
+    assert choose_precision(AmpConfig(), "gpu", without_flash, gpu_capability=(7, 5)) == Precision("O2", "float16")
+    assert choose_precision(AmpConfig(), "gpu", kernels, gpu_capability=(8, 0)) == Precision("O2", "bfloat16")
+
+
 def trained(make_program, steps: int, *, batch_size: int = 8, model_seed: int = 3, **program_arguments):
     """Return (losses, weights) of a new small model after some steps, each on other random images."""
     config = program_arguments.pop("config", SMALL)

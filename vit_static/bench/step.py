@@ -18,7 +18,15 @@ from vit_static.model import flops
 from vit_static.model.variants import shape_of, variant_of
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel import gloo
-from vit_static.parallel.mesh import Mesh, device_name, rank_and_world_size, resolve_mesh, seed_everything, start_mesh
+from vit_static.parallel.mesh import (
+    Mesh,
+    device_name,
+    gpu_capability,
+    rank_and_world_size,
+    resolve_mesh,
+    seed_everything,
+    start_mesh,
+)
 from vit_static.program.precision import Precision, choose_attention, choose_precision
 from vit_static.program.program import Program
 
@@ -48,7 +56,13 @@ class MeasuredStep:
         self.batch_size = config.data.global_batch_size
         shape = resolve_mesh(config.parallel, world_size, self.batch_size, variant)
         self.mesh = start_mesh(shape, config.device, config.kernels.deterministic)
-        self.precision = choose_precision(config.amp, self.mesh.device, config.kernels, config.parallel)
+        self.precision = choose_precision(
+            config.amp,
+            self.mesh.device,
+            config.kernels,
+            config.parallel,
+            gpu_capability=gpu_capability(self.mesh.device),
+        )
         seed_everything(config.seed)
         attention = choose_attention(config.model, self.precision, config.parallel, config.kernels, self.mesh.device)
         self.program = Program.for_training(

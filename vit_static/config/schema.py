@@ -409,8 +409,8 @@ class Config(Section):
             raise ValueError("parallel.reduce_dtype: applies to buckets only; set parallel.bucket_mb above 0")
         if parallel.reduce_dtype == "float16" and self.amp.dtype == "float16":
             raise ValueError(
-                "parallel.reduce_dtype = 'float16': with amp.dtype=float16 gradients are checked before the exchange, "
-                "so an overflow in its sum would go unnoticed; set float32 or bfloat16"
+                "parallel.reduce_dtype = 'float16': with amp.dtype=float16 gradients are scaled, and their sum over "
+                "the ranks would overflow; set float32 or bfloat16"
             )
         if self.data.multi_label and self.loss.name == "softmax":
             raise ValueError("data.multi_label: softmax takes one label per image; set loss.name=sigmoid")

@@ -160,6 +160,14 @@ def choose_device(device: str) -> str:
     return device
 
 
+def gpu_capability(device: str) -> tuple[int, int] | None:
+    """Return the compute capability of this process's GPU, or None on a CPU."""
+    if device != "gpu":
+        return None
+    major, minor = paddle.device.cuda.get_device_capability()
+    return major, minor
+
+
 def num_micro_batches(parallel: ParallelConfig) -> int:
     """Return the number of micro-batches per step and rank: `grad_accum_steps`, or if that is 1, one per stage."""
     return parallel.grad_accum_steps if parallel.grad_accum_steps > 1 else parallel.pp

@@ -12,6 +12,7 @@ from vit_static.model.vit import AttentionFunction, attention_by_matmul, flash_a
 from vit_static.program.cpu import onednn
 
 _MAX_FLASH_HEAD_DIM = 256
+_AMPERE = (8, 0)  # the first compute capability with bfloat16 and FlashAttention 2
 
 
 @dataclass(frozen=True)
@@ -29,21 +30,26 @@ def choose_precision(
     parallel: ParallelConfig | None = None,
     *,
     cpu_has_bfloat16: bool | None = None,
+    gpu_capability: tuple[int, int] | None = None,
 ) -> Precision:
-    """Resolve `auto`. Raises ConfigError for a requested precision that the device doesn't support.
+    """Resolve `auto`. Raises ConfigError for a requested precision or kernel that the device doesn't support.
 
-    `cpu_has_bfloat16`: whether the CPU multiplies bfloat16; None detects it.
+    `cpu_has_bfloat16`: whether the CPU multiplies bfloat16; None detects it. `gpu_capability`: the GPU's compute
+    capability; None is for GPUs that aren't here, and supports everything.
     """
     if cpu_has_bfloat16 is None:
         cpu_has_bfloat16 = cpu.cpu_has_bfloat16()
     wants_kernels = kernels is None or kernels.onednn
     has_kernels = device == "cpu" and wants_kernels and onednn.is_supported()
     splits_parameters = parallel is not None and parallel.sharding_stage == 3
-    dtype = "bfloat16" if amp.dtype == "auto" else amp.dtype
+    is_before_ampere = gpu_capability is not None and gpu_capability < _AMPERE
+    dtype = ("float16" if is_before_ampere else "bfloat16") if amp.dtype == "auto" else amp.dtype
     on_cpu = "O0" if dtype == "bfloat16" and not (cpu_has_bfloat16 and has_kernels and not splits_parameters) else "O1"
     level: str = {"gpu": "O2", "cpu": on_cpu}[device] if amp.level == "auto" else amp.level
     if level == "O0":
         return Precision("O0", "float32")
+    if is_before_ampere and gpu_capability is not None:
+        _check_before_ampere(gpu_capability, dtype, kernels)
     if device == "cpu" and (level == "O2" or dtype == "float16"):
         raise ConfigError(
             f"amp = {level} in {dtype}: on a CPU the only mixed precision is O1 in bfloat16; "
@@ -66,6 +72,19 @@ def choose_precision(
             "amp = O1 in float16: this version has no loss scaling for O1; set amp.dtype=bfloat16, or amp.level=O2"
         )
     return Precision(level, dtype)
+
+
+def _check_before_ampere(capability: tuple[int, int], dtype: str, kernels: KernelsConfig | None) -> None:
+    """Raise ConfigError for what needs a newer GPU: without it Paddle turns mixed precision off with a warning."""
+    ours = ".".join(map(str, capability))
+    if dtype == "bfloat16":
+        raise ConfigError(
+            f"amp.dtype = bfloat16: this GPU has compute capability {ours}, and 8.0 is needed; set float16"
+        )
+    if kernels is None or kernels.flash_attention:
+        raise ConfigError(
+            f"kernels.flash_attention = true: this GPU has compute capability {ours}, and 8.0 is needed; set false"
+        )
 
 
 def choose_attention(

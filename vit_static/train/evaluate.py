@@ -17,7 +17,7 @@ from vit_static.data.imagenet_eval import imagenet_v2, with_real_labels
 from vit_static.data.loader import EvalLoader
 from vit_static.data.open_set import open_set
 from vit_static.model.vit import VisionTransformer
-from vit_static.parallel.mesh import Mesh, MeshShape, num_micro_batches, rank_and_world_size, start_mesh
+from vit_static.parallel.mesh import Mesh, MeshShape, gpu_capability, num_micro_batches, rank_and_world_size, start_mesh
 from vit_static.program.precision import choose_attention, choose_precision
 from vit_static.program.program import Program
 from vit_static.report.error_analysis import ErrorAnalysis, Predictions, Sample, analyze_errors, worst_images
@@ -169,7 +169,7 @@ def evaluate_checkpoint(
     if real is not None:
         images = with_real_labels(images, real, num_classes)
         config = config.with_several_labels()
-    precision = choose_precision(config.amp, mesh.device, config.kernels)
+    precision = choose_precision(config.amp, mesh.device, config.kernels, gpu_capability=gpu_capability(mesh.device))
     attention = choose_attention(config.model, precision, ParallelConfig(), config.kernels, mesh.device)
     model = VisionTransformer(config.model, attention)
     load_into(model, config.model, loaded, config.init.pos_embed)

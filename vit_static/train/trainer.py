@@ -25,7 +25,7 @@ from vit_static.data.loader import TrainLoader
 from vit_static.data.mixup import Mixup
 from vit_static.data.open_set import check_command
 from vit_static.model.vit import VisionTransformer
-from vit_static.parallel.mesh import Mesh, seed_everything, start_mesh
+from vit_static.parallel.mesh import Mesh, gpu_capability, seed_everything, start_mesh
 from vit_static.program.precision import Precision, choose_attention, choose_precision
 from vit_static.program.program import Program
 from vit_static.report.error_analysis import EVALUATION_FILE
@@ -103,7 +103,9 @@ class Trainer:
         """Connect the ranks, build model and program (compiled on first use), restore the state, open the log."""
         config = spec.config
         mesh = start_mesh(spec.mesh_shape, config.device, config.kernels.deterministic)
-        precision = choose_precision(config.amp, mesh.device, config.kernels, config.parallel)
+        precision = choose_precision(
+            config.amp, mesh.device, config.kernels, config.parallel, gpu_capability=gpu_capability(mesh.device)
+        )
         seed_everything(config.seed)
         attention = choose_attention(config.model, precision, config.parallel, config.kernels, mesh.device)
         model = VisionTransformer(config.model, attention)
