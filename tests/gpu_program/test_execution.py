@@ -247,7 +247,10 @@ def test_a_half_precision_program_stays_near_the_cpus(runs, case):
 
 
 def test_a_step_whose_gradients_overflow_changes_only_the_loss_scale(runs):
-    """At the scale of 65536 the first gradients overflow. After two steps in a row the scale is halved."""
+    """At the scale of 65536 the first gradients overflow. After two steps in a row the scale is halved.
+
+    And the numbers of bad steps, in a row and in all, change.
+    """
     case = gpu_case("single", "O2 float16")
     world = runs.world(case)
     run = execute(world, num_steps=1)
@@ -255,11 +258,12 @@ def test_a_step_whose_gradients_overflow_changes_only_the_loss_scale(runs):
     while not np.isfinite(run.grad_norms[0]):
         num_skipped += 1
         changed = {name for name in run.state if np.any(run.state[name] != run.start[name])}
-        assert changed == ({"@num_bad_steps"} if num_skipped % 2 else {"@loss_scaling", "@num_bad_steps"})
+        counts = {"@num_bad_steps", "@num_skipped_steps"}
+        assert changed == (counts if num_skipped % 2 else {*counts, "@loss_scaling"})
         assert run.state["@loss_scaling"] == 65536 / 2 ** (num_skipped // 2)
         run = execute(world, num_skipped, num_steps=1)
     assert 2 <= num_skipped <= 8
-    assert run.state["@num_good_steps"] == 1
+    assert (run.state["@num_good_steps"], run.state["@num_skipped_steps"]) == (1, num_skipped)
     # The step after them is the optimizer's first.
     reference = runs.reference(case).train(num_skipped, num_steps=1)
     assert_within(bound(case), run, reference)
