@@ -61,7 +61,7 @@ class MeasuredStep:
             self.mesh.device,
             config.kernels,
             config.parallel,
-            gpu_capability=gpu_capability(self.mesh.device),
+            gpu_capability=gpu_capability(self.mesh),
         )
         seed_everything(config.seed)
         attention = choose_attention(config.model, self.precision, config.parallel, config.kernels, self.mesh.device)

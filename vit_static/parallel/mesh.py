@@ -160,11 +160,11 @@ def choose_device(device: str) -> str:
     return device
 
 
-def gpu_capability(device: str) -> tuple[int, int] | None:
+def gpu_capability(mesh: Mesh) -> tuple[int, int] | None:
     """Return the compute capability of this process's GPU, or None on a CPU."""
-    if device != "gpu":
+    if mesh.device != "gpu":
         return None
-    major, minor = paddle.device.cuda.get_device_capability()
+    major, minor = paddle.device.cuda.get_device_capability(mesh.device_id)
     return major, minor
 
 

@@ -169,7 +169,7 @@ def evaluate_checkpoint(
     if real is not None:
         images = with_real_labels(images, real, num_classes)
         config = config.with_several_labels()
-    precision = choose_precision(config.amp, mesh.device, config.kernels, gpu_capability=gpu_capability(mesh.device))
+    precision = choose_precision(config.amp, mesh.device, config.kernels, gpu_capability=gpu_capability(mesh))
     attention = choose_attention(config.model, precision, ParallelConfig(), config.kernels, mesh.device)
     model = VisionTransformer(config.model, attention)
     load_into(model, config.model, loaded, config.init.pos_embed)

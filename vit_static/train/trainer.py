@@ -104,7 +104,7 @@ class Trainer:
         config = spec.config
         mesh = start_mesh(spec.mesh_shape, config.device, config.kernels.deterministic)
         precision = choose_precision(
-            config.amp, mesh.device, config.kernels, config.parallel, gpu_capability=gpu_capability(mesh.device)
+            config.amp, mesh.device, config.kernels, config.parallel, gpu_capability=gpu_capability(mesh)
         )
         seed_everything(config.seed)
         attention = choose_attention(config.model, precision, config.parallel, config.kernels, mesh.device)
