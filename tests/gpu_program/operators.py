@@ -54,6 +54,8 @@ _IN_NUMPY: dict[str, Callable[..., Any]] = {
     "multiply": np.multiply,
     "sign": np.sign,
     "sqrt": np.sqrt,
+    "exp": np.exp,
+    "log": np.log,
     "subtract": np.subtract,
     "tanh": np.tanh,
     "where": np.where,

@@ -152,6 +152,8 @@ FORWARD: dict[str, list[Forward]] = {
     "split": [([X, ints(1, 3), ints(1)], {}, lambda x, *_: paddle.split(x, [1, 3], 1))],
     "split_with_num": [([X, ints(1)], {"num": 2}, lambda x, _: paddle.split(x, 2, 1))],
     "sqrt": [([POSITIVE], {}, paddle.sqrt)],
+    "exp": [([X], {}, paddle.exp)],
+    "log": [([POSITIVE], {}, paddle.log)],
     "squared_l2_norm": [([X], {}, _ops.squared_l2_norm)],
     "stack": [([[X, Y]], {"axis": 1}, lambda xs: paddle.stack(xs, 1))],
     "subtract": [([X, ROW], {}, paddle.subtract)],

@@ -84,10 +84,10 @@ def test_the_program_of_the_verb_eval_has_all_properties(precision: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("precision", "num_products"), [("O2 bfloat16", 15), ("O2 float16", 15), ("O1 bfloat16", 15), ("O0 float32", 0)]
+    ("precision", "num_products"), [("O2 bfloat16", 14), ("O2 float16", 14), ("O1 bfloat16", 14), ("O0 float32", 0)]
 )
 def test_linear_layers_are_fused(precision: str, num_products: int) -> None:
-    """6 per block, the patch embedding, the tanh layer and the head, in training and evaluation."""
+    """6 per block, the patch embedding and the tanh layer; not the head, whose 5 classes are no multiple of 8."""
     compiled = compile_rank(GpuCase(precision=precision))
     for mode in ("train", "eval"):
         names = [op.name() for op in compiled.modes[mode].global_block().ops]

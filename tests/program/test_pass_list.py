@@ -47,7 +47,7 @@ def test_every_pass_runs_after_those_that_it_needs() -> None:
         ({"count_costs": lambda program: None}, ["count costs"]),
         ({"count_costs": lambda program: None, "is_training": False}, []),
         ({"world_size": 2}, []),
-        ({"world_size": 2, "dp_ranks": (0, 1)}, ["gradient sums in the backward pass", "early master gradients"]),
+        ({"world_size": 2, "dp_ranks": (0, 1)}, ["dtype of gradient sums", "early master gradients"]),
         ({"world_size": 2, "dp_ranks": (0, 1), "is_training": False}, []),
         ({"world_size": 2, "device": "cpu"}, ["gloo collectives"]),
         ({"kernels": KernelsConfig(), "device": "cpu"}, ["oneDNN kernels"]),

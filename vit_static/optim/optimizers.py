@@ -177,7 +177,7 @@ class RuleOptimizer(EmaMixin, ShardedState, paddle.optimizer.Optimizer, ABC):
             return replicate(self._scalars.value(name), mesh)
         number = replicate(self._scalars.value("step"), mesh) - self._loss_scaling.num_skipped_on(mesh)
         if name == "second_moment_decay":
-            return paddle.clip(1.0 - number**-0.8, max=self._optim.betas[1])
+            return paddle.clip(1.0 - paddle.exp(-0.8 * paddle.log(number)), max=self._optim.betas[1])
         beta = self._optim.betas[0] if name == "correction1" else self._optim.betas[1]
         return 1.0 - paddle.exp(number * math.log(beta))
 

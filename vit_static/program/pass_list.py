@@ -76,10 +76,8 @@ PASSES: tuple[Pass, ...] = (
         after={"fused linear layers": "it gathers in front of the first reader, and fused operators come earlier"},
     ),
     Pass(
-        "gradient sums in the backward pass",
-        lambda program, context: passes.sum_gradients_in(
-            context.grad_sync.dtype or "float32", program, context.dp_ranks
-        ),
+        "dtype of gradient sums",
+        lambda program, context: passes.sum_gradients_in(context.grad_sync.dtype, program, context.dp_ranks),
         applies=lambda context: context.is_training and len(context.dp_ranks) > 1,
     ),
     Pass(
@@ -93,7 +91,7 @@ PASSES: tuple[Pass, ...] = (
         lambda program, context: grad_buckets.bucket_gradients(program, context.grad_sync),
         applies=lambda context: context.is_training and context.grad_sync.bucket_bytes > 0,
         after={
-            "gradient sums in the backward pass": "a bucket has one dtype",
+            "dtype of gradient sums": "a bucket has one dtype",
             "early master gradients": "an exchange overlaps with the backward pass only if its operand is part of it",
         },
     ),

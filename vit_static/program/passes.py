@@ -56,21 +56,21 @@ def regather_params_in_backward(program: Any) -> None:
 
 
 def sum_gradients_in(dtype: str, program: Any, dp_ranks: tuple[int, ...]) -> None:
-    """Sum gradients over the data-parallel ranks in `dtype` where Paddle does so before they are cast to float32.
+    """Sum gradients over the data-parallel ranks in `dtype` (empty: float32), where Paddle does so in another.
 
-    It does in the backward pass: for a gradient whose shape changes, as that of the patch embedding, and in ZeRO stage
-    3.
+    It does for a gradient whose shape changes, as that of the patch embedding, in ZeRO stage 3, and without master
+    gradients. A `dtype` other than float32 is for the backward pass alone: buckets convert the sums of the update.
     """
     with paddle.static.program_guard(program):
         for operation in list(program.global_block().ops):
-            if operation.name() not in _SUMS or operation.op_role != BACKWARD:
+            if operation.name() not in _SUMS or (dtype and operation.op_role != BACKWARD):
                 continue
             attributes, value, total = operation.attrs(), operation.operand_source(0), operation.result(0)
             is_over_dp = tuple(sorted(get_process_group(attributes["ring_id"]).ranks)) == dp_ranks
-            if not is_over_dp or value.dtype == getattr(paddle, dtype):
+            if not is_over_dp or value.dtype == getattr(paddle, dtype or "float32"):
                 continue
             with insert_before(operation):
-                converted = paddle.cast(value, dtype)
+                converted = paddle.cast(value, dtype or "float32")
                 if operation.name() == "pd_op.reduce_scatter":
                     summed = paddle._C_ops.reduce_scatter(converted, attributes["ring_id"], attributes["nranks"])
                 else:
