@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from helpers.small import ROOT
+from helpers.syntax import dotted_path
 
 LIBRARIES = ("paddle", "nvidia.dali")
 FOLDERS = ("vit_static", "data_tools", "tests")
@@ -65,16 +66,7 @@ def uses(tree: ast.AST) -> Iterator[Use]:
     for name, path, line in imported_names(tree):
         names[name] = path
         yield Use(path, line, None)
-
-    def path_of(node: ast.AST) -> str | None:
-        if isinstance(node, ast.Name):
-            return names.get(node.id)
-        if not isinstance(node, ast.Attribute):
-            return None
-        base = path_of(node.value)
-        return None if base is None else f"{base}.{node.attr}"
-
-    names.update(aliases(tree, path_of))
+    names.update(aliases(tree, names))
     inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     calls = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
     for node in ast.walk(tree):
@@ -82,19 +74,19 @@ def uses(tree: ast.AST) -> Iterator[Use]:
             continue
         is_whole = isinstance(node, ast.Attribute) and id(node) not in inner
         is_called_name = isinstance(node, ast.Name) and id(node) in calls
-        chain = path_of(node) if is_whole or is_called_name else None
+        chain = dotted_path(node, names) if is_whole or is_called_name else None
         if chain is not None and is_of_library(chain):
             yield Use(chain, node.lineno, calls.get(id(node)))
 
 
-def aliases(tree: ast.AST, path_of: Any) -> dict[str, str]:
+def aliases(tree: ast.AST, names: dict[str, str]) -> dict[str, str]:
     """Return the names that only ever stand for one chain: `name = paddle.base.core`."""
     stored = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
     stored += [node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)]
     result = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            name, path = node.targets[0].id, path_of(node.value)
+            name, path = node.targets[0].id, dotted_path(node.value, names)
             if path is not None and stored.count(name) == 1:
                 result[name] = path
     return result

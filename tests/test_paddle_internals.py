@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from helpers.small import ROOT
+from helpers.syntax import dotted_path
 
 PACKAGE = ROOT / "vit_static"
 PEERS = PACKAGE / "bench" / "peers"  # scripts for other environments
@@ -98,20 +99,11 @@ def internals_in(tree: ast.AST, defined_in_package: set[str]) -> Iterator[str]:
     names = paddle_names(tree)
     own_names = {False: defined_names(tree), True: defined_in_package}  # by whether the object is `self`
 
-    def resolve(node: ast.AST) -> str | None:
-        """`paddle.base.core.Place` for an attribute of something imported from Paddle."""
-        if isinstance(node, ast.Name):
-            return names.get(node.id)
-        if not isinstance(node, ast.Attribute):
-            return None
-        outer = resolve(node.value)
-        return None if outer is None else f"{outer}.{node.attr}"
-
     for name in names.values():
         yield from private_parts(name)
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
-            path = resolve(node)
+            path = dotted_path(node, names)
             if path is not None:
                 yield from private_parts(path)
                 if isinstance(node.ctx, ast.Store):

@@ -134,6 +134,17 @@ def change_a_bucket_in_flight(program: Any) -> None:
         paddle._C_ops.scale_(exchange.operand_source(0), 2.0, 0.0, True)
 
 
+def unscale_a_bucket_in_flight(program: Any) -> None:
+    """Paddle's operator changes each tensor of a vector in place."""
+    exchange = next(op for op in operators(program, "reduce_scatter") if op.has_attr("execution_stream"))
+    scale = next(op.result(0) for op in operators(program, "data") if op.attrs()["name"].startswith("loss_scaling"))
+    operations = list(program.global_block().ops)
+    position = next(i for i, op in enumerate(operations) if op.id() == exchange.id())
+    pir.set_insertion_point(operations[position + 1])
+    other = operators(program, "gelu")[0].result(0)
+    paddle._C_ops.check_finite_and_unscale_([paddle.cast(other, "float32"), exchange.operand_source(0)], scale)
+
+
 @pytest.mark.parametrize(
     ("case", "break_program", "problem"),
     [
@@ -150,6 +161,7 @@ def change_a_bucket_in_flight(program: Any) -> None:
         (FLOAT16, unscale_by_the_factor_again, "its gradient is unscaled 2 times"),
         (FLOAT16, record_the_scaled_norm, "the norm of the gradients is unscaled 0 times"),
         (BFLOAT16, forget_a_gradient, "its gradient is used 0 times as vit_static_clipped_gradient"),
+        (FLOAT16, unscale_a_bucket_in_flight, f"which may be running on the stream {STREAM}"),
         (BFLOAT16, change_a_bucket_in_flight, f"which may be running on the stream {STREAM}"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",

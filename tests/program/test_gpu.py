@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
+from helpers.jobs import TINY
 from helpers.runs import metrics
 from helpers.small import ROOT, SMALL, images_and_labels
-from helpers.tiny import tiny_model
 
 from vit_static.checkpoint.sharded_state import ShardedReader, rank_shard, write_shard
 from vit_static.config.schema import (
@@ -187,22 +187,13 @@ def test_only_zero_gathers_and_only_parameters(stage: int, roles: set[int]) -> N
         mesh = make_mesh(0, MeshShape(2, 1, 1), "gpu", 0)
         parallel = ParallelConfig(dp=2, sharding_stage=stage)
         program = make_gpu_program(mesh, Precision("O2", "float16"), parallel=parallel)
-        found = {op.op_role for op in gathers(program, "train")}
-    assert found == roles
+        gather_roles = {op.op_role for op in gathers(program, "train")}
+    assert gather_roles == roles
 
 
 # -- two GPUs, each with a process that the launcher starts ------------------------------------------------------------
 
 needs_two_gpus = pytest.mark.skipif(paddle.device.cuda.device_count() < 2, reason="fewer than two GPUs")
-TINY = (
-    tiny_model()
-    + """
-data: {root: ROOT, global_batch_size: 16, num_threads: 1}
-train: {max_steps: 6}
-eval: {every_epochs: 1000}
-log: {every_steps: 1, tensorboard: false}
-"""
-)
 
 
 class Runs:

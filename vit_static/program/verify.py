@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ _CARRIERS = {
     *("builtin.combine", "builtin.split"),
 }
 _SUMS = {"pd_op.all_reduce", "pd_op.all_reduce_", "pd_op.reduce_scatter"}
-_VIEWS = {"pd_op.share_data_", "pd_op.all_reduce_", "pd_op.add_", "builtin.combine", "builtin.split"}
+_VIEWS = {"pd_op.share_data_", "pd_op.all_reduce_", "pd_op.add_"}
 # Collectives that Paddle may insert and that `plan` doesn't know.
 _COLLECTIVE_WORDS = ("all_reduce", "all_gather", "all_to_all", "reduce_scatter", "broadcast", "send", "recv", "c_")
 
@@ -71,8 +71,17 @@ class _Program:
         self.ops = list(program.global_block().ops)
         self.ranks_of = ranks_of
         self.positions = {op.id(): position for position, op in enumerate(self.ops)}
+        self.parameters = {
+            op.attrs()["parameter_name"]: op.result(0) for op in self.ops if op.name() == "builtin.parameter"
+        }
+        # Variables that outlive a step, except parameters: optimizer state, sums over micro-batches.
+        self.stored = {
+            op.attrs()["name"]: op.result(0)
+            for op in self.ops
+            if op.name() == "pd_op.data" and op.result(0).persistable
+        }
         self._unscalings = [
-            (position, {value.id for value in _operands(op.operand_source(0).get_defining_op())})
+            (position, {value.id for value in self.tensors(op.operand_source(0))})
             for position, op in enumerate(self.ops)
             if op.name() == "pd_op.check_finite_and_unscale_"
         ]
@@ -86,12 +95,18 @@ class _Program:
         """Return the name of the stream that an operator has for itself; empty for the common one."""
         return op.str_attr("execution_stream") if op.has_attr("execution_stream") else ""
 
-    def memory(self, value: Any) -> str:
-        """Return the identifier of a value's memory, which views share."""
+    def tensors(self, value: Any) -> list[Any]:
+        """Return the tensors of a vector of them, or the tensor itself."""
         op = self.producer(value)
-        if op is not None and op.name() in _VIEWS and op.num_operands():
-            return self.memory(op.operand_source(0))
-        return str(value.id)
+        return _operands(op) if op is not None and op.name() == "builtin.combine" else [value]
+
+    def memory(self, values: Iterable[Any]) -> set[str]:
+        """Return the identifiers of the values' memory, which views share."""
+        return {self._memory(tensor) for value in values for tensor in self.tensors(value)}
+
+    def _memory(self, tensor: Any) -> str:
+        op = self.producer(tensor)
+        return self._memory(op.operand_source(0)) if op is not None and op.name() in _VIEWS else str(tensor.id)
 
     def num_unscalings(self, value: Any, before: int) -> int:
         """Return how often Paddle's operator has unscaled a value in place before a position."""
@@ -166,42 +181,33 @@ def _is_gathered(program: _Program, value: Any) -> bool:
 
 def _state_is_float32(program: _Program, expected: Expected) -> Iterator[str]:
     """Check optimizer state, master weights and sums over micro-batches; half precision is for parameters alone."""
-    stored = [op for op in program.ops if op.name() == "pd_op.data" and op.result(0).persistable]
-    for op in stored:
-        if op.result(0).dtype in _HALF_DTYPES:
-            yield f"{op.attrs()['name']} is stored in {op.result(0).dtype}"
-    names = {op.attrs()["name"] for op in stored}
-    for name in _trained_parameters(program):
-        parameter = _parameter(program, name)
-        is_half = parameter is not None and parameter.dtype in _HALF_DTYPES
-        if is_half and not any(re.fullmatch(rf"{re.escape(name)}_fp32_master_\d+", other) for other in names):
+    for name, value in program.stored.items():
+        if value.dtype in _HALF_DTYPES:
+            yield f"{name} is stored in {value.dtype}"
+    for name, parameter in _trained_parameters(program).items():
+        has_master = any(re.fullmatch(rf"{re.escape(name)}_fp32_master_\d+", other) for other in program.stored)
+        if parameter.dtype in _HALF_DTYPES and not has_master:
             yield f"parameter {name} in {parameter.dtype} has no float32 master copy"
 
 
-def _trained_parameters(program: _Program) -> list[str]:
-    return [op.attrs()[CLIPPED_GRADIENT] for op in program.ops if op.has_attr(CLIPPED_GRADIENT)]
-
-
-def _parameter(program: _Program, name: str) -> Any:
-    for op in program.ops:
-        if op.name() == "builtin.parameter" and op.attrs()["parameter_name"] == name:
-            return op.result(0)
-    return None
+def _trained_parameters(program: _Program) -> dict[str, Any]:
+    """Return the parameters that have optimizer state, by name."""
+    return {
+        name: value
+        for name, value in program.parameters.items()
+        if any(other.startswith(f"{name}_") for other in program.stored)
+    }
 
 
 def _gradients_are_marked(program: _Program, expected: Expected) -> Iterator[str]:
-    """Check that each trained parameter, which has optimizer state, has one clipped gradient and one in the norm."""
-    stored = [op.attrs()["name"] for op in program.ops if op.name() == "pd_op.data" and op.result(0).persistable]
-    for op in program.ops:
-        if op.name() != "builtin.parameter":
-            continue
-        name = op.attrs()["parameter_name"]
-        if not any(other.startswith(f"{name}_") for other in stored):
-            continue
+    """Check that each trained parameter has one clipped gradient and one in the norm, which the next check follows."""
+    uses = Counter(
+        (use, op.attrs()[use]) for op in program.ops for use in (CLIPPED_GRADIENT, SQUARED_GRADIENT) if op.has_attr(use)
+    )
+    for name in _trained_parameters(program):
         for use in (CLIPPED_GRADIENT, SQUARED_GRADIENT):
-            num_uses = sum(1 for other in program.ops if other.has_attr(use) and other.attrs()[use] == name)
-            if num_uses != 1:
-                yield f"{name}: its gradient is used {num_uses} times as {use}"
+            if uses[use, name] != 1:
+                yield f"{name}: its gradient is used {uses[use, name]} times as {use}"
 
 
 def _norm_is_unscaled_once(program: _Program, expected: Expected) -> Iterator[str]:
@@ -309,14 +315,10 @@ def _num_unscalings(program: _Program, factor: Any) -> int:
         return _num_unscalings(program, op.operand_source(1))
     if op.name() == "pd_op.divide" and _depends_on_loss_scale(program, op.operand_source(1)):
         is_bound = not _depends_on_loss_scale(program, op.operand_source(0))
-        by_norm = _depends_on_maximum(program, op.operand_source(1))
+        maximum = program.producer(op.operand_source(1))
+        by_norm = maximum is not None and maximum.name() == "pd_op.maximum"
         return 0 if is_bound and by_norm else 1 + _num_unscalings(program, op.operand_source(0))
     return _num_unscalings(program, op.operand_source(0)) if op.name() in ("pd_op.cast", "pd_op.assign") else 0
-
-
-def _depends_on_maximum(program: _Program, value: Any) -> bool:
-    op = program.producer(value)
-    return op is not None and op.name() == "pd_op.maximum"
 
 
 def _depends_on_loss_scale(program: _Program, value: Any) -> bool:
@@ -348,14 +350,12 @@ def _streams_are_ordered(program: _Program, expected: Expected) -> Iterator[str]
         first = 1 + max((program.positions[producer.id()] for producer in producers), default=-1)
         readers = [program.positions[reader.id()] for result in op.results() for reader in result.all_used_ops()]
         last = min(readers, default=len(program.ops))
-        reads = {program.memory(value) for value in _operands(op)}
-        writes = {program.memory(value) for value in op.results()}
+        reads, writes = program.memory(_operands(op)), program.memory(op.results())
         for other_position in range(first, last):
             other = program.ops[other_position]
             if program.stream(other) == stream:
                 continue
-            other_writes = {program.memory(value) for value in _written(other)}
-            other_reads = {program.memory(value) for value in _operands(other)}
+            other_writes, other_reads = program.memory(_written(other)), program.memory(_operands(other))
             if other_writes & (reads | writes) or other_reads & writes:
                 yield (
                     f"operator {other_position} ({_short(other)}) uses memory of operator {position} ({_short(op)}), "
