@@ -341,9 +341,9 @@ def test_a_run_resumes_on_other_meshes(workplace: Path) -> None:
         assert evaluated == pytest.approx(losses("one_mesh", "eval", key)[last], rel=1e-5)
     run = workplace / "output/wandering"
     for file in ("model.pdparams", "model_ema.pdparams"):
-        weights, whole = read_state(run / file), read_state(workplace / "output/one_mesh" / file)
+        weights, reference = read_state(run / file), read_state(workplace / "output/one_mesh" / file)
         assert {key: value.shape for key, value in weights.items()} == {
-            key: value.shape for key, value in whole.items()
+            key: value.shape for key, value in reference.items()
         }
 
 

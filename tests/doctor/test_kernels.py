@@ -169,8 +169,8 @@ def in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def dropout_add(x: Any, residual: Any, p: float, scale: float | None = None, residual_grad: float = 1.0) -> Any:
     mask = (paddle.rand(x.shape) >= p).astype("float32")
-    kept = x.astype("float32") * mask * (1.0 / (1.0 - p) if scale is None else scale)
-    return (kept + residual_grad * residual.astype("float32")).astype(x.dtype)
+    scaled = x.astype("float32") * mask * (1.0 / (1.0 - p) if scale is None else scale)
+    return (scaled + residual_grad * residual.astype("float32")).astype(x.dtype)
 
 
 EMULATED = {
@@ -201,6 +201,15 @@ def gpu_subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 def test_a_gpus_kernels_pass(gpu_subject: Callable[..., Subject], name: str, dtype: str) -> None:
     result = check(gpu_subject(dtype), name)
     assert result.status == "ok", result
+
+
+def test_only_layers_that_a_gpu_fuses_are_compared(gpu_subject: Callable[..., Subject]) -> None:
+    """A head of 21,841 classes isn't: its kernel isn't used."""
+    with_head = check(gpu_subject("float16", "model.num_classes=16"), "linear")
+    assert with_head.status == "ok" and "to 16 classes" in with_head.message
+    without_head = check(gpu_subject("float16", "model.num_classes=21841"), "linear")
+    assert without_head.status == "ok" and "classes" not in without_head.message
+    assert set(without_head.figures["errors"]) == {"first MLP layer", "second MLP layer"}
 
 
 GPU_FAULTS: dict[str, tuple[str, str, Callable[..., Any], str, str]] = {

@@ -37,7 +37,7 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for, and the number of ranks that follows from it."""
+    """The user's request, and the number of ranks that follows from it."""
 
     config: Config
     config_path: Path

@@ -26,7 +26,7 @@ _MAX_CPU_STEP_FLOPS = 1e10
 
 @dataclass(frozen=True)
 class Job:
-    """What a process of the doctor has to do, in a file that all ranks read."""
+    """Work of the doctor's processes, in a file that all ranks read."""
 
     checks: tuple[str, ...]  # names, in order
     failed: tuple[str, ...]  # names of checks that have failed so far

@@ -128,7 +128,12 @@ def _is_unaligned_linear(operation: Any) -> bool:
     if operation.name() not in ("pd_op.matmul", "pd_op.matmul_grad"):
         return False
     weight_shape = operation.operand_source(1).shape
-    return len(weight_shape) == 2 and any(size % _ALIGNED_SIZE for size in weight_shape)
+    return len(weight_shape) == 2 and not is_fused_linear(*weight_shape)
+
+
+def is_fused_linear(num_inputs: int, num_outputs: int) -> bool:
+    """Return whether `fuse_linears` fuses a linear layer with these sizes, or this part of it on a rank."""
+    return num_inputs % _ALIGNED_SIZE == 0 and num_outputs % _ALIGNED_SIZE == 0
 
 
 def _value_between(product: Any) -> Any:
