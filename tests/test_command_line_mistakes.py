@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -131,18 +132,29 @@ def restore_sigint() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_interrupt_before_anything_is_built_is_clean(workplace: Path) -> None:
-    process = subprocess.Popen(
-        [ROOT / "run.sh", "pretrain", "-c", "tiny.yaml", "-o", "name=early"],
-        cwd=workplace,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # Tests that a script runs in the background inherit an ignored Ctrl-C.
-        preexec_fn=restore_sigint,
-    )
-    time.sleep(0.5)  # while Python or Paddle starts
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode in (75, -signal.SIGINT, 130)
-    assert "Traceback" not in stderr
+@pytest.mark.parametrize(
+    "argv", [("pretrain", "-c", "tiny.yaml", "-o", "name=early"), ("eval", "--checkpoint", "output/tiny")]
+)
+def test_interrupt_before_anything_is_built_is_clean(workplace: Path, argv: Sequence[str]) -> None:
+    """Whatever is being imported at that moment."""
+    processes = [
+        subprocess.Popen(
+            [ROOT / "run.sh", *argv],
+            cwd=workplace,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # Tests that a script runs in the background inherit an ignored Ctrl-C.
+            preexec_fn=restore_sigint,
+        )
+        for _ in range(3)
+    ]
+    for process, delay in zip(processes, (0.2, 0.2, 0.6), strict=True):
+        while b"vit_static" not in Path(f"/proc/{process.pid}/cmdline").read_bytes().partition(b"-m")[2]:
+            time.sleep(0.01)  # until run.sh has started Python
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+    for process in processes:
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode in (75, -signal.SIGINT, 130)
+        assert "Traceback" not in stderr

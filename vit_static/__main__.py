@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from vit_static.cli import parse_arguments
 from vit_static.common.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -32,7 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # Until the training loop starts, which handles SIGTERM itself to save its state, SIGTERM acts like Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the launcher has Ctrl-C end the process at once
     try:
+        from vit_static.cli import parse_arguments  # here, because its imports take long enough to be interrupted
+
         arguments = parse_arguments(argv)
         return int(arguments.handler(arguments))
     except BrokenPipeError:  # the reader of the output, such as `head`, has closed it

@@ -15,10 +15,8 @@ from vit_static.doctor.subject import Job
 GPU_ONLY = {"driver", "capability", "streams", "dropout", "loss-scale"}
 SEVERAL_RANKS = {"all-reduce", "zero"}
 DIES = "    import os, signal, sys\n    os.kill(os.getpid(), signal.SIGSEGV)\n"
-LINEAR = (
-    '    """Linear layers and their gradients: width to MLP size, MLP size to width, width to number of classes."""\n'
-)
-ATTENTION = '    """Attention and its gradients, at the config\'s head_dim and number of tokens."""\n'
+LINEAR = "def check_linear(subject: Subject) -> Result:\n"
+ATTENTION = "def check_attention(subject: Subject) -> Result:\n"
 
 
 @pytest.mark.slow

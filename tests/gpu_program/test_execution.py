@@ -394,4 +394,5 @@ def test_every_operator_of_the_table_occurs_in_a_program(runs):
     names = {name for case in [*FLOAT32, *HALF] for name in runs.built(case)[0].operator_names()}
     two_pools = MODEL.model_copy(update={"pool": "cls_gap"})
     names |= World(gpu_case("single", "O2 bfloat16", "lion", dropout=0.1, model=two_pools)).operator_names()
+    names |= World(gpu_case("single", "O2 float16", "adafactor")).operator_names()  # whose own count of steps is used
     assert set(OPERATORS) - names == set()

@@ -6,8 +6,9 @@ import signal
 import sys
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during these imports Ctrl-C ends the process without a traceback
+    # Until the verb or the launcher handles it, Ctrl-C ends the process at once: there is nothing to save, and Python's
+    # own handler would print a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     from vit_static.launch.launcher import main
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())
