@@ -29,7 +29,7 @@ from data_tools.arguments import ToolParser, override_options
 from vit_static.common.errors import DataError, escape
 from vit_static.common.io import write_atomically, write_json
 from vit_static.common.text import say
-from vit_static.config.schema import DataConfig
+from vit_static.config.data_schema import DataConfig
 from vit_static.data.image_set import IMAGE_SUFFIXES, FileDataset
 from vit_static.data.open_set import CLASS_NAMES_FILE, class_folders, open_set, split_path
 

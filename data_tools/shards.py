@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data_tools.arguments import ToolParser, override_options
 from data_tools.manifest import read_manifest
 from vit_static.common.io import lock, write_atomically, write_json
-from vit_static.config.schema import DataConfig
+from vit_static.config.data_schema import DataConfig
 from vit_static.data.image_set import FileDataset
 from vit_static.data.open_set import CLASS_NAMES_FILE, count_classes, open_set, split_path
 from vit_static.data.webdataset import LABEL_EXTENSION, UNFINISHED_FILE

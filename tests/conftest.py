@@ -173,7 +173,8 @@ def make_program(cpu_mesh: Any) -> Callable[..., Any]:
     """
     from helpers.small import SMALL
 
-    from vit_static.config.schema import LossConfig, OptimConfig
+    from vit_static.config.data_schema import LossConfig
+    from vit_static.config.schema import OptimConfig
     from vit_static.model.loss import Criterion
     from vit_static.plan.costs import program_costs
     from vit_static.program.precision import Precision

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from vit_static.config.schema import AugmentConfig
+from vit_static.config.data_schema import AugmentConfig
 from vit_static.data.augment import Op, num_draws_per_image, op_parameters, ops_per_layer
 
 NUM_IMAGES = 40_000

@@ -22,7 +22,7 @@ from PIL import Image
 
 from data_tools import check
 from vit_static.common.errors import PredictError
-from vit_static.config.schema import AugmentConfig, DataConfig, EvalConfig
+from vit_static.config.data_schema import AugmentConfig, DataConfig, EvalConfig
 from vit_static.data.dali_pipeline import decoding_pipeline, preprocessing_pipeline
 from vit_static.data.image_set import FileDataset, ImageDataset
 from vit_static.data.loader import EvalLoader, TrainLoader, why_undecodable

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from data_tools import check
 from vit_static.common.errors import DataError
-from vit_static.config.schema import DataConfig
+from vit_static.config.data_schema import DataConfig
 from vit_static.data.image_set import FileDataset
 from vit_static.data.imagenet_eval import with_real_labels
 from vit_static.data.open_set import open_set

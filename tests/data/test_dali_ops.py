@@ -11,7 +11,7 @@ from helpers.sets import photo
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
-from vit_static.config.schema import AugmentConfig
+from vit_static.config.data_schema import AugmentConfig
 from vit_static.data.augment import Op, num_draws_per_image, op_parameters
 from vit_static.data.dali_ops import apply_ops, erasing_noise, random_erasing
 

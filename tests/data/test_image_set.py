@@ -9,7 +9,7 @@ import pytest
 from helpers.sets import photo
 
 from vit_static.common.errors import DataError
-from vit_static.config.schema import DataConfig
+from vit_static.config.data_schema import DataConfig
 from vit_static.data.image_set import ImageDataset
 from vit_static.data.open_set import CHECK_FILE, open_set
 

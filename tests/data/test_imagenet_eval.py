@@ -10,7 +10,7 @@ import pytest
 from helpers.sets import photo
 
 from vit_static.common.errors import DataError
-from vit_static.config.schema import DataConfig
+from vit_static.config.data_schema import DataConfig
 from vit_static.data.imagenet_eval import imagenet_v2, with_real_labels
 from vit_static.data.open_set import open_set
 

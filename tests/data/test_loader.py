@@ -13,7 +13,7 @@ from helpers.sets import photo
 
 from data_tools.__main__ import main
 from vit_static.common.errors import DataError
-from vit_static.config.schema import AugmentConfig, DataConfig, EvalConfig
+from vit_static.config.data_schema import AugmentConfig, DataConfig, EvalConfig
 from vit_static.data.loader import EvalLoader, TrainLoader
 from vit_static.data.open_set import open_set
 

@@ -7,7 +7,7 @@ import paddle
 import pytest
 from scipy import stats
 
-from vit_static.config.schema import AugmentConfig
+from vit_static.config.data_schema import AugmentConfig
 from vit_static.data.mixup import MixParams, Mixup, draw_mix_params, mix
 
 MIXUP, CUTMIX = AugmentConfig(mixup_alpha=0.8), AugmentConfig(cutmix_alpha=1.0)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from vit_static.common.errors import DataError
-from vit_static.config.schema import DataConfig
+from vit_static.config.data_schema import DataConfig
 from vit_static.data.image_set import FileDataset
 from vit_static.data.open_set import open_set
 from vit_static.data.prefetch import Prefetcher

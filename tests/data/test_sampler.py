@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_static.config.schema import AugmentConfig, DataConfig
+from vit_static.config.data_schema import AugmentConfig, DataConfig
 from vit_static.data.image_set import ImageDataset
 from vit_static.data.loader import TrainLoader
 from vit_static.data.open_set import open_set

@@ -10,7 +10,7 @@ from helpers.shards import NUM_CLASSES, contents, open_split, pack
 
 from data_tools.__main__ import main
 from vit_static.common.errors import DataError
-from vit_static.config.schema import AugmentConfig, DataConfig
+from vit_static.config.data_schema import AugmentConfig, DataConfig
 from vit_static.data.loader import TrainLoader
 
 

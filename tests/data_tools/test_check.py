@@ -21,7 +21,7 @@ from data_tools import check as tool
 from data_tools.__main__ import main
 from vit_static.common.errors import DataError
 from vit_static.common.io import lock
-from vit_static.config.schema import DataConfig
+from vit_static.config.data_schema import DataConfig
 from vit_static.data.image_set import ImageDataset
 from vit_static.data.loader import why_undecodable
 from vit_static.data.open_set import open_set

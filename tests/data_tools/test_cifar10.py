@@ -20,7 +20,7 @@ from PIL import Image
 
 from data_tools import cifar10 as tool
 from data_tools.__main__ import main
-from vit_static.config.schema import DataConfig
+from vit_static.config.data_schema import DataConfig
 from vit_static.data.open_set import open_set
 
 NUM_IMAGES = 30  # per batch

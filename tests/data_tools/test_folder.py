@@ -14,7 +14,7 @@ from helpers.sets import photo
 
 from data_tools.__main__ import main
 from data_tools.folder import UserImage, divide
-from vit_static.config.schema import DataConfig
+from vit_static.config.data_schema import DataConfig
 from vit_static.data.open_set import open_set
 
 NUM_IMAGES = {"cats": 40, "big dogs": 60, "red_deer": 3}

@@ -24,7 +24,7 @@ from scipy.io import savemat
 
 from data_tools import imagenet
 from data_tools.__main__ import main
-from vit_static.config.schema import DataConfig
+from vit_static.config.data_schema import DataConfig
 from vit_static.data.open_set import open_set
 
 WNIDS = ["n01440764", "n02105855", "n03000001", "n03999999"]

@@ -19,7 +19,7 @@ from helpers.small import ROOT
 
 from data_tools import imagenet21k as tool
 from data_tools.__main__ import main
-from vit_static.config.schema import DataConfig
+from vit_static.config.data_schema import DataConfig
 from vit_static.data.open_set import open_set
 
 CLASSES = ["n00004475", "n00005787", "n02087122", "n12492682"]

@@ -13,10 +13,10 @@ from helpers.small import SMALL
 from paddle.distributed.auto_parallel.static.process_group import get_all_process_groups
 
 from gpu_program.gpu_wheel import gpu_wheel
+from vit_static.config.data_schema import DataConfig
 from vit_static.config.schema import (
     AmpConfig,
     Config,
-    DataConfig,
     KernelsConfig,
     ModelConfig,
     OptimConfig,

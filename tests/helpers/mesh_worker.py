@@ -21,15 +21,8 @@ from paddle.static.python_op import register_op
 from pydantic import BaseModel, TypeAdapter
 
 from helpers.small import images_and_labels
-from vit_static.config.schema import (
-    AugmentConfig,
-    Config,
-    DataConfig,
-    EvalConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-)
+from vit_static.config.data_schema import AugmentConfig, DataConfig, EvalConfig
+from vit_static.config.schema import Config, ModelConfig, OptimConfig, ParallelConfig
 from vit_static.data.loader import EvalLoader
 from vit_static.data.mixup import Mixup
 from vit_static.data.open_set import open_set

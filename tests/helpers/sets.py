@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from data_tools.digits import make_digits
-from vit_static.config.schema import DataConfig
+from vit_static.config.data_schema import DataConfig
 
 
 def copy_part(source: Path, target: Path, num_train: int, num_val: int) -> None:

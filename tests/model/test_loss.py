@@ -7,7 +7,7 @@ import paddle
 import pytest
 from helpers.small import REFERENCE
 
-from vit_static.config.schema import LossConfig
+from vit_static.config.data_schema import LossConfig
 from vit_static.model.loss import Criterion, label_ranks, per_image_loss, top1_predictions
 
 BATCH_SIZE = 16

@@ -28,7 +28,8 @@ from helpers.mesh_cases import (
 from helpers.mesh_worker import BATCH_SIZE, Outcome, Part
 from helpers.small import MESH_MODEL
 
-from vit_static.config.schema import AmpConfig, Config, DataConfig
+from vit_static.config.data_schema import DataConfig
+from vit_static.config.schema import AmpConfig, Config
 from vit_static.parallel.gloo import Traffic
 from vit_static.plan.costs import count_by_kind
 from vit_static.plan.planner import Cluster, make_plan

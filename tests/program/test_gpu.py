@@ -17,16 +17,8 @@ from helpers.runs import metrics
 from helpers.small import ROOT, SMALL, images_and_labels
 
 from vit_static.checkpoint.sharded_state import ShardedReader, rank_shard, write_shard
-from vit_static.config.schema import (
-    AmpConfig,
-    Config,
-    DataConfig,
-    EvalConfig,
-    KernelsConfig,
-    LossConfig,
-    OptimConfig,
-    ParallelConfig,
-)
+from vit_static.config.data_schema import DataConfig, EvalConfig, LossConfig
+from vit_static.config.schema import AmpConfig, Config, KernelsConfig, OptimConfig, ParallelConfig
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import Mesh, MeshShape, make_mesh, start_mesh
 from vit_static.plan.fake_world import fake_world

@@ -17,7 +17,8 @@ import numpy as np
 from vit_static.bench.harness import check_writable, write_results
 from vit_static.bench.photos import NUM_PHOTO_CLASSES, write_photos
 from vit_static.common.errors import UserError
-from vit_static.config.schema import AugmentConfig, Config, DataConfig
+from vit_static.config.data_schema import AugmentConfig, DataConfig
+from vit_static.config.schema import Config
 from vit_static.data.augment import num_draws_per_image, op_parameters
 from vit_static.data.dali_pipeline import eval_pipeline, train_pipeline
 from vit_static.data.image_set import ImageDataset

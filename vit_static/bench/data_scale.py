@@ -20,7 +20,8 @@ import psutil
 from vit_static.bench.harness import check_writable, write_results
 from vit_static.bench.photos import write_photos
 from vit_static.checkpoint.progress import DataPosition
-from vit_static.config.schema import Config, DataConfig
+from vit_static.config.data_schema import DataConfig
+from vit_static.config.schema import Config
 from vit_static.data.loader import TrainLoader
 from vit_static.data.open_set import open_set
 from vit_static.data.sampler import ShuffledSampler

@@ -11,23 +11,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from vit_static.config.data_schema import AugmentConfig, DataConfig, EvalConfig, LossConfig
 from vit_static.config.section import (
-    CropPct,
-    Fraction,
-    FractionRange,
     ImageSize,
     NonNegativeFloat,
     NonNegativeInt,
     Pixels,
     PositiveFloat,
     PositiveInt,
-    Range,
     Rate,
     RunName,
     Section,
 )
 
-Interpolation = Literal["bilinear", "bicubic"]
 PosEmbedResampling = Literal["bicubic", "bilinear", "antialias"]
 InferencePrecision = Literal["float32", "bfloat16", "float16", "int8"]
 
@@ -87,89 +83,6 @@ class ModelConfig(Section):
     def num_prefix_positions(self) -> int:
         """Number of prefix tokens that have a position embedding."""
         return int(self.has_class_token and self.class_token_pos_embed)
-
-
-class DataConfig(Section):
-    """The data set and how it is read."""
-
-    root: str = Field("data/imagenet", description="folder that contains `train` and `val`")
-    train: str = Field("train", description="below root: class folders, a list file, or a folder of WebDataset shards")
-    val: str = Field("val", description="below root, in the same formats")
-    multi_label: bool = Field(False, description="an image may have several labels; needs loss.name = sigmoid or bce")
-    on_bad_image: Literal["stop", "skip"] = Field(
-        "stop", description="skip: omit images that `data check` has listed; an unlisted unreadable image always stops"
-    )
-    global_batch_size: PositiveInt = Field(1024, description="images per optimizer step, over all ranks")
-    num_threads: PositiveInt = Field(4, description="DALI's CPU threads per rank")
-    num_readers: PositiveInt = Field(4, description="threads per rank that read files ahead of DALI")
-    prefetch_batches: PositiveInt = Field(2, description="batches that DALI prepares ahead")
-    hw_decoder_load: Fraction = Field(
-        0.65, description="share of the images that a GPU's JPEG hardware decodes, where it has any (A100, H100)"
-    )
-    read_timeout_s: PositiveFloat = Field(120.0, description="seconds after which a stalled read is an error")
-    mean: tuple[float, float, float] = Field(
-        (0.5, 0.5, 0.5), description="of RGB pixels in 0-1; inputs are (pixel - mean) / std"
-    )
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(
-        (0.5, 0.5, 0.5), description="of RGB pixels in 0-1, likewise"
-    )
-
-
-class AugmentConfig(Section):
-    """Augmentation of training images, in this order: random resized crop, flip, the policy's operations, colour
-    jitter, random erasing; then mixup or CutMix of a batch."""
-
-    crop_scale: FractionRange = Field((0.08, 1.0), description="share of the image's area: [min, max]")
-    crop_aspect_ratio: Range = Field((3 / 4, 4 / 3), description="width / height: [min, max]")
-    interpolation: Interpolation = Field("bicubic", description="filter that resizes the crop")
-    antialias: bool = Field(True, description="low-pass filter when reducing the size, as Pillow does")
-    flip_probability: Fraction = Field(0.5, description="probability of a horizontal flip")
-    policy: Literal["none", "randaugment", "trivialaugment", "three_augment"] = Field(
-        "none", description="which operations are drawn for each image"
-    )
-    num_ops: PositiveInt = Field(2, description="randaugment's n: number of operations per image")
-    magnitude: Annotated[float, Field(ge=0.0, le=10.0)] = Field(9.0, description="randaugment's m, 0 to 10")
-    magnitude_std: NonNegativeFloat = Field(0.0, description="standard deviation of the magnitude; 0.5 in DeiT")
-    op_probability: Fraction = Field(1.0, description="probability of applying each of randaugment's operations")
-    op_set: Literal["google", "timm"] = Field("google", description="randaugment's operations and their ranges")
-    color_jitter: Fraction = Field(0.0, description="c: brightness, contrast and saturation times 1 - c to 1 + c")
-    random_erasing_probability: Fraction = Field(0.0, description="probability of erasing a rectangle of an image")
-    random_erasing_area: FractionRange = Field((0.02, 1 / 3), description="share of the image: [min, max]")
-    random_erasing_aspect_ratio: Range = Field((0.3, 3.3), description="height / width of the rectangle: [min, max]")
-    random_erasing_with: Literal["noise", "mean"] = Field("noise", description="content of the erased rectangle")
-    mixup_alpha: NonNegativeFloat = Field(0.0, description="parameter of mixup's Beta distribution; 0: no mixup")
-    cutmix_alpha: NonNegativeFloat = Field(0.0, description="parameter of CutMix's Beta distribution; 0: no CutMix")
-    mix_probability: Fraction = Field(1.0, description="probability that a batch is mixed")
-    mixup_switch_prob: Fraction = Field(0.5, description="probability of CutMix for a batch if both are enabled")
-    repeated_aug: PositiveInt = Field(
-        1, description="repeated augmentation: an image occurs this often in a row; an epoch then has fewer images"
-    )
-
-    @model_validator(mode="after")
-    def _check_ranges(self) -> AugmentConfig:
-        for name in ("crop_scale", "crop_aspect_ratio", "random_erasing_area", "random_erasing_aspect_ratio"):
-            minimum, maximum = getattr(self, name)
-            if not 0.0 < minimum <= maximum:
-                raise ValueError(f"{name}: [{minimum}, {maximum}] must be [min, max], both above 0")
-        return self
-
-
-class LossConfig(Section):
-    """The training loss."""
-
-    name: Literal["softmax", "sigmoid", "bce"] = Field(
-        "softmax", description="sigmoid: binary cross-entropy summed over the classes, as in PLSC; bce: its mean"
-    )
-    label_smoothing: Rate = Field(
-        0.0, description="e; targets are y*(1-e) + e/classes for softmax and bce, y*(1-e) + e for sigmoid, as in PLSC"
-    )
-    target_threshold: Rate | None = Field(None, description="sigmoid, bce: targets above it become 1, others 0")
-
-    @model_validator(mode="after")
-    def _check_target_threshold(self) -> LossConfig:
-        if self.target_threshold is not None and self.name == "softmax":
-            raise ValueError("target_threshold: needs independent classes; set name=sigmoid or name=bce, or remove it")
-        return self
 
 
 class OptimConfig(Section):
@@ -330,21 +243,6 @@ class InitConfig(Section):
     pos_embed: PosEmbedResampling = Field(
         "bicubic", description="resampling to another grid: as PLSC (bicubic), Google (bilinear) or timm (antialias)"
     )
-
-
-class EvalConfig(Section):
-    """Evaluation on the validation images."""
-
-    every_epochs: PositiveFloat = Field(1.0, description="epochs between two evaluations; may be fractional")
-    resize: Literal["short", "direct"] = Field(
-        "short",
-        description="short: resize the short side to image_size / crop_pct, then crop the centre; "
-        "direct: resize to image_size",
-    )
-    crop_pct: CropPct = Field(0.875, description="image_size / short side before the crop: 224 / 0.875 = 256")
-    interpolation: Interpolation = Field("bicubic", description="filter that resizes the image")
-    antialias: bool = Field(True, description="low-pass filter when reducing the size, as Pillow does")
-    batch_size: PositiveInt | None = Field(None, description="over all ranks; null: data.global_batch_size")
 
 
 class CheckpointConfig(Section):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vit_static.config.schema import AugmentConfig
+from vit_static.config.data_schema import AugmentConfig
 
 NUM_ERASING_ATTEMPTS = 10  # as in timm's RandomErasing
 REFERENCE_SIZE = 224  # the image size for which the policies give distances in pixels

@@ -26,7 +26,7 @@ import numpy as np
 import nvidia.dali.math as dali_math
 from nvidia.dali import fn, types
 
-from vit_static.config.schema import AugmentConfig
+from vit_static.config.data_schema import AugmentConfig
 from vit_static.data.augment import Op, ops_per_layer
 
 GREY = 128  # fills cut-out boxes, and what a geometric operation leaves empty

@@ -16,7 +16,7 @@ import nvidia.dali.math as dali_math
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
-from vit_static.config.schema import AugmentConfig, DataConfig, EvalConfig
+from vit_static.config.data_schema import AugmentConfig, DataConfig, EvalConfig
 from vit_static.data.augment import num_draws_per_image, op_parameters
 from vit_static.data.dali_ops import apply_ops, random_erasing, to_device_of
 from vit_static.data.sampler import NUM_CROP_FLIP_DRAWS

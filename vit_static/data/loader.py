@@ -13,7 +13,7 @@ import paddle
 from paddle.utils.dlpack import from_dlpack
 
 from vit_static.common.errors import DataError
-from vit_static.config.schema import AugmentConfig, DataConfig, EvalConfig
+from vit_static.config.data_schema import AugmentConfig, DataConfig, EvalConfig
 from vit_static.data.augment import num_draws_per_image, op_parameters
 from vit_static.data.dali_pipeline import decoder_message, decoding_pipeline, eval_pipeline, train_pipeline
 from vit_static.data.image_set import ImageDataset

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import paddle
 import paddle.nn.functional as F
 
-from vit_static.config.schema import AugmentConfig
+from vit_static.config.data_schema import AugmentConfig
 from vit_static.data.sampler import mixup_generator
 
 

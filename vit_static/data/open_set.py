@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from vit_static.common.errors import DataError
-from vit_static.config.schema import DataConfig
+from vit_static.config.data_schema import DataConfig
 from vit_static.data.image_set import IMAGE_SUFFIXES, FileDataset, ImageDataset
 from vit_static.data.list_file import ImageList, Labels, read_list
 from vit_static.data.webdataset import UNFINISHED_FILE, open_shards

@@ -17,7 +17,7 @@ import numpy as np
 
 from vit_static.common.errors import DataError
 from vit_static.common.text import say
-from vit_static.config.schema import DataConfig
+from vit_static.config.data_schema import DataConfig
 from vit_static.data.image_set import ImageDataset
 
 _NOTICE_AFTER_S = 10.0  # of waiting for one batch

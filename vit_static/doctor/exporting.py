@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from vit_static.bench.photos import NUM_PHOTO_CLASSES, write_photos
-from vit_static.config.schema import DataConfig
+from vit_static.config.data_schema import DataConfig
 from vit_static.data.open_set import open_set
 from vit_static.doctor.check import Result, failed, ok
 from vit_static.doctor.subject import Subject, with_keys

@@ -12,7 +12,7 @@ import numpy as np
 
 from vit_static.bench.data_gpu import MAX_MEAN_DIFFERENCE
 from vit_static.bench.photos import NUM_PHOTO_CLASSES, write_photos
-from vit_static.config.schema import DataConfig
+from vit_static.config.data_schema import DataConfig
 from vit_static.data.image_set import ImageDataset
 from vit_static.data.loader import TrainLoader
 from vit_static.data.open_set import open_set

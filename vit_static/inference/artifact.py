@@ -10,7 +10,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from vit_static.common.errors import PredictError, truncate
 from vit_static.common.io import FileRecord, file_record
-from vit_static.config.schema import Config, EvalConfig, InferencePrecision, ModelConfig
+from vit_static.config.data_schema import EvalConfig
+from vit_static.config.schema import Config, InferencePrecision, ModelConfig
 from vit_static.config.section import CropPct, ImageSize, PositiveFloat, Section
 from vit_static.data.image_set import MAX_PIXELS
 

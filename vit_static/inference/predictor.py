@@ -30,7 +30,8 @@ import numpy as np
 
 from vit_static.common.cpu import cpu_has_bfloat16
 from vit_static.common.errors import PredictError, truncate
-from vit_static.config.schema import DataConfig, InferencePrecision
+from vit_static.config.data_schema import DataConfig
+from vit_static.config.schema import InferencePrecision
 from vit_static.data.dali_pipeline import preprocessing_pipeline
 from vit_static.inference.artifact import REMEDY, SPEC_FILE, Preprocessing, read_spec
 from vit_static.inference.backends import Session, open_session

@@ -8,7 +8,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from vit_static.config.schema import LossConfig
+from vit_static.config.data_schema import LossConfig
 
 _RANK_OF_NAN = 1e6  # beyond every class
 

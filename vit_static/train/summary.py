@@ -7,7 +7,8 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from vit_static.common.text import duration
-from vit_static.config.schema import AugmentConfig, Config
+from vit_static.config.data_schema import AugmentConfig
+from vit_static.config.schema import Config
 from vit_static.model import flops
 from vit_static.model.variants import shape_of, variant_of
 from vit_static.train.run_spec import RunSpec
