@@ -26,7 +26,9 @@ def test_pretrain_prints_its_progress_and_nothing_else(workplace: Path) -> None:
     screen = [line for line in lines[1:] if line.startswith("  ")]
     assert lines[1 : 1 + len(screen)] == screen and len(screen) < 18
     assert any(re.match(r"step 5/6  loss [\d.]+  lr .* images/s  data_wait .* left", line) for line in lines)
-    assert re.match(r"done in .* best top-1 [\d.]+ %; weights in output/again/model.pdparams", lines[-1])
+    assert re.match(
+        r"done in .*; top-1 [\d.]+ %, the best of this run; weights in output/again/model.pdparams", lines[-1]
+    )
     progress = lines[1 + len(screen) :]
     assert all(re.match(r"expected end |step |epoch |checkpoints: |done in ", line) for line in progress)
 
@@ -91,7 +93,7 @@ def test_eval_export_and_predict_agree(workplace: Path) -> None:
     again = json.loads(other.stdout.splitlines()[-1])
     assert (again["top1"], again["top5"], again["num_images"]) == (result["top1"], result["top5"], 30)
 
-    exported = run_sh("export", "--checkpoint", "output/tiny", "--out", "exported", cwd=workplace)
+    exported = run_sh("export", "--checkpoint", "output/tiny", "--weights", "last", "--out", "exported", cwd=workplace)
     assert exported.returncode == 0, exported.stderr
     difference = float(re.search(r"trained model's: ([\d.e+-]+), over 30", exported.stdout)[1])
     assert 0 < difference < 1e-4

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, get_args
+from typing import TYPE_CHECKING, Literal, NoReturn, get_args
 
 from vit_static import verbs
 from vit_static.common.errors import UserError
@@ -83,7 +83,9 @@ def _add_config(verb: argparse.ArgumentParser, default: Path | None) -> None:
 
 
 def _add_checkpoint(
-    verb: argparse.ArgumentParser, alternatives: argparse._MutuallyExclusiveGroup | None = None
+    verb: argparse.ArgumentParser,
+    alternatives: argparse._MutuallyExclusiveGroup | None = None,
+    default_weights: Literal["best", "last"] = "last",
 ) -> None:
     (alternatives or verb).add_argument(
         "--checkpoint",
@@ -92,6 +94,12 @@ def _add_checkpoint(
         help="a run folder, a checkpoint, or a file: .pdparams, .npz, .safetensors",
     )
     verb.add_argument("--ema", action="store_true", help="use the moving average of the weights (optim.ema_decay)")
+    verb.add_argument(
+        "--weights",
+        choices=["best", "last"],
+        default=default_weights,
+        help=f"of a run folder: of its best result by eval.metric, or of its last step (default: {default_weights})",
+    )
 
 
 def _add_exported_model(verb: argparse.ArgumentParser) -> None:
@@ -162,7 +170,7 @@ def _add_export(subparsers: Subparsers) -> None:
         subparsers, "export", "write files for inference, checked against the trained model", verbs.run_export
     )
     _add_config(verb, None)
-    _add_checkpoint(verb)
+    _add_checkpoint(verb, default_weights="best")
     verb.add_argument("--out", type=Path, required=True, help="folder to write to")
     verb.add_argument("--onnx", action="store_true", help="also write model.onnx (float32)")
 

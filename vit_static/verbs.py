@@ -57,7 +57,8 @@ def run_eval(arguments: argparse.Namespace) -> int:
     from vit_static.train.evaluate import evaluate_checkpoint
 
     labels = {"real": arguments.real, "v2": arguments.imagenet_v2}
-    evaluate_checkpoint(config, arguments.checkpoint, arguments.overrides, ema=arguments.ema, **labels)
+    weights = {"ema": arguments.ema, "which": arguments.weights}
+    evaluate_checkpoint(config, arguments.checkpoint, arguments.overrides, **weights, **labels)
     return EXIT_DONE
 
 
@@ -73,6 +74,7 @@ def run_export(arguments: argparse.Namespace) -> int:
         arguments.out,
         arguments.overrides,
         ema=arguments.ema,
+        which=arguments.weights,
         onnx=arguments.onnx,
     )
     return EXIT_DONE
@@ -125,6 +127,7 @@ def run_visualize(arguments: argparse.Namespace) -> int:
         arguments.out,
         arguments.overrides,
         ema=arguments.ema,
+        which=arguments.weights,
     )
 
 

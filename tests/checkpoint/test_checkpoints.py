@@ -59,7 +59,7 @@ def test_a_checkpoint_holds_everything_that_a_resume_needs(config: Config) -> No
     assert {array.dtype for array in state.values()} == {np.dtype("float32")}
     meta = json.loads((last / "meta.json").read_text())
     assert meta["progress"]["step"] == 11 and meta["epoch"] == pytest.approx(11 * 16 / 120)
-    assert meta["progress"]["best_top1"] == max(line["ema_top1"] for line in metrics(config.run_dir, "eval"))
+    assert meta["progress"]["best_value"] == max(line["ema_top1"] for line in metrics(config.run_dir, "eval"))
     assert meta["data"]["position"] == 11 * 16 and meta["data"]["num_images"] == 120
     assert {"vit_static", "paddle"} <= meta["versions"].keys() and meta["mesh"]["dp"] == 1
     assert manifest.run_id == read_manifest(checkpoint_dir(config.run_dir, 4)).run_id

@@ -321,7 +321,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, small_digits: Path) -> P
     (folder / "tiny.yaml").write_text(TINY)
     trained = run_verb(folder, "pretrain", "-c", "tiny.yaml", "-o", f"data.root={small_digits}")
     assert trained.returncode == 0, trained.stderr
-    exported = run_verb(folder, "export", "--checkpoint", "output/tiny", "--out", "exported")
+    exported = run_verb(folder, "export", "--checkpoint", "output/tiny", "--weights", "last", "--out", "exported")
     assert exported.returncode == 0, exported.stderr
     for name, digit in (("one.png", 1), ("more/one.jpeg", 7), ("two words.jpeg", 2)):
         (folder / name).parent.mkdir(exist_ok=True)

@@ -146,7 +146,7 @@ def test_a_chart_shows_the_logged_values(finished: Finished, title: str, kind: s
 def test_confusions_are_those_of_the_exported_model(finished: Finished, small_digits: Path, tmp_path: Path) -> None:
     """They are counted one by one from the predictions of Paddle Inference for each validation image."""
     run = finished.config.run_dir
-    in_inference_process(export_checkpoint, None, run, tmp_path / "model", [])
+    in_inference_process(export_checkpoint, None, run / "model.pdparams", tmp_path / "model", [])
     paths = sorted((small_digits / "val").glob("*/*"))
     all_predictions = in_inference_process(predict, tmp_path / "model", paths, 10)
     analysis = ErrorAnalysis.model_validate_json((run / EVALUATION_FILE).read_bytes())

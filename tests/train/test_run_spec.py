@@ -94,3 +94,12 @@ def test_the_decisions_of_a_run_need_no_paddle() -> None:
         "import vit_static.train.run_spec, vit_static.train.stop"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_run_ends_with_its_schedule_or_after_evaluations_without_improvement() -> None:
+    stale = Progress(10, metric="top1", num_stale_evals=3)
+    assert not spec_of().has_ended(stale) and spec_of().has_ended(Progress(50))
+    patient, impatient = (spec_of(train={"patience": patience}) for patience in (4, 3))
+    assert not patient.has_ended(stale) and impatient.has_ended(stale) and impatient.due(stale, 10).last
+    # With another metric than that of the count, the count begins again.
+    assert not spec_of(train={"patience": 3}, eval={"metric": "loss"}).has_ended(stale)

@@ -23,7 +23,9 @@ from vit_static.common.io import fsync, replace_symlink, write_atomically, write
 
 FORMAT = 4  # raise it when a file of a checkpoint changes its meaning; other formats are refused in one line
 META, CONFIG, CLASS_NAMES, MANIFEST = "meta.json", "config.yaml", "class_names.txt", "manifest.json"
-MERGED, MERGED_AVERAGE = "model.pdparams", "model_ema.pdparams"
+MERGED, MERGED_AVERAGE = "model.pdparams", "model_ema.pdparams"  # the last weights, and their moving average
+MERGED_BEST, MERGED_BEST_AVERAGE = "model_best.pdparams", "model_best_ema.pdparams"  # if the best are not the last
+MERGED_FILES = (MERGED, MERGED_AVERAGE, MERGED_BEST, MERGED_BEST_AVERAGE)
 
 
 def checkpoint_dir(run_dir: Path, step: int) -> Path:
@@ -44,6 +46,12 @@ def is_checkpoint(path: Path) -> bool:
 def numbered_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
     """Return a run's checkpoints with their steps, the earliest first. `checkpoints` is the folder they are in."""
     return sorted((int(path.name[5:]), path) for path in checkpoints.glob("step_*") if path.name[5:].isdecimal())
+
+
+def best_checkpoint(run_dir: Path) -> Path | None:
+    """Return the checkpoint with a run's best result; None if there is none."""
+    link = run_dir / "checkpoints" / "best"
+    return link.resolve() if link.is_dir() else None
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
@@ -116,7 +124,7 @@ def archive(run_dir: Path, after: int = -1) -> Path | None:
     """
     checkpoints = run_dir / "checkpoints"
     moved = [path for step, path in numbered_checkpoints(checkpoints) if step > after]
-    moved += [run_dir / merged for merged in (MERGED, MERGED_AVERAGE) if (run_dir / merged).exists()]
+    moved += [run_dir / merged for merged in MERGED_FILES if (run_dir / merged).exists()]
     if not moved:
         return None
     number = 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from vit_static.common.io import FileRecord
+from vit_static.config.data_schema import SelectionMetric
 from vit_static.data.sampler import nth_batch
 
 
@@ -17,13 +19,46 @@ class Progress:
 
     step: Annotated[int, Field(ge=0)]  # optimizer steps done
     evaluated_step: int = 0  # the step of the last evaluation
-    best_top1: float | None = None  # per cent
-    best_step: int | None = None
     skipped_batches: tuple[int, ...] = ()  # indices of batches left out after a rollback (train.on_nonfinite)
+    metric: str = "top1"  # eval.metric, of which the following are values
+    last_value: float | None = None  # of the last evaluation; None if there was none, or it wasn't finite
+    # The best value so far and its step. Earlier versions selected by top-1 only.
+    best_value: Annotated[float | None, Field(validation_alias=AliasChoices("best_value", "best_top1"))] = None
+    best_step: int | None = None
+    reference_value: float | None = None  # the last improvement by more than train.min_delta
+    num_stale_evals: int = 0  # evaluations since then
 
     def next_batch_index(self) -> int:
         """Return the index, in the training order, of the batch that comes next."""
         return nth_batch(self.step, self.skipped_batches)
+
+    def after_evaluation(self, metric: SelectionMetric, value: float, min_delta: float) -> Progress:
+        """Return the progress after an evaluation at this step that gave `value`.
+
+        A value that isn't finite never improves anything. With another metric than before, the best result and the
+        count of evaluations without an improvement begin again.
+        """
+        past = self if metric == self.metric else Progress(self.step, skipped_batches=self.skipped_batches)
+        is_best = improves(metric, value, past.best_value)
+        is_improvement = improves(metric, value, past.reference_value, min_delta)
+        return replace(
+            past,
+            evaluated_step=self.step,
+            metric=metric,
+            last_value=value if math.isfinite(value) else None,
+            best_value=value if is_best else past.best_value,
+            best_step=self.step if is_best else past.best_step,
+            reference_value=value if is_improvement else past.reference_value,
+            num_stale_evals=0 if is_improvement else past.num_stale_evals + 1,
+        )
+
+
+def improves(metric: SelectionMetric, value: float, reference: float | None, min_delta: float = 0.0) -> bool:
+    """Return whether a value is better than the reference by more than `min_delta`; finite values improve on None."""
+    if reference is None or not math.isfinite(value):
+        return math.isfinite(value)
+    gain = reference - value if metric == "loss" else value - reference
+    return gain > min_delta
 
 
 @dataclass(frozen=True)

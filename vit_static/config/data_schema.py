@@ -19,6 +19,7 @@ from vit_static.config.section import (
 )
 
 Interpolation = Literal["bilinear", "bicubic"]
+SelectionMetric = Literal["top1", "map", "macro_f1", "balanced_accuracy", "loss"]
 
 
 class DataConfig(Section):
@@ -117,3 +118,8 @@ class EvalConfig(Section):
     interpolation: Interpolation = Field("bicubic", description="filter that resizes the image")
     antialias: bool = Field(True, description="low-pass filter when reducing the size, as Pillow does")
     batch_size: PositiveInt | None = Field(None, description="over all ranks; null: data.global_batch_size")
+    metric: SelectionMetric | None = Field(
+        None,
+        description="decides which checkpoint is `best`, and when train.patience ends a run; null: top1, or map with "
+        "data.multi_label",
+    )

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from vit_static.config.data_schema import AugmentConfig, DataConfig, EvalConfig, LossConfig
+from vit_static.config.data_schema import AugmentConfig, DataConfig, EvalConfig, LossConfig, SelectionMetric
 from vit_static.config.section import (
     ImageSize,
     NonNegativeFloat,
@@ -151,6 +151,13 @@ class TrainConfig(Section):
     epochs: PositiveFloat = Field(300.0, description="passes over the training images; may be fractional")
     max_steps: PositiveInt | None = Field(None, description="limit in optimizer steps")
     max_images: PositiveInt | None = Field(None, description="limit in images")
+    patience: PositiveInt | None = Field(
+        None,
+        description="early stopping: evaluations without an improvement of eval.metric that end the run; null: off",
+    )
+    min_delta: NonNegativeFloat = Field(
+        0.0, description="an improvement must be larger than this: in per cent, or in units of the loss"
+    )
     freeze: Literal["none", "backbone"] = Field("none", description="backbone: train only the head (linear probe)")
     profile_steps: tuple[PositiveInt, PositiveInt] | None = Field(
         None, description="[first, last]: write a trace of these steps, counted from 1, into the run folder"
@@ -312,12 +319,29 @@ class Config(Section):
             )
         if self.data.multi_label and self.loss.name == "softmax":
             raise ValueError("data.multi_label: softmax takes one label per image; set loss.name=sigmoid")
+        self._check_metric()
         if self.mixes and self.data.global_batch_size % 2:
             raise ValueError(
                 f"data.global_batch_size = {self.data.global_batch_size}: augment.mixup_alpha and cutmix_alpha mix "
                 "images in pairs; set an even number"
             )
         return self
+
+    def _check_metric(self) -> None:
+        metric, multi_label = self.eval.metric, self.data.multi_label
+        if metric == "map" and not multi_label:
+            raise ValueError(
+                "eval.metric = 'map': needs images with several labels; set data.multi_label=true, or another metric"
+            )
+        if metric == "balanced_accuracy" and multi_label:
+            raise ValueError(
+                "eval.metric = 'balanced_accuracy': needs one label per image; set map or macro_f1 for data.multi_label"
+            )
+
+    @property
+    def selection_metric(self) -> SelectionMetric:
+        """The metric that decides which checkpoint is the best: eval.metric or, if that is null, the default."""
+        return self.eval.metric or ("map" if self.data.multi_label else "top1")
 
     @property
     def mixes(self) -> bool:

@@ -45,7 +45,7 @@ from vit_static.inference.predictor import Preprocessor, to_probabilities
 from vit_static.model.variants import shape_of
 from vit_static.model.vit import VisionTransformer
 from vit_static.weights.load import load_into
-from vit_static.weights.source import Weights, load_weights
+from vit_static.weights.source import Weights, WhichWeights, describe_choice, load_weights
 
 _BATCH_SIZE = 16  # of the comparison
 _NUM_DECODER_THREADS = 8
@@ -84,15 +84,20 @@ def export_checkpoint(
     overrides: list[str],
     *,
     ema: bool = False,
+    which: WhichWeights = "best",
     onnx: bool = False,
 ) -> None:
     """Export a run, a checkpoint or a file of weights to the folder `out`, which is replaced only if nothing fails.
 
-    `ema` selects the moving average of the weights, and `onnx` adds a float32 ONNX file. Raises UserError for a
+    `which` selects among the weights of a run's folder, `ema` the moving average of the weights, and `onnx` adds a
+    float32 ONNX file. Raises UserError for a
     combination of options that can't be exported, and ExportError if a file differs from the trained model by more than
     its bound.
     """
-    loaded = load_weights(checkpoint, ema=ema)
+    loaded = load_weights(checkpoint, ema=ema, which=which)
+    choice = describe_choice(checkpoint, which)
+    if choice is not None:
+        print(choice, flush=True)
     config = config or loaded.config_with(overrides)
     precision = config.export.precision
     check_machine(precision)

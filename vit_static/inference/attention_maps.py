@@ -37,7 +37,7 @@ from vit_static.model.variants import shape_of, variant_of
 from vit_static.model.vit import AttentionFunction, Dropout, VisionTransformer, attention_by_matmul
 from vit_static.weights.formats import split_qkv
 from vit_static.weights.load import load_into
-from vit_static.weights.source import load_weights
+from vit_static.weights.source import WhichWeights, load_weights
 
 MAX_FILTERS, _NUM_FILTER_COLUMNS = 28, 7  # as in figure 7
 _SIMILARITY_SIDE = 800  # pixels, about, of the similarity picture; larger if it needs one pixel per patch
@@ -180,13 +180,14 @@ def patch_filters(model: VisionTransformer, max_filters: int = MAX_FILTERS) -> t
 
 
 def load_checkpoint(
-    config: Config | None, checkpoint: Path, overrides: list[str], *, ema: bool = False
+    config: Config | None, checkpoint: Path, overrides: list[str], *, ema: bool = False, which: WhichWeights = "last"
 ) -> tuple[VisionTransformer, ModelSpec]:
     """Load the model of a run, a checkpoint or a file of weights for `attention_map`, with its description.
 
-    `ema` selects the moving average of the weights. Raises WeightsError or ConfigError as the verb `eval` does.
+    `which` selects among the weights of a run's folder, `ema` the moving average of the weights. Raises WeightsError or
+    ConfigError as the verb `eval` does.
     """
-    loaded = load_weights(checkpoint, ema=ema)
+    loaded = load_weights(checkpoint, ema=ema, which=which)
     config = config or loaded.config_with(overrides)
     paddle.set_device("cpu")
     model = VisionTransformer(config.model, AttentionRecorder())
@@ -245,6 +246,7 @@ def visualize(
     overrides: list[str],
     *,
     ema: bool = False,
+    which: WhichWeights = "last",
 ) -> int:
     """Write pictures of the model and of each image to `out`, and return the exit code.
 
@@ -257,7 +259,7 @@ def visualize(
         raise UserError(f"{out}: is a file; --out takes a folder")
     paths = find_images(images)
     if checkpoint is not None:
-        model, spec = load_checkpoint(config, checkpoint, overrides, ema=ema)
+        model, spec = load_checkpoint(config, checkpoint, overrides, ema=ema, which=which)
     else:
         assert folder is not None
         model, spec = load_exported(folder)

@@ -18,6 +18,7 @@ from vit_static.config.yaml_loader import YamlError, read_yaml
 from vit_static.report.error_analysis import EVALUATION_FILE, ErrorAnalysis
 
 METRICS_FILE = "metrics.jsonl"
+EARLY_STOP = "early stop"  # the event before `finished`, if train.patience ended the run
 # What the last event of a run says about its state.
 END_STATES = {
     "finished": "finished",
@@ -136,6 +137,8 @@ class RunLogData:
     def state(self) -> str:
         """Return whether the run has finished, was stopped, or may be running."""
         event = self.all_entries[-1].get("event")
+        if event == "finished" and len(self.all_entries) > 1 and self.all_entries[-2].get("event") == EARLY_STOP:
+            return "finished early, without an improvement"
         return END_STATES.get(event if isinstance(event, str) else "", "running or killed: the log has no end")
 
     @cached_property

@@ -24,7 +24,7 @@ from vit_static.report.error_analysis import ErrorAnalysis, Predictions, Sample,
 from vit_static.train.log import RunLog
 from vit_static.train.metrics import EvalMetrics
 from vit_static.weights.load import load_into
-from vit_static.weights.source import load_weights
+from vit_static.weights.source import WhichWeights, describe_choice, load_weights
 
 
 def evaluate(program: Program, loader: EvalLoader, mesh: Mesh) -> EvalMetrics:
@@ -147,19 +147,20 @@ def evaluate_checkpoint(
     overrides: list[str],
     *,
     ema: bool = False,
+    which: WhichWeights = "last",
     real: Path | None = None,
     v2: Path | None = None,
 ) -> None:
     """Evaluate a checkpoint with the config that it was trained with, unless another is given (the verb `eval`).
 
-    `ema`: the weights' moving average. `real`: the file of ReaL labels, `v2`: the folder of ImageNet-V2's images
-    (data/imagenet_eval.py).
+    `ema`: the weights' moving average. `which`: among the weights of a run's folder. `real`: the file of ReaL labels,
+    `v2`: the folder of ImageNet-V2's images (data/imagenet_eval.py).
     """
     # Every rank evaluates the whole model on its share of the images, whatever mesh and batch size trained it. The
     # processes connect first, since all of them read a sharded checkpoint together.
     device = (config or load_config(None, overrides)).device
     mesh = start_mesh(MeshShape(dp=rank_and_world_size()[1], mp=1, pp=1), device)
-    loaded = load_weights(checkpoint, ema=ema)
+    loaded = load_weights(checkpoint, ema=ema, which=which)
     config = config or loaded.config_with(overrides)
     num_classes = config.model.num_classes
     if v2 is not None:
@@ -176,9 +177,12 @@ def evaluate_checkpoint(
     program = Program.for_eval(config, model, mesh, precision, eval_batch_size=eval_batch_size(config, mesh))
     metrics = evaluate(program, eval_loader(config, images, mesh), mesh)
     text, values = metrics.describe(), asdict(metrics)
+    choice = describe_choice(checkpoint, which)
     if real is not None:
         del values["loss"]  # meaningless for several labels that exclude each other
         text = text.replace(f"  loss {metrics.loss:.4f}", "  ReaL")
     with RunLog(None, mesh.rank) as log:
+        if choice is not None:
+            log.say(choice)
         log.say(text)
         log.say_json(values)

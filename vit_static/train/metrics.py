@@ -10,6 +10,7 @@ from typing import Any
 
 from vit_static.checkpoint.progress import Progress
 from vit_static.common.hardware import peak_flops
+from vit_static.config.data_schema import SelectionMetric
 from vit_static.model.flops import train_flops
 from vit_static.model.variants import shape_of
 from vit_static.parallel.mesh import Mesh, device_name
@@ -38,6 +39,11 @@ class EvalMetrics:
             loss=float(predictions.losses.mean()),
             num_images=len(predictions.label_ranks),
         )
+
+    def value_of(self, metric: SelectionMetric) -> float:
+        """Return the value of eval.metric."""
+        value: float = getattr(self, metric)
+        return value
 
     def describe(self) -> str:
         return f"top-1 {self.top1:.2f} %  top-5 {self.top5:.2f} %  loss {self.loss:.4f}  over {self.num_images} images"

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vit_static.checkpoint.folder import (
-    MERGED,
-    MERGED_AVERAGE,
+    MERGED_FILES,
     archive,
     latest_checkpoint,
     recover_interrupted,
@@ -62,19 +61,20 @@ class RunDir:
         return checkpoint.resolve().parent.parent == self.path.resolve()
 
     def prepare(
-        self, config: Config, class_names: list[str], progress: Progress, total_steps: int, archive_after: int | None
+        self, config: Config, class_names: list[str], progress: Progress, has_ended: bool, archive_after: int | None
     ) -> None:
         """Clean up after an interrupted run, and write the files that describe this one.
 
-        `archive_after`: the step whose later checkpoints are moved out of the way; None where the run continues.
+        `has_ended`: no step follows. `archive_after`: the step whose later checkpoints are moved out of the way; None
+        where the run continues.
         """
         if not self.is_writer:
             return
         if archive_after is not None:
             archive(self.path, after=archive_after)
-        if progress.step < total_steps:
+        if not has_ended:
             # Merged weights of a shorter run that is being continued: until its end the checkpoints hold the weights.
-            for merged in (MERGED, MERGED_AVERAGE):
+            for merged in MERGED_FILES:
                 (self.path / merged).unlink(missing_ok=True)
         recover_interrupted(self.path, progress)
         dump_config(config, self.path / "config.yaml")

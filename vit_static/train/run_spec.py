@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Due:
-    """Which of logging, evaluation and saving is due before the next step, and whether the schedule has ended."""
+    """Which of logging, evaluation and saving is due before the next step, and whether the run has ended."""
 
     log: bool
     eval: bool
@@ -86,13 +86,23 @@ class RunSpec:
         """Return the learning rate of the update that follows `step` done ones."""
         return learning_rate(step, self.total_steps, self.config.optim, self.config.schedule, self.warmup_steps)
 
+    def stops_early(self, progress: Progress) -> bool:
+        """Return whether eval.metric hasn't improved for train.patience evaluations."""
+        patience = self.config.train.patience
+        is_same_metric = progress.metric == self.config.selection_metric
+        return patience is not None and is_same_metric and progress.num_stale_evals >= patience
+
+    def has_ended(self, progress: Progress) -> bool:
+        """Return whether no step follows: at the end of the schedule, or after an early stop."""
+        return progress.step >= self.total_steps or self.stops_early(progress)
+
     def due(self, progress: Progress, logged_step: int) -> Due:
         """Return the work that is due after `progress.step` steps; `logged_step` is the last one that was logged.
 
         An evaluation that a stop prevented is due again after resuming.
         """
         step, every = progress.step, self.config
-        is_last = step >= self.total_steps
+        is_last = self.has_ended(progress)
         num_images = step * self.batch_size
         images_per_eval = every.eval.every_epochs * len(self.train_images)
         passes_eval = num_images // images_per_eval > max(num_images - self.batch_size, 0) // images_per_eval

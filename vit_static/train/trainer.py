@@ -8,13 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
-from vit_static.checkpoint.folder import (
-    MERGED,
-    MERGED_AVERAGE,
-    checkpoint_dir,
-    latest_checkpoint,
-    open_shards,
-)
+from vit_static.checkpoint.folder import latest_checkpoint, open_shards
 from vit_static.checkpoint.resume import read_progress
 from vit_static.checkpoint.writer import CheckpointWriter
 from vit_static.common.errors import DataError
@@ -30,24 +24,25 @@ from vit_static.program.precision import Precision, choose_attention, choose_pre
 from vit_static.program.program import Program
 from vit_static.report.error_analysis import EVALUATION_FILE
 from vit_static.report.page import write_report
+from vit_static.report.run_log import EARLY_STOP
 from vit_static.train.checkpointing import Checkpointer
 from vit_static.train.evaluate import Evaluator, eval_batch_size
 from vit_static.train.log import RunLog
 from vit_static.train.metrics import MetricLogger
 from vit_static.train.nonfinite import NonFiniteGuard, NonFiniteStep
 from vit_static.train.profiler import StepTrace
+from vit_static.train.results import describe_early_stop, describe_results, merge_weights
 from vit_static.train.run_dir import RunDir
 from vit_static.train.run_info import describe_run
 from vit_static.train.run_spec import RunSpec
 from vit_static.train.start_point import Start, StartPoint, verify_checkpoint
 from vit_static.train.stop import BAD_IMAGE, NONFINITE, ON_REQUEST, UNSAVED, SignalWatch, StopController
 from vit_static.train.summary import start_screen
-from vit_static.weights.load import write_pdparams
-from vit_static.weights.source import merge_shards
 
 
 def train(config: Config, resume: str = "auto") -> bool:
-    """Train to the end of the schedule and return True. On SIGTERM or SIGINT, save the state and return False.
+    """Train to the end of the schedule or to an early stop, and return True. On SIGTERM or SIGINT, save the state and
+    return False.
 
     `resume` is "auto" (the latest checkpoint of the run's folder, if there is one), "never" (start at step 0), or the
     path of a checkpoint or of a run's folder. Raises UserError for a mistake in the config or data, before anything is
@@ -119,7 +114,7 @@ class Trainer:
             config,
             spec.train_images.class_names,
             start.progress,
-            spec.total_steps,
+            spec.has_ended(start.progress),
             start_point.archive_after(start.progress),
         )
         if run.is_writer and start.init_report is not None:
@@ -132,7 +127,7 @@ class Trainer:
             yield trainer
 
     def fit(self) -> bool:
-        """Train until the schedule ends or a stop is requested. Return whether the schedule ended."""
+        """Train until the run has ended (RunSpec.has_ended) or a stop is requested. Return whether it has ended."""
         batch = self.next_batch()
         while True:
             due = self.spec.due(self.progress, self.metrics.logged_step)
@@ -146,10 +141,11 @@ class Trainer:
                         self.metrics.restart(self.progress.step, self.loader.seconds_waited)
                         continue
                 is_best = due.eval and not self.stop.requested and self.evaluate()
-                if self.stop.may_save and (self.stop.requested or due.save or due.last or is_best):
+                has_ended = self.spec.has_ended(self.progress)  # an evaluation may have been one too many
+                if self.stop.may_save and (self.stop.requested or due.save or has_ended or is_best):
                     with self.profiler.span("copy for the checkpoint"):
                         self.checkpoints.save(self.program, self.progress)
-                if due.last or self.stop.requested:
+                if has_ended or self.stop.requested:
                     return self.finish()
                 self.checkpoints.log_save_results()
             step = self.progress.step
@@ -208,11 +204,11 @@ class Trainer:
         except DataError as error:  # raised on all ranks
             self.stop.request(BAD_IMAGE, str(error))
             return False
-        top1, best_top1 = result.selection_metrics.top1, self.progress.best_top1
-        is_best = best_top1 is None or top1 > best_top1
-        self.progress = replace(self.progress, evaluated_step=step)
-        if is_best:
-            self.progress = replace(self.progress, best_top1=top1, best_step=step)
+        config = self.spec.config
+        metric = config.selection_metric
+        value = result.selection_metrics.value_of(metric)
+        self.progress = self.progress.after_evaluation(metric, value, config.train.min_delta)
+        is_best = self.progress.best_step == step
         self.metrics.log_eval(step, result.metrics, result.ema, is_best)
         if self.run.is_writer:
             with self.metrics.log_exceptions("the report"):
@@ -224,7 +220,7 @@ class Trainer:
         return is_best
 
     def finish(self) -> bool:
-        """Wait for the last checkpoint; merge its weights at the end of the schedule, or log why the run stopped."""
+        """Wait for the last checkpoint; merge the weights if the run has ended, or log why it stopped."""
         config, step = self.spec.config, self.progress.step
         self.checkpoints.wait()
         self.checkpoints.log_save_results()
@@ -233,15 +229,18 @@ class Trainer:
         if self.checkpoints.problem is not None and self.stop.may_save:
             self.stop.request(UNSAVED, self.checkpoints.problem)
         if not self.stop.requested:
-            self._merge_weights()
+            if self.run.is_writer:
+                merge_weights(self.run.path, self.progress, has_ema=config.optim.ema_decay > 0.0)
+            if self.spec.stops_early(self.progress):
+                early_stop = describe_early_stop(self.spec, self.progress)
+                self.metrics.log_event(step, EARLY_STOP, message=early_stop)
+                self.metrics.say(early_stop)
             self.metrics.log_event(step, "finished", seconds=self.metrics.seconds)
-            costs, best_top1 = self.checkpoints.describe(), self.progress.best_top1
+            costs = self.checkpoints.describe()
             if costs is not None:
                 self.metrics.say(f"checkpoints: {costs}")
-            self.metrics.say(
-                f"done in {duration(self.metrics.seconds)}; best top-1 "
-                f"{'not evaluated' if best_top1 is None else f'{best_top1:.2f} %'}; weights in {self.run.path / MERGED}"
-            )
+            results = describe_results(self.spec, self.progress)
+            self.metrics.say(f"done in {duration(self.metrics.seconds)}; {results}")
         else:
             self.metrics.log_event(step, str(self.stop.reason), problem=self.stop.message or None)
         if self.stop.reason == ON_REQUEST:
@@ -258,14 +257,6 @@ class Trainer:
         """Return the first step with non-finite gradients, or None; its loss is read only if it has been logged."""
         loss = self.metrics.loss if has_logged else None
         return self.nonfinite.check(self.program.first_nonfinite_step(), self.progress, loss)
-
-    def _merge_weights(self) -> None:
-        """Write the last checkpoint's weights, and their moving average, each as one file."""
-        checkpoint = checkpoint_dir(self.run.path, self.progress.step)
-        names = {MERGED: False} | ({MERGED_AVERAGE: True} if self.spec.config.optim.ema_decay > 0.0 else {})
-        for name, is_average in names.items():
-            if self.run.is_writer:
-                write_pdparams(merge_shards(checkpoint, ema=is_average), self.run.path / name)
 
     def _train_loader(self) -> TrainLoader:
         config = self.spec.config
@@ -291,8 +282,14 @@ class Trainer:
             metrics.say(f"note: {note}")
         event = "resumed" if start.is_resumed else "started"
         metrics.log_event(step, event, total_steps=spec.total_steps, num_parameters=num_parameters, **info)
-        if step >= spec.total_steps and self.progress.evaluated_step == step:
-            metrics.say("this run has ended already: set more epochs, or start again with --resume never")
+        if spec.has_ended(self.progress) and self.progress.evaluated_step == step:
+            more = "more patience" if spec.stops_early(self.progress) else "more epochs"
+            metrics.say(f"this run has ended already: set {more}, or start again with --resume never")
+        if self.progress.best_value is not None and self.progress.metric != spec.config.selection_metric:
+            metrics.say(
+                f"eval.metric is {spec.config.selection_metric} now, and was {self.progress.metric}: the best "
+                "checkpoint is chosen among the evaluations from here on"
+            )
         metrics.open_bar(step)
 
 

@@ -5,24 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vit_static.checkpoint.folder import (
     CLASS_NAMES,
     CONFIG,
     MERGED,
     MERGED_AVERAGE,
+    MERGED_BEST,
+    MERGED_BEST_AVERAGE,
+    best_checkpoint,
     is_checkpoint,
     latest_checkpoint,
     open_shards,
 )
-from vit_static.checkpoint.resume import suggest_fallback, verify_files
+from vit_static.checkpoint.resume import read_progress, suggest_fallback, verify_files
 from vit_static.common.errors import ConfigError, WeightsError
+from vit_static.config.data_schema import SelectionMetric
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
 from vit_static.model.variants import grid_of, variant_of
 from vit_static.optim.ema import EMA
+from vit_static.report.metric_names import METRIC_TITLES, format_metric
 from vit_static.weights.formats import ExternalWeights, State, fuse_qkv, read_weights
+
+WhichWeights = Literal["best", "last"]
 
 
 @dataclass(frozen=True)
@@ -50,12 +57,15 @@ class Weights:
         return load_config(self.source.parent / CONFIG if self.source.is_file() else self.source / CONFIG, overrides)
 
 
-def load_weights(path: Path, *, ema: bool = False) -> Weights:
+def load_weights(path: Path, *, ema: bool = False, which: WhichWeights = "last") -> Weights:
     """Load weights from a run's folder, a checkpoint, or a file of any format that formats.py knows.
 
-    A run's folder stands for its merged weights if it has them, else for its latest checkpoint. `ema` selects the
-    moving average, which only runs and checkpoints of this program have. Raises WeightsError if there are no weights.
+    A run's folder stands for its last weights: the merged ones if it has them, else those of its latest checkpoint.
+    With `which` = "best" it stands for its best result by eval.metric (`best_weights`). `ema` selects the moving
+    average, which only runs and checkpoints of this program have. Raises WeightsError if there are no weights.
     """
+    if which == "best":
+        path = best_weights(path, ema=ema)
     if path.is_file():
         config_path = path.parent / CONFIG
         config = load_config(config_path) if config_path.is_file() else None
@@ -76,6 +86,36 @@ def load_weights(path: Path, *, ema: bool = False) -> Weights:
         "('./run.sh pretrain' makes output/quickstart), or name a run's folder, "
         "a checkpoint (checkpoints/step_*) or a file of weights (.pdparams, .npz, .safetensors)"
     )
+
+
+def best_weights(path: Path, *, ema: bool = False) -> Path:
+    """Return where the best weights of a run's folder are: a merged file if it has one, else a checkpoint.
+
+    Any other path is returned as it is, and so is that of a run without a best checkpoint.
+    """
+    merged, best = path / (MERGED_BEST_AVERAGE if ema else MERGED_BEST), best_checkpoint(path)
+    if merged.is_file():
+        return merged
+    if best is None or best == latest_checkpoint(path.resolve()):
+        return path
+    return best
+
+
+def describe_choice(path: Path, which: WhichWeights) -> str | None:
+    """Return which weights a run's folder stands for; None for any other path, and for a run without evaluations."""
+    best, newest = best_checkpoint(path), latest_checkpoint(path)
+    if is_checkpoint(path) or best is None or newest is None:
+        return None
+    progress, _ = read_progress(newest)
+    if progress.best_value is None or progress.best_step is None:
+        return None
+    metric: SelectionMetric = progress.metric  # type: ignore[assignment]
+    result = f"{METRIC_TITLES[metric]} {format_metric(metric, progress.best_value)} at step {progress.best_step}"
+    if progress.best_step == progress.step:
+        return f"{path}: the weights of step {progress.step}, the last and the best ({result})"
+    if which == "best":
+        return f"{path}: the best weights, {result}; --weights last selects those of step {progress.step}"
+    return f"{path}: the last weights, of step {progress.step}; --weights best selects the best, {result}"
 
 
 def _load_checkpoint(path: Path, *, ema: bool) -> Weights:
