@@ -163,9 +163,13 @@ def run_plan(arguments: argparse.Namespace) -> int:
     """Predict the cost of a run on a mesh."""
     config = _load_config(arguments)
     prepare_process(arguments.verbose)
+    from vit_static.model.variants import require_head
     from vit_static.plan.planner import Cluster
     from vit_static.plan.tables import plan_run
+    from vit_static.weights.infer import with_model_of_init
 
+    config = with_model_of_init(config)
+    require_head(config.model)
     cluster = Cluster(arguments.device, arguments.interconnect, arguments.gpus_per_node)
     plan_run(config, arguments.mesh, arguments.world, cluster, arguments.rank, arguments.search, arguments.json)
     return EXIT_DONE

@@ -31,6 +31,7 @@ KEYS += [(name,) for name in Config.model_fields]
 
 
 DEFAULTS = Config(name="run").model_dump(mode="json", by_alias=True)
+DEFAULTS["model"]["from"] = "config"  # not part of a resolved config
 
 
 def default_of(key: tuple[str, ...]) -> Any:

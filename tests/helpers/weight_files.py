@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 
 from helpers.small import REFERENCE
 from vit_static.config.schema import ModelConfig
-from vit_static.weights.convert import infer_config
 from vit_static.weights.formats import ExternalWeights, read_weights
+from vit_static.weights.infer import infer_config
 
 WEIGHTS = REFERENCE / "weights"
 FILES = {

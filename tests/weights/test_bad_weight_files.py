@@ -24,7 +24,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vit_static.config.schema import InitConfig
-from vit_static.weights.convert import convert_state, infer_config
+from vit_static.weights.convert import convert_state
+from vit_static.weights.infer import infer_config
 from vit_static.weights.readers import read_arrays
 from vit_static.weights.source import load_weights
 
@@ -98,7 +99,7 @@ def content_of(path: Path) -> bytes:
 def arrays_of(path: Path) -> dict[str, np.ndarray]:
     if path.suffix == ".npz":
         return dict(np.load(path))
-    return {name: array for name, array in read_arrays(path)[1].items() if array is not None}
+    return {name: array for name, array in read_arrays(path).arrays.items() if array is not None}
 
 
 DTYPES = ["f2", "f4", "f8", ">f4", "i1", "i4", "i8", "u2", "?", "c8", "S3", "U2", "M8[s]", "V2"]

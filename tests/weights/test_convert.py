@@ -14,8 +14,8 @@ from helpers.weight_files import FILES, WEIGHTS
 from vit_static.__main__ import main
 from vit_static.model.pos_embed import resample_pos_embed
 from vit_static.model.vit import VisionTransformer
-from vit_static.weights.convert import infer_config
 from vit_static.weights.formats import ExternalWeights, read_weights
+from vit_static.weights.infer import infer_config
 from vit_static.weights.load import file_state
 
 IMAGE_SIZE = ["--image-size", "12", "20"]

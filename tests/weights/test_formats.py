@@ -21,6 +21,7 @@ from helpers.weight_files import (
     safetensors_entries,
     save_changed,
 )
+from safetensors.numpy import save_file
 
 from vit_static.common.errors import WeightsError
 from vit_static.config.schema import InitConfig, ModelConfig
@@ -28,6 +29,7 @@ from vit_static.model.pos_embed import resample_pos_embed
 from vit_static.model.vit import VisionTransformer
 from vit_static.weights.convert import convert_state, write_converted
 from vit_static.weights.formats import ExternalWeights, read_weights
+from vit_static.weights.infer import infer_config
 from vit_static.weights.load import init_from
 
 
@@ -76,7 +78,7 @@ def test_written_files_have_the_other_programs_names_shapes_and_values(tmp_path:
         if to == "google":
             theirs = {published_name(key): array for key, array in np.load(original).items()}
             ours = dict(np.load(target))
-            assert theirs.keys() == ours.keys()
+            assert theirs.keys() | {"vit_static_model"} == ours.keys()
             assert all(np.array_equal(theirs[key], ours[key]) for key in theirs)
         else:
             theirs, ours = safetensors_entries(original), safetensors_entries(target)
@@ -150,6 +152,45 @@ def test_other_models_are_refused_with_the_reason(tmp_path: Path, added: str, re
     with pytest.raises(WeightsError, match=reason) as error:
         read_weights(path)
     assert added in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "architecture"),
+    [
+        (["layers.0.blocks.0.attn.relative_position_bias_table", "patch_embed.proj.weight"], "Swin"),
+        (["swin.encoder.layers.0.blocks.0.attention.self.relative_position_bias_table"], "Swin"),
+        (["module.blocks.0.attn.relative_position_bias_table", "module.patch_embed.proj.weight"], "BEiT"),
+        (["blocks.0.attn.q_proj.weight", "blocks.0.mlp.fc1_g.weight", "patch_embed.proj.weight"], "EVA-02"),
+        (["blocks.0.attn.q_bias", "blocks.0.gamma_1", "patch_embed.proj.weight"], "EVA or BEiT"),
+        (["blocks.0.attn.qkv.weight", "rope.periods", "patch_embed.proj.weight"], "DINOv3"),
+        (["encoder.layer.0.mlp.weights_in.weight", "embeddings.cls_token"], "SwiGLU"),
+        (["vision_model.pre_layrnorm.weight"], "CLIP"),
+        (["layer1.0.conv1.weight"], "ResNet"),
+    ],
+)
+def test_other_architectures_are_called_by_their_names(tmp_path: Path, names: list[str], architecture: str) -> None:
+    """In every container, whatever the prefix."""
+    arrays = {name: np.ones((2, 3), np.float32) for name in names}
+    save_file(arrays, tmp_path / "x.safetensors")
+    np.savez(tmp_path / "x.npz", **arrays)
+    (tmp_path / "x.pdparams").write_bytes(pickle.dumps({"state_dict": arrays}))
+    for path in tmp_path.iterdir():
+        with pytest.raises(WeightsError, match=f"is from .*{architecture}"):
+            read_weights(path)
+
+
+def test_registers_with_positions_are_refused(tmp_path: Path) -> None:
+    """timm's ViTs with registers and without `no_embed_class` add positions to them."""
+
+    def with_positions(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return arrays | {"pos_embed": np.ones((1, arrays["reg_token"].shape[1] + 1 + 9, 20), np.float32)}
+
+    path = save_changed(tmp_path / "x.safetensors", with_positions, "timm_dinov2_reg")
+    config = read_with_model("timm_dinov2_reg")[1]
+    with pytest.raises(WeightsError, match="registers have positions"):
+        infer_config(read_weights(path), "x", ["model.num_heads=4"])
+    with pytest.raises(WeightsError, match="registers have positions"):
+        convert_state(read_weights(path), config, "x", InitConfig(head="keep"), None)
 
 
 def test_attention_pooling_is_refused() -> None:

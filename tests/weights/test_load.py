@@ -101,7 +101,7 @@ def test_a_kept_head_must_fit() -> None:
     [
         ({"depth": 3}, "depth=2"),
         ({"width": 36}, "width=24"),
-        ({"qkv_bias": False}, "qkv_bias=True"),
+        ({"qkv_bias": False}, "qkv_bias=true"),
         ({"register_tokens": 2}, "register_tokens=0"),
         ({"patch_size": 2}, "patch_size=4"),
         ({"mlp_dim": 32}, "mlp_dim=48"),

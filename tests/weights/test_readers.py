@@ -34,8 +34,37 @@ def test_bfloat16_is_read(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", bias=bits.view("V2"))
     (tmp_path / "a.pdparams").write_bytes(pickle.dumps({"bias": bits}))
     for name, kind in (("a.safetensors", "safetensors"), ("a.npz", "npz"), ("a.pdparams", "paddle")):
-        detected, arrays = read_arrays(tmp_path / name)
-        assert detected == kind and np.array_equal(arrays["bias"], values)
+        content = read_arrays(tmp_path / name)
+        assert content.container == kind and np.array_equal(content.arrays["bias"], values)
+
+
+def nested(path: Path, *names: str) -> Path:
+    """Write a pickle with the small model's state dict below `names`, beside an optimizer and an average."""
+    state, average = random_state(), random_state(seed=1)
+    content: dict[str, Any] = {f"module.{name}": array for name, array in state.items()}
+    for name in reversed(names):
+        content = {name: content}
+    others = {"epoch": 3, "optimizer": {"moment": {"a": np.ones(3, np.float32)}}, "model_ema": average}
+    path.write_bytes(pickle.dumps(content | others))
+    return path
+
+
+@pytest.mark.parametrize("names", [("state_dict",), ("model",), ("teacher",), ("model", "state_dict")], ids="/".join)
+def test_a_state_dict_inside_another_dict_is_found(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """As training scripts save it, with the prefix of data parallelism; the rest is listed in the report."""
+    path = nested(tmp_path / "checkpoint.pdparams", *names)
+    for ema in (False, True):
+        external, expected = read_weights(path, ema=ema), random_state(seed=int(ema))
+        assert external.state.keys() == expected.keys()
+        assert all(np.array_equal(external.state[name], expected[name]) for name in expected)
+        assert {"epoch", "optimizer"} < external.dropped.keys()
+
+
+def test_a_file_without_an_average_has_none_to_select(tmp_path: Path) -> None:
+    write_pdparams(random_state(), tmp_path / "x.pdparams")
+    for path in (tmp_path / "x.pdparams", WEIGHTS / FILES["timm_vit"]):
+        with pytest.raises(WeightsError, match="leave --ema out"):
+            read_weights(path, ema=True)
 
 
 # Other and damaged files

@@ -36,8 +36,10 @@ from vit_static.export import onnx as onnx_export
 from vit_static.export.exporter import compare, evenly_spaced, read_batches, write_artifact
 from vit_static.inference.artifact import Comparison, spec_of
 from vit_static.inference.predictor import Predictor
+from vit_static.model.variants import require_head
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import seed_everything
+from vit_static.weights.infer import config_for
 from vit_static.weights.load import file_state, load_into
 from vit_static.weights.source import load_weights
 
@@ -96,6 +98,7 @@ def export_untrained(config: Config, folder: Path, batch_size: int) -> dict[str,
     paddle.set_device("cpu")
     seed_everything(config.seed)
     model = VisionTransformer(config.model)
+    assert model.head is not None
     model.head.weight.set_value(paddle.randn(model.head.weight.shape) * model.head.weight.shape[0] ** -0.5)
     model.eval()
     shape = (max(batch_size, _NUM_CALIBRATION_IMAGES), 3, *config.model.image_size)
@@ -113,7 +116,8 @@ def export_trained(
     Return its config, and the comparison of each precision with the trained model.
     """
     loaded = load_weights(checkpoint)
-    config = loaded.config_with(overrides)
+    config = config_for(None, loaded, overrides)
+    require_head(config.model)
     paddle.set_device("cpu")
     model = VisionTransformer(config.model)
     load_into(model, config.model, loaded, config.init.pos_embed)
@@ -218,6 +222,7 @@ def print_top1(comparisons: Mapping[str, Comparison]) -> None:
     if not comparisons:
         print("\ntop-1: not measured, because the weights are random; name a trained model with --checkpoint RUN")
     for precision, comparison in comparisons.items():
+        assert comparison.top1_exported is not None and comparison.top1_trained is not None
         difference = comparison.top1_exported - comparison.top1_trained
         print(
             f"{precision}: top-1 {comparison.top1_exported:.2f} %, {difference:+.2f} from the trained model, the same "

@@ -33,9 +33,18 @@ _MAX_PROFILED_STEPS = 1000  # each step adds thousands of operators to the trace
 class ModelConfig(Section):
     """The Vision Transformer."""
 
+    from_: Literal["config", "init"] = Field(
+        "config",
+        alias="from",
+        exclude=True,
+        description="init: take the shape from init.from's weights (with --checkpoint: from those) instead of from "
+        "`variant`; keys that are set here still win",
+    )
     variant: str = Field("B/16", description="size and patch size: a name in model/variants.py")
     image_size: ImageSize = Field((224, 224), description="in pixels: one number for a square, or [height, width]")
-    num_classes: PositiveInt = Field(1000, description="width of the classification head")
+    num_classes: NonNegativeInt = Field(
+        1000, description="width of the classification head; 0: no head, only features (as in timm)"
+    )
     pool: Literal["cls", "gap", "cls_gap"] = Field(
         "cls", description="input of the head: the class token, the mean of the patch tokens, or both concatenated"
     )

@@ -27,7 +27,7 @@ from vit_static.doctor.gpus import visible_gpus
 from vit_static.doctor.processes import Outcome, Request, started_processes
 from vit_static.doctor.subject import NUM_BLOCKS
 from vit_static.launch.topology import find_layout
-from vit_static.model.variants import variant_of
+from vit_static.model.variants import require_head, variant_of
 
 _SHOWN = {"ok": "ok", "failed": "FAILED", "skipped": "-"}
 
@@ -48,6 +48,7 @@ def run(
     run.
     """
     check_writable(json_path)
+    require_head(config.model)
     names = _selected(only)
     world_size, num_local = _world_size(config)
     request = Request(config, config_path, overrides, names, world_size, num_local, verbose)

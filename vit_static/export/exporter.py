@@ -22,7 +22,7 @@ from vit_static.common.errors import ExportError, UserError
 from vit_static.common.io import write_json
 from vit_static.config.schema import Config, InferencePrecision
 from vit_static.data.image_set import ImageDataset
-from vit_static.data.open_set import open_set
+from vit_static.data.open_set import count_classes, has_shards, open_set, split_path
 from vit_static.export import onnx as onnx_export
 from vit_static.export.inference_vit import InferenceModel
 from vit_static.export.model_card import model_card_text
@@ -44,6 +44,7 @@ from vit_static.inference.image_io import read_pixels
 from vit_static.inference.predictor import Preprocessor, to_probabilities
 from vit_static.model.variants import shape_of
 from vit_static.model.vit import VisionTransformer
+from vit_static.weights.infer import config_for
 from vit_static.weights.load import load_into
 from vit_static.weights.source import Weights, WhichWeights, describe_choice, load_weights
 
@@ -98,7 +99,7 @@ def export_checkpoint(
     choice = describe_choice(checkpoint, which)
     if choice is not None:
         print(choice, flush=True)
-    config = config or loaded.config_with(overrides)
+    config = config_for(config, loaded, overrides)
     precision = config.export.precision
     check_machine(precision)
     if precision == "int8" and config.export.pixels:
@@ -108,7 +109,7 @@ def export_checkpoint(
         )
     if onnx or precision == "int8":
         onnx_export.check_installed()
-    images = open_set(config.data, "val", config.model.num_classes)
+    images = _open_validation(config)
     given_out, out = out, out.resolve()
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; --out takes a folder")
@@ -124,6 +125,15 @@ def export_checkpoint(
     folder = given_out / subfolders[0]
     names = ", ".join(path.name for path in sorted(folder.iterdir()))
     print(f"{folder}: {names}; './run.sh predict --model {folder} IMAGE' uses them")
+
+
+def _open_validation(config: Config) -> ImageDataset:
+    """Open the validation images; for a model without a head, whatever their labels are."""
+    num_classes = config.model.num_classes
+    if num_classes == 0:
+        is_counted = not has_shards(split_path(config.data, "val"))
+        num_classes = count_classes(config.data, "val") if is_counted else 1
+    return open_set(config.data, "val", num_classes)
 
 
 @contextmanager
@@ -151,7 +161,7 @@ def _export_size(
     load_into(model, config.model, loaded, config.init.pos_embed)
     model.eval()
     folder.mkdir(exist_ok=True)
-    spec = spec_of(config, loaded.class_names or images.class_names)
+    spec = spec_of(config, (loaded.class_names or images.class_names) if config.model.num_classes else [])
     indices = evenly_spaced(len(images), config.export.num_calibration_images)
     calibration = (inputs for inputs, *_ in read_batches(images, indices, spec))
     spec = write_artifact(model, config, spec, folder, calibration, onnx=onnx)
@@ -169,21 +179,25 @@ def _export_size(
 def _check(comparison: Comparison, path: str, name: str, spec: ModelSpec) -> None:
     """Print the comparison of the file `name`, shown as `path`. Raises ExportError if it exceeds its bounds."""
     precision = file_precision(name, spec)
-    quantity = "a probability" if name == PIXELS_FILE else "a logit"
+    quantity = "a feature" if not spec.class_names else "a probability" if name == PIXELS_FILE else "a logit"
     print(
         f"{path} ({precision}): largest difference of {quantity} from the trained model's: "
         f"{comparison.largest_difference:.2e}, over {comparison.num_images} validation images "
-        f"(bound {comparison.bound:.0e})"
-    )
-    top1_difference = comparison.top1_exported - comparison.top1_trained
-    top1_bound = BOUNDS[precision].top1_bound(comparison.num_images)
-    print(
-        f"{path}: top-1 {comparison.top1_exported:.2f} %, the trained model's {comparison.top1_trained:.2f} % "
-        f"(difference {top1_difference:+.2f}, bound {top1_bound:.2f}); "
-        f"the same class for {comparison.same_class:.2f} %",
+        f"(bound {comparison.bound:.0e})",
         flush=True,
     )
-    if not (comparison.largest_difference <= comparison.bound and abs(top1_difference) <= top1_bound + 1e-9):
+    is_within = comparison.largest_difference <= comparison.bound
+    if comparison.top1_exported is not None and comparison.top1_trained is not None:
+        top1_difference = comparison.top1_exported - comparison.top1_trained
+        top1_bound = BOUNDS[precision].top1_bound(comparison.num_images)
+        print(
+            f"{path}: top-1 {comparison.top1_exported:.2f} %, the trained model's {comparison.top1_trained:.2f} % "
+            f"(difference {top1_difference:+.2f}, bound {top1_bound:.2f}); "
+            f"the same class for {comparison.same_class:.2f} %",
+            flush=True,
+        )
+        is_within = is_within and abs(top1_difference) <= top1_bound + 1e-9
+    if not is_within:
         raise ExportError(f"{path}: differs from the trained model by more than its bound; nothing was written")
 
 
@@ -295,8 +309,10 @@ def compare(
 ) -> dict[str, Comparison]:
     """Compare each file of the folder with the trained model, a dynamic graph in float32, on validation images.
 
-    Returns the comparison of each file by its name. Without `max_images` all images are used.
+    Returns the comparison of each file by its name. Without `max_images` all images are used. Of a model without a head
+    the features are compared.
     """
+    has_head = bool(spec.class_names)
     sessions = _open_sessions(folder, spec)
     tallies = {name: _Tally() for name in sessions}
     trained = _TrainedTally()
@@ -310,9 +326,11 @@ def compare(
                 if name == PIXELS_FILE:
                     assert isinstance(session, PaddleSession)
                     outputs = [session.outputs(image[None])[0].copy_to_cpu() for image in pixels]
-                    tallies[name].add(np.concatenate(outputs), to_probabilities(logits, spec.activation), labels)
+                    trained_outputs = to_probabilities(logits, spec.activation) if has_head else logits
+                    tallies[name].add(np.concatenate(outputs), trained_outputs, labels)
                 else:
-                    tallies[name].add(session.run(inputs)[0], logits, labels)
+                    exported_logits, features = session.run(inputs, with_features=not has_head)
+                    tallies[name].add(exported_logits if features is None else features, logits, labels)
             progress_bar.update(len(inputs))
     logits_std = float(np.sqrt(np.mean(trained.batch_variances)))
     return {
@@ -320,9 +338,9 @@ def compare(
             num_images=trained.num_images,
             largest_difference=tally.max_difference,
             bound=PIXELS_BOUND if name == PIXELS_FILE else BOUNDS[file_precision(name, spec)].logit_bound(logits_std),
-            same_class=100.0 * tally.num_same_class / trained.num_images,
-            top1_trained=100.0 * trained.num_correct / trained.num_images,
-            top1_exported=100.0 * tally.num_correct / trained.num_images,
+            same_class=100.0 * tally.num_same_class / trained.num_images if has_head else None,
+            top1_trained=100.0 * trained.num_correct / trained.num_images if has_head else None,
+            top1_exported=100.0 * tally.num_correct / trained.num_images if has_head else None,
         )
         for name, tally in tallies.items()
     }

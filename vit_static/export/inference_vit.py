@@ -15,11 +15,11 @@ from vit_static.model.vit import Attention, Block, VisionTransformer, attention_
 class InferenceModel(nn.Layer):
     """Images [B, 3, height, width] float32 to the logits [B, num_classes] and features [B, C] of a model in evaluation.
 
-    Both outputs are float32. The weights are copies of the model's. Queries, keys and values come from one matrix
-    product. If the head reads only the class token, the last block computes only that token. In bfloat16 and float16,
-    weights and activations have that type, except for the norms' parameters and everything after the last block, which
-    stay float32. Parameters have the names of PLSC and timm (`blocks.0.attn.qkv.weight`), by which
-    `attention_maps.load_as_layer` identifies them.
+    A model without a head has the features as its only output. All outputs are float32. The weights are copies of the
+    model's. Queries, keys and values come from one matrix product. If the head reads only the class token, the last
+    block computes only that token. In bfloat16 and float16, weights and activations have that type, except for the
+    norms' parameters and everything after the last block, which stay float32. Parameters have the names of PLSC and
+    timm (`blocks.0.attn.qkv.weight`), by which `attention_maps.load_as_layer` identifies them.
     """
 
     def __init__(self, model: VisionTransformer, dtype: InferencePrecision = "float32") -> None:
@@ -37,7 +37,7 @@ class InferenceModel(nn.Layer):
         for name, parameter in self.backbone.named_parameters():
             parameter.name = name
 
-    def forward(self, images: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
+    def forward(self, images: paddle.Tensor) -> tuple[paddle.Tensor, ...]:
         backbone = self.backbone
         x = backbone.embed(images.astype(self.dtype))  # [B, N, C]
         last = len(backbone.blocks) - 1
@@ -51,6 +51,8 @@ class InferenceModel(nn.Layer):
             features = (
                 backbone.norm(backbone.pool_tokens(x)) if backbone.fc_norm else backbone.pool_tokens(backbone.norm(x))
             )
+        if backbone.head is None:
+            return (features,)
         representation = features
         if backbone.head0 is not None:
             representation = F.tanh(self._in_float32(backbone.head0, representation))

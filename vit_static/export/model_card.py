@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from vit_static.config.schema import Config
-from vit_static.inference.artifact import MODEL_FILE, ONNX_FILE, PIXELS_FILE, SPEC_FILE, WEIGHTS_FILE, ModelSpec
+from vit_static.inference.artifact import (
+    MODEL_FILE,
+    ONNX_FILE,
+    PIXELS_FILE,
+    SPEC_FILE,
+    WEIGHTS_FILE,
+    Comparison,
+    ModelSpec,
+)
 from vit_static.model import flops
 
 _MAX_CLASS_NAMES = 20  # shown in the text
@@ -37,9 +45,7 @@ def model_card_text(spec: ModelSpec, config: Config, source: str, shape: flops.S
         "## Accuracy",
         *_accuracy(spec),
         "## Input and output",
-        f"`images` {input_shape} float32, any B: RGB, {_describe_preprocessing(spec)}. Outputs: logits "
-        f"[B, {len(spec.class_names)}], whose {'softmax' if spec.activation == 'softmax' else 'sigmoid'} gives the "
-        "probabilities, and features, the input of the classification head; both float32.",
+        f"`images` {input_shape} float32, any B: RGB, {_describe_preprocessing(spec)}. {_describe_outputs(spec)}",
     ]
     if PIXELS_FILE in spec.files:
         parts.append(
@@ -72,9 +78,7 @@ def _accuracy(spec: ModelSpec) -> list[str]:
         [
             name,
             "float32" if name == ONNX_FILE and spec.precision != "int8" else spec.precision,
-            f"{comparison.top1_exported:.2f}",
-            f"{comparison.top1_trained:.2f}",
-            f"{comparison.same_class:.2f}",
+            *("-" if value is None else f"{value:.2f}" for value in _agreement(comparison)),
             f"{comparison.largest_difference:.1e}",
         ]
         for name, comparison in spec.comparisons.items()
@@ -85,6 +89,20 @@ def _accuracy(spec: ModelSpec) -> list[str]:
         f"Measured on {num_images} validation images. The difference is that of a logit from the trained model's in "
         "float32, or of a probability if the program includes the preprocessing.",
     ]
+
+
+def _describe_outputs(spec: ModelSpec) -> str:
+    if not spec.class_names:
+        return "Output: features, the pooled state after the last norm, float32; there is no classification head."
+    activation = "softmax" if spec.activation == "softmax" else "sigmoid"
+    return (
+        f"Outputs: logits [B, {len(spec.class_names)}], whose {activation} gives the probabilities, and features, the "
+        "input of the classification head; both float32."
+    )
+
+
+def _agreement(comparison: Comparison) -> tuple[float | None, ...]:
+    return comparison.top1_exported, comparison.top1_trained, comparison.same_class
 
 
 def _describe_preprocessing(spec: ModelSpec) -> str:

@@ -73,9 +73,9 @@ def _convert(folder: Path, path: Path) -> None:
 
 
 def _name_outputs(model: Any) -> None:
-    """Name the outputs `logits` and `features`, and the first axis of inputs and outputs `batch`."""
+    """Name the outputs `logits` and `features`, or `features` alone, and the first axis of all `batch`."""
     graph = model.graph
-    names = {output.name: name for output, name in zip(graph.output, _OUTPUT_NAMES, strict=True)}
+    names = {output.name: name for output, name in zip(graph.output, _OUTPUT_NAMES[-len(graph.output) :], strict=True)}
     for node in graph.node:
         for index, name in enumerate(node.output):
             node.output[index] = names.get(name, name)

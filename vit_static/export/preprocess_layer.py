@@ -17,19 +17,22 @@ _KERNEL_RADIUS = {"bilinear": 1, "bicubic": 2}  # pixels
 class FromPixels(nn.Layer):
     """Pixels [B, height, width, 3] uint8, RGB, of any size to probabilities [B, num_classes] and features [B, C].
 
-    Both outputs are float32. `model` maps images [B, 3, h, w] float32 to logits and features. The preprocessing agrees
-    with DALI's (`dali_pipeline`) to one grey level. Resampling is separable, so it is a product with one matrix per
-    axis. The matrices are computed for the size of the input, and only for those rows and columns that the crop keeps.
+    The outputs are float32. `model` maps images [B, 3, h, w] float32 to logits and features, or to features alone. The
+    preprocessing agrees with DALI's (`dali_pipeline`) to one grey level. Resampling is separable, so it is a product
+    with one matrix per axis. The matrices are computed for the size of the input, and only for those rows and columns
+    that the crop keeps.
     """
 
     def __init__(self, model: nn.Layer, preprocessing: Preprocessing, activation: str) -> None:
         super().__init__()
         self.model, self.preprocessing, self.activation = model, preprocessing, activation
 
-    def forward(self, pixels: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
-        logits, features = self.model(self.preprocess(pixels))
+    def forward(self, pixels: paddle.Tensor) -> tuple[paddle.Tensor, ...]:
+        *logits, features = self.model(self.preprocess(pixels))
+        if not logits:
+            return (features,)
         is_softmax = self.activation == "softmax"
-        return F.softmax(logits, axis=-1) if is_softmax else F.sigmoid(logits), features
+        return F.softmax(logits[0], axis=-1) if is_softmax else F.sigmoid(logits[0]), features
 
     def preprocess(self, pixels: paddle.Tensor) -> paddle.Tensor:
         """Return the model's input [B, 3, h, w] float32."""

@@ -49,14 +49,17 @@ class Preprocessing(Section):
 
 
 class Comparison(Section):
-    """Difference between an exported file and the trained model in float32, measured on validation images."""
+    """Difference between an exported file and the trained model in float32, measured on validation images.
+
+    A model without a head has no classes to compare.
+    """
 
     num_images: int
-    largest_difference: float  # of a logit; for PIXELS_FILE, of a probability
+    largest_difference: float  # of a logit, or without a head of a feature; for PIXELS_FILE, of a probability
     bound: float  # the largest difference that was allowed
-    same_class: float  # per cent of the images for which both predict the same class
-    top1_trained: float  # per cent
-    top1_exported: float  # per cent
+    same_class: float | None = None  # per cent of the images for which both predict the same class
+    top1_trained: float | None = None  # per cent
+    top1_exported: float | None = None  # per cent
 
 
 class ModelSpec(Section):

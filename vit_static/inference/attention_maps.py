@@ -36,6 +36,7 @@ from vit_static.inference.predictor import Preprocessor, prefetch_batches, to_pr
 from vit_static.model.variants import shape_of, variant_of
 from vit_static.model.vit import AttentionFunction, Dropout, VisionTransformer, attention_by_matmul
 from vit_static.weights.formats import split_qkv
+from vit_static.weights.infer import config_for
 from vit_static.weights.load import load_into
 from vit_static.weights.source import WhichWeights, load_weights
 
@@ -188,7 +189,7 @@ def load_checkpoint(
     ConfigError as the verb `eval` does.
     """
     loaded = load_weights(checkpoint, ema=ema, which=which)
-    config = config or loaded.config_with(overrides)
+    config = config_for(config, loaded, overrides)
     paddle.set_device("cpu")
     model = VisionTransformer(config.model, AttentionRecorder())
     load_into(model, config.model, loaded, config.init.pos_embed)
@@ -231,7 +232,9 @@ def load_as_layer(folder: Path, attention: AttentionFunction = attention_by_matm
     shape = (1, 3, *spec.model.image_size)
     noise = paddle.to_tensor(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
     with paddle.no_grad():
-        layer_logits, program_logits = model(noise).numpy(), program(noise)[0].numpy()
+        outputs = program(noise)  # of a model without a head only the features
+        layer_logits = model(noise).numpy()
+        program_logits = (outputs[0] if isinstance(outputs, list | tuple) else outputs).numpy()
     if not np.abs(layer_logits - program_logits).max() <= _MAX_DIFFERENCE * np.abs(program_logits).max():
         raise PredictError(f"{folder}: {MODEL_FILE} computes another model than {SPEC_FILE} describes; export it again")
     return model
@@ -278,11 +281,11 @@ def visualize(
                 print(json.dumps({"path": str(path), "error": str(error)}))
                 continue
             result = next(results)
-            title = f"{stem}: {result.class_name}, {100.0 * result.probability:.1f} %"
+            title = f"{stem}: {result.class_name}, {100.0 * result.probability:.1f} %" if result.class_name else stem
             _write(draw_rollout(result.pixels, result.rollout, title), out / f"{stem}_rollout.png")
             _write(draw_heads(result.pixels, result.heads, title), out / f"{stem}_heads.png")
-            top = {"class": result.label, "name": result.class_name, "probability": round(result.probability, 6)}
-            print(json.dumps({"path": str(path), "top": [top]}, ensure_ascii=False))
+            top = [{"class": result.label, "name": result.class_name, "probability": round(result.probability, 6)}]
+            print(json.dumps({"path": str(path), "top": top if result.class_name else []}, ensure_ascii=False))
     sys.stdout.flush()
     if num_failed:
         say(f"{num_failed} images could not be read; their lines give the reason")
@@ -306,10 +309,10 @@ def unique_stems(paths: Sequence[Path]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Explanation:
-    """The predicted class of an image, and the attention behind it."""
+    """The predicted class of an image (no name without a head), and the attention behind it."""
 
     label: int
-    class_name: str
+    class_name: str | None
     probability: float
     pixels: np.ndarray  # [height, width, 3] uint8, as the model received them
     rollout: np.ndarray  # [rows, columns]
@@ -324,7 +327,8 @@ def _explain(model: VisionTransformer, spec: ModelSpec, images: np.ndarray) -> I
     for image, row, shares, heads in maps:
         label = int(row.argmax())
         pixels = denormalize(image, spec.preprocessing)
-        yield _Explanation(label, spec.class_names[label], float(row[label]), pixels, shares, heads)
+        name = spec.class_names[label] if spec.class_names else None
+        yield _Explanation(label, name, float(row[label]), pixels, shares, heads)
 
 
 def denormalize(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:

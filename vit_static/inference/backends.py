@@ -47,8 +47,8 @@ class Session(Protocol):
     def run(self, images: np.ndarray, *, with_features: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
         """Return logits [B, num_classes] and, with `with_features`, features [B, C], both float32.
 
-        `images` are preprocessed, [B, 3, height, width] float32. Raises ValueError or RuntimeError if the program takes
-        images of another size.
+        `images` are preprocessed, [B, 3, height, width] float32. Without a head, the logits are [B, 0]. Raises
+        ValueError or RuntimeError if the program takes images of another size.
         """
         ...
 
@@ -96,8 +96,11 @@ class PaddleSession:
         self._predictor: Any = inference.create_predictor(config)
 
     def run(self, images: np.ndarray, *, with_features: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
-        logits, features = self.outputs(images)
-        return logits.copy_to_cpu(), features.copy_to_cpu() if with_features else None
+        *logits, features = self.outputs(images)
+        return (
+            logits[0].copy_to_cpu() if logits else np.zeros((len(images), 0), np.float32),
+            features.copy_to_cpu() if with_features else None,
+        )
 
     def outputs(self, batch: np.ndarray) -> list[Any]:
         """Run a batch in the program's input dtype; the handles of the outputs are valid until the next call."""
@@ -124,9 +127,11 @@ class OnnxSession:
         self._session = onnxruntime.InferenceSession(str(program), options, providers=["CPUExecutionProvider"])
 
     def run(self, images: np.ndarray, *, with_features: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
-        names = ["logits", "features"] if with_features else ["logits"]
-        logits, *features = self._session.run(names, {"images": images})
-        return logits, features[0] if features else None
+        has_logits = len(self._session.get_outputs()) > 1
+        names = [*(["logits"] if has_logits else []), *(["features"] if with_features or not has_logits else [])]
+        outputs = self._session.run(names, {"images": images})
+        logits = outputs[0] if has_logits else np.zeros((len(images), 0), np.float32)
+        return logits, outputs[-1] if with_features else None
 
 
 def open_session(

@@ -45,6 +45,8 @@ def predict_images(
     if top_k < 1 or batch_size < 1:
         raise PredictError("--top-k and --batch-size must be at least 1")
     predictor = load_predictor(folder, precision=precision)
+    if not predictor.spec.class_names and features is None:
+        raise PredictError(f"{folder}: has no classification head; --features OUT.npy writes the features")
     top_k = min(top_k, len(predictor.spec.class_names))
     # Raises here for a path that doesn't exist, before anything is written.
     sources = [read_path_list(sys.stdin.buffer) if path == Path("-") else iter(find_images([path])) for path in paths]
@@ -56,7 +58,7 @@ def predict_images(
         keys = (f"{key}_{rank + 1}" for rank in range(top_k) for key in ("class", "name", "probability"))
         print(_csv_row("path", "error", *keys))
     to_line = _LINES[output_format]
-    layout = _Layout(top_k, min(max(map(len, predictor.spec.class_names)), _MAX_NAME_WIDTH))
+    layout = _Layout(top_k, min(max(map(len, predictor.spec.class_names), default=0), _MAX_NAME_WIDTH))
     num_failed = 0
     for path, prediction in _predict_paths(predictor, chain.from_iterable(sources), top_k, batch_size, features):
         num_failed += isinstance(prediction, PredictError)

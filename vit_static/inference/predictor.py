@@ -183,8 +183,10 @@ class Predictor:
     ) -> list[Prediction | PredictError]:
         """Return the `top_k` classes of each row of `logits` [B, num_classes], with the row of `features` [B, width].
 
-        For a row with NaN or infinite values it is a PredictError.
+        For a row with NaN or infinite values it is a PredictError. Without a head there are no classes.
         """
+        if not logits.shape[1]:
+            return [Prediction([], [], [], row) for row in ([None] * len(logits) if features is None else features)]
         predictions: list[Prediction | PredictError] = []
         for index, row in enumerate(to_probabilities(logits, self.spec.activation)):
             if not np.isfinite(row).all():

@@ -382,6 +382,10 @@ def serve_model(
     Raises UserError if the address can't be used, and PredictError if the model can't.
     """
     predictor = load_predictor(folder, precision=precision)
+    if not predictor.spec.class_names:
+        raise PredictError(
+            f"{folder}: has no classification head, and serve answers with classes; use predict --features"
+        )
     blank_image = np.zeros((*predictor.spec.preprocessing.image_size, 3), np.uint8)
     predictor.probabilities([blank_image])  # the first run is slow, so it is done before the first request
     listener = _listen(host, port)

@@ -37,6 +37,8 @@ VARIANTS: dict[str, Variant] = {
 
 def variant_of(config: ModelConfig) -> Variant:
     """Return the config's variant, with the keys that override it. Raises ConfigError if no such ViT exists."""
+    if config.from_ == "init":  # weights/infer.py replaces it where weights are read
+        raise ConfigError("model.from = 'init': no weights are read here; set model.from=config and model.variant")
     if config.variant not in VARIANTS:
         raise ConfigError(f"model.variant = {config.variant!r}: is unknown; set one of {', '.join(VARIANTS)}")
     named = asdict(VARIANTS[config.variant])
@@ -62,6 +64,15 @@ def variant_of(config: ModelConfig) -> Variant:
     return variant
 
 
+def require_head(config: ModelConfig) -> None:
+    """Raise ConfigError for a model without a head, which has no loss."""
+    if config.num_classes == 0:
+        raise ConfigError(
+            "model.num_classes = 0: a model without a head can't be trained or evaluated, only exported and drawn; set "
+            "model.num_classes"
+        )
+
+
 def grid_of(config: ModelConfig) -> tuple[int, int]:
     """Return the rows and columns of patches."""
     patch_size = variant_of(config).patch_size
@@ -79,6 +90,6 @@ def shape_of(config: ModelConfig) -> Shape:
         depth=variant.depth,
         mlp_dim=variant.mlp_dim,
         num_classes=config.num_classes,
-        representation_size=config.representation_size,
+        representation_size=config.representation_size if config.num_classes else None,
         num_pooled=2 if config.pool == "cls_gap" else 1,
     )

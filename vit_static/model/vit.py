@@ -239,7 +239,8 @@ def _layer_scale(config: ModelConfig, width: int) -> nn.Layer:
 
 
 class VisionTransformer(nn.Layer):
-    """Vision Transformer: normalized images [B, 3, height, width] to logits [B, num_classes].
+    """Vision Transformer: normalized images [B, 3, height, width] to logits [B, num_classes], or to its features if it
+    has no classes.
 
     The fields of `ModelConfig` describe the options. With `fc_norm` the last LayerNorm is applied to the pooled state
     instead of to each token, as in MAE's finetuning. Register tokens come before the class token and have no position
@@ -273,7 +274,9 @@ class VisionTransformer(nn.Layer):
 
         pooled_width = 2 * width if config.pool == "cls_gap" else width
         self.norm = nn.LayerNorm(pooled_width if config.fc_norm else width, config.layer_norm_epsilon)
-        self.head0 = None
+        self.head0, self.head = None, None
+        if config.num_classes == 0:
+            return
         if config.representation_size is None:
             std = config.head_init_std
             weight_init = Normal(0.0, std) if std > 0.0 else Constant(0.0)
@@ -324,7 +327,9 @@ class VisionTransformer(nn.Layer):
         return states[0] if len(states) == 1 else paddle.stack(states, axis=1).flatten(1)
 
     def logits(self, features: paddle.Tensor) -> paddle.Tensor:
-        """Apply the head to the result of `features`; return logits [B, num_classes]."""
+        """Apply the head to the result of `features`; return logits [B, num_classes]. Without a head: the features."""
+        if self.head is None:
+            return features
         if self.head0 is not None:
             features = F.tanh(self.head0(features))
         return self.head(features)

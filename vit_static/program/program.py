@@ -19,6 +19,7 @@ from vit_static.checkpoint.sharded_state import ShardedReader
 from vit_static.common.errors import ConfigError
 from vit_static.config.schema import AmpConfig, Config, ParallelConfig
 from vit_static.model.loss import Criterion
+from vit_static.model.variants import require_head
 from vit_static.model.vit import Dropout, PatchProjection, VisionTransformer
 from vit_static.optim.optimizers import make_optimizer, step_scalars
 from vit_static.optim.param_groups import freeze_backbone
@@ -94,6 +95,7 @@ class Program:
         `learning_rate` maps the number of completed updates to the rate of the next. `eval_batch_size` is global.
         `count_costs` is called with the compiled training program; `costs` returns its result.
         """
+        require_head(config.model)
         training = TrainingSpec(
             optim=config.optim,
             learning_rate=learning_rate,

@@ -16,6 +16,7 @@ from vit_static.data.image_set import ImageDataset
 from vit_static.data.imagenet_eval import imagenet_v2, with_real_labels
 from vit_static.data.loader import EvalLoader
 from vit_static.data.open_set import open_set
+from vit_static.model.variants import require_head
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import Mesh, MeshShape, gpu_capability, num_micro_batches, rank_and_world_size, start_mesh
 from vit_static.program.precision import choose_attention, choose_precision
@@ -23,6 +24,7 @@ from vit_static.program.program import Program
 from vit_static.report.error_analysis import ErrorAnalysis, Predictions, Sample, analyze_errors, worst_images
 from vit_static.train.log import RunLog
 from vit_static.train.metrics import EvalMetrics
+from vit_static.weights.infer import config_for
 from vit_static.weights.load import load_into
 from vit_static.weights.source import WhichWeights, describe_choice, load_weights
 
@@ -161,7 +163,8 @@ def evaluate_checkpoint(
     device = (config or load_config(None, overrides)).device
     mesh = start_mesh(MeshShape(dp=rank_and_world_size()[1], mp=1, pp=1), device)
     loaded = load_weights(checkpoint, ema=ema, which=which)
-    config = config or loaded.config_with(overrides)
+    config = config_for(config, loaded, overrides)
+    require_head(config.model)
     num_classes = config.model.num_classes
     if v2 is not None:
         images: ImageDataset = imagenet_v2(v2, loaded.class_names or [str(label) for label in range(num_classes)])

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vit_static.checkpoint.folder import MERGED, MERGED_AVERAGE, MERGED_BEST, MERGED_BEST_AVERAGE, checkpoint_dir
+from vit_static.checkpoint.folder import (
+    CONFIG,
+    MERGED,
+    MERGED_AVERAGE,
+    MERGED_BEST,
+    MERGED_BEST_AVERAGE,
+    checkpoint_dir,
+)
 from vit_static.checkpoint.progress import Progress
+from vit_static.config.loader import load_config
 from vit_static.report.metric_names import METRIC_TITLES, format_metric
 from vit_static.train.run_spec import RunSpec
 from vit_static.weights.load import write_pdparams
@@ -28,9 +36,10 @@ def merge_weights(run_dir: Path, progress: Progress, *, has_ema: bool) -> None:
 
 
 def _merge(checkpoint: Path, path: Path, average_path: Path, *, has_ema: bool) -> None:
-    write_pdparams(merge_shards(checkpoint), path)
+    model = load_config(checkpoint / CONFIG).model
+    write_pdparams(merge_shards(checkpoint), path, model)
     if has_ema:
-        write_pdparams(merge_shards(checkpoint, ema=True), average_path)
+        write_pdparams(merge_shards(checkpoint, ema=True), average_path, model)
 
 
 def describe_results(spec: RunSpec, progress: Progress) -> str:

@@ -6,7 +6,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from vit_static.checkpoint.folder import open_shards
+from vit_static.checkpoint.folder import CONFIG, open_shards
 from vit_static.checkpoint.progress import Progress
 from vit_static.checkpoint.resume import (
     check_same_images,
@@ -18,11 +18,13 @@ from vit_static.checkpoint.resume import (
 )
 from vit_static.checkpoint.sharded_state import ShardedReader
 from vit_static.common.errors import WeightsError
+from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import Mesh
 from vit_static.train.run_dir import RunDir
 from vit_static.train.run_spec import RunSpec
+from vit_static.weights.infer import shape_of_config, with_model_of_init, with_shape
 from vit_static.weights.load import LoadReport, init_from
 from vit_static.weights.source import load_weights
 
@@ -77,6 +79,21 @@ class StartPoint:
     def open(self) -> ShardedReader | None:
         """Open the checkpoint's tensors, if there is a checkpoint."""
         return None if self.checkpoint is None else open_shards(self.checkpoint)
+
+
+def resolve_model(config: Config, resume: str) -> Config:
+    """Return the config with the model's shape from its weights if it has ``model.from: init``.
+
+    They are those of the checkpoint that the run resumes from, if there is one (`resume` as in `StartPoint.find`), else
+    those of init.from. Raises ConfigError or WeightsError if they don't determine it.
+    """
+    if config.model.from_ == "config":
+        return config
+    checkpoint = resolve_resume(config.run_dir, resume)
+    if checkpoint is None:
+        return with_model_of_init(config)
+    verify_checkpoint(checkpoint)
+    return with_shape(config, shape_of_config(load_config(checkpoint / CONFIG)), str(checkpoint), with_head=True)
 
 
 @dataclass(frozen=True)

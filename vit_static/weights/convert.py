@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import paddle
 
 from vit_static.common.errors import WeightsError
-from vit_static.config.loader import load_config
 from vit_static.config.schema import Config, InitConfig, ModelConfig
-from vit_static.model.variants import VARIANTS, variant_of
+from vit_static.model.variants import variant_of
 from vit_static.model.vit import VisionTransformer
 from vit_static.weights.formats import ExternalWeights, FormatName, State, list_differences, write_weights
-from vit_static.weights.load import LoadReport, adapt_state, check_state, infer_model, position_counts, write_pdparams
+from vit_static.weights.infer import format_override, infer_config
+from vit_static.weights.load import LoadReport, adapt_state, check_state, write_pdparams
 from vit_static.weights.source import load_weights
 
 SUFFIXES: dict[str, FormatName] = {".pdparams": "plsc", ".npz": "google", ".safetensors": "timm"}
@@ -55,6 +54,8 @@ def convert_weights(
     model = config.model
     if fold_layer_scale:
         model = model.model_copy(update={"layer_scale_init": None})
+    if head == "drop":
+        model = model.model_copy(update={"num_classes": 0, "representation_size": None})
     grid = loaded.grid
     if image_size is not None:
         patch_size = variant_of(model).patch_size
@@ -77,72 +78,17 @@ def convert_state(
 ) -> tuple[State, LoadReport]:
     """Return the state of a model and a report of the file's arrays. Raises WeightsError unless all of them fit."""
     state, report = adapt_state(external, model, source, init, grid)
-    check_state(state, expected_shapes(model, with_head=init.head == "keep"), source, external, model)
+    with_head = init.head == "keep"
+    check_state(state, expected_shapes(model, with_head=with_head), source, external, model, with_head=with_head)
     return state, report
 
 
 def write_converted(state: State, model: ModelConfig, target: Path, to: FormatName) -> None:
     """Write a state in any format. Raises WeightsError if the target's program doesn't have this model."""
     if to == "plsc":
-        write_pdparams(state, target)
+        write_pdparams(state, target, model)
     else:
         write_weights(state, model, variant_of(model).num_heads, target, to)
-
-
-def infer_config(
-    external: ExternalWeights, source: str, overrides: list[str], image_size: tuple[int, int] | None
-) -> Config:
-    """Return a config whose model fits the weights, with ``section.key=value`` overrides.
-
-    `image_size` (height, width) is what the weights were trained at, if they don't determine it. Raises WeightsError
-    for what neither the arrays nor the overrides determine.
-    """
-    inferred = infer_model(external)
-    for key in ("patch_size", "width", "depth", "mlp_dim"):
-        if not inferred.get(key):
-            raise WeightsError(f"{source}: is no complete Vision Transformer: no array determines its {key}")
-    hints = {key: value for key, value in external.model_hints.items() if key in ModelConfig.model_fields}
-    num_heads = _published_num_heads(inferred)
-    values = {"num_heads": num_heads, **inferred, **hints, "class_token": "cls_token" in external.state}
-    size = image_size or _square_image_size(external, inferred["patch_size"])
-    if size is not None:
-        values["image_size"] = list(size)
-    if "pos_embed" not in external.state:
-        values["pos_embed"] = "sincos2d"
-    elif "class_token_pos_embed" not in hints and size is not None:
-        num_patches = size[0] // inferred["patch_size"] * (size[1] // inferred["patch_size"])
-        values["class_token_pos_embed"] = external.state["pos_embed"].shape[1] > num_patches
-    lines = [f"model.{key}={_yaml(value)}" for key, value in values.items() if value is not None]
-    for key, remedy in (("num_heads", "-o model.num_heads=N"), ("image_size", "--image-size HEIGHT WIDTH")):
-        if not any(line.startswith(f"model.{key}=") for line in [*lines, *overrides]):
-            raise WeightsError(f"{source}: no array determines its {key}; set {remedy}")
-    return load_config(None, [*lines, *overrides])
-
-
-def _yaml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(list(value) if isinstance(value, tuple) else value).replace(" ", "")
-
-
-def _published_num_heads(model: dict[str, Any]) -> int | None:
-    """Return the number of heads of the published variant of this shape; None for any other: a guess could be wrong."""
-    for variant in VARIANTS.values():
-        if (variant.width, variant.depth, variant.mlp_dim) == (model["width"], model["depth"], model["mlp_dim"]):
-            return variant.num_heads
-    return None
-
-
-def _square_image_size(external: ExternalWeights, patch_size: int) -> tuple[int, int] | None:
-    """Return the image size for which the position embedding's grid is square, if there is one."""
-    embedding = external.state.get("pos_embed")
-    if embedding is None or embedding.ndim != 3:
-        return None
-    for prefix in position_counts(external):
-        side = math.isqrt(max(embedding.shape[1] - prefix, 0))
-        if side and side * side == embedding.shape[1] - prefix:
-            return side * patch_size, side * patch_size
-    return None
 
 
 def expected_shapes(model: ModelConfig, with_head: bool) -> dict[str, list[int]]:
@@ -157,4 +103,4 @@ def describe_model(model: ModelConfig) -> str:
     """Return what differs from the default model, as overrides."""
     default = ModelConfig()
     changed = {key: value for key, value in model if value != getattr(default, key)}
-    return " ".join(f"-o model.{key}={_yaml(value)}" for key, value in changed.items())
+    return " ".join(f"-o model.{key}={format_override(value)}" for key, value in changed.items())

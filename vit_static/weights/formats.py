@@ -27,6 +27,8 @@ from safetensors.numpy import save_file
 from vit_static.common.errors import WeightsError, format_value
 from vit_static.common.io import write_atomically, write_json
 from vit_static.config.schema import ModelConfig
+from vit_static.weights.architectures import unsupported_reason
+from vit_static.weights.model_record import RECORD_NAME, encode_record
 from vit_static.weights.name_maps import (
     BIG_VISION,
     HF_DINOV2,
@@ -53,25 +55,31 @@ class ExternalWeights:
     format: str  # for people
     model_hints: dict[str, Any] = field(default_factory=dict)  # keys of the `model` section
     dropped: dict[str, str] = field(default_factory=dict)  # array that the model doesn't need -> reason
+    model: ModelConfig | None = None  # the whole model, if this program recorded it (model_record.py)
 
 
-def read_weights(path: Path) -> ExternalWeights:
+def read_weights(path: Path, *, ema: bool = False) -> ExternalWeights:
     """Read a weight file: Paddle's `.pdparams`, Google's `.npz`, or `.safetensors` of timm or Hugging Face.
 
-    Raises WeightsError if it is none of these, is damaged, or is of a model that this program doesn't have. Never runs
-    code from the file.
+    `ema` selects the moving average in a file that holds one beside the weights. Raises WeightsError if the file is
+    none of these, is damaged, or is of a model that this program doesn't have. Never runs code from the file.
     """
-    kind, arrays = read_arrays(path)
-    state = {name: array for name, array in arrays.items() if array is not None}
+    content = read_arrays(path, ema=ema)
+    state = {name: array for name, array in content.arrays.items() if array is not None}
     if not state:
         raise WeightsError(f"{path}: holds no arrays of weights")
-    external = _from_paddle(state, path) if kind == "paddle" else _from_names(state, path)
-    others = {name: "is no array of floating-point numbers" for name, array in arrays.items() if array is None}
-    return replace(external, dropped=external.dropped | others)
+    reason = unsupported_reason(state)
+    if reason is not None:
+        raise WeightsError(f"{path}: {reason}; use weights of a plain ViT, DeiT, MAE, DINO or DINOv2")
+    external = _from_paddle(state, path) if content.container == "paddle" else _from_names(state, path)
+    dropped = dict.fromkeys(content.outside, "is not part of the state dict") | external.dropped
+    others = {name: "is no array of floating-point numbers" for name, array in content.arrays.items() if array is None}
+    return replace(external, dropped=dropped | others, model=content.model)
 
 
 def _from_paddle(state: State, path: Path) -> ExternalWeights:
-    external = _translate(state, PLSC, path)
+    embedding = min((name for name in state if name.endswith(_PATCHES)), key=len, default=_PATCHES)
+    external = _translate(_strip_prefix(state, embedding.removesuffix(_PATCHES), path), PLSC, path)
     fc1 = external.state.get("blocks.0.mlp.fc1.weight")
     has_bias = "blocks.0.attn.qkv.bias" in external.state
     if fc1 is not None and fc1.shape == (768, 2304) and not has_bias and len(PLSC.blocks_in(external.state)) == 8:
@@ -82,12 +90,15 @@ def _from_paddle(state: State, path: Path) -> ExternalWeights:
     return external
 
 
+_PATCHES = "patch_embed.proj.weight"
+
+
 def _from_names(state: State, path: Path) -> ExternalWeights:
     """Detect the program that wrote a file by its arrays' names."""
     for ending, convert in (
         ("embedding/kernel", _from_google),
         ("embeddings.patch_embeddings.projection.weight", _from_huggingface),
-        ("patch_embed.proj.weight", _from_timm),
+        (_PATCHES, _from_timm),
     ):
         embedding = min((name for name in state if name.endswith(ending)), key=len, default=None)
         if embedding is not None:
@@ -183,8 +194,6 @@ def _translate(state: State, table: NameMap, path: Path) -> ExternalWeights:
     dropped: dict[str, str] = {}
     unexpected = []
     for name, array in state.items():
-        if reason := _matching(table.refused, name):
-            raise WeightsError(f"{path}: {name} {reason}")
         if reason := _matching(table.ignored, name):
             dropped[name] = reason
         elif name not in names:
@@ -301,18 +310,24 @@ def write_weights(
             converted[theirs] = np.ascontiguousarray(conversion.to_theirs(remaining.pop(ours), num_heads))
     if remaining:
         raise WeightsError(f"{path}: {table.format} has no {next(iter(remaining))}")
+    record = encode_record(model)
+    metadata = {"format": "pt", RECORD_NAME: record}
     with write_atomically(path) as temporary:
         if to == "google":
+            # big_vision reads only what is below params/ if there is any, and vit_jax ignores an array more.
+            prefix = "params/" if table is BIG_VISION else ""
+            named = {f"{prefix}{name}": array for name, array in converted.items()}
+            named[RECORD_NAME] = np.frombuffer(record.encode(), np.uint8)
             with temporary.open("wb") as file:
-                np.savez(file, **converted)  # type: ignore[arg-type]
+                np.savez(file, **named)  # type: ignore[arg-type]
         elif to == "timm":
-            save_file(converted, temporary, {"format": "pt"})
+            save_file(converted, temporary, metadata)
         else:
             prefix = _hf_model_type(state)
             if "reg_token" in state:  # from_pretrained expects a mask token
                 converted["embeddings.mask_token"] = np.zeros_like(state["cls_token"][0])
             named = {k if k.startswith("classifier.") else f"{prefix}.{k}": v for k, v in converted.items()}
-            save_file(named, temporary, {"format": "pt"})
+            save_file(named, temporary, metadata)
     if to == "huggingface":  # after the weights, so that a config.json always has its weights
         write_json(_hf_config(state, model, num_heads), config_path)
 
@@ -361,9 +376,14 @@ def _table_for(state: Mapping[str, np.ndarray], model: ModelConfig, to: FormatNa
             raise WeightsError("Google's ViT has no class token if it averages the patches; use --format timm")
         has_all_positions = model.class_token_pos_embed or not model.has_class_token
         return BIG_VISION if is_fixed or not has_all_positions else VIT_JAX
-    if model.pool == "gap" or not model.has_class_token or not model.class_token_pos_embed:
+    has_head = "head.weight" in state  # without one, what it would read makes no difference
+    if (has_head and model.pool == "gap") or not model.has_class_token or not model.class_token_pos_embed:
         raise WeightsError("Hugging Face's head reads the class token, which has a position; use --format timm")
-    if (model.pool == "cls_gap") != has_scale or model.representation_size or (model.register_tokens and not has_scale):
+    if (
+        (has_head and (model.pool == "cls_gap") != has_scale)
+        or model.representation_size
+        or (model.register_tokens and not has_scale)
+    ):
         raise WeightsError(
             "Hugging Face has ViT (class token, no LayerScale) and DINOv2 (both poolings, LayerScale), and this model "
             "is neither; use --format timm, or --fold-layer-scale"
@@ -385,7 +405,7 @@ def _hf_config(state: Mapping[str, np.ndarray], model: ModelConfig, num_heads: i
     image_height, image_width = model.image_size
     class_name = {"vit": "ViT", "dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters"}[model_type]
     common = {
-        "architectures": [f"{class_name}ForImageClassification"],
+        "architectures": [f"{class_name}{'ForImageClassification' if 'head.bias' in state else 'Model'}"],
         "model_type": model_type,
         "hidden_size": width,
         "num_hidden_layers": len(PLSC.blocks_in(state)),

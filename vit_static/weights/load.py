@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import paddle
@@ -18,21 +17,33 @@ from vit_static.config.schema import InitConfig, ModelConfig, PosEmbedResampling
 from vit_static.model.pos_embed import resample_pos_embed
 from vit_static.model.variants import grid_of, variant_of
 from vit_static.model.vit import VisionTransformer
-from vit_static.weights.formats import PLSC, ExternalWeights, State, fuse_qkv, split_qkv
+from vit_static.weights.formats import ExternalWeights, State, fuse_qkv, split_qkv
+from vit_static.weights.infer import (
+    differing_keys,
+    fits_blocks,
+    format_override,
+    position_counts,
+    refuse_registers_with_positions,
+)
+from vit_static.weights.model_record import record_after_pickle
 from vit_static.weights.source import Weights
 
 _HEAD, _HEAD_RESET = ("head.", "head0."), "init.head = reset"
 
 
-def write_pdparams(state: Mapping[str, np.ndarray], path: Path) -> None:
-    """Write a state with `paddle.save`, in float32; `paddle.load` and PLSC read it."""
+def write_pdparams(state: Mapping[str, np.ndarray], path: Path, model: ModelConfig | None = None) -> None:
+    """Write a state with `paddle.save`, in float32, and a record of its model; `paddle.load` and PLSC read it."""
     tensors = {
-        name: paddle.to_tensor(np.asarray(value, np.float32), place=paddle.CPUPlace()) for name, value in state.items()
+        name: paddle.to_tensor(np.asarray(state[name], np.float32), place=paddle.CPUPlace())
+        for name in sorted(state)  # so that the same weights give the same file
     }
     for name, tensor in tensors.items():
         tensor.name = name  # is saved too; without it two files of the same weights would differ
     with write_atomically(path) as temporary:
         paddle.save(tensors, str(temporary))
+        if model is not None:
+            with temporary.open("ab") as file:
+                file.write(record_after_pickle(model))
 
 
 def file_state(model: nn.Layer) -> State:
@@ -115,7 +126,7 @@ def init_from(
         initial = model.state_dict()
         report.reinitialized = [name for name in initial if name.startswith(_HEAD)]
         arrays.update({name: initial[name].numpy() for name in report.reinitialized})
-    check_state(arrays, _shapes(model), source, external, config)
+    check_state(arrays, _shapes(model), source, external, config, with_head=init.head == "keep")
     model.set_state_dict({name: paddle.to_tensor(value) for name, value in arrays.items()})
     return report
 
@@ -143,18 +154,19 @@ def adapt_state(
         for name in [name for name in state if name.startswith(_HEAD)]:
             del state[name]
             report.dropped[name] = _HEAD_RESET
-    if config.layer_scale_init is None:
-        _fold_layer_scale(state, report, source)
-    if "pos_embed" in state:
-        _adapt_pos_embed(state, report, external, config, source, init, source_grid)
-    num_heads = _value_of(config, "num_heads")
-    if external.model_hints.get("num_heads", num_heads) != num_heads:
+    num_heads, file_heads = variant_of(config).num_heads, external.model_hints.get("num_heads")
+    if file_heads not in (None, num_heads):
         raise WeightsError(
-            f"{source}: has {external.model_hints['num_heads']} attention heads, and this model {num_heads}; "
-            f"set -o model.num_heads={external.model_hints['num_heads']}"
+            f"{source}: has {file_heads} attention heads, and this model {num_heads}; set model.* as they were trained"
+            + _keys_to_set(external, config, with_head=init.head == "keep")
         )
+    if fits_blocks(external, config):  # else check_state names all that is wrong
+        if config.layer_scale_init is None:
+            _fold_layer_scale(state, report, source)
+        if "pos_embed" in state:
+            _adapt_pos_embed(state, report, external, config, source, init, source_grid)
     for key in ("gelu", "layer_norm_epsilon", "pool", "fc_norm"):
-        hint, expected = external.model_hints.get(key), _value_of(config, key)
+        hint, expected = external.model_hints.get(key), getattr(config, key)
         if hint is not None and hint != expected and not (key in ("pool", "fc_norm") and init.head == "reset"):
             report.notes.append(f"the file's program has model.{key}={hint}, and this model {expected}")
     changed = set(report.resampled) | {target for target in report.folded.values() if target in state}
@@ -162,9 +174,11 @@ def adapt_state(
     return state, report
 
 
-def _value_of(config: ModelConfig, key: str) -> Any:
-    value = getattr(config, key)
-    return getattr(variant_of(config), key) if value is None else value
+def _keys_to_set(external: ExternalWeights, config: ModelConfig, *, with_head: bool) -> str:
+    """Return the overrides that give the file's model, in parentheses; "" if no key differs."""
+    differing = differing_keys(external, config, with_head=with_head)
+    overrides = " ".join(f"-o model.{key}={format_override(value)}" for key, value in differing.items())
+    return f" ({overrides})" if overrides else ""
 
 
 def _fold_layer_scale(state: State, report: LoadReport, source: str) -> None:
@@ -204,6 +218,7 @@ def _adapt_pos_embed(
     num_patches = None if source_grid is None else math.prod(source_grid)
     prefix = _num_prefix_positions(embedding.shape[1], num_patches, external, config, grid)
     if prefix is None:
+        refuse_registers_with_positions(external, source)
         raise WeightsError(
             f"{source}: pos_embed has {embedding.shape[1]} positions, which is no square of patches; set the image "
             "size that the weights were trained at (convert --image-size)"
@@ -236,18 +251,6 @@ def _adapt_pos_embed(
         report.dropped["cls_token"] = "this model has none"
 
 
-def position_counts(external: ExternalWeights) -> list[int]:
-    """Return how many prefix tokens can have a position in the file, the most likely number first.
-
-    The class token has a position, except in DeiT III and later models, which have LayerScale or registers.
-    """
-    if "cls_token" not in external.state:
-        return [0]
-    if "class_token_pos_embed" in external.model_hints:
-        return [int(external.model_hints["class_token_pos_embed"])]
-    return [1, 0] if external.state.keys() & {"blocks.0.ls1.gamma", "reg_token"} else [1]
-
-
 def _num_prefix_positions(
     num_rows: int, num_patches: int | None, external: ExternalWeights, config: ModelConfig, grid: tuple[int, int]
 ) -> int | None:
@@ -270,17 +273,18 @@ def check_state(
     source: str,
     external: ExternalWeights | None = None,
     config: ModelConfig | None = None,
+    *,
+    with_head: bool = True,
 ) -> None:
     """Raise WeightsError unless a state, in either layout, has exactly the names (the layers') and shapes of `shapes`.
 
-    With the file that it is from and the model's config, the message gives the keys to set for the file's model.
+    With the file that it is from, the model's config, and whether the model has the file's head, the message gives all
+    keys to set for the file's model.
     """
     arrays = split_qkv(state)
     remedy = "these are another model's weights: set model.* as they were trained"
     if external is not None and config is not None:
-        differing = differing_keys(external, config)
-        if differing:
-            remedy += f" ({' '.join(f'-o model.{key}={value}' for key, value in differing.items())})"
+        remedy += _keys_to_set(external, config, with_head=with_head)
     missing = sorted(shapes.keys() - arrays.keys())
     unexpected = sorted(arrays.keys() - shapes.keys())
     if missing or unexpected:
@@ -293,34 +297,3 @@ def check_state(
             raise WeightsError(
                 f"{source}: {name} has the shape {list(arrays[name].shape)}, and the model's has {shape}; {remedy}"
             )
-
-
-def differing_keys(external: ExternalWeights, config: ModelConfig) -> dict[str, Any]:
-    """Return the keys of the `model` section that the arrays contradict, with the values that fit the arrays."""
-    inferred = infer_model(external)
-    configured = {key: _value_of(config, key) if key in _SHAPE_KEYS else getattr(config, key) for key in inferred}
-    configured["layer_scale_init"] = None if config.layer_scale_init is None else inferred.get("layer_scale_init", 1e-5)
-    return {key: "null" if value is None else value for key, value in inferred.items() if configured[key] != value}
-
-
-_SHAPE_KEYS = ("patch_size", "width", "depth", "num_heads", "mlp_dim")
-
-
-def infer_model(external: ExternalWeights) -> dict[str, Any]:
-    """Return the keys of the `model` section that the arrays determine, with their values."""
-    state = external.state
-    model: dict[str, Any] = {}
-    embedding, fc1 = state.get("patch_embed.proj.weight"), state.get("blocks.0.mlp.fc1.weight")
-    if embedding is not None and embedding.ndim == 4:
-        model |= {"width": embedding.shape[0], "patch_size": embedding.shape[2]}
-    if fc1 is not None and fc1.ndim == 2:
-        model["mlp_dim"] = fc1.shape[1]
-    model["pos_embed"] = "learn" if "pos_embed" in state else "sincos2d"
-    model["depth"] = len(PLSC.blocks_in(state))
-    model["qkv_bias"] = "blocks.0.attn.qkv.bias" in state
-    model["layer_scale_init"] = 1e-5 if "blocks.0.ls1.gamma" in state else None
-    model["register_tokens"] = state["reg_token"].shape[1] if state.get("reg_token", np.zeros(0)).ndim == 3 else 0
-    if "head.bias" in state:
-        model["num_classes"] = len(state["head.bias"])
-        model["representation_size"] = len(state["head0.bias"]) if "head0.bias" in state else None
-    return model

@@ -42,7 +42,6 @@ class NameMap:
     names: Mapping[str, tuple[str, Conversion]]
     model_hints: Mapping[str, Any] = field(default_factory=dict)  # keys of the `model` section: what the program does
     ignored: Mapping[str, str] = field(default_factory=dict)  # pattern of names that the model doesn't need -> reason
-    refused: Mapping[str, str] = field(default_factory=dict)  # pattern of names that only other models have -> reason
 
     def for_blocks(self, numbers: Iterable[int]) -> Names:
         """Return the names of a model with these blocks."""
@@ -79,12 +78,7 @@ def _linears(pairs: Mapping[str, str], conversion: Conversion, kernel: str = "we
     return names
 
 
-_DISTILLED = "is from a distilled DeiT, which has two heads, and this model has one; use one without distillation"
-_ATTENTION_POOL = (
-    "is from a model that pools by attention, and this one reads the class token or the mean; use such weights"
-)
 _PRETRAINING = "is only used in pretraining"
-_GATED_MLP = "is from a model with a gated MLP (SwiGLU), and this one has a plain MLP"
 
 _IN_TORCH = {
     "blocks.{}.attn.qkv.": "blocks.{}.attn.qkv",
@@ -112,13 +106,6 @@ TIMM = NameMap(
     | _linears({**_IN_TORCH, "pre_logits.fc.": "head0"}, TRANSPOSE),
     model_hints={"gelu": "erf", "layer_norm_epsilon": 1e-6},
     ignored={r"mask_token": _PRETRAINING, r"decoder_.*|decoder\..*": _PRETRAINING},
-    refused={
-        r"dist_token|head_dist\..*": _DISTILLED,
-        r"attn_pool\..*": _ATTENTION_POOL,
-        r"blocks\.\d+\.attn\.[qk]_norm\..*": "is from a model that normalizes queries and keys, and this one doesn't",
-        r"norm_pre\..*": "is from a model with a norm before its blocks, such as CLIP, and this one has none",
-        r"blocks\.\d+\.mlp\.(w12|w3|fc1_g|fc1_x)\..*": _GATED_MLP,
-    },
 )
 _HF_BLOCK = "encoder.layer.{}."
 _HF_QKV = {
@@ -130,10 +117,6 @@ _HF_EMBEDDINGS: Names = {
     "embeddings.position_embeddings": ("pos_embed", IDENTITY),
     "embeddings.patch_embeddings.projection.weight": ("patch_embed.proj.weight", IDENTITY),
     "embeddings.patch_embeddings.projection.bias": ("patch_embed.proj.bias", IDENTITY),
-}
-_HF_REFUSED = {
-    r"embeddings\.distillation_token|(cls|distillation)_classifier\..*": _DISTILLED,
-    r"encoder\.layer\.\d+\.mlp\.weights_(in|out)\..*": _GATED_MLP,
 }
 HF_VIT = NameMap(
     "Hugging Face ViT's .safetensors",
@@ -162,7 +145,6 @@ HF_VIT = NameMap(
         r"decoder\..*": _PRETRAINING,
         r"pooler\.dense\..*": "is not read by Hugging Face's classifier",
     },
-    refused=_HF_REFUSED,
 )
 HF_DINOV2 = NameMap(
     "Hugging Face DINOv2's .safetensors",
@@ -182,7 +164,6 @@ HF_DINOV2 = NameMap(
     ),
     model_hints={"gelu": "erf", "layer_norm_epsilon": 1e-6, "class_token_pos_embed": True},
     ignored={r"embeddings\.mask_token": _PRETRAINING},
-    refused=_HF_REFUSED,
 )
 
 
@@ -226,7 +207,6 @@ def _google(
             "kernel",
         ),
         model_hints={"gelu": "tanh", "layer_norm_epsilon": 1e-6, "class_token_pos_embed": class_token_pos_embed},
-        refused={r"MAPHead_0/.*": _ATTENTION_POOL},
     )
 
 

@@ -62,14 +62,14 @@ def load_weights(path: Path, *, ema: bool = False, which: WhichWeights = "last")
 
     A run's folder stands for its last weights: the merged ones if it has them, else those of its latest checkpoint.
     With `which` = "best" it stands for its best result by eval.metric (`best_weights`). `ema` selects the moving
-    average, which only runs and checkpoints of this program have. Raises WeightsError if there are no weights.
+    average. Raises WeightsError if there are no weights, or no average of them.
     """
     if which == "best":
         path = best_weights(path, ema=ema)
     if path.is_file():
         config_path = path.parent / CONFIG
         config = load_config(config_path) if config_path.is_file() else None
-        external = read_weights(path)
+        external = read_weights(path, ema=ema and path.name not in (MERGED_AVERAGE, MERGED_BEST_AVERAGE))
         if config is not None:
             external = replace(external, model_hints=_model_hints(config))
         return Weights(external, config, _read_class_names(path.parent), path)

@@ -1,0 +1,76 @@
+"""Architectures that this program doesn't have, recognised by the names of their arrays.
+
+To support one of them, remove its rows; to refuse another one by name, add a row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Architecture(NamedTuple):
+    """An architecture other than the plain ViT of this program."""
+
+    array: str  # pattern of the name, without prefix, of an array that only this architecture has
+    description: str  # what it is and how it differs from this program's model
+
+
+_BLOCK = r"(blocks|layers?|resblocks)\.\d+\."
+_SWIN = "a Swin Transformer, which attends within shifted windows on several scales"
+
+# The first row that matches decides, so an architecture stands above the parts that others have too.
+UNSUPPORTED: tuple[Architecture, ...] = (
+    Architecture(r"layers\.\d+\.blocks\.\d+\..*relative_position_bias_table", _SWIN),
+    Architecture(r"layers\.\d+\.blocks\.\d+\.attn\.(logit_scale|cpb_mlp\..*)", _SWIN),
+    Architecture(r"layers\.\d+\.downsample\.reduction\.weight", _SWIN),
+    Architecture(r".*relative_position_bias_table", "BEiT, which adds a bias for relative positions to its attention"),
+    Architecture(
+        r"blocks\.\d+\.(mlp\.fc1_g\..*|attn\.norm\..*|mlp\.norm\..*)",
+        "EVA-02, which has rotary positions (RoPE) and a gated MLP (SwiGLU)",
+    ),
+    Architecture(
+        r"(rope\.periods|rope_embed\.periods|layer\.\d+\.attention\.[qkvo]_proj\.weight)",
+        "DINOv3, which has rotary positions (RoPE)",
+    ),
+    Architecture(r"rope\.freqs", "a ViT with rotary positions (RoPE)"),
+    Architecture(
+        r"blocks\.\d+\.(attn\.[qv]_bias|attn\.q_proj\.weight|gamma_[12])",
+        "EVA or BEiT, whose attention has biases for queries and values only",
+    ),
+    Architecture(
+        rf"{_BLOCK}mlp\.(w12|w3|fc1_g|fc1_x|weights_in|weights_out|gate_proj)\..*",
+        "a ViT with a gated MLP (SwiGLU), and this model has a plain MLP",
+    ),
+    Architecture(
+        r"(dist_token|head_dist\..*|embeddings\.distillation_token|(cls|distillation)_classifier\..*)",
+        "a distilled DeiT, which has two heads, and this model has one",
+    ),
+    Architecture(
+        r"(attn_pool\..*|MAPHead_0/.*|vision_model\.head\.probe)",
+        "a model that pools by attention (SigLIP, big_vision's MAP), and this one reads the class token or the mean",
+    ),
+    Architecture(
+        rf"{_BLOCK}attn\.[qk]_norm\..*", "a model that normalizes queries and keys (qk-norm), and this one doesn't"
+    ),
+    Architecture(
+        r"(norm_pre\..*|vision_model\.pre_layrnorm\..*|visual\.ln_pre\..*)",
+        "a model with a norm before its blocks, such as CLIP, and this one has none",
+    ),
+    Architecture(r"blocks_token_only\.\d+\..*", "CaiT, whose class token has blocks of its own"),
+    Architecture(r"blocks\.\d+\.mlp_tokens\..*", "MLP-Mixer, which has no attention"),
+    Architecture(r"stages\.\d+\.(blocks\.\d+\.conv_dw|layers\.\d+\.dwconv)\..*", "ConvNeXt, a convolutional network"),
+    Architecture(r"layer[1-4]\.\d+\.conv1\.weight", "ResNet, a convolutional network"),
+)
+
+
+def unsupported_reason(names: Iterable[str]) -> str | None:
+    """Return which array is from which other architecture; None if the names may be those of a plain ViT."""
+    lines = "\n".join(names)
+    for array, description in UNSUPPORTED:
+        # A prefix, such as DataParallel's, ends with a dot or, in Flax's names, with a slash.
+        match = re.search(rf"^(?:.*[./])?{array}$", lines, re.MULTILINE)
+        if match:
+            return f"{match[0]} is from {description}"
+    return None

@@ -1,0 +1,255 @@
+"""Model config from weights: what their arrays, their program and this program's record determine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from vit_static.common.errors import ConfigError, WeightsError, truncate
+from vit_static.common.text import say
+from vit_static.config.loader import load_config
+from vit_static.config.schema import Config, ModelConfig
+from vit_static.model.variants import VARIANTS, variant_of
+from vit_static.weights.formats import PLSC, ExternalWeights
+from vit_static.weights.source import Weights, load_weights
+
+_HEAD = ("num_classes", "representation_size")
+_READ_BY_HEAD = ("pool", "fc_norm")
+# What a model is trained with or adapted to, and no property of its weights.
+_NOT_IN_WEIGHTS = (
+    *("variant", "from_", "image_size", "pos_embed_init", "head_bias_init", "head_init_std"),
+    *("dropout", "attention_dropout", "drop_path_rate", "drop_path_schedule"),
+)
+# Keys that must agree with the weights for their blocks to be loaded. The others can be adapted: another grid of
+# positions, a folded or new LayerScale, the class token.
+_BLOCKS = ("patch_size", "width", "depth", "mlp_dim", "qkv_bias", "register_tokens")
+
+
+def infer_model(external: ExternalWeights) -> dict[str, Any]:
+    """Return the keys of the `model` section that the weights determine, with their values.
+
+    The arrays decide where they can, then the record or the config beside the file, then what the program that wrote
+    the file always does.
+    """
+    state = external.state
+    model = {key: value for key, value in external.model_hints.items() if key in ModelConfig.model_fields}
+    if external.model is not None:
+        # A size that only the variant gives is of no use without it.
+        model |= {**dict(external.model), "num_heads": variant_of(external.model).num_heads}
+        for key in ("variant", "from_", "class_token", "patch_size", "width", "depth", "mlp_dim", *_HEAD):
+            model.pop(key, None)
+    embedding, fc1 = state.get("patch_embed.proj.weight"), state.get("blocks.0.mlp.fc1.weight")
+    if embedding is not None and embedding.ndim == 4:
+        model |= {"width": embedding.shape[0], "patch_size": embedding.shape[2]}
+    if fc1 is not None and fc1.ndim == 2:
+        model["mlp_dim"] = fc1.shape[1]
+    model["pos_embed"] = "learn" if "pos_embed" in state else "sincos2d"
+    model["depth"] = len(PLSC.blocks_in(state))
+    model["qkv_bias"] = "blocks.0.attn.qkv.bias" in state
+    has_scale = "blocks.0.ls1.gamma" in state
+    model["layer_scale_init"] = (model.get("layer_scale_init") or 1e-5) if has_scale else None
+    model["register_tokens"] = state["reg_token"].shape[1] if state.get("reg_token", np.zeros(0)).ndim == 3 else 0
+    model["class_token"] = "cls_token" in state
+    model["num_classes"] = len(state["head.bias"]) if "head.bias" in state else 0
+    model["representation_size"] = len(state["head0.bias"]) if "head0.bias" in state else None
+    return model
+
+
+def differing_keys(external: ExternalWeights, config: ModelConfig, *, with_head: bool) -> dict[str, Any]:
+    """Return the keys of the `model` section in which the weights' model differs, with the weights' values.
+
+    Without `with_head` the model has a new head: its keys, and what it reads, are then free.
+    """
+    inferred = infer_model(external)
+    has_class_token = inferred.pop("class_token")
+    layer_scale_init = inferred.pop("layer_scale_init")
+    free = set(_NOT_IN_WEIGHTS)
+    if config.pos_embed != "learn":
+        free.add("pos_embed")  # a learned embedding is dropped
+    if not with_head:
+        free.update(_HEAD if config.has_class_token and not has_class_token else (*_HEAD, *_READ_BY_HEAD))
+    sizes = vars(variant_of(config))
+    differing = {
+        key: value
+        for key, value in inferred.items()
+        if key not in free and value != sizes.get(key, getattr(config, key))
+    }
+    if config.layer_scale_init is not None and layer_scale_init is None:
+        differing["layer_scale_init"] = None
+    if config.model_copy(update=differing).has_class_token != has_class_token:
+        differing["class_token"] = has_class_token
+    return differing
+
+
+def fits_blocks(external: ExternalWeights, config: ModelConfig) -> bool:
+    """Return whether the weights' blocks have the config's shapes."""
+    return not differing_keys(external, config, with_head=False).keys() & set(_BLOCKS)
+
+
+def format_override(value: Any) -> str:
+    """Return a value as it is written after `-o model.KEY=`."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(list(value) if isinstance(value, tuple) else value).replace(" ", "")
+
+
+def infer_config(
+    external: ExternalWeights, source: str, overrides: Iterable[str], image_size: tuple[int, int] | None = None
+) -> Config:
+    """Return a config whose model fits the weights, with ``section.key=value`` overrides.
+
+    `image_size` (height, width) is what the weights were trained at, if they don't determine it. Raises WeightsError
+    for what neither the weights nor the overrides determine.
+    """
+    overrides = list(overrides)
+    if external.model is not None and not differing_keys(external, external.model, with_head=True):
+        values = {key: value for key, value in external.model if key in external.model.model_fields_set - {"from_"}}
+        if image_size is not None:
+            values["image_size"] = list(image_size)
+        return load_config(None, [*_as_overrides(values), *overrides])
+    values = _complete_model(external, source, image_size)
+    lines = [*_as_overrides({key: value for key, value in values.items() if value is not None}), *overrides]
+    for key, remedy in (("num_heads", "-o model.num_heads=N"), ("image_size", "--image-size HEIGHT WIDTH")):
+        if not any(line.startswith(f"model.{key}=") for line in lines):
+            if key == "image_size":
+                refuse_registers_with_positions(external, source)
+            raise WeightsError(f"{source}: no array determines its {key}; set {remedy}")
+    return load_config(None, lines)
+
+
+def _as_overrides(values: dict[str, Any]) -> list[str]:
+    return [f"model.{key}={format_override(value)}" for key, value in values.items()]
+
+
+def _complete_model(
+    external: ExternalWeights, source: str, image_size: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """Return `infer_model` with the image size and the number of heads, as far as they can be determined."""
+    model = infer_model(external)
+    for key in ("patch_size", "width", "depth", "mlp_dim"):
+        if not model.get(key):
+            raise WeightsError(f"{source}: is no complete Vision Transformer: no array determines its {key}")
+    model = {"num_heads": _published_num_heads(model), **model}
+    size = image_size or model.get("image_size") or _square_image_size(external, model["patch_size"])
+    model["image_size"] = None if size is None else list(size)
+    if "pos_embed" in external.state and "class_token_pos_embed" not in model and size is not None:
+        num_patches = size[0] // model["patch_size"] * (size[1] // model["patch_size"])
+        model["class_token_pos_embed"] = external.state["pos_embed"].shape[1] > num_patches
+    return model
+
+
+def _published_num_heads(model: dict[str, Any]) -> int | None:
+    """Return the number of heads of the published variant of this shape; None for any other: a guess could be wrong."""
+    for variant in VARIANTS.values():
+        if (variant.width, variant.depth, variant.mlp_dim) == (model["width"], model["depth"], model["mlp_dim"]):
+            return variant.num_heads
+    return None
+
+
+def _square_image_size(external: ExternalWeights, patch_size: int) -> tuple[int, int] | None:
+    """Return the image size for which the position embedding's grid is square, if there is one."""
+    embedding = external.state.get("pos_embed")
+    if embedding is None or embedding.ndim != 3:
+        return None
+    for prefix in position_counts(external):
+        side = math.isqrt(max(embedding.shape[1] - prefix, 0))
+        if side and side * side == embedding.shape[1] - prefix:
+            return side * patch_size, side * patch_size
+    return None
+
+
+def position_counts(external: ExternalWeights) -> list[int]:
+    """Return how many prefix tokens can have a position in the file, the most likely number first.
+
+    The class token has a position, except in DeiT III and later models, which have LayerScale or registers.
+    """
+    if "cls_token" not in external.state:
+        return [0]
+    if "class_token_pos_embed" in external.model_hints:
+        return [int(external.model_hints["class_token_pos_embed"])]
+    if external.model is not None:
+        return [int(external.model.class_token_pos_embed)]
+    return [1, 0] if external.state.keys() & {"blocks.0.ls1.gamma", "reg_token"} else [1]
+
+
+def refuse_registers_with_positions(external: ExternalWeights, source: str) -> None:
+    """Raise WeightsError if the positions make a square of patches only if the registers have positions too."""
+    registers, positions = external.state.get("reg_token"), external.state.get("pos_embed")
+    if registers is None or positions is None or registers.ndim != 3 or positions.ndim != 3:
+        return
+    num_patches = positions.shape[1] - registers.shape[1] - int("cls_token" in external.state)
+    if num_patches > 0 and math.isqrt(num_patches) ** 2 == num_patches:
+        raise WeightsError(
+            f"{source}: pos_embed is from a model whose {registers.shape[1]} registers have positions, and this "
+            "model's registers have none; use weights whose registers have none, such as DINOv2's"
+        )
+
+
+# -- configs -----------------------------------------------------------------------------------------------------------
+
+
+def config_for(config: Config | None, weights: Weights, overrides: list[str]) -> Config:
+    """Return the config for weights: the given one (-c), else the one next to them, else one inferred from them.
+
+    With ``model.from: init`` its model is that of the weights. Raises ConfigError or WeightsError for mistakes in it,
+    and for what the weights don't determine.
+    """
+    if config is None and weights.config is None:
+        config = infer_config(weights.external, str(weights.source), overrides)
+        say(
+            f"{weights.source}: no config.yaml next to it; the model is inferred from the weights, and all other keys "
+            "have their defaults (data.mean, data.std, eval.*, ...): set them with -o, or a config with -c"
+        )
+        return config
+    config = weights.config_with(overrides) if config is None else config
+    if config.model.from_ == "config":
+        return config
+    return with_shape(config, _shape_of(weights), str(weights.source), with_head=True)
+
+
+def with_model_of_init(config: Config) -> Config:
+    """Return the config with the model's shape from the weights of init.from, if it has ``model.from: init``.
+
+    Raises ConfigError or WeightsError as `with_shape` and `load_weights` do.
+    """
+    if config.model.from_ == "config":
+        return config
+    if config.init.from_ is None:
+        raise ConfigError("model.from = 'init': there are no weights to take the shape from; set init.from")
+    weights = load_weights(Path(config.init.from_))
+    return with_shape(config, _shape_of(weights), str(weights.source), with_head=config.init.head == "keep")
+
+
+def with_shape(config: Config, shape: Mapping[str, Any], source: str, *, with_head: bool) -> Config:
+    """Return the config with a model of this shape (keys of the `model` section); `source` is where it is from.
+
+    Keys that the config sets win, except for the variant. The head's keys are the config's unless `with_head`. Raises
+    ConfigError for what neither determines, and if the keys don't go together.
+    """
+    explicit = config.model.model_fields_set | set(_NOT_IN_WEIGHTS) - {"image_size"}
+    taken = {key: value for key, value in shape.items() if key not in explicit and (with_head or key not in _HEAD)}
+    for key in ("num_heads", "image_size"):
+        if key in taken and taken[key] is None:
+            raise ConfigError(f"model.from = 'init': {source} doesn't determine {key}; set model.{key} too")
+    try:
+        model = ModelConfig.model_validate({**config.model.model_dump(), **taken})
+    except ValidationError as error:
+        mistake = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"model.from = 'init': with the shape of {source}, {truncate(mistake)}") from None
+    return config.model_copy(update={"model": model})
+
+
+def shape_of_config(config: Config) -> dict[str, Any]:
+    """Return the keys of a config's `model` section with all sizes, for `with_shape`."""
+    return {**dict(config.model), **vars(variant_of(config.model)), "class_token": config.model.has_class_token}
+
+
+def _shape_of(weights: Weights) -> dict[str, Any]:
+    if weights.config is not None:
+        return shape_of_config(weights.config)
+    return {"num_heads": None, **_complete_model(weights.external, str(weights.source))}
