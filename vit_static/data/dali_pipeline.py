@@ -131,7 +131,8 @@ def eval_pipeline(
     @pipeline_def
     def pipeline() -> tuple[Any, Any, Any]:
         encoded, labels, weights = _inputs(source, data, np.zeros(1, np.float32))
-        images = fn.decoders.image(encoded, adjust_orientation=False, **_decoder_options(data, device_id))
+        decodable = after_header_check(encoded)
+        images = fn.decoders.image(decodable, adjust_orientation=False, **_decoder_options(data, device_id))
         return preprocess(images, image_size, data, evaluation), to_device_of(images, labels), weights
 
     return _build(pipeline, batch_size, data.num_threads, data.prefetch_batches, device_id)
@@ -164,9 +165,21 @@ def decoding_pipeline(batch_size: int, num_threads: int, device_id: int | None) 
     @pipeline_def
     def pipeline() -> Any:
         encoded = fn.external_source(name="encoded", batch=True, dtype=types.UINT8, ndim=1)
-        return fn.decoders.image(encoded, adjust_orientation=False, device="cpu" if device_id is None else "mixed")
+        decodable = after_header_check(encoded)
+        return fn.decoders.image(decodable, adjust_orientation=False, device="cpu" if device_id is None else "mixed")
 
     return _build(pipeline, batch_size, num_threads, 1, device_id)
+
+
+def after_header_check(encoded: Any) -> Any:
+    """Return the encoded images unchanged, once the header of each of them has been read.
+
+    DALI's decoder reads the headers on several threads. If it can't read one, it returns while its other threads still
+    use variables that no longer exist, and the process ends with a segmentation fault (seen with DALI 2.4). An operator
+    of its own that reads the headers first raises the same error safely. The training pipeline does so for its crops.
+    """
+    height = fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False)[0:1], dtype=types.FLOAT)
+    return fn.reshape(encoded, rel_shape=height * 0.0 + 1.0)  # without a copy; DALI must evaluate the height first
 
 
 def decoder_message(error: RuntimeError) -> str:
