@@ -27,6 +27,7 @@ from vit_static.common.errors import PredictError, UserError
 from vit_static.config.loader import load_config
 from vit_static.config.schema import InitConfig
 from vit_static.data.image_set import ImageDataset
+from vit_static.data.list_file import Labels
 from vit_static.data.open_set import open_set
 from vit_static.export import onnx as onnx_export
 from vit_static.export.exporter import BOUNDS, compare, count_correct, evenly_spaced, export_checkpoint
@@ -175,6 +176,9 @@ class WrongLabels(ImageDataset):
 
     def _read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         return self.images.read(index)[0], np.array([self.label], np.int32)
+
+    def labels(self) -> Labels:
+        raise NotImplementedError
 
     def digest(self) -> str:
         raise NotImplementedError

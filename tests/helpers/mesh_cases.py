@@ -110,7 +110,7 @@ DROP_PATH = {
     "paths_dp2_mp2": (mesh(dp=2, mp=2), "paths_one"),
     "paths_pp2": (mesh(pp=2), "paths_accum2"),
 }
-# with mixup and CutMix
+# with mixup, CutMix, and a focal loss with weights of the classes and of the positives
 MIXUP = {
     "mixed_dp2": mesh(dp=2),
     "mixed_mp2": mesh(mp=2),

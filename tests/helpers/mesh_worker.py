@@ -21,11 +21,12 @@ from paddle.static.python_op import register_op
 from pydantic import BaseModel, TypeAdapter
 
 from helpers.small import images_and_labels
-from vit_static.config.data_schema import AugmentConfig, DataConfig, EvalConfig
+from vit_static.config.data_schema import AugmentConfig, DataConfig, EvalConfig, LossConfig
 from vit_static.config.schema import Config, ModelConfig, OptimConfig, ParallelConfig
 from vit_static.data.loader import EvalLoader
 from vit_static.data.mixup import Mixup
 from vit_static.data.open_set import open_set
+from vit_static.model.loss_weights import NO_WEIGHTS, LossWeights
 from vit_static.model.variants import variant_of
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel import gloo
@@ -51,7 +52,7 @@ class Case(BaseModel):
     steps: list[int] = list(range(10))  # passed to `train_step`
     evaluates: bool = False  # after the last step
     records_masks: bool = False
-    mixes: bool = False  # applies mixup and CutMix, and so has targets instead of labels
+    mixes: bool = False  # applies mixup and CutMix, and so has targets instead of labels; with weights in the loss
 
     @property
     def world_size(self) -> int:
@@ -121,9 +122,11 @@ def run(case: Case, mesh: Mesh, images_root: Path) -> Outcome:
         model=case.model,
         data=DataConfig(global_batch_size=BATCH_SIZE),
         augment=AugmentConfig(mixup_alpha=0.8, cutmix_alpha=1.0) if case.mixes else AugmentConfig(),
+        loss=LossConfig(name="bce", focal_gamma=1.5) if case.mixes else LossConfig(),
         optim=case.optim,
         parallel=case.parallel,
     )
+    weights = np.linspace(0.5, 2.0, case.model.num_classes, dtype=np.float32)
     program = (RecordingProgram if case.records_masks else Program).for_training(
         config,
         model,
@@ -131,6 +134,7 @@ def run(case: Case, mesh: Mesh, images_root: Path) -> Outcome:
         Precision("O0", "float32"),
         learning_rate=lambda step: case.optim.lr,
         eval_batch_size=EVAL_BATCH_SIZE,
+        loss_weights=LossWeights(weights, weights[::-1].copy()) if case.mixes else NO_WEIGHTS,
         count_costs=program_costs,
     )
     mixup = Mixup(config.augment, 6, seed=5)

@@ -73,6 +73,7 @@ class DataPosition:
     images_digest: str  # ImageDataset.digest: of names and labels
     seed: int
     repeated_aug: int
+    sampler: str = "shuffle"
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,7 @@ def _fixed_values(config: Config) -> dict[str, Any]:
     order = {
         "seed": config.seed,
         "data.global_batch_size": config.data.global_batch_size,
+        "data.sampler": config.data.sampler,
         "augment.repeated_aug": config.augment.repeated_aug,
     }
     training = {

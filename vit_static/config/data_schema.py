@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -31,6 +32,9 @@ class DataConfig(Section):
     multi_label: bool = Field(False, description="an image may have several labels; needs loss.name = sigmoid or bce")
     on_bad_image: Literal["stop", "skip"] = Field(
         "stop", description="skip: omit images that `data check` has listed; an unlisted unreadable image always stops"
+    )
+    sampler: Literal["shuffle", "balanced"] = Field(
+        "shuffle", description="shuffle: each image once per epoch; balanced: images of each class equally often"
     )
     global_batch_size: PositiveInt = Field(1024, description="images per optimizer step, over all ranks")
     num_threads: PositiveInt = Field(4, description="DALI's CPU threads per rank")
@@ -97,12 +101,40 @@ class LossConfig(Section):
         0.0, description="e; targets are y*(1-e) + e/classes for softmax and bce, y*(1-e) + e for sigmoid, as in PLSC"
     )
     target_threshold: Rate | None = Field(None, description="sigmoid, bce: targets above it become 1, others 0")
+    class_weights: str = Field(
+        "none",
+        description="weights of the classes' images: none, balanced (images / (classes * images of the class)), or a "
+        "file with one number per line in the order of the classes, or a class's name and its number",
+    )
+    pos_weight: str = Field(
+        "1",
+        description="sigmoid, bce: weight of a class's positives: a number, balanced (negatives / positives) or "
+        "a file as for class_weights",
+    )
+    focal_gamma: NonNegativeFloat = Field(0.0, description="focal loss's gamma (arXiv 1708.02002); 0: off")
 
     @model_validator(mode="after")
     def _check_target_threshold(self) -> LossConfig:
         if self.target_threshold is not None and self.name == "softmax":
             raise ValueError("target_threshold: needs independent classes; set name=sigmoid or name=bce, or remove it")
         return self
+
+    @model_validator(mode="after")
+    def _check_pos_weight(self) -> LossConfig:
+        number = self.pos_weight_number
+        if number is not None and not 0.0 < number < math.inf:
+            raise ValueError(f"pos_weight = {self.pos_weight}: must be above 0")
+        if number != 1.0 and self.name == "softmax":
+            raise ValueError("pos_weight: needs independent classes; set name=sigmoid or name=bce, or class_weights")
+        return self
+
+    @property
+    def pos_weight_number(self) -> float | None:
+        """The positives' weight if it is the same number for all classes, else None."""
+        try:
+            return float(self.pos_weight)
+        except ValueError:
+            return None
 
 
 class EvalConfig(Section):

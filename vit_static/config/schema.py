@@ -329,6 +329,11 @@ class Config(Section):
         if self.data.multi_label and self.loss.name == "softmax":
             raise ValueError("data.multi_label: softmax takes one label per image; set loss.name=sigmoid")
         self._check_metric()
+        if self.data.sampler == "balanced" and "balanced" in (self.loss.class_weights, self.loss.pos_weight):
+            key = "class_weights" if self.loss.class_weights == "balanced" else "pos_weight"
+            raise ValueError(
+                f"data.sampler and loss.{key} are both balanced, so rare classes would count twice; remove one of them"
+            )
         if self.mixes and self.data.global_batch_size % 2:
             raise ValueError(
                 f"data.global_batch_size = {self.data.global_batch_size}: augment.mixup_alpha and cutmix_alpha mix "

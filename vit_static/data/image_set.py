@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from vit_static.common.errors import DataError, truncate
-from vit_static.data.list_file import ImageList
+from vit_static.data.list_file import ImageList, Labels
 
 # The formats that DALI's and Pillow's decoders both read. Other files in a class folder (.DS_Store, notes) are ignored.
 IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
@@ -69,6 +69,10 @@ class ImageDataset(ABC):
         """Return what `read` returns. May also raise OSError, and a DataError without the image's name."""
 
     @abstractmethod
+    def labels(self) -> Labels:
+        """Return the labels of all images. Raise DataError, with the image's name, if they can't be read."""
+
+    @abstractmethod
     def digest(self) -> str:
         """Return a hexadecimal digest of the names and labels, in order, which doesn't depend on where the root is."""
 
@@ -93,6 +97,9 @@ class FileDataset(ImageDataset):
     def _read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         path = os.path.join(self._root_bytes, self.image_list.path(index))  # noqa: PTH118 - a Path per image is slow
         return read_file(path), self.image_list.labels[index]
+
+    def labels(self) -> Labels:
+        return self.image_list.labels
 
     def digest(self) -> str:
         images = self.image_list

@@ -31,10 +31,28 @@ class Labels:
     values: np.ndarray  # int32
     offsets: np.ndarray | None = None  # [num_images + 1], int64
 
+    @classmethod
+    def of(cls, values: np.ndarray, counts: np.ndarray) -> Labels:
+        """Return the labels of images with these numbers of labels, `counts` [num_images]."""
+        return cls(values, None if (counts == 1).all() else _offsets(counts))
+
     def __getitem__(self, index: int) -> np.ndarray:
         if self.offsets is None:
             return self.values[index : index + 1]
         return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+    def __len__(self) -> int:
+        return len(self.values) if self.offsets is None else len(self.offsets) - 1
+
+    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the image and the class of every label, [num_labels] each, in the order of the images."""
+        if self.offsets is None:
+            return np.arange(len(self.values)), self.values
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets)), self.values
+
+    def class_counts(self, num_classes: int) -> np.ndarray:
+        """Return the number of images of each class, [num_classes], int64."""
+        return np.bincount(self.values, minlength=num_classes)
 
     def select(self, mask: np.ndarray) -> Labels:
         """Return the labels of the images for which `mask` [num_images] is True."""
@@ -89,8 +107,7 @@ def read_list(path: Path) -> ImageList:
         num_lines = rows.stop
     if num_lines == 0:
         raise DataError(f"{path}: is an empty list; it must have one line per image, with its path and its label")
-    counts = counts[:num_lines]
-    labels = Labels(np.concatenate(values), None if (counts == 1).all() else _offsets(counts))
+    labels = Labels.of(np.concatenate(values), counts[:num_lines])
     return ImageList(text, starts[:num_lines], stops[:num_lines], labels)
 
 

@@ -18,7 +18,7 @@ from vit_static.data.augment import num_draws_per_image, op_parameters
 from vit_static.data.dali_pipeline import decoder_message, decoding_pipeline, eval_pipeline, train_pipeline
 from vit_static.data.image_set import ImageDataset
 from vit_static.data.prefetch import EncodedBatch, Prefetcher
-from vit_static.data.sampler import ShuffledSampler, nth_batch
+from vit_static.data.sampler import make_sampler, nth_batch
 
 Batch = tuple[paddle.Tensor, ...]
 
@@ -49,7 +49,7 @@ class TrainLoader:
         self._start_step, self._skipped_batches = start_step, skipped_batches
         self._images, self._image_size, self._augment = images, image_size, augment
         self._num_multi_hot = len(images.class_names) if data.multi_label else None
-        self._sampler = ShuffledSampler(len(images), seed, augment.repeated_aug)
+        self._sampler = make_sampler(images, data, seed, augment.repeated_aug)
         self._num_draws = num_draws_per_image(augment)
         self._global_batch_size = data.global_batch_size
         self._batch_size = data.global_batch_size // dp_size

@@ -15,6 +15,7 @@ import os
 import resource
 import threading
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +23,11 @@ import numpy as np
 
 from vit_static.common.errors import DataError, truncate
 from vit_static.data.image_set import IMAGE_SUFFIXES, ImageDataset, read_at
+from vit_static.data.list_file import Labels
 
 UNFINISHED_FILE = ".unfinished.json"  # in a folder that `data shards` has not finished
 LABEL_EXTENSION = "cls"
+_NUM_LABEL_READERS = 16  # threads: on a network disk, each small read waits for its answer
 _MAX_GAP_BYTES = 1 << 16  # between image and label; above it, two reads are faster than one
 
 
@@ -87,6 +90,28 @@ class ShardDataset(ImageDataset):
         if not len(encoded):
             raise DataError("is empty", "empty")
         return encoded, self._parse_labels(text.tobytes())
+
+    def labels(self) -> Labels:
+        """Return the labels of all images, whose files are small parts of the shards, read on several threads."""
+        parts = np.array_split(np.arange(len(self)), _NUM_LABEL_READERS)
+        with ThreadPoolExecutor(_NUM_LABEL_READERS) as threads:
+            labels = [label for part in threads.map(self._read_labels, parts) for label in part]
+        counts = np.fromiter(map(len, labels), np.int64, len(labels))
+        return Labels.of(np.concatenate(labels), counts)
+
+    def _read_labels(self, indices: np.ndarray) -> list[np.ndarray]:
+        labels = []
+        for index in indices.tolist():
+            shard, sample = self._locate(index)
+            shard_index = self._shard_indexes[shard]
+            position = int(shard_index.label_offsets[sample]), int(shard_index.label_sizes[sample])
+            try:
+                labels.append(self._parse_labels(read_at(self._descriptor(shard), *position).tobytes()))
+            except OSError as error:
+                raise DataError(f"{self._message_name(index)}: its label can't be read ({error.strerror})") from None
+            except DataError as error:
+                raise DataError(f"{self._message_name(index)}: {error}", error.kind) from None
+        return labels
 
     def digest(self) -> str:
         digest = hashlib.blake2b(digest_size=16)

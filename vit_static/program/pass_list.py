@@ -60,6 +60,11 @@ _PLAIN = "costs are counted from Paddle's plain operators, which this pass repla
 
 PASSES: tuple[Pass, ...] = (
     Pass(
+        "remove aliases",
+        lambda program, _: passes.remove_aliases(program),
+        applies=lambda context: context.world_size > 1,
+    ),
+    Pass(
         "seed dropouts",
         lambda program, _: seeded_dropout.seed_dropouts(program),
         applies=lambda context: True,

@@ -1,4 +1,4 @@
-"""Extra passes over the compiled program: ZeRO-3 re-gather, float32 gradients, fused linear layers, fused dropout.
+"""Extra passes over the compiled program: aliases, ZeRO-3 re-gather, float32 gradients, fused layers and dropout.
 
 pass_list.py says which of them apply, and in which order.
 """
@@ -22,6 +22,19 @@ _GATHER_CHAIN = {
 }
 _SUMS = ("pd_op.all_reduce", "pd_op.all_reduce_", "pd_op.reduce_scatter")
 _MASTER_CAST = "master_grad_cast"  # Paddle's attribute of the casts of gradients to float32
+
+
+def remove_aliases(program: Any) -> None:
+    """Replace the results of `share_data_` by the values whose memory they share.
+
+    Where Paddle reshards a value to placements with the same local part, it makes such an alias. Its in-place pass
+    looks at each value's own readers, so it overwrites a value that is still read under its alias: in tensor-parallel
+    and pipeline meshes, `1 - targets` replaced the targets of binary cross-entropy, whose gradient was then wrong.
+    """
+    for operation in list(program.global_block().ops):
+        if operation.name() == "pd_op.share_data_":
+            operation.result(0).replace_all_uses_with(operation.operand_source(0))
+            operation.erase()
 
 
 def regather_params_in_backward(program: Any) -> None:

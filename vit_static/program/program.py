@@ -19,6 +19,7 @@ from vit_static.checkpoint.sharded_state import ShardedReader
 from vit_static.common.errors import ConfigError
 from vit_static.config.schema import AmpConfig, Config, ParallelConfig
 from vit_static.model.loss import Criterion
+from vit_static.model.loss_weights import NO_WEIGHTS, LossWeights
 from vit_static.model.variants import require_head
 from vit_static.model.vit import Dropout, PatchProjection, VisionTransformer
 from vit_static.optim.optimizers import make_optimizer, step_scalars
@@ -88,12 +89,14 @@ class Program:
         *,
         learning_rate: Callable[[int], float],
         eval_batch_size: int,
+        loss_weights: LossWeights = NO_WEIGHTS,
         count_costs: CountCosts | None = None,
     ) -> Program:
         """Make the program of a run, which trains and evaluates.
 
         `learning_rate` maps the number of completed updates to the rate of the next. `eval_batch_size` is global.
-        `count_costs` is called with the compiled training program; `costs` returns its result.
+        `loss_weights` are those of the training loss. `count_costs` is called with the compiled training program;
+        `costs` returns its result.
         """
         require_head(config.model)
         training = TrainingSpec(
@@ -115,7 +118,7 @@ class Program:
             seed=config.seed,
             training=training,
         )
-        return cls(model, Criterion(config.loss), mesh, spec)
+        return cls(model, Criterion(config.loss, loss_weights), mesh, spec)
 
     @classmethod
     def for_eval(

@@ -10,7 +10,7 @@ from typing import Any
 
 from vit_static.checkpoint.progress import Progress
 from vit_static.common.io import write_json
-from vit_static.data.sampler import ShuffledSampler
+from vit_static.data.sampler import make_sampler
 from vit_static.train.run_dir import RunDir
 from vit_static.train.run_spec import RunSpec
 
@@ -31,7 +31,8 @@ class NonFiniteReport:
     def write(self, folder: Path, spec: RunSpec) -> None:
         """Write the report, with the names of the batch's images."""
         images = spec.train_images
-        sampler = ShuffledSampler(len(images), spec.config.seed, spec.config.augment.repeated_aug)
+        config = spec.config
+        sampler = make_sampler(images, config.data, config.seed, config.augment.repeated_aug)
         numbers = sampler.indices(self.batch * self.batch_size, (self.batch + 1) * self.batch_size)
         # JSON has no NaN and no infinity.
         norms = {block: norm if math.isfinite(norm) else str(norm) for block, norm in self.grad_norms.items()}

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 from vit_static.checkpoint.progress import DataPosition, Progress
 from vit_static.common.errors import ConfigError
 from vit_static.config.schema import Config
+from vit_static.data.class_balance import loss_weights
 from vit_static.data.image_set import ImageDataset
 from vit_static.data.open_set import open_set
+from vit_static.model.loss_weights import NO_WEIGHTS, LossWeights
 from vit_static.optim.schedule import learning_rate, total_steps, warmup_steps
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ class RunSpec:
     val_images: ImageDataset
     total_steps: int
     warmup_steps: int
+    loss_weights: LossWeights = NO_WEIGHTS
 
     @classmethod
     def resolve(cls, config: Config) -> RunSpec:
@@ -72,6 +75,7 @@ class RunSpec:
             val_images,
             total_steps(config.train, len(train_images), batch_size),
             warmup_steps(config.schedule, len(train_images), batch_size),
+            loss_weights(config.loss, train_images),
         )
 
     @property
@@ -128,4 +132,5 @@ class RunSpec:
             self.images_digest,
             self.config.seed,
             self.config.augment.repeated_aug,
+            self.config.data.sampler,
         )

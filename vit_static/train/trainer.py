@@ -301,5 +301,6 @@ def _build_program(spec: RunSpec, mesh: Mesh, model: VisionTransformer, precisio
         mesh,
         precision,
         learning_rate=spec.lr_at,
+        loss_weights=spec.loss_weights,
         eval_batch_size=eval_batch_size(spec.config, mesh),
     )
