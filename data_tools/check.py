@@ -2,11 +2,11 @@
 
     missing, empty, unreadable       the file can't be opened or read, or is empty
     truncated, not_an_image          the decoder refuses it; it begins as an image does, or it doesn't
+    unsupported                      an image in a format that training doesn't read, such as HEIC
     too_large                        more than 179 megapixels according to its header
     class_folders, empty_class, label    train and val differ; a class has no image; a label is beyond the classes
                                      all of these stop training; the others don't:
     cmyk, 16_bit, other_format, huge     unusual, but decoded: for example a PNG called .jpg, or more than 50 megapixels
-    no_end                           a JPEG without its end marker that the decoder accepts
     duplicate                        a validation image that is also a training image
 
 The report is printed, and written as JSON to ROOT/data_check.json, which data.on_bad_image=skip reads. The exit code is
@@ -33,6 +33,8 @@ from data_tools.check_journal import BatchResult, Journal, Problem, open_journal
 from vit_static.common.errors import DataError, escape, truncate
 from vit_static.common.io import write_atomically, write_json
 from vit_static.data.dali_pipeline import decoder_message, decoding_pipeline
+from vit_static.data.image_formats import SUPPORTED_FORMATS, describe_left_out, suffix_of
+from vit_static.data.image_pixels import DecodeOptions, prepare_for_dali
 from vit_static.data.image_set import FileDataset, ImageDataset
 from vit_static.data.list_file import read_list
 from vit_static.data.open_set import (
@@ -46,15 +48,15 @@ from vit_static.data.open_set import (
 from vit_static.data.webdataset import open_shards
 
 STOPPING_KINDS = frozenset({
-    "missing", "empty", "unreadable", "too_large", "truncated", "not_an_image", "class_folders", "empty_class", "label",
+    "missing", "empty", "unreadable", "too_large", "truncated", "not_an_image", "unsupported", "class_folders",
+    "empty_class", "label",
 })  # fmt: skip
 HUGE_PIXELS = 50_000_000
 NUM_EXAMPLES = 3  # printed of each kind
 MAX_CLASSES = 1_000_000  # for shards whose number of classes isn't known
 _JOURNAL_BATCH_SIZE, _DECODING_BATCH_SIZE = 256, 32
-_FORMATS = {
-    ".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF",
-}  # fmt: skip
+_FORMATS = {suffix: f.pillow_formats for f in SUPPORTED_FORMATS for suffix in f.suffixes}
+_DECODE_OPTIONS = DecodeOptions("apply", None)  # which images can be decoded doesn't depend on them
 _FIRST_BYTES = (b"\xff\xd8\xff", b"\x89PNG", b"BM", b"RIFF", b"II*\0", b"MM\0*")  # of files in these formats
 
 
@@ -95,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": arguments.train,
         "val": arguments.val,
         "num_images": {split: len(images) for split, images in sets.items()},
+        "left_out": {split: dict(images.left_out) for split, images in sets.items()},
         "num_copies_within": {split: count_copies(split_digests) for split, split_digests in digests.items()},
         "problems": [asdict(problem) for problem in problems],
     }
@@ -127,13 +130,13 @@ def open_splits(root: Path, paths: dict[str, Path]) -> tuple[dict[str, ImageData
         else:
             folders[split] = class_folders(path)
             train_names = [folder.name for folder in folders.get("train", folders[split])]
-            image_list, counts = list_folders(folders[split], root)
+            image_list, counts, left_out = list_folders(folders[split], root)
             for number in np.flatnonzero(counts == 0).tolist():
                 folder = os.path.relpath(folders[split][number], root)
                 problems.append(make_problem(split, folder, "empty_class", "this class folder has no image"))
             labels = [train_names.index(f.name) if f.name in train_names else -1 for f in folders[split]]
             image_list.labels.values[:] = np.array(labels, np.int32)[image_list.labels.values]
-            sets[split] = FileDataset(root, image_list, [])
+            sets[split] = FileDataset(root, image_list, [], left_out)
     if len(folders) == 2:
         names = {split: {folder.name for folder in split_folders} for split, split_folders in folders.items()}
         for split, other in (("train", "val"), ("val", "train")):
@@ -223,13 +226,11 @@ def check_batch(
         if error is not None:
             is_image = encoded[:4].tobytes().startswith(_FIRST_BYTES)
             problems.append(make_problem(split, name, "truncated" if is_image else "not_an_image", error))
-        elif encoded[:2].tobytes() == b"\xff\xd8" and b"\xff\xd9" not in encoded[-4096:].tobytes():
-            problems.append(make_problem(split, name, "no_end", "a JPEG without its end marker"))
     return BatchResult(np.array(digests, np.uint64), problems)
 
 
 def read_image(images: ImageDataset, split: str, index: int) -> tuple[np.ndarray | None, int, list[Problem]]:
-    """Return an image's bytes (None if they can't be read), their digest, and the problems of its file and header."""
+    """Return an image for DALI (None if it can't be read), the digest of its bytes, and the problems of its file."""
     name = images.relative_name(index)
     try:
         encoded, _ = images.read(index)
@@ -237,7 +238,11 @@ def read_image(images: ImageDataset, split: str, index: int) -> tuple[np.ndarray
         detail = str(error).removeprefix(escape(f"{truncate(images.name(index), 300)}: "))
         return None, 0, [make_problem(split, name, error.kind, detail)]
     digest = int.from_bytes(hashlib.blake2b(encoded.data, digest_size=8).digest(), "big")
-    return encoded, digest, list(header_problems(split, name, encoded))
+    problems = list(header_problems(split, name, encoded))
+    try:
+        return prepare_for_dali(encoded, _DECODE_OPTIONS), digest, problems
+    except DataError as error:
+        return None, digest, [*problems, make_problem(split, name, error.kind, str(error))]
 
 
 def header_problems(split: str, name: str, encoded: np.ndarray) -> Iterator[Problem]:
@@ -245,8 +250,8 @@ def header_problems(split: str, name: str, encoded: np.ndarray) -> Iterator[Prob
     image = read_header(encoded)
     if image is None:
         return
-    expected = _FORMATS.get(Path(name).suffix.lower())
-    if expected is not None and image.format not in (expected, "MPO"):  # a JPEG with several images
+    expected = _FORMATS.get(suffix_of(name))
+    if expected is not None and image.format not in (*expected, "MPO"):  # a JPEG with several images
         yield make_problem(split, name, "other_format", f"is a {image.format} called {Path(name).suffix}")
     if image.mode == "CMYK":
         yield make_problem(split, name, "cmyk", "has CMYK colours, which are converted to RGB")
@@ -330,6 +335,9 @@ def print_report(report: dict[str, Any], problems: list[Problem], path: Path) ->
             print(f"    {escape(problem.path)}: {problem.detail}")
         if count > NUM_EXAMPLES:
             print(f"    and {count - NUM_EXAMPLES} more")
+    for split, left_out in report["left_out"].items():
+        if left_out:
+            print(f"  left out of {split}: {escape(describe_left_out(left_out))}")
     for split, count in report["num_copies_within"].items():
         if count:
             print(f"  {count} {split} images are copies of other {split} images")

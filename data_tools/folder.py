@@ -30,7 +30,8 @@ from vit_static.common.errors import DataError, escape
 from vit_static.common.io import write_atomically, write_json
 from vit_static.common.text import say
 from vit_static.config.data_schema import DataConfig
-from vit_static.data.image_set import IMAGE_SUFFIXES, FileDataset
+from vit_static.data.image_formats import describe_left_out, is_image_name
+from vit_static.data.image_set import FileDataset
 from vit_static.data.open_set import CLASS_NAMES_FILE, class_folders, open_set, split_path
 
 SPLIT_FILE = "split.json"
@@ -140,7 +141,7 @@ def open_folders(data: DataConfig, split: str) -> FileDataset:
     folders = class_folders(folder)
     if len(folders) < 2:
         raise ValueError(f"{folder}: has one class folder, but needs at least two; add a folder for each class")
-    outside = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    outside = [path for path in folder.iterdir() if is_image_name(path.name) and path.is_file()]
     inside = [Path(entry) for class_folder in folders for entry in os.scandir(class_folder) if entry.is_dir()]
     for paths, description in ((outside, "images outside the class folders"), (inside, "folders in class folders")):
         skipped = sorted(path for path in paths if not path.name.startswith("."))
@@ -148,6 +149,8 @@ def open_folders(data: DataConfig, split: str) -> FileDataset:
             say(escape(f"left out {len(skipped)} {description}, such as {skipped[0]}"), "folder")
     images = open_set(data, split, len(folders))
     assert isinstance(images, FileDataset)
+    if images.left_out:
+        say(escape(f"{folder}: left out {describe_left_out(images.left_out)}"), "folder")
     return FileDataset(images.root, images.image_list, [class_folder.name for class_folder in folders])
 
 

@@ -339,7 +339,7 @@ def list_split(
     Raise ValueError if their number is wrong, also in one class if `class_counts` has the number per class.
     """
     folders = class_folders(out / split)
-    image_list, counts = list_folders(folders, out)
+    image_list, counts, _ = list_folders(folders, out)
     actual = {folder.name: int(count) for folder, count in zip(folders, counts, strict=True)}
     expected = actual if class_counts is None else class_counts
     wrong = [

@@ -29,7 +29,8 @@ from data_tools.arguments import ToolParser, override_options
 from vit_static.common.errors import DataError
 from vit_static.common.io import write_atomically
 from vit_static.common.text import say
-from vit_static.data.image_set import IMAGE_SUFFIXES, read_file
+from vit_static.data.image_formats import is_image_name
+from vit_static.data.image_set import read_file
 from vit_static.data.open_set import CLASS_NAMES_FILE
 
 ALL_LIST, DUMMY_LIST, CACHE_FILE = "image_all_list.txt", "image_dummy_val_list.txt", ".digests.sqlite"
@@ -198,7 +199,7 @@ def scan_folder(folder: Path) -> tuple[dict[bytes, tuple[int, int]], list[str]]:
             if entry.name.startswith(b"."):
                 continue
             name, path = os.fsdecode(entry.name), os.fsdecode(entry.path)
-            is_image = os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and entry.is_file()  # noqa: PTH122
+            is_image = is_image_name(name) and entry.is_file()
             if is_image and (status := entry.stat()).st_size:
                 check_name(name, path)
                 files[entry.name] = (status.st_size, status.st_mtime_ns)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.sets import photo
 
 from vit_static.common.errors import DataError
 from vit_static.config.data_schema import DataConfig
@@ -19,9 +20,9 @@ from vit_static.data.prefetch import Prefetcher
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> FileDataset:
-    """Twenty small files in a list; file n has n + 1 times the byte n, and label n."""
+    """Twenty small JPEG files in a list; image n is n + 1 pixels wide, and has the label n."""
     for number in range(20):
-        (tmp_path / f"{number}.bin").write_bytes(bytes([number]) * (number + 1))
+        photo(8, number + 1, seed=number).save(tmp_path / f"{number}.bin", "JPEG")
     (tmp_path / "list.txt").write_text("".join(f"{number}.bin {number}\n" for number in range(20)))
     images = open_set(DataConfig(root=str(tmp_path), train="list.txt"), "train", 20)
     assert isinstance(images, FileDataset)
@@ -38,10 +39,11 @@ def make_prefetcher(images: FileDataset, batch_size: int = 5, **data: Any) -> Pr
 @pytest.mark.parametrize("num_readers", [1, 2, 7])
 def test_batches_have_the_images_requested(dataset: FileDataset, num_readers: int) -> None:
     prefetcher = make_prefetcher(dataset, num_readers=num_readers)
+    files = [Path(dataset.name(index)).read_bytes() for index in range(20)]
     for n in range(8):
         batch = prefetcher.batch(n)
         indices = [(5 * n + position) % 20 for position in range(5)]
-        assert [encoded.tobytes() for encoded in batch.encoded] == [bytes([k]) * (k + 1) for k in indices]
+        assert [encoded.tobytes() for encoded in batch.encoded] == [files[k] for k in indices]
         assert np.concatenate(batch.labels).tolist() == indices
     assert prefetcher.batch(7) is prefetcher.batch(7)
 

@@ -103,7 +103,9 @@ def test_the_images_that_stop_training_are_those_that_its_decoder_refuses(root: 
     """For every image of the dataset, with the pipeline that a run uses."""
     _, report = run_check(root)
     images = open_set(DataConfig(root=str(root)), "train", 2)
-    refused = {images.relative_name(n) for n in range(len(images)) if why_undecodable(images, n) is not None}
+    refused = {
+        images.relative_name(n) for n in range(len(images)) if why_undecodable(images, n, DataConfig()) is not None
+    }
     assert refused == stopping(report)
 
 
@@ -183,7 +185,7 @@ def test_bad_images_can_be_skipped_or_left_out_of_lists(root: Path, shards: Path
     all_images = open_set(data, "train", 2)
     good_images = open_set(data.model_copy(update={"on_bad_image": "skip"}), "train", 2)
     assert len(good_images) == len(all_images) - len(stopping(report)) == len(all_images) - 4
-    assert all(why_undecodable(good_images, index) is None for index in range(len(good_images)))
+    assert all(why_undecodable(good_images, index, DataConfig()) is None for index in range(len(good_images)))
     if source == "shards":
         return
     before = sorted(root.rglob("*.jpeg"))

@@ -20,6 +20,7 @@ import paddle
 import pytest
 from helpers.exported import Exported, in_inference_process, run_export
 from helpers.models import KINDS, config_of, recording_model, without_recorder
+from helpers.sets import UPRIGHT_ON_WHITE
 from helpers.small import read_state
 
 from vit_static.common import cpu
@@ -48,7 +49,7 @@ bfloat16 = pytest.param("bfloat16", marks=pytest.mark.needs_bfloat16)
 def inputs_and_logits(folder: Path, images: list[Path], precision: Any = None) -> tuple[np.ndarray, np.ndarray]:
     """Preprocess images for an exported model, and return its input and logits."""
     model = Predictor(folder, precision=precision)
-    inputs = model.preprocess([read_pixels(path) for path in images])
+    inputs = model.preprocess([read_pixels(path, UPRIGHT_ON_WHITE) for path in images])
     return inputs, model.logits(inputs)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import paddle
 import pytest
 from helpers.exported import Exported, in_inference_process, run_export
-from helpers.sets import photo
+from helpers.sets import UPRIGHT_ON_WHITE, photo
 from PIL import Image
 
 from vit_static.export.preprocess_layer import FromPixels
@@ -77,7 +77,7 @@ def predict_both_ways(folder: Path, paths: list[Path]) -> tuple[np.ndarray, np.n
     program = PaddleSession(folder / PIXELS_FILE, folder / WEIGHTS_FILE, 2, precision=precision)
     rows, features = [], None
     for path in paths:
-        pixels = read_pixels(path)
+        pixels = read_pixels(path, UPRIGHT_ON_WHITE)
         (row,) = program.outputs(pixels[None])[0].copy_to_cpu()
         batch_rows, features = program.outputs(np.stack([pixels] * 3))
         np.testing.assert_allclose(batch_rows.copy_to_cpu(), [row] * 3, atol=2e-3 if precision == "bfloat16" else 1e-5)

@@ -40,7 +40,8 @@ from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
 from vit_static.data.augment import num_draws_per_image, op_parameters
 from vit_static.data.dali_pipeline import train_pipeline
-from vit_static.data.image_set import IMAGE_SUFFIXES, ImageDataset
+from vit_static.data.image_formats import IMAGE_SUFFIXES
+from vit_static.data.image_set import ImageDataset
 from vit_static.data.open_set import open_set
 from vit_static.data.prefetch import Prefetcher
 from vit_static.data.sampler import ShuffledSampler

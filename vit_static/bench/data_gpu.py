@@ -21,6 +21,7 @@ from vit_static.config.data_schema import AugmentConfig, DataConfig
 from vit_static.config.schema import Config
 from vit_static.data.augment import num_draws_per_image, op_parameters
 from vit_static.data.dali_pipeline import eval_pipeline, train_pipeline
+from vit_static.data.image_pixels import decode_options
 from vit_static.data.image_set import ImageDataset
 from vit_static.data.open_set import open_set
 from vit_static.data.sampler import ShuffledSampler
@@ -101,7 +102,7 @@ def _pipeline(
 ) -> Any:
     """Build the pipeline of a run (device_id None: on the CPU); each of its runs has the same images and parameters."""
     batch_size, image_size = data.global_batch_size, config.model.image_size
-    encoded = [images.read(number)[0] for number in range(batch_size)]
+    encoded = [images.read_for_dali(number, decode_options(data))[0] for number in range(batch_size)]
     labels = np.zeros(batch_size, np.int64)
     if augment is None:
         inputs: Sequence[np.ndarray] = [np.ones(batch_size, np.float32)]

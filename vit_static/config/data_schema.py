@@ -11,6 +11,7 @@ from vit_static.config.section import (
     CropPct,
     Fraction,
     FractionRange,
+    Level,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
@@ -35,6 +36,12 @@ class DataConfig(Section):
     )
     sampler: Literal["shuffle", "balanced"] = Field(
         "shuffle", description="shuffle: each image once per epoch; balanced: images of each class equally often"
+    )
+    orientation: Literal["apply", "ignore"] = Field(
+        "apply", description="the orientation of a photo (EXIF, XMP, TIFF): turn the image upright, or ignore it"
+    )
+    background: tuple[Level, Level, Level] | None = Field(
+        (255, 255, 255), description="RGB, 0 to 255, behind transparent pixels; null: show their hidden colours"
     )
     global_batch_size: PositiveInt = Field(1024, description="images per optimizer step, over all ranks")
     num_threads: PositiveInt = Field(4, description="DALI's CPU threads per rank")

@@ -18,6 +18,7 @@ Range = tuple[PositiveFloat, PositiveFloat]  # min, max
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 PositiveInt = Annotated[int, Field(ge=1, lt=2**63)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
+Level = Annotated[int, Field(ge=0, le=255)]  # of a colour
 Pixels = Annotated[int, Field(ge=1, le=100_000)]
 CropPct = Annotated[float, Field(ge=0.05, le=1.0)]  # a smaller one would resize images to hundreds of megapixels
 

@@ -2,6 +2,7 @@
 
 A pipeline lists its operations in execution order. Python supplies the next encoded images and the random numbers for
 their augmentation; DALI's threads decode and transform. A pipeline has no random state and no position of its own.
+The encoded images are those of `image_pixels.prepare_for_dali`, which has decided what orientation DALI finds in them.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def train_pipeline(
         example_draws = np.zeros((1, NUM_CROP_FLIP_DRAWS), np.float32)
         encoded, labels, draws, *values = _inputs(source, data, example_draws, *examples.values())
         parameters = dict(zip(examples, values))  # noqa: B905 - DALI replaces zip by its own, without `strict`
-        start, shape = random_crop(fn.peek_image_shape(encoded, adjust_orientation=False), draws, augment)
+        start, shape = random_crop(fn.peek_image_shape(encoded, adjust_orientation=True), draws, augment)
         decoded = fn.decoders.image_slice(
             encoded,
             start,
@@ -61,7 +62,7 @@ def train_pipeline(
             axes=[0, 1],
             normalized_anchor=False,
             normalized_shape=False,
-            adjust_orientation=False,
+            adjust_orientation=True,
             **_decoder_options(data, device_id),
         )
         resized = fn.resize(
@@ -132,7 +133,7 @@ def eval_pipeline(
     def pipeline() -> tuple[Any, Any, Any]:
         encoded, labels, weights = _inputs(source, data, np.zeros(1, np.float32))
         decodable = after_header_check(encoded)
-        images = fn.decoders.image(decodable, adjust_orientation=False, **_decoder_options(data, device_id))
+        images = fn.decoders.image(decodable, adjust_orientation=True, **_decoder_options(data, device_id))
         return preprocess(images, image_size, data, evaluation), to_device_of(images, labels), weights
 
     return _build(pipeline, batch_size, data.num_threads, data.prefetch_batches, device_id)
@@ -166,7 +167,7 @@ def decoding_pipeline(batch_size: int, num_threads: int, device_id: int | None) 
     def pipeline() -> Any:
         encoded = fn.external_source(name="encoded", batch=True, dtype=types.UINT8, ndim=1)
         decodable = after_header_check(encoded)
-        return fn.decoders.image(decodable, adjust_orientation=False, device="cpu" if device_id is None else "mixed")
+        return fn.decoders.image(decodable, adjust_orientation=True, device="cpu" if device_id is None else "mixed")
 
     return _build(pipeline, batch_size, num_threads, 1, device_id)
 

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from vit_static.common.errors import DataError, truncate
+from vit_static.data.image_pixels import MAX_PIXELS, DecodeOptions, has_too_many_pixels, prepare_for_dali
 from vit_static.data.list_file import ImageList, Labels
-
-# The formats that DALI's and Pillow's decoders both read. Other files in a class folder (.DS_Store, notes) are ignored.
-IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
-_PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")
-MAX_PIXELS = 178_956_970  # half a gigabyte of pixels; the limit above which Pillow refuses an image
 
 
 class ImageDataset(ABC):
@@ -31,6 +26,7 @@ class ImageDataset(ABC):
 
     def __init__(self, root: Path, class_names: list[str]) -> None:
         self.root, self.class_names = root, class_names
+        self.left_out: Mapping[str, int] = {}  # what isn't an image in its folders, by `image_formats.left_out_kind`
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -48,10 +44,26 @@ class ImageDataset(ABC):
 
         Raise DataError, with the image's name, if it can't be read or its header gives more than MAX_PIXELS pixels.
         """
-        try:
+        with self._name_in_errors(index):
             encoded, labels = self._read(index)
             if has_too_many_pixels(encoded):
                 raise DataError(f"has more than {MAX_PIXELS} pixels according to its header", "too_large")
+        return encoded, labels
+
+    def read_for_dali(self, index: int, options: DecodeOptions) -> tuple[np.ndarray, np.ndarray]:
+        """Return a file [num_bytes] uint8 that DALI decodes to Pillow's pixels, and the labels, as `read` does.
+
+        Raise DataError, with the image's name, also if only Pillow could decode the image and it is damaged.
+        """
+        encoded, labels = self.read(index)
+        with self._name_in_errors(index):
+            return prepare_for_dali(encoded, options), labels
+
+    @contextmanager
+    def _name_in_errors(self, index: int) -> Iterator[None]:
+        """Turn any error about an image's file into a DataError with the image's name."""
+        try:
+            yield
         except OSError as error:
             kind = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
             raise DataError(f"{self._message_name(index)}: can't be read ({error.strerror})", kind) from None
@@ -59,7 +71,6 @@ class ImageDataset(ABC):
             raise DataError(f"{self._message_name(index)}: {error}", error.kind) from None
         except ValueError as error:  # a path with a NUL
             raise DataError(f"{self._message_name(index)}: can't be read ({error})", "missing") from None
-        return encoded, labels
 
     def _message_name(self, index: int) -> str:
         return truncate(self.name(index), 300)
@@ -84,9 +95,12 @@ class ImageDataset(ABC):
 class FileDataset(ImageDataset):
     """Images that are files below a root, from class folders or from a list file."""
 
-    def __init__(self, root: Path, image_list: ImageList, class_names: list[str]) -> None:
+    def __init__(
+        self, root: Path, image_list: ImageList, class_names: list[str], left_out: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__(root, class_names)
         self._root_bytes, self.image_list = os.fsencode(root), image_list
+        self.left_out = left_out or {}
 
     def __len__(self) -> int:
         return len(self.image_list)
@@ -112,7 +126,7 @@ class FileDataset(ImageDataset):
     def exclude(self, names: Collection[str]) -> FileDataset:
         excluded = {os.fsencode(name) for name in names}
         mask = np.fromiter((self.image_list.path(n) not in excluded for n in range(len(self))), bool, len(self))
-        return FileDataset(self.root, self.image_list.select(mask), self.class_names)
+        return FileDataset(self.root, self.image_list.select(mask), self.class_names, self.left_out)
 
 
 def read_file(path: bytes) -> np.ndarray:
@@ -143,17 +157,3 @@ def read_at(descriptor: int, offset: int, size: int) -> np.ndarray:
     if size == 0:
         raise DataError("is empty", "empty")
     return content
-
-
-def has_too_many_pixels(encoded: np.ndarray) -> bool:
-    """Return whether an image's header gives more than MAX_PIXELS pixels, which a decoder would allocate memory for.
-
-    A header that Pillow can't read counts as no: the decoder will report the image.
-    """
-    try:
-        with Image.open(io.BytesIO(encoded.data), formats=_PILLOW_FORMATS) as image:  # reads only the header
-            return image.width * image.height > MAX_PIXELS
-    except Image.DecompressionBombError:
-        return True
-    except Exception:  # a broken header can raise anything
-        return False

@@ -72,5 +72,5 @@ def imagenet_v2(folder: Path, class_names: list[str]) -> FileDataset:
             f"{folder}: must have one folder for each of the model's {len(class_names)} classes, called 0, 1, 2, ..., "
             f"but differs in {differing[0]!r}; give ImageNet-V2's folder, or another model"
         )
-    image_list, _ = list_folders(sorted(folders, key=lambda path: int(path.name)), folder)
+    image_list, *_ = list_folders(sorted(folders, key=lambda path: int(path.name)), folder)
     return FileDataset(folder, image_list, class_names)

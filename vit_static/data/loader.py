@@ -16,6 +16,7 @@ from vit_static.common.errors import DataError
 from vit_static.config.data_schema import AugmentConfig, DataConfig, EvalConfig
 from vit_static.data.augment import num_draws_per_image, op_parameters
 from vit_static.data.dali_pipeline import decoder_message, decoding_pipeline, eval_pipeline, train_pipeline
+from vit_static.data.image_pixels import decode_options
 from vit_static.data.image_set import ImageDataset
 from vit_static.data.prefetch import EncodedBatch, Prefetcher
 from vit_static.data.sampler import make_sampler, nth_batch
@@ -56,7 +57,7 @@ class TrainLoader:
         self._rank_offset = dp_rank * self._batch_size  # in a global batch
         self._prefetcher = Prefetcher(images, lambda n: self._sampler.indices(*self._positions(n)), data)
         pipeline = train_pipeline(self._source, self._batch_size, image_size, data, augment, device_id)
-        self._outputs = _PipelineOutputs(pipeline, images, self._prefetcher, data.prefetch_batches, device_id)
+        self._outputs = _PipelineOutputs(pipeline, images, self._prefetcher, data, device_id)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -123,7 +124,7 @@ class EvalLoader:
         pipeline = eval_pipeline(
             source, self._batch_size, self._image_size, self._data, self._evaluation, self._device_id
         )
-        outputs = _PipelineOutputs(pipeline, self.images, prefetcher, self._data.prefetch_batches, self._device_id)
+        outputs = _PipelineOutputs(pipeline, self.images, prefetcher, self._data, self._device_id)
         try:
             for _ in range(len(self)):
                 yield outputs.next()
@@ -151,15 +152,15 @@ class _PipelineOutputs:
     """Pipeline outputs as Paddle tensors in DALI's memory, which is held until the device has read it."""
 
     def __init__(
-        self, pipeline: Any, images: ImageDataset, prefetcher: Prefetcher, prefetch_batches: int, device_id: int | None
+        self, pipeline: Any, images: ImageDataset, prefetcher: Prefetcher, data: DataConfig, device_id: int | None
     ) -> None:
         self.seconds_waited = 0.0  # for the pipeline, not for the GPU
         self._pipeline = pipeline
-        self._images, self._prefetcher = images, prefetcher
+        self._images, self._prefetcher, self._data = images, prefetcher, data
         self._device_id = device_id
         self._in_use: deque[tuple[Any, Any]] = deque()
         self._last: Any = None
-        self._recent_indices: deque[np.ndarray] = deque(maxlen=prefetch_batches + 1)  # images DALI may be decoding
+        self._recent_indices: deque[np.ndarray] = deque(maxlen=data.prefetch_batches + 1)  # images DALI may be decoding
         self._read_error: DataError | None = None
 
     def close(self) -> None:
@@ -205,16 +206,18 @@ class _PipelineOutputs:
         if self._read_error is not None:
             return self._read_error
         for index in dict.fromkeys(np.concatenate([np.empty(0, np.int64), *self._recent_indices]).tolist()):
-            problem = why_undecodable(self._images, index, self._device_id)
+            problem = why_undecodable(self._images, index, self._data, self._device_id)
             if problem is not None:
                 return problem
         return error
 
 
-def why_undecodable(images: ImageDataset, index: int, device_id: int | None = None) -> DataError | None:
+def why_undecodable(
+    images: ImageDataset, index: int, data: DataConfig, device_id: int | None = None
+) -> DataError | None:
     """Return the DataError that training would raise for an image, or None if it can be decoded."""
     try:
-        encoded, _ = images.read(index)
+        encoded, _ = images.read_for_dali(index, decode_options(data))
         decoding_pipeline(1, 1, device_id).run(encoded=[encoded])
     except DataError as error:
         return error

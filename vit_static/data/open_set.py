@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import numpy as np
 
 from vit_static.common.errors import DataError
 from vit_static.config.data_schema import DataConfig
-from vit_static.data.image_set import IMAGE_SUFFIXES, FileDataset, ImageDataset
+from vit_static.data.image_formats import describe_left_out, is_image_name, left_out_kind
+from vit_static.data.image_set import FileDataset, ImageDataset
 from vit_static.data.list_file import ImageList, Labels, read_list
 from vit_static.data.webdataset import UNFINISHED_FILE, open_shards
 
@@ -73,45 +75,59 @@ def _open_folders(path: Path, data: DataConfig, split: str, num_classes: int) ->
                 f"{root}: train and {split} must have the same class folders, but differ in {differing[0]!r}; add the "
                 "folder that is missing, or remove the other"
             )
-    image_list, counts = list_folders(folders, root)
+    image_list, counts, left_out = list_folders(folders, root)
     if not counts.all():
         empty = folders[int(np.argmin(counts))]
-        raise DataError(f"{empty}: this class folder has no image; add images, or remove it from every split")
+        contents = describe_left_out(list_folders([empty], root)[2])
+        raise DataError(
+            f"{empty}: this class folder has no image{contents and f' (only {contents})'}; add images, or remove it "
+            "from every split"
+        )
     names = dict(_class_names(root))
-    return FileDataset(root, image_list, [names.get(folder.name, folder.name) for folder in folders])
+    return FileDataset(root, image_list, [names.get(folder.name, folder.name) for folder in folders], left_out)
 
 
-def list_folders(folders: list[Path], root: Path) -> tuple[ImageList, np.ndarray]:
-    """List the images of class folders, sorted by folder and name; also return the number of images per folder.
+def list_folders(folders: list[Path], root: Path) -> tuple[ImageList, np.ndarray, Counter[str]]:
+    """List the images of class folders, sorted by folder and name.
 
+    Also return the number of images per folder, and the counts of what is left out by `image_formats.left_out_kind`.
     The label is the position of the folder in `folders`.
     """
     paths: list[bytes] = []
+    left_out: Counter[str] = Counter()
     counts = np.zeros(len(folders), np.int64)
     for label, folder in enumerate(folders):
         relative_folder = os.fsencode(os.path.relpath(folder, root))
-        names = sorted(_images_in(folder))
+        names = sorted(_images_in(folder, left_out))
         paths += [relative_folder + b"/" + name for name in names]
         counts[label] = len(names)
     lengths = np.fromiter(map(len, paths), np.int64, len(paths))
     stops = np.cumsum(lengths)
     labels = np.repeat(np.arange(len(folders), dtype=np.int32), counts)
-    return ImageList(np.frombuffer(b"".join(paths), np.uint8), stops - lengths, stops, Labels(labels)), counts
+    return ImageList(np.frombuffer(b"".join(paths), np.uint8), stops - lengths, stops, Labels(labels)), counts, left_out
 
 
-def _images_in(folder: Path) -> Iterator[bytes]:
+def _images_in(folder: Path, left_out: Counter[str]) -> Iterator[bytes]:
+    """Yield the names of a folder's images, and count everything else."""
     with os.scandir(os.fsencode(folder)) as entries:  # unlike Path, it tells files from folders without a system call
         for entry in entries:
-            is_hidden = entry.name.startswith(b".")
-            suffix = os.path.splitext(entry.name)[1].decode("ascii", "replace").lower()  # noqa: PTH122 - bytes
-            if not is_hidden and suffix in IMAGE_SUFFIXES and _is_file(entry):
+            if is_image_name(entry.name) and not entry.name.startswith(b".") and _is_file(entry):
                 yield entry.name
+            else:
+                left_out[left_out_kind(entry.name, _is_folder(entry))] += 1
 
 
 def _is_file(entry: os.DirEntry[bytes]) -> bool:
     try:
         return entry.is_file()
     except OSError:  # a symbolic link to itself
+        return False
+
+
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
         return False
 
 

@@ -1,7 +1,8 @@
 """Reading of encoded images ahead of DALI, by threads of our own, so that errors and timeouts name the file.
 
 DALI can read files as well, but it doesn't name some files that can't be read, and waits forever for a disk that
-doesn't respond. Reading releases Python's global lock and is as fast (`bench data` shows its share).
+doesn't respond. Reading releases Python's global lock and is as fast (`bench data` shows its share). The threads also
+decode the images that DALI wouldn't decode to Pillow's pixels (image_pixels.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from vit_static.common.errors import DataError
 from vit_static.common.text import say
 from vit_static.config.data_schema import DataConfig
+from vit_static.data.image_pixels import DecodeOptions, decode_options
 from vit_static.data.image_set import ImageDataset
 
 _NOTICE_AFTER_S = 10.0  # of waiting for one batch
@@ -26,9 +28,9 @@ _POLL_INTERVAL_S = 0.5
 
 @dataclass
 class EncodedBatch:
-    """The encoded images [num_bytes] uint8 and the labels [num_labels] of a batch; complete when `done` is set.
+    """The encoded images [num_bytes] uint8, prepared for DALI, and the labels [num_labels] of a batch.
 
-    If an image can't be read, `done` is set at once and `error` says why.
+    It is complete when `done` is set. If an image can't be read, `done` is set at once and `error` says why.
     """
 
     indices: np.ndarray  # of the images in the dataset
@@ -43,10 +45,11 @@ class EncodedBatch:
         self._num_pending = len(self.indices)
         self._lock = threading.Lock()
 
-    def read(self, images: ImageDataset, position: int) -> None:
-        """Read the image at a position in the batch."""
+    def read(self, images: ImageDataset, position: int, options: DecodeOptions) -> None:
+        """Read the image at a position in the batch, for DALI."""
         try:
-            self.encoded[position], self.labels[position] = images.read(int(self.indices[position]))
+            index = int(self.indices[position])
+            self.encoded[position], self.labels[position] = images.read_for_dali(index, options)
         except DataError as error:
             self.error = error
             self.done.set()
@@ -76,7 +79,7 @@ class Prefetcher:
         self._num_threads = data.num_readers
         for thread_number in range(data.num_readers):
             # Daemons, so that a thread that hangs in a read doesn't keep the process from ending.
-            arguments = (thread_number, images, self._tasks, self._active_reads)
+            arguments = (thread_number, images, decode_options(data), self._tasks, self._active_reads)
             threading.Thread(target=_work, args=arguments, daemon=True, name="vit_static reader").start()
 
     def close(self) -> None:
@@ -131,11 +134,15 @@ class Prefetcher:
 
 
 def _work(
-    thread_number: int, images: ImageDataset, tasks: SimpleQueue[Any], active_reads: dict[int, tuple[int, float]]
+    thread_number: int,
+    images: ImageDataset,
+    options: DecodeOptions,
+    tasks: SimpleQueue[Any],
+    active_reads: dict[int, tuple[int, float]],
 ) -> None:
     """Read until a task is None. Refers to no prefetcher, so that a prefetcher can be deleted while threads run."""
     while (task := tasks.get()) is not None:
         batch, position = task
         active_reads[thread_number] = int(batch.indices[position]), time.monotonic()
-        batch.read(images, position)
+        batch.read(images, position, options)
         active_reads.pop(thread_number, None)

@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from vit_static.common.errors import DataError, truncate
-from vit_static.data.image_set import IMAGE_SUFFIXES, ImageDataset, read_at
+from vit_static.data.image_formats import IMAGE_SUFFIXES
+from vit_static.data.image_set import ImageDataset, read_at
 from vit_static.data.list_file import Labels
 
 UNFINISHED_FILE = ".unfinished.json"  # in a folder that `data shards` has not finished

@@ -385,10 +385,11 @@ def read_batches(
 ) -> Iterator[tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]]:
     """Yield batches of a set's images: the model's inputs [B, 3, height, width], the decoded pixels, and the labels."""
     preprocess = Preprocessor(spec.preprocessing, len(os.sched_getaffinity(0)))
+    options = spec.preprocessing.to_decode_options()
 
     def read(index: int) -> tuple[np.ndarray, np.ndarray]:
         encoded, labels = images.read(index)
-        return read_pixels(io.BytesIO(encoded.tobytes()), images.name(index)), labels
+        return read_pixels(io.BytesIO(encoded.data), options, images.name(index)), labels
 
     with ThreadPoolExecutor(_NUM_DECODER_THREADS) as decoders:
         for batch in np.array_split(indices, max(-(-len(indices) // _BATCH_SIZE), 1)):

@@ -12,8 +12,8 @@ from vit_static.common.errors import PredictError, truncate
 from vit_static.common.io import FileRecord, file_record
 from vit_static.config.data_schema import EvalConfig
 from vit_static.config.schema import Config, InferencePrecision, ModelConfig
-from vit_static.config.section import CropPct, ImageSize, PositiveFloat, Section
-from vit_static.data.image_set import MAX_PIXELS
+from vit_static.config.section import CropPct, ImageSize, Level, PositiveFloat, Section
+from vit_static.data.image_pixels import MAX_PIXELS, DecodeOptions
 
 MODEL_FILE, WEIGHTS_FILE = "model.json", "model.pdiparams"  # the program and the weights, for Paddle Inference
 PIXELS_FILE = "pixels.json"  # the program with its preprocessing; uses the same weights
@@ -28,7 +28,11 @@ _NOT_EXPORTED = "no such file; --model takes a folder that './run.sh export' wro
 
 
 class Preprocessing(Section):
-    """Preprocessing from a decoded image to the model's input; the keys mean what they mean in `eval` and `data`."""
+    """Preprocessing from an image file to the model's input; the keys mean what they mean in `eval` and `data`.
+
+    Without a record of orientation and background, a model was trained with orientations ignored and transparency
+    dropped, as an earlier version read images.
+    """
 
     image_size: ImageSize
     resize: Literal["short", "direct"]
@@ -37,6 +41,12 @@ class Preprocessing(Section):
     antialias: bool
     mean: tuple[float, float, float]
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+    orientation: Literal["apply", "ignore"] = "ignore"
+    background: tuple[Level, Level, Level] | None = None
+
+    def to_decode_options(self) -> DecodeOptions:
+        """Return how image files are decoded."""
+        return DecodeOptions(self.orientation, self.background)
 
     def to_eval_config(self) -> EvalConfig:
         """Return the keys that belong to the config's `eval` section."""
@@ -151,6 +161,8 @@ def spec_of(config: Config, class_names: list[str]) -> ModelSpec:
             antialias=config.eval.antialias,
             mean=config.data.mean,
             std=config.data.std,
+            orientation=config.data.orientation,
+            background=config.data.background,
         ),
         activation=config.loss.name,
         model=config.model,

@@ -270,9 +270,10 @@ def visualize(
     _write(draw_filters(*patch_filters(model)), out / "patch_filters.png")
 
     preprocessor = Preprocessor(spec.preprocessing, len(os.sched_getaffinity(0)))
+    options = spec.preprocessing.to_decode_options()
     named_paths = zip(paths, unique_stems(paths), strict=True)
     num_failed = 0
-    for inputs, errors in prefetch_batches(paths, _batch_size(spec.model), preprocessor):
+    for inputs, errors in prefetch_batches(paths, _batch_size(spec.model), options, preprocessor):
         results = _explain(model, spec, inputs) if len(inputs) else iter(())
         for error in errors:
             path, stem = next(named_paths)

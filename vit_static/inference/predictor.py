@@ -33,6 +33,7 @@ from vit_static.common.errors import PredictError, truncate
 from vit_static.config.data_schema import DataConfig
 from vit_static.config.schema import InferencePrecision
 from vit_static.data.dali_pipeline import preprocessing_pipeline
+from vit_static.data.image_pixels import DecodeOptions
 from vit_static.inference.artifact import REMEDY, SPEC_FILE, Preprocessing, read_spec
 from vit_static.inference.backends import Session, open_session
 from vit_static.inference.image_io import ImageLike, to_pixels
@@ -121,6 +122,7 @@ class Predictor:
         Raises PredictError if `export` didn't write the folder, or if this machine can't run the precision.
         """
         self.spec = read_spec(folder)
+        self._decode_options = self.spec.preprocessing.to_decode_options()
         threads = num_threads or len(os.sched_getaffinity(0))
         self._sessions: _Pool[Session] = _Pool(
             _NUM_PARALLEL, lambda: open_session(folder, threads, onednn=onednn, precision=precision)
@@ -154,7 +156,7 @@ class Predictor:
 
         The next batch is read and preprocessed while the model runs.
         """
-        for inputs, errors in prefetch_batches(images, batch_size, self.preprocess):
+        for inputs, errors in prefetch_batches(images, batch_size, self._decode_options, self.preprocess):
             predictions: Iterator[Prediction | PredictError] = iter(())
             if len(inputs):
                 logits, features = self.run(inputs, with_features=with_features)
@@ -233,7 +235,7 @@ class Predictor:
 
     def _run_all(self, images: Sequence[ImageLike], *, with_features: bool) -> tuple[np.ndarray, np.ndarray | None]:
         batches = []
-        for inputs, errors in prefetch_batches(images, _BATCH_SIZE, self.preprocess):
+        for inputs, errors in prefetch_batches(images, _BATCH_SIZE, self._decode_options, self.preprocess):
             for error in errors:
                 if error is not None:
                     raise error
@@ -245,7 +247,10 @@ class Predictor:
 
 
 def prefetch_batches(
-    images: Iterable[ImageLike], batch_size: int, preprocess: Callable[[Sequence[np.ndarray]], np.ndarray]
+    images: Iterable[ImageLike],
+    batch_size: int,
+    options: DecodeOptions,
+    preprocess: Callable[[Sequence[np.ndarray]], np.ndarray],
 ) -> Iterator[tuple[np.ndarray, list[PredictError | None]]]:
     """Yield batches of preprocessed images [B, 3, height, width], preparing each while the previous one is used.
 
@@ -254,7 +259,7 @@ def prefetch_batches(
 
     def read(image: ImageLike) -> np.ndarray | PredictError:
         try:
-            return to_pixels(image)
+            return to_pixels(image, options)
         except PredictError as error:
             return error
 

@@ -40,8 +40,6 @@ from vit_static.inference.image_io import read_pixels
 from vit_static.inference.predictor import Predictor, load_predictor
 from vit_static.model.vit import VisionTransformer
 
-# Those of Pillow's formats that browsers show; some of the others run programs (EPS).
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 _PAGE = Path(__file__).with_name("server_page.html")
 _MAX_DRAINED_BODIES = 10  # how much of a refused body is still received, in multiples of the largest allowed one
 _GRACE_S = 5.0  # added to the time limit of a request before a stop ends it
@@ -191,6 +189,7 @@ class Service:
             "status": "ok" if is_healthy else "the model's thread has ended; restart the server",
             "model": f"ViT {spec.model.variant}",
             "image_size": spec.preprocessing.image_size,
+            "orientation": spec.preprocessing.orientation,
             "num_classes": len(spec.class_names),
             "runs_in": self.predictor.description,
         }
@@ -223,7 +222,8 @@ class Service:
 
     def _decode(self, body: bytes) -> tuple[np.ndarray, list[float]]:
         """Return the model's input [1, 3, height, width] and the crop that it shows."""
-        pixels = read_pixels(io.BytesIO(body), "the image", formats=FORMATS, max_pixels=self.limits.max_pixels)
+        options = self.predictor.spec.preprocessing.to_decode_options()
+        pixels = read_pixels(io.BytesIO(body), options, "the image", max_pixels=self.limits.max_pixels)
         return self.predictor.preprocess([pixels]), self._crop_box(*pixels.shape[:2])
 
     def _crop_box(self, height: int, width: int) -> list[float]:
