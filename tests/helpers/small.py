@@ -51,7 +51,7 @@ def images_and_labels(
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
     """Return normally distributed images and uniformly distributed labels."""
     rng = np.random.default_rng(seed)
-    images = rng.standard_normal((num_images, 3, *config.image_size)).astype(np.float32)
+    images = rng.standard_normal((num_images, config.num_channels, *config.image_size)).astype(np.float32)
     return paddle.to_tensor(images), paddle.to_tensor(rng.integers(0, config.num_classes, num_images))
 
 

@@ -79,7 +79,7 @@ def compare(
         reason = str(error).splitlines()[0]
         raise UserError(f"bench data --device gpu: not run, because DALI can't use a GPU here: {reason}") from None
     cpu = _pipeline(config, images, data, augment, None)
-    levels = 255.0 * np.abs(gpu_pixels - _pixels(cpu.run())) * np.asarray(data.std, np.float32).reshape(1, 3, 1, 1)
+    levels = 255.0 * np.abs(gpu_pixels - _pixels(cpu.run())) * np.asarray(data.std, np.float32).reshape(1, -1, 1, 1)
     gpu_speed = _images_per_s(gpu, seconds)
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, [min(cores)])

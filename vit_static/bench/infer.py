@@ -101,7 +101,7 @@ def export_untrained(config: Config, folder: Path, batch_size: int) -> dict[str,
     assert model.head is not None
     model.head.weight.set_value(paddle.randn(model.head.weight.shape) * model.head.weight.shape[0] ** -0.5)
     model.eval()
-    shape = (max(batch_size, _NUM_CALIBRATION_IMAGES), 3, *config.model.image_size)
+    shape = (max(batch_size, _NUM_CALIBRATION_IMAGES), config.model.num_channels, *config.model.image_size)
     images = np.random.default_rng(0).standard_normal(shape, np.float32)
     names = [str(number) for number in range(config.model.num_classes)]
     _write(model, config, names, folder, images)

@@ -77,7 +77,8 @@ class MeasuredStep:
         self.loader = make_train_loader(config, self.mesh) if real_data else None
         rng = np.random.default_rng(self.mesh.dp_rank)
         local_batch_size = self.batch_size // self.mesh.dp_size
-        noise = rng.standard_normal((local_batch_size, 3, *config.model.image_size)).astype(np.float32)
+        height, width = config.model.image_size
+        noise = rng.standard_normal((local_batch_size, config.model.num_channels, height, width)).astype(np.float32)
         self._images = paddle.to_tensor(noise)
         self._labels = paddle.to_tensor(rng.integers(0, config.model.num_classes, local_batch_size))
         self._num_steps = 0

@@ -13,8 +13,10 @@ from vit_static.config.section import (
     FractionRange,
     Level,
     NonNegativeFloat,
+    PerChannel,
     PositiveFloat,
     PositiveInt,
+    PositivePerChannel,
     Range,
     Rate,
     Section,
@@ -51,12 +53,19 @@ class DataConfig(Section):
         0.65, description="share of the images that a GPU's JPEG hardware decodes, where it has any (A100, H100)"
     )
     read_timeout_s: PositiveFloat = Field(120.0, description="seconds after which a stalled read is an error")
-    mean: tuple[float, float, float] = Field(
-        (0.5, 0.5, 0.5), description="of RGB pixels in 0-1; inputs are (pixel - mean) / std"
+    mean: PerChannel = Field(
+        (0.5, 0.5, 0.5),
+        description="of RGB pixels in 0-1, or one value with model.num_channels=1 (default: 0.5); inputs are (pixel - "
+        "mean) / std",
     )
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(
-        (0.5, 0.5, 0.5), description="of RGB pixels in 0-1, likewise"
+    std: PositivePerChannel = Field(
+        (0.5, 0.5, 0.5), description="of RGB pixels in 0-1, or one value with model.num_channels=1, likewise"
     )
+
+    @property
+    def num_channels(self) -> int:
+        """Number of channels of the model's inputs: 1 for greyscale, 3 for RGB."""
+        return len(self.mean)
 
 
 class AugmentConfig(Section):

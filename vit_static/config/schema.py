@@ -7,7 +7,7 @@ values on their own; what depends on the data or on the number of processes is c
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -42,6 +42,7 @@ class ModelConfig(Section):
     )
     variant: str = Field("B/16", description="size and patch size: a name in model/variants.py")
     image_size: ImageSize = Field((224, 224), description="in pixels: one number for a square, or [height, width]")
+    num_channels: Literal[1, 3] = Field(3, description="3: RGB; 1: greyscale, to which colour images are converted")
     num_classes: NonNegativeInt = Field(
         1000, description="width of the classification head; 0: no head, only features (as in timm)"
     )
@@ -316,9 +317,26 @@ class Config(Section):
     log: LogConfig = LogConfig()
     export: ExportConfig = ExportConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _normalise_one_channel(cls, values: Any) -> Any:
+        """Give mean and std one value by default if images have one channel."""
+        model, data = (values.get(key) for key in ("model", "data")) if isinstance(values, dict) else (None, None)
+        num_channels = model.get("num_channels") if isinstance(model, dict) else getattr(model, "num_channels", None)
+        if num_channels != 1 or not (data is None or isinstance(data, dict)):
+            return values
+        return {**values, "data": {"mean": (0.5,), "std": (0.5,), **(data or {})}}
+
     @model_validator(mode="after")
     def _check_across_sections(self) -> Config:
         parallel = self.parallel
+        for key in ("mean", "std"):
+            num_values, num_channels = len(getattr(self.data, key)), self.model.num_channels
+            if num_values != num_channels:
+                raise ValueError(
+                    f"data.{key}: has {num_values} value{'s' * (num_values > 1)}, and model.num_channels is "
+                    f"{num_channels}; set {'one value' if num_channels == 1 else 'three values'}"
+                )
         if parallel.reduce_dtype != "float32" and parallel.bucket_mb == 0.0:
             raise ValueError("parallel.reduce_dtype: applies to buckets only; set parallel.bucket_mb above 0")
         if parallel.reduce_dtype == "float16" and self.amp.dtype == "float16":
@@ -371,6 +389,11 @@ class Config(Section):
     def eval_targets(self) -> int | None:
         """Width of the evaluation's targets [B, num_classes]; None if it takes labels [B]."""
         return self.model.num_classes if self.data.multi_label else None
+
+    def with_model(self, model: ModelConfig) -> Config:
+        """Return a copy with another model, validated again. Raises pydantic's ValidationError."""
+        values = self.model_dump(by_alias=True, exclude_unset=True)
+        return Config.model_validate({**values, "model": model.model_dump()})
 
     def with_several_labels(self) -> Config:
         """Return a copy that evaluates images with several labels, whichever loss it trains with."""

@@ -29,6 +29,23 @@ def _square_if_single(value: Any) -> Any:
 
 ImageSize = Annotated[tuple[Pixels, Pixels], BeforeValidator(_square_if_single)]  # height, width
 
+
+def _tuple_if_single(value: Any) -> Any:
+    return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _check_num_channels(values: tuple[float, ...]) -> tuple[float, ...]:
+    if len(values) not in (1, 3):
+        raise ValueError(f"{list(values)} must be three values for RGB, or one for greyscale (model.num_channels=1)")
+    return values
+
+
+# One value for greyscale or three for RGB
+PerChannel = Annotated[tuple[float, ...], BeforeValidator(_tuple_if_single), AfterValidator(_check_num_channels)]
+PositivePerChannel = Annotated[
+    tuple[PositiveFloat, ...], BeforeValidator(_tuple_if_single), AfterValidator(_check_num_channels)
+]
+
 _MAX_NAME_BYTES = 200  # file systems allow 255, and temporary names are longer than the name
 
 

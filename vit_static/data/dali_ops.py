@@ -121,11 +121,16 @@ def cutout(images: Any, box: Any) -> Any:
 
 
 def random_erasing(
-    images: Any, parameters: Mapping[str, Any], config: AugmentConfig, image_size: tuple[int, int]
+    images: Any,
+    parameters: Mapping[str, Any],
+    config: AugmentConfig,
+    image_size: tuple[int, int],
+    num_channels: int = 3,
 ) -> Any:
-    """Fill the `erasing_box` of normalised images [3, height, width] with normal noise or with 0, which is the mean.
+    """Fill the `erasing_box` of normalised images with normal noise or with 0, which is the mean.
 
-    The noise is a window of `erasing_noise`, whose corner is `erasing_noise_corner`.
+    Images are [num_channels, height, width]. The noise is a window of `erasing_noise` whose corner is
+    `erasing_noise_corner`.
     """
     if config.random_erasing_probability > 0.0:
         box, corner = parameters["erasing_box"], parameters["erasing_noise_corner"]
@@ -139,7 +144,7 @@ def random_erasing(
             images = fn.erase(images, **region)
             if config.random_erasing_with == "noise":
                 # A constant of that device isn't copied in each step. Named arguments are always on the CPU.
-                all_noise = types.Constant(erasing_noise(image_size), device=images.device)
+                all_noise = types.Constant(erasing_noise(image_size)[:num_channels], device=images.device)
                 noise = fn.slice(all_noise, start=corner, shape=list(image_size), axes=[1, 2])
                 images = images + noise - fn.erase(noise, **region)
     return images

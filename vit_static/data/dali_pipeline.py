@@ -40,7 +40,7 @@ def train_pipeline(
     device_id: int | None,
     last_stage: Literal["decode", "resize", "augment", "normalise"] = "normalise",
 ) -> Pipeline:
-    """Build the training pipeline: images [B, 3, height, width] float32 and labels.
+    """Build the training pipeline: images [B, 3, height, width] float32, or [B, 1, ...] if grey, and labels.
 
     `source` returns, after images and labels, uniform random numbers [B, NUM_CROP_FLIP_DRAWS], then the arrays of
     `op_parameters`. With `device_id` None everything runs on the CPU, else decoding and transforms run on that GPU.
@@ -74,7 +74,7 @@ def train_pipeline(
         augmented = apply_ops(resized, parameters, augment)
         is_flipped = fn.cast(draws[22] < augment.flip_probability, dtype=types.INT32)
         normalised = _normalise(augmented, data, mirror=is_flipped)
-        normalised = random_erasing(normalised, parameters, augment, image_size)
+        normalised = random_erasing(normalised, parameters, augment, image_size, data.num_channels)
         # DALI removes operations whose outputs aren't returned, so the stages after `last_stage` don't run.
         stages = {"decode": decoded, "resize": resized, "augment": augmented, "normalise": normalised}
         return stages[last_stage], to_device_of(decoded, labels)
@@ -242,7 +242,13 @@ def _decoder_options(data: DataConfig, device_id: int | None) -> dict[str, Any]:
 
 
 def _normalise(images: Any, data: DataConfig, **crop_or_mirror: Any) -> Any:
-    """Turn pixels 0-255 into (pixel / 255 - mean) / std, [3, height, width], cropped or mirrored in the same pass."""
+    """Turn RGB pixels 0-255 into (pixel / 255 - mean) / std, [3, height, width], cropped or mirrored in the same pass.
+
+    If mean and std have one value, the pixels become grey first, [1, height, width]. Everything before sees colours, so
+    all augmentations work, and the same conversion serves training, evaluation and prediction.
+    """
+    if data.num_channels == 1:
+        images = fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
     return fn.crop_mirror_normalize(
         images,
         mean=[255.0 * value for value in data.mean],

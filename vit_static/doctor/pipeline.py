@@ -37,7 +37,7 @@ def check_data(subject: Subject) -> Result:
         batch = next(loader)[0].numpy()
         one_thread = data.model_copy(update={"num_threads": 1})
         expected = next(_loader(subject, images, one_thread, None))[0].numpy()
-        levels = 255.0 * np.abs(batch - expected) * np.asarray(data.std, np.float32).reshape(1, 3, 1, 1)
+        levels = 255.0 * np.abs(batch - expected) * np.asarray(data.std, np.float32).reshape(1, -1, 1, 1)
         started, num_images = time.perf_counter(), 0
         while (seconds := time.perf_counter() - started) < _SECONDS:
             num_images += len(next(loader)[0])

@@ -146,7 +146,7 @@ def synthetic_batch(config: Config, mesh: Mesh) -> tuple[Any, Any]:
     """Return this rank's part of a batch: noise, and labels or targets as the config's training has them."""
     rng = np.random.default_rng([config.seed, mesh.dp_rank])
     num_images, num_classes = config.data.global_batch_size // mesh.dp_size, config.model.num_classes
-    images = rng.standard_normal((num_images, 3, *config.model.image_size)).astype(np.float32)
+    images = rng.standard_normal((num_images, config.model.num_channels, *config.model.image_size)).astype(np.float32)
     labels = rng.integers(0, num_classes, num_images)
     values = np.eye(num_classes, dtype=np.uint8)[labels] if config.data.multi_label else labels
     mixup = Mixup(config.augment, num_classes, config.seed)

@@ -245,7 +245,7 @@ def _save(
     """Write model.json and model.pdiparams for Paddle Inference, and with `pixels` the program pixels.json."""
     program = InferenceModel(model, dtype)
     program.eval()
-    inputs = [InputSpec([None, 3, *spec.model.image_size], "float32", "images")]
+    inputs = [InputSpec([None, spec.model.num_channels, *spec.model.image_size], "float32", "images")]
     paddle.jit.save(program, str(folder / MODEL_FILE.removesuffix(".json")), input_spec=inputs)
     if not pixels:
         return

@@ -38,14 +38,15 @@ logits, features = session.run(["logits", "features"], {{"images": batch}})  # {
 
 def model_card_text(spec: ModelSpec, config: Config, source: str, shape: flops.Shape, num_parameters: int) -> str:
     """Return the model card in Markdown; `source` is the path of the weights."""
-    input_shape = "[B, 3, {}, {}]".format(*spec.model.image_size)
+    colours = "grey" if spec.model.num_channels == 1 else "RGB"
+    input_shape = "[B, {}, {}, {}]".format(spec.model.num_channels, *spec.model.image_size)
     parts = [
         f"# {_escape_markdown(config.name)}",
         _introduction(spec, config, source, shape, num_parameters),
         "## Accuracy",
         *_accuracy(spec),
         "## Input and output",
-        f"`images` {input_shape} float32, any B: RGB, {_describe_preprocessing(spec)}. {_describe_outputs(spec)}",
+        f"`images` {input_shape} float32, any B: {colours}, {_describe_preprocessing(spec)}. {_describe_outputs(spec)}",
     ]
     if PIXELS_FILE in spec.files:
         parts.append(

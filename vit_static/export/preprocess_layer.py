@@ -11,6 +11,7 @@ from paddle import nn
 from vit_static.data.dali_pipeline import MAX_RESIZE_TO_CROP_RATIO, size_before_crop
 from vit_static.inference.artifact import Preprocessing
 
+_LUMA = [0.299, 0.587, 0.114]  # weights of R, G and B in grey (ITU-R BT.601)
 _KERNEL_RADIUS = {"bilinear": 1, "bicubic": 2}  # pixels
 
 
@@ -35,7 +36,7 @@ class FromPixels(nn.Layer):
         return F.softmax(logits[0], axis=-1) if is_softmax else F.sigmoid(logits[0]), features
 
     def preprocess(self, pixels: paddle.Tensor) -> paddle.Tensor:
-        """Return the model's input [B, 3, h, w] float32."""
+        """Return the model's input [B, 3, h, w] float32, or [B, 1, h, w] if mean and std have one value."""
         preprocessing = self.preprocessing
         shape = paddle.shape(pixels).astype("float32")
         height, width = shape[1], shape[2]
@@ -48,8 +49,11 @@ class FromPixels(nn.Layer):
         x = pixels.transpose([0, 3, 1, 2]).astype("float32")
         x = paddle.matmul(paddle.matmul(rows, x), columns, transpose_y=True)  # [B, 3, h, w]
         x = paddle.clip(paddle.floor(x + 0.5), 0.0, 255.0)  # DALI rounds to integers here
-        mean = paddle.to_tensor([255.0 * value for value in preprocessing.mean]).reshape([1, 3, 1, 1])
-        std = paddle.to_tensor([255.0 * value for value in preprocessing.std]).reshape([1, 3, 1, 1])
+        if len(preprocessing.mean) == 1:
+            luma = paddle.to_tensor(_LUMA).reshape([1, 3, 1, 1])
+            x = paddle.floor((x * luma).sum(axis=1, keepdim=True) + 0.5)  # [B, 1, h, w]
+        mean = paddle.to_tensor([255.0 * value for value in preprocessing.mean]).reshape([1, -1, 1, 1])
+        std = paddle.to_tensor([255.0 * value for value in preprocessing.std]).reshape([1, -1, 1, 1])
         return (x - mean) / std
 
     def _resampling_matrix(

@@ -12,7 +12,7 @@ from vit_static.common.errors import PredictError, truncate
 from vit_static.common.io import FileRecord, file_record
 from vit_static.config.data_schema import EvalConfig
 from vit_static.config.schema import Config, InferencePrecision, ModelConfig
-from vit_static.config.section import CropPct, ImageSize, Level, PositiveFloat, Section
+from vit_static.config.section import CropPct, ImageSize, Level, PerChannel, PositivePerChannel, Section
 from vit_static.data.image_pixels import MAX_PIXELS, DecodeOptions
 
 MODEL_FILE, WEIGHTS_FILE = "model.json", "model.pdiparams"  # the program and the weights, for Paddle Inference
@@ -39,8 +39,8 @@ class Preprocessing(Section):
     crop_pct: CropPct
     interpolation: Literal["bilinear", "bicubic"]
     antialias: bool
-    mean: tuple[float, float, float]
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+    mean: PerChannel
+    std: PositivePerChannel
     orientation: Literal["apply", "ignore"] = "ignore"
     background: tuple[Level, Level, Level] | None = None
 
@@ -95,6 +95,8 @@ class ModelSpec(Section):
     def _check_consistency(self) -> ModelSpec:
         if self.preprocessing.image_size != self.model.image_size:
             raise ValueError("the image sizes of its preprocessing and its model differ")
+        if not len(self.preprocessing.mean) == len(self.preprocessing.std) == self.model.num_channels:
+            raise ValueError("the number of channels of its preprocessing and its model differ")
         if math.prod(self.model.image_size) > MAX_PIXELS:
             raise ValueError(f"its images have more than {MAX_PIXELS} pixels")
         if len(self.class_names) != self.model.num_classes:

@@ -165,11 +165,11 @@ def position_similarity(model: VisionTransformer) -> np.ndarray:
 def patch_filters(model: VisionTransformer, max_filters: int = MAX_FILTERS) -> tuple[np.ndarray, np.ndarray]:
     """Return the principal components of the patch embedding's filters, and each one's share of their variance.
 
-    The components are [K, 3, patch, patch] with norm 1, the shares [K], the largest first. K is `max_filters`, or fewer
-    if the filters have fewer components. Signs are arbitrary; here the element with the largest absolute value is
-    positive.
+    The components are [K, channels, patch, patch] with norm 1, the shares [K], the largest first. K is `max_filters`,
+    or fewer if the filters have fewer components. Signs are arbitrary; here the element with the largest absolute value
+    is positive.
     """
-    kernel = model.patch_embed.proj.weight.numpy().astype(np.float64)  # [C, 3, patch, patch]
+    kernel = model.patch_embed.proj.weight.numpy().astype(np.float64)  # [C, channels, patch, patch]
     flat = kernel.reshape(len(kernel), -1)
     _, singular_values, components = np.linalg.svd(flat - flat.mean(axis=0), full_matrices=False)
     num_components = max(min(max_filters, len(flat) - 1, flat.shape[1]), 1)
@@ -229,7 +229,7 @@ def load_as_layer(folder: Path, attention: AttentionFunction = attention_by_matm
     if spec.precision != "float32":  # this machine may not be able to run the program
         return model
     program.eval()
-    shape = (1, 3, *spec.model.image_size)
+    shape = (1, spec.model.num_channels, *spec.model.image_size)
     noise = paddle.to_tensor(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
     with paddle.no_grad():
         outputs = program(noise)  # of a model without a head only the features
@@ -333,10 +333,15 @@ def _explain(model: VisionTransformer, spec: ModelSpec, images: np.ndarray) -> I
 
 
 def denormalize(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """Return the pixels [height, width, 3] uint8 of a preprocessed image [3, height, width]."""
+    """Return the pixels [height, width, 3] uint8 of a preprocessed image [3, height, width], or [1, height, width]."""
     mean, std = (np.array(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
     levels = 255.0 * (image * std + mean)
-    return levels.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
+    return _to_rgb(levels.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+
+def _to_rgb(pixels: np.ndarray) -> np.ndarray:
+    """Repeat the grey channel of pixels [..., 1]; return [..., 3] as they are."""
+    return pixels if pixels.shape[-1] == 3 else np.repeat(pixels, 3, axis=-1)
 
 
 def draw_rollout(pixels: np.ndarray, shares: np.ndarray, title: str) -> np.ndarray:
@@ -371,10 +376,10 @@ def draw_similarity(similarity: np.ndarray) -> np.ndarray:
 
 
 def draw_filters(filters: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """Draw components [K, 3, patch, patch], each scaled to its maximum, with 0 as grey (figure 7, left)."""
+    """Draw components [K, channels, patch, patch], each scaled to its maximum, with 0 as grey (figure 7, left)."""
     largest = np.maximum(np.abs(filters).max(axis=(1, 2, 3), keepdims=True), _TINY)
     levels = (255.0 * (0.5 + 0.5 * filters / largest)).round().astype(np.uint8).transpose(0, 2, 3, 1)
-    panels = [enlarge_pixels(level, max(96 // len(level), 1)) for level in levels]
+    panels = [enlarge_pixels(_to_rgb(level), max(96 // len(level), 1)) for level in levels]
     title = f"patch filters: first {len(filters)} principal components, {100 * shares.sum():.0f} % of their variance"
     captions = [f"{100 * share:.1f} %" for share in shares]
     return image_grid(panels, captions, min(_NUM_FILTER_COLUMNS, len(panels)), title)

@@ -85,7 +85,7 @@ def shape_of(config: ModelConfig) -> Shape:
     return Shape(
         num_patches=rows * columns,
         num_tokens=rows * columns + config.num_prefix_tokens,
-        patch_dim=3 * variant.patch_size**2,
+        patch_dim=config.num_channels * variant.patch_size**2,
         width=variant.width,
         depth=variant.depth,
         mlp_dim=variant.mlp_dim,

@@ -84,11 +84,11 @@ def attention_of_heads(
 
 
 def split_into_patches(images: paddle.Tensor, patch_size: int) -> paddle.Tensor:
-    """Cut images [B, 3, height, width] into patches [B, rows * columns, 3 * patch_size**2], row by row."""
+    """Cut images [B, channels, height, width] into patches [B, rows * columns, channels * patch**2], row by row."""
     channels, height, width = images.shape[1:]
     rows, columns = height // patch_size, width // patch_size
     x = images.reshape([0, channels, rows, patch_size, columns, patch_size])
-    x = x.transpose([0, 2, 4, 1, 3, 5])  # [B, rows, columns, 3, patch, patch]
+    x = x.transpose([0, 2, 4, 1, 3, 5])  # [B, rows, columns, channels, patch, patch]
     return x.reshape([0, rows * columns, channels * patch_size**2])
 
 
@@ -98,26 +98,26 @@ class PatchProjection(nn.Layer):
     Stride and kernel size are equal, so both compute the same sums. The matrix product is faster and can be sharded.
     """
 
-    def __init__(self, patch_size: int, width: int) -> None:
+    def __init__(self, patch_size: int, width: int, num_channels: int) -> None:
         super().__init__()
-        fan_in = 3 * patch_size**2
+        fan_in = num_channels * patch_size**2
         self.weight = self.create_parameter(
-            [width, 3, patch_size, patch_size], default_initializer=Normal(0.0, math.sqrt(2.0 / fan_in))
+            [width, num_channels, patch_size, patch_size], default_initializer=Normal(0.0, math.sqrt(2.0 / fan_in))
         )
         self.bias = self.create_parameter([width], is_bias=True)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        kernel = self.weight.reshape([self.weight.shape[0], -1])  # [C, 3 * patch**2]
+        kernel = self.weight.reshape([self.weight.shape[0], -1])  # [C, channels * patch**2]
         return paddle.matmul(x, kernel, transpose_y=True) + self.bias  # [B, N, C]
 
 
 class PatchEmbed(nn.Layer):
-    """Images [B, 3, height, width] to tokens [B, N, C]."""
+    """Images [B, channels, height, width] to tokens [B, N, C]."""
 
-    def __init__(self, patch_size: int, width: int) -> None:
+    def __init__(self, patch_size: int, width: int, num_channels: int) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj = PatchProjection(patch_size, width)
+        self.proj = PatchProjection(patch_size, width, num_channels)
 
     def forward(self, images: paddle.Tensor) -> paddle.Tensor:
         return self.proj(split_into_patches(images, self.patch_size))  # [B, N, C]
@@ -239,8 +239,8 @@ def _layer_scale(config: ModelConfig, width: int) -> nn.Layer:
 
 
 class VisionTransformer(nn.Layer):
-    """Vision Transformer: normalized images [B, 3, height, width] to logits [B, num_classes], or to its features if it
-    has no classes.
+    """Vision Transformer: normalized images [B, num_channels, height, width] to logits [B, num_classes], or to its
+    features if it has no classes.
 
     The fields of `ModelConfig` describe the options. With `fc_norm` the last LayerNorm is applied to the pooled state
     instead of to each token, as in MAE's finetuning. Register tokens come before the class token and have no position
@@ -259,7 +259,7 @@ class VisionTransformer(nn.Layer):
         self.num_prefix_tokens = config.num_prefix_tokens
 
         # Layers draw their weights from one random generator: keep the order of creation.
-        self.patch_embed = PatchEmbed(variant.patch_size, width)
+        self.patch_embed = PatchEmbed(variant.patch_size, width, config.num_channels)
         self.cls_token, self.reg_token = None, None
         if config.has_class_token:
             self.cls_token = self.create_parameter([1, 1, width], default_initializer=Constant(0.0))

@@ -112,6 +112,7 @@ class Program:
             image_size=config.model.image_size,
             eval_batch_size=eval_batch_size,
             eval_target_classes=config.eval_targets,
+            num_channels=config.model.num_channels,
             parallel=config.parallel,
             amp=config.amp,
             kernels=config.kernels,
@@ -130,6 +131,7 @@ class Program:
             image_size=config.model.image_size,
             eval_batch_size=eval_batch_size,
             eval_target_classes=config.eval_targets,
+            num_channels=config.model.num_channels,
             amp=config.amp,
             kernels=config.kernels,
         )
@@ -296,7 +298,7 @@ class Program:
         """Return the engine's input specs of images and of labels or targets, for a global batch."""
         mesh = self._mesh
         split = sharding.batch_placements(mesh)
-        images = [batch_size, 3, *self._spec.image_size]
+        images = [batch_size, self._spec.num_channels, *self._spec.image_size]
         if target_classes is None:
             labels, dtype = [batch_size], paddle.int64
         else:

@@ -34,6 +34,7 @@ class ProgramSpec:
     image_size: tuple[int, int]  # height, width
     eval_batch_size: int  # global
     eval_target_classes: int | None = None
+    num_channels: int = 3
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     amp: AmpConfig = field(default_factory=AmpConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)

@@ -3,7 +3,7 @@
 A state is a dict of float32 arrays by name, in PLSC's names and layout, called "the files' layout" elsewhere:
 
     cls_token [1, 1, C]   reg_token [1, R, C]   pos_embed [1, positions, C]
-    patch_embed.proj.weight [C, 3, p, p]  .bias
+    patch_embed.proj.weight [C, channels, p, p]  .bias
     blocks.N.norm1, .norm2; .attn.qkv [C, 3 C], .attn.proj; .mlp.fc1, .mlp.fc2; .ls1.gamma, .ls2.gamma
     norm   head0 (the tanh layer)   head         linear layers are [in, out]
 
@@ -410,6 +410,7 @@ def _hf_config(state: Mapping[str, np.ndarray], model: ModelConfig, num_heads: i
         "hidden_size": width,
         "num_hidden_layers": len(PLSC.blocks_in(state)),
         "num_attention_heads": num_heads,
+        "num_channels": state["patch_embed.proj.weight"].shape[1],
         "patch_size": state["patch_embed.proj.weight"].shape[2],
         "image_size": image_height if image_height == image_width else [image_height, image_width],
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,

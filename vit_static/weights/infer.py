@@ -27,7 +27,7 @@ _NOT_IN_WEIGHTS = (
 )
 # Keys that must agree with the weights for their blocks to be loaded. The others can be adapted: another grid of
 # positions, a folded or new LayerScale, the class token.
-_BLOCKS = ("patch_size", "width", "depth", "mlp_dim", "qkv_bias", "register_tokens")
+_BLOCKS = ("num_channels", "patch_size", "width", "depth", "mlp_dim", "qkv_bias", "register_tokens")
 
 
 def infer_model(external: ExternalWeights) -> dict[str, Any]:
@@ -46,6 +46,7 @@ def infer_model(external: ExternalWeights) -> dict[str, Any]:
     embedding, fc1 = state.get("patch_embed.proj.weight"), state.get("blocks.0.mlp.fc1.weight")
     if embedding is not None and embedding.ndim == 4:
         model |= {"width": embedding.shape[0], "patch_size": embedding.shape[2]}
+        model["num_channels"] = embedding.shape[1]
     if fc1 is not None and fc1.ndim == 2:
         model["mlp_dim"] = fc1.shape[1]
     model["pos_embed"] = "learn" if "pos_embed" in state else "sincos2d"
@@ -71,6 +72,8 @@ def differing_keys(external: ExternalWeights, config: ModelConfig, *, with_head:
     free = set(_NOT_IN_WEIGHTS)
     if config.pos_embed != "learn":
         free.add("pos_embed")  # a learned embedding is dropped
+    if config.num_channels == 1 and inferred.get("num_channels") == 3:
+        free.add("num_channels")  # the filters' channels are added up
     if not with_head:
         free.update(_HEAD if config.has_class_token and not has_class_token else (*_HEAD, *_READ_BY_HEAD))
     sizes = vars(variant_of(config))
@@ -134,6 +137,11 @@ def _complete_model(
     for key in ("patch_size", "width", "depth", "mlp_dim"):
         if not model.get(key):
             raise WeightsError(f"{source}: is no complete Vision Transformer: no array determines its {key}")
+    if model["num_channels"] not in (1, 3):
+        raise WeightsError(
+            f"{source}: is for images of {model['num_channels']} channels, and this program reads 3 (RGB) or 1 (grey); "
+            "use other weights"
+        )
     model = {"num_heads": _published_num_heads(model), **model}
     size = image_size or model.get("image_size") or _square_image_size(external, model["patch_size"])
     model["image_size"] = None if size is None else list(size)
@@ -237,11 +245,10 @@ def with_shape(config: Config, shape: Mapping[str, Any], source: str, *, with_he
         if key in taken and taken[key] is None:
             raise ConfigError(f"model.from = 'init': {source} doesn't determine {key}; set model.{key} too")
     try:
-        model = ModelConfig.model_validate({**config.model.model_dump(), **taken})
+        return config.with_model(ModelConfig.model_validate({**config.model.model_dump(), **taken}))
     except ValidationError as error:
         mistake = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"model.from = 'init': with the shape of {source}, {truncate(mistake)}") from None
-    return config.model_copy(update={"model": model})
+        raise ConfigError(f"model.from = 'init': with the shape of {source}, {truncate(mistake, 200)}") from None
 
 
 def shape_of_config(config: Config) -> dict[str, Any]:

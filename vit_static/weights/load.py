@@ -163,6 +163,7 @@ def adapt_state(
     if fits_blocks(external, config):  # else check_state names all that is wrong
         if config.layer_scale_init is None:
             _fold_layer_scale(state, report, source)
+        _add_up_channels(state, report, config)
         if "pos_embed" in state:
             _adapt_pos_embed(state, report, external, config, source, init, source_grid)
     for key in ("gelu", "layer_norm_epsilon", "pool", "fc_norm"):
@@ -193,6 +194,14 @@ def _fold_layer_scale(state: State, report: LoadReport, source: str) -> None:
             if scaled in state:
                 state[scaled] = (state[scaled] * gamma).astype(np.float32)
         report.folded[name] = f"{layer}.weight"
+
+
+def _add_up_channels(state: State, report: LoadReport, config: ModelConfig) -> None:
+    """Add up the filters of R, G and B for greyscale images, in place, as timm does: grey has the same value in all."""
+    filters = state.get("patch_embed.proj.weight")
+    if config.num_channels == 1 and filters is not None and filters.ndim == 4 and filters.shape[1] == 3:
+        state["patch_embed.proj.weight"] = filters.sum(axis=1, keepdims=True, dtype=np.float32)
+        report.folded["R, G and B of patch_embed.proj.weight"] = "patch_embed.proj.weight"
 
 
 def _adapt_pos_embed(
