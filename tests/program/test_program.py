@@ -57,8 +57,7 @@ def trained(make_program, steps: int, *, batch_size: int = 8, model_seed: int = 
     return np.array(losses), program.weights()
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("pool", ["cls", "gap"])
+@pytest.mark.parametrize(("pool", "name"), [("cls", "adamw"), ("gap", "sgd")])
 def test_every_parameter_moves(make_program, kernels, name, pool) -> None:
     """In one step, except k's bias: softmax is invariant to it, so its gradient is a rounding error or 0."""
     config = SMALL.model_copy(update={"pool": pool})
@@ -87,8 +86,10 @@ def apply_as_mixed_precision(self, loss, startup_program, params_grads, param_gr
     return self.apply_gradients(params_grads)
 
 
-@pytest.mark.parametrize("name", ALL_OPTIMIZERS)
-@pytest.mark.parametrize("as_mixed_precision", [False, True])
+@pytest.mark.parametrize(
+    ("name", "as_mixed_precision"),
+    [*((name, False) for name in ALL_OPTIMIZERS), ("adamw", True), ("lamb", True)],
+)
 def test_accumulated_gradients_equal_those_of_one_batch(make_program, monkeypatch, name, as_mixed_precision) -> None:
     """4 micro-batches give the losses and weights of one batch, with active clipping.
 
@@ -98,8 +99,9 @@ def test_accumulated_gradients_equal_those_of_one_batch(make_program, monkeypatc
         for optimizer in (AdamW, RuleOptimizer):
             monkeypatch.setattr(optimizer, "_apply_optimize", apply_as_mixed_precision)
     optim = OptimConfig(name=name, lr=0.1, epsilon=1.0, clip_norm=0.1)
-    one_batch = trained(make_program, 5, optim=optim)
-    accumulated = trained(make_program, 5, optim=optim, parallel=ParallelConfig(grad_accum_steps=4))
+    one_block = SMALL.model_copy(update={"depth": 1})
+    one_batch = trained(make_program, 5, config=one_block, optim=optim)
+    accumulated = trained(make_program, 5, config=one_block, optim=optim, parallel=ParallelConfig(grad_accum_steps=4))
     np.testing.assert_allclose(accumulated[0], one_batch[0], rtol=1e-5)
     for name, expected in one_batch[1].items():
         value = accumulated[1][name]

@@ -138,8 +138,8 @@ def test_timms_schedule() -> None:
 
 # Finetuning a digits model with each recipe's settings
 
-# The quickstart's model with half the width and a block less takes a third of the time. It reaches 97 %.
-SMALLER = ["model.width=64", "model.depth=3", "model.mlp_dim=256"]
+# With half the width, a block less and larger patches, the quickstart takes a seventh of the time. It reaches 97 %.
+SMALLER = ["model.width=64", "model.depth=3", "model.mlp_dim=256", "model.patch_size=8"]
 
 # Settings that belong to another model, data set or length of training.
 SHORTENED = [

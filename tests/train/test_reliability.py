@@ -33,7 +33,7 @@ data: {global_batch_size: 16, num_threads: 1}
 augment: {policy: randaugment, mixup_alpha: 0.2, cutmix_alpha: 0.5}
 optim: {ema_decay: 0.9, clip_norm: 1.0}
 parallel: {grad_accum_steps: 2}
-train: {epochs: 1000, max_steps: 240}
+train: {epochs: 1000, max_steps: 160}
 eval: {every_epochs: 4}
 checkpoint: {every_steps: 3}
 log: {every_steps: 1}
@@ -82,14 +82,14 @@ def wait_for_steps(path: Path, num_steps: int, process: ForkedVerb, since: int) 
 def kill_at_random(folder: Path, name: str, num_kills: int, seed: int) -> int:
     """Kill a run `num_kills` times, then let it end; return the number of kills.
 
-    Each kill comes 4 to 16 steps after a resume, at any moment of a step, so that the run advances on any machine.
+    Each kill comes 3 to 9 steps after a resume, at any moment of a step, so that the run advances on any machine.
     """
     moments, num_killed = random.Random(seed), 0
     while True:
         log = folder / f"{name}.log"
         since = len(log.read_text()) if log.exists() else 0
         process = start(folder, name)
-        if num_killed < num_kills and wait_for_steps(log, moments.randint(4, 16), process, since):
+        if num_killed < num_kills and wait_for_steps(log, moments.randint(3, 9), process, since):
             time.sleep(moments.uniform(0.0, 0.05))
             process.kill()
         code = process.wait()

@@ -6,8 +6,11 @@ Written for Paddle 3.3.1. CONTRIBUTING's table of Paddle internals lists each pl
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from types import CodeType, FrameType
 from typing import Any
 
 import paddle
@@ -16,6 +19,7 @@ from paddle import nn, pir
 from paddle.base.dygraph.base import switch_to_static_graph
 from paddle.distributed.auto_parallel.static import engine as engine_module
 from paddle.distributed.auto_parallel.static.dist_input_spec import DistributedInputSpec
+from paddle.distributed.auto_parallel.static.helper import ProxyLayer
 from paddle.distributed.passes import auto_parallel_gradient_merge as gradient_merge
 from paddle.static.amp import decorator as amp_decorator
 
@@ -53,7 +57,10 @@ def build_mode(program: dist.DistModel, mode: str, run_passes: Callable[[Any], N
     engine = program._engine
     engine._executor, engine._job_plan = None, None
     # Our functions branch and loop only over Python's values, so they are traced as they are, without being rewritten.
+    # The same holds for the engine's functions that call them.
     paddle.jit.ignore_module([vit_static])
+    for name in ("_train", "_eval", "call_loss", "call_metrics"):
+        paddle.jit.not_to_static(getattr(ProxyLayer, name))
     if mode == "train":
         with _patched_passes(run_passes), _short_call_stacks():
             program.train()
@@ -103,18 +110,30 @@ def _patched_passes(run_passes: Callable[[Any], None]) -> Iterator[None]:
 def _short_call_stacks() -> Iterator[None]:
     """Store only the innermost frames of the Python call stack with each operator created within the context.
 
-    Paddle stores `traceback.extract_stack()` for its error messages: without a limit about 40 frames for each of
-    thousands of operators, a fifth of the time to compile.
+    Paddle calls `traceback.extract_stack` for its error messages, which describes about 40 frames for each of thousands
+    of operators: a quarter of the time to compile.
     """
-    limit = getattr(sys, "tracebacklimit", None)  # documented: module `sys`
-    sys.tracebacklimit = _MAX_CALL_STACK
+    extract_stack = traceback.extract_stack
+    traceback.extract_stack = _innermost_frames
     try:
         yield
     finally:
-        if limit is None:
-            del sys.tracebacklimit
-        else:
-            sys.tracebacklimit = limit
+        traceback.extract_stack = extract_stack
+
+
+def _innermost_frames(f: FrameType | None = None, limit: int = _MAX_CALL_STACK) -> list[traceback.FrameSummary]:
+    """Return the `limit` innermost frames, the innermost last, as `traceback.extract_stack` does."""
+    frame = sys._getframe(1) if f is None else f
+    frames: list[traceback.FrameSummary] = []
+    while frame is not None and len(frames) < limit:
+        frames.append(_frame_summary(frame.f_code, frame.f_lineno))
+        frame = frame.f_back
+    return frames[::-1]
+
+
+@cache
+def _frame_summary(code: CodeType, line: int) -> traceback.FrameSummary:
+    return traceback.FrameSummary(code.co_filename, line, code.co_name)
 
 
 def can_run(built: tuple[Any, Any]) -> bool:
