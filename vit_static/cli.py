@@ -158,6 +158,9 @@ def _add_eval(subparsers: Subparsers) -> None:
     verb = _add_verb(subparsers, "eval", "measure top-1, top-5 and loss on the validation images", verbs.run_eval)
     _add_config(verb, None)
     _add_checkpoint(verb)
+    verb.add_argument(
+        "--per-class", type=Path, metavar="FILE.csv", help="also write precision, recall, F1 and support of every class"
+    )
     labels = verb.add_mutually_exclusive_group()
     labels.add_argument("--real", type=Path, metavar="FILE", help="use ImageNet's ReaL labels: the file real.json")
     labels.add_argument(

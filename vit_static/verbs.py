@@ -58,7 +58,8 @@ def run_eval(arguments: argparse.Namespace) -> int:
 
     labels = {"real": arguments.real, "v2": arguments.imagenet_v2}
     weights = {"ema": arguments.ema, "which": arguments.weights}
-    evaluate_checkpoint(config, arguments.checkpoint, arguments.overrides, **weights, **labels)
+    options = {**weights, **labels, "per_class": arguments.per_class}
+    evaluate_checkpoint(config, arguments.checkpoint, arguments.overrides, **options)
     return EXIT_DONE
 
 

@@ -35,7 +35,7 @@ from vit_static.parallel.mesh import Mesh, MeshShape, make_mesh, rank_and_world_
 from vit_static.plan.costs import Collective, program_costs
 from vit_static.program.precision import Precision
 from vit_static.program.program import Program
-from vit_static.report.error_analysis import Predictions
+from vit_static.report.predictions import Predictions
 from vit_static.train.evaluate import EvalMetrics, evaluate, predict_all
 
 BATCH_SIZE = 20

@@ -31,12 +31,12 @@ from vit_static.report.error_analysis import (
     EVALUATION_FILE,
     MAX_IMAGES,
     ErrorAnalysis,
-    Predictions,
     Sample,
     analyze_errors,
     worst_images,
 )
 from vit_static.report.page import CURVES, write_comparison, write_report
+from vit_static.report.predictions import Predictions
 from vit_static.report.run_log import read_run
 from vit_static.train.run_info import gpu_driver
 from vit_static.train.trainer import train

@@ -171,3 +171,6 @@ class EvalConfig(Section):
         description="decides which checkpoint is `best`, and when train.patience ends a run; null: top1, or map with "
         "data.multi_label",
     )
+    threshold: Fraction = Field(
+        0.5, description="data.multi_label: probability from which a class is predicted, for precision, recall and F1"
+    )

@@ -106,11 +106,12 @@ class Criterion(nn.Layer):
     """Loss in training, metrics per image in evaluation.
 
     In training: the mean loss. In evaluation: [B, 4] with the loss without label smoothing, weights and focal factors,
-    the label's rank, the most probable class, and its probability.
+    the label's rank, the most probable class, and its probability; with `returns_logits` the logits follow, [B, 4 + K].
     """
 
-    def __init__(self, loss: LossConfig, weights: LossWeights = NO_WEIGHTS) -> None:
+    def __init__(self, loss: LossConfig, weights: LossWeights = NO_WEIGHTS, *, returns_logits: bool = False) -> None:
         super().__init__()
+        self.returns_logits = returns_logits
         self._train_loss, self._weights = loss, weights
         self._eval_loss = loss.model_copy(update={"label_smoothing": 0.0, "focal_gamma": 0.0})
 
@@ -120,4 +121,5 @@ class Criterion(nn.Layer):
             return losses.mean()
         losses = per_image_loss(logits, labels, self._eval_loss)
         ranks = label_ranks(logits, labels)
-        return paddle.stack([losses, ranks, *top1_predictions(logits, self._eval_loss.name)], axis=1)
+        values = paddle.stack([losses, ranks, *top1_predictions(logits, self._eval_loss.name)], axis=1)
+        return paddle.concat([values, logits.astype("float32")], axis=1) if self.returns_logits else values

@@ -49,6 +49,7 @@ class Program:
         Raises ConfigError for settings that the device doesn't support.
         """
         self._model, self._criterion, self._mesh, self._spec = model, criterion, mesh, spec
+        self._num_classes = int(model.head.weight.shape[1])
         self._grad_sync = _grad_sync_config(spec.parallel, mesh)
         self._mode: str | None = None
         self._built: dict[str, Any] = {}
@@ -119,13 +120,24 @@ class Program:
             seed=config.seed,
             training=training,
         )
-        return cls(model, Criterion(config.loss, loss_weights), mesh, spec)
+        criterion = Criterion(config.loss, loss_weights, returns_logits=config.data.multi_label)
+        return cls(model, criterion, mesh, spec)
 
     @classmethod
     def for_eval(
-        cls, config: Config, model: VisionTransformer, mesh: Mesh, precision: Precision, *, eval_batch_size: int
+        cls,
+        config: Config,
+        model: VisionTransformer,
+        mesh: Mesh,
+        precision: Precision,
+        *,
+        eval_batch_size: int,
+        returns_logits: bool = False,
     ) -> Program:
-        """Make a program that only evaluates, the whole model on every rank. `eval_batch_size` is global."""
+        """Make a program that only evaluates, the whole model on every rank. `eval_batch_size` is global.
+
+        `returns_logits`: in addition to the other values (loss.Criterion).
+        """
         spec = ProgramSpec(
             precision=precision,
             image_size=config.model.image_size,
@@ -135,7 +147,7 @@ class Program:
             amp=config.amp,
             kernels=config.kernels,
         )
-        return cls(model, Criterion(config.loss), mesh, spec)
+        return cls(model, Criterion(config.loss, returns_logits=returns_logits), mesh, spec)
 
     def train_step(self, images: paddle.Tensor, labels: paddle.Tensor, step: int) -> Any:
         """Start the update that follows `step` completed ones and return its loss, without waiting for the device.
@@ -182,13 +194,14 @@ class Program:
         self._clip.clear_nonfinite()
 
     def eval_step(self, images: paddle.Tensor, labels: paddle.Tensor) -> np.ndarray:
-        """Return loss.Criterion's values for this rank's images, [B, 4]. Waits for the device.
+        """Return loss.Criterion's values for this rank's images, [B, 4], or [B, 4 + K] with logits.
 
-        Returns zeros on every pipeline stage but the last; Mesh.all_reduce_sum ignores them.
+        Waits for the device. Returns zeros on every pipeline stage but the last; Mesh.all_reduce_sum ignores them.
         """
         self._set_mode("eval")
         values = self._program(images, _as_input(labels))
-        return np.zeros((images.shape[0], 4), np.float32) if values is None else np.asarray(values)
+        num_logits = self._num_classes if self._criterion.returns_logits else 0
+        return np.zeros((images.shape[0], 4 + num_logits), np.float32) if values is None else np.asarray(values)
 
     def compiled(self, mode: str) -> Any:
         """Return the program of `train` or `eval` as this rank executes it, for inspection."""

@@ -13,6 +13,9 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from vit_static.common.io import write_atomically
+from vit_static.report.calibration import Calibration
+from vit_static.report.class_quality import ClassQuality, calibration, class_quality
+from vit_static.report.predictions import Predictions
 
 EVALUATION_FILE = "evaluation.json"  # in the folder of a run: the analysis of its last evaluation
 MAX_CONFUSIONS, MAX_CLASSES, MAX_IMAGES = 20, 20, 16
@@ -20,17 +23,6 @@ MAX_MATRIX_CLASSES = 50  # a larger confusion matrix is unreadable
 THUMBNAIL_SIZE = 128  # pixels of the longer side
 
 Base64 = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/=]*$")]
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """A model's predictions for all images of a data set, in its order. Each array is [num_images]."""
-
-    losses: np.ndarray
-    label_ranks: np.ndarray  # number of classes with a higher score than the label: 0 if the prediction is correct
-    classes: np.ndarray  # int64, the class with the highest score
-    probabilities: np.ndarray  # of that class, 0-1
-    labels: np.ndarray | None  # int64; None if images may have several labels
 
 
 @dataclass(frozen=True)
@@ -72,8 +64,8 @@ class MisclassifiedImage(BaseModel):
 class ErrorAnalysis(BaseModel):
     """The content of evaluation.json.
 
-    If images may have several labels, a prediction is correct if it is one of them, and the analysis by class is None:
-    it isn't known which of the labels the model mistook.
+    If images may have several labels, a prediction is correct if it is one of them, and the analysis of confusions is
+    None: it isn't known which of the labels the model mistook.
     """
 
     step: int
@@ -86,6 +78,12 @@ class ErrorAnalysis(BaseModel):
     matrix: list[list[int]] | None  # number of images by label and predicted class; None for many classes
     classes: list[ClassAccuracy] | None  # the classes with the lowest accuracy, worst first
     images: list[MisclassifiedImage]  # the ones with the highest loss, highest first
+    per_class: list[ClassQuality] | None = None  # of every class; None if an earlier version has written the file
+    calibration: Calibration | None = None  # None likewise
+
+    @property
+    def has_several_labels(self) -> bool:
+        return self.classes is None
 
     def write(self, path: Path) -> None:
         """Write the analysis as JSON, atomically."""
@@ -107,8 +105,12 @@ def analyze_errors(
     worst: Sequence[Sample],
     step: int,
     is_ema: bool,
+    threshold: float = 0.5,
 ) -> ErrorAnalysis:
-    """Analyse the errors of an evaluation. `worst` are the images of `worst_images`, in the same order."""
+    """Analyse the errors of an evaluation. `worst` are the images of `worst_images`, in the same order.
+
+    `threshold`: the probability from which a class is predicted, if images may have several labels.
+    """
     confusions = matrix = classes = None
     named: set[int] = set()
     if predictions.labels is not None:
@@ -143,6 +145,8 @@ def analyze_errors(
         matrix=matrix,
         classes=classes,
         images=images,
+        per_class=class_quality(predictions, class_names, num_classes, threshold),
+        calibration=calibration(predictions),
     )
 
 

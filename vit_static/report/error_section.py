@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 from vit_static.report import charts
 from vit_static.report.error_analysis import ErrorAnalysis, MisclassifiedImage
+from vit_static.report.reliability_chart import reliability_chart
 from vit_static.report.tables import MAX_NAME_LENGTH, Table, shorten
+
+MAX_QUALITY_ROWS = 200  # classes of the table
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,9 @@ class ErrorSection:
     worst_classes: Table
     confusions: Table
     gallery: list[GalleryImage]
+    class_quality: Table  # all classes, or those with the lowest F1
+    num_classes: str
+    reliability: str  # HTML
 
 
 def error_section(analysis: ErrorAnalysis) -> ErrorSection:
@@ -61,11 +67,14 @@ def error_section(analysis: ErrorAnalysis) -> ErrorSection:
         weights="the moving average of the weights" if analysis.is_ema else "the weights",
         num_errors=f"{analysis.num_images - analysis.num_correct:,}",
         num_images=f"{analysis.num_images:,}",
-        has_several_labels=analysis.classes is None,
+        has_several_labels=analysis.has_several_labels,
         matrix=_matrix(analysis),
         worst_classes=_worst_classes(analysis),
         confusions=_confusions(analysis),
         gallery=[_gallery_image(analysis, image) for image in analysis.images],
+        class_quality=_class_quality(analysis),
+        num_classes=f"{analysis.num_classes:,}",
+        reliability=_reliability(analysis),
     )
 
 
@@ -108,6 +117,29 @@ def _confusions(analysis: ErrorAnalysis) -> Table:
         for entry in analysis.confusions or ()
     ]
     return Table(["class", "predicted as", "images"], rows, 2)
+
+
+def _class_quality(analysis: ErrorAnalysis) -> Table:
+    """Precision, recall and F1 by class, the lowest F1 first; of equal ones the larger class."""
+    classes = sorted(analysis.per_class or (), key=lambda each: (each.f1, -each.support))
+    classes = [each for each in classes if each.support][:MAX_QUALITY_ROWS]
+    head = ["class", "precision %", "recall %", "F1 %", "images"]
+    has_average_precision = any(each.average_precision is not None for each in classes)
+    rows = []
+    for each in classes:
+        shares = [each.precision, each.recall, each.f1]
+        shares += [each.average_precision or 0.0] if has_average_precision else []
+        figures = [f"{100.0 * share:.1f}" for share in shares]
+        rows.append([shorten(each.name, MAX_NAME_LENGTH), *figures[:3], f"{each.support:,}", *figures[3:]])
+    return Table([*head, *(["AP %"] if has_average_precision else [])], rows, 1)
+
+
+def _reliability(analysis: ErrorAnalysis) -> str:
+    if analysis.calibration is None:
+        return ""
+    if analysis.has_several_labels:
+        return reliability_chart(analysis.calibration, "share of images with the label", "probability of a class")
+    return reliability_chart(analysis.calibration, "accuracy by confidence", "probability of the top class")
 
 
 def _gallery_image(analysis: ErrorAnalysis, image: MisclassifiedImage) -> GalleryImage:

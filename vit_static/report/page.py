@@ -14,6 +14,8 @@ from vit_static.common.text import duration
 from vit_static.report import charts
 from vit_static.report.charts import Mark, Series
 from vit_static.report.error_section import error_section
+from vit_static.report.metric_names import METRIC_TITLES, format_metric
+from vit_static.report.reliability_chart import STYLE as RELIABILITY_STYLE
 from vit_static.report.run_log import RunLogData, read_run
 from vit_static.report.tables import MISSING, Table, format_setting
 
@@ -23,6 +25,10 @@ CURVES = [
     ("training loss", "train", "loss"),
     ("validation loss", "eval", "loss"),
     ("top-1 (%)", "eval", "top1"),
+    ("mAP (%)", "eval", "map"),
+    ("macro F1 (%)", "eval", "macro_f1"),
+    ("balanced accuracy (%)", "eval", "balanced_accuracy"),
+    ("expected calibration error (%)", "eval", "ece"),
     ("learning rate", "train", "lr"),
     ("gradient norm", "train", "grad_norm"),
     ("images per second", "train", "images_per_s"),
@@ -76,7 +82,9 @@ def _render(template: str, path: Path, title: str, content: dict[str, Any]) -> P
         keep_trailing_newline=True,
         undefined=StrictUndefined,
     )
-    page = environment.get_template(template).render(title=title, chart_style=charts.STYLE, **content)
+    page = environment.get_template(template).render(
+        title=title, chart_style=charts.STYLE + RELIABILITY_STYLE, **content
+    )
     with write_atomically(path) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="replace")
     return path
@@ -121,9 +129,10 @@ def _run_page(run: RunLogData) -> dict[str, Any]:
 def _key_figures(run: RunLogData) -> dict[str, str]:
     """The figures at the top of the page, by name, as far as they are known."""
     best, rate, memory, parameters = run.best, run.images_per_s, run.peak_memory_mb, run.num_parameters
+    metric, title = run.selection_metric, METRIC_TITLES[run.selection_metric]
     figures = {
-        "best top-1": best and f"{best[1]:.2f} % at step {best[0]:,}",
-        "last top-1": run.top1 and f"{run.top1[-1][1]:.2f} %",
+        f"best {title}": best and f"{format_metric(metric, best[1])} at step {best[0]:,}",
+        f"last {title}": run.selection_values and format_metric(metric, run.selection_values[-1][1]),
         "steps": f"{run.last_step:,}" + ("" if run.total_steps is None else f" of {run.total_steps:,}"),
         "wall time": run.seconds and duration(run.seconds),
         "median images per second": rate and charts.format_number(rate),
@@ -153,10 +162,12 @@ def _charts(run: RunLogData) -> list[str]:
 
 def _evaluations(run: RunLogData) -> tuple[Table, Table]:
     """The latest evaluations and the earlier ones, the latest first."""
-    columns = ["epoch", "top1", "top5", "loss", "ema_top1", "ema_top5", "ema_loss", "num_images"]
+    metrics = ["top1", "top5", "map", "macro_f1", "micro_f1", "balanced_accuracy", "ece", "loss"]
+    columns = ["epoch", *metrics, *(f"ema_{name}" for name in metrics), "num_images"]
     columns = [name for name in columns if any(entry.get(name) is not None for entry in run.evaluations)]
-    titles = {"top1": "top-1 %", "top5": "top-5 %", "num_images": "images"}
-    titles |= {f"ema_{name}": f"EMA {titles.get(name, name)}" for name in ("top1", "top5", "loss")}
+    titles = {"top1": "top-1 %", "top5": "top-5 %", "map": "mAP %", "macro_f1": "macro F1 %", "micro_f1": "micro F1 %"}
+    titles |= {"balanced_accuracy": "balanced accuracy %", "ece": "ECE %", "num_images": "images"}
+    titles |= {f"ema_{name}": f"EMA {titles.get(name, name)}" for name in metrics}
     head = ["step", *(titles.get(name, name) for name in columns)]
     entries = run.evaluations[::-1]
     rows = [[f"{entry['step']:,}", *(_figure(name, entry.get(name)) for name in columns)] for entry in entries]
@@ -244,9 +255,9 @@ def _comparison_charts(runs: Sequence[RunLogData]) -> list[str]:
 def _results(runs: Sequence[RunLogData]) -> Table:
     head = [
         "run",
-        "best top-1 %",
+        "best result",
         "at step",
-        "last top-1 %",
+        "last result",
         "steps",
         "median images/s",
         "wall time",
@@ -257,9 +268,9 @@ def _results(runs: Sequence[RunLogData]) -> Table:
     rows = [
         [
             run.name,
-            f"{run.best[1]:.2f}" if run.best else "",
+            _result(run, run.best),
             f"{run.best[0]:,}" if run.best else "",
-            f"{run.top1[-1][1]:.2f}" if run.top1 else "",
+            _result(run, run.selection_values[-1] if run.selection_values else None),
             f"{run.last_step:,}",
             charts.format_number(run.images_per_s) if run.images_per_s else "",
             duration(run.seconds) if run.seconds else "",
@@ -270,6 +281,12 @@ def _results(runs: Sequence[RunLogData]) -> Table:
         for run in runs
     ]
     return Table(head, rows, 1)
+
+
+def _result(run: RunLogData, point: tuple[int, float] | None) -> str:
+    if point is None:
+        return ""
+    return f"{METRIC_TITLES[run.selection_metric]} {format_metric(run.selection_metric, point[1])}"
 
 
 def _differing_rows(values_by_run: Sequence[dict[str, Any]]) -> list[list[str]]:

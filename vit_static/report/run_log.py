@@ -13,9 +13,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from vit_static.common.errors import UserError
+from vit_static.config.data_schema import SelectionMetric
 from vit_static.config.schema import Config
 from vit_static.config.yaml_loader import YamlError, read_yaml
 from vit_static.report.error_analysis import EVALUATION_FILE, ErrorAnalysis
+from vit_static.report.metric_names import METRIC_TITLES
 
 METRICS_FILE = "metrics.jsonl"
 EARLY_STOP = "early stop"  # the event before `finished`, if train.patience ended the run
@@ -84,14 +86,24 @@ class RunLogData:
         return any("ema_top1" in entry for entry in self.evaluations)
 
     @cached_property
-    def top1(self) -> list[tuple[int, float]]:
-        """(step, top-1 in per cent) of the weights that users get: the moving average if there is one."""
-        return self.points("eval", "ema_top1" if self.has_ema else "top1")
+    def selection_metric(self) -> SelectionMetric:
+        """The metric that selects the best checkpoint (eval.metric), top-1 if the config can't be read."""
+        config = self.config or {}
+        metric = config.get("eval.metric")
+        if metric in METRIC_TITLES:
+            return metric
+        return "map" if config.get("data.multi_label") is True and self.points("eval", "map") else "top1"
+
+    @cached_property
+    def selection_values(self) -> list[tuple[int, float]]:
+        """(step, value of eval.metric) of the weights that users get: the moving average if there is one."""
+        return self.points("eval", f"ema_{self.selection_metric}" if self.has_ema else self.selection_metric)
 
     @cached_property
     def best(self) -> tuple[int, float] | None:
-        """The step and the highest top-1; the first of equal ones, as in `checkpoints/best`."""
-        return max(self.top1, key=lambda point: point[1], default=None)
+        """The step and the best value of eval.metric; the first of equal ones, as in `checkpoints/best`."""
+        sign = -1.0 if self.selection_metric == "loss" else 1.0
+        return max(self.selection_values, key=lambda point: sign * point[1], default=None)
 
     @property
     def rewinds(self) -> list[dict[str, Any]]:

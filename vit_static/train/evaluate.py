@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 
-from vit_static.common.errors import DataError
+from vit_static.common.errors import DataError, UserError
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config, ParallelConfig
 from vit_static.data.image_set import ImageDataset
@@ -21,12 +21,16 @@ from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import Mesh, MeshShape, gpu_capability, num_micro_batches, rank_and_world_size, start_mesh
 from vit_static.program.precision import choose_attention, choose_precision
 from vit_static.program.program import Program
-from vit_static.report.error_analysis import ErrorAnalysis, Predictions, Sample, analyze_errors, worst_images
+from vit_static.report.class_quality import class_quality, write_class_quality
+from vit_static.report.error_analysis import ErrorAnalysis, Sample, analyze_errors, worst_images
+from vit_static.report.predictions import Predictions
 from vit_static.train.log import RunLog
 from vit_static.train.metrics import EvalMetrics
 from vit_static.weights.infer import config_for
 from vit_static.weights.load import load_into
 from vit_static.weights.source import WhichWeights, describe_choice, load_weights
+
+_MAX_SUMMED_VALUES = 1 << 22  # over the ranks at once
 
 
 def evaluate(program: Program, loader: EvalLoader, mesh: Mesh) -> EvalMetrics:
@@ -43,6 +47,7 @@ def predict_all(program: Program, loader: EvalLoader, mesh: Mesh) -> Predictions
     # Per image: how often it came, loss, rank of the label, top class, its probability, label. Each rank fills in its
     # own images, so the sum over the ranks covers the whole set, with 48 bytes per image.
     columns = np.zeros((6, len(loader.images)))
+    by_class: _ByClass | None = None
     has_one_label = True
     problem = None
     try:
@@ -50,10 +55,14 @@ def predict_all(program: Program, loader: EvalLoader, mesh: Mesh) -> Predictions
             is_real = np.asarray(weights) > 0
             numbers = loader.indices(n)[0][is_real]
             has_one_label = labels.ndim == 1
+            values = program.eval_step(images, labels)[is_real]
             columns[0, numbers] += 1.0
-            columns[1:5, numbers] = program.eval_step(images, labels)[is_real].T
+            columns[1:5, numbers] = values[:, :4].T
             if has_one_label:
                 columns[5, numbers] = np.asarray(labels)[is_real]
+            elif values.shape[1] > 4:
+                by_class = by_class or _ByClass.empty(len(loader.images), values.shape[1] - 4)
+                by_class.logits[numbers], by_class.is_label[numbers] = values[:, 4:], np.asarray(labels)[is_real] > 0
     except DataError as error:
         problem = str(error)
     problem = mesh.first_non_none(problem)
@@ -61,13 +70,37 @@ def predict_all(program: Program, loader: EvalLoader, mesh: Mesh) -> Predictions
         raise DataError(problem)
     counts, losses, ranks, classes, probabilities, all_labels = mesh.all_reduce_sum(columns)
     assert (counts == 1.0).all()
+    if by_class is not None:
+        by_class.add_other_ranks(mesh)
     return Predictions(
         losses,
         ranks,
         classes.astype(np.int64),
         probabilities,
         all_labels.astype(np.int64) if has_one_label else None,
+        None if by_class is None else by_class.logits,
+        None if by_class is None else by_class.is_label,
     )
+
+
+@dataclass(frozen=True)
+class _ByClass:
+    """Logits and labels of every class, [num_images, num_classes] each, of this rank's images, else 0."""
+
+    logits: np.ndarray
+    is_label: np.ndarray
+
+    @classmethod
+    def empty(cls, num_images: int, num_classes: int) -> _ByClass:
+        return cls(np.zeros((num_images, num_classes), np.float32), np.zeros((num_images, num_classes), bool))
+
+    def add_other_ranks(self, mesh: Mesh) -> None:
+        """Add the values of all ranks, a part at a time: the sum is computed in float64."""
+        num_rows = max(_MAX_SUMMED_VALUES // self.logits.shape[1], 1)
+        for start in range(0, len(self.logits), num_rows):
+            rows = slice(start, start + num_rows)
+            self.logits[rows] = mesh.all_reduce_sum(self.logits[rows])
+            self.is_label[rows] = mesh.all_reduce_sum(self.is_label[rows].astype(np.float32)) > 0.0
 
 
 @dataclass(frozen=True)
@@ -95,11 +128,12 @@ class Evaluator:
     def evaluate(self, program: Program) -> EvalResult:
         """Evaluate the weights and their moving average. Raises DataError, the same on all ranks."""
         predictions = predict_all(program, self._loader, self._mesh)
-        metrics, ema = EvalMetrics.of(predictions), None
+        threshold = self._config.eval.threshold
+        metrics, ema = EvalMetrics.of(predictions, threshold), None
         if self._config.optim.ema_decay > 0.0:
             with program.ema_weights():
                 predictions = predict_all(program, self._loader, self._mesh)
-            ema = EvalMetrics.of(predictions)
+            ema = EvalMetrics.of(predictions, threshold)
         return EvalResult(metrics, ema, predictions)
 
     def analyze_errors(self, result: EvalResult, step: int) -> ErrorAnalysis:
@@ -120,6 +154,7 @@ class Evaluator:
             ],
             step,
             result.ema is not None,
+            self._config.eval.threshold,
         )
 
 
@@ -152,12 +187,20 @@ def evaluate_checkpoint(
     which: WhichWeights = "last",
     real: Path | None = None,
     v2: Path | None = None,
+    per_class: Path | None = None,
 ) -> None:
     """Evaluate a checkpoint with the config that it was trained with, unless another is given (the verb `eval`).
 
     `ema`: the weights' moving average. `which`: among the weights of a run's folder. `real`: the file of ReaL labels,
-    `v2`: the folder of ImageNet-V2's images (data/imagenet_eval.py).
+    `v2`: the folder of ImageNet-V2's images (data/imagenet_eval.py). `per_class`: a CSV file to write, with the quality
+    of each class.
     """
+    if per_class is not None and real is not None:
+        raise UserError(
+            "--per-class: needs one label per image, or several that hold together; ReaL's exclude each other"
+        )
+    if per_class is not None and not per_class.absolute().parent.is_dir():
+        raise UserError(f"--per-class {per_class}: the folder {per_class.parent} doesn't exist; make it first")
     # Every rank evaluates the whole model on its share of the images, whatever mesh and batch size trained it. The
     # processes connect first, since all of them read a sharded checkpoint together.
     device = (config or load_config(None, overrides)).device
@@ -177,13 +220,25 @@ def evaluate_checkpoint(
     attention = choose_attention(config.model, precision, ParallelConfig(), config.kernels, mesh.device)
     model = VisionTransformer(config.model, attention)
     load_into(model, config.model, loaded, config.init.pos_embed)
-    program = Program.for_eval(config, model, mesh, precision, eval_batch_size=eval_batch_size(config, mesh))
-    metrics = evaluate(program, eval_loader(config, images, mesh), mesh)
-    text, values = metrics.describe(), asdict(metrics)
+    program = Program.for_eval(
+        config,
+        model,
+        mesh,
+        precision,
+        eval_batch_size=eval_batch_size(config, mesh),
+        returns_logits=config.data.multi_label and real is None,
+    )
+    predictions = predict_all(program, eval_loader(config, images, mesh), mesh)
+    metrics = EvalMetrics.of(predictions, config.eval.threshold)
+    text, values = metrics.describe(config.selection_metric), metrics.values()
     choice = describe_choice(checkpoint, which)
     if real is not None:
         del values["loss"]  # meaningless for several labels that exclude each other
         text = text.replace(f"  loss {metrics.loss:.4f}", "  ReaL")
+    if per_class is not None and mesh.rank == 0:
+        classes = class_quality(predictions, images.class_names, num_classes, config.eval.threshold)
+        assert classes is not None
+        write_class_quality(classes, per_class)
     with RunLog(None, mesh.rank) as log:
         if choice is not None:
             log.say(choice)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from vit_static.checkpoint.progress import Progress
 from vit_static.common.hardware import peak_flops
 from vit_static.config.data_schema import SelectionMetric
@@ -15,7 +17,10 @@ from vit_static.model.flops import train_flops
 from vit_static.model.variants import shape_of
 from vit_static.parallel.mesh import Mesh, device_name
 from vit_static.program.program import Program
-from vit_static.report.error_analysis import Predictions
+from vit_static.report.class_metrics import average_precision
+from vit_static.report.class_quality import calibration, class_counts
+from vit_static.report.metric_names import METRIC_TITLES, format_metric
+from vit_static.report.predictions import Predictions
 from vit_static.train.log import RunLog
 from vit_static.train.run_info import memory_mb
 from vit_static.train.run_spec import RunSpec
@@ -24,29 +29,69 @@ from vit_static.train.summary import expected_end
 
 @dataclass(frozen=True)
 class EvalMetrics:
-    """Top-1 and top-5 in per cent, the mean loss, and the number of images that they cover."""
+    """Metrics of an evaluation, all but the loss in per cent, and the number of images that they cover.
+
+    Macro averages are over the classes that occur, `map` over those with images. None stands for what isn't defined:
+    balanced accuracy needs one label per image, mAP and micro averages several. With several, `ece` is that of all
+    classes' probabilities, not of the top class's.
+    """
 
     top1: float
     top5: float
     loss: float
     num_images: int
+    macro_f1: float | None = None
+    balanced_accuracy: float | None = None
+    ece: float | None = None  # expected calibration error
+    map: float | None = None
+    macro_precision: float | None = None
+    macro_recall: float | None = None
+    micro_f1: float | None = None
+    micro_precision: float | None = None
+    micro_recall: float | None = None
 
     @classmethod
-    def of(cls, predictions: Predictions) -> EvalMetrics:
+    def of(cls, predictions: Predictions, threshold: float = 0.5) -> EvalMetrics:
+        """Compute the metrics. `threshold`: the probability from which one of several classes is predicted."""
+        shares: dict[str, float] = {
+            "top1": float((predictions.label_ranks < 1).mean()),
+            "top5": float((predictions.label_ranks < 5).mean()),
+        }
+        counts = class_counts(predictions, threshold)
+        if counts is not None:
+            shares |= {"macro_f1": counts.macro(counts.f1), "ece": calibration(predictions).ece}
+        if predictions.labels is not None and counts is not None:
+            shares["balanced_accuracy"] = counts.balanced_accuracy
+        elif counts is not None and predictions.is_label is not None and predictions.logits is not None:
+            shares["map"] = float(np.nanmean(average_precision(predictions.is_label, predictions.logits)))
+            for name in ("precision", "recall"):
+                shares[f"macro_{name}"] = counts.macro(getattr(counts, name))
+            for name in ("f1", "precision", "recall"):
+                shares[f"micro_{name}"] = float(getattr(counts.micro(), name)[0])
         return cls(
-            top1=100.0 * float((predictions.label_ranks < 1).mean()),
-            top5=100.0 * float((predictions.label_ranks < 5).mean()),
             loss=float(predictions.losses.mean()),
             num_images=len(predictions.label_ranks),
+            **{name: 100.0 * share for name, share in shares.items()},
         )
+
+    def values(self) -> dict[str, float]:
+        """Return the metrics that are defined, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def value_of(self, metric: SelectionMetric) -> float:
         """Return the value of eval.metric."""
         value: float = getattr(self, metric)
         return value
 
-    def describe(self) -> str:
-        return f"top-1 {self.top1:.2f} %  top-5 {self.top5:.2f} %  loss {self.loss:.4f}  over {self.num_images} images"
+    def describe(self, selection_metric: SelectionMetric = "top1") -> str:
+        """Return one line for people, which names `selection_metric` first if it is none of the usual ones."""
+        text = f"top-1 {self.top1:.2f} %  top-5 {self.top5:.2f} %  loss {self.loss:.4f}"
+        if self.map is not None:
+            text = f"mAP {self.map:.2f} %  macro F1 {self.macro_f1:.2f} %  micro F1 {self.micro_f1:.2f} %  {text}"
+        elif selection_metric not in ("top1", "loss"):
+            title = METRIC_TITLES[selection_metric]
+            text = f"{title} {format_metric(selection_metric, self.value_of(selection_metric))}  {text}"
+        return f"{text}  over {self.num_images} images"
 
 
 class ThroughputMeter:
@@ -126,10 +171,11 @@ class MetricLogger:
 
     def log_eval(self, step: int, metrics: EvalMetrics, ema: EvalMetrics | None, is_best: bool) -> None:
         """Log an evaluation of the weights and, if there is one, of their moving average."""
-        values, text = asdict(metrics), metrics.describe()
+        selection_metric = self._spec.config.selection_metric
+        values, text = metrics.values(), metrics.describe(selection_metric)
         if ema is not None:
-            values |= {f"ema_{name}": value for name, value in asdict(ema).items() if name != "num_images"}
-            text += f"; average: {ema.describe()}"
+            values |= {f"ema_{name}": value for name, value in ema.values().items() if name != "num_images"}
+            text += f"; average: {ema.describe(selection_metric)}"
         epoch = self._spec.epoch(step)
         self._log.record("eval", step, epoch, **values, seconds=self.seconds)
         self.say(f"epoch {epoch:.1f}  {text}{'  (best)' if is_best else ''}")

@@ -1,0 +1,104 @@
+"""Quality by class of an evaluation: its counts, its calibration, and the table for evaluation.json and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel
+
+from vit_static.common.io import write_atomically
+from vit_static.report.calibration import Calibration, calibration_of
+from vit_static.report.class_metrics import ClassCounts, average_precision
+from vit_static.report.predictions import Predictions
+
+
+class ClassQuality(BaseModel):
+    """The quality of one class; shares are 0-1."""
+
+    label: int
+    name: str
+    support: int  # images with this label
+    precision: float
+    recall: float
+    f1: float
+    average_precision: float | None = None  # with several labels per image; None for a class without images
+
+
+def class_counts(predictions: Predictions, threshold: float, num_classes: int = 0) -> ClassCounts | None:
+    """Count the images of each class that occurs, and of at least the first `num_classes`.
+
+    With several labels, a class is predicted from the probability `threshold` on. Returns None where neither one label
+    per image nor labels and logits of all classes are known.
+    """
+    if predictions.labels is not None:
+        num_classes = max(num_classes, 1 + int(max(predictions.labels.max(), predictions.classes.max())))
+        return ClassCounts.of_labels(predictions.labels, predictions.classes, num_classes)
+    if predictions.is_label is None or predictions.logits is None:
+        return None
+    return ClassCounts.of_several_labels(predictions.is_label, predictions.logits >= _logit(threshold))
+
+
+def calibration(predictions: Predictions) -> Calibration:
+    """Return the reliability diagram of the top class's probability or, with logits, of those of all classes.
+
+    With logits each pair of image and class is a prediction, which is correct if the image has this label.
+    """
+    if predictions.is_label is None or predictions.logits is None:
+        return calibration_of(predictions.probabilities, predictions.label_ranks < 1)
+    with np.errstate(over="ignore"):
+        probabilities = 1.0 / (1.0 + np.exp(-predictions.logits))
+    return calibration_of(probabilities, predictions.is_label)
+
+
+def class_quality(
+    predictions: Predictions, class_names: Sequence[str], num_classes: int, threshold: float
+) -> list[ClassQuality] | None:
+    """Return the quality of every class, in label order; None where `class_counts` is."""
+    counts = class_counts(predictions, threshold, num_classes)
+    if counts is None:
+        return None
+    precisions = None
+    if predictions.is_label is not None and predictions.logits is not None:
+        precisions = average_precision(predictions.is_label, predictions.logits)
+    return [
+        ClassQuality(
+            label=label,
+            name=class_names[label] if label < len(class_names) else str(label),
+            support=int(counts.support[label]),
+            precision=float(counts.precision[label]),
+            recall=float(counts.recall[label]),
+            f1=float(counts.f1[label]),
+            average_precision=None if precisions is None else _finite_or_none(precisions[label]),
+        )
+        for label in range(num_classes)
+    ]
+
+
+def write_class_quality(classes: Sequence[ClassQuality], path: Path) -> None:
+    """Write the table as CSV, one line per class."""
+    has_average_precision = any(each.average_precision is not None for each in classes)
+    columns = ["label", "name", "support", "precision", "recall", "f1"]
+    columns += ["average_precision"] if has_average_precision else []
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for each in classes:
+        row = [getattr(each, column) for column in columns]
+        writer.writerow("" if value is None else value for value in row)
+    with write_atomically(path) as temporary:
+        temporary.write_bytes(text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def _logit(probability: float) -> float:
+    if probability in (0.0, 1.0):
+        return math.inf if probability else -math.inf
+    return math.log(probability / (1.0 - probability))
+
+
+def _finite_or_none(value: np.floating) -> float | None:
+    return float(value) if math.isfinite(value) else None
