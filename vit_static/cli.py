@@ -183,7 +183,11 @@ def _add_predict(subparsers: Subparsers) -> None:
         subparsers, "predict", "print one line per image: its path and its most likely classes", verbs.run_predict
     )
     _add_exported_model(verb)
-    verb.add_argument("--top-k", type=int, default=5, help="number of classes per image (default: 5)")
+    verb.add_argument(
+        "--top-k",
+        type=int,
+        help="number of classes per image (default: all that reach the thresholds of the export, or 5 without any)",
+    )
     verb.add_argument("--batch-size", type=int, default=32, help="images per batch (default: 32)")
     verb.add_argument(
         "--format", choices=["json", "csv", "table"], default="json", help="default: json, one object per line"

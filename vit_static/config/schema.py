@@ -290,6 +290,14 @@ class ExportConfig(Section):
     )
     image_sizes: tuple[ImageSize, ...] = Field((), description="(): the model's; several: each to DIR/HEIGHTxWIDTH")
     pixels: bool = Field(False, description="also write pixels.json: uint8 images of any size to probabilities")
+    temperature: Literal["none", "fit"] = Field(
+        "none", description="fit: divide the logits by the temperature that calibrates them on the validation images"
+    )
+    thresholds: Literal["none", "max_f1"] = Field(
+        "max_f1",
+        description="data.multi_label: a threshold per class, with the highest F1 on the validation images, from which "
+        "predict and serve return the class; none: they return the most likely classes",
+    )
     num_check_images: PositiveInt | None = Field(None, description="validation images of the check; null: all")
     num_calibration_images: PositiveInt = Field(256, description="validation images that calibrate int8")
 

@@ -24,6 +24,7 @@ from vit_static.config.schema import Config, InferencePrecision
 from vit_static.data.image_set import ImageDataset
 from vit_static.data.open_set import count_classes, has_shards, open_set, split_path
 from vit_static.export import onnx as onnx_export
+from vit_static.export.calibrate import calibrate, needs_validation
 from vit_static.export.inference_vit import InferenceModel
 from vit_static.export.model_card import model_card_text
 from vit_static.export.preprocess_layer import FromPixels
@@ -41,7 +42,8 @@ from vit_static.inference.artifact import (
 )
 from vit_static.inference.backends import OnnxSession, PaddleSession, check_machine, has_gpu
 from vit_static.inference.image_io import read_pixels
-from vit_static.inference.predictor import Preprocessor, to_probabilities
+from vit_static.inference.predictor import Preprocessor
+from vit_static.inference.probabilities import to_probabilities
 from vit_static.model.variants import shape_of
 from vit_static.model.vit import VisionTransformer
 from vit_static.weights.infer import config_for
@@ -60,9 +62,9 @@ class Bounds:
     is_relative: bool
     top1: float  # per cent
 
-    def logit_bound(self, logits_std: float) -> float:
-        """Return the bound for a logit, given the standard deviation of all logits."""
-        return self.logit * (logits_std if self.is_relative else 1.0)
+    def logit_bound(self, logits_std: float, scale: float = 1.0) -> float:
+        """Return the bound for a logit, given the deviation of all logits, and the factor of an absolute bound."""
+        return self.logit * (logits_std if self.is_relative else scale)
 
     def top1_bound(self, num_images: int) -> float:
         """Return the bound for top-1 in per cent; a difference of one image is always accepted."""
@@ -164,6 +166,9 @@ def _export_size(
     spec = spec_of(config, (loaded.class_names or images.class_names) if config.model.num_classes else [])
     indices = evenly_spaced(len(images), config.export.num_calibration_images)
     calibration = (inputs for inputs, *_ in read_batches(images, indices, spec))
+    if needs_validation(config):
+        spec, lines = calibrate(model, spec, config, read_batches(images, np.arange(len(images)), spec))
+        print(lines, flush=True)
     spec = write_artifact(model, config, spec, folder, calibration, onnx=onnx)
     with without_tf32():
         comparisons = compare(model, spec, folder, images, config.export.num_check_images)
@@ -333,11 +338,14 @@ def compare(
                     tallies[name].add(exported_logits if features is None else features, logits, labels)
             progress_bar.update(len(inputs))
     logits_std = float(np.sqrt(np.mean(trained.batch_variances)))
+    # A temperature below 1 enlarges the logits, and with them the differences.
+    scale = 1.0 / min(spec.temperature, 1.0)
+    bounds = {name: BOUNDS[file_precision(name, spec)].logit_bound(logits_std, scale) for name in tallies}
     return {
         name: Comparison(
             num_images=trained.num_images,
             largest_difference=tally.max_difference,
-            bound=PIXELS_BOUND if name == PIXELS_FILE else BOUNDS[file_precision(name, spec)].logit_bound(logits_std),
+            bound=PIXELS_BOUND if name == PIXELS_FILE else bounds[name],
             same_class=100.0 * tally.num_same_class / trained.num_images if has_head else None,
             top1_trained=100.0 * trained.num_correct / trained.num_images if has_head else None,
             top1_exported=100.0 * tally.num_correct / trained.num_images if has_head else None,

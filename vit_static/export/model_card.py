@@ -48,6 +48,13 @@ def model_card_text(spec: ModelSpec, config: Config, source: str, shape: flops.S
         "## Input and output",
         f"`images` {input_shape} float32, any B: {colours}, {_describe_preprocessing(spec)}. {_describe_outputs(spec)}",
     ]
+    if spec.temperature != 1.0:
+        parts.append(f"The logits are divided by a temperature of {spec.temperature:.4f}, fitted on validation images.")
+    if spec.thresholds is not None:
+        parts.append(
+            f"An image has every class whose probability reaches its threshold in `{SPEC_FILE}`; the thresholds have "
+            "the highest F1 on the validation images."
+        )
     if PIXELS_FILE in spec.files:
         parts.append(
             f"`{PIXELS_FILE}` (with `{WEIGHTS_FILE}`) includes the preprocessing: from `pixels` [B, height, width, 3] "

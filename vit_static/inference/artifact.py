@@ -12,7 +12,16 @@ from vit_static.common.errors import PredictError, truncate
 from vit_static.common.io import FileRecord, file_record
 from vit_static.config.data_schema import EvalConfig
 from vit_static.config.schema import Config, InferencePrecision, ModelConfig
-from vit_static.config.section import CropPct, ImageSize, Level, PerChannel, PositivePerChannel, Section
+from vit_static.config.section import (
+    CropPct,
+    Fraction,
+    ImageSize,
+    Level,
+    PerChannel,
+    PositiveFloat,
+    PositivePerChannel,
+    Section,
+)
 from vit_static.data.image_pixels import MAX_PIXELS, DecodeOptions
 
 MODEL_FILE, WEIGHTS_FILE = "model.json", "model.pdiparams"  # the program and the weights, for Paddle Inference
@@ -83,6 +92,10 @@ class ModelSpec(Section):
     class_names: list[str]
     preprocessing: Preprocessing
     activation: Literal["softmax", "sigmoid", "bce"]
+    temperature: PositiveFloat = Field(1.0, description="by which the logits of all files are divided already")
+    thresholds: list[Fraction] | None = Field(
+        None, description="by class: the probability from which it is returned; None: the most likely classes are"
+    )
     model: ModelConfig
     precision: InferencePrecision = "float32"
     int8_weight_bits: Literal[7] | None = Field(
@@ -101,6 +114,8 @@ class ModelSpec(Section):
             raise ValueError(f"its images have more than {MAX_PIXELS} pixels")
         if len(self.class_names) != self.model.num_classes:
             raise ValueError(f"it names {len(self.class_names)} classes, and its model has {self.model.num_classes}")
+        if self.thresholds is not None and len(self.thresholds) != len(self.class_names):
+            raise ValueError(f"it has {len(self.thresholds)} thresholds for {len(self.class_names)} classes")
         return self
 
     @property

@@ -32,7 +32,8 @@ from vit_static.common.text import say
 from vit_static.config.schema import Config, ModelConfig
 from vit_static.inference.artifact import MODEL_FILE, SPEC_FILE, ModelSpec, Preprocessing, read_spec, spec_of
 from vit_static.inference.image_io import find_images
-from vit_static.inference.predictor import Preprocessor, prefetch_batches, to_probabilities
+from vit_static.inference.predictor import Preprocessor, prefetch_batches
+from vit_static.inference.probabilities import to_probabilities
 from vit_static.model.variants import shape_of, variant_of
 from vit_static.model.vit import AttentionFunction, Dropout, VisionTransformer, attention_by_matmul
 from vit_static.weights.formats import split_qkv

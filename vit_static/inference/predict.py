@@ -21,6 +21,7 @@ from vit_static.common.text import say
 from vit_static.config.schema import InferencePrecision
 from vit_static.inference.image_io import find_images, read_path_list
 from vit_static.inference.predictor import Prediction, Predictor, load_predictor
+from vit_static.inference.probabilities import DEFAULT_TOP_K
 from vit_static.model.variants import shape_of
 
 OutputFormat = Literal["json", "csv", "table"]
@@ -30,7 +31,7 @@ _MAX_NAME_WIDTH = 24  # characters of a class name in the table
 def predict_images(
     folder: Path,
     paths: Sequence[Path],
-    top_k: int,
+    top_k: int | None,
     batch_size: int,
     output_format: OutputFormat = "json",
     features: Path | None = None,
@@ -42,12 +43,14 @@ def predict_images(
     the others are still predicted, and the exit code is 2. `features` is a .npy file to write, [number of lines, width]
     float32, whose rows are NaN where the line has an error.
     """
-    if top_k < 1 or batch_size < 1:
+    if (top_k is not None and top_k < 1) or batch_size < 1:
         raise PredictError("--top-k and --batch-size must be at least 1")
     predictor = load_predictor(folder, precision=precision)
     if not predictor.spec.class_names and features is None:
         raise PredictError(f"{folder}: has no classification head; --features OUT.npy writes the features")
-    top_k = min(top_k, len(predictor.spec.class_names))
+    num_columns = None  # of classes in CSV; None: their number differs between images
+    if top_k is not None or predictor.spec.thresholds is None:
+        num_columns = min(top_k or DEFAULT_TOP_K, len(predictor.spec.class_names))
     # Raises here for a path that doesn't exist, before anything is written.
     sources = [read_path_list(sys.stdin.buffer) if path == Path("-") else iter(find_images([path])) for path in paths]
     say(f"{folder}: {predictor.description}")
@@ -55,10 +58,9 @@ def predict_images(
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     if output_format == "csv":
-        keys = (f"{key}_{rank + 1}" for rank in range(top_k) for key in ("class", "name", "probability"))
-        print(_csv_row("path", "error", *keys))
+        print(_csv_row("path", "error", *_csv_columns(num_columns)))
     to_line = _LINES[output_format]
-    layout = _Layout(top_k, min(max(map(len, predictor.spec.class_names), default=0), _MAX_NAME_WIDTH))
+    layout = _Layout(num_columns, min(max(map(len, predictor.spec.class_names), default=0), _MAX_NAME_WIDTH))
     num_failed = 0
     for path, prediction in _predict_paths(predictor, chain.from_iterable(sources), top_k, batch_size, features):
         num_failed += isinstance(prediction, PredictError)
@@ -71,7 +73,7 @@ def predict_images(
 
 
 def _predict_paths(
-    predictor: Predictor, paths: Iterator[Path], top_k: int, batch_size: int, features: Path | None
+    predictor: Predictor, paths: Iterator[Path], top_k: int | None, batch_size: int, features: Path | None
 ) -> Iterator[tuple[Path, Prediction | PredictError]]:
     """Yield each path with its prediction, and append its features to the file `features`."""
     pending: deque[Path] = deque()  # read by the stream, which reads ahead, and not yet yielded
@@ -122,9 +124,9 @@ def append_rows(path: Path, width: int) -> Iterator[Callable[[np.ndarray], None]
 
 
 class _Layout(NamedTuple):
-    """Classes per line, and the width of a class name in the table, in characters."""
+    """Classes per line of CSV, None if their number differs; and the width of a name in the table, in characters."""
 
-    top_k: int
+    num_columns: int | None
     name_width: int
 
 
@@ -134,9 +136,21 @@ def _json_line(path: str, prediction: Prediction | PredictError, layout: _Layout
     return json.dumps({"path": path, "top": prediction.top()}, ensure_ascii=False)
 
 
+def _csv_columns(num_classes: int | None) -> list[str]:
+    """Return the columns of the classes: three for each, or three for all if their number differs between images."""
+    keys = ("class", "name", "probability")
+    if num_classes is None:
+        return ["classes", "names", "probabilities"]
+    return [f"{key}_{rank + 1}" for rank in range(num_classes) for key in keys]
+
+
 def _csv_line(path: str, prediction: Prediction | PredictError, layout: _Layout) -> str:
     if isinstance(prediction, PredictError):
-        return _csv_row(path, str(prediction), *[""] * (3 * layout.top_k))
+        return _csv_row(path, str(prediction), *[""] * len(_csv_columns(layout.num_columns)))
+    if layout.num_columns is None:
+        top = prediction.top()
+        columns = ([str(entry[key]) for entry in top] for key in ("class", "name", "probability"))
+        return _csv_row(path, "", *(";".join(column) for column in columns))
     return _csv_row(path, "", *(value for entry in prediction.top() for value in entry.values()))
 
 
@@ -154,6 +168,8 @@ def _table_line(path: str, prediction: Prediction | PredictError, layout: _Layou
         f"{probability:7.2%}  {name if len(name) <= width else name[: width - 1] + '…':{width}}"
         for name, probability in zip(prediction.names, prediction.probabilities, strict=True)
     ]
+    if layout.num_columns is None and not classes:
+        classes = [f"{'':7}  no class"]
     return "  ".join([*classes, path])
 
 

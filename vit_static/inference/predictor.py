@@ -37,6 +37,7 @@ from vit_static.data.image_pixels import DecodeOptions
 from vit_static.inference.artifact import REMEDY, SPEC_FILE, Preprocessing, read_spec
 from vit_static.inference.backends import Session, open_session
 from vit_static.inference.image_io import ImageLike, to_pixels
+from vit_static.inference.probabilities import named_classes, to_probabilities
 
 _BATCH_SIZE = 32
 # Threads that use the model, or the preprocessing, at once. One of them already uses all cores; a second one copies
@@ -46,7 +47,7 @@ _NUM_PARALLEL = 2
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most likely classes of an image, the likeliest first; `features` [width] if they were requested."""
+    """Classes of an image, the most likely first; `features` [width] if they were requested."""
 
     classes: list[int]
     names: list[str]
@@ -137,10 +138,11 @@ class Predictor:
         if chosen == "float32" and cpu_has_bfloat16() and place.startswith("the CPU"):
             self.description += "; this CPU is faster in bfloat16: --precision bfloat16"
 
-    def __call__(self, images: Sequence[ImageLike], top_k: int = 5) -> list[Prediction]:
+    def __call__(self, images: Sequence[ImageLike], top_k: int | None = None) -> list[Prediction]:
         """Return the `top_k` most likely classes of each image.
 
-        Raises PredictError, with the image's path, for one that can't be read.
+        Without `top_k` they are all classes that reach their threshold, which may be none, and five where the export
+        has no thresholds. Raises PredictError, with the image's path, for one that can't be read.
         """
         predictions = []
         for prediction in self.stream(images, top_k):
@@ -150,7 +152,12 @@ class Predictor:
         return predictions
 
     def stream(
-        self, images: Iterable[ImageLike], top_k: int = 5, batch_size: int = _BATCH_SIZE, *, with_features: bool = False
+        self,
+        images: Iterable[ImageLike],
+        top_k: int | None = None,
+        batch_size: int = _BATCH_SIZE,
+        *,
+        with_features: bool = False,
     ) -> Iterator[Prediction | PredictError]:
         """Yield a prediction per image, in their order, and a PredictError for each image that can't be read.
 
@@ -181,11 +188,12 @@ class Predictor:
         return features
 
     def top_predictions(
-        self, logits: np.ndarray, top_k: int, features: np.ndarray | None = None
+        self, logits: np.ndarray, top_k: int | None, features: np.ndarray | None = None
     ) -> list[Prediction | PredictError]:
-        """Return the `top_k` classes of each row of `logits` [B, num_classes], with the row of `features` [B, width].
+        """Return the classes of each row of `logits` [B, num_classes], with the row of `features` [B, width].
 
-        For a row with NaN or infinite values it is a PredictError. Without a head there are no classes.
+        Without `top_k` they are as in `__call__`. For a row with NaN or infinite values it is a PredictError. Without a
+        head there are no classes.
         """
         if not logits.shape[1]:
             return [Prediction([], [], [], row) for row in ([None] * len(logits) if features is None else features)]
@@ -196,7 +204,7 @@ class Predictor:
                     PredictError("the model's output has NaN or infinite values; check it with './run.sh eval'")
                 )
                 continue
-            classes = np.argsort(-row, kind="stable")[:top_k].tolist()
+            classes = named_classes(row, top_k, self.spec.thresholds)
             names = [self.spec.class_names[label] for label in classes]
             image_features = None if features is None else features[index]
             predictions.append(Prediction(classes, names, row[classes].tolist(), image_features))
@@ -279,16 +287,6 @@ def prefetch_batches(
             current = following
         if current is not None:
             yield current.result()
-
-
-def to_probabilities(logits: np.ndarray, activation: str) -> np.ndarray:
-    """Return probabilities float64 for logits [B, num_classes]: sigmoid for `sigmoid` and `bce`, else softmax."""
-    logits = logits.astype(np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):  # NaN stays NaN
-        if activation in ("sigmoid", "bce"):
-            return 1.0 / (1.0 + np.exp(-logits))
-        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return powers / powers.sum(axis=1, keepdims=True)
 
 
 def load_predictor(

@@ -200,7 +200,7 @@ class Service:
         return Response(generate_latest(self.metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def predict(self, request: Request, body: bytes) -> Response:
-        """Return the most likely classes of the image in the body."""
+        """Return the most likely classes of the image in the body, or those that reach their thresholds."""
         top_k = self._top_k(request)
         inputs, _ = await _run_in(self._decoders, self._decode, body)
         logits = await asyncio.wrap_future(self._batcher.submit(inputs))
@@ -242,8 +242,10 @@ class Service:
             self._attention_model, _ = load_exported(self.folder)
         return attention_map(self._attention_model, inputs)[0]
 
-    def _top_k(self, request: Request) -> int:
-        text = request.query_params.get("top_k", "5")
+    def _top_k(self, request: Request) -> int | None:
+        text = request.query_params.get("top_k")
+        if text is None:
+            return None
         if not (text.isascii() and text.isdecimal() and int(text[:9]) >= 1):
             raise HTTPException(400, f"top_k={text[:40]}: must be an integer of at least 1")
         return min(int(text[:9]), len(self.predictor.spec.class_names))

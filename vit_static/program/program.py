@@ -49,7 +49,6 @@ class Program:
         Raises ConfigError for settings that the device doesn't support.
         """
         self._model, self._criterion, self._mesh, self._spec = model, criterion, mesh, spec
-        self._num_classes = int(model.head.weight.shape[1])
         self._grad_sync = _grad_sync_config(spec.parallel, mesh)
         self._mode: str | None = None
         self._built: dict[str, Any] = {}
@@ -200,7 +199,7 @@ class Program:
         """
         self._set_mode("eval")
         values = self._program(images, _as_input(labels))
-        num_logits = self._num_classes if self._criterion.returns_logits else 0
+        num_logits = labels.shape[1] if self._criterion.returns_logits else 0
         return np.zeros((images.shape[0], 4 + num_logits), np.float32) if values is None else np.asarray(values)
 
     def compiled(self, mode: str) -> Any:

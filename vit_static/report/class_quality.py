@@ -62,20 +62,26 @@ def class_quality(
     counts = class_counts(predictions, threshold, num_classes)
     if counts is None:
         return None
-    precisions = None
+    average_precisions: list[float | None] = [None] * num_classes
     if predictions.is_label is not None and predictions.logits is not None:
-        precisions = average_precision(predictions.is_label, predictions.logits)
+        average_precisions = [
+            value if math.isfinite(value) else None
+            for value in average_precision(predictions.is_label, predictions.logits).tolist()
+        ]
+    columns = (values.tolist() for values in (counts.support, counts.precision, counts.recall, counts.f1))
     return [
         ClassQuality(
             label=label,
             name=class_names[label] if label < len(class_names) else str(label),
-            support=int(counts.support[label]),
-            precision=float(counts.precision[label]),
-            recall=float(counts.recall[label]),
-            f1=float(counts.f1[label]),
-            average_precision=None if precisions is None else _finite_or_none(precisions[label]),
+            support=support,
+            precision=precision,
+            recall=recall,
+            f1=f1,
+            average_precision=class_average_precision,
         )
-        for label in range(num_classes)
+        for label, (support, precision, recall, f1, class_average_precision) in enumerate(
+            zip(*columns, average_precisions, strict=True)
+        )
     ]
 
 
@@ -98,7 +104,3 @@ def _logit(probability: float) -> float:
     if probability in (0.0, 1.0):
         return math.inf if probability else -math.inf
     return math.log(probability / (1.0 - probability))
-
-
-def _finite_or_none(value: np.floating) -> float | None:
-    return float(value) if math.isfinite(value) else None

@@ -14,7 +14,7 @@ from vit_static.common.text import duration
 from vit_static.report import charts
 from vit_static.report.charts import Mark, Series
 from vit_static.report.error_section import error_section
-from vit_static.report.metric_names import METRIC_TITLES, format_metric
+from vit_static.report.metric_names import METRIC_TITLES, format_metric, metric_unit
 from vit_static.report.reliability_chart import STYLE as RELIABILITY_STYLE
 from vit_static.report.run_log import RunLogData, read_run
 from vit_static.report.tables import MISSING, Table, format_setting
@@ -253,11 +253,16 @@ def _comparison_charts(runs: Sequence[RunLogData]) -> list[str]:
 
 
 def _results(runs: Sequence[RunLogData]) -> Table:
+    metrics = {run.selection_metric for run in runs}
+    result = "result"
+    if len(metrics) == 1:
+        (metric,) = metrics
+        result = f"{METRIC_TITLES[metric]} {metric_unit(metric)}".rstrip()
     head = [
         "run",
-        "best result",
+        f"best {result}",
         "at step",
-        "last result",
+        f"last {result}",
         "steps",
         "median images/s",
         "wall time",
@@ -268,9 +273,9 @@ def _results(runs: Sequence[RunLogData]) -> Table:
     rows = [
         [
             run.name,
-            _result(run, run.best),
+            _result(run, run.best, with_title=len(metrics) > 1),
             f"{run.best[0]:,}" if run.best else "",
-            _result(run, run.selection_values[-1] if run.selection_values else None),
+            _result(run, run.selection_values[-1] if run.selection_values else None, with_title=len(metrics) > 1),
             f"{run.last_step:,}",
             charts.format_number(run.images_per_s) if run.images_per_s else "",
             duration(run.seconds) if run.seconds else "",
@@ -283,10 +288,12 @@ def _results(runs: Sequence[RunLogData]) -> Table:
     return Table(head, rows, 1)
 
 
-def _result(run: RunLogData, point: tuple[int, float] | None) -> str:
+def _result(run: RunLogData, point: tuple[int, float] | None, *, with_title: bool) -> str:
+    """A value of eval.metric, with its title and unit where the column's head has none."""
     if point is None:
         return ""
-    return f"{METRIC_TITLES[run.selection_metric]} {format_metric(run.selection_metric, point[1])}"
+    text = format_metric(run.selection_metric, point[1])
+    return f"{METRIC_TITLES[run.selection_metric]} {text}" if with_title else text.removesuffix(" %")
 
 
 def _differing_rows(values_by_run: Sequence[dict[str, Any]]) -> list[list[str]]:
