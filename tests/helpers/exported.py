@@ -46,7 +46,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, small_digits: Path) -> Ex
     overrides = [f"data.root={small_digits}", f"output_dir={base}", "model.image_size=[16,32]", "optim.lr=3e-3"]
     config = load_config(base / "tiny.yaml", overrides)
     assert train(config)
-    in_inference_process(export_checkpoint, None, config.run_dir, base / "model", [])
+    in_inference_process(export_checkpoint, None, config.run_dir / "model.pdparams", base / "model", [])
     return Exported(base / "model", config.run_dir, small_digits)
 
 
@@ -108,7 +108,7 @@ def run_export(
     """Run the verb `export`, and return its output and its error, with the error's class, if there is one."""
     with redirect_stdout(io.StringIO()) as output:
         try:
-            export_checkpoint(config, source, out, overrides, **options)
+            export_checkpoint(config, source, out, overrides, which="last", **options)
         except (UserError, ExportError) as error:
             return output.getvalue(), f"{type(error).__name__}: {error}"
     return output.getvalue(), None

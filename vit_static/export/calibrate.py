@@ -73,6 +73,7 @@ def _validation_logits(model: VisionTransformer, batches: Batches, num_classes: 
 
 
 def _scale_head(model: VisionTransformer, factor: float) -> None:
+    assert model.head is not None
     for parameter in (model.head.weight, model.head.bias):
         parameter.set_value(parameter * factor)
 
