@@ -131,7 +131,7 @@ def test_each_image_size_has_its_folder(exported: Exported, tmp_path: Path) -> N
     out = tmp_path / "model"
     output, error = in_inference_process(run_export, exported.run, out, ["export.image_sizes=[[16, 32], 24]"])
     assert error is None, error
-    assert {path.name for path in out.iterdir()} == {"16x32", "24x24"} and output.count("top-1") == 2
+    assert {path.name for path in out.iterdir()} == {"16x32", "24x24"} and output.count(": top-1") == 2
     images = exported.validation_images()[:5]
     np.testing.assert_array_equal(
         in_inference_process(inputs_and_logits, out / "16x32", images)[1],
