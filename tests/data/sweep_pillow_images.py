@@ -2,7 +2,7 @@
 
     curl -O https://files.pythonhosted.org/.../pillow-13.0.0.tar.gz     # the link is on pypi.org/project/pillow
     tar xzf pillow-13.0.0.tar.gz
-    python tests/data/sweep_pillow_images.py pillow-13.0.0/Tests/images
+    PYTHONPATH=.:tests python tests/data/sweep_pillow_images.py pillow-13.0.0/Tests/images
 
 Every file goes through training's reader and DALI's decoder on the CPU, through `predict`'s reader, and Pillow's
 functions. Each is read in a child process, which is replaced if a decoder ends it. The table has a line per format
@@ -18,14 +18,14 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from helpers.pillow_pixels import pillow_pixels
 
 from vit_static.common.errors import DataError, PredictError
 from vit_static.config.data_schema import DataConfig
@@ -71,37 +71,11 @@ def pixels_of_prediction(path: Path) -> np.ndarray | str:
         return str(error)
 
 
-def pixels_of_pillow(path: Path) -> tuple[str, np.ndarray | str]:
-    """Return the kind of the file, and its upright RGB pixels on white, by Pillow's functions; or why it can't."""
-    kind = "not an image"
-    try:
-        with Image.open(path) as opened:
-            kind = f"{opened.format} {opened.mode}"
-            opened.load()
-            image = ImageOps.exif_transpose(opened)
-            transparent = image.info.get("transparency")
-            if image.mode == "F" or image.mode.startswith("I"):  # as documented: 0 to 1, or 0 to 65535
-                values = np.asarray(image, np.float64)
-                levels = np.nan_to_num(values * 255.0 if image.mode == "F" else values / 257.0).clip(0, 255)
-                image = Image.fromarray(levels.round().astype(np.uint8))
-                if transparent is not None:
-                    image.putalpha(Image.fromarray(((values != transparent) * 255).astype(np.uint8)))
-            if image.mode == "LAB":
-                profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-                image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB") or image
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return kind, np.asarray(image.convert("RGB"))
-    except Exception as error:  # Pillow's plugins raise many types
-        return kind, f"{type(error).__name__}: {error}"
-
-
 def compare(path: Path) -> Outcome:
     """Read a file in the three ways."""
     warnings.simplefilter("ignore")
     training, prediction = pixels_of_training(path), pixels_of_prediction(path)
-    kind, pillow = pixels_of_pillow(path)
+    kind, pillow = pillow_pixels(path)
     if isinstance(training, str) and isinstance(prediction, str):
         is_unsupported = kind.split()[0] not in (*PILLOW_FORMATS, "MPO")
         outcome = "unsupported" if is_unsupported else "damaged" if isinstance(pillow, str) else "refused"
@@ -120,25 +94,20 @@ def compare(path: Path) -> Outcome:
 
 
 def compare_all(paths: list[Path], num_processes: int) -> Iterator[Outcome]:
-    """Compare the files in child processes. A file that ends its process is tried again alone, to name it."""
+    """Compare the files in child processes. Those left when one ends are tried again in a single one, to name it."""
     remaining = list(paths)
     while remaining:
+        failed: list[Path] = []
         with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as processes:
-            futures: list[tuple[Path, Future[Outcome]]] = [
-                (path, processes.submit(compare, path)) for path in remaining
-            ]
-            failed = []
+            futures = [(path, processes.submit(compare, path)) for path in remaining]
             for path, future in futures:
                 try:
                     yield future.result()
                 except BrokenProcessPool:
                     failed.append(path)
-        remaining = failed
-        if len(remaining) == 1 and num_processes == 1:
-            yield Outcome(remaining.pop(), "?", "ends the process")
-        elif remaining and num_processes == 1:  # the first one broke the pool
-            yield Outcome(remaining.pop(0), "?", "ends the process")
-        num_processes = 1
+        if failed and num_processes == 1:
+            yield Outcome(failed.pop(0), "?", "ends the process")  # the others had not been started
+        remaining, num_processes = failed, 1
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ from helpers.models import KINDS, config_of, recording_model, without_recorder
 from helpers.sets import photo
 from helpers.small import ROOT, SMALL, images_and_labels, model_logits
 from helpers.tiny import tiny_model
-from PIL import Image
+from PIL import ExifTags, Image
 
 from vit_static.cli import make_parser
 from vit_static.common import drawing
@@ -316,7 +316,10 @@ def run_verb(folder: Path, *arguments: object) -> subprocess.CompletedProcess[st
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory, small_digits: Path) -> Path:
-    """Return a folder with a trained model, its export and images, of which one is bad and two have the same name."""
+    """Return a folder with a trained model, its export and images.
+
+    One image is bad, two have the same name; of these, one is transparent and the other is a photo to be turned.
+    """
     folder = tmp_path_factory.mktemp("a folder with spaces")
     (folder / "tiny.yaml").write_text(TINY)
     trained = run_verb(folder, "pretrain", "-c", "tiny.yaml", "-o", f"data.root={small_digits}")
@@ -325,7 +328,12 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, small_digits: Path) -> P
     assert exported.returncode == 0, exported.stderr
     for name, digit in (("one.png", 1), ("more/one.jpeg", 7), ("two words.jpeg", 2)):
         (folder / name).parent.mkdir(exist_ok=True)
-        Image.open(next((small_digits / "val" / str(digit)).iterdir())).resize((90, 70)).save(folder / name)
+        image = Image.open(next((small_digits / "val" / str(digit)).iterdir())).resize((90, 70))
+        if name == "one.png":
+            image.putalpha(Image.linear_gradient("L").resize(image.size))
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6 if name == "more/one.jpeg" else 1
+        image.save(folder / name, exif=exif)
     (folder / "bad.jpeg").write_bytes(b"no image")
     (folder / "bare").mkdir()
     shutil.copy(folder / "output/tiny/model.pdparams", folder / "bare/weights.pdparams")

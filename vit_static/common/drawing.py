@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from vit_static.common.io import write_atomically
 
@@ -124,15 +124,15 @@ def truncate_to_width(text: str, width: int, font: Font) -> str:
 
 
 def thumbnail(encoded: bytes, max_side: int) -> bytes:
-    """Shrink an image file to a JPEG file whose longer side has at most `max_side` pixels.
+    """Shrink an image file, made upright by its EXIF data, to a JPEG file with sides of at most `max_side` pixels.
 
     Raises OSError, and whatever else a decoder raises for a damaged file.
     """
-    with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG", "BMP", "WEBP", "TIFF")) as image:
+    with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG", "WEBP", "PPM")) as image:
         image.draft("RGB", (max_side, max_side))  # decodes a JPEG at a reduced size
         image.thumbnail((max_side, max_side))
         file = io.BytesIO()
-        image.convert("RGB").save(file, format="JPEG", quality=80)
+        ImageOps.exif_transpose(image).convert("RGB").save(file, format="JPEG", quality=80)
     return file.getvalue()
 
 

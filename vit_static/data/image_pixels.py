@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 import numpy as np
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 
 from vit_static.common.errors import DataError, truncate
 from vit_static.config.data_schema import DataConfig
@@ -17,6 +18,7 @@ from vit_static.data.image_headers import Header, replace_metadata, scan
 
 MAX_PIXELS = 178_956_970  # half a gigabyte of pixels; the limit above which Pillow refuses an image
 _ORIENTATION_TAG = 274  # of EXIF and TIFF
+_SUBFILE_TYPE_TAG = 254  # of TIFF; bit 0: a reduced copy of another image in the file
 # What makes an image upright, by orientation (EXIF 2.32, section 4.6.4)
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -52,15 +54,25 @@ def decode(
 ) -> np.ndarray:
     """Decode an image file with Pillow to [height, width, 3] uint8, RGB, as `to_rgb` describes.
 
-    Raise DataError, without the file's name, if it can't be read, is of none of Pillow's `formats`, or has more than
-    `max_pixels` pixels.
+    Raise DataError, without the file's name, if it is damaged, of none of Pillow's `formats`, or has more than
+    `max_pixels` pixels; and OSError if a path can't be opened.
     """
+    # Pillow gets an open file, because from a path it maps some TIFF files into memory and forgets their orientation.
+    with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
+        return _decode_file(file, options, formats, max_pixels)
+
+
+def _decode_file(file: BinaryIO, options: DecodeOptions, formats: tuple[str, ...], max_pixels: int) -> np.ndarray:
     try:
-        with Image.open(source, formats=formats) as image:
+        with Image.open(file, formats=formats) as image:
             if image.width * image.height > max_pixels:  # checked before the pixels are decoded
                 raise DataError(
                     f"has {image.width}x{image.height} pixels, and at most {max_pixels} are allowed; shrink it",
                     "too_large",
+                )
+            if isinstance(image, TiffImagePlugin.TiffImageFile) and is_preview(image):
+                raise DataError(
+                    f"is a camera's raw file, of which only a preview could be read; {REMEDY}", "unsupported"
                 )
             return to_rgb(image, options)
     except DataError:
@@ -68,24 +80,21 @@ def decode(
     except Image.DecompressionBombError:
         raise DataError(f"has more than {MAX_PIXELS} pixels according to its header", "too_large") from None
     except UnidentifiedImageError:
-        raise _unidentified(source) from None
+        file.seek(0)
+        name = name_unsupported(file.read(1024))
+        if name is None:
+            raise DataError("can't be read as an image (unknown format)", "not_an_image") from None
+        raise DataError(f"is {name}, which is not supported; {REMEDY}", "unsupported") from None
     except Exception as error:  # a damaged file can make a decoder raise anything
-        reason = truncate(str(error), 150).removesuffix(f" {str(source)!r}") or type(error).__name__
+        reason = truncate(str(error), 150) or type(error).__name__
         kind = "truncated" if "truncated" in reason.lower() else "unreadable"
         raise DataError(f"can't be read as an image ({reason})", kind) from None
 
 
-def _unidentified(source: Path | BinaryIO) -> DataError:
-    if isinstance(source, Path):
-        with source.open("rb") as file:
-            head = file.read(1024)
-    else:
-        source.seek(0)
-        head = source.read(1024)
-    name = name_unsupported(head)
-    if name is not None:
-        return DataError(f"is {name}, which is not supported; {REMEDY}", "unsupported")
-    return DataError("can't be read as an image (unknown format)", "not_an_image")
+def is_preview(image: TiffImagePlugin.TiffImageFile) -> bool:
+    """Return whether the first page is a reduced copy of another image in the file, as in DNG, NEF and ARW files."""
+    subfile_type = image.tag_v2.get(_SUBFILE_TYPE_TAG, 0)
+    return isinstance(subfile_type, int) and bool(subfile_type & 1)
 
 
 def to_rgb(image: Image.Image, options: DecodeOptions) -> np.ndarray:

@@ -46,7 +46,8 @@ def model_card_text(spec: ModelSpec, config: Config, source: str, shape: flops.S
         "## Accuracy",
         *_accuracy(spec),
         "## Input and output",
-        f"`images` {input_shape} float32, any B: {colours}, {_describe_preprocessing(spec)}. {_describe_outputs(spec)}",
+        f"`images` {input_shape} float32, any B: {colours}, {_describe_preprocessing(spec)}. "
+        f"{_describe_decoding(spec)} {_describe_outputs(spec)}",
     ]
     if spec.temperature != 1.0:
         parts.append(f"The logits are divided by a temperature of {spec.temperature:.4f}, fitted on validation images.")
@@ -123,6 +124,13 @@ def _describe_preprocessing(spec: ModelSpec) -> str:
         min_height, min_width = round(height / preprocessing.crop_pct), round(width / preprocessing.crop_pct)
         resized = f"resized to cover {min_height}x{min_width} ({kernel}), cropped to the central {height}x{width}"
     return f"{resized}, (pixel / 255 - {list(preprocessing.mean)}) / {list(preprocessing.std)}"
+
+
+def _describe_decoding(spec: ModelSpec) -> str:
+    options = spec.preprocessing.to_decode_options()
+    orientation = "applied" if options.orientation == "apply" else "ignored"
+    transparency = "dropped" if options.background is None else f"composed onto RGB {list(options.background)}"
+    return f"When image files are decoded, their orientation (EXIF) is {orientation} and transparency {transparency}."
 
 
 def _list_names(names: list[str]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from vit_static.common.errors import DataError, PredictError
 from vit_static.common.text import say
@@ -31,6 +31,8 @@ def to_pixels(image: ImageLike, options: DecodeOptions) -> np.ndarray:
                 f"an array of {image.dtype} {list(image.shape)} is not an image; pass uint8 [height, width, 3]"
             )
         return np.ascontiguousarray(image)  # DALI rejects views of other arrays
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.filename and image.tile and image.tell() == 0:
+        image = os.fsdecode(image.filename)  # not loaded yet, and Pillow would do so as described in `decode`
     return to_rgb(image, options) if isinstance(image, Image.Image) else read_pixels(Path(image), options)
 
 
@@ -49,6 +51,9 @@ def read_pixels(
         return decode(source, options, max_pixels=max_pixels)
     except DataError as error:
         raise PredictError(f"{name}: {error}") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise PredictError(f"{name}: can't be read as an image ({reason})") from None
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:

@@ -30,7 +30,7 @@ class Sample:
     """An image of the data set."""
 
     path: str  # below the root of the data set
-    encoded: np.ndarray | None  # the bytes of its file, uint8; None if it can't be read
+    encoded: np.ndarray | None  # a file of it, uint8, as DALI gets it; None if it can't be read
     labels: np.ndarray | None
 
 

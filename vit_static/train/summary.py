@@ -6,9 +6,11 @@ import textwrap
 from datetime import datetime, timedelta
 from typing import Any
 
+from vit_static.common.errors import escape
 from vit_static.common.text import duration
 from vit_static.config.data_schema import AugmentConfig
 from vit_static.config.schema import Config
+from vit_static.data.image_formats import describe_left_out
 from vit_static.model import flops
 from vit_static.model.variants import shape_of, variant_of
 from vit_static.train.run_spec import RunSpec
@@ -33,6 +35,7 @@ def start_screen(spec: RunSpec, done_steps: int, start: str, num_parameters: int
         "start": start,
         "data": f"{len(spec.train_images)} training and {len(spec.val_images)} validation images in "
         f"{config.data.root}; {_augmentation(config.augment)}",
+        **_left_out(spec),
         "batch": f"{mesh['batch_size']} images, {mesh['batch_size_per_rank']} per data-parallel rank"
         + (f", in {mesh['micro_batches']} micro-batches" if mesh["micro_batches"] > 1 else ""),
         "mesh": f"{mesh['world_size']} x {mesh['device']} ({device}): dp {mesh['dp']}, mp {mesh['mp']}, pp {mesh['pp']}"
@@ -59,6 +62,17 @@ def start_screen(spec: RunSpec, done_steps: int, start: str, num_parameters: int
         for label, text in rows.items()
     ]
     return "\n".join([config.name, *lines])
+
+
+def _left_out(spec: RunSpec) -> dict[str, str]:
+    """Return a row about what is no image in the class folders; none if there is nothing."""
+    data = spec.config.data
+    parts = [
+        f"of {name}: {describe_left_out(images.left_out)}"
+        for name, images in ((data.train, spec.train_images), (data.val, spec.val_images))
+        if images.left_out
+    ]
+    return {"left out": escape("; ".join(parts))} if parts else {}
 
 
 def _augmentation(augment: AugmentConfig) -> str:
