@@ -7,6 +7,7 @@
     class_folders, empty_class, label    train and val differ; a class has no image; a label is beyond the classes
                                      all of these stop training; the others don't:
     cmyk, 16_bit, other_format, huge     unusual, but decoded: for example a PNG called .jpg, or more than 50 megapixels
+    unused_class                     a class of a list or a table has no image
     duplicate                        a validation image that is also a training image
 
 The report is printed, and written as JSON to ROOT/data_check.json, which data.on_bad_image=skip reads. The exit code is
@@ -28,15 +29,16 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data_tools.arguments import ToolParser, override_options
+from data_tools.arguments import ToolParser, add_label_arguments, data_config, override_options
 from data_tools.check_journal import BatchResult, Journal, Problem, open_journal
+from data_tools.class_names import write_class_names
 from vit_static.common.errors import DataError, escape, truncate
 from vit_static.common.io import write_atomically, write_json
+from vit_static.config.data_schema import DataConfig
 from vit_static.data.dali_pipeline import decoder_message, decoding_pipeline
 from vit_static.data.image_formats import SUPPORTED_FORMATS, describe_left_out, suffix_of
 from vit_static.data.image_pixels import DecodeOptions, prepare_for_dali
 from vit_static.data.image_set import FileDataset, ImageDataset
-from vit_static.data.list_file import read_list
 from vit_static.data.open_set import (
     CHECK_FILE,
     CLASS_NAMES_FILE,
@@ -44,6 +46,7 @@ from vit_static.data.open_set import (
     has_shards,
     list_folders,
     read_class_names,
+    read_label_file,
 )
 from vit_static.data.webdataset import open_shards
 
@@ -72,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--fix", type=Path, metavar="DIR2", help="also write list files to DIR2, without the images that stop training"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help=f"the report to write (default: DIR/{CHECK_FILE})")
+    add_label_arguments(parser)
     arguments = parser.parse_args(argv)
     root: Path = arguments.root
     if not root.is_dir():
@@ -81,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"{paths['train']}: no such folder or list; give what data.train names as --train")
     if arguments.fix is not None and arguments.fix.exists() and any(arguments.fix.iterdir()):
         raise ValueError(f"{arguments.fix}: is not empty; give another folder as --fix")
-    sets, problems = open_splits(root, {split: path for split, path in paths.items() if path.exists()})
+    data = data_config(arguments)
+    sets, problems = open_splits(root, {split: path for split, path in paths.items() if path.exists()}, data)
     if arguments.fix is not None and not all(isinstance(images, FileDataset) for images in sets.values()):
         raise ValueError(f"{root}: has shards, and --fix can only list files; set data.on_bad_image=skip instead")
     report_path = arguments.json or root / CHECK_FILE
@@ -113,17 +118,21 @@ def make_problem(split: str, path: str, kind: str, detail: str) -> Problem:
     return Problem(path, split, kind, escape(detail), kind in STOPPING_KINDS)
 
 
-def open_splits(root: Path, paths: dict[str, Path]) -> tuple[dict[str, ImageDataset], list[Problem]]:
+def open_splits(
+    root: Path, paths: dict[str, Path], data: DataConfig | None = None
+) -> tuple[dict[str, ImageDataset], list[Problem]]:
     """Open the images of each split; also return the problems of its layout, which would stop training at its start.
 
-    Raise DataError for a list or an index that can't be read at all.
+    `data` says how tables and lists are read. Raise DataError for a list, a table or an index that can't be read.
     """
+    data = data or DataConfig(root=str(root), multi_label=True)
     sets: dict[str, ImageDataset] = {}
     problems: list[Problem] = []
     folders: dict[str, list[Path]] = {}
     for split, path in paths.items():
         if path.is_file():
-            sets[split] = FileDataset(root, read_list(path), [])
+            image_list, classes = read_label_file(path, data, split)
+            sets[split] = FileDataset(root, image_list, classes or [])
         elif has_shards(path):
             # Labels are checked as the images are read.
             sets[split] = open_shards(path, root, [""] * (count_class_names(root) or MAX_CLASSES), True)
@@ -143,7 +152,8 @@ def open_splits(root: Path, paths: dict[str, Path]) -> tuple[dict[str, ImageData
             for name in sorted(names[split] - names[other]):
                 folder = os.path.relpath(paths[split] / name, root)
                 problems.append(make_problem(split, folder, "class_folders", f"{other} has no such class folder"))
-    return sets, problems + label_problems(root, sets, {split for split in paths if paths[split].is_file()})
+    list_splits = {split for split in paths if paths[split].is_file()}
+    return sets, problems + label_problems(root, sets, list_splits, data.first_label)
 
 
 def count_class_names(root: Path) -> int | None:
@@ -152,23 +162,33 @@ def count_class_names(root: Path) -> int | None:
     return sum(1 for line in read_class_names(path) if line.strip()) if path.is_file() else None
 
 
-def label_problems(root: Path, sets: dict[str, ImageDataset], list_splits: set[str]) -> list[Problem]:
-    """Return the labels in list files that are beyond the classes of class_names.txt, or of the training list."""
+def label_problems(root: Path, sets: dict[str, ImageDataset], list_splits: set[str], first_label: int) -> list[Problem]:
+    """Return the problems of the labels in lists and tables: those that are no class, and the classes without images.
+
+    The number of classes is that of a table's names, of class_names.txt, or of the labels in the training list.
+    """
     train = sets["train"]
-    num_classes = count_class_names(root) or None
-    if num_classes is None and "train" in list_splits and isinstance(train, FileDataset):
-        num_classes = 1 + int(train.image_list.labels.values.max())
+    num_classes = len(train.class_names) or count_class_names(root) or None
+    if num_classes is None and "train" in list_splits:
+        num_classes = 1 + int(train.labels().values.max(initial=0))
     problems: list[Problem] = []
     if num_classes is None:
         return problems
     for split in sorted(list_splits):
         images = sets[split]
-        assert isinstance(images, FileDataset)
-        for index in range(len(images)):
-            label = int(images.image_list.labels[index].max())
-            if label >= num_classes:
-                detail = f"label {label}, but there are {num_classes} classes and labels begin at 0"
-                problems.append(make_problem(split, images.relative_name(index), "label", detail))
+        label_images, labels = images.labels().pairs()
+        begins_at_1 = first_label == 0 and len(labels) > 0 and labels.min() == 1
+        hint = "; the labels begin at 1: give --first-label 1, and set data.first_label=1" if begins_at_1 else ""
+        is_wrong = (labels < 0) | (labels >= num_classes)
+        wrong = dict(zip(label_images[is_wrong].tolist(), labels[is_wrong].tolist(), strict=True))
+        for index, label in wrong.items():
+            shown = f"label {label + first_label}, but there are {num_classes} classes"
+            detail = f"{shown} and labels begin at {first_label}{hint}"
+            problems.append(make_problem(split, images.relative_name(index), "label", detail))
+        names = images.class_names or [str(label + first_label) for label in range(num_classes)]
+        is_empty = np.bincount(labels[~is_wrong], minlength=num_classes) == 0
+        for label in np.flatnonzero(is_empty).tolist():
+            problems.append(make_problem(split, names[label], "unused_class", f"this class has no image{hint}"))
     return problems
 
 
@@ -364,17 +384,21 @@ def write_clean_lists(folder: Path, root: Path, sets: dict[str, ImageDataset], p
         with write_atomically(list_path) as temporary, temporary.open("wb") as file:
             for index in range(len(images)):
                 labels = images.image_list.labels[index].tolist()
-                if (split, images.relative_name(index)) in bad or min(labels) < 0:
+                # a list has at least one label per image
+                if (split, images.relative_name(index)) in bad or min(labels, default=-1) < 0:
                     num_excluded += 1
                     continue
                 num_classes = max(num_classes, 1 + max(labels))
                 path = os.path.abspath(images.name(index))  # noqa: PTH100 - doesn't resolve symbolic links
                 file.write(os.fsencode(path) + b" " + ",".join(map(str, labels)).encode() + b"\n")
         print(f"check: wrote {list_path} with {len(images) - num_excluded} images, without {num_excluded}")
-    if (root / CLASS_NAMES_FILE).is_file():
+    names = sets["train"].class_names
+    if names:
+        write_class_names(folder, names)
+    elif (root / CLASS_NAMES_FILE).is_file():
         (folder / CLASS_NAMES_FILE).write_bytes((root / CLASS_NAMES_FILE).read_bytes())
     values: dict[str, object] = {"data.root": folder, "data.train": "train_list.txt"}
     if "val" in sets:
         values["data.val"] = "val_list.txt"
-    values["model.num_classes"] = count_class_names(root) or num_classes
+    values["model.num_classes"] = len(names) or count_class_names(root) or num_classes
     print(f"check: to train on these, set {override_options(values)}")

@@ -3,7 +3,7 @@
     OUT/train/000000.tar, 000000.idx, 000001.tar, ...   as described in vit_static/data/webdataset.py
     OUT/train/contents.txt      one line per image, in order: 000000.tar/00000042.jpg and the path that it came from
     OUT/val/...                 the same
-    OUT/class_names.txt         a copy of the source's
+    OUT/class_names.txt         a copy of the source's, or the names of a table's classes
 
 Training images are shuffled by the seed, so that some of the shards are a fair sample; validation images keep their
 order. The bytes of the images don't change. The same source gives the same shards, byte for byte. The same command
@@ -25,12 +25,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data_tools.arguments import ToolParser, override_options
+from data_tools.arguments import ToolParser, add_label_arguments, data_config, override_options
+from data_tools.class_names import write_class_names
 from data_tools.manifest import read_manifest
 from vit_static.common.io import lock, write_atomically, write_json
-from vit_static.config.data_schema import DataConfig
 from vit_static.data.image_set import FileDataset
 from vit_static.data.open_set import CLASS_NAMES_FILE, count_classes, open_set, split_path
+from vit_static.data.table import is_table
 from vit_static.data.webdataset import LABEL_EXTENSION, UNFINISHED_FILE
 
 MANIFEST_FILE, CONTENTS_FILE = "shards.json", "contents.txt"
@@ -52,12 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="vit_static data shards", description="Pack a dataset into WebDataset shards, for network disks."
     )
     parser.add_argument("--root", type=Path, metavar="DIR", help="the dataset, as in data.root")
-    parser.add_argument("--train", default="train", help="class folders or a list file in it (default: train)")
+    parser.add_argument("--train", default="train", help="class folders, a list file or a table in it (default: train)")
     parser.add_argument("--val", default="val", help="the same; skipped if it doesn't exist (default: val)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the shards")
     parser.add_argument("--shard-mb", type=float, default=1000.0, help="size of a shard, in MB (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the training images' order (default: 0)")
     parser.add_argument("--index", type=Path, metavar="DIR", help="only index the shards in this folder")
+    add_label_arguments(parser)
     arguments = parser.parse_args(argv)
     if arguments.index is not None:
         return make_indexes(arguments.index)
@@ -68,17 +70,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     root, out = arguments.root, arguments.out
     if out.resolve() == root.resolve():
         raise ValueError(f"--out {out}: is the dataset itself; give another folder")
-    data = DataConfig(root=str(root), train=arguments.train, val=arguments.val, multi_label=True)
+    data = data_config(arguments)
+    class_names: dict[str, list[str]] = {}
     for split in ("train", "val"):
         path = split_path(data, split)
         if split == "val" and not path.exists():
             print(f"shards: {path} doesn't exist, so there will be no validation shards")
             continue
         images = open_set(data, split, count_classes(data, split))
+        class_names[split] = images.class_names
         if not isinstance(images, FileDataset):
-            raise ValueError(f"{path}: has shards already; give class folders or a list file as --{split}")
+            raise ValueError(f"{path}: has shards already; give class folders, a list file or a table as --{split}")
         pack(images, out / split, arguments.shard_mb, arguments.seed if split == "train" else None)
-    if (root / CLASS_NAMES_FILE).is_file():
+    if is_table(split_path(data, "train")):  # shards have the classes' numbers, whose order is the table's
+        write_class_names(out, class_names["train"])
+    elif (root / CLASS_NAMES_FILE).is_file():
         shutil.copy(root / CLASS_NAMES_FILE, out / CLASS_NAMES_FILE)
     print(f"shards: to train on them, set {override_options({'data.root': out})}")
     return 0

@@ -18,7 +18,7 @@ from vit_static.common.errors import DataError
 from vit_static.config.data_schema import DataConfig
 from vit_static.data.image_set import FileDataset
 from vit_static.data.imagenet_eval import with_real_labels
-from vit_static.data.open_set import open_set
+from vit_static.data.open_set import count_classes, open_set
 
 list_labels = st.sampled_from(["0", "1", "2"]) | st.sampled_from(
     ["", "0,1", "-1", "+1", "1.0", "999999999", "9999999999", "1e3", "x", "1,", ",1", "0,,1", "\u0663", "0x1", "nan"]
@@ -55,6 +55,38 @@ def test_malformed_lists_are_read_or_refused(trial: Trial, content: bytes, multi
                 images.read(index)
             except DataError as error:
                 assert str(error).isprintable()
+
+
+table_cells = st.sampled_from(["a.jpg", "0", "1", "cat", ""]) | st.sampled_from(
+    ['"', '"x"', "1.0", "nan", ",", ";", "\0", "é", "x" * 200_000]
+)
+table_rows = (
+    st.sampled_from(["a.jpg,0", "b.jpg,1"]) | st.lists(table_cells, max_size=3).map(",".join) | st.text(max_size=20)
+)
+table_texts = st.lists(table_rows, max_size=4).flatmap(
+    lambda lines: st.sampled_from(["\n", "\r\n", "\r"]).map(lambda end: end.join(["path,label", *lines]))
+)
+
+
+@cases(300)
+@given(
+    table_texts.flatmap(
+        lambda text: st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "latin-1"]).map(
+            lambda name: text.encode(name, "ignore")
+        )
+    )
+    | st.binary(max_size=60),
+    st.sampled_from(["csv", "tsv", "parquet"]),
+    st.booleans(),
+)
+def test_malformed_tables_are_read_or_refused(trial: Trial, content: bytes, suffix: str, multi_label: bool) -> None:
+    """With one or two classes, by names or numbers."""
+    (trial.folder / f"train.{suffix}").write_bytes(content)
+    with trial.of("tables", f"train.{suffix}"):
+        data = DataConfig(root=str(trial.folder), train=f"train.{suffix}", multi_label=multi_label)
+        images = open_set(data, "train", min(count_classes(data, "train"), 2))
+        assert len(images) and images.digest()
+        assert images.labels().values.max(initial=0) < 2
 
 
 def test_a_list_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
@@ -109,7 +141,7 @@ def test_malformed_shards_are_read_or_refused(trial: Trial, index: bytes, label:
         assert images.digest()
         for number in range(len(images)):
             _, labels = images.read(number)
-            assert labels.min() >= 0 and labels.max() < 2
+            assert labels.min(initial=0) >= 0 and labels.max(initial=0) < 2 and (len(labels) or multi_label)
 
 
 problem_entries = st.fixed_dictionaries(

@@ -149,7 +149,7 @@ def test_missing_files_and_labels_beyond_the_classes_of_lists_are_reported(tmp_p
     (tmp_path / "v.txt").write_text("val/cat/0.jpeg 0\nval/dog/1.jpeg 2\n")
     code, report = run_check(tmp_path, "--train", "t.txt", "--val", "v.txt")
     assert code == 1
-    assert kinds(report) == {"gone.jpeg": "missing", "1.jpeg": "label"}
+    assert kinds(report) == {"gone.jpeg": "missing", "1.jpeg": "label", "1": "unused_class"}
     assert stopping(report) == {"train/cat/gone.jpeg", "val/dog/1.jpeg"}
 
 

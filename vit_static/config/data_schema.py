@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from vit_static.config.section import (
     CropPct,
@@ -21,6 +21,7 @@ from vit_static.config.section import (
     Rate,
     Section,
 )
+from vit_static.config.yaml_loader import WrittenFloat, WrittenInt
 
 Interpolation = Literal["bilinear", "bicubic"]
 SelectionMetric = Literal["top1", "map", "macro_f1", "balanced_accuracy", "loss"]
@@ -30,8 +31,21 @@ class DataConfig(Section):
     """The data set and how it is read."""
 
     root: str = Field("data/imagenet", description="folder that contains `train` and `val`")
-    train: str = Field("train", description="below root: class folders, a list file, or a folder of WebDataset shards")
+    train: str = Field(
+        "train", description="below root: class folders, a list file, a table, or a folder of WebDataset shards"
+    )
     val: str = Field("val", description="below root, in the same formats")
+    path_column: str = Field(
+        "path", description="tables (.csv, .tsv, .parquet): column of the images' paths below root"
+    )
+    label_column: str | tuple[str, ...] = Field(
+        "label", description="tables: column of the labels; or a list of columns, one per class, that have 0 or 1"
+    )
+    label_separator: str | None = Field(None, description="tables: what separates several labels in a cell")
+    label_type: Literal["auto", "number", "name"] = Field(
+        "auto", description="tables: labels are numbers of classes or names; auto: numbers if all of them are"
+    )
+    first_label: Annotated[int, Field(ge=0, le=1)] = Field(0, description="lists, tables: the first class's number")
     multi_label: bool = Field(False, description="an image may have several labels; needs loss.name = sigmoid or bce")
     on_bad_image: Literal["stop", "skip"] = Field(
         "stop", description="skip: omit images that `data check` has listed; an unlisted unreadable image always stops"
@@ -66,6 +80,23 @@ class DataConfig(Section):
     def num_channels(self) -> int:
         """Number of channels of the model's inputs: 1 for greyscale, 3 for RGB."""
         return len(self.mean)
+
+    @field_validator("label_column", mode="before")
+    @classmethod
+    def _columns_as_written(cls, value: Any) -> Any:
+        """Accept numbers as names of columns, as they were written."""
+        if not isinstance(value, list | tuple):
+            return value
+        return [item.text if isinstance(item, WrittenInt | WrittenFloat) else item for item in value]
+
+    @model_validator(mode="after")
+    def _check_label_columns(self) -> DataConfig:
+        columns = self.label_column
+        if not columns or (not isinstance(columns, str) and len(set(columns)) < len(columns)):
+            raise ValueError("label_column: must be the name of a column, or a list of different ones")
+        if self.label_separator == "":
+            raise ValueError("label_separator: is empty; set the text between labels, in quotes ('\"|\"'), or null")
+        return self
 
 
 class AugmentConfig(Section):

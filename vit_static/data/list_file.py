@@ -77,6 +77,13 @@ class ImageList:
     def path(self, index: int) -> bytes:
         return self.text[self.starts[index] : self.stops[index]].tobytes()
 
+    def with_first_label(self, first_label: int) -> ImageList:
+        """Return the images with labels from 0 on, where `first_label` was that of the first class."""
+        if first_label == 0:
+            return self
+        labels = Labels(self.labels.values - np.int32(first_label), self.labels.offsets)
+        return ImageList(self.text, self.starts, self.stops, labels)
+
     def select(self, mask: np.ndarray) -> ImageList:
         """Return the images for which `mask` [num_images] is True."""
         return ImageList(self.text, self.starts[mask], self.stops[mask], self.labels.select(mask))

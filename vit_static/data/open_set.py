@@ -1,37 +1,40 @@
-"""Datasets as a config names them: class folders, a list file, or WebDataset shards."""
+"""Datasets as a config names them: class folders, a list file, a table, or WebDataset shards."""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from vit_static.common.errors import DataError
+from vit_static.common.errors import DataError, escape, truncate
 from vit_static.config.data_schema import DataConfig
 from vit_static.data.image_formats import describe_left_out, is_image_name, left_out_kind
 from vit_static.data.image_set import FileDataset, ImageDataset
 from vit_static.data.list_file import ImageList, Labels, read_list
+from vit_static.data.table import Table, is_table, read_table
 from vit_static.data.webdataset import UNFINISHED_FILE, open_shards
 
 CLASS_NAMES_FILE = "class_names.txt"
+_MAX_NAMED_CLASSES = 8
 CHECK_FILE = "data_check.json"  # written into ROOT by `./run.sh data check ROOT`
 
 
 def split_path(data: DataConfig, split: str) -> Path:
-    """Return the folder or list file of a split, `train` or `val`."""
+    """Return the folder, list file or table of a split, `train` or `val`."""
     return Path(data.root) / {"train": data.train, "val": data.val}[split]
 
 
 def open_set(data: DataConfig, split: str, num_classes: int) -> ImageDataset:
-    """Open a split, `train` or `val`: a folder of class folders, a list file, or a folder of WebDataset shards.
+    """Open a split, `train` or `val`: class folders, a list file, a table, or a folder of WebDataset shards.
 
-    Class folders are labelled in sorted order. Raise DataError, with the remedy, if something is missing or empty, if
-    train and val have different classes, if there aren't `num_classes` of them, or if an image has several labels
-    without `data.multi_label`.
+    Class folders are labelled in sorted order, and so are a table's names of classes. Raise DataError, with the remedy,
+    if something is missing or empty, if train and val have different classes, if there aren't `num_classes` of them, or
+    if an image has several labels without `data.multi_label`.
     """
     path = split_path(data, split)
     images = _open(path, data, split, num_classes)
@@ -46,12 +49,63 @@ def open_set(data: DataConfig, split: str, num_classes: int) -> ImageDataset:
 def _open(path: Path, data: DataConfig, split: str, num_classes: int) -> ImageDataset:
     root = Path(data.root)
     if path.is_file():
-        image_list = read_list(path)
-        _check_labels(image_list.labels, path, data, num_classes)
-        return FileDataset(root, image_list, _names_by_label(root, num_classes))
+        image_list, classes = read_label_file(path, data, split)
+        if classes is None:
+            _check_labels(image_list.labels, path, data, num_classes)
+            return FileDataset(root, image_list, _names_by_label(root, num_classes))
+        if len(classes) != num_classes:
+            raise DataError(
+                f"{path}: its labels are the names of {len(classes)} classes, but model.num_classes is {num_classes}; "
+                f"set model.num_classes={len(classes)}"
+            )
+        return FileDataset(root, image_list, _display_names(root, classes))
     if has_shards(path):
         return open_shards(path, root, _names_by_label(root, num_classes), data.multi_label)
     return _open_folders(path, data, split, num_classes)
+
+
+def read_label_file(path: Path, data: DataConfig, split: str) -> tuple[ImageList, list[str] | None]:
+    """Read a list file or a table; also return the classes if labels are their names, None if they are numbers.
+
+    Names of classes become numbers in the order of the training set's classes. Raise DataError, with the row, for an
+    image without a label or, unless `data.multi_label`, with several.
+    """
+    if not is_table(path):
+        return read_list(path).with_first_label(data.first_label), None
+    table = read_table(path, data)
+    classes, source = _table_classes(table, data, split)
+    if classes is None:
+        return table.with_numbers(data.first_label), None
+    return table.with_classes(classes, source), classes
+
+
+def _table_classes(table: Table, data: DataConfig, split: str) -> tuple[list[str] | None, Path]:
+    """Return the names of the classes that a table's labels refer to (None: numbers), and what defines them."""
+    train_path = split_path(data, "train")
+    classes = table.class_names(data.label_type)
+    if split == "train":
+        return classes, table.path
+    train_classes = _training_classes(data)
+    if train_classes is not None or classes is None:
+        return train_classes, train_path
+    names_path = Path(data.root) / CLASS_NAMES_FILE
+    for names in zip(*_class_names(Path(data.root)), strict=True):  # the folders, the names
+        if set(names) >= set(table.texts):
+            return list(names), names_path
+    raise DataError(
+        f"{table.path}: its labels are names, but {train_path} doesn't name the classes, nor does {names_path}; write "
+        "that file, or use numbers"
+    )
+
+
+def _training_classes(data: DataConfig) -> list[str] | None:
+    """Return the names of classes by which the training set is labelled; None if they are numbers."""
+    train_path = split_path(data, "train")
+    if is_table(train_path) and train_path.is_file():
+        return read_table(train_path, data).class_names(data.label_type)
+    if train_path.is_dir() and not has_shards(train_path):
+        return [folder.name for folder in class_folders(train_path)]
+    return None
 
 
 def has_shards(path: Path) -> bool:
@@ -67,14 +121,16 @@ def _open_folders(path: Path, data: DataConfig, split: str, num_classes: int) ->
             f"{path}: has {len(folders)} class folders, but model.num_classes is {num_classes}; "
             f"set model.num_classes={len(folders)} or another data.root"
         )
-    train_path = split_path(data, "train")
-    if split != "train" and train_path.is_dir() and not has_shards(train_path):
-        differing = sorted({folder.name for folder in class_folders(train_path)} ^ {folder.name for folder in folders})
+    classes = None if split == "train" else _training_classes(data)
+    if classes is not None:
+        differing = sorted({*classes} ^ {folder.name for folder in folders})
         if differing:
             raise DataError(
-                f"{root}: train and {split} must have the same class folders, but differ in {differing[0]!r}; add the "
-                "folder that is missing, or remove the other"
+                f"{root}: train and {split} must have the same classes, but differ in {differing[0]!r}; add the folder "
+                "that is missing, or remove the other"
             )
+        positions = {name: position for position, name in enumerate(classes)}
+        folders.sort(key=lambda folder: positions[folder.name])
     image_list, counts, left_out = list_folders(folders, root)
     if not counts.all():
         empty = folders[int(np.argmin(counts))]
@@ -83,8 +139,7 @@ def _open_folders(path: Path, data: DataConfig, split: str, num_classes: int) ->
             f"{empty}: this class folder has no image{contents and f' (only {contents})'}; add images, or remove it "
             "from every split"
         )
-    names = dict(_class_names(root))
-    return FileDataset(root, image_list, [names.get(folder.name, folder.name) for folder in folders], left_out)
+    return FileDataset(root, image_list, _display_names(root, [folder.name for folder in folders]), left_out)
 
 
 def list_folders(folders: list[Path], root: Path) -> tuple[ImageList, np.ndarray, Counter[str]]:
@@ -135,9 +190,9 @@ def class_folders(folder: Path) -> list[Path]:
     """Return the class folders in a folder, in label order. Raise DataError if there are none."""
     if not folder.is_dir():
         raise DataError(
-            f"{folder}: no such folder or list; set data.root, data.train and data.val to a folder of class folders, "
-            "a list file, or a folder of shards ('./run.sh data digits' makes a small dataset; the README explains "
-            "the layout of ImageNet)"
+            f"{folder}: no such folder, list or table; set data.root, data.train and data.val to a folder of class "
+            "folders, a list file, a table (.csv, .tsv, .parquet), or a folder of shards ('./run.sh data digits' makes "
+            "a small dataset; the README explains the layout of ImageNet)"
         )
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
@@ -146,23 +201,61 @@ def class_folders(folder: Path) -> list[Path]:
 
 
 def count_classes(data: DataConfig, split: str) -> int:
-    """Return the number of class folders, or the highest label of a list plus 1."""
+    """Return the number of class folders, of a table's names of classes, or the highest label plus 1."""
     path = split_path(data, split)
-    return 1 + int(read_list(path).labels.values.max()) if path.is_file() else len(class_folders(path))
+    if not path.is_file():
+        return len(class_folders(path))
+    image_list, classes = read_label_file(path, data, split)
+    return 1 + int(image_list.labels.values.max(initial=0)) if classes is None else len(classes)
 
 
 def _check_labels(labels: Labels, path: Path, data: DataConfig, num_classes: int) -> None:
+    """Raise DataError for several labels without `data.multi_label`, and for labels outside of the classes."""
     if labels.offsets is not None and not data.multi_label:
         index = int(np.argmax(np.diff(labels.offsets) > 1))
         raise DataError(
             f"{path}: image {index + 1} has several labels; set data.multi_label=true (and loss.name=sigmoid)"
         )
-    max_label = int(labels.values.max())
-    if max_label >= num_classes:
+    first = data.first_label
+    lowest, highest = int(labels.values.min(initial=num_classes)), int(labels.values.max(initial=-1))
+    if lowest < 0:
         raise DataError(
-            f"{path}: has a label {max_label}, but model.num_classes is {num_classes} and labels begin at 0; "
-            f"set model.num_classes={max_label + 1} or another list"
+            f"{path}: has a label {lowest + first}, but data.first_label is {first}; set data.first_label=0"
         )
+    if first == 0 and lowest == 1 and highest == num_classes:
+        raise DataError(
+            f"{path}: its labels run from 1 to {num_classes}, and the first class has number 0; set data.first_label=1"
+        )
+    if highest >= num_classes:
+        raise DataError(
+            f"{path}: has a label {highest + first}, but model.num_classes is {num_classes} and labels begin at "
+            f"{first}; set model.num_classes={highest + 1} or another list"
+        )
+
+
+def describe_empty_classes(images: ImageDataset, source: Path, first_label: int) -> str | None:
+    """Return a line that names the classes without any image in a list or table; None if each class has one.
+
+    None, too, for shards, whose labels aren't read in advance.
+    """
+    if not isinstance(images, FileDataset):
+        return None
+    counts = images.labels().class_counts(len(images.class_names))
+    empty = np.flatnonzero(counts == 0)
+    if not len(empty):
+        return None
+    names = ", ".join(repr(truncate(images.class_names[label])) for label in empty[:_MAX_NAMED_CLASSES].tolist())
+    line = f"{source}: {len(empty)} of {len(counts)} classes have no image: {names}"
+    line += ", ..." if len(empty) > _MAX_NAMED_CLASSES else ""
+    if first_label == 0 and empty.tolist() == [0]:
+        line += "; if the labels begin at 1, set data.first_label=1 and one class fewer"
+    return escape(line)
+
+
+def _display_names(root: Path, classes: list[str]) -> list[str]:
+    """Return the names that class_names.txt gives to these classes; without one, a class has its own name."""
+    names = dict(_class_names(root))
+    return [names.get(name, name) for name in classes]
 
 
 def _class_names(root: Path) -> list[tuple[str, str]]:
@@ -195,8 +288,17 @@ def _names_by_label(root: Path, num_classes: int) -> list[str]:
 
 def check_command(data: DataConfig) -> str:
     """Return the command that reads all images of a dataset."""
-    options = [f" --{split} {name}" for split, name in (("train", data.train), ("val", data.val)) if name != split]
-    return f"./run.sh data check {data.root}{''.join(options)}"
+    defaults = DataConfig()
+    columns = [data.label_column] if isinstance(data.label_column, str) else data.label_column
+    values = [(split, name) for split, name in (("train", data.train), ("val", data.val)) if name != split]
+    if is_table(Path(data.train)) or is_table(Path(data.val)):
+        values += [("path-column", data.path_column)] if data.path_column != defaults.path_column else []
+        values += [("label-column", column) for column in columns if data.label_column != defaults.label_column]
+        values += [] if data.label_separator is None else [("label-separator", data.label_separator)]
+        values += [("label-type", data.label_type)] if data.label_type != defaults.label_type else []
+    values += [("first-label", str(data.first_label))] if data.first_label else []
+    options = [f" --{name} {shlex.quote(value)}" for name, value in values]
+    return f"./run.sh data check {shlex.quote(data.root)}{''.join(options)}"
 
 
 def _bad_images(data: DataConfig) -> list[str]:

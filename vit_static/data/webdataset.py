@@ -87,7 +87,7 @@ class ShardDataset(ImageDataset):
             both = read_at(descriptor, start, stop - start)
             encoded, text = (both[offset - start : offset - start + size] for offset, size in (image, label))
         else:
-            encoded, text = (read_at(descriptor, offset, size) for offset, size in (image, label))
+            encoded, text = read_at(descriptor, *image), _read_label(descriptor, *label)
         if not len(encoded):
             raise DataError("is empty", "empty")
         return encoded, self._parse_labels(text.tobytes())
@@ -107,7 +107,7 @@ class ShardDataset(ImageDataset):
             shard_index = self._shard_indexes[shard]
             position = int(shard_index.label_offsets[sample]), int(shard_index.label_sizes[sample])
             try:
-                labels.append(self._parse_labels(read_at(self._descriptor(shard), *position).tobytes()))
+                labels.append(self._parse_labels(_read_label(self._descriptor(shard), *position).tobytes()))
             except OSError as error:
                 raise DataError(f"{self._message_name(index)}: its label can't be read ({error.strerror})") from None
             except DataError as error:
@@ -144,6 +144,8 @@ class ShardDataset(ImageDataset):
             return self._descriptors[shard]
 
     def _parse_labels(self, text: bytes) -> np.ndarray:
+        if self._multi_label and not text.strip():
+            return np.empty(0, np.int32)
         try:
             labels = np.array([int(label) for label in text.split(b",")], np.int32)
         except (ValueError, OverflowError):
@@ -163,6 +165,11 @@ class ShardDataset(ImageDataset):
     def __del__(self) -> None:
         for descriptor in getattr(self, "_descriptors", {}).values():
             os.close(descriptor)
+
+
+def _read_label(descriptor: int, offset: int, size: int) -> np.ndarray:
+    """Return a label's bytes, [size] uint8; none for an image without labels."""
+    return read_at(descriptor, offset, size) if size else np.empty(0, np.uint8)
 
 
 def open_shards(folder: Path, root: Path, class_names: list[str], multi_label: bool) -> ShardDataset:

@@ -13,7 +13,7 @@ from vit_static.common.errors import ConfigError
 from vit_static.config.schema import Config
 from vit_static.data.class_balance import loss_weights
 from vit_static.data.image_set import ImageDataset
-from vit_static.data.open_set import open_set
+from vit_static.data.open_set import describe_empty_classes, open_set, split_path
 from vit_static.model.loss_weights import NO_WEIGHTS, LossWeights
 from vit_static.optim.schedule import learning_rate, total_steps, warmup_steps
 
@@ -118,6 +118,16 @@ class RunSpec:
             save=passes_eval if save_steps is None else step > 0 and step % save_steps == 0,
             last=is_last,
         )
+
+    @property
+    def data_notes(self) -> list[str]:
+        """Lines that name the classes without images."""
+        data = self.config.data
+        sets = {"train": self.train_images, "val": self.val_images}
+        lines = [
+            describe_empty_classes(images, split_path(data, split), data.first_label) for split, images in sets.items()
+        ]
+        return [line for line in lines if line is not None]
 
     @cached_property
     def images_digest(self) -> str:

@@ -279,7 +279,7 @@ class Trainer:
         spec, metrics, step = self.spec, self.metrics, self.progress.step
         info = describe_run(spec.config, self.mesh, f"{precision.level} {precision.dtype}")
         metrics.say(start_screen(spec, step, start.description, num_parameters, info))
-        for note in () if start.init_report is None else start.init_report.notes:
+        for note in (*spec.data_notes, *(() if start.init_report is None else start.init_report.notes)):
             metrics.say(f"note: {note}")
         event = "resumed" if start.is_resumed else "started"
         metrics.log_event(step, event, total_steps=spec.total_steps, num_parameters=num_parameters, **info)
