@@ -187,7 +187,7 @@ def test_memory_does_not_grow(workplace: Path, tally: Callable[..., None]) -> No
     """
     make_digits(workplace / "data/digits", "digit", 80)
     overrides = ["name=long", "train.max_steps=2000", "train.epochs=1000", "log.every_steps=50"]
-    overrides += ["model.width=32", "model.depth=1", "model.num_heads=2", "model.mlp_dim=64"]
+    overrides += ["model.width=32", "model.depth=1", "model.num_heads=2", "model.mlp_dim=64", "model.patch_size=8"]
     overrides += ["data.global_batch_size=8", f"eval.every_epochs={2000 * 8 / 20 / 1437:.4f}", "eval.batch_size=89"]
     arguments = ["pretrain", "-c", ROOT / "configs/quickstart.yaml"]
     arguments += [word for override in overrides for word in ("-o", override)]
