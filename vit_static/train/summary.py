@@ -8,7 +8,7 @@ from typing import Any
 
 from vit_static.common.errors import escape
 from vit_static.common.text import duration
-from vit_static.config.data_schema import AugmentConfig
+from vit_static.config.data_schema import AugmentConfig, LossConfig
 from vit_static.config.schema import Config
 from vit_static.data.image_formats import describe_left_out
 from vit_static.model import flops
@@ -34,7 +34,9 @@ def start_screen(spec: RunSpec, done_steps: int, start: str, num_parameters: int
         f"{flops.train_flops(shape) / 1e9:.2f} with the backward pass",
         "start": start,
         "data": f"{len(spec.train_images)} training and {len(spec.val_images)} validation images in "
-        f"{config.data.root}; {_augmentation(config.augment)}",
+        f"{config.data.root}{'; each class equally often' if config.data.sampler == 'balanced' else ''}; "
+        f"{_augmentation(config.augment)}",
+        "loss": _loss(config.loss),
         **_left_out(spec),
         "batch": f"{mesh['batch_size']} images, {mesh['batch_size_per_rank']} per data-parallel rank"
         + (f", in {mesh['micro_batches']} micro-batches" if mesh["micro_batches"] > 1 else ""),
@@ -89,6 +91,16 @@ def _augmentation(augment: AugmentConfig) -> str:
         f"each {augment.repeated_aug} times": augment.repeated_aug > 1,
     }
     return ", ".join(name for name, is_on in named.items() if is_on) or "no augmentation"
+
+
+def _loss(loss: LossConfig) -> str:
+    named = {
+        f"label smoothing {loss.label_smoothing:g}": loss.label_smoothing > 0.0,
+        f"class weights {loss.class_weights}": loss.class_weights != "none",
+        f"weight of positives {loss.pos_weight}": loss.pos_weight_number != 1.0,
+        f"focal gamma {loss.focal_gamma:g}": loss.focal_gamma > 0.0,
+    }
+    return ", ".join([loss.name, *(name for name, is_on in named.items() if is_on)])
 
 
 def _optimizer(config: Config, warmup_steps: int) -> str:
