@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.runs import TINY, metrics
 from helpers.small import ROOT
@@ -21,6 +22,8 @@ from tensorboardX.proto.event_pb2 import Event
 from vit_static.common.errors import ConfigError
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
+from vit_static.data.image_set import FileDataset
+from vit_static.data.list_file import ImageList, Labels
 from vit_static.model import flops
 from vit_static.model.variants import shape_of
 from vit_static.parallel.mesh import MeshShape
@@ -118,12 +121,20 @@ def test_an_invalid_range_of_steps_to_trace_is_refused() -> None:
 # -- the first screen --------------------------------------------------------------------------------------------------
 
 
+def images_without_files(num_images: int) -> FileDataset:
+    empty = np.zeros(num_images, np.int64)
+    return FileDataset(Path("root"), ImageList(np.empty(0, np.uint8), empty, empty, Labels(empty)), [])
+
+
 def test_the_first_screen() -> None:
     recipe = load_config(ROOT / "configs" / "deit3_b16.yaml", ["parallel.grad_accum_steps=2"])
     forward_gflop = 2 * flops.forward_macs(shape_of(recipe.model)) / 1e9
     mesh = {"world_size": 8, "device": "gpu", "dp": 4, "mp": 2, "pp": 1, "sharding_stage": 1, "micro_batches": 2}
     mesh |= {"batch_size": 2048, "batch_size_per_rank": 512, "precision": "O2 bfloat16", "passes": ["a", "b"]}
-    images: dict[str, Any] = {"train_images": range(1_281_167), "val_images": range(50_000)}
+    images: dict[str, Any] = {
+        "train_images": images_without_files(1_281_167),
+        "val_images": images_without_files(50_000),
+    }
     spec = RunSpec(recipe, 0, MeshShape(4, 2, 1), **images, total_steps=500_400, warmup_steps=3)
     info = {"mesh": mesh, "environment": {"gpu": "H100", "cpu": "a CPU"}}
     text = start_screen(spec, 7, "fresh weights", 86_600_000, info)
@@ -133,6 +144,7 @@ def test_the_first_screen() -> None:
         "B/16, 768 wide, 12 deep, 12 heads",
         f"86.60 M parameters; {forward_gflop:.2f} GFLOP per image",
         "1281167 training and 50000 validation images",
+        "loss bce",
         "2048 images, 512 per data-parallel rank, in 2 micro-batches",
         "8 x gpu (H100): dp 4, mp 2, pp 1, sharding stage 1",
         "O2 bfloat16",
