@@ -16,8 +16,8 @@ from PIL import ExifTags, Image, ImageCms
 from vit_static.common.errors import DataError, PredictError
 from vit_static.config.data_schema import AugmentConfig, DataConfig, EvalConfig
 from vit_static.data.dali_pipeline import decoding_pipeline, train_pipeline
-from vit_static.data.image_headers import scan
-from vit_static.data.image_pixels import DecodeOptions, prepare_for_dali
+from vit_static.data.image_headers import scan, simple_orientation
+from vit_static.data.image_pixels import DecodeOptions, image_orientation, prepare_for_dali
 from vit_static.data.loader import EvalLoader
 from vit_static.data.open_set import open_set
 from vit_static.data.sampler import NUM_CROP_FLIP_DRAWS
@@ -206,6 +206,15 @@ def test_orientation_and_transparency_can_be_left_as_they_are(mode: str, file_fo
         np.testing.assert_array_equal(read_pixels(io.BytesIO(content), as_stored), stored)
 
 
+def test_files_of_many_bytes_are_decoded() -> None:
+    """Their number of bytes isn't a float32."""
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").resize((2401, 2404)).save(buffer, "GIF")
+    prepared = prepare_for_dali(np.frombuffer(buffer.getvalue(), np.uint8), UPRIGHT_ON_WHITE)
+    assert int(np.float32(len(prepared))) != len(prepared)
+    np.testing.assert_array_equal(dali_pixels([prepared])[0], read_pixels(buffer, UPRIGHT_ON_WHITE, "it"))
+
+
 def test_transparent_pixels_are_composed_onto_the_background() -> None:
     image = Image.new("RGBA", (3, 1))
     image.putdata([(200, 100, 0, 255), (200, 100, 0, 0), (200, 100, 0, 51)])
@@ -255,6 +264,28 @@ def test_unusual_metadata_is_read_as_pillow_reads_it() -> None:
         reference = pillow_pixels(io.BytesIO(content))[1]
         np.testing.assert_array_equal(pixels, reference, err_msg=name)
         np.testing.assert_array_equal(read_pixels(io.BytesIO(content), UPRIGHT_ON_WHITE, "it"), reference, err_msg=name)
+
+
+def test_damaged_exif_is_read_as_pillow_reads_it() -> None:
+    """Wherever the quick reader of orientations gives an answer, it is Pillow's."""
+    generator = np.random.default_rng(0)
+    plain = encode("RGB", "JPEG")
+    exif_data = Image.Exif()
+    exif_data.update({271: "Maker", 274: 6, 282: 72.0, 306: "2026:01:01 00:00:00", 0x8769: {36867: "2026"}})
+    segments = [segment(0xE1, exif_data.tobytes()), exif(8), exif(1) + XMP, XMP]
+    answers = []
+    for number in range(600):
+        metadata = bytearray(segments[number % len(segments)])
+        for position in generator.integers(10, len(metadata), number % 4):
+            metadata[position] = generator.integers(256)
+        encoded = np.frombuffer(plain[:2] + bytes(metadata) + plain[2:], np.uint8)
+        header = scan(encoded)
+        orientation = None if header is None else simple_orientation(encoded, header)
+        if orientation is not None:
+            answers.append(orientation)
+            with Image.open(io.BytesIO(encoded.data)) as image:
+                assert image_orientation(image) == orientation, bytes(metadata)
+    assert len(answers) > 150 and set(answers) >= {1, 6, 8}
 
 
 def damaged_files() -> dict[str, tuple[bytes, str, str]]:

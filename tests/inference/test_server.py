@@ -25,7 +25,7 @@ from helpers.browser import Browser
 from helpers.command_line import run_sh, use_test_environment  # noqa: F401 - a fixture
 from helpers.exported import Exported, in_inference_process, predict
 from helpers.small import ROOT
-from PIL import Image
+from PIL import ExifTags, Image
 
 from vit_static.inference.server import Batcher
 
@@ -123,23 +123,44 @@ def receive_response(connection: socket.socket) -> tuple[int, dict[str, str], An
 
 
 @pytest.mark.slow
-def test_the_response_agrees_with_predict(server: Server, expected: dict[Path, list[dict[str, Any]]]) -> None:
+def test_the_response_agrees_with_predict(
+    server: Server, exported: Exported, expected: dict[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
     for path, top in list(expected.items())[:5]:
         response = httpx.post(f"{server.url}/predict", content=path.read_bytes())
         assert response.status_code == 200 and is_same(response.json()["top"], top)
-    png = io.BytesIO()
-    Image.open(path).save(png, "PNG")
+    image = Image.open(path)
+    odd = {tmp_path / name: content for name, content in odd_files(image).items()}
+    for odd_path, content in odd.items():
+        odd_path.write_bytes(content)
+    predictions = in_inference_process(predict, exported.folder, list(odd))
+    for content, prediction in zip(odd.values(), predictions, strict=True):
+        assert is_same(httpx.post(f"{server.url}/predict", content=content).json()["top"], prediction.top())
     other_type = httpx.post(
-        f"{server.url}/predict?top_k=1", content=png.getvalue(), headers={"Content-Type": "text/plain"}
+        f"{server.url}/predict?top_k=1", content=encode(image, "PNG"), headers={"Content-Type": "text/plain"}
     )
     assert is_same(other_type.json()["top"], top[:1])
     health = httpx.get(f"{server.url}/health").json()
     assert health["status"] == "ok" and health["num_classes"] == 10 and "float32" in health["runs_in"]
 
 
-def png_of(image: Image.Image, **options: Any) -> bytes:
+def odd_files(image: Image.Image) -> dict[str, bytes]:
+    """Return an image to be turned, a transparent one, and one in a format that browsers don't show."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    transparent = image.convert("RGBA")
+    transparent.putalpha(Image.linear_gradient("L").resize(image.size))
+    return {
+        "turned.jpeg": encode(image, "JPEG", exif=exif),
+        "turned.tiff": encode(image, "TIFF", exif=exif),
+        "transparent.png": encode(transparent, "PNG"),
+        "grey.jp2": encode(image.convert("L"), "JPEG2000"),
+    }
+
+
+def encode(image: Image.Image, file_format: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", **options)
+    image.save(buffer, file_format, **options)
     return buffer.getvalue()
 
 
@@ -154,8 +175,8 @@ def bad_bodies(exported: Exported) -> dict[str, tuple[bytes, int, str]]:
         "text": (b"This is no image.", 400, "unknown format"),
         "empty": (b"", 400, "empty"),
         "too large": (os.urandom(5_000_000), 413, "1000000 bytes"),
-        "large image": (png_of(Image.new("1", (9000, 9000))), 400, "9000x9000 pixels"),
-        "decompression bomb": (png_of(Image.new("1", (20000, 10000)), compress_level=9), 400, "pixels"),
+        "large image": (encode(Image.new("1", (9000, 9000)), "PNG"), 400, "9000x9000 pixels"),
+        "decompression bomb": (encode(Image.new("1", (20000, 10000)), "PNG", compress_level=9), 400, "pixels"),
         "EPS": (eps.getvalue(), 400, "unknown format"),
     }
 
@@ -307,7 +328,7 @@ def test_waiting_inputs_form_batches_and_a_failure_stays_in_its_batch() -> None:
 @pytest.mark.slow
 def test_attention_gives_the_part_of_the_image_that_it_covers(server: Server) -> None:
     """16x32 pixels of 100x300: the short side is resized to round(16 / 0.875) = 18, and the centre cropped."""
-    content = httpx.post(f"{server.url}/attention", content=png_of(Image.new("RGB", (300, 100), "red"))).json()
+    content = httpx.post(f"{server.url}/attention", content=encode(Image.new("RGB", (300, 100), "red"), "PNG")).json()
     assert np.shape(content["grid"]) == (2, 4) and np.sum(content["grid"]) == pytest.approx(1.0, abs=1e-4)
     left, top, width, height = content["box"]
     assert [width, height] == pytest.approx([32 / 54, 16 / 18])

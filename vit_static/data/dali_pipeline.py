@@ -179,8 +179,8 @@ def after_header_check(encoded: Any) -> Any:
     use variables that no longer exist, and the process ends with a segmentation fault (seen with DALI 2.4). An operator
     of its own that reads the headers first raises the same error safely. The training pipeline does so for its crops.
     """
-    height = fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False)[0:1], dtype=types.FLOAT)
-    return fn.reshape(encoded, rel_shape=height * 0.0 + 1.0)  # without a copy; DALI must evaluate the height first
+    height = fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False)[0:1], dtype=types.INT32)
+    return fn.reshape(encoded, shape=height * 0 - 1)  # to [-1], without a copy; DALI must evaluate the height first
 
 
 def decoder_message(error: RuntimeError) -> str:

@@ -14,7 +14,7 @@ from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 from vit_static.common.errors import DataError, truncate
 from vit_static.config.data_schema import DataConfig
 from vit_static.data.image_formats import PILLOW_FORMATS, REMEDY, name_unsupported
-from vit_static.data.image_headers import Header, replace_metadata, scan
+from vit_static.data.image_headers import Header, replace_metadata, scan, simple_orientation
 
 MAX_PIXELS = 178_956_970  # half a gigabyte of pixels; the limit above which Pillow refuses an image
 _ORIENTATION_TAG = 274  # of EXIF and TIFF
@@ -159,13 +159,16 @@ def prepare_for_dali(encoded: np.ndarray, options: DecodeOptions) -> np.ndarray:
     header = scan(encoded)
     if header is None or header.width * header.height > MAX_PIXELS:
         return to_ppm(decode(io.BytesIO(encoded.data), options))
-    if not header.has_app1:
+    if not header.app1:
         return encoded
     orientation = _jpeg_orientation(encoded, header) if options.orientation == "apply" else 1
     return replace_metadata(encoded, header, orientation)
 
 
 def _jpeg_orientation(encoded: np.ndarray, header: Header) -> int:
+    orientation = simple_orientation(encoded, header)
+    if orientation is not None:
+        return orientation
     try:
         with Image.open(io.BytesIO(encoded[: header.end].data), formats=("JPEG",)) as image:
             return image_orientation(image)

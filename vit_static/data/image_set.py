@@ -55,8 +55,8 @@ class ImageDataset(ABC):
 
         Raise DataError, with the image's name, also if only Pillow could decode the image and it is damaged.
         """
-        encoded, labels = self.read(index)
         with self._name_in_errors(index):
+            encoded, labels = self._read(index)
             return prepare_for_dali(encoded, options), labels
 
     @contextmanager
