@@ -28,7 +28,9 @@ from tqdm import tqdm
 from data_tools.arguments import ToolParser, add_label_arguments, data_config, override_options
 from data_tools.class_names import write_class_names
 from data_tools.manifest import read_manifest
+from vit_static.common.errors import escape
 from vit_static.common.io import lock, write_atomically, write_json
+from vit_static.data.image_formats import describe_left_out
 from vit_static.data.image_set import FileDataset
 from vit_static.data.open_set import CLASS_NAMES_FILE, count_classes, open_set, split_path
 from vit_static.data.table import is_table
@@ -81,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         class_names[split] = images.class_names
         if not isinstance(images, FileDataset):
             raise ValueError(f"{path}: has shards already; give class folders, a list file or a table as --{split}")
+        if images.left_out:
+            print(f"shards: left out of {path}: {escape(describe_left_out(images.left_out))}")
         pack(images, out / split, arguments.shard_mb, arguments.seed if split == "train" else None)
     if is_table(split_path(data, "train")):  # shards have the classes' numbers, whose order is the table's
         write_class_names(out, class_names["train"])

@@ -177,7 +177,7 @@ def bad_bodies(exported: Exported) -> dict[str, tuple[bytes, int, str]]:
         "too large": (os.urandom(5_000_000), 413, "1000000 bytes"),
         "large image": (encode(Image.new("1", (9000, 9000)), "PNG"), 400, "9000x9000 pixels"),
         "decompression bomb": (encode(Image.new("1", (20000, 10000)), "PNG", compress_level=9), 400, "pixels"),
-        "EPS": (eps.getvalue(), 400, "unknown format"),
+        "EPS": (eps.getvalue(), 400, "a PostScript file, which is not supported"),
     }
 
 
