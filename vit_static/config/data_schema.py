@@ -24,6 +24,7 @@ from vit_static.config.section import (
 from vit_static.config.yaml_loader import WrittenFloat, WrittenInt
 
 Interpolation = Literal["bilinear", "bicubic"]
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")]
 SelectionMetric = Literal["top1", "map", "macro_f1", "balanced_accuracy", "loss"]
 
 
@@ -201,6 +202,11 @@ class EvalConfig(Section):
         None,
         description="decides which checkpoint is `best`, and when train.patience ends a run; null: top1, or map with "
         "data.multi_label",
+    )
+    also: dict[SetName, str] = Field(
+        {},
+        description="further validation sets, {NAME: PATH}: ReaL's real.json, or class folders (all or some of the "
+        "classes, ImageNet-V2, or ImageNet-C); each is evaluated with the validation images",
     )
     threshold: Fraction = Field(
         0.5, description="data.multi_label: probability from which a class is predicted, for precision, recall and F1"

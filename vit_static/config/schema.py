@@ -373,6 +373,8 @@ class Config(Section):
             raise ValueError(
                 "eval.metric = 'map': needs images with several labels; set data.multi_label=true, or another metric"
             )
+        if self.eval.also and multi_label:
+            raise ValueError("eval.also: needs one label per image; remove it, or data.multi_label")
         if metric == "balanced_accuracy" and multi_label:
             raise ValueError(
                 "eval.metric = 'balanced_accuracy': needs one label per image; set map or macro_f1 for data.multi_label"
@@ -402,6 +404,11 @@ class Config(Section):
         """Return a copy with another model, validated again. Raises pydantic's ValidationError."""
         values = self.model_dump(by_alias=True, exclude_unset=True)
         return Config.model_validate({**values, "model": model.model_dump()})
+
+    @property
+    def evaluates_logits(self) -> bool:
+        """Return whether evaluations need the logits of all classes, not only the loss and the top class."""
+        return self.data.multi_label or bool(self.eval.also)
 
     def with_several_labels(self) -> Config:
         """Return a copy that evaluates images with several labels, whichever loss it trains with."""

@@ -270,6 +270,11 @@ def _class_names(root: Path) -> list[tuple[str, str]]:
     return [(line[0], line[1].strip()) for line in lines if len(line) == 2]
 
 
+def named_folders(root: Path) -> list[str]:
+    """Return the folder of each class from class_names.txt, in label order; empty if there is no such file."""
+    return [folder for folder, _ in _class_names(root)]
+
+
 def read_class_names(path: Path) -> list[str]:
     """Return the lines of a class_names.txt. Raise DataError if it isn't text."""
     try:

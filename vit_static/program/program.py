@@ -49,6 +49,7 @@ class Program:
         Raises ConfigError for settings that the device doesn't support.
         """
         self._model, self._criterion, self._mesh, self._spec = model, criterion, mesh, spec
+        self._num_classes = 0 if model.head is None else int(model.head.weight.shape[-1])
         self._grad_sync = _grad_sync_config(spec.parallel, mesh)
         self._mode: str | None = None
         self._built: dict[str, Any] = {}
@@ -119,7 +120,7 @@ class Program:
             seed=config.seed,
             training=training,
         )
-        criterion = Criterion(config.loss, loss_weights, returns_logits=config.data.multi_label)
+        criterion = Criterion(config.loss, loss_weights, returns_logits=config.evaluates_logits)
         return cls(model, criterion, mesh, spec)
 
     @classmethod
@@ -199,7 +200,7 @@ class Program:
         """
         self._set_mode("eval")
         values = self._program(images, _as_input(labels))
-        num_logits = labels.shape[1] if self._criterion.returns_logits else 0
+        num_logits = self._num_classes if self._criterion.returns_logits else 0
         return np.zeros((images.shape[0], 4 + num_logits), np.float32) if values is None else np.asarray(values)
 
     def compiled(self, mode: str) -> Any:

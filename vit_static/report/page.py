@@ -16,7 +16,7 @@ from vit_static.report.charts import Mark, Series
 from vit_static.report.error_section import error_section
 from vit_static.report.metric_names import METRIC_TITLES, format_metric, metric_unit
 from vit_static.report.reliability_chart import STYLE as RELIABILITY_STYLE
-from vit_static.report.run_log import RunLogData, read_run
+from vit_static.report.run_log import EXTRA_EVAL, RunLogData, read_run
 from vit_static.report.tables import MISSING, Table, format_setting
 
 REPORT_FILE = "report.html"
@@ -118,6 +118,8 @@ def _run_page(run: RunLogData) -> dict[str, Any]:
         "charts": _charts(run),
         "evaluations": evaluations,
         "earlier_evaluations": earlier_evaluations,
+        "extra_evaluations": _extra_evaluations(run),
+        "extra_chart": _extra_chart(run),
         "errors": None if run.error_analysis is None else error_section(run.error_analysis),
         "sessions": sessions,
         "num_same_sessions": num_same_sessions,
@@ -177,10 +179,34 @@ def _evaluations(run: RunLogData) -> tuple[Table, Table]:
     return latest, Table(head, rows[MAX_VISIBLE_EVALUATIONS:], 0, best_earlier_rows)
 
 
+def _extra_evaluations(run: RunLogData) -> Table:
+    """The last evaluation on each of the further validation sets."""
+    columns = ["top1", "top5", "mce", "mean_error", "num_classes", "num_images"]
+    lasts = {name: entries[-1] for name, entries in run.extra_evaluations.items()}
+    columns = [key for key in columns if any(entry.get(key) is not None for entry in lasts.values())]
+    titles = {"top1": "top-1 %", "top5": "top-5 %", "mce": "mCE %", "mean_error": "mean corruption error %"}
+    titles |= {"num_classes": "classes", "num_images": "images"}
+    rows = [
+        [name, f"{entry['step']:,}", *(_figure(key, entry.get(key)) for key in columns)]
+        for name, entry in lasts.items()
+    ]
+    return Table(["set", "step", *(titles[key] for key in columns)], rows, 1)
+
+
+def _extra_chart(run: RunLogData) -> str:
+    series = [
+        Series(name, [(entry["step"], float(entry["top1"])) for entry in entries], number)
+        for number, (name, entries) in enumerate(run.extra_evaluations.items())
+    ]
+    if not series:
+        return ""
+    return charts.legend(series) + _chart("top-1 of the other sets (%)", EXTRA_EVAL, "top1", series, run.last_step)
+
+
 def _figure(name: str, value: Any) -> str:
     if not isinstance(value, int | float):
         return ""
-    decimals = {"loss": 4, "ema_loss": 4, "num_images": 0}.get(name, 2)
+    decimals = {"loss": 4, "ema_loss": 4, "num_images": 0, "num_classes": 0}.get(name, 2)
     return f"{value:,.{decimals}f}"
 
 

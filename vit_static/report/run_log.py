@@ -20,6 +20,7 @@ from vit_static.report.error_analysis import EVALUATION_FILE, ErrorAnalysis
 from vit_static.report.metric_names import METRIC_TITLES
 
 METRICS_FILE = "metrics.jsonl"
+EXTRA_EVAL = "eval_also"  # the kind of entries of further validation sets; `set` is the name of theirs
 EARLY_STOP = "early stop"  # the event before `finished`, if train.patience ended the run
 # What the last event of a run says about its state.
 END_STATES = {
@@ -79,6 +80,15 @@ class RunLogData:
     def evaluations(self) -> list[dict[str, Any]]:
         """The evaluations, one per step."""
         return list({entry["step"]: entry for entry in self._entries_of_kind("eval")}.values())
+
+    @cached_property
+    def extra_evaluations(self) -> dict[str, list[dict[str, Any]]]:
+        """The evaluations on further validation sets (eval.also) by the set's name, one per step, in their order."""
+        by_name: dict[str, dict[int, dict[str, Any]]] = {}
+        for entry in self._entries_of_kind(EXTRA_EVAL):
+            if isinstance(entry.get("set"), str) and _is_number(entry.get("top1")):
+                by_name.setdefault(entry["set"], {})[entry["step"]] = entry
+        return {name: [entries[step] for step in sorted(entries)] for name, entries in by_name.items()}
 
     @cached_property
     def has_ema(self) -> bool:

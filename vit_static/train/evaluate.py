@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vit_static.common.errors import DataError, UserError
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config, ParallelConfig
+from vit_static.data.extra_sets import ExtraSet, open_extra_sets
 from vit_static.data.image_set import ImageDataset
 from vit_static.data.imagenet_eval import imagenet_v2, with_real_labels
 from vit_static.data.loader import EvalLoader
@@ -24,6 +27,7 @@ from vit_static.program.program import Program
 from vit_static.report.class_quality import class_quality, write_class_quality
 from vit_static.report.error_analysis import ErrorAnalysis, Sample, analyze_errors, worst_images
 from vit_static.report.predictions import Predictions
+from vit_static.train.extra_eval import ExtraResult, evaluate_extra_sets
 from vit_static.train.log import RunLog
 from vit_static.train.metrics import EvalMetrics
 from vit_static.weights.infer import config_for
@@ -111,6 +115,7 @@ class EvalResult:
     metrics: EvalMetrics
     ema: EvalMetrics | None
     predictions: Predictions
+    extra: list[ExtraResult]  # on eval.also
 
     @property
     def selection_metrics(self) -> EvalMetrics:
@@ -121,20 +126,22 @@ class EvalResult:
 class Evaluator:
     """Evaluates a run's weights on its validation images."""
 
-    def __init__(self, config: Config, images: ImageDataset, mesh: Mesh) -> None:
-        self._config, self._mesh = config, mesh
+    def __init__(self, config: Config, images: ImageDataset, mesh: Mesh, extra_sets: Sequence[ExtraSet] = ()) -> None:
+        self._config, self._mesh, self._extra_sets = config, mesh, extra_sets
         self._loader = eval_loader(config, images, mesh)
 
     def evaluate(self, program: Program) -> EvalResult:
-        """Evaluate the weights and their moving average. Raises DataError, the same on all ranks."""
+        """Evaluate the weights and their moving average; on the further sets, only what people will use. Raises
+        DataError, the same on all ranks."""
+        threshold, has_ema = self._config.eval.threshold, self._config.optim.ema_decay > 0.0
         predictions = predict_all(program, self._loader, self._mesh)
-        threshold = self._config.eval.threshold
         metrics, ema = EvalMetrics.of(predictions, threshold), None
-        if self._config.optim.ema_decay > 0.0:
-            with program.ema_weights():
+        with program.ema_weights() if has_ema else nullcontext():
+            if has_ema:
                 predictions = predict_all(program, self._loader, self._mesh)
-            ema = EvalMetrics.of(predictions, threshold)
-        return EvalResult(metrics, ema, predictions)
+                ema = EvalMetrics.of(predictions, threshold)
+            extra = evaluate_extra(program, self._extra_sets, self._config, self._mesh)
+        return EvalResult(metrics, ema, predictions, extra)
 
     def analyze_errors(self, result: EvalResult, step: int) -> ErrorAnalysis:
         """Summarize what the model gets wrong, with the worst images as far as they can be read."""
@@ -156,6 +163,15 @@ class Evaluator:
             result.ema is not None,
             self._config.eval.threshold,
         )
+
+
+def evaluate_extra(program: Program, sets: Sequence[ExtraSet], config: Config, mesh: Mesh) -> list[ExtraResult]:
+    """Evaluate the program on the further validation sets, which are read as the validation images are."""
+
+    def make_loader(images: ImageDataset, has_several_labels: bool) -> EvalLoader:
+        return eval_loader(config.with_several_labels() if has_several_labels else config, images, mesh)
+
+    return evaluate_extra_sets(program, sets, mesh, make_loader)
 
 
 def eval_batch_size(config: Config, mesh: Mesh) -> int:
@@ -213,6 +229,9 @@ def evaluate_checkpoint(
         images: ImageDataset = imagenet_v2(v2, loaded.class_names or [str(label) for label in range(num_classes)])
     else:
         images = open_set(config.data, "val", num_classes)
+    extra_sets: tuple[ExtraSet, ...] = ()
+    if real is None and v2 is None:
+        extra_sets = open_extra_sets(config.eval.also, config.data, images)
     if real is not None:
         images = with_real_labels(images, real, num_classes)
         config = config.with_several_labels()
@@ -226,11 +245,12 @@ def evaluate_checkpoint(
         mesh,
         precision,
         eval_batch_size=eval_batch_size(config, mesh),
-        returns_logits=config.data.multi_label and real is None,
+        returns_logits=config.evaluates_logits and real is None,
     )
     predictions = predict_all(program, eval_loader(config, images, mesh), mesh)
     metrics = EvalMetrics.of(predictions, config.eval.threshold)
-    text, values = metrics.describe(config.selection_metric), metrics.values()
+    text = metrics.describe(config.selection_metric)
+    values: dict[str, Any] = dict(metrics.values())
     choice = describe_choice(checkpoint, which)
     if real is not None:
         del values["loss"]  # meaningless for several labels that exclude each other
@@ -239,8 +259,12 @@ def evaluate_checkpoint(
         classes = class_quality(predictions, images.class_names, num_classes, config.eval.threshold)
         assert classes is not None
         write_class_quality(classes, per_class)
+    extra = evaluate_extra(program, extra_sets, config, mesh)
+    if extra:
+        values["also"] = {result.name: result.values() for result in extra}
     with RunLog(None, mesh.rank) as log:
         if choice is not None:
             log.say(choice)
-        log.say(text)
+        for line in (text, *(result.describe() for result in extra)):
+            log.say(line)
         log.say_json(values)

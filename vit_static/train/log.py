@@ -58,8 +58,10 @@ class RunLog:
         """Print one line of JSON, for programs that read the console."""
         self.say(json.dumps(values))
 
-    def record(self, kind: str, step: int, epoch: float, **values: Any) -> None:
-        """Append a line to metrics.jsonl; the numbers of kinds train and eval also go to TensorBoard (``kind/key``)."""
+    def record(self, kind: str, step: int, epoch: float, *, tag: str | None = None, **values: Any) -> None:
+        """Append a line to metrics.jsonl. Its numbers also go to TensorBoard, as ``kind/key`` or ``tag/key``, but those
+        of events.
+        """
         if self._metrics is not None:
             entry = {"kind": kind, "step": step, "epoch": round(epoch, 4), **values}
             finite = {
@@ -71,7 +73,7 @@ class RunLog:
         if self._events is not None and kind != "event":
             for key, value in values.items():
                 if isinstance(value, (int, float)) and not isinstance(value, bool):
-                    self._events.add_scalar(f"{kind}/{key}", value, step)
+                    self._events.add_scalar(f"{tag or kind}/{key}", value, step)
 
     def open_bar(self, total_steps: int, done_steps: int) -> None:
         """Show a progress bar on a terminal; elsewhere the lines of the log steps are all there is."""

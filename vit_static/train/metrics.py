@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,6 +21,8 @@ from vit_static.report.class_metrics import average_precision
 from vit_static.report.class_quality import calibration, class_counts
 from vit_static.report.metric_names import METRIC_TITLES, format_metric
 from vit_static.report.predictions import Predictions
+from vit_static.report.run_log import EXTRA_EVAL
+from vit_static.train.extra_eval import ExtraResult
 from vit_static.train.log import RunLog
 from vit_static.train.run_info import memory_mb
 from vit_static.train.run_spec import RunSpec
@@ -74,7 +76,7 @@ class EvalMetrics:
             **{name: 100.0 * share for name, share in shares.items()},
         )
 
-    def values(self) -> dict[str, float]:
+    def values(self) -> dict[str, Any]:
         """Return the metrics that are defined, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
@@ -179,6 +181,15 @@ class MetricLogger:
         epoch = self._spec.epoch(step)
         self._log.record("eval", step, epoch, **values, seconds=self.seconds)
         self.say(f"epoch {epoch:.1f}  {text}{'  (best)' if is_best else ''}")
+
+    def log_extra(self, step: int, results: Sequence[ExtraResult]) -> None:
+        """Log the results on further validation sets (eval.also), one line each."""
+        for result in results:
+            self._log.record(
+                EXTRA_EVAL, step, self._spec.epoch(step), tag=f"{EXTRA_EVAL}/{result.name}", set=result.name,
+                **result.values(),
+            )  # fmt: skip
+            self.say(f"    {result.describe()}")
 
     def log_event(self, step: int, event: str, **values: Any) -> None:
         """Log something that happens at most a few times in a run."""

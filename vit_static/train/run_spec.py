@@ -12,6 +12,7 @@ from vit_static.checkpoint.progress import DataPosition, Progress
 from vit_static.common.errors import ConfigError
 from vit_static.config.schema import Config
 from vit_static.data.class_balance import loss_weights
+from vit_static.data.extra_sets import ExtraSet, open_extra_sets
 from vit_static.data.image_set import ImageDataset
 from vit_static.data.open_set import describe_empty_classes, open_set, split_path
 from vit_static.model.loss_weights import NO_WEIGHTS, LossWeights
@@ -47,6 +48,7 @@ class RunSpec:
     total_steps: int
     warmup_steps: int
     loss_weights: LossWeights = NO_WEIGHTS
+    extra_sets: tuple[ExtraSet, ...] = ()  # eval.also
 
     @classmethod
     def resolve(cls, config: Config) -> RunSpec:
@@ -76,6 +78,7 @@ class RunSpec:
             total_steps(config.train, len(train_images), batch_size),
             warmup_steps(config.schedule, len(train_images), batch_size),
             loss_weights(config.loss, train_images),
+            open_extra_sets(config.eval.also, config.data, val_images),
         )
 
     @property

@@ -78,7 +78,7 @@ class Trainer:
         self.progress = start.progress
         self.loader = self._train_loader()
         self.mixup = Mixup(config.augment, config.model.num_classes, config.seed)
-        self.evaluator = Evaluator(config, spec.val_images, mesh)
+        self.evaluator = Evaluator(config, spec.val_images, mesh, spec.extra_sets)
         log = stack.enter_context(RunLog(run.path, spec.rank, config.log.tensorboard, done_steps))
         self.metrics = MetricLogger(log, spec, mesh, done_steps, precision.dtype)
         writer = CheckpointWriter(config, mesh, spec.train_images.class_names, start.run_id)
@@ -211,6 +211,7 @@ class Trainer:
         self.progress = self.progress.after_evaluation(metric, value, config.train.min_delta)
         is_best = self.progress.best_step == step
         self.metrics.log_eval(step, result.metrics, result.ema, is_best)
+        self.metrics.log_extra(step, result.extra)
         if self.run.is_writer:
             with self.metrics.log_exceptions("the report"):
                 self.evaluator.analyze_errors(result, step).write(self.run.path / EVALUATION_FILE)
