@@ -80,7 +80,6 @@ _OPERATORS: dict[str, Operator] = {
     "reshape": Operator(arrays.reshape),
     "reshape_grad": Operator(arrays.reshape_like),
     "set_value_with_tensor_": Operator(arrays.set_value, in_place={0: 0}),
-    "share_data_": Operator(arrays.copy, in_place={0: 0}),
     "slice": Operator(arrays.slice_array),
     "slice_grad": Operator(arrays.slice_grad),
     "split": Operator(arrays.split),

@@ -139,7 +139,6 @@ FORWARD: dict[str, list[Forward]] = {
             lambda x, *_: paddle.zeros_like(x),
         )
     ],
-    "share_data_": [([X], {}, paddle.assign)],
     "sign": [([X], {}, paddle.sign)],
     "slice": [
         (

@@ -6,13 +6,19 @@ BCEWithLogitsLoss(weight, pos_weight) is -w_n (p_c y_c log s(x_c) + (1 - y_c) lo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import paddle
 import pytest
+from helpers.small import SMALL, images_and_labels
 
 from vit_static.config.data_schema import LossConfig
+from vit_static.config.schema import OptimConfig
 from vit_static.model.loss import Criterion, per_image_loss
 from vit_static.model.loss_weights import LossWeights
+from vit_static.model.vit import VisionTransformer
 
 NUM_IMAGES, NUM_CLASSES = 16, 7
 RNG = np.random.default_rng(0)
@@ -111,3 +117,22 @@ def test_the_evaluation_reports_the_plain_loss() -> None:
     criterion.eval()
     plain = expected_losses("labels", LossConfig(name="bce"), LossWeights())
     np.testing.assert_allclose(criterion(logits, labels).numpy()[:, 0], plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["softmax", "bce"])
+def test_the_compiled_program_computes_these_losses_and_gradients(make_program: Callable[..., Any], name: str) -> None:
+    """As the same layers do without a compiled program, with mixed targets."""
+    rng = np.random.default_rng(1)
+    model = VisionTransformer(SMALL.model_copy(update={"head_init_std": 0.5}))
+    images, _ = images_and_labels(8)
+    targets = paddle.to_tensor(rng.dirichlet(np.ones(SMALL.num_classes), 8).astype(np.float32))
+    weights = LossWeights(*(rng.uniform(0.2, 5.0, SMALL.num_classes).astype(np.float32) for _ in range(2)))
+    criterion = Criterion(LossConfig(name=name, focal_gamma=1.5), weights)
+    loss = criterion(model(images), targets)
+    loss.backward()
+    norm = np.sqrt(sum(float((parameter.grad**2).sum()) for parameter in model.parameters()))
+    model.clear_gradients()
+    optim = OptimConfig(name="sgd", clip_norm=1e9)
+    program = make_program(model, 8, optim, criterion=criterion, target_classes=SMALL.num_classes)
+    assert program.loss_value(program.train_step(images, targets, 0)) == pytest.approx(loss.item(), rel=1e-5)
+    assert program.grad_norm() == pytest.approx(norm, rel=1e-5)

@@ -123,6 +123,7 @@ def weight_names(state: dict[str, np.ndarray]) -> list[str]:
 
 @pytest.mark.parametrize("name", MIXUP)
 def test_mixup_is_that_of_one_process(runs: Runs, name: str) -> None:
+    """And so is a binary cross-entropy with a focal factor and weights of classes and positives."""
     one, outcomes = runs.one("mixed_one"), runs(name)
     for outcome in outcomes:
         np.testing.assert_allclose(outcome.losses, one.losses, rtol=1e-5)

@@ -157,7 +157,7 @@ class ShardDataset(ImageDataset):
             wrong = labels.min() if labels.min() < 0 else labels.max()
             raise DataError(
                 f"has the label {wrong}, but model.num_classes is {len(self.class_names)} and labels begin at 0; set "
-                "model.num_classes higher",
+                "model.num_classes higher, or, if the labels begin at 1, write the shards again with labels from 0",
                 "label",
             )
         return labels

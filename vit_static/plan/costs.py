@@ -23,7 +23,7 @@ _ITEM_SIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64":
 _ALIASES = {
     *("pd_op.reshape", "pd_op.reshape_grad", "pd_op.flatten", "pd_op.flatten_grad", "pd_op.squeeze"),
     *("pd_op.unsqueeze", "pd_op.unsqueeze_grad", "pd_op.assign", "builtin.combine", "builtin.split"),
-    *("builtin.shadow_output", "pd_op.share_data_"),
+    "builtin.shadow_output",
 }
 # Operators whose first operands, this many, are only read for their shape, so their values need not be kept.
 _SHAPE_ONLY = {

@@ -23,12 +23,12 @@ _HALF_DTYPES = (paddle.float16, paddle.bfloat16)
 # Operators through which a gradient passes on its way from the backward pass to the optimizer.
 _CARRIERS = {
     *("pd_op.cast", "pd_op.scale", "pd_op.reshape", "pd_op.reshape_grad", "pd_op.transpose", "pd_op.transpose_grad"),
-    *("pd_op.concat", "pd_op.split", "pd_op.split_with_num", "pd_op.slice", "pd_op.assign", "pd_op.share_data_"),
+    *("pd_op.concat", "pd_op.split", "pd_op.split_with_num", "pd_op.slice", "pd_op.assign"),
     *("pd_op.all_reduce", "pd_op.all_reduce_", "pd_op.reduce_scatter"),
     *("builtin.combine", "builtin.split"),
 }
 _SUMS = {"pd_op.all_reduce", "pd_op.all_reduce_", "pd_op.reduce_scatter"}
-_VIEWS = {"pd_op.share_data_", "pd_op.all_reduce_", "pd_op.add_"}
+_VIEWS = {"pd_op.all_reduce_", "pd_op.add_"}
 # Collectives that Paddle may insert and that `plan` doesn't know.
 _COLLECTIVE_WORDS = ("all_reduce", "all_gather", "all_to_all", "reduce_scatter", "broadcast", "send", "recv", "c_")
 
