@@ -42,7 +42,7 @@ def test_a_damaged_image_fails_with_its_name(tmp_path: Path, small_digits: Path)
     for path in (tmp_path / "images/train").glob("*/*"):
         path.write_bytes(b"no image")
     result = check(make_subject(tmp_path, f"data.root={tmp_path / 'images'}"))
-    assert result.status == "failed" and "is not an image" in result.message
+    assert result.status == "failed" and "can't be read as an image" in result.message
     assert result.remedy == "./run.sh data check looks for damaged images"
 
 

@@ -15,7 +15,7 @@ def pillow_pixels(source: Path | BinaryIO) -> tuple[str, np.ndarray | str]:
 
     The pixels are the reason, if Pillow can't read the file.
     """
-    kind = "not an image"
+    kind = "unidentified"
     # From a path, Pillow 13 maps an uncompressed RGBA or CMYK TIFF with an orientation into memory, and scrambles it.
     content = io.BytesIO(source.read_bytes()) if isinstance(source, Path) else source
     try:
