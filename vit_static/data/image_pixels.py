@@ -45,26 +45,20 @@ def decode_options(data: DataConfig) -> DecodeOptions:
     return DecodeOptions(data.orientation, data.background)
 
 
-def decode(
-    source: Path | BinaryIO,
-    options: DecodeOptions,
-    *,
-    formats: tuple[str, ...] = PILLOW_FORMATS,
-    max_pixels: int = MAX_PIXELS,
-) -> np.ndarray:
+def decode(source: Path | BinaryIO, options: DecodeOptions, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode an image file with Pillow to [height, width, 3] uint8, RGB, as `to_rgb` describes.
 
-    Raise DataError, without the file's name, if it is damaged, of none of Pillow's `formats`, or has more than
-    `max_pixels` pixels; and OSError if a path can't be opened.
+    Raise DataError, without the file's name, if it is damaged, of no supported format, or has more than `max_pixels`
+    pixels; and OSError if a path can't be opened.
     """
-    # Pillow gets an open file, because from a path it maps some TIFF files into memory and forgets their orientation.
+    # Pillow gets an open file: from a path it maps some TIFF files into memory, and scrambles those to turn (13.0).
     with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
-        return _decode_file(file, options, formats, max_pixels)
+        return _decode_file(file, options, max_pixels)
 
 
-def _decode_file(file: BinaryIO, options: DecodeOptions, formats: tuple[str, ...], max_pixels: int) -> np.ndarray:
+def _decode_file(file: BinaryIO, options: DecodeOptions, max_pixels: int) -> np.ndarray:
     try:
-        with Image.open(file, formats=formats) as image:
+        with Image.open(file, formats=PILLOW_FORMATS) as image:
             if image.width * image.height > max_pixels:  # checked before the pixels are decoded
                 raise DataError(
                     f"has {image.width}x{image.height} pixels, and at most {max_pixels} are allowed; shrink it",
