@@ -18,6 +18,7 @@ LAYERS = [
     "verbs",
     "doctor",
     "bench",
+    "probe",
     "export",
     "inference",
     "train",

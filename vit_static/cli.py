@@ -56,6 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_predict(subparsers)
     _add_serve(subparsers)
     _add_visualize(subparsers)
+    _add_probe(subparsers)
     _add_report(subparsers)
     _add_convert(subparsers)
     _add_plan(subparsers)
@@ -228,6 +229,24 @@ def _add_visualize(subparsers: Subparsers) -> None:
     _add_checkpoint(verb, source)
     verb.add_argument("--out", type=Path, default=Path("visualize"), help="folder to write to (default: visualize)")
     verb.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
+
+
+def _add_probe(subparsers: Subparsers) -> None:
+    help_text = "measure frozen features by k-NN, logistic regression and few-shot classification"
+    verb = _add_verb(subparsers, "probe", help_text, verbs.run_probe)
+    _add_config(verb, None)
+    source = verb.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", type=Path, help="folder written by export; -o data.root=DIR names the images")
+    _add_checkpoint(verb, source)
+    verb.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        choices=["knn", "logistic", "fewshot"],
+        help="measure only this; can be repeated",
+    )
+    verb.add_argument("--refresh", action="store_true", help="extract the features again, even if they are cached")
+    _add_json(verb)
 
 
 def _add_report(subparsers: Subparsers) -> None:

@@ -132,6 +132,25 @@ def run_visualize(arguments: argparse.Namespace) -> int:
     )
 
 
+def run_probe(arguments: argparse.Namespace) -> int:
+    """Measure how well a model's features classify a data set."""
+    if arguments.model is not None and arguments.ema:
+        raise UserError("--ema needs --checkpoint; an exported model has one set of weights")
+    config = _load_optional_config(arguments)
+    prepare_process(arguments.verbose)
+    from vit_static.probe import features
+    from vit_static.probe.run import probe
+
+    if arguments.model is not None:
+        extractor, config = features.from_exported(arguments.model, arguments.config, arguments.overrides)
+    else:
+        extractor, config = features.from_checkpoint(
+            config, arguments.checkpoint, arguments.overrides, ema=arguments.ema, which=arguments.weights
+        )
+    probe(extractor, config, only=arguments.only, json_path=arguments.json, refresh=arguments.refresh)
+    return EXIT_DONE
+
+
 def run_report(arguments: argparse.Namespace) -> int:
     """Write the HTML page of runs. This needs no Paddle."""
     from vit_static.report.page import write_reports

@@ -8,6 +8,7 @@ import pytest
 from helpers.doctor import fake_nvidia_smi, gpu_row, make_subject
 
 from vit_static import verbs
+from vit_static.common.io import cache_dir
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
 from vit_static.doctor import record
@@ -122,9 +123,9 @@ def test_a_damaged_record_counts_as_no_pass_and_is_replaced(tmp_path: Path, cont
 
 def test_the_record_is_in_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert record.cache_dir({}) == tmp_path / ".cache/vit_static"
-    assert record.cache_dir({"XDG_CACHE_HOME": "relative"}) == tmp_path / ".cache/vit_static"
-    assert record.cache_dir({"XDG_CACHE_HOME": "/elsewhere"}) == Path("/elsewhere/vit_static")
+    assert cache_dir({}) == tmp_path / ".cache/vit_static"
+    assert cache_dir({"XDG_CACHE_HOME": "relative"}) == tmp_path / ".cache/vit_static"
+    assert cache_dir({"XDG_CACHE_HOME": "/elsewhere"}) == Path("/elsewhere/vit_static")
 
 
 def test_every_config_of_the_repository_has_a_fingerprint_of_its_own() -> None:

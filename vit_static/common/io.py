@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,12 @@ def write_json(values: Any, path: Path) -> None:
     """Write `values` as JSON, atomically."""
     with write_atomically(path) as temporary:
         temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """Return this program's folder below XDG_CACHE_HOME or ~/.cache (XDG Base Directory Specification)."""
+    given = Path(environ.get("XDG_CACHE_HOME", ""))
+    return (given if given.is_absolute() else Path.home() / ".cache") / "vit_static"
 
 
 def replace_symlink(link: Path, target: str) -> None:

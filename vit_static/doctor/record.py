@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from vit_static.common.io import write_json
+from vit_static.common.io import cache_dir, write_json
 from vit_static.config.schema import Config
 from vit_static.doctor.gpus import Gpu, visible_gpus
 
@@ -44,12 +44,6 @@ _IRRELEVANT: Mapping[str, Sequence[str] | None] = {
     ),
     "optim": ("lr", "weight_decay", "decay_times_lr"),
 }
-
-
-def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
-    """Return this program's folder below XDG_CACHE_HOME or ~/.cache (XDG Base Directory Specification)."""
-    given = Path(environ.get("XDG_CACHE_HOME", ""))
-    return (given if given.is_absolute() else Path.home() / ".cache") / "vit_static"
 
 
 def fingerprint(config: Config) -> str:

@@ -1,0 +1,1 @@
+"""Quality of frozen features: k-NN, logistic regression and few-shot classification."""
