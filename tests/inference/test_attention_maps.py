@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +42,8 @@ from vit_static.inference.attention_maps import (
 )
 from vit_static.inference.predictor import Preprocessor
 from vit_static.model.vit import VisionTransformer
-from vit_static.weights.load import file_state
+from vit_static.weights.formats import read_weights
+from vit_static.weights.load import file_state, write_pdparams
 
 # The tokens that the head reads, and the number of tokens before the patches.
 TOKENS_READ = {
@@ -336,7 +336,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, small_digits: Path) -> P
         image.save(folder / name, exif=exif)
     (folder / "bad.jpeg").write_bytes(b"no image")
     (folder / "bare").mkdir()
-    shutil.copy(folder / "output/tiny/model.pdparams", folder / "bare/weights.pdparams")
+    write_pdparams(read_weights(folder / "output/tiny/model.pdparams").state, folder / "bare/weights.pdparams")
     return folder
 
 

@@ -102,12 +102,16 @@ def format_override(value: Any) -> str:
 
 
 def infer_config(
-    external: ExternalWeights, source: str, overrides: Iterable[str], image_size: tuple[int, int] | None = None
+    external: ExternalWeights,
+    source: str,
+    overrides: Iterable[str],
+    image_size: tuple[int, int] | None = None,
+    image_size_remedy: str = "--image-size HEIGHT WIDTH",
 ) -> Config:
     """Return a config whose model fits the weights, with ``section.key=value`` overrides.
 
-    `image_size` (height, width) is what the weights were trained at, if they don't determine it. Raises WeightsError
-    for what neither the weights nor the overrides determine.
+    `image_size` (height, width) is what the weights were trained at, if they don't determine it; `image_size_remedy` is
+    how a user gives it. Raises WeightsError for what neither the weights nor the overrides determine.
     """
     overrides = list(overrides)
     if external.model is not None and not differing_keys(external, external.model, with_head=True):
@@ -117,7 +121,7 @@ def infer_config(
         return load_config(None, [*_as_overrides(values), *overrides])
     values = _complete_model(external, source, image_size)
     lines = [*_as_overrides({key: value for key, value in values.items() if value is not None}), *overrides]
-    for key, remedy in (("num_heads", "-o model.num_heads=N"), ("image_size", "--image-size HEIGHT WIDTH")):
+    for key, remedy in (("num_heads", "-o model.num_heads=N"), ("image_size", image_size_remedy)):
         if not any(line.startswith(f"model.{key}=") for line in lines):
             if key == "image_size":
                 refuse_registers_with_positions(external, source)
@@ -208,7 +212,11 @@ def config_for(config: Config | None, weights: Weights, overrides: list[str]) ->
     and for what the weights don't determine.
     """
     if config is None and weights.config is None:
-        config = infer_config(weights.external, str(weights.source), overrides)
+        try:
+            remedy = "-o model.image_size=[HEIGHT,WIDTH]"
+            config = infer_config(weights.external, str(weights.source), overrides, image_size_remedy=remedy)
+        except WeightsError as error:
+            raise WeightsError(f"{error}, or name the config of its run with -c") from None
         say(
             f"{weights.source}: no config.yaml next to it; the model is inferred from the weights, and all other keys "
             "have their defaults (data.mean, data.std, eval.*, ...): set them with -o, or a config with -c"
