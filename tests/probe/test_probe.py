@@ -21,8 +21,8 @@ def test_a_run_and_its_export_are_probed(exported: Exported, tmp_path: Path, mon
     results = {}
     data = ["-o", f"data.root={exported.digits}"]
     for name, source in {
-        "run": ["--checkpoint", exported.run, "--weights", "best"],
-        "again": ["--checkpoint", exported.run, "--weights", "best", "--only", "knn"],
+        "run": ["--checkpoint", exported.run],
+        "again": ["--checkpoint", exported.run, "--only", "knn"],
         "export": ["--model", exported.folder, *data, "--only", "knn", "--only", "fewshot"],
     }.items():
         done = run_verb("probe", *source, "--json", f"{name}.json", cwd=tmp_path)
@@ -45,7 +45,7 @@ def test_the_cache_follows_the_weights_and_the_images(exported: Exported, tmp_pa
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
 
-    def features(*overrides: str, which: str = "best") -> tuple[np.ndarray, bool]:
+    def features(*overrides: str, which: str = "last") -> tuple[np.ndarray, bool]:
         keys = [f"data.root={root}", *overrides]
         extractor, config = from_checkpoint(None, exported.run, keys, ema=False, which=which)
         num_classes = len(list((root / "val").iterdir()))

@@ -35,7 +35,7 @@ from vit_static.weights.convert import convert_state, write_converted
 from vit_static.weights.formats import ExternalWeights, read_weights
 from vit_static.weights.infer import infer_config
 from vit_static.weights.load import init_from
-from vit_static.weights.source import best_weights, load_weights
+from vit_static.weights.source import load_weights
 
 GREY = DataConfig(mean=0.4, std=0.25, num_threads=1)
 KEEP = InitConfig(head="keep")
@@ -179,7 +179,7 @@ def test_a_greyscale_run_from_training_to_prediction(tmp_path: Path, small_digit
         open_set(config.data, "val", 10), (16, 16), 4, config.data, config.eval, dp_rank=0, dp_size=1, device_id=None
     )
     model = VisionTransformer(resolved)
-    init_from(model, resolved, load_weights(best_weights(config.run_dir)).external, "x", KEEP)
+    init_from(model, resolved, load_weights(config.run_dir).external, "x", KEEP)
     model.eval()
     with paddle.no_grad():
         expected = model.features(next(iter(loader))[0]).numpy()
