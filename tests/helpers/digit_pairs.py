@@ -1,16 +1,20 @@
 """Images with several labels: two handwritten digits side by side, in lists of PLSC's format.
 
-As a program, `PYTHONPATH=.:tests python -m helpers.digit_pairs DIGITS OUT` makes the set of the figures in
-configs/TUTORIAL.md from what `./run.sh data digits --out DIGITS` has written.
+As a program, `PYTHONPATH=.:tests python -m helpers.digit_pairs` makes the set and the figures of configs/EVALUATION.md:
+`make DIGITS PAIRS` from what `./run.sh data digits` has written, and `score MODEL PAIRS` on the pairs for testing.
 """
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from sklearn.metrics import f1_score
 
 
 def make_digit_pairs(digits: Path, out: Path, sizes: dict[str, int], seed: int = 0) -> None:
@@ -43,5 +47,35 @@ def _files(digits: Path, split: str, digit: int) -> list[Path]:
     return files if split == "train" else files[{"val": 0, "test": 1}[split] :: 2]
 
 
+def score(model: Path, pairs: Path) -> str:
+    """Return the F1 in per cent of `predict` on the pairs for testing: at 0.5, and at the thresholds of the export."""
+    listed = [line.rsplit(" ", 1) for line in (pairs / "test.txt").read_text().splitlines()]
+    is_label = np.zeros((len(listed), 10), bool)
+    for row, (_, labels) in zip(is_label, listed, strict=True):
+        row[[int(label) for label in labels.split(",")]] = True
+    paths = [pairs / path for path, _ in listed]
+    probabilities, is_chosen = np.zeros(is_label.shape), np.zeros(is_label.shape, bool)
+    for row, top in zip(probabilities, _predict(model, paths, "--top-k", "10"), strict=True):
+        row[[entry["class"] for entry in top]] = [entry["probability"] for entry in top]
+    for row, top in zip(is_chosen, _predict(model, paths), strict=True):
+        row[[entry["class"] for entry in top]] = True
+    lines = []
+    for name, is_predicted in (("at 0.5", probabilities >= 0.5), ("at the thresholds", is_chosen)):
+        macro, micro = (100.0 * f1_score(is_label, is_predicted, average=average) for average in ("macro", "micro"))
+        rarest = 100.0 * f1_score(is_label[:, 9], is_predicted[:, 9])
+        lines.append(f"{name}: macro F1 {macro:.2f}, micro F1 {micro:.2f}, of the rarest class {rarest:.2f}")
+    return "\n".join(lines)
+
+
+def _predict(model: Path, paths: list[Path], *options: str) -> list[list[dict[str, Any]]]:
+    command = [sys.executable, "-m", "vit_static", "predict", "--model", model, *options, *paths]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [json.loads(line)["top"] for line in output.splitlines()]
+
+
 if __name__ == "__main__":
-    make_digit_pairs(Path(sys.argv[1]), Path(sys.argv[2]), {"train": 3000, "val": 800, "test": 800})
+    _, verb, first, second = sys.argv
+    if verb == "make":
+        make_digit_pairs(Path(first), Path(second), {"train": 3000, "val": 800, "test": 800})
+    else:
+        print(score(Path(first), Path(second)))

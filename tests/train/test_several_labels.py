@@ -1,4 +1,4 @@
-"""A run on images with several labels: on two ranks, resumed on one, exported with thresholds, and predicted."""
+"""A run on images with several labels, stopped early on two ranks, resumed on one, exported with thresholds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from helpers.command_line import run_sh, use_test_environment  # noqa: F401 - a fixture
 from helpers.digit_pairs import make_digit_pairs
 from helpers.forked_verbs import run_verb
-from helpers.runs import metrics
+from helpers.runs import event_names, metrics
 from helpers.tiny import tiny_model
 from sklearn.metrics import average_precision_score, f1_score
 
@@ -26,7 +26,7 @@ data: {root: pairs, train: train.txt, val: val.txt, multi_label: true, global_ba
 augment: {crop_scale: [0.9, 1.0], crop_aspect_ratio: [1.9, 2.1], flip_probability: 0.0}
 loss: {name: bce}
 optim: {lr: 3e-3}
-train: {epochs: 4}
+train: {epochs: 6, patience: 1, min_delta: 100}
 eval: {resize: direct, every_epochs: 2, threshold: 0.4}
 log: {tensorboard: false}
 export: {temperature: fit}
@@ -41,6 +41,7 @@ def test_two_ranks_a_resume_and_an_export_agree_on_several_labels(tmp_path: Path
     (tmp_path / "pairs.yaml").write_text(CONFIG)
     trained = run_sh("pretrain", "-c", "pairs.yaml", cwd=tmp_path, NPROC="2")
     assert trained.returncode == 0, trained.stderr
+    assert "stopped early after epoch 4: mAP has not improved by more than 100" in trained.stdout
     run = tmp_path / "output/pairs"
     on_two = metrics(run, "eval")
     assert [line["step"] for line in on_two] == [8, 16] and all(line["num_images"] == 41 for line in on_two)
@@ -49,11 +50,13 @@ def test_two_ranks_a_resume_and_an_export_agree_on_several_labels(tmp_path: Path
     precisions = [each.average_precision for each in analysis.per_class if each.average_precision is not None]
     assert on_two[-1]["map"] == pytest.approx(100.0 * np.mean(precisions), rel=1e-9)
     assert f"mAP {on_two[-1]['map']:.2f} %" in trained.stdout.splitlines()[-1]  # the default of eval.metric
+    assert event_names(run) == ["early stop", "finished"]
 
-    # The second half again, on one rank: the same evaluation as far as float32's rounding allows.
+    # The second half again, on one rank: the same evaluation as far as float32's rounding allows, and the same end.
     shutil.rmtree(run / "checkpoints/step_00000016")
     resumed = run_verb("pretrain", "-c", "pairs.yaml", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
+    assert event_names(run) == ["early stop", "finished", "resumed", "early stop", "finished"]
     on_one = metrics(run, "eval")[-1]
     assert on_one["step"] == 16 and on_one["loss"] == pytest.approx(on_two[-1]["loss"], rel=1e-4)
     for name in SHARES:
