@@ -1,8 +1,9 @@
 """A check of every image in a dataset, with the decoder that training uses.
 
-    missing, empty, unreadable       the file can't be opened or read, or is empty
-    truncated, not_an_image          the decoder refuses it; it begins as an image does, or it doesn't
-    unsupported                      an image in a format that training doesn't read, such as HEIC
+    missing, empty                   there is no such file, or it is empty
+    unreadable                       the file can't be read, isn't an image, is damaged, or makes the decoder crash
+    truncated                        the file ends early
+    unsupported                      a format that training doesn't read, such as HEIC, or one that only Pillow reads
     too_large                        more than 179 megapixels according to its header
     class_folders, empty_class, label    train and val differ; a class has no image; a label is beyond the classes
                                      all of these stop training; the others don't:
@@ -13,10 +14,11 @@
 The report is printed, and written as JSON to ROOT/data_check.json, which data.on_bad_image=skip reads. The exit code is
 1 if something would stop training. Results are kept in .data_check.journal, beside the report, until the check ends, so
 that the same command resumes a check that was stopped; files that have changed since are read again.
+
+Images are decoded in another process, which is started again if a file ends it.
 """
 
 import hashlib
-import io
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,18 +28,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from data_tools.arguments import ToolParser, add_label_arguments, data_config, override_options
 from data_tools.check_journal import BatchResult, Journal, Problem, open_journal
 from data_tools.class_names import write_class_names
-from vit_static.common.errors import DataError, escape, truncate
+from vit_static.common.errors import DataError, escape
 from vit_static.common.io import write_atomically, write_json
 from vit_static.config.data_schema import DataConfig
-from vit_static.data.dali_pipeline import decoder_message, decoding_pipeline
+from vit_static.data.decoder_process import DecoderProcess, ImageHeader
 from vit_static.data.image_formats import SUPPORTED_FORMATS, describe_left_out, suffix_of
-from vit_static.data.image_pixels import DecodeOptions, prepare_for_dali
 from vit_static.data.image_set import FileDataset, ImageDataset
 from vit_static.data.open_set import (
     CHECK_FILE,
@@ -51,16 +51,13 @@ from vit_static.data.open_set import (
 from vit_static.data.webdataset import open_shards
 
 STOPPING_KINDS = frozenset({
-    "missing", "empty", "unreadable", "too_large", "truncated", "not_an_image", "unsupported", "class_folders",
-    "empty_class", "label",
+    "missing", "empty", "unreadable", "truncated", "unsupported", "too_large", "class_folders", "empty_class", "label",
 })  # fmt: skip
 HUGE_PIXELS = 50_000_000
 NUM_EXAMPLES = 3  # printed of each kind
 MAX_CLASSES = 1_000_000  # for shards whose number of classes isn't known
-_JOURNAL_BATCH_SIZE, _DECODING_BATCH_SIZE = 256, 32
+_JOURNAL_BATCH_SIZE = 256
 _FORMATS = {suffix: f.pillow_formats for f in SUPPORTED_FORMATS for suffix in f.suffixes}
-_DECODE_OPTIONS = DecodeOptions("apply", None)  # which images can be decoded doesn't depend on them
-_FIRST_BYTES = (b"\xff\xd8\xff", b"\x89PNG", b"BM", b"RIFF", b"II*\0", b"MM\0*")  # of files in these formats
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -195,9 +192,10 @@ def label_problems(root: Path, sets: dict[str, ImageDataset], list_splits: set[s
 def check_split(images: ImageDataset, split: str, journal: Journal) -> tuple[np.ndarray, list[Problem]]:
     """Read every image of a split, on all cores, and return digests [num_images] and problems."""
     digests, problems = np.zeros(len(images), np.uint64), []
-    decoder = Decoder()
+    num_cores = len(os.sched_getaffinity(0))
     with (
-        ThreadPoolExecutor(len(os.sched_getaffinity(0)) + 2) as threads,
+        DecoderProcess(num_cores) as decoder,
+        ThreadPoolExecutor(num_cores + 2) as threads,
         tqdm(total=len(images), unit="image", desc=split, disable=None) as bar,
     ):
         for start in range(0, len(images), _JOURNAL_BATCH_SIZE):
@@ -227,103 +225,52 @@ def file_state(images: ImageDataset, index: int) -> tuple[int, int] | None:
 
 
 def check_batch(
-    images: ImageDataset, split: str, indices: Sequence[int], decoder: "Decoder", threads: ThreadPoolExecutor
+    images: ImageDataset, split: str, indices: Sequence[int], decoder: DecoderProcess, threads: ThreadPoolExecutor
 ) -> BatchResult:
     """Read and decode the images with these indices."""
     digests, problems = [], []
     to_decode: list[tuple[str, np.ndarray]] = []
-    for name, (encoded, digest, read_problems) in zip(
+    for name, (encoded, digest, problem) in zip(
         map(images.relative_name, indices),
         threads.map(lambda index: read_image(images, split, index), indices),
         strict=True,
     ):
         digests.append(digest)
-        problems += read_problems
+        if problem is not None:
+            problems.append(problem)
         if encoded is not None:
             to_decode.append((name, encoded))
-    errors = decoder.errors([encoded for _, encoded in to_decode])
-    for (name, encoded), error in zip(to_decode, errors, strict=True):
-        if error is not None:
-            is_image = encoded[:4].tobytes().startswith(_FIRST_BYTES)
-            problems.append(make_problem(split, name, "truncated" if is_image else "not_an_image", error))
+    reports = decoder.reports([encoded for _, encoded in to_decode])
+    for (name, _), report in zip(to_decode, reports, strict=True):
+        problems += header_problems(split, name, report.header)
+        if report.fault is not None:
+            problems.append(make_problem(split, name, report.fault.kind, report.fault.reason))
     return BatchResult(np.array(digests, np.uint64), problems)
 
 
-def read_image(images: ImageDataset, split: str, index: int) -> tuple[np.ndarray | None, int, list[Problem]]:
-    """Return an image for DALI (None if it can't be read), the digest of its bytes, and the problems of its file."""
-    name = images.relative_name(index)
+def read_image(images: ImageDataset, split: str, index: int) -> tuple[np.ndarray | None, int, Problem | None]:
+    """Return an image's bytes and their digest, or None, 0 and the problem if they can't be read."""
     try:
-        encoded, _ = images.read(index)
+        encoded, _ = images.read_bytes(index)
     except DataError as error:
-        detail = str(error).removeprefix(escape(f"{truncate(images.name(index), 300)}: "))
-        return None, 0, [make_problem(split, name, error.kind, detail)]
-    digest = int.from_bytes(hashlib.blake2b(encoded.data, digest_size=8).digest(), "big")
-    problems = list(header_problems(split, name, encoded))
-    try:
-        return prepare_for_dali(encoded, _DECODE_OPTIONS), digest, problems
-    except DataError as error:
-        return None, digest, [*problems, make_problem(split, name, error.kind, str(error))]
+        detail = str(error).removeprefix(escape(f"{images.message_name(index)}: "))
+        return None, 0, make_problem(split, images.relative_name(index), error.kind, detail)
+    return encoded, int.from_bytes(hashlib.blake2b(encoded.data, digest_size=8).digest(), "big"), None
 
 
-def header_problems(split: str, name: str, encoded: np.ndarray) -> Iterator[Problem]:
-    """Yield what is unusual about an image according to its header."""
-    image = read_header(encoded)
-    if image is None:
+def header_problems(split: str, name: str, header: ImageHeader | None) -> Iterator[Problem]:
+    """Yield what is unusual about an image according to its header, and isn't the reason why it can't be decoded."""
+    if header is None:
         return
     expected = _FORMATS.get(suffix_of(name))
-    if expected is not None and image.format not in (*expected, "MPO"):  # a JPEG with several images
-        yield make_problem(split, name, "other_format", f"is a {image.format} called {Path(name).suffix}")
-    if image.mode == "CMYK":
+    if expected is not None and header.format not in (*expected, "MPO"):  # a JPEG with several images
+        yield make_problem(split, name, "other_format", f"is a {header.format} called {Path(name).suffix}")
+    if header.mode == "CMYK":
         yield make_problem(split, name, "cmyk", "has CMYK colours, which are converted to RGB")
-    is_deep_png = image.format == "PNG" and encoded[24:25] == 16  # the bit depth in its header
-    if is_deep_png or image.mode.startswith("I") or image.mode == "F":
+    if header.is_deep:
         yield make_problem(split, name, "16_bit", "has more than 8 bits per channel, which are reduced to 8")
-    if image.width * image.height > HUGE_PIXELS:
-        yield make_problem(split, name, "huge", f"{image.width}x{image.height} pixels")
-
-
-def read_header(encoded: np.ndarray) -> Image.Image | None:
-    """Open an image of any format without decoding it; return None if Pillow can't."""
-    try:
-        return Image.open(io.BytesIO(encoded.data))
-    except Exception:  # a broken header can raise anything
-        return None
-
-
-class Decoder:
-    """Training's decoder on the CPU. Its pipeline can't be used after an error, and is then built again."""
-
-    def __init__(self) -> None:
-        self._num_threads = len(os.sched_getaffinity(0))
-        self._pipeline = self._build(_DECODING_BATCH_SIZE)
-
-    def errors(self, images: list[np.ndarray]) -> list[str | None]:
-        """Return for each encoded image why it can't be decoded, or None."""
-        errors: list[str | None] = []
-        for start in range(0, len(images), _DECODING_BATCH_SIZE):
-            batch = images[start : start + _DECODING_BATCH_SIZE]
-            try:
-                self._pipeline.run(encoded=batch)
-                errors += [None] * len(batch)
-            except RuntimeError:
-                self._pipeline = self._build(_DECODING_BATCH_SIZE)
-                errors += self._decode_one_by_one(batch)
-        return errors
-
-    def _decode_one_by_one(self, images: list[np.ndarray]) -> list[str | None]:
-        errors: list[str | None] = []
-        pipeline = self._build(1)
-        for image in images:
-            try:
-                pipeline.run(encoded=[image])
-                errors.append(None)
-            except RuntimeError as error:
-                errors.append(decoder_message(error))
-                pipeline = self._build(1)
-        return errors
-
-    def _build(self, batch_size: int) -> Any:
-        return decoding_pipeline(batch_size, self._num_threads, None)
+    if header.width * header.height > HUGE_PIXELS:
+        yield make_problem(split, name, "huge", f"{header.width}x{header.height} pixels")
 
 
 def find_duplicates(sets: dict[str, ImageDataset], digests: dict[str, np.ndarray]) -> list[Problem]:

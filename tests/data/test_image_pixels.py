@@ -298,7 +298,7 @@ def damaged_files() -> dict[str, tuple[bytes, str, str]]:
         "half a PNG": (png[: len(png) // 2], "truncated", "truncated"),
         "half a WebP": (webp[: len(webp) // 2], "unreadable", "can't be read"),
         "half a TIFF": (tiff[: len(tiff) // 2], "truncated", "truncated"),
-        "text": (b"This is not an image.\n" * 20, "not_an_image", "unknown format"),
+        "text": (b"This is not an image.\n" * 20, "unreadable", "unknown format"),
         "HEIC": (
             b"\0\0\0\x18ftypheic" + bytes(90),
             "unsupported",

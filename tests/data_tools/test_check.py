@@ -23,7 +23,7 @@ from vit_static.common.errors import DataError
 from vit_static.common.io import lock
 from vit_static.config.data_schema import DataConfig
 from vit_static.data.image_set import ImageDataset
-from vit_static.data.loader import why_undecodable
+from vit_static.data.loader import undecodable
 from vit_static.data.open_set import open_set
 
 
@@ -38,8 +38,8 @@ STOPPING = {
     "empty.jpeg": (b"", "empty"),
     "half.jpeg": (INTACT[: len(INTACT) // 2], "truncated"),
     "half.png": (encode(photo(40, 50), "PNG")[:2000], "truncated"),
-    "text.jpeg": (b"This is not an image.\n" * 20, "not_an_image"),
-    "page.jpg": (b"<html><body>404 Not Found</body></html>", "not_an_image"),
+    "text.jpeg": (b"This is not an image.\n" * 20, "unreadable"),
+    "page.jpg": (b"<html><body>404 Not Found</body></html>", "unreadable"),
 }
 UNUSUAL = {
     "cmyk.jpeg": (encode(photo(40, 50, seed=2).convert("CMYK")), "cmyk"),
@@ -103,9 +103,7 @@ def test_the_images_that_stop_training_are_those_that_its_decoder_refuses(root: 
     """For every image of the dataset, with the pipeline that a run uses."""
     _, report = run_check(root)
     images = open_set(DataConfig(root=str(root)), "train", 2)
-    refused = {
-        images.relative_name(n) for n in range(len(images)) if why_undecodable(images, n, DataConfig()) is not None
-    }
+    refused = {images.relative_name(n) for n, _ in undecodable(images, range(len(images)))}
     assert refused == stopping(report)
 
 
@@ -185,7 +183,7 @@ def test_bad_images_can_be_skipped_or_left_out_of_lists(root: Path, shards: Path
     all_images = open_set(data, "train", 2)
     good_images = open_set(data.model_copy(update={"on_bad_image": "skip"}), "train", 2)
     assert len(good_images) == len(all_images) - len(stopping(report)) == len(all_images) - 4
-    assert all(why_undecodable(good_images, index, DataConfig()) is None for index in range(len(good_images)))
+    assert not list(undecodable(good_images, range(len(good_images))))
     if source == "shards":
         return
     before = sorted(root.rglob("*.jpeg"))
@@ -240,7 +238,7 @@ tool.main(sys.argv[2:])
 
     monkeypatch.setattr(tool, "check_batch", check_and_record)
     code, report = run_check(tmp_path)
-    assert code == 1 and kinds(report) == {"0.jpeg": "not_an_image"}
+    assert code == 1 and kinds(report) == {"0.jpeg": "unreadable"}
     assert first_indices[:2] == [0, 40]  # of the first five batches, only the one with the changed file
     assert not (tmp_path / ".data_check.journal").exists()
 

@@ -8,7 +8,6 @@ The encoded images are those of `image_pixels.prepare_for_dali`, which has decid
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -181,15 +180,6 @@ def after_header_check(encoded: Any) -> Any:
     """
     height = fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False)[0:1], dtype=types.INT32)
     return fn.reshape(encoded, shape=height * 0 - 1)  # to [-1], without a copy; DALI must evaluate the height first
-
-
-def decoder_message(error: RuntimeError) -> str:
-    """Return the reason in DALI's error about an image that it can't decode, without positions in DALI's source."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = lines[lines.index("encountered:") + 1 :] if "encountered:" in lines else lines
-    reasons = [line for line in lines if "[/" in line or "failed" in line.lower() or "failure" in line.lower()]
-    reason = re.sub(r"^\[/[^]]*\] (\[[^]]*\] )?", "", (reasons or lines or [""])[0])
-    return reason[:200] if reason and not reason.startswith("Failed to decode sample") else "no reason given"
 
 
 def preprocess(images: Any, image_size: tuple[int, int], data: DataConfig, evaluation: EvalConfig) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,9 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _INVERSE = {6: 8, 8: 6}  # the other orientations are their own inverses
+
+# What Pillow says of damaged data where its decoder gives no reason
+_CODES = re.compile(r"^(decoder error -?\d+|could not create decoder object)$")
 
 
 @dataclass(frozen=True)
@@ -77,10 +81,10 @@ def _decode_file(file: BinaryIO, options: DecodeOptions, max_pixels: int) -> np.
         file.seek(0)
         name = name_unsupported(file.read(1024))
         if name is None:
-            raise DataError("can't be read as an image (unknown format)", "not_an_image") from None
+            raise DataError("can't be read as an image (unknown format)") from None
         raise DataError(f"is {name}, which is not supported; {REMEDY}", "unsupported") from None
     except Exception as error:  # a damaged file can make a decoder raise anything
-        reason = truncate(str(error), 150) or type(error).__name__
+        reason = _CODES.sub("its data is damaged", truncate(str(error), 150)) or type(error).__name__
         kind = "truncated" if "truncated" in reason.lower() else "unreadable"
         raise DataError(f"can't be read as an image ({reason})", kind) from None
 

@@ -44,11 +44,16 @@ class ImageDataset(ABC):
 
         Raise DataError, with the image's name, if it can't be read or its header gives more than MAX_PIXELS pixels.
         """
+        encoded, labels = self.read_bytes(index)
         with self._name_in_errors(index):
-            encoded, labels = self._read(index)
             if has_too_many_pixels(encoded):
                 raise DataError(f"has more than {MAX_PIXELS} pixels according to its header", "too_large")
         return encoded, labels
+
+    def read_bytes(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return what `read` returns, without a look at the image's header. Raise DataError if it can't be read."""
+        with self._name_in_errors(index):
+            return self._read(index)
 
     def read_for_dali(self, index: int, options: DecodeOptions) -> tuple[np.ndarray, np.ndarray]:
         """Return a file [num_bytes] uint8 that DALI decodes to Pillow's pixels, and the labels, as `read` does.
@@ -66,13 +71,14 @@ class ImageDataset(ABC):
             yield
         except OSError as error:
             kind = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
-            raise DataError(f"{self._message_name(index)}: can't be read ({error.strerror})", kind) from None
+            raise DataError(f"{self.message_name(index)}: can't be read ({error.strerror})", kind) from None
         except DataError as error:
-            raise DataError(f"{self._message_name(index)}: {error}", error.kind) from None
+            raise DataError(f"{self.message_name(index)}: {error}", error.kind) from None
         except ValueError as error:  # a path with a NUL
-            raise DataError(f"{self._message_name(index)}: can't be read ({error})", "missing") from None
+            raise DataError(f"{self.message_name(index)}: can't be read ({error})", "missing") from None
 
-    def _message_name(self, index: int) -> str:
+    def message_name(self, index: int) -> str:
+        """Return the image's name for a message of one line: at most 300 characters of it."""
         return truncate(self.name(index), 300)
 
     @abstractmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,8 @@ from paddle.utils.dlpack import from_dlpack
 from vit_static.common.errors import DataError
 from vit_static.config.data_schema import AugmentConfig, DataConfig, EvalConfig
 from vit_static.data.augment import num_draws_per_image, op_parameters
-from vit_static.data.dali_pipeline import decoder_message, decoding_pipeline, eval_pipeline, train_pipeline
-from vit_static.data.image_pixels import decode_options
+from vit_static.data.dali_pipeline import eval_pipeline, train_pipeline
+from vit_static.data.decoder_process import DECODING_BATCH_SIZE, DecoderProcess
 from vit_static.data.image_set import ImageDataset
 from vit_static.data.prefetch import EncodedBatch, Prefetcher
 from vit_static.data.sampler import make_sampler, nth_batch
@@ -156,7 +156,7 @@ class _PipelineOutputs:
     ) -> None:
         self.seconds_waited = 0.0  # for the pipeline, not for the GPU
         self._pipeline = pipeline
-        self._images, self._prefetcher, self._data = images, prefetcher, data
+        self._images, self._prefetcher = images, prefetcher
         self._device_id = device_id
         self._in_use: deque[tuple[Any, Any]] = deque()
         self._last: Any = None
@@ -201,32 +201,34 @@ class _PipelineOutputs:
     def _identify_error(self, error: Exception) -> Exception:
         """Return the error to raise for a pipeline that failed.
 
-        DALI doesn't always name the image, so each recent one is decoded again until one fails.
+        DALI doesn't always name the image, so the recent ones are decoded again, in another process, until one fails.
         """
         if self._read_error is not None:
             return self._read_error
-        for index in dict.fromkeys(np.concatenate([np.empty(0, np.int64), *self._recent_indices]).tolist()):
-            problem = why_undecodable(self._images, index, self._data, self._device_id)
-            if problem is not None:
-                return problem
-        return error
+        recent = list(dict.fromkeys(np.concatenate([np.empty(0, np.int64), *self._recent_indices]).tolist()))
+        return next((problem for _, problem in undecodable(self._images, recent, self._device_id)), error)
 
 
-def why_undecodable(
-    images: ImageDataset, index: int, data: DataConfig, device_id: int | None = None
-) -> DataError | None:
-    """Return the DataError that training would raise for an image, or None if it can be decoded."""
-    try:
-        encoded, _ = images.read_for_dali(index, decode_options(data))
-        decoding_pipeline(1, 1, device_id).run(encoded=[encoded])
-    except DataError as error:
-        return error
-    except RuntimeError as error:
-        return DataError(
-            f"{images.name(index)}: is not an image that DALI can decode ({decoder_message(error)}); repair or remove "
-            "the file"
-        )
-    return None
+def undecodable(
+    images: ImageDataset, indices: Sequence[int], device_id: int | None = None
+) -> Iterator[tuple[int, DataError]]:
+    """Yield the images that can't be read or decoded: their indices, and the DataError that training raises for them.
+
+    They are decoded in a process of their own, because training's has failed with one of them.
+    """
+    with DecoderProcess(1, device_id) as decoder:
+        for start in range(0, len(indices), DECODING_BATCH_SIZE):
+            readable: list[tuple[int, np.ndarray]] = []
+            for index in indices[start : start + DECODING_BATCH_SIZE]:
+                try:
+                    readable.append((index, images.read(index)[0]))
+                except DataError as error:
+                    yield index, error
+            reports = decoder.reports([encoded for _, encoded in readable])
+            for (index, _), report in zip(readable, reports, strict=True):
+                if report.fault is not None:
+                    message = f"{images.message_name(index)}: {report.fault.reason}; repair or remove the file"
+                    yield index, DataError(message, report.fault.kind)
 
 
 def _label_array(batch: EncodedBatch, num_multi_hot: int | None) -> np.ndarray:

@@ -109,9 +109,9 @@ class ShardDataset(ImageDataset):
             try:
                 labels.append(self._parse_labels(_read_label(self._descriptor(shard), *position).tobytes()))
             except OSError as error:
-                raise DataError(f"{self._message_name(index)}: its label can't be read ({error.strerror})") from None
+                raise DataError(f"{self.message_name(index)}: its label can't be read ({error.strerror})") from None
             except DataError as error:
-                raise DataError(f"{self._message_name(index)}: {error}", error.kind) from None
+                raise DataError(f"{self.message_name(index)}: {error}", error.kind) from None
         return labels
 
     def digest(self) -> str:
