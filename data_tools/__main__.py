@@ -3,7 +3,6 @@
 import difflib
 import errno
 import importlib
-import io
 import signal
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from vit_static.common.errors import (
     USER_ERRNOS,
     escape,
 )
+from vit_static.common.startup import use_utf8
 from vit_static.common.text import say
 
 # name: (module, summary). A tool's module is imported only when it runs, and has main(argv) -> exit code.
@@ -71,7 +71,5 @@ def fail(prefix: str, message: str, code: int = EXIT_USER_MISTAKE) -> int:
 if __name__ == "__main__":
     # SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that a tool removes its temporary files.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # for file names that aren't valid text
+    use_utf8()
     sys.exit(main())

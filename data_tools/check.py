@@ -33,6 +33,8 @@ from tqdm import tqdm
 from data_tools.arguments import ToolParser, add_label_arguments, data_config, override_options
 from data_tools.check_journal import BatchResult, Journal, Problem, open_journal
 from data_tools.class_names import write_class_names
+from data_tools.folder import SPLIT_FILE, list_paths
+from data_tools.stratify import SPLITS
 from vit_static.common.errors import DataError, escape
 from vit_static.common.io import write_atomically, write_json
 from vit_static.config.data_schema import DataConfig
@@ -66,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="vit_static data check", description="Read every image of a dataset with training's decoder."
     )
     parser.add_argument("root", type=Path, metavar="DIR", help="the dataset, as in data.root")
-    parser.add_argument("--train", default="train", help="as in data.train (default: train)")
-    parser.add_argument("--val", default="val", help="as in data.val (default: val); skipped if it doesn't exist")
+    parser.add_argument("--train", help="as in data.train (default: train, or train_list.txt of 'data folder')")
+    parser.add_argument("--val", help="as in data.val (default: val, or val_list.txt); skipped if it doesn't exist")
     parser.add_argument(
         "--fix", type=Path, metavar="DIR2", help="also write list files to DIR2, without the images that stop training"
     )
@@ -77,9 +79,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     root: Path = arguments.root
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder; give the folder that data.root names")
-    paths = {"train": root / arguments.train, "val": root / arguments.val}
+    defaults = default_names(root)
+    arguments.train, arguments.val = arguments.train or defaults["train"], arguments.val or defaults["val"]
+    names = {"train": arguments.train, "val": arguments.val}
+    paths = {split: root / name for split, name in names.items()}
     if not paths["train"].exists():
-        raise ValueError(f"{paths['train']}: no such folder or list; give what data.train names as --train")
+        raise ValueError(
+            f"{paths['train']}: no such folder or list; give what data.train names as --train, or split class folders "
+            f"first, with './run.sh data folder --root {root}'"
+        )
     if arguments.fix is not None and arguments.fix.exists() and any(arguments.fix.iterdir()):
         raise ValueError(f"{arguments.fix}: is not empty; give another folder as --fix")
     data = data_config(arguments)
@@ -96,8 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     problems.sort(key=lambda problem: (problem.split, problem.kind, problem.path, problem.detail))
     report = {
         "root": str(root),
-        "train": arguments.train,
-        "val": arguments.val,
+        **names,
         "num_images": {split: len(images) for split, images in sets.items()},
         "left_out": {split: dict(images.left_out) for split, images in sets.items()},
         "num_copies_within": {split: count_copies(split_digests) for split, split_digests in digests.items()},
@@ -109,6 +116,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.fix is not None:
         write_clean_lists(arguments.fix, root, sets, problems)
     return 1 if any(problem.stops_training for problem in problems) else 0
+
+
+def default_names(root: Path) -> dict[str, str]:
+    """Return the split names of a dataset: train and val, or the lists that `data folder` has written."""
+    has_lists = not (root / "train").exists() and (root / SPLIT_FILE).exists()
+    return {split: list_paths(root)[split].name if has_lists else split for split in SPLITS}
 
 
 def make_problem(split: str, path: str, kind: str, detail: str) -> Problem:
@@ -156,7 +169,7 @@ def open_splits(
 def count_class_names(root: Path) -> int | None:
     """Return the number of classes in class_names.txt, or None if there is no such file."""
     path = root / CLASS_NAMES_FILE
-    return sum(1 for line in read_class_names(path) if line.strip()) if path.is_file() else None
+    return len(read_class_names(path)) if path.is_file() else None
 
 
 def label_problems(root: Path, sets: dict[str, ImageDataset], list_splits: set[str], first_label: int) -> list[Problem]:

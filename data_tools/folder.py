@@ -2,55 +2,50 @@
 
     ROOT/CLASS/IMAGE.jpg           the images; or ROOT/train/CLASS/..., ROOT/val/CLASS/..., if they are split already
     OUT/train_list.txt, val_list.txt    one line per image, 'CLASS/IMAGE.jpg 0'; OUT is ROOT without --out
-    OUT/class_names.txt            one line per class, 'FOLDER NAME', in label order; keeps the names of an existing
-                                   class_names.txt in OUT or ROOT
+    OUT/class_names.txt            one line per class, 'FOLDER NAME', in label order, with a tab between them if they
+                                   have spaces; keeps the names of an existing file in OUT or ROOT
     OUT/split.json                 how the split was made, and the copies found
 
-The split depends only on an image's content and the seed: an image stays in its split when others are added or when it
-is renamed, and copies of an image are never in both splits. Every class has at least one training image and, if it has
-two or more, at least one validation image; if chance decides otherwise, one image is moved to the other split. It must
-also stay there as its class grows, which no rule without memory can ensure, so split.json records it, for as long as
-seed and share are the same. If a class loses its only validation image, another one replaces it.
+The split is stratified: validation gets --val-share of each class, at least one image of a class with two or more.
+Which ones depends on their content and the seed. split.json records the split of every image, so an image stays in its
+split when others are added or when it is renamed, for as long as seed, share and --group-by are the same. Copies of an
+image are never in both splits, nor are images of a group: those whose file names give the same match of --group-by, for
+example the pictures of a burst. If a class loses its only validation image, another one replaces it.
 """
 
 import hashlib
 import json
 import os
+import re
 import shlex
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data_tools.arguments import ToolParser, override_options
+from data_tools.stratify import SPLITS, UserImage, divide, group_of
 from vit_static.common.errors import DataError, escape
 from vit_static.common.io import write_atomically, write_json
 from vit_static.common.text import say
 from vit_static.config.data_schema import DataConfig
 from vit_static.data.image_formats import describe_left_out, is_image_name
 from vit_static.data.image_set import FileDataset
-from vit_static.data.open_set import CLASS_NAMES_FILE, class_folders, open_set, split_path
+from vit_static.data.open_set import (
+    CLASS_NAMES_FILE,
+    class_folders,
+    class_line,
+    name_of_folder,
+    open_set,
+    read_class_names,
+    split_path,
+)
 
 SPLIT_FILE = "split.json"
-SPLITS = ("train", "val")
 _READ_BATCH_SIZE = 4096  # images that are queued for the threads
-
-
-@dataclass(frozen=True)
-class UserImage:
-    """One of the images; `digest`, 16 hexadecimal digits, depends on its content and the seed."""
-
-    path: str
-    label: int
-    digest: str
-
-    @property
-    def position(self) -> float:
-        """A uniform number from 0 to 1 that decides the split; the same for copies."""
-        return int(self.digest, 16) / 2**64
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,24 +56,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, metavar="DIR", required=True, help="folder with CLASS/IMAGE.jpg")
     parser.add_argument("--val-share", type=float, default=0.1, help="share of validation images (default: 0.1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split (default: 0)")
+    parser.add_argument(
+        "--group-by",
+        metavar="REGEX",
+        help="keep images in the same split whose file names give the same match of this regular expression, or of its "
+        "first parenthesis: '^[^_]*' for patient1_2.jpg",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the list files (default: --root)")
     arguments = parser.parse_args(argv)
     root, out = arguments.root, arguments.out or arguments.root
     if not 0 < arguments.val_share < 1:
         raise ValueError(f"--val-share {arguments.val_share:g}: must be between 0 and 1")
+    pattern = compile_pattern(arguments.group_by)
     is_split = is_already_split(root)
+    if is_split and pattern is not None:
+        raise ValueError(f"{root}: is split into train and val already, so --group-by can't change it; leave it out")
     data = DataConfig(root=str(root)) if is_split else DataConfig(root=str(root), train=".")
     sets = {split: open_folders(data, split) for split in (SPLITS if is_split else ("train",))}
     folders = sets["train"].class_names
     check_out(out, root)
     class_names = class_names_text(folders, root, out)
-    settings = {"seed": arguments.seed, "val_share": None if is_split else arguments.val_share}
+    val_share = None if is_split else arguments.val_share
+    settings = {"seed": arguments.seed, "val_share": val_share, "group_by": arguments.group_by, "stratified": True}
     assigned = read_assigned(out / SPLIT_FILE, settings)
     images = {split: list(read_images(split_images, arguments.seed)) for split, split_images in sets.items()}
     if not is_split:
-        images = divide(images["train"], arguments.val_share, assigned)
+        images = divide(group_images(images["train"], pattern), arguments.val_share, assigned)
         if not images["val"]:
-            raise ValueError(f"{root}: no class has two different images, so none is for validation; add images")
+            several = "images" if pattern is None else "groups of images"
+            raise ValueError(f"{root}: no class has two different {several}, so none is for validation; add images")
     copies = find_copies(images)
     write_lists(out, root, images, class_names, {"root": str(root), **settings, **asdict(copies), "settled": assigned})
     if copies.on_both_sides:
@@ -178,28 +184,30 @@ def read_images(images: FileDataset, seed: int) -> Iterator[UserImage]:
                 bar.update()
 
 
-def divide(images: list[UserImage], val_share: float, assigned: dict[str, str]) -> dict[str, list[UserImage]]:
-    """Split the images: those whose position is below the share are for validation, the others for training.
-
-    `assigned` has the exceptions, split by digest. New exceptions are added to it, so that each class has a training
-    image and, if it has two different images, a validation image.
-    """
-    split_of = {image.digest: "val" if image.position < val_share else "train" for image in images} | assigned
-    digests_by_label: defaultdict[int, set[str]] = defaultdict(set)
-    for image in images:
-        digests_by_label[image.label].add(image.digest)
-    for _, digests in sorted(digests_by_label.items()):
-        splits = {split_of[digest] for digest in digests}
-        if splits == {"val"} or len(digests) == 1:  # a single image is for training, and stays so when others are added
-            split_of[max(digests)] = assigned[max(digests)] = "train"
-        elif splits == {"train"}:
-            moved = min(digests - assigned.keys(), default=min(digests))
-            split_of[moved] = assigned[moved] = "val"
-    return {split: [image for image in images if split_of[image.digest] == split] for split in SPLITS}
+def compile_pattern(text: str | None) -> re.Pattern[str] | None:
+    """Compile the regular expression of --group-by. Raise ValueError if it isn't one."""
+    try:
+        return None if text is None else re.compile(text)
+    except re.error as error:
+        raise ValueError(f"--group-by {text!r}: is not a regular expression ({error}); correct it") from None
 
 
-def read_assigned(path: Path, settings: dict[str, float | None]) -> dict[str, str]:
-    """Return the exceptions that an earlier run with the same settings recorded in split.json.
+def group_images(images: list[UserImage], pattern: re.Pattern[str] | None) -> list[UserImage]:
+    """Return the images with their groups. Raise ValueError if the pattern doesn't match all of their names."""
+    if pattern is None:
+        return images
+    grouped = [replace(image, group=group_of(image.path, pattern)) for image in images]
+    unmatched = [image.path for image in grouped if image.group is None]
+    if unmatched:
+        raise ValueError(
+            f"--group-by {pattern.pattern!r}: doesn't match the names of {len(unmatched)} of {len(images)} images, "
+            f"such as {unmatched[0]}; extend it, for example by '|.*' for images that are groups of their own"
+        )
+    return grouped
+
+
+def read_assigned(path: Path, settings: dict[str, object]) -> dict[str, str]:
+    """Return the splits by digest that an earlier run with the same settings recorded in split.json.
 
     Raise ValueError for a damaged file.
     """
@@ -207,7 +215,7 @@ def read_assigned(path: Path, settings: dict[str, float | None]) -> dict[str, st
         return {}
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-        if any(summary[key] != value for key, value in settings.items()):
+        if any(summary.get(key) != value for key, value in settings.items()):
             return {}
         return {str(digest): SPLITS[SPLITS.index(split)] for digest, split in summary["settled"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -244,21 +252,16 @@ def class_names_text(folders: list[str], root: Path, out: Path) -> str:
     existing_names: dict[str, str] = {}
     for path in (root / CLASS_NAMES_FILE, out / CLASS_NAMES_FILE):
         if path.exists():
-            lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines()]
-            names = {line[0]: line[1].strip() for line in lines if len(line) == 2}
-            if not names.keys() & set(map(one_word, folders)):
+            names = {folder: name for folder, name in read_class_names(path) if name}
+            if all(name_of_folder(names, folder) is None for folder in folders):
                 raise ValueError(
                     f"{path}: has none of the class folders (a line is 'FOLDER NAME'); correct it, or move it away"
                 )
             existing_names |= names
     return "".join(
-        f"{one_word(folder)} {existing_names.get(one_word(folder), folder.replace('_', ' '))}\n" for folder in folders
+        class_line(folder, name_of_folder(existing_names, folder) or folder.replace("_", " ")) + "\n"
+        for folder in folders
     )
-
-
-def one_word(folder: str) -> str:
-    """Return a folder's name with underscores for spaces, as the first word of a line in class_names.txt."""
-    return "_".join(folder.split())
 
 
 def write_lists(
@@ -273,4 +276,4 @@ def write_lists(
             # Names that aren't UTF-8 keep their bytes.
             file.writelines(os.fsencode(f"{prefix}{image.path} {image.label}\n") for image in images[split])
     with write_atomically(out / CLASS_NAMES_FILE) as temporary:
-        temporary.write_text(class_names, encoding="utf-8", errors="replace")
+        temporary.write_text(class_names, encoding="utf-8", errors="surrogateescape")

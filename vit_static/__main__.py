@@ -18,6 +18,7 @@ from vit_static.common.errors import (
     UserError,
 )
 from vit_static.common.library_output import library_output
+from vit_static.common.startup import use_utf8
 from vit_static.common.text import say
 
 MAX_LIBRARY_LINES = 40  # shown before a traceback
@@ -66,4 +67,5 @@ def _fail_with_traceback() -> int:
 
 
 if __name__ == "__main__":
+    use_utf8()
     sys.exit(main())

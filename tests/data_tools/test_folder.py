@@ -13,7 +13,7 @@ import pytest
 from helpers.sets import photo
 
 from data_tools.__main__ import main
-from data_tools.folder import UserImage, divide
+from data_tools.stratify import UserImage, divide
 from vit_static.config.data_schema import DataConfig
 from vit_static.data.open_set import open_set
 
@@ -132,11 +132,11 @@ def test_an_image_in_two_classes_is_in_one_split_and_is_named(root: Path, capsys
 def test_an_added_class_gets_a_name_and_the_others_keep_theirs(root: Path) -> None:
     assert run(root) == 0
     names = root / "class_names.txt"
-    assert names.read_text() == "big_dogs big dogs\ncats cats\nred_deer red deer\n"
+    assert names.read_text() == "big dogs\tbig dogs\ncats cats\nred_deer red deer\n"
     names.write_text(names.read_text().replace("cats cats", "cats Felis catus"))
     shutil.copytree(root / "cats", root / "a_new one")
     assert run(root) == 0
-    assert names.read_text() == "a_new_one a new one\nbig_dogs big dogs\ncats Felis catus\nred_deer red deer\n"
+    assert names.read_text() == "a_new one\ta new one\nbig dogs\tbig dogs\ncats Felis catus\nred_deer red deer\n"
     names.write_text("apple fruit\n")
     assert run(root) == 2
     assert names.read_text() == "apple fruit\n"

@@ -67,9 +67,14 @@ def escape(text: str) -> str:
     """Return `text` with its unprintable characters as escapes, so that it is one line and can't control a terminal."""
     if text.isprintable():
         return text
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
-    )
+    return "".join(character if character.isprintable() else escape_character(character) for character in text)
+
+
+def escape_character(character: str) -> str:
+    """Return an escape such as \\n or \\u202e; a byte of a file's name that isn't UTF-8 becomes \\xb9."""
+    if "\udc80" <= character <= "\udcff":  # a surrogate escape (PEP 383)
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
 
 
 def truncate(text: str, max_length: int = 100) -> str:

@@ -1,20 +1,40 @@
-"""Process set-up before Paddle is imported: environment variables, memory allocator, quiet start."""
+"""Process set-up before Paddle is imported: file names, environment variables, memory allocator, quiet start."""
 
 from __future__ import annotations
 
 import ctypes
 import faulthandler
+import io
+import locale
 import os
 import signal
 import sys
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from vit_static.common.cpu import is_amd_with_avx2, max_cpu_isa, onednn_max_cpu_isa
 from vit_static.common.library_output import capture_library_output
 
 _M_ARENA_MAX = -8  # malloc.h
 _environ_before: dict[str, str] | None = None  # the environment before `prepare_process`
+
+
+def use_utf8() -> None:
+    """Make names of files UTF-8 whatever the locale is, for the entry points: restart Python in its UTF-8 mode.
+
+    In a locale such as zh_CN.GBK or C, Python would decode the same bytes differently from those in list files, which
+    are UTF-8. Bytes that aren't UTF-8 become surrogate escapes (PEP 383), which every file written keeps. Terminals get
+    text in the encoding of the locale, files and pipes get UTF-8; what can't be encoded is shown as escapes.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        arguments = Path("/proc/self/cmdline").read_bytes().split(b"\0")[1:-1]
+        os.execv(sys.executable, [os.fsencode(sys.executable), b"-X", b"utf8", *arguments])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            encoding = locale.nl_langinfo(locale.CODESET) if stream.isatty() else "utf-8"
+            stream.reconfigure(encoding=encoding, errors="backslashreplace")
 
 
 def prepare_process(verbose: bool = False, environ: MutableMapping[str, str] = os.environ) -> None:

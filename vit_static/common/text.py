@@ -1,9 +1,15 @@
-"""Status lines, numbers in environment variables, and durations."""
+"""Status lines, lines of text files, names for display, numbers in environment variables, and durations."""
 
 from __future__ import annotations
 
 import sys
+import unicodedata
 from collections.abc import Mapping
+from pathlib import Path
+
+from vit_static.common.errors import escape_character
+
+_UNSAFE_CATEGORIES = ("Cc", "Cs", "Zl", "Zp")  # control characters, surrogates, separators of lines and paragraphs
 
 
 def say(line: str, program: str = "vit_static") -> None:
@@ -25,6 +31,30 @@ def non_negative_int(environ: Mapping[str, str], name: str) -> int:
     if not (value.isascii() and value.isdigit()):
         raise ValueError(f"{name}={value}: it must be a whole number")
     return int(value)
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a UTF-8 file without their line breaks; bytes that aren't UTF-8 become surrogate escapes.
+
+    Unlike str.splitlines, only a line feed ends a line, since names may have any other character. Raise ValueError for
+    UTF-16.
+    """
+    content = path.read_bytes()
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content:
+        raise ValueError("is not UTF-8 text")
+    text = content.decode("utf-8-sig", "surrogateescape")
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+
+
+def display_name(name: str) -> str:
+    """Return a file's or folder's name as text of one line that UTF-8 can represent, with all of its spaces.
+
+    Line breaks, control characters and bytes that aren't UTF-8 become escapes.
+    """
+    return "".join(
+        escape_character(character) if unicodedata.category(character) in _UNSAFE_CATEGORIES else character
+        for character in name
+    )
 
 
 def duration(seconds: float) -> str:

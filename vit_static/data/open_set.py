@@ -6,12 +6,13 @@ import json
 import os
 import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from vit_static.common.errors import DataError, escape, truncate
+from vit_static.common.text import display_name, read_lines
 from vit_static.config.data_schema import DataConfig
 from vit_static.data.image_formats import describe_left_out, is_image_name, left_out_kind
 from vit_static.data.image_set import FileDataset, ImageDataset
@@ -21,6 +22,7 @@ from vit_static.data.webdataset import UNFINISHED_FILE, open_shards
 
 CLASS_NAMES_FILE = "class_names.txt"
 _MAX_NAMED_CLASSES = 8
+_LINE_ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
 CHECK_FILE = "data_check.json"  # written into ROOT by `./run.sh data check ROOT`
 
 
@@ -255,19 +257,13 @@ def describe_empty_classes(images: ImageDataset, source: Path, first_label: int)
 def _display_names(root: Path, classes: list[str]) -> list[str]:
     """Return the names that class_names.txt gives to these classes; without one, a class has its own name."""
     names = dict(_class_names(root))
-    return [names.get(name, name) for name in classes]
+    return [display_name(name_of_folder(names, name) or name) for name in classes]
 
 
 def _class_names(root: Path) -> list[tuple[str, str]]:
-    """Return folder and name of each class from class_names.txt, in label order; empty if there is no such file.
-
-    A line has the folder, a space and the name.
-    """
+    """Return folder and name of each class from class_names.txt, in label order; empty if there is no such file."""
     path = root / CLASS_NAMES_FILE
-    if not path.is_file():
-        return []
-    lines = [line.split(maxsplit=1) for line in read_class_names(path)]
-    return [(line[0], line[1].strip()) for line in lines if len(line) == 2]
+    return [(folder, name) for folder, name in read_class_names(path) if name] if path.is_file() else []
 
 
 def named_folders(root: Path) -> list[str]:
@@ -275,20 +271,44 @@ def named_folders(root: Path) -> list[str]:
     return [folder for folder, _ in _class_names(root)]
 
 
-def read_class_names(path: Path) -> list[str]:
-    """Return the lines of a class_names.txt. Raise DataError if it isn't text."""
+def read_class_names(path: Path) -> list[tuple[str, str]]:
+    """Return folder and name of each class in a class_names.txt, in label order. Raise DataError if it isn't text.
+
+    A line is 'FOLDER NAME', or 'FOLDER<tab>NAME', in which both may have spaces anywhere (`class_line`). The name is
+    empty if a line has only one word; blank lines are left out.
+    """
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
+        lines = read_lines(path)
+    except ValueError:
         raise DataError(
             f"{path}: is not UTF-8 text; write it again, with one line per class: its folder and its name"
         ) from None
+    classes = []
+    for line in filter(str.strip, lines):
+        folder, tab, name = line.partition("\t")
+        if not tab:
+            folder, _, name = line.strip().partition(" ")
+            name = name.strip()
+        classes.append((folder, name))
+    return classes
+
+
+def class_line(folder: str, name: str) -> str:
+    """Return the line of a class in class_names.txt, 'FOLDER NAME'; the separator is a tab where spaces matter."""
+    folder, name = folder.translate(_LINE_ESCAPES), name.translate(_LINE_ESCAPES)
+    has_spaces = any(map(str.isspace, folder)) or name != name.strip()
+    return f"{folder}\t{name}" if has_spaces else f"{folder} {name}"
+
+
+def name_of_folder(names: Mapping[str, str], folder: str) -> str | None:
+    """Return the name of a class folder, whose line may have underscores for its spaces, as earlier versions wrote."""
+    return names.get(folder.translate(_LINE_ESCAPES), names.get("_".join(folder.split())))
 
 
 def _names_by_label(root: Path, num_classes: int) -> list[str]:
     """Return the class names of a dataset without class folders: those of class_names.txt if their number is right."""
     names = [name for _, name in _class_names(root)]
-    return names if len(names) == num_classes else [str(label) for label in range(num_classes)]
+    return list(map(display_name, names)) if len(names) == num_classes else [str(label) for label in range(num_classes)]
 
 
 def check_command(data: DataConfig) -> str:

@@ -86,7 +86,7 @@ def _render(template: str, path: Path, title: str, content: dict[str, Any]) -> P
         title=title, chart_style=charts.STYLE + RELIABILITY_STYLE, **content
     )
     with write_atomically(path) as temporary:
-        temporary.write_text(page, encoding="utf-8", errors="replace")
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     return path
 
 

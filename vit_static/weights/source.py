@@ -21,6 +21,7 @@ from vit_static.checkpoint.folder import (
 )
 from vit_static.checkpoint.resume import read_progress, suggest_fallback, verify_files
 from vit_static.common.errors import ConfigError, WeightsError
+from vit_static.common.text import display_name, read_lines
 from vit_static.config.data_schema import SelectionMetric
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
@@ -142,8 +143,8 @@ def _model_hints(config: Config) -> dict[str, Any]:
 def _read_class_names(folder: Path) -> list[str] | None:
     path = folder / CLASS_NAMES
     try:
-        return path.read_text(encoding="utf-8").splitlines() if path.is_file() else None
-    except UnicodeDecodeError:
+        return list(map(display_name, read_lines(path))) if path.is_file() else None
+    except ValueError:
         raise WeightsError(
             f"{path}: is not UTF-8 text; replace it, with one class name per line, or remove it"
         ) from None
