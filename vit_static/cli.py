@@ -279,7 +279,11 @@ def _add_convert(subparsers: Subparsers) -> None:
         "--head", choices=["keep", "drop"], default="keep", help="the head and its tanh layer (default: keep)"
     )
     verb.add_argument("--fold-layer-scale", action="store_true", help="multiply LayerScale into the layers before it")
-    verb.add_argument("--ema", action="store_true", help="of a run or checkpoint: the moving average of the weights")
+    verb.add_argument(
+        "--ema",
+        action="store_true",
+        help="the moving average of the weights, of a run, a checkpoint or a nested state dict",
+    )
     verb.add_argument(
         "--image-size",
         type=int,
