@@ -5,7 +5,7 @@ Written for Paddle 3.3.1. CONTRIBUTING's table of Paddle internals lists each pl
 
 from __future__ import annotations
 
-import sys
+import inspect
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -121,14 +121,16 @@ def _short_call_stacks() -> Iterator[None]:
         traceback.extract_stack = extract_stack
 
 
-def _innermost_frames(f: FrameType | None = None, limit: int = _MAX_CALL_STACK) -> list[traceback.FrameSummary]:
-    """Return the `limit` innermost frames, the innermost last, as `traceback.extract_stack` does."""
-    frame = sys._getframe(1) if f is None else f
-    frames: list[traceback.FrameSummary] = []
-    while frame is not None and len(frames) < limit:
+def _innermost_frames(f: FrameType | None = None, limit: int | None = None) -> traceback.StackSummary:
+    """Return the innermost frames, the innermost last, as `traceback.extract_stack` does."""
+    here = inspect.currentframe()
+    frame = here.f_back if f is None and here is not None else f
+    frames = traceback.StackSummary()
+    while frame is not None and len(frames) < (limit or _MAX_CALL_STACK):
         frames.append(_frame_summary(frame.f_code, frame.f_lineno))
         frame = frame.f_back
-    return frames[::-1]
+    frames.reverse()
+    return frames
 
 
 @cache
