@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from helpers.sets import photo
 from helpers.small import ROOT
 
@@ -32,3 +35,14 @@ def test_a_file_without_a_header_is_an_error_of_its_batch(tmp_path: Path) -> Non
     command = [sys.executable, "-c", _DECODE_FULL_BATCHES, str(tmp_path / "intact.jpeg")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-1000:]
+
+
+@pytest.mark.slow
+@pytest.mark.reliability
+def test_damaged_files_are_read_or_refused_by_name(tally: Callable[..., None]) -> None:
+    """A few of the files of tests/data/sweep_damaged_images.py; BAD_INPUT_TIMES=100 sweeps 2,000."""
+    count = 20 * int(os.environ.get("BAD_INPUT_TIMES", "1"))
+    command = [sys.executable, ROOT / "tests/data/sweep_damaged_images.py", str(count)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    tally("images: damaged, in full batches", count)

@@ -30,6 +30,7 @@ from vit_static.data.dali_pipeline import decoding_pipeline
 from vit_static.data.image_formats import PILLOW_FORMATS
 from vit_static.data.image_pixels import DecodeOptions, decode, prepare_for_dali
 
+CHILD_MODULE = "vit_static.data.decoder_process"
 DECODING_BATCH_SIZE = 32
 TIME_LIMIT_S = 120.0  # for a batch; a single image of MAX_PIXELS takes a few seconds
 _START_LIMIT_S = 300.0  # for the imports, on a busy machine
@@ -143,7 +144,7 @@ class DecoderProcess:
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         with tempfile.TemporaryFile() as printed:  # the child has its own descriptor, and reads it as well
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "vit_static.data.decoder_process", str(theirs.fileno()), *self._arguments],
+                [sys.executable, "-m", CHILD_MODULE, str(theirs.fileno()), *self._arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=printed,
                 stderr=printed,
