@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -47,8 +48,12 @@ def test_finetune_from_that_run_with_another_head_and_size(workplace: Path) -> N
 @pytest.mark.slow
 def test_eval_with_other_labels_other_images_and_converted_weights(workplace: Path) -> None:
     """With the same labels, ImageNet-V2 and ReaL change nothing; neither do converted weights."""
-    plain = run_sh("eval", "--checkpoint", "output/tiny", cwd=workplace)
+    plain = run_sh("eval", "--checkpoint", "output/tiny", "--per-class", "classes.csv", cwd=workplace)
     result = json.loads(plain.stdout.splitlines()[-1])
+    classes = list(csv.DictReader((workplace / "classes.csv").open(newline="")))
+    assert [row["name"] for row in classes][3:5] == ["three", "four"] and {row["support"] for row in classes} == {"3"}
+    assert 100.0 * np.mean([float(row["recall"]) for row in classes]) == pytest.approx(result["balanced_accuracy"])
+    assert 100.0 * np.mean([float(row["recall"]) for row in classes]) == pytest.approx(result["top1"])
     numbered = run_verb("eval", "--checkpoint", "output/tiny", "--imagenet-v2", "digits/val", cwd=workplace)
     assert json.loads(numbered.stdout.splitlines()[-1]) == result
 

@@ -86,11 +86,11 @@ class EvalMetrics:
         return value
 
     def describe(self, selection_metric: SelectionMetric = "top1") -> str:
-        """Return one line for people, which names `selection_metric` first if it is none of the usual ones."""
+        """Return one line for people. It begins with `selection_metric` if this is defined and not shown anyway."""
         text = f"top-1 {self.top1:.2f} %  top-5 {self.top5:.2f} %  loss {self.loss:.4f}"
         if self.map is not None:
             text = f"mAP {self.map:.2f} %  macro F1 {self.macro_f1:.2f} %  micro F1 {self.micro_f1:.2f} %  {text}"
-        elif selection_metric not in ("top1", "loss"):
+        elif selection_metric not in ("top1", "loss") and getattr(self, selection_metric) is not None:
             title = METRIC_TITLES[selection_metric]
             text = f"{title} {format_metric(selection_metric, self.value_of(selection_metric))}  {text}"
         return f"{text}  over {self.num_images} images"
