@@ -24,22 +24,28 @@ class GradientsFromInput(nn.Layer):
 
     def __init__(self, initial: dict[str, np.ndarray]) -> None:
         super().__init__()
+        self.num_values = sum(value.size for value in initial.values())
+        nested: dict[str, dict[str, np.ndarray]] = {}
         for name, value in initial.items():
-            *layers, last = name.split(".")
-            layer: nn.Layer = self
-            for part in layers:
-                if part not in layer._sub_layers:
-                    layer.add_sublayer(part, nn.Layer())
-                layer = layer._sub_layers[part]
-            initializer = nn.initializer.Assign(value)
-            layer.add_parameter(last, layer.create_parameter(value.shape, default_initializer=initializer))
+            layer, _, inner_name = name.partition(".")
+            if inner_name:
+                nested.setdefault(layer, {})[inner_name] = value
+            else:
+                initializer = nn.initializer.Assign(value)
+                self.add_parameter(name, self.create_parameter(value.shape, default_initializer=initializer))
+        for name, values in nested.items():
+            self.add_sublayer(name, GradientsFromInput(values))
 
     def forward(self, images: paddle.Tensor) -> paddle.Tensor:
         values, total, start = images.flatten(), 0.0, 0
-        for parameter in self.parameters():
+        for name, _ in self.named_parameters(include_sublayers=False):
+            parameter = getattr(self, name)  # in a trace, the program's value
             count = int(np.prod(parameter.shape))
             total = total + (values[start : start + count].reshape(parameter.shape) * parameter).sum()
             start += count
+        for layer in self.children():
+            total = total + layer(values[start : start + layer.num_values])
+            start += layer.num_values
         return total
 
 

@@ -49,7 +49,6 @@ class Program:
         Raises ConfigError for settings that the device doesn't support.
         """
         self._model, self._criterion, self._mesh, self._spec = model, criterion, mesh, spec
-        self._num_classes = 0 if model.head is None else int(model.head.weight.shape[-1])
         self._grad_sync = _grad_sync_config(spec.parallel, mesh)
         self._mode: str | None = None
         self._built: dict[str, Any] = {}
@@ -200,8 +199,11 @@ class Program:
         """
         self._set_mode("eval")
         values = self._program(images, _as_input(labels))
-        num_logits = self._num_classes if self._criterion.returns_logits else 0
-        return np.zeros((images.shape[0], 4 + num_logits), np.float32) if values is None else np.asarray(values)
+        if values is not None:
+            return np.asarray(values)
+        head = self._model.head
+        num_logits = int(head.weight.shape[-1]) if self._criterion.returns_logits and head is not None else 0
+        return np.zeros((images.shape[0], 4 + num_logits), np.float32)
 
     def compiled(self, mode: str) -> Any:
         """Return the program of `train` or `eval` as this rank executes it, for inspection."""
