@@ -130,11 +130,11 @@ MOMENTS = {
         1,
         "next(args[0].iterdir()).unlink()",
     ),
-    "before the weights are merged": ("train.trainer.write_pdparams", "True", 1, ""),
+    "before the weights are merged": ("train.results.write_pdparams", "True", 1, ""),
 }
 KILL = """
 import os, signal
-import vit_static.checkpoint.folder, vit_static.checkpoint.writer, vit_static.program.program, vit_static.train.trainer
+import vit_static.checkpoint.folder, vit_static.checkpoint.writer, vit_static.program.program, vit_static.train.results
 from vit_static import checkpoint, program, train
 count, function = 0, {path}
 def killing(*args, **named):
