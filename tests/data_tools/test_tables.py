@@ -51,7 +51,7 @@ def test_the_images_of_a_table_are_checked(root: Path, capsys: pytest.CaptureFix
     problems = json.loads((root / "data_check.json").read_text())["problems"]
     found = {(problem["split"], problem["path"], problem["kind"], problem["stops_training"]) for problem in problems}
     assert found == {
-        ("train", "2 b.png", "not_an_image", True),
+        ("train", "2 b.png", "unreadable", True),
         ("val", "2.png", "duplicate", False),
         ("val", "cat", "unused_class", False),
         ("val", "small", "unused_class", False),
