@@ -200,7 +200,7 @@ def group_images(images: list[UserImage], pattern: re.Pattern[str] | None) -> li
     unmatched = [image.path for image in grouped if image.group is None]
     if unmatched:
         raise ValueError(
-            f"--group-by {pattern.pattern!r}: doesn't match the names of {len(unmatched)} of {len(images)} images, "
+            f"--group-by '{pattern.pattern}': doesn't match the names of {len(unmatched)} of {len(images)} images, "
             f"such as {unmatched[0]}; extend it, for example by '|.*' for images that are groups of their own"
         )
     return grouped

@@ -36,9 +36,14 @@ class _Unit:
 
 
 def group_of(path: str, pattern: re.Pattern[str]) -> str | None:
-    """Return what the pattern, or its first parenthesis, matches in a file's name; None if it doesn't match."""
+    """Return what the pattern matches in a file's name; None if it doesn't match.
+
+    If the pattern has parentheses, it is what the first one matches that takes part in the match, if any does.
+    """
     match = pattern.search(PurePath(path).name)
-    return None if match is None else match.group(1 if pattern.groups else 0)
+    if match is None:
+        return None
+    return next((part for part in match.groups() if part is not None), match.group())
 
 
 def divide(images: Sequence[UserImage], val_share: float, assigned: dict[str, str]) -> dict[str, list[UserImage]]:

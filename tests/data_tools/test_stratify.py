@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from helpers.sets import photo
 
 from data_tools.__main__ import main
-from data_tools.stratify import UserImage, divide
+from data_tools.stratify import UserImage, divide, group_of
 
 
 def make_images(rng: random.Random, counts: list[int], images_per_group: int = 1) -> list[UserImage]:
@@ -85,3 +86,19 @@ def test_group_by_reads_the_file_names(tmp_path: Path, capsys: pytest.CaptureFix
         assert message in error and len(error.splitlines()) == 1
     assert main(["check", str(root)]) == 0  # with the lists that are there
     assert "read 16 train and 8 val images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "group"),
+    [
+        (r"p(\d+)", "a/p12.jpg", "12"),
+        (r"p\d+", "a/p12.jpg", "p12"),
+        (r"p(\d+)|.*", "a/two  spaces.jpg", "two  spaces.jpg"),
+        (r"p(\d+)|(.*)", "a/other.jpg", "other.jpg"),
+        (r"p(\d+)", "a/other.jpg", None),
+    ],
+)
+def test_the_group_is_a_parenthesis_that_takes_part_or_the_whole_match(
+    pattern: str, name: str, group: str | None
+) -> None:
+    assert group_of(name, re.compile(pattern)) == group
