@@ -30,9 +30,9 @@ _SKIPPED_FOR = "this CPU, or the limit set for it, has "
 
 @pytest.hookimpl(tryfirst=True)  # xdist's own reads the options
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Run the whole suite in one process per core; a selection of it, or with a GPU, in one process.
+    """Run the whole suite in one process more than there are cores, since many tests wait for processes of theirs.
 
-    (Several processes would share the GPU.)
+    A selection of the tests runs in one process, and so does everything with a GPU, which they would share.
     """
     if hasattr(config, "workerinput") or not config.pluginmanager.hasplugin("xdist"):
         return
@@ -40,7 +40,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     is_whole = config.args_source == config.ArgsSource.TESTPATHS and not option.keyword and not option.markexpr
     has_gpu = os.environ.get("VIT_STATIC_DEVICE") == "gpu"
     if is_whole and option.numprocesses is None and num_cores > 1 and not option.usepdb and not has_gpu:
-        option.numprocesses = min(num_cores, MAX_WORKERS)
+        option.numprocesses = min(num_cores + 1, MAX_WORKERS)
     if option.numprocesses and option.dist == "no":
         option.dist = "worksteal"  # tests of a file stay together unless a process would be idle
 

@@ -6,6 +6,7 @@ and a folder of images.
 
 from __future__ import annotations
 
+import gc
 import pickle
 from collections import defaultdict
 from copy import deepcopy
@@ -201,3 +202,5 @@ def main(cases: Path, folder: Path, images_root: Path) -> None:
         with paddle.static.scope_guard(paddle.static.Scope()):
             outcome = run(case, make_mesh(rank, mesh_shape, "cpu"), images_root)
         (folder / f"{case.name}.{rank}").write_bytes(pickle.dumps(outcome))
+        gc.collect()
+        gc.freeze()  # Paddle keeps 100,000 objects per program, which each collection would visit

@@ -31,8 +31,7 @@ SMALL = ModelConfig(
 )
 
 # For meshes, where again no two dimensions are equal by chance: 2 and 4 divide num_heads and mlp_dim, and 2 divides
-# num_classes. Of two stages, the first has two blocks and the second has one. Some cases have only two blocks because
-# they compile faster.
+# num_classes. Of two stages, the first has two blocks and the second has one.
 MESH_MODEL = ModelConfig(
     variant="Ti/16",
     image_size=(12, 16),

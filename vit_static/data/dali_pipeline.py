@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import nvidia.dali.math as dali_math
 from nvidia.dali import fn, pipeline_def, types
-from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.pipeline import Pipeline, do_not_convert
 
 from vit_static.config.data_schema import AugmentConfig, DataConfig, EvalConfig
 from vit_static.data.augment import num_draws_per_image, op_parameters
@@ -81,6 +81,7 @@ def train_pipeline(
     return _build(pipeline, batch_size, data.num_threads, data.prefetch_batches, device_id)
 
 
+@do_not_convert
 def random_crop(shape: Any, draws: Any, augment: AugmentConfig) -> tuple[Any, Any]:
     """Return a crop's corner and size, [2] each (y, x), in an image of `shape` [3]: torchvision's RandomResizedCrop.
 
@@ -212,6 +213,7 @@ def size_before_crop(image_size: tuple[int, int], evaluation: EvalConfig) -> tup
     return (round(image_size[0] / evaluation.crop_pct), round(image_size[1] / evaluation.crop_pct))
 
 
+@do_not_convert
 def _inputs(source: BatchSource, data: DataConfig, *examples: np.ndarray) -> list[Any]:
     """Return the pipeline's inputs: encoded images, labels, and arrays with the types and axes of the `examples`."""
     labels = np.zeros((1, 1), np.uint8) if data.multi_label else np.zeros(1, np.int64)
@@ -227,10 +229,12 @@ def _inputs(source: BatchSource, data: DataConfig, *examples: np.ndarray) -> lis
     )
 
 
+@do_not_convert
 def _decoder_options(data: DataConfig, device_id: int | None) -> dict[str, Any]:
     return {"device": "cpu"} if device_id is None else {"device": "mixed", "hw_decoder_load": data.hw_decoder_load}
 
 
+@do_not_convert
 def _normalise(images: Any, data: DataConfig, **crop_or_mirror: Any) -> Any:
     """Turn RGB pixels 0-255 into (pixel / 255 - mean) / std, [3, height, width], cropped or mirrored in the same pass.
 

@@ -8,7 +8,9 @@ from collections.abc import Callable, Hashable
 from functools import cache
 from typing import Any
 
+import numpy as np
 import paddle
+from paddle.base import core, framework
 from paddle.static import MetaTensor
 
 from vit_static.program.cpu import onednn
@@ -17,6 +19,7 @@ from vit_static.program.cpu.patterns import dtype_of
 
 _names: dict[Hashable, str] = {}
 _one_at_a_time = threading.Lock()
+_CPU = core.CPUPlace()
 
 
 def has_custom_ops() -> bool:
@@ -41,11 +44,12 @@ def add_op(
     shape). Paddle identifies an operator's function by its name: operators with equal `kernel` and `key` share one.
     """
 
+    results_of = [(list(shape), getattr(paddle, dtype)) for dtype, shape in outputs]
+
     def call(*tensors: paddle.Tensor) -> Any:
-        with paddle.base.dygraph.base.guard():
-            results = [paddle.empty(shape, dtype) for dtype, shape in outputs]
-            with _one_at_a_time:  # kernels store their operands' addresses, and share scratch memory
-                run(*(tensor.data_ptr() for tensor in (*tensors, *results)))
+        with _one_at_a_time:  # kernels store their operands' addresses, and share scratch memory
+            results = _empty(results_of)
+            run(*(tensor.data_ptr() for tensor in (*tensors, *results)))
         return results[0] if len(results) == 1 else tuple(results)
 
     def infer(*_: Any) -> Any:
@@ -63,6 +67,25 @@ def add_op(
             inplace_map={},
         )
     )
+
+
+def _empty(described: list[tuple[list[int], Any]]) -> list[paddle.Tensor]:
+    """Return uninitialized tensors with these shapes and dtypes, while a program runs.
+
+    The public way, `paddle.empty` within Paddle's guard for dynamic mode, takes longer than a small kernel.
+    """
+    previous = framework.global_var._dygraph_tracer_
+    core._switch_tracer(_tracer())
+    try:
+        return [core.eager.ops.empty(shape, dtype, _CPU) for shape, dtype in described]
+    finally:
+        core._switch_tracer(previous)
+
+
+@cache
+def _tracer() -> Any:
+    """Return the object that creates tensors in dynamic mode. Without one Paddle dies."""
+    return core.Tracer()
 
 
 def convert(value: Any, dtype: str) -> Any:
@@ -83,6 +106,6 @@ def replace_result(result: Any, value: Any) -> None:
 
 
 @cache
-def ones(dtype: str, length: int) -> paddle.Tensor:
-    """Return a vector of ones, the same one each time."""
-    return paddle.ones([length], dtype)
+def ones(dtype: str, length: int) -> np.ndarray:
+    """Return a vector of ones, the same one each time; bfloat16 as its bits."""
+    return np.full(length, 0x3F80, np.uint16) if dtype == "bfloat16" else np.ones(length, dtype)

@@ -222,7 +222,7 @@ class _Lowering:
         )
 
         def run(address: int, out: int) -> None:
-            primitive(ones(dtype, num_rows).data_ptr(), address, out)
+            primitive(ones(dtype, num_rows).ctypes.data, address, out)
 
         with insert_before(operation):
             outputs = [("float32", tuple(result.shape))]

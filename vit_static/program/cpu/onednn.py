@@ -12,7 +12,7 @@ enum values of one oneDNN version, so `is_supported` compares the library's vers
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -97,6 +97,12 @@ class _Version(ctypes.Structure):
     _fields_ = (("major", ctypes.c_int), ("minor", ctypes.c_int), ("patch", ctypes.c_int))
 
 
+def check(name: str, status: int) -> None:
+    """Raise RuntimeError if a function of the C interface returned an error."""
+    if status != 0:
+        raise RuntimeError(f"oneDNN: dnnl_{name} failed with status {status}")
+
+
 class _Library:
     """The loaded library with one CPU engine and one stream, which run each primitive at once on OpenMP's threads."""
 
@@ -106,9 +112,11 @@ class _Library:
         self.stream = self.make("stream", self.engine, ctypes.c_uint(_IN_ORDER))
 
     def call(self, name: str, *arguments: Any) -> None:
-        status = getattr(self._functions, f"dnnl_{name}")(*arguments)
-        if status != 0:
-            raise RuntimeError(f"oneDNN: dnnl_{name} failed with status {status}")
+        check(name, self.function(name)(*arguments))
+
+    def function(self, name: str) -> Callable[..., int]:
+        """Return a function of the C interface, which returns 0 or the number of an error."""
+        return getattr(self._functions, f"dnnl_{name}")
 
     def make(self, name: str, *arguments: Any) -> ctypes.c_void_p:
         """Return a new object of the C interface. They live until the process ends: primitives are cached."""
@@ -198,12 +206,16 @@ class Primitive:
         ]
         self._arguments = (_Argument * len(operands))(*numbered)
 
+        # Looked up once: a small kernel takes less time than to find a function by its name.
+        self._set_address = library.function("memory_set_data_handle")
+        self._execute, self._wait = library.function("primitive_execute"), library.function("stream_wait")
+        self._stream = library.stream
+
     def __call__(self, *addresses: int) -> None:
-        library = _library()
         for memory, address in zip(self._memories, addresses, strict=True):
-            library.call("memory_set_data_handle", memory, ctypes.c_void_p(address))
-        library.call("primitive_execute", self._primitive, library.stream, len(addresses), self._arguments)
-        library.call("stream_wait", library.stream)
+            check("memory_set_data_handle", self._set_address(memory, ctypes.c_void_p(address)))
+        check("primitive_execute", self._execute(self._primitive, self._stream, len(addresses), self._arguments))
+        check("stream_wait", self._wait(self._stream))
 
 
 @lru_cache(_MAX_PRIMITIVES)
