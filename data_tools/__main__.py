@@ -13,10 +13,9 @@ from vit_static.common.errors import (
     EXIT_STOPPED,
     EXIT_USER_MISTAKE,
     USER_ERRNOS,
-    escape,
 )
 from vit_static.common.startup import use_utf8
-from vit_static.common.text import say
+from vit_static.common.text import print_line, say
 
 # name: (module, summary). A tool's module is imported only when it runs, and has main(argv) -> exit code.
 TOOLS = {
@@ -58,13 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def print_tools() -> None:
-    print("usage: python -m data_tools NAME [arguments]   (NAME -h shows the arguments of a tool)\n")
+    print_line("usage: python -m data_tools NAME [arguments]   (NAME -h shows the arguments of a tool)")
+    print_line("")
     for name, (_, summary) in TOOLS.items():
-        print(f"  {name:<12}{summary}")
+        print_line(f"  {name:<12}{summary}")
 
 
 def fail(prefix: str, message: str, code: int = EXIT_USER_MISTAKE) -> int:
-    say(escape(message.strip()), prefix)
+    say(message.strip(), prefix)
     return code
 
 

@@ -37,6 +37,7 @@ from data_tools.folder import SPLIT_FILE, list_paths
 from data_tools.stratify import SPLITS
 from vit_static.common.errors import DataError, escape
 from vit_static.common.io import write_atomically, write_json
+from vit_static.common.text import print_line
 from vit_static.config.data_schema import DataConfig
 from vit_static.data.decoder_process import DecoderProcess, ImageHeader
 from vit_static.data.image_formats import SUPPORTED_FORMATS, describe_left_out, suffix_of
@@ -308,28 +309,28 @@ def count_copies(digests: np.ndarray) -> int:
 def print_report(report: dict[str, Any], problems: list[Problem], path: Path) -> None:
     """Print the number of problems of each kind, with a few examples. `path` is where the report was written."""
     counts = " and ".join(f"{count} {split}" for split, count in report["num_images"].items())
-    print(f"check: read {counts} images of {report['root']}")
+    print_line(f"check: read {counts} images of {report['root']}")
     for (is_harmless, kind), count in sorted(Counter((not p.stops_training, p.kind) for p in problems).items()):
-        print(f"  {kind:<14}{count:8}  {'' if is_harmless else 'stops training'}")
+        print_line(f"  {kind:<14}{count:8}  {'' if is_harmless else 'stops training'}")
         for problem in [problem for problem in problems if problem.kind == kind][:NUM_EXAMPLES]:
-            print(f"    {escape(problem.path)}: {problem.detail}")
+            print_line(f"    {problem.path}: {problem.detail}")
         if count > NUM_EXAMPLES:
-            print(f"    and {count - NUM_EXAMPLES} more")
+            print_line(f"    and {count - NUM_EXAMPLES} more")
     for split, left_out in report["left_out"].items():
         if left_out:
-            print(f"  left out of {split}: {escape(describe_left_out(left_out))}")
+            print_line(f"  left out of {split}: {describe_left_out(left_out)}")
     for split, count in report["num_copies_within"].items():
         if count:
-            print(f"  {count} {split} images are copies of other {split} images")
+            print_line(f"  {count} {split} images are copies of other {split} images")
     num_stopping = sum(problem.stops_training for problem in problems)
     if num_stopping:
-        print(
+        print_line(
             f"check: {num_stopping} of these would stop training; repair or remove them, set data.on_bad_image=skip, "
             "or write lists without them with --fix DIR2"
         )
     else:
-        print("check: nothing would stop training")
-    print(f"check: wrote the full report to {path}")
+        print_line("check: nothing would stop training")
+    print_line(f"check: wrote the full report to {path}")
 
 
 def write_clean_lists(folder: Path, root: Path, sets: dict[str, ImageDataset], problems: list[Problem]) -> None:
@@ -351,7 +352,7 @@ def write_clean_lists(folder: Path, root: Path, sets: dict[str, ImageDataset], p
                 num_classes = max(num_classes, 1 + max(labels))
                 path = os.path.abspath(images.name(index))  # noqa: PTH100 - doesn't resolve symbolic links
                 file.write(os.fsencode(path) + b" " + ",".join(map(str, labels)).encode() + b"\n")
-        print(f"check: wrote {list_path} with {len(images) - num_excluded} images, without {num_excluded}")
+        print_line(f"check: wrote {list_path} with {len(images) - num_excluded} images, without {num_excluded}")
     names = sets["train"].class_names
     if names:
         write_class_names(folder, names)
@@ -361,4 +362,4 @@ def write_clean_lists(folder: Path, root: Path, sets: dict[str, ImageDataset], p
     if "val" in sets:
         values["data.val"] = "val_list.txt"
     values["model.num_classes"] = len(names) or count_class_names(root) or num_classes
-    print(f"check: to train on these, set {override_options(values)}")
+    print_line(f"check: to train on these, set {override_options(values)}")

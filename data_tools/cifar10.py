@@ -24,6 +24,7 @@ from tqdm import tqdm
 from data_tools.arguments import ToolParser, override_options
 from data_tools.manifest import SOURCE_FILE, read_manifest
 from vit_static.common.io import lock, write_json
+from vit_static.common.text import print_line
 from vit_static.data.open_set import CLASS_NAMES_FILE
 from vit_static.weights.unpickler import PickledArray, load_pickle
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder to create")
     arguments = parser.parse_args(argv)
     already_exists = unpack(arguments.archive, arguments.out)
-    print(
+    print_line(
         f"cifar10: 50000 training and 10000 validation images {'are already' if already_exists else 'written'} in "
         f"{arguments.out}; to train on them, set "
         f"{override_options({'data.root': arguments.out, 'model.num_classes': 10})}"

@@ -28,6 +28,7 @@ from PIL import Image
 from data_tools.arguments import ToolParser
 from data_tools.manifest import SOURCE_FILE, read_manifest
 from vit_static.common.io import write_json
+from vit_static.common.text import print_line
 from vit_static.data.open_set import CLASS_NAMES_FILE
 
 # labels: {folder: name}, folders in label order
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     summary = make_digits(arguments.out or DEFAULT_ROOTS[arguments.labels], arguments.labels, arguments.size)
-    print(
+    print_line(
         f"digits: {summary.num_train + summary.num_val} images of {arguments.size}x{arguments.size} pixels "
         f"({summary.num_train} train, {summary.num_val} val, {summary.num_classes} classes) "
         f"{'are already' if summary.already_existed else 'written'} in {summary.root}"

@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from data_tools.arguments import ToolParser, override_options
 from data_tools.stratify import SPLITS, UserImage, divide, group_of
-from vit_static.common.errors import DataError, escape
+from vit_static.common.errors import DataError
 from vit_static.common.io import write_atomically, write_json
-from vit_static.common.text import say
+from vit_static.common.text import print_line, say
 from vit_static.config.data_schema import DataConfig
 from vit_static.data.image_formats import describe_left_out, is_image_name
 from vit_static.data.image_set import FileDataset
@@ -89,24 +89,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_lists(out, root, images, class_names, {"root": str(root), **settings, **asdict(copies), "settled": assigned})
     if copies.on_both_sides:
         example = copies.on_both_sides[0]
-        say(
-            escape(f"{len(copies.on_both_sides)} validation images are also training images, such as {example}"),
-            "folder",
-        )
+        say(f"{len(copies.on_both_sides)} validation images are also training images, such as {example}", "folder")
     if copies.in_several_classes:
         example = copies.in_several_classes[0]
-        say(escape(f"{len(copies.in_several_classes)} images are in several classes, such as {example}"), "folder")
+        say(f"{len(copies.in_several_classes)} images are in several classes, such as {example}", "folder")
     values = {
         "data.root": out,
         "data.train": "train_list.txt",
         "data.val": "val_list.txt",
         "model.num_classes": len(folders),
     }
-    print(
+    print_line(
         f"folder: {len(images['train'])} training and {len(images['val'])} validation images of {len(folders)} classes"
-        f"{f', {copies.num_copies} of them copies of others' if copies.num_copies else ''}\n"
-        f"folder: to train on them, set {override_options(values)}"
+        f"{f', {copies.num_copies} of them copies of others' if copies.num_copies else ''}"
     )
+    print_line(f"folder: to train on them, set {override_options(values)}")
     return 0
 
 
@@ -152,11 +149,11 @@ def open_folders(data: DataConfig, split: str) -> FileDataset:
     for paths, description in ((outside, "images outside the class folders"), (inside, "folders in class folders")):
         skipped = sorted(path for path in paths if not path.name.startswith("."))
         if skipped:
-            say(escape(f"left out {len(skipped)} {description}, such as {skipped[0]}"), "folder")
+            say(f"left out {len(skipped)} {description}, such as {skipped[0]}", "folder")
     images = open_set(data, split, len(folders))
     assert isinstance(images, FileDataset)
     if images.left_out:
-        say(escape(f"{folder}: left out {describe_left_out(images.left_out)}"), "folder")
+        say(f"{folder}: left out {describe_left_out(images.left_out)}", "folder")
     return FileDataset(images.root, images.image_list, [class_folder.name for class_folder in folders])
 
 

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from data_tools.arguments import ToolParser, override_options
 from data_tools.manifest import SOURCE_FILE, read_manifest
 from vit_static.common.io import lock, write_atomically, write_json
+from vit_static.common.text import print_line
 from vit_static.data.open_set import CLASS_NAMES_FILE, class_folders, list_folders
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     refusal = f"{arguments.out}: another run is writing it; wait until that has ended"
     with lock(arguments.out / UNFINISHED_FILE, refusal):
         splits = unpack(arguments.out, archives, devkit, expected)
-    print(
+    print_line(
         f"imagenet: {describe(splits)} in {arguments.out}; to train on them, set "
         f"{override_options({'data.root': arguments.out})}"
     )

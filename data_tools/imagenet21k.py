@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data_tools.arguments import ToolParser, override_options
 from vit_static.common.errors import DataError
 from vit_static.common.io import write_atomically
-from vit_static.common.text import say
+from vit_static.common.text import print_line, say
 from vit_static.data.image_formats import is_image_name
 from vit_static.data.image_set import read_file
 from vit_static.data.open_set import CLASS_NAMES_FILE
@@ -81,11 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "loss.name": "sigmoid",
         }
     )
-    print(
+    print_line(
         f"imagenet21k: {len(labels)} files, {len(images.first_files)} distinct images, {int((num_labels > 1).sum())} "
-        f"with several labels (at most {int(num_labels.max())}), {len(folders)} classes\n"
-        f"imagenet21k: to train on them, set {options}"
+        f"with several labels (at most {int(num_labels.max())}), {len(folders)} classes"
     )
+    print_line(f"imagenet21k: to train on them, set {options}")
     return 0
 
 

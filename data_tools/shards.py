@@ -28,8 +28,8 @@ from tqdm import tqdm
 from data_tools.arguments import ToolParser, add_label_arguments, data_config, override_options
 from data_tools.class_names import write_class_names
 from data_tools.manifest import read_manifest
-from vit_static.common.errors import escape
 from vit_static.common.io import lock, write_atomically, write_json
+from vit_static.common.text import print_line
 from vit_static.data.image_formats import describe_left_out
 from vit_static.data.image_set import FileDataset
 from vit_static.data.open_set import CLASS_NAMES_FILE, count_classes, open_set, split_path
@@ -77,20 +77,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     for split in ("train", "val"):
         path = split_path(data, split)
         if split == "val" and not path.exists():
-            print(f"shards: {path} doesn't exist, so there will be no validation shards")
+            print_line(f"shards: {path} doesn't exist, so there will be no validation shards")
             continue
         images = open_set(data, split, count_classes(data, split))
         class_names[split] = images.class_names
         if not isinstance(images, FileDataset):
             raise ValueError(f"{path}: has shards already; give class folders, a list file or a table as --{split}")
         if images.left_out:
-            print(f"shards: left out of {path}: {escape(describe_left_out(images.left_out))}")
+            print_line(f"shards: left out of {path}: {describe_left_out(images.left_out)}")
         pack(images, out / split, arguments.shard_mb, arguments.seed if split == "train" else None)
     if is_table(split_path(data, "train")):  # shards have the classes' numbers, whose order is the table's
         write_class_names(out, class_names["train"])
     elif (root / CLASS_NAMES_FILE).is_file():
         shutil.copy(root / CLASS_NAMES_FILE, out / CLASS_NAMES_FILE)
-    print(f"shards: to train on them, set {override_options({'data.root': out})}")
+    print_line(f"shards: to train on them, set {override_options({'data.root': out})}")
     return 0
 
 
@@ -101,7 +101,7 @@ def pack(images: FileDataset, folder: Path, shard_mb: float, seed: int | None) -
     manifest = {**source, "shard_mb": shard_mb, "seed": seed}
     unfinished = folder / UNFINISHED_FILE
     if read_manifest(folder / MANIFEST_FILE) == manifest:
-        print(f"shards: the {len(images)} images are already in {folder}")
+        print_line(f"shards: the {len(images)} images are already in {folder}")
         return
     partial_files = set(folder.glob(".*.part"))  # of a run that was killed, or is still writing
     if folder.is_dir() and set(folder.iterdir()) - partial_files and read_manifest(unfinished) != manifest:
@@ -117,7 +117,7 @@ def pack(images: FileDataset, folder: Path, shard_mb: float, seed: int | None) -
         num_shards = write_shards(images, folder, shard_mb, seed, sizes)
         write_json(manifest, folder / MANIFEST_FILE)
         unfinished.unlink()
-    print(f"shards: {len(images)} images written to {num_shards} shards in {folder}")
+    print_line(f"shards: {len(images)} images written to {num_shards} shards in {folder}")
 
 
 def write_shards(images: FileDataset, folder: Path, shard_mb: float, seed: int | None, sizes: np.ndarray) -> int:
@@ -218,5 +218,5 @@ def make_indexes(folder: Path) -> int:
             if done.returncode:
                 reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
                 raise ValueError(f"{shard}: DALI's wds2idx can't index it ({reason}); remove it, or download it again")
-    print(f"shards: {len(missing)} indexes written to {folder}, {len(shards) - len(missing)} were there already")
+    print_line(f"shards: {len(missing)} indexes written to {folder}, {len(shards) - len(missing)} were there already")
     return 0

@@ -19,7 +19,7 @@ from vit_static.common.errors import (
 )
 from vit_static.common.library_output import library_output
 from vit_static.common.startup import use_utf8
-from vit_static.common.text import say
+from vit_static.common.text import print_text, say
 
 MAX_LIBRARY_LINES = 40  # shown before a traceback
 
@@ -61,8 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail_with_traceback() -> int:
-    print(library_output(MAX_LIBRARY_LINES), end="", file=sys.stderr)
-    traceback.print_exc()
+    print_text(library_output(MAX_LIBRARY_LINES) + traceback.format_exc(), sys.stderr)
     return EXIT_FAILED
 
 

@@ -36,6 +36,7 @@ from vit_static.bench.peers import protocol
 from vit_static.bench.photos import NUM_PHOTO_CLASSES, write_photos
 from vit_static.bench.step import MeasuredStep, make_train_loader
 from vit_static.common.errors import ConfigError
+from vit_static.common.text import print_text
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
 from vit_static.data.augment import num_draws_per_image, op_parameters
@@ -73,19 +74,19 @@ def run(
         all_overrides = [f"data.num_threads={num_cores()}", *overrides]
         names_root = any(override.startswith("data.root=") for override in overrides)
         photos = Path(folder) / "photos"
-        print(write_photos(photos), flush=True)
+        print_text(write_photos(photos), flush=True)
         if not names_root and not Path(config.data.root).is_dir():
             all_overrides += [f"data.root={photos}", f"model.num_classes={NUM_PHOTO_CLASSES}"]
         config = load_config(config_path, all_overrides)
         images = open_set(config.data, "train", config.model.num_classes)
-        print(f"images of {config.data.root}\n", flush=True)
+        print_text(f"images of {config.data.root}\n", flush=True)
         results = measure_interleaved(make_candidates(config), num_rounds, seconds)
         ratios = {
             f"dali_vs_pil_{cores}_cores": ratio(results[f"dali_{cores}"], results[f"pil_{cores}"])
             for cores in core_counts()
         }
         print_table(results, num_rounds)
-        print("(peak memory of PIL: without its worker processes)")
+        print_text("(peak memory of PIL: without its worker processes)")
         print_ratios(ratios, dict.fromkeys(ratios, TARGETS["dali_vs_pil"]))
         augmented = with_augmentation(config)
         stages = {n: measure_stages(augmented, images, n, num_rounds, seconds / 4) for n in core_counts()}
@@ -93,7 +94,7 @@ def run(
         sources = measure_sources(config, photos, num_rounds, seconds / 4)
         data_wait, train_speed = measure_data_wait(config, num_rounds * seconds)
     dali_speed = results[f"dali_{num_cores()}"].median
-    print(
+    print_text(
         f"\ntraining {config.model.variant}, batch {config.data.global_batch_size}: {train_speed:.1f} images/s, "
         f"{train_speed / dali_speed:.1%} of the speed of DALI on {num_cores()} cores; data_wait {data_wait:.2%}"
     )
@@ -203,15 +204,15 @@ def stage_batches(config: Config, images: ImageDataset, last_stage: Stage) -> Lo
 def print_stages(speeds_by_threads: Mapping[int, Mapping[str, float]], config: Config) -> None:
     """Print the speed up to each stage, and the time that the stage adds per image, by number of threads."""
     heads = [f"{f'{num_threads} thread(s), images/s':>26}{'ms per image':>14}" for num_threads in speeds_by_threads]
-    print(f"\n{'up to this stage':<22}" + "".join(heads))
+    print_text(f"\n{'up to this stage':<22}" + "".join(heads))
     for index, stage in enumerate(get_args(Stage)):
         line = f"{stage:<22}"
         for speeds in speeds_by_threads.values():
             # Files are read in the background: the decoding pipeline doesn't wait for them.
             before_ms = 0.0 if index < 2 else 1e3 / speeds[get_args(Stage)[index - 1]]
             line += f"{speeds[stage]:26.1f}{1e3 / speeds[stage] - before_ms:14.3f}"
-        print(line)
-    print(
+        print_text(line)
+    print_text(
         "(ms per image: what the stage adds; files are read in the background; augmentation policy: "
         f"{config.augment.policy})"
     )
@@ -230,9 +231,9 @@ def measure_sources(config: Config, photos: Path, num_rounds: int, seconds: floa
         model = config.model.model_copy(update={"num_classes": NUM_PHOTO_CLASSES})
         sources[name] = train_batches(config.model_copy(update={"data": data, "model": model}))
     speeds = median_speeds(sources, num_rounds, seconds)
-    print(f"\n{'source':<22}{'images/s':>10}")
+    print_text(f"\n{'source':<22}{'images/s':>10}")
     for name, speed in speeds.items():
-        print(f"{name:<22}{speed:10.1f}")
+        print_text(f"{name:<22}{speed:10.1f}")
     return speeds
 
 

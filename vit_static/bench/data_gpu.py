@@ -17,6 +17,7 @@ import numpy as np
 from vit_static.bench.harness import check_writable, write_results
 from vit_static.bench.photos import NUM_PHOTO_CLASSES, write_photos
 from vit_static.common.errors import UserError
+from vit_static.common.text import print_text
 from vit_static.config.data_schema import AugmentConfig, DataConfig
 from vit_static.config.schema import Config
 from vit_static.data.augment import num_draws_per_image, op_parameters
@@ -47,10 +48,10 @@ def run(config: Config, seconds: float, json_path: Path | None) -> None:
     check_writable(json_path)
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        print(write_photos(Path(folder)), flush=True)
+        print_text(write_photos(Path(folder)), flush=True)
         data = DataConfig(root=folder, global_batch_size=NUM_IMAGES, num_threads=len(os.sched_getaffinity(0)))
         images = open_set(data, "train", NUM_PHOTO_CLASSES)
-        print(f"{'':<22}{'mean difference':>17}{'max':>9}{'GPU, images/s':>17}{'one core':>10}{'ratio':>8}")
+        print_text(f"{'':<22}{'mean difference':>17}{'max':>9}{'GPU, images/s':>17}{'one core':>10}{'ratio':>8}")
         for name, augment in POLICIES.items():
             results[name] = compare(config, images, data, augment, seconds)
             _print_row(name, results[name])
@@ -62,7 +63,7 @@ def run(config: Config, seconds: float, json_path: Path | None) -> None:
         raise RuntimeError(
             f"{worst}: the pixels of the GPU and the CPU differ by more than {MAX_MEAN_DIFFERENCE} grey levels"
         )
-    print(f"all mean differences are within {MAX_MEAN_DIFFERENCE} of 255 grey levels")
+    print_text(f"all mean differences are within {MAX_MEAN_DIFFERENCE} of 255 grey levels")
 
 
 def compare(
@@ -130,7 +131,7 @@ def _images_per_s(pipeline: Any, seconds: float) -> float:
 
 
 def _print_row(name: str, row: dict[str, float]) -> None:
-    print(
+    print_text(
         f"{name:<22}{row['mean_difference']:17.3f}{row['max_difference']:9.1f}{row['gpu_images_per_s']:17.1f}"
         f"{row['one_core_images_per_s']:10.1f}{row['ratio']:8.1f}",
         flush=True,

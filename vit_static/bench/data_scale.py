@@ -20,6 +20,7 @@ import psutil
 from vit_static.bench.harness import check_writable, write_results
 from vit_static.bench.photos import write_photos
 from vit_static.checkpoint.progress import DataPosition
+from vit_static.common.text import print_text
 from vit_static.config.data_schema import DataConfig
 from vit_static.config.schema import Config
 from vit_static.data.loader import TrainLoader
@@ -54,7 +55,7 @@ def run(config: Config, json_path: Path | None) -> None:
     check_writable(json_path)
     costs = {}
     with tempfile.TemporaryDirectory() as folder:
-        print(write_photos(Path(folder)), flush=True)
+        print_text(write_photos(Path(folder)), flush=True)
         for name, num_images in SIZES.items():
             write_list(Path(folder), num_images)
             # In a new process, so that its memory is that of this list only.
@@ -62,13 +63,13 @@ def run(config: Config, json_path: Path | None) -> None:
                 costs[name] = process.submit(measure, Path(folder), num_images, config, time.time()).result()
     (name, small), (_, large) = costs.items()
     growth = SIZES["ImageNet-21k"] / SIZES["ImageNet-1k"]
-    print(f"\n{'':<18}" + "".join(f"{f'{size:,} images':>22}" for size in SIZES.values()) + f"{'ratio':>10}")
+    print_text(f"\n{'':<18}" + "".join(f"{f'{size:,} images':>22}" for size in SIZES.values()) + f"{'ratio':>10}")
     for field in fields(ListCost):
         unit: Literal["s", "bytes"] = "bytes" if field.name.endswith("_bytes") else "s"
         _print_row(field.name, getattr(small, field.name), getattr(large, field.name), unit)
     added_small, added_large = (cost.anonymous_bytes - cost.before_bytes for cost in (small, large))
     _print_row("added memory", added_small, added_large, "bytes")
-    print(f"ratio of the lengths: {growth:.1f}; target for from_start_s of {name}: {FIRST_BATCH_TARGET_S:.0f} s")
+    print_text(f"ratio of the lengths: {growth:.1f}; target for from_start_s of {name}: {FIRST_BATCH_TARGET_S:.0f} s")
     if json_path is not None:
         write_results(json_path, {}, {}, {name: asdict(cost) for name, cost in costs.items()})
 
@@ -143,7 +144,7 @@ def _anonymous_bytes() -> int:
 
 
 def _print_row(name: str, small: float, large: float, unit: Literal["s", "bytes"]) -> None:
-    print(f"{name:<18}{_formatted(small, unit):>22}{_formatted(large, unit):>22}{large / small:10.1f}")
+    print_text(f"{name:<18}{_formatted(small, unit):>22}{_formatted(large, unit):>22}{large / small:10.1f}")
 
 
 def _formatted(value: float, unit: Literal["s", "bytes"]) -> str:

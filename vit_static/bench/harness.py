@@ -25,6 +25,7 @@ import numpy as np
 from vit_static.common.errors import UserError
 from vit_static.common.io import write_json
 from vit_static.common.startup import user_environ
+from vit_static.common.text import print_text
 from vit_static.config.schema import Config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +83,7 @@ def peers_python() -> str:
     python, stamp = ENVIRONMENT / "bin" / "python", ENVIRONMENT / "bench.txt"
     requirements = REQUIREMENTS.read_text()
     if not stamp.is_file() or stamp.read_text() != requirements:
-        print(f"installing the peers ({REQUIREMENTS.relative_to(ROOT)}) into {ENVIRONMENT.name} ...", flush=True)
+        print_text(f"installing the peers ({REQUIREMENTS.relative_to(ROOT)}) into {ENVIRONMENT.name} ...", flush=True)
         venv.create(ENVIRONMENT, with_pip=True, clear=True)
         install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"]
         finished = subprocess.run([*install, str(REQUIREMENTS)], capture_output=True, text=True, check=False)
@@ -133,7 +134,7 @@ def measure_interleaved(candidates: Sequence[Candidate], num_rounds: int, second
                 speed = reply["num_images"] / reply["seconds"]
                 results[candidate.name].images_per_s.append(speed)
                 results[candidate.name].call_seconds += reply.get("call_seconds", [])
-                print(f"round {number}  {candidate.title:<44} {speed:9.2f} images/s", flush=True)
+                print_text(f"round {number}  {candidate.title:<44} {speed:9.2f} images/s", flush=True)
         for candidate in candidates:
             results[candidate.name].peak_bytes = int(processes[candidate.name].finish()["peak_bytes"])
     return results
@@ -198,20 +199,22 @@ def ratio(ours: Result, theirs: Result) -> float:
 def print_table(results: Mapping[str, Result], num_rounds: int, *, latencies: bool = False) -> None:
     """Print one line per candidate; with `latencies`, also the 50th and 99th percentile of the time of a call."""
     head = f"{'p50':>11}{'p99':>11}" if latencies else ""
-    print(f"\n{f'median of {num_rounds} rounds':<46}{'images/s':>10}{'min':>9}{'max':>9}{head}{'peak memory':>14}")
+    print_text(f"\n{f'median of {num_rounds} rounds':<46}{'images/s':>10}{'min':>9}{'max':>9}{head}{'peak memory':>14}")
     for result in results.values():
         title = f"{result.title} {result.version}".strip()
         low, high = min(result.images_per_s), max(result.images_per_s)
         percentiles = f"{result.latency_ms(50):8.1f} ms{result.latency_ms(99):8.1f} ms" if latencies else ""
-        print(f"{title:<46}{result.median:10.2f}{low:9.2f}{high:9.2f}{percentiles}{result.peak_bytes / 1e6:11.0f} MB")
+        print_text(
+            f"{title:<46}{result.median:10.2f}{low:9.2f}{high:9.2f}{percentiles}{result.peak_bytes / 1e6:11.0f} MB"
+        )
 
 
 def print_ratios(ratios: Mapping[str, float], targets: Mapping[str, float] | None = None) -> None:
     """Print ratios beside their targets: a lower bound for speeds, an upper bound for memory."""
-    print(f"\n{'ratio, ours over theirs':<46}{'measured':>10}{'target':>9}")
+    print_text(f"\n{'ratio, ours over theirs':<46}{'measured':>10}{'target':>9}")
     for name, value in ratios.items():
         target = (targets or {}).get(name)
-        print(f"{name:<46}{value:10.2f}{'' if target is None else f'{target:.1f}':>9}")
+        print_text(f"{name:<46}{value:10.2f}{'' if target is None else f'{target:.1f}':>9}")
 
 
 def write_results(

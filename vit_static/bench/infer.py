@@ -30,6 +30,7 @@ from vit_static.bench.peers import protocol
 from vit_static.bench.train import peers_model
 from vit_static.common.cpu import cpu_has_bfloat16
 from vit_static.common.errors import UserError
+from vit_static.common.text import print_text
 from vit_static.config.schema import Config, InferencePrecision
 from vit_static.data.open_set import open_set
 from vit_static.export import onnx as onnx_export
@@ -220,11 +221,11 @@ def ratios_of(results: Mapping[str, Result], batch_sizes: tuple[int, ...]) -> di
 def print_top1(comparisons: Mapping[str, Comparison]) -> None:
     """Print the top-1 of each precision beside that of the trained model."""
     if not comparisons:
-        print("\ntop-1: not measured, because the weights are random; name a trained model with --checkpoint RUN")
+        print_text("\ntop-1: not measured, because the weights are random; name a trained model with --checkpoint RUN")
     for precision, comparison in comparisons.items():
         assert comparison.top1_exported is not None and comparison.top1_trained is not None
         difference = comparison.top1_exported - comparison.top1_trained
-        print(
+        print_text(
             f"{precision}: top-1 {comparison.top1_exported:.2f} %, {difference:+.2f} from the trained model, the same "
             f"class for {comparison.same_class:.2f} % of {comparison.num_images} images"
         )

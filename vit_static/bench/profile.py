@@ -14,6 +14,7 @@ import paddle
 from vit_static.bench.harness import check_writable
 from vit_static.bench.step import MeasuredStep
 from vit_static.common.io import write_json
+from vit_static.common.text import print_text
 from vit_static.config.schema import Config
 
 NUM_LINES = 25
@@ -37,19 +38,19 @@ def run(config: Config, num_steps: int, json_path: Path | None) -> None:
     check_writable(json_path)
     step = MeasuredStep(config)
     seconds, operators = profile(step, num_steps)
-    print(
+    print_text(
         f"{config.model.variant}, {config.model.image_size[0]} px, batch {step.batch_size}, {step.precision.level} "
         f"{step.precision.dtype}: {1e3 * seconds:.1f} ms per step, {step.batch_size / seconds:.2f} images/s\n"
     )
-    print(f"{'operator':<40}{'calls':>7}{'ms per step':>12}{'share':>9}")
+    print_text(f"{'operator':<40}{'calls':>7}{'ms per step':>12}{'share':>9}")
     for op in operators[:NUM_LINES]:
-        print(f"{op.name:<40}{op.num_calls:7.0f}{1e3 * op.seconds:12.2f}{op.seconds / seconds:9.1%}")
+        print_text(f"{op.name:<40}{op.num_calls:7.0f}{1e3 * op.seconds:12.2f}{op.seconds / seconds:9.1%}")
     rest = sum(op.seconds for op in operators[NUM_LINES:])
-    print(f"{f'{max(len(operators) - NUM_LINES, 0)} others':<47}{1e3 * rest:12.2f}{rest / seconds:9.1%}")
+    print_text(f"{f'{max(len(operators) - NUM_LINES, 0)} others':<47}{1e3 * rest:12.2f}{rest / seconds:9.1%}")
     in_operators = sum(op.seconds for op in operators)
-    print(f"{'between operators':<47}{1e3 * (seconds - in_operators):12.2f}{1 - in_operators / seconds:9.1%}")
+    print_text(f"{'between operators':<47}{1e3 * (seconds - in_operators):12.2f}{1 - in_operators / seconds:9.1%}")
     products = sum(op.seconds for op in operators if is_product(op.name))
-    print(f"\nneither matrix products nor attention: {1 - products / seconds:.1%}")
+    print_text(f"\nneither matrix products nor attention: {1 - products / seconds:.1%}")
     if json_path is not None:
         values = {
             "seconds": seconds,

@@ -12,6 +12,7 @@ import paddle
 
 from vit_static.bench.peers import protocol
 from vit_static.common.hardware import peak_flops
+from vit_static.common.text import print_text
 from vit_static.config.schema import Config
 from vit_static.data.mixup import Mixup
 from vit_static.model import flops
@@ -129,7 +130,7 @@ def run(config: Config, seconds: float, real_data: bool) -> None:
         is_over = mesh.any_rank(time.perf_counter() - started > seconds)
     elapsed = time.perf_counter() - started
     if mesh.rank == 0:
-        print(json.dumps(asdict(_speed(step, num_images / elapsed, elapsed))), flush=True)
+        print_text(json.dumps(asdict(_speed(step, num_images / elapsed, elapsed))), flush=True)
 
 
 def _speed(step: MeasuredStep, images_per_s: float, elapsed: float) -> Speed:

@@ -20,6 +20,7 @@ from vit_static.bench.harness import (
 )
 from vit_static.common.cpu import cpu_has_bfloat16
 from vit_static.common.errors import ConfigError
+from vit_static.common.text import print_text
 from vit_static.config.schema import Config
 from vit_static.model.variants import variant_of
 
@@ -44,7 +45,7 @@ def run(config: Config, num_rounds: int, seconds: float, json_path: Path | None)
     ratios["memory_vs_pytorch"] = max(memory_ratios)
     print_table(results, num_rounds)
     print_ratios(ratios, TARGETS)
-    print("(memory_vs_pytorch: the larger ratio of the two precisions)")
+    print_text("(memory_vs_pytorch: the larger ratio of the two precisions)")
     write_results(json_path, ratios, results)
 
 
@@ -66,7 +67,7 @@ def make_candidates(config: Config) -> list[Candidate]:
     candidates = []
     for precision, level in (("fp32", "O0"), ("bf16", "O1")):
         if precision == "bf16" and not cpu_has_bfloat16():
-            print("this CPU has no bfloat16 instructions: only float32 is measured")
+            print_text("this CPU has no bfloat16 instructions: only float32 is measured")
             continue
         ours = config.model_copy(update={"amp": config.amp.model_copy(update={"level": level})})
         dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]

@@ -18,6 +18,7 @@ from vit_static.bench.photos import NUM_PHOTO_CLASSES, write_photos
 from vit_static.bench.step import Speed
 from vit_static.common.errors import ConfigError
 from vit_static.common.io import write_json
+from vit_static.common.text import print_text
 from vit_static.config.loader import load_config
 
 # Images per second per A100 as PLSC publishes them, by config.
@@ -41,11 +42,11 @@ def run(overrides: Sequence[str], seconds: float, json_path: Path | None) -> Non
         raise ConfigError("bench train --device gpu: Paddle finds no GPU here; leave out --device to measure the CPU")
     speeds: dict[str, dict[str, Speed]] = {}
     head = f"per GPU, of {num_gpus}"
-    print(f"{head:<56}{'noise':>10}{'DALI':>10}{'MFU':>8}{'peak memory':>14}{'PLSC':>8}")
+    print_text(f"{head:<56}{'noise':>10}{'DALI':>10}{'MFU':>8}{'peak memory':>14}{'PLSC':>8}")
     with tempfile.TemporaryDirectory() as folder:
         photo_overrides: list[str] = []
         if not any(override.startswith("data.root=") for override in overrides):
-            print(write_photos(Path(folder)))
+            print_text(write_photos(Path(folder)))
             photo_overrides = [f"data.root={folder}", f"model.num_classes={NUM_PHOTO_CLASSES}"]
         for name, plsc_images_per_s in PLSC_IMAGES_PER_S.items():
             all_overrides = [*micro_batch_overrides(name, num_gpus), *overrides]
@@ -53,7 +54,7 @@ def run(overrides: Sequence[str], seconds: float, json_path: Path | None) -> Non
             real = _measure(name, [*all_overrides, *photo_overrides], seconds, "--real-data")
             speeds[name] = {"noise": noise, "dali": real}
             mfu = "" if noise.mfu is None else f"{noise.mfu:.1%}"
-            print(
+            print_text(
                 f"{name:<56}{noise.images_per_s / num_gpus:10.1f}{real.images_per_s / num_gpus:10.1f}{mfu:>8}"
                 f"{(noise.peak_bytes or 0) / 1e9:11.2f} GB{plsc_images_per_s:8.0f}",
                 flush=True,

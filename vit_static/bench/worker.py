@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from vit_static.common.errors import EXIT_DONE, EXIT_FAILED
 from vit_static.common.library_output import library_output
 from vit_static.common.startup import prepare_process
+from vit_static.common.text import print_text
 
 KINDS = ("step", "data", "infer")
 NUM_LINES = 40  # of library output, shown when a worker fails
@@ -25,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         _serve(kind, json.loads(spec))
     except Exception:
-        print(library_output(NUM_LINES), end="", file=sys.stderr)
+        print_text(library_output(NUM_LINES), sys.stderr)
         traceback.print_exc()
         return EXIT_FAILED
     return EXIT_DONE

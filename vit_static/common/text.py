@@ -1,20 +1,75 @@
-"""Status lines, lines of text files, names for display, numbers in environment variables, and durations."""
+"""Text for people and programs: escaped lines on the console, JSON, CSV; names, numbers in variables, durations."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
+import re
 import sys
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, TextIO
 
-from vit_static.common.errors import escape_character
+from vit_static.common.errors import escape, escape_character
 
 _UNSAFE_CATEGORIES = ("Cc", "Cs", "Zl", "Zp")  # control characters, surrogates, separators of lines and paragraphs
 
 
+# Spreadsheets evaluate a cell that begins with one of these, or with its full-width form, as a formula.
+_FORMULA_STARTS = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+
+
 def say(line: str, program: str = "vit_static") -> None:
     """Print a status line of a program or tool on stderr, so that stdout holds only results."""
-    print(f"{program}: {line}", file=sys.stderr, flush=True)
+    print(escape(f"{program}: {line}"), file=sys.stderr, flush=True)
+
+
+def print_line(line: object, *, flush: bool = False) -> None:
+    """Print one line of results on stdout. Names in it may come from anywhere: see `escape`."""
+    print(escape(str(line)), flush=flush)
+
+
+def print_text(text: str, file: TextIO | None = None, *, flush: bool = False) -> None:
+    """Print text of several lines, on stdout by default. Names in it must be escaped already, so that none of them
+    begins a line of its own."""
+    print(escape_lines(text.removesuffix("\n")), file=file or sys.stdout, flush=flush)
+
+
+def escape_lines(text: str) -> str:
+    """Escape each line of a text; line feeds and tabs stay."""
+    return "\n".join("\t".join(map(escape, line.split("\t"))) for line in text.split("\n"))
+
+
+def json_line(value: Any) -> str:
+    """Return JSON of one line. Characters that `escape` escapes are JSON's escapes, so a parser gets them unchanged."""
+    text = json.dumps(value, ensure_ascii=False)
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in text)
+
+
+def csv_cell(value: Any) -> Any:
+    """Return a value as a cell of CSV: text is escaped, and can't be a spreadsheet's formula; None is an empty cell.
+
+    A text that a spreadsheet would evaluate gets an apostrophe before it, as OWASP recommends against CSV injection;
+    numbers, also as text, stay numbers.
+    """
+    if not isinstance(value, str):
+        return "" if value is None else value
+    cell = escape(value)
+    if cell.lstrip().startswith(_FORMULA_STARTS) and _NUMBER.fullmatch(cell) is None:
+        return f"'{cell}"
+    return cell
+
+
+def csv_row(values: Iterable[Any]) -> str:
+    """Return a line of CSV (RFC 4180) without its line break; see `csv_cell`."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="").writerow(map(csv_cell, values))
+    return buffer.getvalue()
 
 
 def positive_int(environ: Mapping[str, str], name: str, default: int) -> int:
@@ -46,10 +101,16 @@ def read_lines(path: Path) -> list[str]:
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
 
 
-def display_name(name: str) -> str:
-    """Return a file's or folder's name as text of one line that UTF-8 can represent, with all of its spaces.
+def to_unicode(name: str) -> str:
+    """Replace the bytes of a name that aren't UTF-8 by escapes, since JSON can't hold them; keep everything else."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
-    Line breaks, control characters and bytes that aren't UTF-8 become escapes.
+
+def display_name(name: str) -> str:
+    """Return a file's or folder's name as a class name that files can store: one line that UTF-8 can represent.
+
+    Line breaks, control characters and bytes that aren't UTF-8 become escapes; spaces, and the joiners and marks of
+    direction that some scripts need, stay. What is shown to a person goes through `escape`, which leaves none of them.
     """
     return "".join(
         escape_character(character) if unicodedata.category(character) in _UNSAFE_CATEGORIES else character

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from vit_static.bench.harness import check_writable
-from vit_static.common.errors import UserError, escape
+from vit_static.common.errors import UserError
 from vit_static.common.io import write_json
-from vit_static.common.text import duration
+from vit_static.common.text import duration, print_line
 from vit_static.config.schema import Config
 from vit_static.doctor import record
 from vit_static.doctor.check import Result
@@ -53,12 +53,12 @@ def run(
     world_size, num_local = _world_size(config)
     request = Request(config, config_path, overrides, names, world_size, num_local, verbose)
     started = time.monotonic()
-    print(_headline(request), flush=True)
+    print_line(_headline(request), flush=True)
     outcomes: list[Outcome] = []
     folder = Path(tempfile.mkdtemp(prefix="vit_static_doctor_"))
     try:
         for outcome in perform_all(request, folder):
-            print(_line(outcome), flush=True)
+            print_line(_line(outcome), flush=True)
             outcomes.append(outcome)
     finally:
         if all(outcome.result.status != "failed" for outcome in outcomes):
@@ -67,7 +67,7 @@ def run(
     seconds = time.monotonic() - started
     has_passed = num["failed"] == 0
     where = "" if has_passed else f"; what the processes printed is in {folder}"
-    print(f"{duration(seconds)}: {num['ok']} ok, {num['failed']} failed, {num['skipped']} skipped{where}")
+    print_line(f"{duration(seconds)}: {num['ok']} ok, {num['failed']} failed, {num['skipped']} skipped{where}")
     setting = record.setting(config, world_size, visible_gpus())
     if has_passed and len(names) == len(CHECKS):
         record.write_pass(setting, config.name)
@@ -105,7 +105,7 @@ def _line(outcome: Outcome) -> str:
     """Return a check's line for the user."""
     result = outcome.result
     remedy = f"; {result.remedy}" if result.remedy else ""
-    return escape(f"{_SHOWN[result.status]:<8}{outcome.name:<12}{result.message}{remedy}")
+    return f"{_SHOWN[result.status]:<8}{outcome.name:<12}{result.message}{remedy}"
 
 
 def _as_json(

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from vit_static.common.errors import ExportError, UserError
 from vit_static.common.io import write_json
+from vit_static.common.text import print_line, print_text
 from vit_static.config.schema import Config, InferencePrecision
 from vit_static.data.image_set import ImageDataset
 from vit_static.data.open_set import count_classes, has_shards, open_set, split_path
@@ -100,7 +101,7 @@ def export_checkpoint(
     loaded = load_weights(checkpoint, ema=ema, which=which)
     choice = describe_choice(checkpoint, which)
     if choice is not None:
-        print(choice, flush=True)
+        print_line(choice, flush=True)
     config = config_for(config, loaded, overrides)
     precision = config.export.precision
     check_machine(precision)
@@ -126,7 +127,7 @@ def export_checkpoint(
             _export_size(loaded, resized, images, unfinished / subfolder, subfolder, onnx=onnx)
     folder = given_out / subfolders[0]
     names = ", ".join(path.name for path in sorted(folder.iterdir()))
-    print(f"{folder}: {names}; './run.sh predict --model {folder} IMAGE' uses them")
+    print_line(f"{folder}: {names}; './run.sh predict --model {folder} IMAGE' uses them")
 
 
 def _open_validation(config: Config) -> ImageDataset:
@@ -168,7 +169,7 @@ def _export_size(
     calibration = (inputs for inputs, *_ in read_batches(images, indices, spec))
     if needs_validation(config):
         spec, lines = calibrate(model, spec, config, read_batches(images, np.arange(len(images)), spec))
-        print(lines, flush=True)
+        print_text(lines, flush=True)
     spec = write_artifact(model, config, spec, folder, calibration, onnx=onnx)
     with without_tf32():
         comparisons = compare(model, spec, folder, images, config.export.num_check_images)
@@ -185,7 +186,7 @@ def _check(comparison: Comparison, path: str, name: str, spec: ModelSpec) -> Non
     """Print the comparison of the file `name`, shown as `path`. Raises ExportError if it exceeds its bounds."""
     precision = file_precision(name, spec)
     quantity = "a feature" if not spec.class_names else "a probability" if name == PIXELS_FILE else "a logit"
-    print(
+    print_line(
         f"{path} ({precision}): largest difference of {quantity} from the trained model's: "
         f"{comparison.largest_difference:.2e}, over {comparison.num_images} validation images "
         f"(bound {comparison.bound:.0e})",
@@ -195,7 +196,7 @@ def _check(comparison: Comparison, path: str, name: str, spec: ModelSpec) -> Non
     if comparison.top1_exported is not None and comparison.top1_trained is not None:
         top1_difference = comparison.top1_exported - comparison.top1_trained
         top1_bound = BOUNDS[precision].top1_bound(comparison.num_images)
-        print(
+        print_line(
             f"{path}: top-1 {comparison.top1_exported:.2f} %, the trained model's {comparison.top1_trained:.2f} % "
             f"(difference {top1_difference:+.2f}, bound {top1_bound:.2f}); "
             f"the same class for {comparison.same_class:.2f} %",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vit_static.common.errors import escape
 from vit_static.config.schema import Config
 from vit_static.inference.artifact import (
     MODEL_FILE,
@@ -144,5 +145,4 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def _escape_markdown(text: str) -> str:
     """Escape text, so that a class name from elsewhere can't contain a link or a tag."""
-    one_line = "".join(" " if letter.isspace() else letter for letter in text)
-    return "".join(f"\\{letter}" if letter in "\\`*_{}[]()#+!|<>~&" else letter for letter in one_line)
+    return "".join(f"\\{letter}" if letter in "\\`*_{}[]()#+!|<>~&" else letter for letter in escape(text))

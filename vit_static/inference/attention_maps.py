@@ -6,7 +6,6 @@ The pictures follow figures 6 and 7 of the ViT paper (arXiv 2010.11929). The rol
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -27,8 +26,8 @@ from vit_static.common.drawing import (
     overlay_heatmap,
     write_png,
 )
-from vit_static.common.errors import PredictError, UserError
-from vit_static.common.text import say
+from vit_static.common.errors import PredictError, UserError, escape
+from vit_static.common.text import json_line, print_line, say
 from vit_static.config.schema import Config, ModelConfig
 from vit_static.inference.artifact import MODEL_FILE, SPEC_FILE, ModelSpec, Preprocessing, read_spec, spec_of
 from vit_static.inference.image_io import find_images
@@ -280,14 +279,15 @@ def visualize(
             path, stem = next(named_paths)
             if error is not None:
                 num_failed += 1
-                print(json.dumps({"path": str(path), "error": str(error)}))
+                print_line(json_line({"path": str(path), "error": str(error)}))
                 continue
             result = next(results)
             title = f"{stem}: {result.class_name}, {100.0 * result.probability:.1f} %" if result.class_name else stem
+            title = escape(title)  # one line of the picture
             _write(draw_rollout(result.pixels, result.rollout, title), out / f"{stem}_rollout.png")
             _write(draw_heads(result.pixels, result.heads, title), out / f"{stem}_heads.png")
             top = [{"class": result.label, "name": result.class_name, "probability": round(result.probability, 6)}]
-            print(json.dumps({"path": str(path), "top": top if result.class_name else []}, ensure_ascii=False))
+            print_line(json_line({"path": str(path), "top": top if result.class_name else []}))
     sys.stdout.flush()
     if num_failed:
         say(f"{num_failed} images could not be read; their lines give the reason")
@@ -388,4 +388,4 @@ def draw_filters(filters: np.ndarray, shares: np.ndarray) -> np.ndarray:
 
 def _write(picture: np.ndarray, path: Path) -> None:
     write_png(picture, path)
-    print(path)
+    print_line(path)

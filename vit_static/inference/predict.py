@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import io
-import json
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +13,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from vit_static.common.errors import PredictError
+from vit_static.common.errors import PredictError, escape
 from vit_static.common.io import write_atomically
-from vit_static.common.text import say
+from vit_static.common.text import csv_cell, csv_row, json_line, print_line, say
 from vit_static.config.schema import InferencePrecision
 from vit_static.inference.image_io import find_images, read_path_list
 from vit_static.inference.predictor import Prediction, Predictor, load_predictor
@@ -54,17 +52,15 @@ def predict_images(
     # Raises here for a path that doesn't exist, before anything is written.
     sources = [read_path_list(sys.stdin.buffer) if path == Path("-") else iter(find_images([path])) for path in paths]
     say(f"{folder}: {predictor.description}")
-    # A path that is not UTF-8 has surrogates, which stdout would refuse; they are escaped, as JSON allows.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
     if output_format == "csv":
-        print(_csv_row("path", "error", *_csv_columns(num_columns)))
+        print_line(csv_row(["path", "error", *_csv_columns(num_columns)]))
     to_line = _LINES[output_format]
-    layout = _Layout(num_columns, min(max(map(len, predictor.spec.class_names), default=0), _MAX_NAME_WIDTH))
+    names = map(escape, predictor.spec.class_names)
+    layout = _Layout(num_columns, min(max(map(len, names), default=0), _MAX_NAME_WIDTH))
     num_failed = 0
     for path, prediction in _predict_paths(predictor, chain.from_iterable(sources), top_k, batch_size, features):
         num_failed += isinstance(prediction, PredictError)
-        print(to_line(str(path), prediction, layout))
+        print_line(to_line(str(path), prediction, layout))
     sys.stdout.flush()
     if num_failed:
         nan_rows = f"; their rows in {features} are NaN" if features else ""
@@ -132,8 +128,8 @@ class _Layout(NamedTuple):
 
 def _json_line(path: str, prediction: Prediction | PredictError, layout: _Layout) -> str:
     if isinstance(prediction, PredictError):
-        return json.dumps({"path": path, "error": str(prediction)}, ensure_ascii=False)
-    return json.dumps({"path": path, "top": prediction.top()}, ensure_ascii=False)
+        return json_line({"path": path, "error": str(prediction)})
+    return json_line({"path": path, "top": prediction.top()})
 
 
 def _csv_columns(num_classes: int | None) -> list[str]:
@@ -146,27 +142,23 @@ def _csv_columns(num_classes: int | None) -> list[str]:
 
 def _csv_line(path: str, prediction: Prediction | PredictError, layout: _Layout) -> str:
     if isinstance(prediction, PredictError):
-        return _csv_row(path, str(prediction), *[""] * len(_csv_columns(layout.num_columns)))
+        return csv_row([path, str(prediction), *[""] * len(_csv_columns(layout.num_columns))])
     if layout.num_columns is None:
         top = prediction.top()
-        columns = ([str(entry[key]) for entry in top] for key in ("class", "name", "probability"))
-        return _csv_row(path, "", *(";".join(column) for column in columns))
-    return _csv_row(path, "", *(value for entry in prediction.top() for value in entry.values()))
-
-
-def _csv_row(*values: object) -> str:
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="").writerow(values)
-    return buffer.getvalue()
+        # Each name is a cell of its own for a spreadsheet that separates cells by semicolons.
+        columns = ([str(csv_cell(entry[key])) for entry in top] for key in ("class", "name", "probability"))
+        return csv_row([path, "", *(";".join(column) for column in columns)])
+    return csv_row([path, "", *(value for entry in prediction.top() for value in entry.values())])
 
 
 def _table_line(path: str, prediction: Prediction | PredictError, layout: _Layout) -> str:
     if isinstance(prediction, PredictError):
         return f"{'':7}  {prediction}"
     width = layout.name_width
+    names = map(escape, prediction.names)
     classes = [
         f"{probability:7.2%}  {name if len(name) <= width else name[: width - 1] + '…':{width}}"
-        for name, probability in zip(prediction.names, prediction.probabilities, strict=True)
+        for name, probability in zip(names, prediction.probabilities, strict=True)
     ]
     if layout.num_columns is None and not classes:
         classes = [f"{'':7}  no class"]

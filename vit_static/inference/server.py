@@ -32,7 +32,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vit_static.common.errors import PredictError, UserError
-from vit_static.common.text import say
+from vit_static.common.text import print_line, say
 from vit_static.config.schema import InferencePrecision
 from vit_static.data.dali_pipeline import size_before_crop
 from vit_static.inference.attention_maps import attention_map, load_exported
@@ -407,7 +407,7 @@ def serve_model(
         )
         say(f"{folder}: {predictor.description}; batches of up to {limits.batch_size}")
         url_host = f"[{host}]" if ":" in host else host
-        print(f"serving {folder} at http://{url_host}:{listener.getsockname()[1]}/", flush=True)
+        print_line(f"serving {folder} at http://{url_host}:{listener.getsockname()[1]}/", flush=True)
         uvicorn.Server(config).run([listener])
         raise KeyboardInterrupt  # Uvicorn raises it itself, except for a signal that this process inherited as ignored
     finally:

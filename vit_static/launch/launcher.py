@@ -43,7 +43,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vit_static.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_MISTAKE
-from vit_static.common.text import positive_int, say
+from vit_static.common.text import positive_int, print_text, say
 from vit_static.config.loader import DEFAULT_CONFIGS, load_config
 from vit_static.config.schema import Config
 from vit_static.launch.rendezvous import (
@@ -141,7 +141,7 @@ def launch(argv: Sequence[str], layout: Layout, config: Config, max_restarts: in
                 used_up = f"; train.max_restarts = {max_restarts} is used up" if is_restartable and max_restarts else ""
                 say(failure.message + used_up + (f"; the end of {failure.log}:" if failure.log else ""))
                 if failure.tail:
-                    print(failure.tail, file=sys.stderr, flush=True)
+                    print_text(failure.tail, sys.stderr, flush=True)
                 if is_restartable and argv[:1] in (["pretrain"], ["finetune"]) and (config.run_dir / "log").is_dir():
                     say(f"the output of Paddle and DALI is in {config.run_dir / 'log'}")
             return ending.code

@@ -8,6 +8,7 @@ from typing import Any
 from vit_static.common.errors import ConfigError
 from vit_static.common.hardware import GPUS, RESERVED_BYTES
 from vit_static.common.io import write_json
+from vit_static.common.text import print_text
 from vit_static.config.schema import Config
 from vit_static.plan.costs import count_by_kind
 from vit_static.plan.planner import Cluster, Plan, make_plan, resolve_world_size, search_meshes, with_mesh
@@ -33,11 +34,11 @@ def plan_run(
     parallel = with_mesh(config.parallel, mesh_text)
     if search:
         plans = search_meshes(config, parallel, resolve_world_size(parallel, world_size), cluster)
-        print(describe_search(plans))
+        print_text(describe_search(plans))
         values: Any = [plan.as_json() for plan in plans]
     else:
         plan = make_plan(config, parallel, resolve_world_size(parallel, world_size), cluster, rank)
-        print(describe(plan))
+        print_text(describe(plan))
         values = plan.as_json()
     if out is not None:
         write_json(values, out)

@@ -11,7 +11,7 @@ import numpy as np
 
 from vit_static.common.errors import UserError
 from vit_static.common.io import write_json
-from vit_static.common.text import duration
+from vit_static.common.text import duration, print_line
 from vit_static.config.schema import Config
 from vit_static.probe import classifiers
 from vit_static.probe.classifiers import Samples
@@ -41,7 +41,7 @@ def probe(
     samples = {split: cached_features(extractor, images, refresh=refresh) for split, images in splits.items()}
     (train, is_train_cached), (val, is_val_cached) = samples["train"], samples["val"]
     is_cached = is_train_cached and is_val_cached
-    print(
+    print_line(
         f"{extractor.description}: {train.features.shape[1]} features of {len(train)} training and {len(val)} "
         f"validation images in {config.data.root}, {'from the cache' if is_cached else 'extracted'} in "
         f"{duration(time.monotonic() - started)}",
@@ -99,4 +99,4 @@ _MEASURE = {"knn": _measure_knn, "logistic": _measure_logistic, "fewshot": _meas
 def _print_table(rows: list[Row]) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     for method, setting, top1 in rows:
-        print(f"  {method:{widths[0]}}  {setting:{widths[1]}}  {top1}")
+        print_line(f"  {method:{widths[0]}}  {setting:{widths[1]}}  {top1}")

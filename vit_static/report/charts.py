@@ -6,7 +6,6 @@ They need no JavaScript. Each chart also contains its data as JSON in a <script 
 from __future__ import annotations
 
 import bisect
-import html
 import itertools
 import json
 import math
@@ -17,6 +16,8 @@ from decimal import Decimal
 from typing import Any
 
 import numpy as np
+
+from vit_static.report.tables import escape_html
 
 Points = list[tuple[int, float]]  # (step, value), by step
 
@@ -247,8 +248,8 @@ def chart(
     last_value = _point(series[0].points[-1]) if len(series) == 1 else ""
     return (
         f'<figure class="chart"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{html.escape(f"{title}, by step: {summary}")}">'
-        f'<text class="title" x="{LEFT}" y="14">{html.escape(title)}</text>'
+        f'aria-label="{escape_html(f"{title}, by step: {summary}")}">'
+        f'<text class="title" x="{LEFT}" y="14">{escape_html(title)}</text>'
         f'<text x="{RIGHT}" y="14" text-anchor="end">{last_value}</text>'
         f"{_grid(x, y)}{''.join(_mark(mark, x) for mark in marks)}{''.join(elements)}{_tooltips(series, x)}</svg>"
         f'<script type="application/json" id="curve-{name}">{as_json(data)}</script></figure>'
@@ -259,7 +260,7 @@ def legend(series: Sequence[Series]) -> str:
     """Return the HTML of a legend with the names of the series."""
     items = "".join(
         f'<li><svg viewBox="0 0 28 10" aria-hidden="true">'
-        f'<polyline class="{line.css_classes}" points="0,5 28,5"/></svg>{html.escape(line.name)}</li>'
+        f'<polyline class="{line.css_classes}" points="0,5 28,5"/></svg>{escape_html(line.name)}</li>'
         for line in series
     )
     return f'<ul class="legend">{items}</ul>'
@@ -303,7 +304,7 @@ def _mark(mark: Mark, x: Axis) -> str:
     left = x.to_pixels(mark.step)
     return (
         f'<g class="mark{" back" if mark.is_rollback else ""}">'
-        f"<title>{html.escape(mark.label)} at step {mark.step:,}</title>"
+        f"<title>{escape_html(mark.label)} at step {mark.step:,}</title>"
         f'<line x1="{left:.1f}" x2="{left:.1f}" y1="{TOP - 6}" y2="{BOTTOM}"/>'
         f'<path d="M{left - 5:.1f} {TOP - 14}h10l-5 8z"/></g>'
     )
@@ -330,7 +331,7 @@ def _tooltips(series: Sequence[Series], x: Axis) -> str:
             texts.append(f"{name}step {step:,}: {format_number(value)}")
         rects.append(
             f'<rect x="{left:.1f}" y="{TOP}" width="{right - left:.1f}" height="{BOTTOM - TOP}">'
-            f"<title>{html.escape(chr(10).join(texts))}</title></rect>"
+            f"<title>{chr(10).join(map(escape_html, texts))}</title></rect>"
         )
     return f'<g class="targets">{"".join(rects)}</g>'
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +10,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from vit_static.common.io import write_atomically
+from vit_static.common.text import csv_row
 from vit_static.report.calibration import Calibration, calibration_of
 from vit_static.report.class_metrics import ClassCounts, average_precision
 from vit_static.report.predictions import Predictions
@@ -90,14 +89,9 @@ def write_class_quality(classes: Sequence[ClassQuality], path: Path) -> None:
     has_average_precision = any(each.average_precision is not None for each in classes)
     columns = ["label", "name", "support", "precision", "recall", "f1"]
     columns += ["average_precision"] if has_average_precision else []
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for each in classes:
-        row = [getattr(each, column) for column in columns]
-        writer.writerow("" if value is None else value for value in row)
+    rows = [columns, *([getattr(each, column) for column in columns] for each in classes)]
     with write_atomically(path) as temporary:
-        temporary.write_bytes(text.getvalue().encode("utf-8", "surrogateescape"))
+        temporary.write_text("".join(f"{csv_row(row)}\n" for row in rows), encoding="utf-8")
 
 
 def _logit(probability: float) -> float:

@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from vit_static.common.io import write_atomically
+from vit_static.common.text import to_unicode
 from vit_static.report.calibration import Calibration
 from vit_static.report.class_quality import ClassQuality, calibration, class_quality
 from vit_static.report.predictions import Predictions
@@ -124,7 +125,7 @@ def analyze_errors(
         named |= {accuracy.label for accuracy in classes}
     images = [
         MisclassifiedImage(
-            path=sample.path,
+            path=to_unicode(sample.path),
             labels=[] if sample.labels is None else sample.labels.tolist(),
             predicted=int(predictions.classes[index]),
             probability=_finite_or_none(predictions.probabilities[index]),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
-from vit_static.common.errors import UserError
+from vit_static.common.errors import UserError, escape
 from vit_static.common.io import write_atomically
-from vit_static.common.text import duration
+from vit_static.common.text import duration, escape_lines, print_line
 from vit_static.report import charts
 from vit_static.report.charts import Mark, Series
 from vit_static.report.error_section import error_section
@@ -66,17 +68,18 @@ def write_reports(run_dirs: Sequence[Path], out: Path | None) -> None:
     if out is not None and out.is_dir():
         raise UserError(f"{out}: is a folder; --out names the file to write, such as {out / REPORT_FILE}")
     if len(run_dirs) == 1:
-        print(write_report(run_dirs[0], out))
+        print_line(write_report(run_dirs[0], out))
     else:
-        print(write_comparison(run_dirs, out or Path(REPORT_FILE)))
+        print_line(write_comparison(run_dirs, out or Path(REPORT_FILE)))
 
 
 def _render(template: str, path: Path, title: str, content: dict[str, Any]) -> Path:
-    """Write a page from a template, and return its path. Jinja2 escapes every text of `content` but the charts, which
-    are HTML whose texts charts.py has escaped."""
+    """Write a page from a template, and return its path. Unprintable characters and HTML of every text of `content` are
+    escaped, but those of the charts, which are HTML whose texts charts.py has escaped."""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
+        finalize=_escape_unless_html,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
@@ -88,6 +91,10 @@ def _render(template: str, path: Path, title: str, content: dict[str, Any]) -> P
     with write_atomically(path) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     return path
+
+
+def _escape_unless_html(value: Any) -> Any:
+    return escape(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _chart(
@@ -124,7 +131,7 @@ def _run_page(run: RunLogData) -> dict[str, Any]:
         "sessions": sessions,
         "num_same_sessions": num_same_sessions,
         "settings": _settings(run),
-        "config_text": run.config_text,
+        "config_text": Markup(html.escape(escape_lines(run.config_text))),
     }
 
 

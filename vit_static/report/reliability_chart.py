@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import html
-
 from vit_static.report.calibration import Calibration
 from vit_static.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, as_json, linear_axis, tick_labels
+from vit_static.report.tables import escape_html
 
 STYLE = """
 .chart .bars rect { fill: var(--c0); fill-opacity: .55; }
@@ -47,8 +46,8 @@ def reliability_chart(calibration: Calibration, title: str, x_label: str) -> str
     data = {"title": title, "ece": calibration.ece, "bins": [each.model_dump() for each in calibration.bins]}
     return (
         f'<figure class="chart"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{html.escape(f"{title}, by {x_label}: {ece}")}">'
-        f'<text class="title" x="{LEFT}" y="14">{html.escape(title)}</text>'
+        f'aria-label="{escape_html(f"{title}, by {x_label}: {ece}")}">'
+        f'<text class="title" x="{LEFT}" y="14">{escape_html(title)}</text>'
         f'<text x="{RIGHT}" y="14" text-anchor="end">{ece}</text>{"".join(grid)}<g class="bars">{"".join(bars)}</g>'
         f'<line class="diagonal" x1="{LEFT}" y1="{BOTTOM}" x2="{RIGHT}" y2="{TOP}"/></svg>'
         f'<script type="application/json" id="reliability">{as_json(data)}</script></figure>'

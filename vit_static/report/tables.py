@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from vit_static.common.errors import escape
 
 MAX_NAME_LENGTH = 60  # characters of a class name
 MAX_VALUE_LENGTH = 240  # characters of a config value
@@ -31,6 +34,11 @@ def format_setting(value: Any) -> str:
     # A number that was read from YAML keeps its text there: 3e-3 stays 3e-3.
     text = value if isinstance(value, str) else getattr(value, "text", None) or json.dumps(value, default=str)
     return shorten(text, MAX_VALUE_LENGTH)
+
+
+def escape_html(text: str) -> str:
+    """Escape a text of one line: its unprintable characters, then what HTML gives a meaning."""
+    return html.escape(escape(text))
 
 
 def shorten(text: str, max_length: int) -> str:

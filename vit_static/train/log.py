@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from vit_static.common.text import duration
+from vit_static.common.text import duration, escape_lines, print_text
 
 
 class RunLog:
@@ -50,9 +50,9 @@ class RunLog:
         if not self._is_writer:
             return
         if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)
+            self._bar.write(escape_lines(text), file=sys.stdout)
         else:
-            print(text, flush=True)
+            print_text(text, flush=True)
 
     def say_json(self, values: dict[str, Any]) -> None:
         """Print one line of JSON, for programs that read the console."""

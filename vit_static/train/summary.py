@@ -54,7 +54,7 @@ def start_screen(spec: RunSpec, done_steps: int, start: str, num_parameters: int
     indent = " " * (_LABEL + 2)
     lines = [
         textwrap.fill(
-            text,
+            escape(text),
             _WIDTH,
             initial_indent=f"  {label:<{_LABEL}}",
             subsequent_indent=indent,
@@ -63,7 +63,7 @@ def start_screen(spec: RunSpec, done_steps: int, start: str, num_parameters: int
         )
         for label, text in rows.items()
     ]
-    return "\n".join([config.name, *lines])
+    return "\n".join([escape(config.name), *lines])
 
 
 def _left_out(spec: RunSpec) -> dict[str, str]:
@@ -74,7 +74,7 @@ def _left_out(spec: RunSpec) -> dict[str, str]:
         for name, images in ((data.train, spec.train_images), (data.val, spec.val_images))
         if images.left_out
     ]
-    return {"left out": escape("; ".join(parts))} if parts else {}
+    return {"left out": "; ".join(parts)} if parts else {}
 
 
 def _augmentation(augment: AugmentConfig) -> str:

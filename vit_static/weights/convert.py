@@ -8,6 +8,7 @@ from typing import Literal
 import paddle
 
 from vit_static.common.errors import WeightsError
+from vit_static.common.text import print_line
 from vit_static.config.schema import Config, InitConfig, ModelConfig
 from vit_static.model.variants import variant_of
 from vit_static.model.vit import VisionTransformer
@@ -66,11 +67,11 @@ def convert_weights(
     write_converted(state, model, target, to)
     report_path = target.with_name(f"{target.name}.report.json")
     report.write(report_path)
-    print(f"convert: {source}: {report.format}")
+    print_line(f"convert: {source}: {report.format}")
     for line in report.lines():
-        print(f"  {line}")
-    print(f"convert: written to {target} ({to}), with a report of every array in {report_path.name}")
-    print(f"convert: its model: {describe_model(model)}")
+        print_line(f"  {line}")
+    print_line(f"convert: written to {target} ({to}), with a report of every array in {report_path.name}")
+    print_line(f"convert: its model: {describe_model(model)}")
 
 
 def convert_state(
