@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from helpers.bad_input import Trial, cases, damaged, json_values, pytestmark  # noqa: F401
 from helpers.exported import in_inference_process, probabilities_shape, run_predict
+from helpers.forked_verbs import run_verb
 from helpers.small import SMALL
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +20,7 @@ from PIL import Image
 from vit_static.common.errors import PredictError
 from vit_static.config.schema import Config
 from vit_static.export.exporter import write_artifact
-from vit_static.inference.artifact import MODEL_FILE, SPEC_FILE, WEIGHTS_FILE, spec_of
+from vit_static.inference.artifact import MODEL_FILE, SPEC_FILE, WEIGHTS_FILE, read_spec, spec_of
 from vit_static.model.vit import VisionTransformer
 
 MODEL = SMALL.model_copy(update={"representation_size": None, "layer_scale_init": None})
@@ -111,6 +112,44 @@ def test_a_spec_with_another_image_size_is_refused(accepts_model, exported: Any,
     spec["preprocessing"]["image_size"] = spec["model"]["image_size"] = size
     other = {**exported["plain"], SPEC_FILE: json.dumps(spec).encode()}
     accepts_model("model folders: specs", other, "can't run on images of", "more than")
+
+
+ABSURD_SIZES = [
+    {"depth": 10**9},
+    {"depth": 10**400},
+    {"width": 10**9, "num_heads": 1},
+    {"mlp_dim": 10**9},
+    {"register_tokens": 10**9},
+    {"representation_size": 10**9},
+    {"depth": 10**9, "pos_embed": "sincos2d"},
+    {"num_heads": 10**9},
+]
+
+
+@pytest.mark.parametrize("changed", ABSURD_SIZES, ids=lambda changed: "-".join(changed))
+def test_absurd_sizes_are_refused_by_every_verb_that_opens_the_folder(
+    exported: Any, changed: dict[str, Any], tmp_path: Path
+) -> None:
+    """The refusal comes from `read_spec`, before a layer of the model is made."""
+    spec = json.loads(exported["plain"][SPEC_FILE])
+    spec["model"].update(changed)
+    for name, content in {**exported["plain"], SPEC_FILE: json.dumps(spec).encode()}.items():
+        (tmp_path / name).write_bytes(content)
+    image = tmp_path / "image.png"
+    Image.new("RGB", (20, 20)).save(image)
+    verbs = (
+        ("predict", "--model", tmp_path, image),
+        ("serve", "--model", tmp_path, "--port", 0),
+        ("visualize", "--model", tmp_path, "--out", tmp_path / "out", image),
+        ("probe", "--model", tmp_path),
+    )
+    # All verbs for one case; `predict`, whose program has its own sizes, must not be the only one.
+    for verb in verbs if changed == ABSURD_SIZES[0] else ():
+        finished = run_verb(*verb, cwd=tmp_path, timeout_s=60)
+        assert (finished.returncode, finished.stdout) == (2, ""), (verb[0], finished.stderr)
+        assert SPEC_FILE in finished.stderr and len(finished.stderr.splitlines()) == 1
+    with pytest.raises(PredictError, match=r"larger model than|does not describe an exported model"):
+        read_spec(tmp_path)
 
 
 def test_an_older_export_is_refused_with_the_remedy(accepts_model, exported: Any) -> None:

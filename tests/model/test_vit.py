@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import paddle
 import pytest
@@ -11,7 +13,7 @@ from reference import closed_form
 
 from vit_static.config.schema import KernelsConfig, ModelConfig, OptimConfig
 from vit_static.model.pos_embed import resample_pos_embed, sincos2d_pos_embed
-from vit_static.model.variants import VARIANTS, variant_of
+from vit_static.model.variants import VARIANTS, num_parameters, variant_of
 from vit_static.model.vit import DropPath, VisionTransformer
 from vit_static.program.precision import Precision
 from vit_static.weights.formats import fuse_qkv, split_qkv
@@ -29,7 +31,7 @@ def randomized_model(config: ModelConfig, seed: int = 0):
     return model
 
 
-def num_parameters(model: paddle.nn.Layer) -> int:
+def count_parameters(model: paddle.nn.Layer) -> int:
     return sum(int(np.prod(parameter.shape)) for parameter in model.parameters())
 
 
@@ -49,9 +51,23 @@ def sum_of_layer_shapes(name: str) -> int:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_parameter_counts(name: str) -> None:
     with paddle.LazyGuard():  # shapes without values, which for 6B/14 would need 24 GB
-        counted = num_parameters(VisionTransformer(ModelConfig(variant=name)))
+        counted = count_parameters(VisionTransformer(ModelConfig(variant=name)))
     assert counted == PUBLISHED.get(name, sum_of_layer_shapes(name))
-    assert sum_of_layer_shapes(name) == counted
+    assert sum_of_layer_shapes(name) == counted == num_parameters(ModelConfig(variant=name))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"pos_embed": "sincos2d", "pool": "gap"},
+        {"register_tokens": 3, "layer_scale_init": 1e-5, "qkv_bias": False, "num_channels": 1},
+        {"pool": "cls_gap", "fc_norm": True, "representation_size": 20, "class_token_pos_embed": False},
+        {"num_classes": 0, "pool": "cls_gap", "representation_size": 20},
+    ],
+)
+def test_parameter_counts_of_options(changed: dict[str, Any]) -> None:
+    config = SMALL.model_copy(update=changed)
+    assert num_parameters(config) == count_parameters(VisionTransformer(config))
 
 
 def test_every_variant_is_pinned() -> None:

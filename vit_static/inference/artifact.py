@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from vit_static.common.errors import PredictError, truncate
+from vit_static.common.errors import ConfigError, PredictError, truncate
 from vit_static.common.io import FileRecord, file_record
 from vit_static.config.data_schema import EvalConfig
 from vit_static.config.schema import Config, InferencePrecision, ModelConfig
@@ -23,6 +23,7 @@ from vit_static.config.section import (
     Section,
 )
 from vit_static.data.image_pixels import MAX_PIXELS, DecodeOptions
+from vit_static.model.variants import num_parameters
 
 MODEL_FILE, WEIGHTS_FILE = "model.json", "model.pdiparams"  # the program and the weights, for Paddle Inference
 PIXELS_FILE = "pixels.json"  # the program with its preprocessing; uses the same weights
@@ -32,6 +33,8 @@ MODEL_CARD_FILE = "MODEL_CARD.md"  # the description for people
 
 # Format 1 had no such field. Since 2 a file's size is `num_bytes`, and `model` and `preprocessing` have today's keys.
 SPEC_FORMAT: Literal[2] = 2
+# A lower bound on a parameter's size in an exported file
+_MIN_BYTES_PER_VALUE: dict[InferencePrecision, int] = {"float32": 2, "bfloat16": 2, "float16": 2, "int8": 1}
 REMEDY = "export it again: './run.sh export --checkpoint RUN --out DIR'"
 _NOT_EXPORTED = "no such file; --model takes a folder that './run.sh export' wrote"
 
@@ -162,7 +165,23 @@ def read_spec(folder: Path) -> ModelSpec:
                 f"{folder / name}: is damaged, or belongs to another export than {SPEC_FILE} beside it; copy the "
                 f"folder again, or {REMEDY}"
             )
+    _check_size(spec, path)
     return spec
+
+
+def _check_size(spec: ModelSpec, path: Path) -> None:
+    """Raise PredictError unless the file of weights is large enough for the model, before anybody builds the model."""
+    name = ONNX_FILE if spec.precision == "int8" else WEIGHTS_FILE
+    try:
+        # Fixed position embeddings are in the file too.
+        num_values = num_parameters(spec.model.model_copy(update={"pos_embed": "learn"}))
+    except ConfigError as error:
+        raise PredictError(f"{path}: does not describe an exported model ({error}); {REMEDY}") from None
+    num_bytes = spec.files[name].num_bytes
+    if num_values * _MIN_BYTES_PER_VALUE[spec.precision] > num_bytes:
+        raise PredictError(
+            f"{path}: describes a larger model than the weights of {num_bytes} bytes in {name}; {REMEDY}"
+        )
 
 
 def spec_of(config: Config, class_names: list[str]) -> ModelSpec:

@@ -93,3 +93,23 @@ def shape_of(config: ModelConfig) -> Shape:
         representation_size=config.representation_size if config.num_classes else None,
         num_pooled=2 if config.pool == "cls_gap" else 1,
     )
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Return the number of elements of all parameters, without creating them. Raises ConfigError as `variant_of`."""
+    shape = shape_of(config)
+    width, mlp_dim, pooled_width = shape.width, shape.mlp_dim, shape.num_pooled * shape.width
+    embedding = (shape.patch_dim + 1 + config.num_prefix_tokens) * width
+    if config.pos_embed == "learn":
+        embedding += (config.num_prefix_positions + shape.num_patches) * width
+    attention = 4 * width**2 + (4 if config.qkv_bias else 1) * width
+    mlp = 2 * width * mlp_dim + mlp_dim + width
+    scales = 4 * width + (0 if config.layer_scale_init is None else 2 * width)  # of the norms and of LayerScale
+    norm = 2 * (pooled_width if config.fc_norm else width)
+    head = 0
+    if shape.num_classes:
+        head_width = shape.representation_size or pooled_width
+        head = (head_width + 1) * shape.num_classes
+        if shape.representation_size is not None:
+            head += (pooled_width + 1) * shape.representation_size
+    return embedding + shape.depth * (attention + mlp + scales) + norm + head
