@@ -9,6 +9,7 @@
                                      all of these stop training; the others don't:
     cmyk, 16_bit, other_format, huge     unusual, but decoded: for example a PNG called .jpg, or more than 50 megapixels
     unused_class                     a class of a list or a table has no image
+    labels_from_1                    no image has label 0: training stops if model.num_classes is the highest label
     duplicate                        a validation image that is also a training image
 
 The report is printed, and written as JSON to ROOT/data_check.json, which data.on_bad_image=skip reads. The exit code is
@@ -79,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     root: Path = arguments.root
     if not root.is_dir():
+        if root.is_file():
+            raise ValueError(f"{root}: is a file; give its folder, and the file's name as --train")
         raise ValueError(f"{root}: no such folder; give the folder that data.root names")
     defaults = default_names(root)
     arguments.train, arguments.val = arguments.train or defaults["train"], arguments.val or defaults["val"]
@@ -86,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths = {split: root / name for split, name in names.items()}
     if not paths["train"].exists():
         raise ValueError(
-            f"{paths['train']}: no such folder or list; give what data.train names as --train, or split class folders "
-            f"first, with './run.sh data folder --root {root}'"
+            f"{paths['train']}: no such folder, list or table; give its name as --train, or split class folders first, "
+            f"with './run.sh data folder --root {root}'"
         )
     if arguments.fix is not None and arguments.fix.exists() and any(arguments.fix.iterdir()):
         raise ValueError(f"{arguments.fix}: is not empty; give another folder as --fix")
@@ -185,10 +188,11 @@ def label_problems(root: Path, sets: dict[str, ImageDataset], list_splits: set[s
     problems: list[Problem] = []
     if num_classes is None:
         return problems
+    lowest = min((int(sets[split].labels().values.min(initial=num_classes)) for split in list_splits), default=0)
+    begins_at_1 = first_label == 0 and lowest == 1 and not train.class_names
     for split in sorted(list_splits):
         images = sets[split]
         label_images, labels = images.labels().pairs()
-        begins_at_1 = first_label == 0 and len(labels) > 0 and labels.min() == 1
         hint = "; the labels begin at 1: give --first-label 1, and set data.first_label=1" if begins_at_1 else ""
         is_wrong = (labels < 0) | (labels >= num_classes)
         wrong = dict(zip(label_images[is_wrong].tolist(), labels[is_wrong].tolist(), strict=True))
@@ -199,7 +203,8 @@ def label_problems(root: Path, sets: dict[str, ImageDataset], list_splits: set[s
         names = images.class_names or [str(label + first_label) for label in range(num_classes)]
         is_empty = np.bincount(labels[~is_wrong], minlength=num_classes) == 0
         for label in np.flatnonzero(is_empty).tolist():
-            problems.append(make_problem(split, names[label], "unused_class", f"this class has no image{hint}"))
+            kind = "labels_from_1" if begins_at_1 and label == 0 else "unused_class"
+            problems.append(make_problem(split, names[label], kind, f"this class has no image{hint * (label == 0)}"))
     return problems
 
 
@@ -328,6 +333,8 @@ def print_report(report: dict[str, Any], problems: list[Problem], path: Path) ->
             f"check: {num_stopping} of these would stop training; repair or remove them, set data.on_bad_image=skip, "
             "or write lists without them with --fix DIR2"
         )
+    elif any(problem.kind == "labels_from_1" for problem in problems):
+        print("check: nothing would stop training if the first class has number 0 (see labels_from_1)")
     else:
         print_line("check: nothing would stop training")
     print_line(f"check: wrote the full report to {path}")

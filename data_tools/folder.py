@@ -22,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from tqdm import tqdm
 
@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     assigned = read_assigned(out / SPLIT_FILE, settings)
     images = {split: list(read_images(split_images, arguments.seed)) for split, split_images in sets.items()}
     if not is_split:
-        images = divide(group_images(images["train"], pattern), arguments.val_share, assigned)
+        grouped = group_images(images["train"], pattern)
+        images = divide(grouped, arguments.val_share, assigned)
         if not images["val"]:
             several = "images" if pattern is None else "groups of images"
             raise ValueError(f"{root}: no class has two different {several}, so none is for validation; add images")
@@ -93,6 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if copies.in_several_classes:
         example = copies.in_several_classes[0]
         say(f"{len(copies.in_several_classes)} images are in several classes, such as {example}", "folder")
+    if not is_split and pattern is not None:
+        num_groups = len({image.group for image in grouped})
+        print(f"folder: {len(grouped)} images in {num_groups} groups, each in one of the splits")
     values = {
         "data.root": out,
         "data.train": "train_list.txt",
@@ -183,6 +187,8 @@ def read_images(images: FileDataset, seed: int) -> Iterator[UserImage]:
 
 def compile_pattern(text: str | None) -> re.Pattern[str] | None:
     """Compile the regular expression of --group-by. Raise ValueError if it isn't one."""
+    if text == "":
+        raise ValueError("--group-by '': matches nothing in a name, so all images would be one group; leave it out")
     try:
         return None if text is None else re.compile(text)
     except re.error as error:
@@ -198,7 +204,8 @@ def group_images(images: list[UserImage], pattern: re.Pattern[str] | None) -> li
     if unmatched:
         raise ValueError(
             f"--group-by '{pattern.pattern}': doesn't match the names of {len(unmatched)} of {len(images)} images, "
-            f"such as {unmatched[0]}; extend it, for example by '|.*' for images that are groups of their own"
+            f"such as {PurePath(unmatched[0]).name}; extend it, for example by '|.*' for images that are groups of "
+            "their own"
         )
     return grouped
 

@@ -70,6 +70,7 @@ def test_group_by_reads_the_file_names(tmp_path: Path, capsys: pytest.CaptureFix
             photo(10, 10, seed=100 * label + n).save(path)
     command = ["folder", "--root", str(root), "--val-share", "0.3", "--group-by"]
     assert main([*command, r"^(patient\d+)_"]) == 0
+    assert "24 images in 12 groups" in capsys.readouterr().out
     patients = [
         {Path(line.rpartition(" ")[0]).name.split("_")[0] for line in (root / list_name).read_text().splitlines()}
         for list_name in ("train_list.txt", "val_list.txt")
@@ -77,8 +78,9 @@ def test_group_by_reads_the_file_names(tmp_path: Path, capsys: pytest.CaptureFix
     assert not patients[0] & patients[1] and len(patients[0] | patients[1]) == 12 and len(patients[1]) == 4
     for pattern, message in (
         ("(", "is not a regular expression"),
-        ("patient1", "doesn't match the names of 18 of 24 images, such as a/patient0_0.jpg"),
+        ("patient1", "doesn't match the names of 18 of 24 images, such as patient0_0.jpg"),
         ("patient", "no class has two different groups of images"),
+        ("", "all images would be one group"),
     ):
         capsys.readouterr()
         assert main([*command, pattern]) == 2

@@ -10,6 +10,7 @@ import pytest
 from helpers.bad_input import encoded_image
 
 from data_tools import check, shards
+from vit_static.common.errors import DataError
 from vit_static.config.data_schema import DataConfig
 from vit_static.data.open_set import open_set
 
@@ -76,7 +77,7 @@ def test_clean_lists_of_a_table_have_its_classes(
     assert open_set(lists, "train", 3).class_names == ["cat", "dog", "small"]
 
 
-def test_labels_that_are_no_class_are_found_in_numbered_tables(root: Path) -> None:
+def test_labels_that_are_no_class_are_found_in_numbered_tables(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "labels.csv").write_text("path,label\n1.png,1\n2.png,3\n2 b.png,2\n")
     (root / "class_names.txt").write_text("a a\nb b\nc c\n")
     arguments = [str(root), "--train", "labels.csv"]
@@ -84,11 +85,32 @@ def test_labels_that_are_no_class_are_found_in_numbered_tables(root: Path) -> No
     (wrong, *empty) = [
         problem
         for problem in json.loads((root / "data_check.json").read_text())["problems"]
-        if problem["kind"] in ("label", "unused_class")
+        if problem["kind"] in ("label", "labels_from_1")
     ]
     assert wrong["path"] == "2.png" and "label 3, but there are 3 classes" in wrong["detail"]
     assert "--first-label 1" in wrong["detail"] and [problem["path"] for problem in empty] == ["0"]
     assert check.main([*arguments, "--first-label", "1"]) == 0
+    assert capsys.readouterr().out.count("check: nothing would stop training\n") == 1
+    (root / "class_names.txt").unlink()
+    assert check.main(arguments) == 0
+    assert "if the first class has number 0 (see labels_from_1)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("table", "arguments", "message"),
+    [
+        ("1.png,cat\n2.png,dog\n", [], "has no line of column names, but begins with '1.png', 'cat'; add one"),
+        ("path,label\n1.png,cat\n2.png,dog\n", ["--first-label", "1"], "labels are names, which have no first"),
+    ],
+)
+def test_a_table_that_is_not_read_as_meant_is_refused(
+    root: Path, table: str, arguments: list[str], message: str
+) -> None:
+    (root / "labels.csv").write_text(table)
+    with pytest.raises(DataError, match=message):
+        check.main([str(root), "--train", "labels.csv", *arguments])
+    with pytest.raises(ValueError, match="is a file; give its folder"):
+        check.main([str(root / "labels.csv")])
 
 
 def test_shards_have_the_images_and_classes_of_a_table(root: Path, tmp_path: Path) -> None:

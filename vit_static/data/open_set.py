@@ -78,6 +78,8 @@ def read_label_file(path: Path, data: DataConfig, split: str) -> tuple[ImageList
     classes, source = _table_classes(table, data, split)
     if classes is None:
         return table.with_numbers(data.first_label), None
+    if data.first_label:
+        raise DataError(f"{path}: its labels are names, which have no first number; leave out data.first_label")
     return table.with_classes(classes, source), classes
 
 

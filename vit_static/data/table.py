@@ -15,6 +15,7 @@ import numpy as np
 
 from vit_static.common.errors import DataError, format_value, truncate
 from vit_static.config.data_schema import DataConfig
+from vit_static.data.image_formats import is_image_name
 from vit_static.data.list_file import ImageList, Labels
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -193,6 +194,11 @@ def _positions(path: Path, header: Sequence[str], columns: Sequence[str]) -> lis
         if header.count(name) != 1:
             key = "data.path_column" if number == 0 else "data.label_column"
             shown = ", ".join(map(repr, header[:_MAX_SHOWN_COLUMNS])) + ", ..." * (len(header) > _MAX_SHOWN_COLUMNS)
+            if any(is_image_name(cell) for cell in header):
+                raise DataError(
+                    f"{path}: has no line of column names, but begins with {truncate(shown, 300)}; add one, such as "
+                    f"'{','.join(columns)}'"
+                )
             problem = (
                 f"has no column {name!r}, but {truncate(shown, 300)}"
                 if name not in header
