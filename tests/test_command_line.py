@@ -310,11 +310,10 @@ def test_two_processes_in_low_precision(
 
 
 # A run's meshes, one after the other: (processes, overrides). Its state is resharded at each change: from ZeRO 3 to
-# moments split over four ranks, to tensor parallelism, to pipeline stages, to one process.
+# tensor parallelism with moments split over data parallelism, to pipeline stages, to one process.
 MESHES = [
     ("2", ["parallel.sharding_stage=3"]),
-    ("4", ["parallel.sharding_stage=1"]),
-    ("2", ["parallel.mp=2"]),
+    ("4", ["parallel.mp=2", "parallel.sharding_stage=1"]),
     ("2", ["parallel.pp=2"]),
     ("1", []),
 ]

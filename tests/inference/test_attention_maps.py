@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -14,9 +11,10 @@ import numpy as np
 import paddle
 import pytest
 from helpers import numpy_vit
+from helpers.forked_verbs import run_verb
 from helpers.models import KINDS, config_of, recording_model, without_recorder
 from helpers.sets import photo
-from helpers.small import ROOT, SMALL, images_and_labels, model_logits
+from helpers.small import SMALL, images_and_labels, model_logits
 from helpers.tiny import tiny_model
 from PIL import ExifTags, Image
 
@@ -301,19 +299,6 @@ train: {max_steps: 8}
 )
 
 
-def run_verb(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a verb as run.sh does."""
-    return subprocess.run(
-        [sys.executable, "-m", "vit_static", *map(str, arguments)],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory, small_digits: Path) -> Path:
     """Return a folder with a trained model, its export and images.
@@ -322,9 +307,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, small_digits: Path) -> P
     """
     folder = tmp_path_factory.mktemp("a folder with spaces")
     (folder / "tiny.yaml").write_text(TINY)
-    trained = run_verb(folder, "pretrain", "-c", "tiny.yaml", "-o", f"data.root={small_digits}")
+    trained = run_verb("pretrain", "-c", "tiny.yaml", "-o", f"data.root={small_digits}", cwd=folder)
     assert trained.returncode == 0, trained.stderr
-    exported = run_verb(folder, "export", "--checkpoint", "output/tiny", "--weights", "last", "--out", "exported")
+    exported = run_verb("export", "--checkpoint", "output/tiny", "--weights", "last", "--out", "exported", cwd=folder)
     assert exported.returncode == 0, exported.stderr
     for name, digit in (("one.png", 1), ("more/one.jpeg", 7), ("two words.jpeg", 2)):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -351,7 +336,7 @@ PICTURES = [
 def test_a_run_and_its_export_give_the_same_pictures(workplace: Path) -> None:
     results = {}
     for source, arguments in {"run": ["--checkpoint", "output/tiny"], "export": ["--model", "exported"]}.items():
-        finished = run_verb(workplace, "visualize", *arguments, *IMAGES, "--out", f"out/{source}")
+        finished = run_verb("visualize", *arguments, *IMAGES, "--out", f"out/{source}", cwd=workplace)
         assert finished.returncode == 2 and finished.stderr.count("\n") == 1 and "1 images" in finished.stderr
         lines = finished.stdout.splitlines()
         assert [line for line in lines if line[0] != "{"] == [f"out/{source}/{name}" for name in PICTURES]
@@ -368,12 +353,12 @@ def test_a_run_and_its_export_give_the_same_pictures(workplace: Path) -> None:
 
 
 def test_its_predictions_are_those_of_predict(workplace: Path) -> None:
-    finished = run_verb(workplace, "visualize", "--model", "exported", "one.png", "more", "two words.jpeg")
+    finished = run_verb("visualize", "--model", "exported", "one.png", "more", "two words.jpeg", cwd=workplace)
     assert finished.returncode == 0 and finished.stderr == ""
     assert (workplace / "visualize" / "one_rollout.png").is_file()
     results = [json.loads(line) for line in finished.stdout.splitlines() if line[0] == "{"]
     arguments = ["predict", "--model", "exported", "--top-k", "1", "one.png", "more", "two words.jpeg"]
-    predicted = run_verb(workplace, *arguments)
+    predicted = run_verb(*arguments, cwd=workplace)
     for result, line in zip(results, predicted.stdout.splitlines(), strict=True):
         expected = json.loads(line)
         assert result["path"] == expected["path"] and result["top"][0]["name"] == expected["top"][0]["name"]
@@ -382,7 +367,7 @@ def test_its_predictions_are_those_of_predict(workplace: Path) -> None:
 
 def test_a_file_of_weights_works_with_a_config(workplace: Path) -> None:
     arguments = ["--checkpoint", "bare/weights.pdparams", "-c", "tiny.yaml", "--out", "out/bare"]
-    finished = run_verb(workplace, "visualize", *arguments, "one.png")
+    finished = run_verb("visualize", *arguments, "one.png", cwd=workplace)
     assert finished.returncode == 0, finished.stderr
     assert (workplace / "out/bare/position_similarity.png").is_file()
     name = json.loads(finished.stdout.splitlines()[-1])["top"][0]["name"]
@@ -412,6 +397,6 @@ def test_mistakes_say_what_to_do(
 
 
 def test_a_missing_image_is_reported_before_anything_is_drawn(workplace: Path) -> None:
-    finished = run_verb(workplace, "visualize", "--model", "exported", "missing.png", "--out", "out/none")
+    finished = run_verb("visualize", "--model", "exported", "missing.png", "--out", "out/none", cwd=workplace)
     assert finished.returncode == 2 and finished.stdout == "" and not (workplace / "out/none").exists()
     assert finished.stderr == "vit_static: missing.png: no such file or folder\n"
