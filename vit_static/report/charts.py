@@ -25,6 +25,7 @@ WIDTH, HEIGHT = 480, 230
 LEFT, RIGHT, TOP, BOTTOM = 62, 470, 40, 204  # of the plot area, in pixels
 MAX_TOOLTIPS = 100  # strips of a chart
 MAX_DOTS = 150
+_MIN_SIZE = 1e-290  # smaller values are 0 on an axis: floats have no exact powers of ten there
 NUM_COLOURS = 6  # in STYLE; further series repeat them with dashes
 
 # The palette of Okabe and Ito, which people with colour blindness can distinguish; lighter colours on a dark page.
@@ -99,8 +100,11 @@ def linear_axis(low: float, high: float, start: float, end: float, max_ticks: in
 
     If `is_rounded`, the axis is extended so that it begins and ends with a tick.
     """
-    if not low < high:
-        low, high = (low - abs(low) * 0.1, high + abs(high) * 0.1) if low else (-1.0, 1.0)
+    size = max(abs(low), abs(high))
+    if size < _MIN_SIZE:
+        low, high = -1.0, 1.0
+    elif not high - low > 1e-12 * size:  # equal, or too close for ticks that differ
+        low, high = low - size * 0.1, high + size * 0.1
     rough = (high - low) / max_ticks
     power = 10.0 ** math.floor(math.log10(rough))
     step = power * next(factor for factor in (1, 2, 5, 10, 20) if power * factor >= rough * (1 - 1e-9))
@@ -136,7 +140,7 @@ def value_axis(values: Sequence[float], *, may_be_log: bool) -> Axis:
     It is logarithmic if `may_be_log`, all values are positive, and a linear axis would squeeze most of them to one end.
     """
     low, high = min(values), max(values)
-    if may_be_log and low > 0.0 and high / low >= 100.0 and statistics.median(values) - low < 0.05 * (high - low):
+    if may_be_log and low > _MIN_SIZE and high / low >= 100.0 and statistics.median(values) - low < 0.05 * (high - low):
         return log_axis(low, high, BOTTOM, TOP)
     return linear_axis(low, high, BOTTOM, TOP, 5, is_rounded=True)
 

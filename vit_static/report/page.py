@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,20 @@ def write_reports(run_dirs: Sequence[Path], out: Path | None) -> None:
 def _render(template: str, path: Path, title: str, content: dict[str, Any]) -> Path:
     """Write a page from a template, and return its path. Unprintable characters and HTML of every text of `content` are
     escaped, but those of the charts, which are HTML whose texts charts.py has escaped."""
-    environment = Environment(
+    page = (
+        _environment()
+        .get_template(template)
+        .render(title=title, chart_style=charts.STYLE + RELIABILITY_STYLE, **content)
+    )
+    with write_atomically(path) as temporary:
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+    return path
+
+
+@cache
+def _environment() -> Environment:
+    """Return the environment that holds the compiled templates."""
+    return Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
         finalize=_escape_unless_html,
@@ -85,12 +99,6 @@ def _render(template: str, path: Path, title: str, content: dict[str, Any]) -> P
         keep_trailing_newline=True,
         undefined=StrictUndefined,
     )
-    page = environment.get_template(template).render(
-        title=title, chart_style=charts.STYLE + RELIABILITY_STYLE, **content
-    )
-    with write_atomically(path) as temporary:
-        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
-    return path
 
 
 def _escape_unless_html(value: Any) -> Any:
@@ -148,6 +156,7 @@ def _key_figures(run: RunLogData) -> dict[str, str]:
         "peak memory per rank": memory and f"{memory:,.0f} MB",
         "parameters": parameters and f"{parameters:,}",
         "state": run.state,
+        "lines of the log that can't be read": run.num_unread_lines and f"{run.num_unread_lines:,}",
     }
     return {name: str(figure) for name, figure in figures.items() if figure}
 

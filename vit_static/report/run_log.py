@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -32,6 +31,8 @@ END_STATES = {
 }
 _SESSION_EVENTS = ("started", "resumed")
 _REWIND_EVENTS = ("resumed", "rolled back")  # later steps of the log were undone
+# What is beyond these is no measurement of a run, but damage. Sums of numbers up to the largest are finite.
+_MAX_LINE_BYTES, _MAX_STEP, _MAX_NUMBER, _MAX_DEPTH = 1 << 20, 10**15, 1e100, 8
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class RunLogData:
     config: dict[str, Any] | None  # by section.key; missing keys have their defaults; None if it can't be read
     config_text: str
     error_analysis: ErrorAnalysis | None  # of its last evaluation
+    num_unread_lines: int = 0  # of the log
 
     @cached_property
     def entries(self) -> list[dict[str, Any]]:
@@ -100,7 +102,7 @@ class RunLogData:
         """The metric that selects the best checkpoint (eval.metric), top-1 if the config can't be read."""
         config = self.config or {}
         metric = config.get("eval.metric")
-        if metric in METRIC_TITLES:
+        if isinstance(metric, str) and metric in METRIC_TITLES:
             return metric
         return "map" if config.get("data.multi_label") is True and self.points("eval", "map") else "top1"
 
@@ -205,12 +207,14 @@ def read_run(run_dir: Path, name: str | None = None) -> RunLogData:
         raise UserError(
             f"{run_dir}: is not the folder of a run (it has no {METRICS_FILE}); name one such as output/quickstart"
         )
-    entries = latest_run(read_metrics(path))
+    all_entries, num_unread_lines = _read_entries(path)
+    entries = latest_run(all_entries)
     if not entries:
-        raise UserError(f"{path}: has no entries yet; wait for the first log step, or name another run")
+        unread = f" ({num_unread_lines} lines are none)" if num_unread_lines else ""
+        raise UserError(f"{path}: has no entries yet{unread}; wait for the first log step, or name another run")
     text, config = _read_config(run_dir / "config.yaml")
     analysis = _read_error_analysis(run_dir / EVALUATION_FILE)
-    run = RunLogData(name or run_dir.resolve().name, entries, config, text, analysis)
+    run = RunLogData(name or run_dir.resolve().name, entries, config, text, analysis, num_unread_lines)
     if analysis is not None and analysis.step not in [entry["step"] for entry in run.evaluations]:
         return replace(run, error_analysis=None)  # it is left from an earlier run in the same folder
     return run
@@ -218,15 +222,48 @@ def read_run(run_dir: Path, name: str | None = None) -> RunLogData:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the entries of a metrics.jsonl; skip lines that a killed run left incomplete, and unknown ones."""
-    entries = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("kind"), str) and type(entry.get("step")) is int:
-            entries.append(entry)
-    return entries
+    return _read_entries(path)[0]
+
+
+def _read_entries(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the entries of a metrics.jsonl, whatever bytes it has, and the number of lines that are none."""
+    entries: list[dict[str, Any]] = []
+    num_unread = 0
+    with path.open("rb") as file:
+        while line := file.readline(_MAX_LINE_BYTES):
+            is_complete = line.endswith(b"\n") or len(line) < _MAX_LINE_BYTES
+            while not is_complete:  # read to the end of the line without keeping it
+                rest = file.readline(_MAX_LINE_BYTES)
+                line, is_complete = b"", not rest or rest.endswith(b"\n")
+            entry = _parse_entry(line)
+            if entry is None:
+                num_unread += 1
+            else:
+                entries.append(entry)
+    return entries, num_unread
+
+
+def _parse_entry(line: bytes) -> dict[str, Any] | None:
+    """Return the entry of a line, with usable values only (see `_usable`), or None if the line isn't one."""
+    try:
+        entry = json.loads(line.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str) or type(entry.get("step")) is not int:
+        return None
+    return _usable(entry) if 0 <= entry["step"] <= _MAX_STEP else None
+
+
+def _usable(value: Any, depth: int = 0) -> Any:
+    """Return a JSON value in which numbers that aren't finite or exceed _MAX_NUMBER are None, as in entries without
+    them, and in which lists and objects are at most _MAX_DEPTH deep."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value if abs(value) <= _MAX_NUMBER else None  # NaN is not
+    if isinstance(value, dict | list) and depth == _MAX_DEPTH:
+        return "..."
+    if isinstance(value, dict):
+        return {key: _usable(item, depth + 1) for key, item in value.items()}
+    return [_usable(item, depth + 1) for item in value] if isinstance(value, list) else value
 
 
 def latest_run(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -236,7 +273,7 @@ def latest_run(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool)  # finite: see `_usable`
 
 
 def _read_config(path: Path) -> tuple[str, dict[str, Any] | None]:
