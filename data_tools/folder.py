@@ -45,6 +45,7 @@ from vit_static.data.open_set import (
 )
 
 SPLIT_FILE = "split.json"
+_MAX_NAMED_FILES = 10  # in an error
 _READ_BATCH_SIZE = 4096  # images that are queued for the threads
 
 
@@ -162,27 +163,36 @@ def open_folders(data: DataConfig, split: str) -> FileDataset:
 
 
 def read_images(images: FileDataset, seed: int) -> Iterator[UserImage]:
-    """Read all images. Raise ValueError for one that can't be read, and for a name with a line break."""
+    """Read all images. Raise ValueError for those that can't be read, and for a name with a line break."""
 
-    def read_image(index: int) -> UserImage:
+    def read_image(index: int) -> UserImage | DataError:
         path = os.path.normpath(images.relative_name(index))
         if "\n" in path or "\r" in path:
             raise ValueError(f"{images.name(index)!r}: its name has a line break; rename the file")
         try:
             content, labels = images.read(index)
         except DataError as error:
-            raise ValueError(f"{error}; repair the file, or remove it") from None
+            return error
         digest = hashlib.blake2b(content.data, digest_size=8, key=str(seed).encode()).hexdigest()
         return UserImage(path, int(labels[0]), digest)
 
+    errors: list[DataError] = []
     with (
         ThreadPoolExecutor(len(os.sched_getaffinity(0)) + 2) as threads,
         tqdm(total=len(images), unit="image", disable=None) as bar,
     ):
         for start in range(0, len(images), _READ_BATCH_SIZE):
             for image in threads.map(read_image, range(start, min(start + _READ_BATCH_SIZE, len(images)))):
-                yield image
+                if isinstance(image, DataError):
+                    errors.append(image)
+                else:
+                    yield image
                 bar.update()
+    if len(errors) == 1:
+        raise ValueError(f"{errors[0]}; repair the file, or remove it")
+    if errors:
+        shown = "; ".join(map(str, errors[:_MAX_NAMED_FILES])) + "; ..." * (len(errors) > _MAX_NAMED_FILES)
+        raise ValueError(f"{len(errors)} images can't be read ({shown}); repair the files, or remove them")
 
 
 def compile_pattern(text: str | None) -> re.Pattern[str] | None:
