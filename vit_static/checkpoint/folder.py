@@ -17,8 +17,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from vit_static.checkpoint.progress import Manifest, Progress
-from vit_static.checkpoint.sharded_state import ShardedReader
-from vit_static.common.errors import WeightsError, format_value, truncate
+from vit_static.checkpoint.sharded_state import ShardedReader, read_shard_metadata
+from vit_static.common.errors import WeightsError, format_value, newer_format, truncate
 from vit_static.common.io import fsync, replace_symlink, write_atomically, write_json
 from vit_static.common.text import display_name
 
@@ -143,17 +143,33 @@ def archive(run_dir: Path, after: int = -1) -> Path | None:
 # -- reading --------------------------------------------------------------------------------------------------------
 
 
-def format_of(path: Path) -> Any:
-    """Return the format number in a checkpoint's files: an int, if they are undamaged; None if there is none."""
-    for name in (MANIFEST, META):  # format 2 had no manifest
-        try:
-            content = json.loads((path / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, RecursionError):
-            return None
-        return content.get("format") if isinstance(content, dict) else None
-    return None
+def format_of(path: Path, *, with_shards: bool = False) -> Any:
+    """Return the format number in a checkpoint's files: an int, if they are undamaged; None if there is none.
+
+    It is the manifest's, or without a manifest that of meta.json, as format 2 had it; but if any file is of a newer
+    format, even one only, it is that one. `with_shards` also reads the headers of the ranks' files.
+    """
+    formats = [_format_in(path / name) for name in (MANIFEST, META)]
+    if with_shards:
+        formats += [shard_format(shard) for shard in sorted(path.glob("rank_*.safetensors"))]
+    newer = [number for number in formats if newer_format(number, FORMAT)]
+    if newer:
+        return newer[0]
+    return formats[0] if (path / MANIFEST).exists() else formats[1]
+
+
+def _format_in(file: Path) -> Any:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content.get("format") if isinstance(content, dict) else None
+
+
+def shard_format(path: Path) -> int | None:
+    """Return the format number in the header of a rank's file; None if there is none, as before it was recorded."""
+    number = read_shard_metadata(path).get("format", "")
+    return int(number) if number.isascii() and number.isdigit() and len(number) < 10 else None
 
 
 def is_other_format(saved_format: Any) -> bool:
@@ -164,6 +180,8 @@ def is_other_format(saved_format: Any) -> bool:
 def read_manifest(path: Path) -> Manifest:
     """Read and check a checkpoint's manifest. Raises WeightsError if it is missing, damaged or of another format."""
     file, saved_format = path / MANIFEST, format_of(path)
+    if newer := newer_format(saved_format, FORMAT):
+        raise WeightsError(f"{path}: {newer}")
     if is_other_format(saved_format):
         raise WeightsError(
             f"{path}: is a checkpoint of format {format_value(saved_format)}, and this version reads format {FORMAT}"

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 
 from vit_static.checkpoint.folder import (
     CONFIG,
+    FORMAT,
     MERGED,
     META,
     format_of,
@@ -19,10 +20,11 @@ from vit_static.checkpoint.folder import (
     latest_checkpoint,
     numbered_checkpoints,
     read_manifest,
+    shard_format,
 )
 from vit_static.checkpoint.progress import DataPosition, Manifest, Progress
 from vit_static.checkpoint.sharded_state import read_shard_metadata
-from vit_static.common.errors import ConfigError, WeightsError, truncate
+from vit_static.common.errors import ConfigError, WeightsError, newer_format, truncate
 from vit_static.common.io import FileRecord, file_record
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
@@ -63,6 +65,8 @@ def verify_files(path: Path, share: slice = slice(None)) -> Manifest:
 
 
 def _verify_file(path: Path, expected: FileRecord, manifest: Manifest, *, with_digest: bool) -> None:
+    if with_digest and path.suffix == ".safetensors" and (newer := newer_format(shard_format(path), FORMAT)):
+        raise WeightsError(f"{path}: {newer}")
     try:
         num_bytes = path.stat().st_size
         if num_bytes == expected.num_bytes and (not with_digest or file_record(path) == expected):
@@ -83,7 +87,7 @@ def _verify_file(path: Path, expected: FileRecord, manifest: Manifest, *, with_d
 
 def suggest_fallback(path: Path) -> str:
     """Return what a user can do about a checkpoint that `verify_files` refuses, as the second half of a message."""
-    if is_other_format(format_of(path)):
+    if is_other_format(format_of(path, with_shards=True)):
         return (
             f"resume with the version that wrote it, or start a new run from its weights: copy {MERGED} out of the "
             "run's folder, and set -o init.from=PATH -o init.head=keep -o name=..."

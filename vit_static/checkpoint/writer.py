@@ -168,7 +168,7 @@ class CheckpointWriter:
     def _write_shards(self, shard: RankShard, step: int, folder: Path) -> tuple[dict[str, FileRecord], str | None, int]:
         """Write this rank's file; return the records of all ranks' files, the first problem, and their bytes."""
         path = folder / shard_name(self._mesh.rank)
-        metadata = {"run_id": self._run_id, "step": str(step), "rank": str(self._mesh.rank)}
+        metadata = {"format": str(FORMAT), "run_id": self._run_id, "step": str(step), "rank": str(self._mesh.rank)}
         records: list[FileRecord] = []
 
         def write() -> None:

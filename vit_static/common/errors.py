@@ -91,5 +91,15 @@ def format_value(value: Any, max_length: int = 100) -> str:
     return truncate(text, max_length)
 
 
+def newer_format(saved: Any, supported: int) -> str | None:
+    """Return what to say about a file whose format number is above the supported one; None if it isn't.
+
+    Files of a newer version aren't damaged, and must not be replaced.
+    """
+    if type(saved) is not int or saved <= supported:
+        return None
+    return f"was written by a newer version (format {format_value(saved)}); this one reads up to {supported}"
+
+
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxlist, _REPR.maxdict, _REPR.maxstring, _REPR.maxlong, _REPR.maxother = 3, 12, 6, 90, 90, 90

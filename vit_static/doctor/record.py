@@ -12,11 +12,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from vit_static.common.errors import newer_format
 from vit_static.common.io import cache_dir, write_json
+from vit_static.common.text import say
 from vit_static.config.schema import Config
 from vit_static.doctor.gpus import Gpu, visible_gpus
 
-_MAX_ENTRIES = 200
+_FORMAT, _MAX_ENTRIES = 1, 200
 # Keys that change neither the program nor the data pipeline: everything else identifies what was checked.
 _IRRELEVANT: Mapping[str, Sequence[str] | None] = {
     "name": None,
@@ -81,7 +83,10 @@ def write_pass(passed: Mapping[str, Any], config_name: str) -> None:
     entries = [entry for entry in _entries() if entry.get("setting") != passed]
     time = datetime.now().astimezone().isoformat(timespec="seconds")
     entries.append({"setting": dict(passed), "name": config_name, "time": time})
-    write_json(entries[-_MAX_ENTRIES:], _record_file())
+    if _newer_record() is not None:
+        say(f"{_newer_record()}, so this pass isn't recorded there")
+        return
+    write_json({"format": _FORMAT, "passes": entries[-_MAX_ENTRIES:]}, _record_file())
 
 
 def has_passed(current: Mapping[str, Any]) -> bool:
@@ -98,6 +103,8 @@ def notice(config: Config, environ: Mapping[str, str] = os.environ) -> str | Non
     world_size = int(environ.get("PADDLE_TRAINERS_NUM", "1"))
     if has_passed(setting(config, world_size, gpus)):
         return None
+    if (newer := _newer_record()) is not None:
+        return f"{newer}, so it isn't known whether these GPUs have passed './run.sh doctor' with this config"
     return "these GPUs haven't passed './run.sh doctor' with this config, driver and version of Paddle; run it first"
 
 
@@ -105,10 +112,23 @@ def _record_file() -> Path:
     return cache_dir() / "doctor.json"
 
 
+def _newer_record() -> str | None:
+    """Return what to say about a record of a newer version; None if it isn't one."""
+    content = _content()
+    newer = newer_format(content.get("format"), _FORMAT) if isinstance(content, dict) else None
+    return newer and f"{_record_file()}: {newer}"
+
+
+def _content() -> Any:
+    """Return the JSON in the record; None if it is missing or damaged."""
+    try:
+        return json.loads(_record_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
 def _entries() -> list[dict[str, Any]]:
     """Return the recorded entries; none from a file that is missing or damaged, which the next pass replaces."""
-    try:
-        entries = json.loads(_record_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
+    content = _content()
+    entries = content.get("passes") if isinstance(content, dict) else content  # a list before there were formats
     return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []

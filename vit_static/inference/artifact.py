@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from vit_static.common.errors import ConfigError, PredictError, truncate
+from vit_static.common.errors import ConfigError, PredictError, newer_format, truncate
 from vit_static.common.io import FileRecord, file_record
 from vit_static.config.data_schema import EvalConfig
 from vit_static.config.schema import Config, InferencePrecision, ModelConfig
@@ -144,9 +145,12 @@ def read_spec(folder: Path) -> ModelSpec:
         if sizes:
             raise PredictError(f"{folder}: contains one model per image size; name one of them: {', '.join(sizes)}")
         raise PredictError(f"{path}: {_NOT_EXPORTED}")
+    content = path.read_bytes()
     try:
-        spec = ModelSpec.model_validate_json(path.read_bytes())
+        spec = ModelSpec.model_validate_json(content)
     except ValidationError as error:
+        if newer := newer_format(_format_in(content), SPEC_FORMAT):
+            raise PredictError(f"{path}: {newer}; use that version, or {REMEDY}") from None
         mistake = error.errors(include_input=False, include_url=False)[0]
         if mistake["loc"] == ("format",):
             raise PredictError(
@@ -182,6 +186,14 @@ def _check_size(spec: ModelSpec, path: Path) -> None:
         raise PredictError(
             f"{path}: describes a larger model than the weights of {num_bytes} bytes in {name}; {REMEDY}"
         )
+
+
+def _format_in(content: bytes) -> Any:
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return values.get("format") if isinstance(values, dict) else None
 
 
 def spec_of(config: Config, class_names: list[str]) -> ModelSpec:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, Field
@@ -69,6 +69,7 @@ class ErrorAnalysis(BaseModel):
     None: it isn't known which of the labels the model mistook.
     """
 
+    format: Literal[1] = 1
     step: int
     is_ema: bool  # the moving average of the weights was evaluated, not the weights
     num_images: int

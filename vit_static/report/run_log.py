@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vit_static.common.errors import UserError
+from vit_static.common.errors import UserError, newer_format
 from vit_static.config.data_schema import SelectionMetric
 from vit_static.config.schema import Config
 from vit_static.config.yaml_loader import YamlError, read_yaml
@@ -19,6 +19,7 @@ from vit_static.report.error_analysis import EVALUATION_FILE, ErrorAnalysis
 from vit_static.report.metric_names import METRIC_TITLES
 
 METRICS_FILE = "metrics.jsonl"
+METRICS_FORMAT = 1  # in the events `started` and `resumed`; without a number it is 1
 EXTRA_EVAL = "eval_also"  # the kind of entries of further validation sets; `set` is the name of theirs
 EARLY_STOP = "early stop"  # the event before `finished`, if train.patience ended the run
 # What the last event of a run says about its state.
@@ -209,6 +210,8 @@ def read_run(run_dir: Path, name: str | None = None) -> RunLogData:
         )
     all_entries, num_unread_lines = _read_entries(path)
     entries = latest_run(all_entries)
+    if newer := next(filter(None, (newer_format(entry.get("format"), METRICS_FORMAT) for entry in entries)), None):
+        raise UserError(f"{path}: {newer}; write the report with that version")
     if not entries:
         unread = f" ({num_unread_lines} lines are none)" if num_unread_lines else ""
         raise UserError(f"{path}: has no entries yet{unread}; wait for the first log step, or name another run")
@@ -304,7 +307,17 @@ def _flat(values: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _read_error_analysis(path: Path) -> ErrorAnalysis | None:
+    """Return None if there is no analysis, or a damaged one. Raise UserError for one of a newer version."""
     try:
-        return ErrorAnalysis.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
+        content = path.read_bytes()
+        return ErrorAnalysis.model_validate_json(content)
+    except OSError:
+        return None
+    except ValidationError:
+        try:
+            values = json.loads(content)
+        except (ValueError, RecursionError):
+            return None
+        if newer := newer_format(values.get("format") if isinstance(values, dict) else None, 1):
+            raise UserError(f"{path}: {newer}; write the report with that version") from None
         return None

@@ -24,7 +24,7 @@ from vit_static.program.precision import Precision, choose_attention, choose_pre
 from vit_static.program.program import Program
 from vit_static.report.error_analysis import EVALUATION_FILE
 from vit_static.report.page import write_report
-from vit_static.report.run_log import EARLY_STOP
+from vit_static.report.run_log import EARLY_STOP, METRICS_FORMAT
 from vit_static.train.checkpointing import Checkpointer
 from vit_static.train.evaluate import Evaluator, eval_batch_size
 from vit_static.train.log import RunLog
@@ -283,7 +283,9 @@ class Trainer:
         for note in (*spec.data_notes, *(() if start.init_report is None else start.init_report.notes)):
             metrics.say(f"note: {note}")
         event = "resumed" if start.is_resumed else "started"
-        metrics.log_event(step, event, total_steps=spec.total_steps, num_parameters=num_parameters, **info)
+        metrics.log_event(
+            step, event, format=METRICS_FORMAT, total_steps=spec.total_steps, num_parameters=num_parameters, **info
+        )
         if spec.has_ended(self.progress) and self.progress.evaluated_step == step:
             more = "more patience" if spec.stops_early(self.progress) else "more epochs"
             metrics.say(f"this run has ended already: set {more}, or start again with --resume never")

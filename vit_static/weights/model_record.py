@@ -11,9 +11,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vit_static.common.errors import WeightsError, truncate
+from vit_static.common.errors import WeightsError, newer_format, truncate
 from vit_static.config.schema import ModelConfig
 
+RECORD_FORMAT = 1  # without a number in the record, it is 1
 RECORD_NAME = "vit_static_model"  # key of the metadata, and name of the array
 _MARK = f"\n{RECORD_NAME}: ".encode()  # before the JSON that follows a pickle
 MAX_RECORD_BYTES = 2**16
@@ -21,11 +22,22 @@ MAX_RECORD_BYTES = 2**16
 
 def encode_record(model: ModelConfig) -> str:
     """Return the record's JSON in one line."""
-    return json.dumps(model.model_dump(mode="json"), sort_keys=True)
+    return json.dumps({"format": RECORD_FORMAT, **model.model_dump(mode="json")}, sort_keys=True)
 
 
 def decode_record(text: str | bytes, source: str) -> ModelConfig:
-    """Return the recorded model. Raises WeightsError, with the source, if the record is damaged."""
+    """Return the recorded model. Raises WeightsError, with the source, if it is damaged or of a newer format."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        values = None
+    if isinstance(values, dict):
+        if newer := newer_format(values.pop("format", None), RECORD_FORMAT):
+            raise WeightsError(
+                f"{source}: its record of the model {newer}; use that version, or convert the original "
+                "weights again with this one"
+            )
+        text = json.dumps(values)
     try:
         return ModelConfig.model_validate_json(text)
     except ValidationError as error:
