@@ -334,7 +334,7 @@ def print_report(report: dict[str, Any], problems: list[Problem], path: Path) ->
             "or write lists without them with --fix DIR2"
         )
     elif any(problem.kind == "labels_from_1" for problem in problems):
-        print("check: nothing would stop training if the first class has number 0 (see labels_from_1)")
+        print_line("check: nothing would stop training if the first class has number 0 (see labels_from_1)")
     else:
         print_line("check: nothing would stop training")
     print_line(f"check: wrote the full report to {path}")

@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"{len(copies.in_several_classes)} images are in several classes, such as {example}", "folder")
     if not is_split and pattern is not None:
         num_groups = len({image.group for image in grouped})
-        print(f"folder: {len(grouped)} images in {num_groups} groups, each in one of the splits")
+        print_line(f"folder: {len(grouped)} images in {num_groups} groups, each in one of the splits")
     values = {
         "data.root": out,
         "data.train": "train_list.txt",
