@@ -216,8 +216,34 @@ def _add_serve(subparsers: Subparsers) -> None:
     )
     verb.add_argument("--max-mb", type=_positive_float, default=20.0, help="size of an image file (default: 20)")
     verb.add_argument("--max-megapixels", type=_positive_float, default=64.0, help="size of an image (default: 64)")
+    verb.add_argument(
+        "--max-total-mb", type=_positive_float, default=256.0, help="size of all waiting image files (default: 256)"
+    )
+    verb.add_argument(
+        "--max-total-megapixels",
+        type=_positive_float,
+        default=64.0,
+        help="size of all images that are decoded at once (default: 64)",
+    )
     verb.add_argument("--max-waiting", type=_positive_int, default=256, help="waiting requests (default: 256)")
     verb.add_argument("--timeout-s", type=_positive_float, default=30.0, help="per request (default: 30)")
+    verb.add_argument(
+        "--header-timeout-s", type=_positive_float, default=10.0, help="until a request's headers end (default: 10)"
+    )
+    verb.add_argument(
+        "--min-kb-per-s",
+        type=_positive_float,
+        default=10.0,
+        help="speed at which a client must send an image, after 5 s (default: 10)",
+    )
+    verb.add_argument(
+        "--max-connections", type=_positive_int, help="default: 512, or fewer if the limit on open files requires it"
+    )
+    verb.add_argument(
+        "--max-connections-per-client",
+        type=_positive_int,
+        help="per IPv4 address or IPv6 /64 network (default: half of all; behind a proxy, set it to --max-connections)",
+    )
 
 
 def _add_visualize(subparsers: Subparsers) -> None:

@@ -100,15 +100,22 @@ def run_predict(arguments: argparse.Namespace) -> int:
 def run_serve(arguments: argparse.Namespace) -> int:
     """Serve an exported model over HTTP until a signal stops it."""
     prepare_process(arguments.verbose)
-    from vit_static.inference.server import Limits, serve_model
+    from vit_static.inference.request_limits import Limits
+    from vit_static.inference.server import serve_model
 
     limits = Limits(
         batch_size=arguments.batch_size,
         max_wait_s=arguments.max_wait_ms / 1e3,
         max_bytes=round(arguments.max_mb * 1e6),
+        max_total_bytes=round(arguments.max_total_mb * 1e6),
         max_pixels=round(arguments.max_megapixels * 1e6),
+        max_total_pixels=round(arguments.max_total_megapixels * 1e6),
         max_waiting=arguments.max_waiting,
         timeout_s=arguments.timeout_s,
+        min_bytes_per_s=arguments.min_kb_per_s * 1e3,
+        max_connections=arguments.max_connections,
+        max_per_client=arguments.max_connections_per_client,
+        header_timeout_s=arguments.header_timeout_s,
     )
     serve_model(arguments.model, arguments.host, arguments.port, limits, arguments.precision)
     return EXIT_DONE

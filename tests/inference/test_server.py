@@ -7,11 +7,9 @@ import contextlib
 import io
 import json
 import os
-import re
 import shutil
 import signal
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -24,61 +22,10 @@ import pytest
 from helpers.browser import Browser
 from helpers.command_line import run_sh, use_test_environment  # noqa: F401 - a fixture
 from helpers.exported import Exported, in_inference_process, predict
-from helpers.small import ROOT
+from helpers.server import Server, serving
 from PIL import ExifTags, Image
 
 from vit_static.inference.server import Batcher
-
-
-class Server:
-    """`./run.sh serve` on a free port."""
-
-    def __init__(self, folder: Path, *flags: object) -> None:
-        command = [ROOT / "run.sh", "serve", "--model", folder, "--port", 0, *flags]
-        self.process = subprocess.Popen(
-            list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        assert self.process.stdout is not None
-        first_line = self.process.stdout.readline()
-        url = re.search(r"http://127\.0\.0\.1:(\d+)/", first_line)
-        assert url, first_line + self.process.communicate(timeout=30)[1]
-        self.url, self.port = url[0].rstrip("/"), int(url[1])
-
-    def metrics(self) -> dict[str, float]:
-        """Return the value of each metric by its name and labels."""
-        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
-        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
-
-    def num_responses(self) -> dict[str, float]:
-        """Return the number of responses of /predict by status."""
-        pattern = re.compile(r'requests_total\{path="/predict",status="(.+)"')
-        matches = ((pattern.search(name), value) for name, value in self.metrics().items())
-        return {match[1]: value for match, value in matches if match}
-
-    def wait_for_requests(self, num_requests: int) -> None:
-        """Wait until this many requests are under way."""
-        deadline = time.monotonic() + 30
-        while self.metrics()["vit_static_requests_under_way"] != num_requests:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-
-    def stop(self) -> tuple[int, str, str]:
-        """Interrupt the server, and return its exit code, stdout after the first line, and stderr."""
-        self.process.send_signal(signal.SIGINT)
-        stdout, stderr = self.process.communicate(timeout=60)
-        return self.process.returncode, stdout, stderr
-
-
-@contextlib.contextmanager
-def serving(exported: Exported, *flags: object) -> Iterator[Server]:
-    """Run a server, and kill it if it hasn't ended by itself."""
-    server = Server(exported.folder, *flags)
-    try:
-        yield server
-    finally:
-        if server.process.poll() is None:
-            server.process.kill()
-            server.process.communicate()
 
 
 @pytest.fixture(scope="module")

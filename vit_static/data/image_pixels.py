@@ -30,6 +30,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_STRIP_ROWS = 64
 _INVERSE = {6: 8, 8: 6}  # the other orientations are their own inverses
 
 # What Pillow says of damaged data where its decoder gives no reason
@@ -137,10 +138,14 @@ def image_orientation(image: Image.Image) -> int:
 
 def _reduce_depth(image: Image.Image) -> Image.Image:
     """Reduce a grey image to 8 bits; NaN becomes black, and the transparent value gets an alpha of 0."""
-    values = np.asarray(image).astype(np.float64)
-    with np.errstate(invalid="ignore", over="ignore"):
-        levels = np.nan_to_num(values * (255.0 if image.mode == "F" else 1.0 / 257.0))
-    grey = Image.fromarray(levels.clip(0.0, 255.0).round().astype(np.uint8))
+    values = np.asarray(image)
+    scale = 255.0 if image.mode == "F" else 1.0 / 257.0
+    levels = np.empty(values.shape, np.uint8)
+    for start in range(0, len(values), _STRIP_ROWS):  # in float64 the whole image would take eight times its memory
+        rows = slice(start, start + _STRIP_ROWS)
+        with np.errstate(invalid="ignore", over="ignore"):
+            levels[rows] = np.nan_to_num(values[rows].astype(np.float64) * scale).clip(0.0, 255.0).round()
+    grey = Image.fromarray(levels)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))

@@ -13,7 +13,7 @@ from PIL import Image, TiffImagePlugin
 
 from vit_static.common.errors import DataError, PredictError
 from vit_static.common.text import say
-from vit_static.data.image_formats import describe_left_out, is_image_name, left_out_kind
+from vit_static.data.image_formats import PILLOW_FORMATS, describe_left_out, is_image_name, left_out_kind
 from vit_static.data.image_pixels import MAX_PIXELS, DecodeOptions, decode, to_rgb
 
 # The path of an image file, a Pillow image, or decoded pixels [height, width, 3] uint8, RGB
@@ -54,6 +54,15 @@ def read_pixels(
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise PredictError(f"{name}: can't be read as an image ({reason})") from None
+
+
+def count_pixels(source: BinaryIO) -> int:
+    """Return the number of pixels according to an image's header; 0 if it can't be read, which decoding will report."""
+    try:
+        with Image.open(source, formats=PILLOW_FORMATS) as image:
+            return image.width * image.height
+    except Exception:  # a damaged header can raise anything
+        return 0
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:

@@ -1,8 +1,8 @@
 """The verb `serve`: an exported model over HTTP.
 
 The event loop receives an image's bytes, a few threads decode and preprocess them (so that what waits for the model is
-small), and one thread forms batches and runs the model. Oversized bodies, oversized images and requests beyond the
-limit are refused as early as possible.
+small), and one thread forms batches and runs the model. What exceeds a limit is refused as early as possible: by
+connections.py before a request has arrived, by request_limits.py while its body arrives, and here before it is decoded.
 """
 
 from __future__ import annotations
@@ -10,14 +10,11 @@ from __future__ import annotations
 import asyncio
 import io
 import os
-import queue
 import socket
-import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,30 +33,35 @@ from vit_static.common.text import print_line, say
 from vit_static.config.schema import InferencePrecision
 from vit_static.data.dali_pipeline import size_before_crop
 from vit_static.inference.attention_maps import attention_map, load_exported
-from vit_static.inference.image_io import read_pixels
+from vit_static.inference.batcher import Batcher
+from vit_static.inference.connections import (
+    ConnectionLimits,
+    ConnectionTable,
+    LimitedListener,
+    choose_limits,
+    limited_protocol,
+)
+from vit_static.inference.image_io import count_pixels, read_pixels
+from vit_static.inference.log_limit import LogLimit
 from vit_static.inference.predictor import Predictor, load_predictor
+from vit_static.inference.request_limits import (
+    RETRY_LATER,
+    BodyReader,
+    DrainingResponse,
+    EarlyRefusal,
+    Limits,
+    PixelBudget,
+)
 from vit_static.model.vit import VisionTransformer
 
 _PAGE = Path(__file__).with_name("server_page.html")
-_MAX_DRAINED_BODIES = 10  # how much of a refused body is still received, in multiples of the largest allowed one
+_MONITORING = ("/health", "/metrics")  # answered even when there are too many connections
 _GRACE_S = 5.0  # added to the time limit of a request before a stop ends it
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "connect-src 'self'; img-src blob: data:; form-action 'none'; frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
 }
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits on requests and batches."""
-
-    batch_size: int = 32
-    max_wait_s: float = 0.005  # how long a request waits for others to join its batch
-    max_bytes: int = 20_000_000  # of an image file
-    max_pixels: int = 64_000_000  # of an image
-    max_waiting: int = 256  # requests at once
-    timeout_s: float = 30.0  # for receiving a body, and for answering it
 
 
 class Metrics:
@@ -74,70 +76,16 @@ class Metrics:
             registry=self.registry,
         )  # fmt: skip
         self.under_way = Gauge("vit_static_requests_under_way", "Images not yet answered", registry=self.registry)
+        self.connections = Gauge("vit_static_connections", "Open connections", registry=self.registry)
+        self.refused_connections = Counter(
+            "vit_static_connections_refused", "Connections beyond the limits", registry=self.registry
+        )
         self.batch_sizes = Histogram(
             "vit_static_batch_size", "Images per run of the model", buckets=sizes, registry=self.registry
         )
         self.model_seconds = Histogram(
             "vit_static_model_seconds", "Time of the model per batch", buckets=seconds, registry=self.registry
         )
-
-
-class Batcher:
-    """Thread that runs a function on batches of submitted inputs.
-
-    A batch runs when it has `batch_size` inputs, or when its first input has waited for `max_wait_s`. Cancelled inputs
-    are left out.
-    """
-
-    def __init__(self, run: Callable[[np.ndarray], np.ndarray], batch_size: int, max_wait_s: float) -> None:
-        self._run, self._batch_size, self._max_wait_s = run, batch_size, max_wait_s
-        self._queue: queue.SimpleQueue[tuple[float, np.ndarray, Future[np.ndarray]] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
-        self._thread.start()
-
-    def submit(self, row: np.ndarray) -> Future[np.ndarray]:
-        """Queue an input [1, ...]; the future gives its row of the function's result."""
-        future: Future[np.ndarray] = Future()
-        self._queue.put((time.monotonic(), row, future))
-        return future
-
-    def is_alive(self) -> bool:
-        """Return whether the thread is running."""
-        return self._thread.is_alive()
-
-    def close(self) -> None:
-        """Run all queued inputs and end the thread."""
-        self._queue.put(None)
-        self._thread.join()
-
-    def _work(self) -> None:
-        while (first := self._queue.get()) is not None:
-            batch, is_last = [first], False
-            while len(batch) < self._batch_size and not is_last:
-                try:
-                    remaining_s = first[0] + self._max_wait_s - time.monotonic()
-                    following = self._queue.get(timeout=remaining_s) if remaining_s > 0.0 else self._queue.get_nowait()
-                except queue.Empty:
-                    break
-                if following is None:
-                    is_last = True
-                else:
-                    batch.append(following)
-            self._run_batch([(row, future) for _, row, future in batch if future.set_running_or_notify_cancel()])
-            if is_last:
-                return
-
-    def _run_batch(self, batch: list[tuple[np.ndarray, Future[np.ndarray]]]) -> None:
-        if not batch:
-            return
-        try:
-            results = self._run(np.concatenate([row for row, _ in batch]))
-        except Exception as error:  # raised in the callers, because the next batch may succeed
-            for _, future in batch:
-                future.set_exception(error)
-            return
-        for (_, future), result in zip(batch, results, strict=True):
-            future.set_result(result)
 
 
 class Service:
@@ -147,7 +95,8 @@ class Service:
         self.folder, self.predictor, self.limits = folder, predictor, limits
         self.metrics = Metrics()
         self._page_html = _PAGE.read_text(encoding="utf-8")
-        self._num_under_way = 0
+        self._num_waiting = 0  # requests whose body has arrived
+        self._bodies, self._pixels = BodyReader(limits), PixelBudget(limits.max_total_pixels)
         self._decoders = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "decode")
         # One thread, because the model records its attention; the model is loaded when it is first needed.
         self._attention_thread = ThreadPoolExecutor(1, "attention")
@@ -171,11 +120,11 @@ class Service:
         ]
 
         async def refuse_early(request: Request, error: Exception) -> Response:
-            assert isinstance(error, _EarlyRefusal)
-            return _DrainingResponse(error, self.limits)
+            assert isinstance(error, EarlyRefusal)
+            return DrainingResponse(error, self.limits)
 
-        handlers = {HTTPException: _to_json, _EarlyRefusal: refuse_early}
-        return self._with_metrics(Starlette(routes=routes, exception_handlers=handlers))
+        handlers = {HTTPException: _to_json, EarlyRefusal: refuse_early}
+        return self._with_reserve(self._with_metrics(Starlette(routes=routes, exception_handlers=handlers)))
 
     async def page(self, request: Request) -> Response:
         """Return the page on which an image is dropped."""
@@ -199,19 +148,19 @@ class Service:
         """Return the metrics in Prometheus's text format."""
         return Response(generate_latest(self.metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    async def predict(self, request: Request, body: bytes) -> Response:
+    async def predict(self, request: Request, body: bytearray) -> Response:
         """Return the most likely classes of the image in the body, or those that reach their thresholds."""
         top_k = self._top_k(request)
-        inputs, _ = await _run_in(self._decoders, self._decode, body)
+        inputs, _ = await self._decode(body)
         logits = await asyncio.wrap_future(self._batcher.submit(inputs))
         (prediction,) = self.predictor.top_predictions(logits[None], top_k)
         if isinstance(prediction, PredictError):
             raise HTTPException(500, str(prediction))
         return JSONResponse({"top": prediction.top()})
 
-    async def attention(self, request: Request, body: bytes) -> Response:
+    async def attention(self, request: Request, body: bytearray) -> Response:
         """Return the attention rollout, one share per patch row by row, and the part of the image that it covers."""
-        inputs, box = await _run_in(self._decoders, self._decode, body)
+        inputs, box = await self._decode(body)
         grid = await _run_in(self._attention_thread, self._attention_map, inputs)
         return JSONResponse({"grid": np.round(grid.astype(float), 6).tolist(), "box": box})
 
@@ -220,8 +169,18 @@ class Service:
         with self.metrics.model_seconds.time():
             return self.predictor.logits(inputs)
 
-    def _decode(self, body: bytes) -> tuple[np.ndarray, list[float]]:
-        """Return the model's input [1, 3, height, width] and the crop that it shows."""
+    async def _decode(self, body: bytearray) -> tuple[np.ndarray, list[float]]:
+        """Return the model's input [1, 3, height, width] and the crop that it shows, when there is room to decode."""
+        loop = asyncio.get_running_loop()
+        num_pixels = await loop.run_in_executor(self._decoders, lambda: count_pixels(io.BytesIO(body)))
+        if num_pixels > self.limits.max_pixels:
+            num_pixels = 0  # it is refused without being decoded
+        num_acquired = await self._pixels.acquire(num_pixels)
+        future = self._decoders.submit(self._decode_now, body)
+        self._pixels.release_after(future, num_acquired)
+        return await asyncio.wrap_future(future)
+
+    def _decode_now(self, body: bytearray) -> tuple[np.ndarray, list[float]]:
         options = self.predictor.spec.preprocessing.to_decode_options()
         pixels = read_pixels(io.BytesIO(body), options, "the image", max_pixels=self.limits.max_pixels)
         return self.predictor.preprocess([pixels]), self._crop_box(*pixels.shape[:2])
@@ -250,66 +209,63 @@ class Service:
             raise HTTPException(400, f"top_k={text[:40]}: must be an integer of at least 1")
         return min(int(text[:9]), len(self.predictor.spec.class_names))
 
-    async def _receive_body(self, request: Request) -> bytes:
-        """Return the body, refusing it as soon as it is known to be too large."""
-        limit = self.limits.max_bytes
-        refusal = f"the body is larger than {limit} bytes; send a smaller image file"
-        declared = request.headers.get("content-length", "0")
-        if declared.isdecimal() and int(declared) > limit:
-            raise _EarlyRefusal(413, refusal)
-        chunks: list[bytes] = []
-
-        async def receive_all() -> None:
-            size, is_more = 0, True
-            while is_more:
-                message = await request.receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnect
-                chunks.append(message.get("body", b""))
-                size, is_more = size + len(chunks[-1]), message.get("more_body", False)
-                if size > limit:
-                    raise _EarlyRefusal(413, refusal) if is_more else HTTPException(413, refusal)
-
-        try:
-            await asyncio.wait_for(receive_all(), self.limits.timeout_s)
-        except asyncio.TimeoutError:
-            timeout = f"the body did not arrive within {self.limits.timeout_s:g} s; send it again"
-            raise HTTPException(408, timeout, {"Connection": "close"}) from None
-        if body := b"".join(chunks):
-            return body
-        raise HTTPException(400, "the body is empty; send an image file, for example with curl --data-binary @FILE")
-
     def _with_limits(
-        self, respond: Callable[[Request, bytes], Awaitable[Response]]
+        self, respond: Callable[[Request, bytearray], Awaitable[Response]]
     ) -> Callable[[Request], Awaitable[Response]]:
         """Return an endpoint that receives an image within the limits on number, size and time."""
-        retry_later = {"Retry-After": "1"}
+
+        def busy(refusal: type[HTTPException]) -> HTTPException:
+            message = f"the server is busy, {self.limits.max_waiting} requests are under way; try again"
+            return refusal(503, message, RETRY_LATER)
 
         async def endpoint(request: Request) -> Response:
-            if self._num_under_way >= self.limits.max_waiting:
-                message = f"the server is busy, {self.limits.max_waiting} requests are under way; try again"
-                raise _EarlyRefusal(503, message, retry_later)
-            with self._count_under_way():
-                body = await self._receive_body(request)
-                try:
-                    return await asyncio.wait_for(respond(request, body), self.limits.timeout_s)
-                except asyncio.TimeoutError:
-                    message = f"no answer within {self.limits.timeout_s:g} s; try again"
-                    raise HTTPException(503, message, retry_later) from None
-                except PredictError as error:
-                    raise HTTPException(400, str(error)) from None
+            if self._num_waiting >= self.limits.max_waiting:
+                raise busy(EarlyRefusal)
+            with self.metrics.under_way.track_inprogress():
+                async with self._bodies.receive(request) as body:
+                    if self._num_waiting >= self.limits.max_waiting:
+                        raise busy(HTTPException)
+                    with self._count_waiting():
+                        return await self._answer(respond(request, body))
 
         return endpoint
 
+    async def _answer(self, response: Awaitable[Response]) -> Response:
+        try:
+            return await asyncio.wait_for(response, self.limits.timeout_s)
+        except asyncio.TimeoutError:
+            message = f"no answer within {self.limits.timeout_s:g} s; try again"
+            raise HTTPException(503, message, RETRY_LATER) from None
+        except PredictError as error:
+            raise HTTPException(400, str(error)) from None
+
     @contextmanager
-    def _count_under_way(self) -> Iterator[None]:
-        self._num_under_way += 1
-        self.metrics.under_way.inc()
+    def _count_waiting(self) -> Iterator[None]:
+        self._num_waiting += 1
         try:
             yield
         finally:
-            self._num_under_way -= 1
-            self.metrics.under_way.dec()
+            self._num_waiting -= 1
+
+    def _with_reserve(self, app: ASGIApp) -> ASGIApp:
+        """Return the application, but on connections of the reserve only its endpoints for monitoring."""
+        message = "the server has too many connections, or too many of yours; try again"
+        refusal = DrainingResponse(HTTPException(503, message, RETRY_LATER), self.limits)
+
+        async def reserved_app(scope: Scope, receive: Receive, send: Send) -> None:
+            async def send_and_close(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+                await send(message)
+
+            if not scope["state"]["is_reserved"]:
+                await app(scope, receive, send)
+            elif scope["path"] in _MONITORING:
+                await app(scope, receive, send_and_close)
+            else:
+                await refusal(scope, receive, send)
+
+        return reserved_app
 
     def _with_metrics(self, app: Starlette) -> ASGIApp:
         """Return the application with each of its responses counted, including those that no endpoint gives."""
@@ -341,39 +297,9 @@ async def _run_in(executor: ThreadPoolExecutor, function: Callable[[Any], Any], 
     return await asyncio.get_running_loop().run_in_executor(executor, function, argument)
 
 
-class _EarlyRefusal(HTTPException):
-    """Refusal of a request before all of its body has arrived."""
-
-
 async def _to_json(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-
-
-class _DrainingResponse(JSONResponse):
-    """Response that keeps receiving the body for a while, discards it, and then closes the connection.
-
-    Closing at once would reset the connection, and a client that is still sending would lose the response.
-    """
-
-    def __init__(self, error: HTTPException, limits: Limits) -> None:
-        super().__init__({"error": error.detail}, error.status_code, {**(error.headers or {}), "Connection": "close"})
-        self._limits = limits
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": self.body, "more_body": True})
-
-        async def drain() -> None:
-            remaining_bytes, is_more = _MAX_DRAINED_BODIES * self._limits.max_bytes, True
-            while is_more and remaining_bytes > 0:
-                message = await receive()
-                remaining_bytes -= len(message.get("body", b""))
-                is_more = message.get("more_body", False)
-
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(drain(), self._limits.timeout_s)
-        await send({"type": "http.response.body", "body": b""})
 
 
 def serve_model(
@@ -390,9 +316,19 @@ def serve_model(
         )
     blank_image = np.zeros((*predictor.spec.preprocessing.image_size, 3), np.uint8)
     predictor.probabilities([blank_image])  # the first run is slow, so it is done before the first request
+    # Twice the limit: once for the client to send its body, once for the answer.
+    request_timeout_s = 2 * limits.timeout_s + _GRACE_S
     listener = _listen(host, port)
     service = Service(folder, predictor, limits)
     try:
+        connection_limits = choose_limits(
+            limits.max_connections,
+            limits.max_per_client,
+            header_timeout_s=limits.header_timeout_s,
+            request_timeout_s=request_timeout_s,
+        )
+        log_limit = LogLimit()
+        listener.table = _make_table(connection_limits, service.metrics, log_limit)
         config = uvicorn.Config(
             service.app(),
             log_level="warning",
@@ -401,11 +337,14 @@ def serve_model(
             lifespan="off",
             ws="none",
             loop="asyncio",
-            http="h11",
-            # Twice the limit: once for the client to send its body, once for the answer.
-            timeout_graceful_shutdown=round(2 * limits.timeout_s + _GRACE_S),
+            http=limited_protocol(listener.table),
+            timeout_graceful_shutdown=round(request_timeout_s),
         )
-        say(f"{folder}: {predictor.description}; batches of up to {limits.batch_size}")
+        log_limit.install()
+        say(
+            f"{folder}: {predictor.description}; batches of up to {limits.batch_size}; at most "
+            f"{connection_limits.max_connections} connections, {connection_limits.max_per_client} per client"
+        )
         url_host = f"[{host}]" if ":" in host else host
         print_line(f"serving {folder} at http://{url_host}:{listener.getsockname()[1]}/", flush=True)
         uvicorn.Server(config).run([listener])
@@ -415,10 +354,26 @@ def serve_model(
         listener.close()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _make_table(limits: ConnectionLimits, metrics: Metrics, log_limit: LogLimit) -> ConnectionTable:
+    """Return a table whose connections and refusals are in the metrics, and its refusals on stderr."""
+
+    def report_refusal(client: str) -> None:
+        metrics.refused_connections.inc()
+        if (suffix := log_limit.note(report_refusal)) is not None:
+            say(
+                f"too many connections, the last from {client}: at most {limits.max_connections}, "
+                f"{limits.max_per_client} per client{suffix}"
+            )
+
+    table = ConnectionTable(limits, report_refusal)
+    metrics.connections.set_function(lambda: table.num_open)
+    return table
+
+
+def _listen(host: str, port: int) -> LimitedListener:
     try:
         family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server((host, port), family=family, backlog=1024)
+        return LimitedListener(fileno=socket.create_server((host, port), family=family, backlog=1024).detach())
     except (OSError, OverflowError) as error:
         raise UserError(
             f"--host {host} --port {port}: cannot listen there ({error}); choose another host or port"
