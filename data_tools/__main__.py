@@ -13,6 +13,7 @@ from vit_static.common.errors import (
     EXIT_STOPPED,
     EXIT_USER_MISTAKE,
     USER_ERRNOS,
+    describe_os_error,
 )
 from vit_static.common.startup import use_utf8
 from vit_static.common.text import print_line, say
@@ -49,9 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return fail(prefix, str(error))
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
         code = EXIT_USER_MISTAKE if error.errno in PATH_ERRNOS else EXIT_FAILED
-        return fail(prefix, f"{where}{error.strerror or error}", code)
+        return fail(prefix, describe_os_error(error), code)
     except KeyboardInterrupt:
         return fail(prefix, "stopped on request", EXIT_STOPPED)
 

@@ -37,7 +37,7 @@ from data_tools.class_names import write_class_names
 from data_tools.folder import SPLIT_FILE, list_paths
 from data_tools.stratify import SPLITS
 from vit_static.common.errors import DataError, escape
-from vit_static.common.io import write_atomically, write_json
+from vit_static.common.io import write_atomically, write_bytes, write_errors, write_json
 from vit_static.common.text import print_line
 from vit_static.config.data_schema import DataConfig
 from vit_static.data.decoder_process import DecoderProcess, ImageHeader
@@ -100,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"{root}: has shards, and --fix can only list files; set data.on_bad_image=skip instead")
     report_path = arguments.json or root / CHECK_FILE
     digests = {}
-    with open_journal(report_path.with_name(f".{report_path.stem}.journal"), sets) as journal:
+    journal_path = report_path.with_name(f".{report_path.stem}.journal")
+    with write_errors(journal_path), open_journal(journal_path, sets) as journal:
         for split, images in sets.items():
             digests[split], image_problems = check_split(images, split, journal)
             problems += image_problems
@@ -364,7 +365,7 @@ def write_clean_lists(folder: Path, root: Path, sets: dict[str, ImageDataset], p
     if names:
         write_class_names(folder, names)
     elif (root / CLASS_NAMES_FILE).is_file():
-        (folder / CLASS_NAMES_FILE).write_bytes((root / CLASS_NAMES_FILE).read_bytes())
+        write_bytes((root / CLASS_NAMES_FILE).read_bytes(), folder / CLASS_NAMES_FILE)
     values: dict[str, object] = {"data.root": folder, "data.train": "train_list.txt"}
     if "val" in sets:
         values["data.val"] = "val_list.txt"

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data_tools.arguments import ToolParser, override_options
 from data_tools.manifest import SOURCE_FILE, read_manifest
-from vit_static.common.io import lock, write_json
+from vit_static.common.io import lock, write_errors, write_json
 from vit_static.common.text import print_line
 from vit_static.data.open_set import CLASS_NAMES_FILE
 from vit_static.weights.unpickler import PickledArray, load_pickle
@@ -61,7 +61,8 @@ def unpack(archive: Path, out: Path, images_per_batch: int = IMAGES_PER_BATCH) -
     if target.is_mount():
         raise ValueError(f"{out}: is a mount point, which can't be replaced; give a folder inside it as --out")
     batches = read_archive(archive, images_per_batch)
-    with locked_folder(target.with_name(f".{target.name}.part"), out) as part:
+    part_folder = target.with_name(f".{target.name}.part")
+    with write_errors(out, temporary=part_folder), locked_folder(part_folder, out) as part:
         if is_complete(target, images_per_batch):  # another run has finished in the meantime
             return True
         write_set(part / "set", batches, images_per_batch)

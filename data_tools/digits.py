@@ -27,7 +27,8 @@ from PIL import Image
 
 from data_tools.arguments import ToolParser
 from data_tools.manifest import SOURCE_FILE, read_manifest
-from vit_static.common.io import write_json
+from vit_static.common.errors import os_reason
+from vit_static.common.io import write_errors, write_json
 from vit_static.common.text import print_line
 from vit_static.data.open_set import CLASS_NAMES_FILE
 
@@ -98,7 +99,7 @@ def make_digits(root: Path, labels: str = "digit", size: int = 80) -> DigitsSumm
         raise wrong_folder_error(root, labels, size)
 
     images, digits = load_source()
-    with temporary_folder_beside(target, root) as temporary:
+    with write_errors(root, temporary=target.parent), temporary_folder_beside(target, root) as temporary:
         # One level down, because only its owner can read the temporary folder itself.
         folder = Path(temporary) / "set"
         write_set(folder, images, digits, labels, size)
@@ -199,5 +200,5 @@ def temporary_folder_beside(target: Path, root: Path) -> tempfile.TemporaryDirec
         return tempfile.TemporaryDirectory(prefix=".digits-", dir=target.parent)
     except OSError as error:  # the exit code depends on the errno, so it stays the same
         raise OSError(
-            error.errno, f"{root} can't be created ({error.strerror}); give another folder as --out"
+            error.errno, f"{root} can't be created ({os_reason(error)}); give another folder as --out"
         ) from error

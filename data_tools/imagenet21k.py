@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data_tools.arguments import ToolParser, override_options
 from vit_static.common.errors import DataError
-from vit_static.common.io import write_atomically
+from vit_static.common.io import write_atomically, write_errors
 from vit_static.common.text import print_line, say
 from vit_static.data.image_formats import is_image_name
 from vit_static.data.image_set import read_file
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"--num-classes {arguments.num_classes}: must be at least 1")
     folders = class_folders(root / "images", arguments.num_classes)
     class_names = None if arguments.words is None else class_names_text(folders, arguments.words)
-    with open_cache(root / CACHE_FILE) as cache:
+    with write_errors(root / CACHE_FILE), open_cache(root / CACHE_FILE) as cache:
         counts, skipped_files = read_new_files(cache, folders)
         digests = all_digests(cache, folders, counts)
         labels = np.repeat(np.arange(len(folders), dtype=np.int32), counts)

@@ -12,7 +12,6 @@ resumes a run that was stopped: every shard with an index is complete.
 
 import io
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -28,7 +27,7 @@ from tqdm import tqdm
 from data_tools.arguments import ToolParser, add_label_arguments, data_config, override_options
 from data_tools.class_names import write_class_names
 from data_tools.manifest import read_manifest
-from vit_static.common.io import lock, write_atomically, write_json
+from vit_static.common.io import lock, write_atomically, write_bytes, write_json
 from vit_static.common.text import print_line
 from vit_static.data.image_formats import describe_left_out
 from vit_static.data.image_set import FileDataset
@@ -89,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if is_table(split_path(data, "train")):  # shards have the classes' numbers, whose order is the table's
         write_class_names(out, class_names["train"])
     elif (root / CLASS_NAMES_FILE).is_file():
-        shutil.copy(root / CLASS_NAMES_FILE, out / CLASS_NAMES_FILE)
+        write_bytes((root / CLASS_NAMES_FILE).read_bytes(), out / CLASS_NAMES_FILE)
     print_line(f"shards: to train on them, set {override_options({'data.root': out})}")
     return 0
 

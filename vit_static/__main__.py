@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Sequence
 
 from vit_static.common.errors import (
+    DISK_ERRNOS,
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_STOPPED,
@@ -16,6 +17,8 @@ from vit_static.common.errors import (
     USER_ERRNOS,
     RunFailed,
     UserError,
+    WriteError,
+    describe_os_error,
 )
 from vit_static.common.library_output import library_output
 from vit_static.common.startup import use_utf8
@@ -48,11 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(str(error))
         return EXIT_FAILED
     except OSError as error:
-        if error.errno not in USER_ERRNOS:
+        if error.errno in USER_ERRNOS:
+            remedy = "" if isinstance(error, WriteError) else "; use another path, or fix this one"
+            say(f"{describe_os_error(error)}{remedy}")
+            return EXIT_USER_MISTAKE
+        if error.errno not in DISK_ERRNOS:
             return _fail_with_traceback()
-        where = f"{error.filename}: " if error.filename else ""
-        say(f"{where}{error.strerror}; use another path, or fix this one")
-        return EXIT_USER_MISTAKE
+        say(describe_os_error(error))
+        return EXIT_FAILED
     except KeyboardInterrupt:
         say("stopped on request")
         return EXIT_STOPPED

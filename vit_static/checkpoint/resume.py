@@ -24,7 +24,7 @@ from vit_static.checkpoint.folder import (
 )
 from vit_static.checkpoint.progress import DataPosition, Manifest, Progress
 from vit_static.checkpoint.sharded_state import read_shard_metadata
-from vit_static.common.errors import ConfigError, WeightsError, newer_format, truncate
+from vit_static.common.errors import ConfigError, WeightsError, newer_format, os_reason, truncate
 from vit_static.common.io import FileRecord, file_record
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
@@ -74,7 +74,7 @@ def _verify_file(path: Path, expected: FileRecord, manifest: Manifest, *, with_d
     except FileNotFoundError:
         raise WeightsError(f"{path}: is missing, so the checkpoint is incomplete") from None
     except OSError as error:
-        raise WeightsError(f"{path}: can't be read ({error.strerror})") from None
+        raise WeightsError(f"{path}: can't be read ({os_reason(error)})") from None
     metadata = read_shard_metadata(path)
     if metadata and metadata.get("run_id") != manifest.run_id:
         raise WeightsError(f"{path}: belongs to a checkpoint of another run")

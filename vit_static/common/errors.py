@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import reprlib
 from typing import Any
 
@@ -25,6 +26,11 @@ USER_ERRNOS = frozenset(
 )
 
 
+# A disk without room, or over the user's quota; and all that a disk can answer to a write.
+DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+DISK_ERRNOS = DISK_FULL_ERRNOS | {errno.EIO, errno.EROFS}
+
+
 class UserError(ValueError):
     """A user's mistake. The message is one printable line that says what happened, where, and what to do.
 
@@ -37,6 +43,24 @@ class UserError(ValueError):
 
 class RunFailed(RuntimeError):
     """A failure that isn't the user's mistake, with a message for users: exit code 1, no traceback."""
+
+
+class WriteError(OSError):
+    """A file that can't be written, as an OSError with its errno. The message is one printable line for users."""
+
+    def __init__(self, number: int, path: object, num_bytes: int | None = None, num_free: int | None = None) -> None:
+        """`number`: the errno; `num_bytes`: the file's size, if it is known; `num_free`: the free bytes of its disk."""
+        reason = os.strerror(number)
+        super().__init__(number, reason, str(path))
+        sizes = [] if num_bytes is None else [f"{num_bytes:,} bytes are needed"]
+        sizes += [] if num_free is None else [f"{num_free:,} bytes are free"]
+        detail = f"; {' and '.join(sizes)}" if sizes else ""
+        remedy = "make room, or use another path" if number in DISK_FULL_ERRNOS else "use another path"
+        unchanged = "what was there before is unchanged"
+        self._message = escape(f"{path}: can't be written ({reason}){detail}; {unchanged}; {remedy}")
+
+    def __str__(self) -> str:
+        return self._message
 
 
 class ConfigError(UserError):
@@ -75,6 +99,18 @@ def escape_character(character: str) -> str:
     if "\udc80" <= character <= "\udcff":  # a surrogate escape (PEP 383)
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode()
+
+
+def os_reason(error: OSError) -> str:
+    """Return the reason of a system error in words, also of one that has only a message, or none."""
+    return error.strerror or str(error) or type(error).__name__
+
+
+def describe_os_error(error: OSError) -> str:
+    """Return a system error as a line: the file, if it is known, and the reason."""
+    if isinstance(error, WriteError):
+        return str(error)
+    return f"{error.filename}: {os_reason(error)}" if error.filename else os_reason(error)
 
 
 def truncate(text: str, max_length: int = 100) -> str:

@@ -2,41 +2,94 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vit_static.common.errors import DISK_ERRNOS, RunFailed, UserError, WriteError
 from vit_static.common.text import say
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how libraries in Rust show the system's error
 
 
 @contextmanager
-def write_atomically(path: Path) -> Iterator[Path]:
+def write_atomically(path: Path, num_bytes: int | None = None) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` at the end, or remove it if the block raises.
 
-    So a process that is killed leaves the previous file. Missing parent folders are created.
+    So a process that is killed, and a disk that is full, leave the previous file. Missing parent folders are created.
+    `num_bytes`: the size, if it is known. Raises WriteError as `write_errors` does.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.unlink(missing_ok=True)  # left by a killed process, or a symbolic link to somewhere else
+    with write_errors(path, num_bytes, temporary):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # left by a killed process, or a symbolic link to somewhere else
+        try:
+            yield temporary
+            fsync(temporary)
+            temporary.replace(path)
+        finally:
+            with suppress(OSError):  # the error to report is the first one
+                temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def write_errors(path: Path, num_bytes: int | None = None, temporary: Path | None = None) -> Iterator[None]:
+    """Turn what a disk answers to a write in the block (full, over quota, read-only, damaged) into a WriteError.
+
+    `path` is the file or folder that the block writes, `temporary` where it does. An error about another file passes.
+    Libraries may wrap the system's error in their own class, or report none: then a disk without room is the reason.
+    """
     try:
-        yield temporary
-        fsync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        own = (str(path), str(temporary or path))
+        is_other = error.filename is not None and not str(error.filename).startswith(own)
+        if error.errno not in DISK_ERRNOS or is_other:
+            raise
+        raise WriteError(error.errno, path, num_bytes, _num_free(path)) from error
+    except (UserError, RunFailed):
+        raise
+    except Exception as error:
+        wrapped = _OS_ERROR.search(str(error))
+        number = int(wrapped[1]) if wrapped else errno.ENOSPC if _num_free(path) == 0 else None
+        if number not in DISK_ERRNOS:
+            raise
+        raise WriteError(number, path, num_bytes, _num_free(path)) from error
+
+
+def _num_free(path: Path) -> int | None:
+    """Return the free bytes of the disk that has `path` or, if it doesn't exist, the nearest folder above it."""
+    with suppress(OSError):
+        return shutil.disk_usage(next(each for each in (path, *path.absolute().parents) if each.exists())).free
+    return None
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a text in UTF-8, atomically. Surrogate escapes become the bytes that they stand for."""
+    write_bytes(text.encode("utf-8", "surrogateescape"), path)
+
+
+def write_bytes(content: bytes, path: Path) -> None:
+    """Write a file, atomically."""
+    with write_atomically(path, len(content)) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(values: Any, path: Path) -> None:
     """Write `values` as JSON, atomically."""
-    with write_atomically(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    write_text(json.dumps(values, indent=1) + "\n", path)
 
 
 def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:

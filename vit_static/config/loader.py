@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from vit_static.common.errors import ConfigError, format_value, truncate
+from vit_static.common.errors import ConfigError, format_value, os_reason, truncate
 from vit_static.common.io import write_atomically
 from vit_static.config.schema import Config
 from vit_static.config.section import Section
@@ -77,7 +77,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         text = content.decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(
-            f"{path}: can't be read ({error.strerror}); -c takes a YAML file, such as those in configs/"
+            f"{path}: can't be read ({os_reason(error)}); -c takes a YAML file, such as those in configs/"
         ) from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not UTF-8 text; -c takes a YAML file") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vit_static.common.errors import ConfigError, DataError, truncate
+from vit_static.common.errors import ConfigError, DataError, os_reason, truncate
 from vit_static.config.data_schema import LossConfig
 from vit_static.data.image_set import ImageDataset
 from vit_static.data.list_file import Labels
@@ -83,7 +83,7 @@ def read_class_weights(path: Path, key: str, names: Sequence[str]) -> np.ndarray
         ]
     except OSError as error:
         raise ConfigError(
-            f"{key} = {path}: can't be read ({error.strerror}); set none, balanced or a file of weights"
+            f"{key} = {path}: can't be read ({os_reason(error)}); set none, balanced or a file of weights"
         ) from None
     except UnicodeDecodeError:
         raise DataError(f"{path}: is not UTF-8 text; {key} takes a file with one number per class") from None

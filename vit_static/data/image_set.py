@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vit_static.common.errors import DataError, truncate
+from vit_static.common.errors import DataError, os_reason, truncate
 from vit_static.data.image_pixels import MAX_PIXELS, DecodeOptions, has_too_many_pixels, prepare_for_dali
 from vit_static.data.list_file import ImageList, Labels
 
@@ -71,7 +71,7 @@ class ImageDataset(ABC):
             yield
         except OSError as error:
             kind = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
-            raise DataError(f"{self.message_name(index)}: can't be read ({error.strerror})", kind) from None
+            raise DataError(f"{self.message_name(index)}: can't be read ({os_reason(error)})", kind) from None
         except DataError as error:
             raise DataError(f"{self.message_name(index)}: {error}", error.kind) from None
         except ValueError as error:  # a path with a NUL

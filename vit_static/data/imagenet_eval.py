@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vit_static.common.errors import DataError
+from vit_static.common.errors import DataError, os_reason
 from vit_static.data.image_set import FileDataset, ImageDataset
 from vit_static.data.list_file import ImageList, Labels
 from vit_static.data.open_set import class_folders, list_folders
@@ -34,7 +34,7 @@ def with_real_labels(images: ImageDataset, path: Path, num_classes: int) -> File
         counts = np.array([len(item) for item in real_labels])
         values = np.array([label for item in real_labels for label in item], np.int32)
     except OSError as error:
-        raise DataError(f"{path}: can't be read ({error.strerror}); give ReaL's real.json as --real") from None
+        raise DataError(f"{path}: can't be read ({os_reason(error)}); give ReaL's real.json as --real") from None
     except (ValueError, TypeError, OverflowError, RecursionError):
         raise DataError(f"{path}: is not a list of lists of labels; give ReaL's real.json as --real") from None
     if len(values) == 0 or values.min() < 0 or values.max() >= num_classes:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vit_static.common.errors import DataError, escape, truncate
+from vit_static.common.errors import DataError, escape, os_reason, truncate
 from vit_static.common.text import display_name, read_lines
 from vit_static.config.data_schema import DataConfig
 from vit_static.data.image_formats import describe_left_out, is_image_name, left_out_kind
@@ -338,7 +338,7 @@ def _bad_images(data: DataConfig) -> list[str]:
         return names
     except OSError as error:
         raise DataError(
-            f"{path}: can't be read ({error.strerror}), but data.on_bad_image=skip leaves out the images that it "
+            f"{path}: can't be read ({os_reason(error)}), but data.on_bad_image=skip leaves out the images that it "
             f"lists; create it with '{check_command(data)}'"
         ) from None
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vit_static.common.errors import DataError, truncate
+from vit_static.common.errors import DataError, os_reason, truncate
 from vit_static.data.image_formats import IMAGE_SUFFIXES
 from vit_static.data.image_set import ImageDataset, read_at
 from vit_static.data.list_file import Labels
@@ -109,7 +109,7 @@ class ShardDataset(ImageDataset):
             try:
                 labels.append(self._parse_labels(_read_label(self._descriptor(shard), *position).tobytes()))
             except OSError as error:
-                raise DataError(f"{self.message_name(index)}: its label can't be read ({error.strerror})") from None
+                raise DataError(f"{self.message_name(index)}: its label can't be read ({os_reason(error)})") from None
             except DataError as error:
                 raise DataError(f"{self.message_name(index)}: {error}", error.kind) from None
         return labels

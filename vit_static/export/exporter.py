@@ -19,7 +19,7 @@ from paddle.static import InputSpec
 from tqdm import tqdm
 
 from vit_static.common.errors import ExportError, UserError
-from vit_static.common.io import write_json
+from vit_static.common.io import fsync, write_errors, write_json
 from vit_static.common.text import print_line, print_text
 from vit_static.config.schema import Config, InferencePrecision
 from vit_static.data.image_set import ImageDataset
@@ -141,19 +141,27 @@ def _open_validation(config: Config) -> ImageDataset:
 
 @contextmanager
 def _replace_folder(out: Path) -> Iterator[Path]:
-    """Yield a new folder that replaces `out` if the block doesn't raise."""
+    """Yield a new folder that replaces `out` if the block doesn't raise. Raises WriteError for a full disk."""
     unfinished, previous = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.before")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        shutil.rmtree(previous, ignore_errors=True)
-        if out.exists():
-            out.rename(previous)
-        unfinished.rename(out)
-        shutil.rmtree(previous, ignore_errors=True)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with write_errors(out, temporary=unfinished):
+        try:
+            unfinished.mkdir(parents=True)
+            yield unfinished
+            for file in (*unfinished.rglob("*"), unfinished):
+                fsync(file)
+            shutil.rmtree(previous, ignore_errors=True)
+            if out.exists():
+                out.rename(previous)
+            try:
+                unfinished.rename(out)
+            except OSError:
+                if previous.exists():
+                    previous.rename(out)
+                raise
+            shutil.rmtree(previous, ignore_errors=True)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _export_size(

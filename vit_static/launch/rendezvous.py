@@ -14,7 +14,7 @@ from contextlib import ExitStack, suppress
 from ipaddress import ip_address
 from typing import Any, NamedTuple
 
-from vit_static.common.errors import EXIT_FAILED, EXIT_USER_MISTAKE
+from vit_static.common.errors import EXIT_FAILED, EXIT_USER_MISTAKE, os_reason
 from vit_static.launch.slurm import SlurmTask
 from vit_static.launch.topology import Layout
 
@@ -84,7 +84,7 @@ def meet(layout: Layout, master: str, node_timeout_s: float, restart_state: Rest
         socket.gethostbyname(host)
     except OSError as error:
         raise ValueError(
-            f"PADDLE_MASTER={master}: {error.strerror}; set it to an IP address of one of the nodes"
+            f"PADDLE_MASTER={master}: {os_reason(error)}; set it to an IP address of one of the nodes"
         ) from None
     deadline = time.monotonic() + RENDEZVOUS_TIMEOUT_S
     while True:
@@ -107,7 +107,7 @@ def listen(task: SlurmTask | None, host: str, port: int) -> socket.socket | None
         return socket.create_server(("", port) if task and host != "127.0.0.1" else (host, port))
     except OSError as error:  # not this machine's address, or in use by another node on this machine
         if task:
-            raise ValueError(f"port {port}: {error.strerror}; set PADDLE_MASTER={host}:PORT") from None
+            raise ValueError(f"port {port}: {os_reason(error)}; set PADDLE_MASTER={host}:PORT") from None
         return None
 
 

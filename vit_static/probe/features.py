@@ -15,7 +15,7 @@ import numpy as np
 import paddle
 from tqdm import tqdm
 
-from vit_static.common.errors import DataError, UserError
+from vit_static.common.errors import DataError, UserError, os_reason
 from vit_static.common.io import cache_dir, write_atomically
 from vit_static.common.text import say
 from vit_static.config.loader import load_config
@@ -117,7 +117,7 @@ def cached_features(extractor: FeatureExtractor, images: ImageDataset, *, refres
         with write_atomically(path) as temporary, temporary.open("wb") as file:
             np.savez(file, features=features)
     except OSError as error:
-        say(f"{path}: the features can't be cached ({error.strerror}); they are extracted again next time")
+        say(f"{path}: the features can't be cached ({os_reason(error)}); they are extracted again next time")
     return Samples(features, labels), False
 
 

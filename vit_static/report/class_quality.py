@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel
 
-from vit_static.common.io import write_atomically
+from vit_static.common.io import write_text
 from vit_static.common.text import csv_row
 from vit_static.report.calibration import Calibration, calibration_of
 from vit_static.report.class_metrics import ClassCounts, average_precision
@@ -90,8 +90,7 @@ def write_class_quality(classes: Sequence[ClassQuality], path: Path) -> None:
     columns = ["label", "name", "support", "precision", "recall", "f1"]
     columns += ["average_precision"] if has_average_precision else []
     rows = [columns, *([getattr(each, column) for column in columns] for each in classes)]
-    with write_atomically(path) as temporary:
-        temporary.write_text("".join(f"{csv_row(row)}\n" for row in rows), encoding="utf-8")
+    write_text("".join(f"{csv_row(row)}\n" for row in rows), path)
 
 
 def _logit(probability: float) -> float:

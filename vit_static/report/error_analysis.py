@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, Field
 
-from vit_static.common.io import write_atomically
+from vit_static.common.io import write_text
 from vit_static.common.text import to_unicode
 from vit_static.report.calibration import Calibration
 from vit_static.report.class_quality import ClassQuality, calibration, class_quality
@@ -89,8 +89,7 @@ class ErrorAnalysis(BaseModel):
 
     def write(self, path: Path) -> None:
         """Write the analysis as JSON, atomically."""
-        with write_atomically(path) as temporary:
-            temporary.write_text(self.model_dump_json() + "\n", encoding="utf-8")
+        write_text(self.model_dump_json() + "\n", path)
 
 
 def worst_images(predictions: Predictions) -> np.ndarray:

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from vit_static.common.errors import UserError, escape
-from vit_static.common.io import write_atomically
+from vit_static.common.io import write_bytes
 from vit_static.common.text import duration, escape_lines, print_line
 from vit_static.report import charts
 from vit_static.report.charts import Mark, Series
@@ -82,8 +82,7 @@ def _render(template: str, path: Path, title: str, content: dict[str, Any]) -> P
         .get_template(template)
         .render(title=title, chart_style=charts.STYLE + RELIABILITY_STYLE, **content)
     )
-    with write_atomically(path) as temporary:
-        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+    write_bytes(page.encode("utf-8", "backslashreplace"), path)
     return path
 
 

@@ -312,7 +312,7 @@ def write_weights(
         raise WeightsError(f"{path}: {table.format} has no {next(iter(remaining))}")
     record = encode_record(model)
     metadata = {"format": "pt", RECORD_NAME: record}
-    with write_atomically(path) as temporary:
+    with write_atomically(path, sum(array.nbytes for array in converted.values())) as temporary:
         if to == "google":
             # big_vision reads only what is below params/ if there is any, and vit_jax ignores an array more.
             prefix = "params/" if table is BIG_VISION else ""

@@ -39,7 +39,7 @@ def write_pdparams(state: Mapping[str, np.ndarray], path: Path, model: ModelConf
     }
     for name, tensor in tensors.items():
         tensor.name = name  # is saved too; without it two files of the same weights would differ
-    with write_atomically(path) as temporary:
+    with write_atomically(path, 4 * sum(map(np.size, state.values()))) as temporary:
         paddle.save(tensors, str(temporary))
         if model is not None:
             with temporary.open("ab") as file:

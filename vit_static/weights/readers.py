@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import safetensors
 
-from vit_static.common.errors import WeightsError, truncate
+from vit_static.common.errors import WeightsError, os_reason, truncate
 from vit_static.config.schema import ModelConfig
 from vit_static.weights.model_record import (
     MAX_RECORD_BYTES,
@@ -59,7 +59,7 @@ def read_arrays(path: Path, *, ema: bool = False) -> FileContent:
         with path.open("rb") as file:
             beginning = file.read(16)
     except OSError as error:
-        raise WeightsError(f"{path}: can't be read ({error.strerror})") from None
+        raise WeightsError(f"{path}: can't be read ({os_reason(error)})") from None
     content = _read(path, beginning, ema=ema)
     for name, array in content.arrays.items():
         if len(name) > _MAX_NAME_LENGTH:
@@ -154,7 +154,7 @@ def _read_pickle(path: Path, *, ema: bool) -> FileContent:
             raise WeightsError(f"{path}: {_TORCH}") from None
         raise WeightsError(f"{path}: is not a Paddle state dict ({truncate(str(error), 150)})") from None
     except OSError as error:
-        raise WeightsError(f"{path}: can't be read ({error.strerror})") from None
+        raise WeightsError(f"{path}: can't be read ({os_reason(error)})") from None
     except Exception as error:  # a damaged pickle can raise anything
         raise WeightsError(f"{path}: is not a Paddle state dict ({_describe(error)})") from None
     if isinstance(content, int) and content == _TORCH_MAGIC:
