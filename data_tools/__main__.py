@@ -15,7 +15,7 @@ from vit_static.common.errors import (
     USER_ERRNOS,
     describe_os_error,
 )
-from vit_static.common.startup import use_utf8
+from vit_static.common.startup import ignored_or, use_utf8
 from vit_static.common.text import print_line, say
 
 # name: (module, summary). A tool's module is imported only when it runs, and has main(argv) -> exit code.
@@ -69,7 +69,8 @@ def fail(prefix: str, message: str, code: int = EXIT_USER_MISTAKE) -> int:
 
 
 if __name__ == "__main__":
-    # SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that a tool removes its temporary files.
+    # SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, so that a tool removes its temporary files.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, ignored_or(signal.default_int_handler, signal.SIGHUP))
     use_utf8()
     sys.exit(main())

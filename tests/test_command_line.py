@@ -243,6 +243,24 @@ def test_a_stopped_run_resumes_to_the_same_bits(workplace: Path, number: signal.
 
 
 @pytest.mark.slow
+def test_a_closed_terminal_saves_the_state_of_every_process(workplace: Path) -> None:
+    """SIGHUP, through run.sh and the launcher: as for SIGTERM."""
+    overrides = ["-o", "name=hangup", "-o", "train.epochs=1000", "-o", "log.every_steps=1"]
+    arguments = ["pretrain", "-c", "tiny.yaml", *overrides]
+    process = subprocess.Popen(
+        [ROOT / "run.sh", *arguments], cwd=workplace, env=os.environ | {"NPROC": "2"}, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert any(line.startswith("step 2/") for line in process.stdout)
+    process.send_signal(signal.SIGHUP)
+    rest = process.stdout.read()
+    assert process.wait(timeout=60) == 75
+    step = int(rest.rpartition("stopped by a signal at step ")[2].partition(";")[0])
+    shards = (workplace / f"output/hangup/checkpoints/step_{step:08d}").glob("*.safetensors")
+    assert len(list(shards)) == 2
+
+
+@pytest.mark.slow
 def test_two_processes_train_as_one(workplace: Path) -> None:
     """The same images, augmentations and losses, on two threads; dropout off, since each rank draws its own masks."""
     losses, evaluations = {}, {}

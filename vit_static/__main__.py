@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import TextIO
 
 from vit_static.common.errors import (
     DISK_ERRNOS,
@@ -20,11 +22,14 @@ from vit_static.common.errors import (
     WriteError,
     describe_os_error,
 )
-from vit_static.common.library_output import library_output
-from vit_static.common.startup import use_utf8
+from vit_static.common.library_output import best_effort, library_output
+from vit_static.common.startup import ignored_or, use_utf8
 from vit_static.common.text import print_text, say
 
 MAX_LIBRARY_LINES = 40  # shown before a traceback
+# Verbs whose product is what they print: when its reader, such as `head`, has left, they are done. The others only
+# report on what they do, and continue without a reader.
+PRINTING_VERBS = frozenset({"bench", "eval", "plan", "predict", "probe"})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,13 +41,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Until the training loop starts, which handles SIGTERM itself to save its state, SIGTERM acts like Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the launcher has Ctrl-C end the process at once
+    signal.signal(signal.SIGHUP, ignored_or(signal.default_int_handler, signal.SIGHUP))
+    sys.stderr = best_effort(sys.stderr)
     try:
         from vit_static.cli import parse_arguments  # here, because its imports take long enough to be interrupted
 
         arguments = parse_arguments(argv)
-        return int(arguments.handler(arguments))
-    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - Python flushes stdout once more when it exits
+        if arguments.verb not in PRINTING_VERBS:
+            sys.stdout = best_effort(sys.stdout)
+        code = int(arguments.handler(arguments))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _has_reader_left():
+            return _fail_with_traceback()
         return EXIT_DONE
     except UserError as error:
         say(str(error))
@@ -64,6 +76,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_STOPPED
     except Exception:
         return _fail_with_traceback()
+    finally:
+        sys.stdout = _writable(sys.stdout)
+
+
+def _has_reader_left() -> bool:
+    """Return whether standard output is a pipe or socket whose other end is closed."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):  # no descriptor
+        return False
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+
+
+def _writable(stream: TextIO) -> TextIO:
+    """Return the stream, or the null device if it can't be written: Python flushes stdout once more when it exits."""
+    try:
+        stream.flush()
+    except OSError:
+        null = open(os.devnull, "w")  # noqa: PTH123, SIM115
+        os.dup2(null.fileno(), stream.fileno())
+        return null
+    return stream
 
 
 def _fail_with_traceback() -> int:

@@ -62,10 +62,11 @@ def test_a_mistake_in_the_config_is_reported_by_the_verb(scripted_job: ScriptedJ
     assert (code, stderr, len(scripted_job.calls("0"))) == (2, "", 1)
 
 
-def test_a_signal_is_not_answered_with_a_restart(scripted_job: ScriptedJob) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_not_answered_with_a_restart(scripted_job: ScriptedJob, number: signal.Signals) -> None:
     scripted_job.start(*restarts(1), NPROC="2", ACTIONS="until:never 0")
     wait_for_both(scripted_job)
-    scripted_job.launches[0].send_signal(signal.SIGTERM)
+    scripted_job.launches[0].send_signal(number)
     ((code, _, stderr),) = scripted_job.end()
     assert (code, stderr, len(scripted_job.calls("0"))) == (75, "", 1)
 

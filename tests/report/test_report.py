@@ -345,8 +345,8 @@ def test_a_report_that_cannot_be_written_does_not_stop_the_run(
     """There is a folder in its place."""
     (config.run_dir / "report.html").mkdir(parents=True)
     (config.run_dir / "report.html" / "file").touch()
-    assert train(config) and event_names(config.run_dir) == ["finished"]
-    assert capsys.readouterr().out.count("the report could not be written: ") == 3  # two evaluations, and the end
+    assert train(config) and "finished" in event_names(config.run_dir)
+    assert capsys.readouterr().out.count("report.html can't be written (") == 1  # not at each evaluation
     assert (config.run_dir / EVALUATION_FILE).is_file()
 
 

@@ -89,10 +89,10 @@ def test_a_stop_on_request_is_no_error() -> None:
     assert stop.requested
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_are_noted_and_the_handlers_restored(number: int) -> None:
     before = signal.getsignal(number)
-    with SignalWatch() as watch:
+    with SignalWatch(60.0) as watch:
         assert not watch.has_received
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)  # within a second: a scheduler and a launcher forward the same request
@@ -100,11 +100,23 @@ def test_signals_are_noted_and_the_handlers_restored(number: int) -> None:
     assert signal.getsignal(number) is before
 
 
+def test_an_ignored_sighup_stays_ignored() -> None:
+    """As nohup sets it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with SignalWatch(60.0) as watch:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not watch.has_received
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_second_signal_after_a_second_ends_the_process() -> None:
     code = (
         "import os, signal, time\n"
         "from vit_static.train.stop import SignalWatch\n"
-        "with SignalWatch():\n"
+        "with SignalWatch(60.0):\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    time.sleep(1.1)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"

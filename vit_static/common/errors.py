@@ -87,6 +87,18 @@ class WeightsError(UserError):
     """A file of weights that can't be read, or doesn't fit the model."""
 
 
+def describe_error(error: Exception) -> str:
+    """Return one line about an exception: the file and the reason of a system error, else its class and message."""
+    if isinstance(error, WriteError):
+        text = str(error)
+    elif not isinstance(error, OSError):
+        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    else:
+        reason = error.strerror or str(error) or type(error).__name__
+        text = f"{os.fsdecode(error.filename)}: {reason}" if isinstance(error.filename, str | bytes) else reason
+    return escape(text)
+
+
 def escape(text: str) -> str:
     """Return `text` with its unprintable characters as escapes, so that it is one line and can't control a terminal."""
     if text.isprintable():

@@ -8,6 +8,7 @@ handlers for the console at any time, so `StreamHandler.emit` is replaced as wel
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -17,9 +18,37 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 _redirection: Redirection | None = None
+
+
+class BestEffortFile(io.FileIO):
+    """A file of messages: what can't be written, because the disk is full or the reader has left, is dropped."""
+
+    def write(self, data: Any, /) -> int:
+        """Write bytes, and claim to have done so after an error: a buffer would keep them, and fail again at exit."""
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def best_effort(stream: TextIO) -> TextIO:
+    """Return standard output or error as a stream whose write never fails; unchanged if it isn't the process's own."""
+    if type(stream) is not io.TextIOWrapper or stream.fileno() not in (1, 2) or _is_best_effort(stream):
+        return stream
+    with suppress(OSError):
+        stream.flush()
+    return _open_text(BestEffortFile(stream.fileno(), "w", closefd=False), stream)
+
+
+def _is_best_effort(stream: TextIO) -> bool:
+    return isinstance(getattr(stream.buffer, "raw", None), BestEffortFile)
+
+
+def _open_text(raw: io.FileIO, like: TextIO) -> TextIO:
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding=like.encoding, errors=like.errors, line_buffering=True)
 
 
 def capture_library_output() -> None:
@@ -31,11 +60,14 @@ def capture_library_output() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     sys.stdout, sys.stderr = (
-        os.fdopen(os.dup(stream.fileno()), "w", encoding=stream.encoding, errors=stream.errors, buffering=1)
+        _open_text((BestEffortFile if _is_best_effort(stream) else io.FileIO)(os.dup(stream.fileno()), "w"), stream)
         for stream in (sys.stdout, sys.stderr)
     )
-    descriptor, name = tempfile.mkstemp(prefix="vit_static_", suffix=".log")
-    Path(name).unlink()
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="vit_static_", suffix=".log")
+        Path(name).unlink()
+    except OSError:  # no temporary folder, or a full one
+        descriptor = os.memfd_create("vit_static.log")
     _redirect_to(Redirection(descriptor, None, 0))
     warnings.showwarning = lambda *fields, **_: _write_redirected(warnings.formatwarning(*fields[:4]))
     emit_to_stream = logging.StreamHandler.emit

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from vit_static.common.cpu import is_amd_with_avx2, max_cpu_isa, onednn_max_cpu_isa
 from vit_static.common.library_output import capture_library_output
@@ -27,6 +28,7 @@ def use_utf8() -> None:
     are UTF-8. Bytes that aren't UTF-8 become surrogate escapes (PEP 383), which every file written keeps. Terminals get
     text in the encoding of the locale, files and pipes get UTF-8; what can't be encoded is shown as escapes.
     """
+    _open_missing_streams()
     if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
         arguments = Path("/proc/self/cmdline").read_bytes().split(b"\0")[1:-1]
@@ -35,6 +37,26 @@ def use_utf8() -> None:
         if isinstance(stream, io.TextIOWrapper):
             encoding = locale.nl_langinfo(locale.CODESET) if stream.isatty() else "utf-8"
             stream.reconfigure(encoding=encoding, errors="backslashreplace")
+
+
+def _open_missing_streams() -> None:
+    """Open the null device as standard input, output and error that the caller has closed (`>&-`), as for daemons.
+
+    Otherwise the next file that is opened would get such a descriptor, and what is printed would end up in it.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, which is this one
+            os.set_inheritable(descriptor, True)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 - live as long as the process
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def ignored_or(handler: Any, number: signal.Signals) -> Any:
+    """Return the handler for a signal, or SIG_IGN where it was ignored at the start, as nohup ignores SIGHUP."""
+    return signal.SIG_IGN if signal.getsignal(number) is signal.SIG_IGN else handler
 
 
 def prepare_process(verbose: bool = False, environ: MutableMapping[str, str] = os.environ) -> None:
@@ -82,11 +104,11 @@ def user_environ() -> dict[str, str]:
 
 @contextmanager
 def _stop_signals_deferred() -> Iterator[None]:
-    """Deliver SIGTERM and SIGINT only after the block, to the handlers that were set before it.
+    """Deliver the signals that ask for an end only after the block, to the handlers that were set before it.
 
     A signal in the middle of an import would surface as another error, and Paddle replaces the handler of SIGTERM.
     """
-    stop_signals = {signal.SIGTERM, signal.SIGINT}
+    stop_signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
     handlers = {number: signal.getsignal(number) for number in stop_signals}
     signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
     try:

@@ -179,6 +179,11 @@ class TrainConfig(Section):
     max_restarts: Annotated[int, Field(ge=0)] = Field(
         0, description="how often the launcher restarts all processes after a failure, from the latest checkpoint"
     )
+    stop_timeout_s: Annotated[float, Field(gt=0.0, le=86_400.0)] = Field(
+        600.0,
+        description="seconds that a stop on a signal may take, for the current step, an evaluation under way and the "
+        "checkpoint; then the process ends without saving, with exit code 1",
+    )
     node_timeout_s: Annotated[float, Field(gt=0.0, le=86_400.0)] = Field(
         24.0, description="seconds without an answer after which a node counts as lost; gloo itself fails after 30"
     )

@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vit_static.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_MISTAKE
+from vit_static.common.startup import ignored_or
 from vit_static.common.text import positive_int, print_text, say
 from vit_static.config.loader import DEFAULT_CONFIGS, load_config
 from vit_static.config.schema import Config
@@ -177,8 +178,7 @@ def handle_signals(handler: Callable[[int, Any], None]) -> None:
     """Set the handler of SIGTERM, SIGINT and SIGHUP."""
     signal.signal(signal.SIGTERM, handler)
     signal.signal(signal.SIGINT, handler)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores SIGHUP, which must stay so
-        signal.signal(signal.SIGHUP, handler)
+    signal.signal(signal.SIGHUP, ignored_or(handler, signal.SIGHUP))
 
 
 def stop_without_workers(signum: int, frame: Any) -> None:
@@ -351,8 +351,7 @@ def supervise(workers: list[Worker], cluster: Cluster, peers: Peers, received_si
     if failure is None:
         return Ending(max(exit_codes.values()))
     if -failure.code in forwarded:  # killed by the signal before its handler was set, with nothing to save yet
-        code = EXIT_STOPPED if -failure.code in (signal.SIGTERM, signal.SIGINT) else 128 - failure.code
-        return Ending(code)
+        return Ending(EXIT_STOPPED)
     # A rank that writes to the terminal has reported the same mistake there.
     is_reported = failure.code == EXIT_USER_MISTAKE and any(
         worker.log is None and exit_codes.get(worker.rank) == EXIT_USER_MISTAKE for worker in workers

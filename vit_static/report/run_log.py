@@ -21,6 +21,7 @@ from vit_static.report.metric_names import METRIC_TITLES
 METRICS_FILE = "metrics.jsonl"
 METRICS_FORMAT = 1  # in the events `started` and `resumed`; without a number it is 1
 EXTRA_EVAL = "eval_also"  # the kind of entries of further validation sets; `set` is the name of theirs
+RECORDS_LOST, SINK_FAILED = "records lost", "sink failed"  # events about the log itself, not about the run
 EARLY_STOP = "early stop"  # the event before `finished`, if train.patience ended the run
 # What the last event of a run says about its state.
 END_STATES = {
@@ -161,8 +162,10 @@ class RunLogData:
     @property
     def state(self) -> str:
         """Return whether the run has finished, was stopped, or may be running."""
-        event = self.all_entries[-1].get("event")
-        if event == "finished" and len(self.all_entries) > 1 and self.all_entries[-2].get("event") == EARLY_STOP:
+        events = [entry.get("event") for entry in self.all_entries]
+        events = [event for event in events if event not in (RECORDS_LOST, SINK_FAILED)]
+        event = events[-1] if events else None
+        if event == "finished" and len(events) > 1 and events[-2] == EARLY_STOP:
             return "finished early, without an improvement"
         return END_STATES.get(event if isinstance(event, str) else "", "running or killed: the log has no end")
 

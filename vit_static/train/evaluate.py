@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from vit_static.common.errors import DataError, UserError
+from vit_static.common.text import print_line
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config, ParallelConfig
 from vit_static.data.extra_sets import ExtraSet, open_extra_sets
@@ -28,7 +30,6 @@ from vit_static.report.class_quality import class_quality, write_class_quality
 from vit_static.report.error_analysis import ErrorAnalysis, Sample, analyze_errors, worst_images
 from vit_static.report.predictions import Predictions
 from vit_static.train.extra_eval import ExtraResult, evaluate_extra_sets
-from vit_static.train.log import RunLog
 from vit_static.train.metrics import EvalMetrics
 from vit_static.weights.infer import config_for
 from vit_static.weights.load import load_into
@@ -262,9 +263,7 @@ def evaluate_checkpoint(
     extra = evaluate_extra(program, extra_sets, config, mesh)
     if extra:
         values["also"] = {result.name: result.values() for result in extra}
-    with RunLog(None, mesh.rank) as log:
-        if choice is not None:
-            log.say(choice)
-        for line in (text, *(result.describe() for result in extra)):
-            log.say(line)
-        log.say_json(values)
+    if mesh.rank == 0:
+        lines = [] if choice is None else [choice]
+        for line in (*lines, text, *(result.describe() for result in extra), json.dumps(values)):
+            print_line(line, flush=True)

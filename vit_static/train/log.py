@@ -1,114 +1,92 @@
-"""Console, JSONL and TensorBoard logging."""
+"""Console, JSONL, TensorBoard and report of a run, none of which can end it."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from tqdm import tqdm
-
-from vit_static.common.text import duration, escape_lines, print_text
+from vit_static.common.text import duration, say
+from vit_static.report.error_analysis import ErrorAnalysis
+from vit_static.report.run_log import SINK_FAILED
+from vit_static.train.file_sinks import Console, EventFile, MetricsFile, ReportPage
+from vit_static.train.sinks import GuardedSink, Record, Sink
 
 
 class RunLog:
-    """The log of one rank; only rank 0 writes anything. A context manager that closes its files."""
+    """The log of one rank; only rank 0 writes anything. A context manager that closes its sinks."""
 
-    def __init__(self, run_dir: Path | None, rank: int = 0, tensorboard: bool = True, done_steps: int = 0) -> None:
-        """`run_dir` None logs to the console alone. `done_steps`: the steps that a resumed run has done; TensorBoard
-        drops what an earlier process wrote of later ones."""
+    def __init__(
+        self,
+        run_dir: Path,
+        rank: int = 0,
+        tensorboard: bool = True,
+        done_steps: int = 0,
+        trackers: Sequence[Sink[Record]] = (),
+    ) -> None:
+        """`done_steps`: the steps that a resumed run has done; TensorBoard drops what an earlier process wrote of later
+        ones. `trackers` get every record, as metrics.jsonl does."""
         self._is_writer = rank == 0
-        self._metrics: TextIO | None = None
-        self._events: Any = None
-        self._bar: tqdm[Any] | None = None
-        if run_dir is not None and self._is_writer:
-            path = run_dir / "metrics.jsonl"
-            is_cut_off = path.exists() and not path.read_bytes().endswith(b"\n")
-            self._metrics = path.open("a", encoding="utf-8")
-            if is_cut_off and path.stat().st_size:
-                self._metrics.write("\n")  # a killed run left half a line; the next one must not be appended to it
-            if tensorboard:
-                from tensorboardX import SummaryWriter
-
-                self._events = SummaryWriter(str(run_dir), purge_step=done_steps + 1 if done_steps else None)
+        self._position = 0, 0.0  # step and epoch of the last record
+        self._analysis: ErrorAnalysis | None = None
+        self._bar = Console()
+        self._console: GuardedSink[str] = GuardedSink(self._bar, self._report_failure)
+        self._report: GuardedSink[ErrorAnalysis | None] = GuardedSink(
+            ReportPage(run_dir), self._report_failure, max_buffered=1
+        )
+        event_files = [EventFile(run_dir, done_steps)] if tensorboard else []
+        self._records: list[GuardedSink[Record]] = [
+            GuardedSink(sink, self._report_failure) for sink in (MetricsFile(run_dir), *event_files, *trackers)
+        ]
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close_bar()
-        if self._metrics is not None:
-            self._metrics.close()
-        if self._events is not None:
-            self._events.close()
+        if self._is_writer:
+            # Each is reported on those that are closed after it.
+            for sink in reversed(self._records):
+                sink.close()
+            self._report.close()
+            self._console.close()
 
     def say(self, text: str) -> None:
         """Print a line on the console, above the progress bar if there is one."""
-        if not self._is_writer:
-            return
-        if self._bar is not None:
-            self._bar.write(escape_lines(text), file=sys.stdout)
-        else:
-            print_text(text, flush=True)
-
-    def say_json(self, values: dict[str, Any]) -> None:
-        """Print one line of JSON, for programs that read the console."""
-        self.say(json.dumps(values))
+        if self._is_writer:
+            self._console.write(text)
 
     def record(self, kind: str, step: int, epoch: float, *, tag: str | None = None, **values: Any) -> None:
-        """Append a line to metrics.jsonl. Its numbers also go to TensorBoard, as ``kind/key`` or ``tag/key``, but those
-        of events.
-        """
-        if self._metrics is not None:
-            entry = {"kind": kind, "step": step, "epoch": round(epoch, 4), **values}
-            finite = {
-                key: None if isinstance(value, float) and not math.isfinite(value) else value
-                for key, value in entry.items()
-            }
-            self._metrics.write(json.dumps(finite) + "\n")
-            self._metrics.flush()
-        if self._events is not None and kind != "event":
-            for key, value in values.items():
-                if isinstance(value, (int, float)) and not isinstance(value, bool):
-                    self._events.add_scalar(f"{tag or kind}/{key}", value, step)
+        """Add a record to metrics.jsonl, TensorBoard and trackers. `tag` replaces the kind in TensorBoard's names."""
+        self._position = step, epoch
+        self._add_record(Record(kind, step, epoch, values, tag))
+
+    def write_report(self, analysis: ErrorAnalysis | None = None) -> None:
+        """Write report.html and, if there is a new one, the error analysis."""
+        if self._is_writer:
+            self._analysis = analysis or self._analysis  # an earlier one may not have been written yet
+            self._report.write(self._analysis)
 
     def open_bar(self, total_steps: int, done_steps: int) -> None:
         """Show a progress bar on a terminal; elsewhere the lines of the log steps are all there is."""
-        if self._is_writer and sys.stdout.isatty():
-            num_columns = os.get_terminal_size(sys.stdout.fileno()).columns
-            self._bar = tqdm(
-                total=total_steps,
-                initial=done_steps,
-                unit="step",
-                # Some pseudo-terminals report 0 columns, for which tqdm shows nothing.
-                ncols=None if num_columns else 100,
-                nrows=None if num_columns else 20,
-                dynamic_ncols=num_columns > 0,
-                file=sys.stdout,
-            )
+        if self._is_writer:
+            self._bar.open_bar(total_steps, done_steps)
 
     def reopen_bar(self, total_steps: int, done_steps: int) -> None:
         """Restart the progress bar after a rollback."""
-        if self._bar is not None:
+        if self._bar.has_bar:
             self.close_bar()
             self.open_bar(total_steps, done_steps)
 
     def advance_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.advance_bar()
 
     def close_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._bar.close_bar()
 
     def say_train_step(self, step: int, total_steps: int, values: dict[str, float], seconds_left: float) -> None:
         """Show a log step: in the progress bar if there is one, else as a line."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {values['images_per_s']:.0f} images/s")
+        if self._bar.has_bar:
+            self._bar.describe_bar(f"loss {values['loss']:.3f}, {values['images_per_s']:.0f} images/s")
             return
         text = (
             f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  grad_norm {values['grad_norm']:.2f}  "
@@ -117,3 +95,19 @@ class RunLog:
         if values.get("mfu") is not None:
             text += f"  mfu {values['mfu']:.1%}"
         self.say(f"step {step}/{total_steps}  {text}  {duration(seconds_left)} left")
+
+    def _add_record(self, record: Record, without: object = None) -> None:
+        if self._is_writer:
+            for sink in self._records:
+                if sink is not without:
+                    sink.write(record)
+
+    def _report_failure(self, sink: GuardedSink[Any], message: str) -> None:
+        """Tell the other sinks that this one has failed. What the console can't show goes to stderr."""
+        if sink is self._console or self._console.is_closed:
+            say(message)
+        else:
+            self._console.write(message)
+        step, epoch = self._position
+        values = {"event": SINK_FAILED, "sink": sink.name, "problem": message}
+        self._add_record(Record("event", step, epoch, values), without=sink)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from vit_static.checkpoint.progress import Progress
+from vit_static.common.errors import describe_error
 from vit_static.common.hardware import peak_flops
 from vit_static.config.data_schema import SelectionMetric
 from vit_static.model.flops import train_flops
@@ -19,6 +20,7 @@ from vit_static.parallel.mesh import Mesh, device_name
 from vit_static.program.program import Program
 from vit_static.report.class_metrics import average_precision
 from vit_static.report.class_quality import calibration, class_counts
+from vit_static.report.error_analysis import ErrorAnalysis
 from vit_static.report.metric_names import METRIC_TITLES, format_metric
 from vit_static.report.predictions import Predictions
 from vit_static.report.run_log import EXTRA_EVAL
@@ -216,10 +218,18 @@ class MetricLogger:
     def close_bar(self) -> None:
         self._log.close_bar()
 
+    def write_report(self, analyze_errors: Callable[[], ErrorAnalysis] | None = None) -> None:
+        """Write the run's page, and the error analysis of a new evaluation; on rank 0."""
+        analysis = None
+        if analyze_errors is not None:
+            with self.log_exceptions("the error analysis"):
+                analysis = analyze_errors()
+        self._log.write_report(analysis)
+
     @contextmanager
     def log_exceptions(self, subject: str) -> Iterator[None]:
         """Log an exception instead of raising it: the run doesn't end for something that can be made again."""
         try:
             yield
         except Exception as error:  # anything, from a full disk to a mistake of ours
-            self.say(f"{subject} could not be written: {type(error).__name__}: {error}")
+            self.say(f"{subject} could not be written: {describe_error(error)}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_static.checkpoint.progress import Progress
+from vit_static.common.errors import describe_error
 from vit_static.common.io import write_json
 from vit_static.data.sampler import make_sampler
 from vit_static.train.run_dir import RunDir
@@ -71,14 +72,14 @@ class NonFiniteGuard:
         step, norms = agreed
         batch = replace(progress, step=step - 1).next_batch_index()
         report = NonFiniteReport(step, self._spec.lr_at(step - 1), norms, batch, self._spec.batch_size)
+        path, problem = report.path(self._run.path), None
         if self._run.is_writer:
-            report.write(self._run.path, self._spec)
-        return NonFiniteStep(
-            step,
-            batch,
-            f"the gradients of step {step} are not finite ({report.path(self._run.path)} lists their norms by block "
-            "and the names of the images)",
-        )
+            try:
+                report.write(self._run.path, self._spec)
+            except OSError as error:
+                problem = f"no report could be written: {describe_error(error)}"
+        note = self._agree(problem) or f"{path} lists their norms by block and the names of the images"
+        return NonFiniteStep(step, batch, f"the gradients of step {step} are not finite ({note})")
 
     def may_roll_back(self, progress: Progress) -> bool:
         """Return whether the config allows going back to the last checkpoint once more."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import paddle
 
+from vit_static.common.errors import describe_error
 from vit_static.parallel.mesh import Mesh
 
 
@@ -57,7 +58,11 @@ class StepTrace:
         profiler.stop()
         rank_suffix = f"_rank_{self._mesh.rank}" if self._mesh.world_size > 1 else ""
         path = self._folder / f"trace_steps_{self._first}_{self._last}{rank_suffix}.json"
-        profiler.export(str(path), "json")
+        try:
+            profiler.export(str(path), "json")
+        except Exception as error:  # Paddle's own errors too; a trace must not end the run
+            self._say(f"{path} could not be written: {describe_error(error)}")
+            return
         self._say(f"wrote {path}: a trace of those steps; open it with chrome://tracing or ui.perfetto.dev")
 
     def _start(self, number: int) -> None:

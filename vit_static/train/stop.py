@@ -1,20 +1,24 @@
 """Reasons for which a run stops early: signals, unreadable images, failed saves and non-finite gradients.
 
-SIGTERM and SIGINT during training: SignalWatch sets a flag, all ranks agree on the stop at the next step, the trainer
-saves a checkpoint, and the process ends with exit code 75. Before training, __main__.py handles them.
+SIGTERM, SIGINT and SIGHUP during training: SignalWatch sets a flag, all ranks agree on the stop at the next step, the
+trainer saves a checkpoint, and the process ends with exit code 75. Before training, __main__.py handles them.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from vit_static.common.errors import DataError, RunFailed
+from vit_static.common.errors import EXIT_FAILED, DataError, RunFailed
+from vit_static.common.startup import ignored_or
+from vit_static.common.text import duration, say
 
 BAD_IMAGE, ON_REQUEST, UNSAVED, NONFINITE = "bad image", "stopped", "not saved", "not finite"
 
@@ -32,31 +36,68 @@ class Stop:
         return self.reason in (BAD_IMAGE, ON_REQUEST)
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
 class SignalWatch:
-    """Records SIGTERM and SIGINT while open, instead of letting them end the process.
+    """Records SIGTERM, SIGINT and SIGHUP while open, instead of letting them end the process.
 
     A second signal ends the process at once, but not within a second of the first: a scheduler and a launcher may both
-    forward the same request.
+    forward the same request. SIGHUP stays ignored if it was (nohup).
+
+    A thread ends the process `limit_s` after the first signal if the watch is still open, with exit code 1. It learns
+    of the signal from the C handler, through a pipe, so this works while the main thread waits for a device, a disk or
+    another rank, where no Python handler runs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit_s: float) -> None:
         self.has_received = False
-        self._received_at = 0.0
-        self._previous: dict[int, Any] = {}
+        self._limit_s, self._received_at = limit_s, 0.0
+        self._previous: dict[signal.Signals, Any] = {}
+        self._pipe, self._previous_pipe = -1, -1
 
     def __enter__(self) -> SignalWatch:
-        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        reader, self._pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._previous_pipe = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+        self._previous = {number: signal.signal(number, ignored_or(self._receive, number)) for number in STOP_SIGNALS}
+        # A daemon: it must not keep alive a process that ends in another way.
+        watch = threading.Thread(target=_limit, args=(reader, self._limit_s), daemon=True, name="vit_static stop limit")
+        watch.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_pipe)
+        os.close(self._pipe)  # ends the thread
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if not self.has_received:
             self.has_received, self._received_at = True, time.monotonic()
         elif time.monotonic() - self._received_at > 1.0:
             os._exit(128 + signum)
+
+
+def _limit(reader: int, limit_s: float) -> None:
+    """End the process `limit_s` after a stop signal's number can be read, unless the pipe is closed before."""
+    deadline = float("inf")
+    try:
+        while True:
+            seconds = deadline - time.monotonic()
+            if not select.select([reader], [], [], max(seconds, 0.0) if seconds < float("inf") else None)[0]:
+                break
+            numbers = os.read(reader, 64)
+            if not numbers:
+                return
+            if deadline == float("inf") and any(number in numbers for number in STOP_SIGNALS):
+                deadline = time.monotonic() + limit_s
+    finally:
+        os.close(reader)
+    say(
+        f"a signal requested a stop {duration(limit_s)} ago (train.stop_timeout_s), but the run is still waiting for a "
+        "disk, a device or another rank. It ends without saving; the same command resumes from the latest checkpoint"
+    )
+    os._exit(EXIT_FAILED)
 
 
 class StopController:

@@ -22,8 +22,6 @@ from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import Mesh, gpu_capability, seed_everything, start_mesh
 from vit_static.program.precision import Precision, choose_attention, choose_precision
 from vit_static.program.program import Program
-from vit_static.report.error_analysis import EVALUATION_FILE
-from vit_static.report.page import write_report
 from vit_static.report.run_log import EARLY_STOP, METRICS_FORMAT
 from vit_static.train.checkpointing import Checkpointer
 from vit_static.train.evaluate import Evaluator, eval_batch_size
@@ -41,8 +39,8 @@ from vit_static.train.summary import start_screen
 
 
 def train(config: Config, resume: str = "auto") -> bool:
-    """Train to the end of the schedule or to an early stop, and return True. On SIGTERM or SIGINT, save the state and
-    return False.
+    """Train to the end of the schedule or to an early stop, and return True. On SIGTERM, SIGINT or SIGHUP, save the
+    state and return False.
 
     `resume` is "auto" (the latest checkpoint of the run's folder, if there is one), "never" (start at step 0), or the
     path of a checkpoint or of a run's folder. Raises UserError for a mistake in the config or data, before anything is
@@ -79,12 +77,12 @@ class Trainer:
         self.loader = self._train_loader()
         self.mixup = Mixup(config.augment, config.model.num_classes, config.seed)
         self.evaluator = Evaluator(config, spec.val_images, mesh, spec.extra_sets)
+        signals = stack.enter_context(SignalWatch(config.train.stop_timeout_s))
         log = stack.enter_context(RunLog(run.path, spec.rank, config.log.tensorboard, done_steps))
         self.metrics = MetricLogger(log, spec, mesh, done_steps, precision.dtype)
         writer = CheckpointWriter(config, mesh, spec.train_images.class_names, start.run_id)
         self.checkpoints = Checkpointer(writer, spec, self.metrics, saved=start.progress)
         self.nonfinite = NonFiniteGuard(spec, run, mesh.first_non_none)
-        signals = stack.enter_context(SignalWatch())
         self.stop = StopController(
             mesh.first_non_none,
             lambda: signals.has_received,
@@ -213,9 +211,7 @@ class Trainer:
         self.metrics.log_eval(step, result.metrics, result.ema, is_best)
         self.metrics.log_extra(step, result.extra)
         if self.run.is_writer:
-            with self.metrics.log_exceptions("the report"):
-                self.evaluator.analyze_errors(result, step).write(self.run.path / EVALUATION_FILE)
-                write_report(self.run.path)
+            self.metrics.write_report(lambda: self.evaluator.analyze_errors(result, step))
         self.mesh.first_non_none(
             None
         )  # wait for the report on the host: this has no timeout, unlike a device collective
@@ -250,8 +246,7 @@ class Trainer:
                 f"stopped by a signal at step {step}; the state is saved, and the same command resumes from there"
             )
         if self.run.is_writer:
-            with self.metrics.log_exceptions("the report"):
-                write_report(config.run_dir)
+            self.metrics.write_report()
         self.mesh.barrier()
         return not self.stop.requested
 

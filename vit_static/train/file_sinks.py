@@ -1,0 +1,222 @@
+"""The sinks of every run: console with progress bar, metrics.jsonl, TensorBoard event file, report."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import socket
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from vit_static.common.text import escape_lines, print_text
+from vit_static.report.error_analysis import EVALUATION_FILE, ErrorAnalysis
+from vit_static.report.page import REPORT_FILE, write_report
+from vit_static.report.run_log import METRICS_FILE, RECORDS_LOST
+from vit_static.train.sinks import Record, Sink
+
+
+class PartialWriter:
+    """Writes data to file descriptors so that, after an error in the middle, a retry continues where it stopped."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def write(self, descriptor: int, data: bytes) -> None:
+        """Write all of `data`; after an error, only what is missing of the data that was cut off. Raises OSError."""
+        self._rest = self._rest or data
+        while self._rest:
+            self._rest = self._rest[os.write(descriptor, self._rest) :]
+
+
+class MetricsFile(Sink[Record]):
+    """metrics.jsonl: one line of JSON per record, with None for numbers that aren't finite."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.name = str(run_dir / METRICS_FILE)
+        self._path, self._descriptor = run_dir / METRICS_FILE, -1
+        self._writer = PartialWriter()
+        self._last_step, self._last_epoch = 0, 0.0
+
+    def write(self, item: Record) -> None:
+        if self._descriptor < 0:
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            size = os.fstat(self._descriptor).st_size
+            # A killed run may have left half a line, to which the next one must not be appended.
+            self._is_cut_off = size > 0 and os.pread(self._descriptor, 1, size - 1) != b"\n"
+        entry = {"kind": item.kind, "step": item.step, "epoch": round(item.epoch, 4), **item.values}
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in entry.items()
+        }
+        self._writer.write(self._descriptor, ("\n" * self._is_cut_off + json.dumps(finite) + "\n").encode())
+        self._is_cut_off = False
+        self._last_step, self._last_epoch = item.step, item.epoch
+
+    def loss_note(self, num_lost: int) -> Record:
+        """Return an event with the number of lost records."""
+        return Record("event", self._last_step, self._last_epoch, {"event": RECORDS_LOST, "num_records": num_lost})
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class EventFile(Sink[Record]):
+    """A TensorBoard event file of the records' numbers, as ``kind/key`` or ``tag/key``, but those of events.
+
+    It is written here, in the calling thread: tensorboardX's writer has a thread behind a queue in shared memory, and
+    when that thread dies, of a full disk for example, whoever adds to the queue waits forever.
+    """
+
+    def __init__(self, run_dir: Path, done_steps: int = 0) -> None:
+        """`done_steps`: the steps that a resumed run has done; TensorBoard drops other files' events of later ones."""
+        # The name that TensorFlow's EventsWriter gives: time, host, process; TensorBoard needs only "tfevents".
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self._path, self.name = run_dir / name, f"TensorBoard's {run_dir / name}"
+        self._done_steps, self._descriptor, self._header = done_steps, -1, b""
+        self._writer = PartialWriter()
+
+    def write(self, item: Record) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import Summary, scalar
+
+        numbers = {
+            f"{item.tag or item.kind}/{key}": value
+            for key, value in item.values.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        if item.kind == "event" or not numbers:
+            return
+        if self._descriptor < 0:
+            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self._header = self._first_events(item.time)
+        values = [value for name, number in numbers.items() for value in scalar(name, number).value]
+        event = Event(wall_time=item.time, step=item.step, summary=Summary(value=values))
+        self._writer.write(self._descriptor, self._header + _event_record(event))
+        self._header = b""
+
+    def _first_events(self, wall_time: float) -> bytes:
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        events = [Event(wall_time=wall_time, file_version="brain.Event:2")]
+        if self._done_steps:
+            start = SessionLog(status=SessionLog.START)
+            events.append(Event(wall_time=wall_time, step=self._done_steps + 1, session_log=start))
+        return b"".join(map(_event_record, events))
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _event_record(event: Any) -> bytes:
+    """Return an event as a TFRecord: length, its masked CRC-32C, content, its masked CRC-32C (tf.io.TFRecordWriter)."""
+    from tensorboardX.record_writer import masked_crc32c
+
+    content = event.SerializeToString()
+    length = struct.pack("<Q", len(content))
+    return b"".join(
+        (length, struct.pack("<I", masked_crc32c(length)), content, struct.pack("<I", masked_crc32c(content)))
+    )
+
+
+class ReportPage(Sink["ErrorAnalysis | None"]):
+    """report.html and the error analysis in evaluation.json; None: the latest analysis stays valid."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.name, self._run_dir = str(run_dir / REPORT_FILE), run_dir
+
+    def write(self, item: ErrorAnalysis | None) -> None:
+        if item is not None:
+            item.write(self._run_dir / EVALUATION_FILE)
+        write_report(self._run_dir)
+
+
+class Console(Sink[str]):
+    """Lines on standard output, above the progress bar if there is one."""
+
+    name = "the console (standard output)"
+
+    def __init__(self) -> None:
+        self._writer = PartialWriter()
+        self._bar: tqdm[Any] | None = None
+
+    @property
+    def has_bar(self) -> bool:
+        return self._bar is not None
+
+    def write(self, item: str) -> None:
+        try:
+            sys.stdout.flush()
+            descriptor = sys.stdout.fileno()
+        except io.UnsupportedOperation:  # replaced by a stream in memory
+            print_text(item, flush=True)
+            return
+        line = f"{escape_lines(item)}\n".encode(sys.stdout.encoding, sys.stdout.errors or "strict")
+        # Not through the stream, whose buffer would keep the line after an error.
+        with nullcontext() if self._bar is None else tqdm.external_write_mode(file=sys.stdout):
+            self._writer.write(descriptor, line)
+
+    def loss_note(self, num_lost: int) -> str:
+        """Return a line with the number of lost ones."""
+        return f"({num_lost} lines could not be shown)"
+
+    def close(self) -> None:
+        self.close_bar()
+
+    def open_bar(self, total_steps: int, done_steps: int) -> None:
+        """Show a progress bar on a terminal; elsewhere the lines of the log steps are all there is."""
+        if not sys.stdout.isatty():
+            return
+        with self._bar_errors():
+            num_columns = os.get_terminal_size(sys.stdout.fileno()).columns
+            self._bar = tqdm(
+                total=total_steps,
+                initial=done_steps,
+                unit="step",
+                # Some pseudo-terminals report 0 columns, for which tqdm shows nothing.
+                ncols=None if num_columns else 100,
+                nrows=None if num_columns else 20,
+                dynamic_ncols=num_columns > 0,
+                file=sys.stdout,
+            )
+
+    def advance_bar(self) -> None:
+        """Count a step."""
+        if self._bar is not None:
+            with self._bar_errors():
+                self._bar.update()
+
+    def describe_bar(self, text: str) -> None:
+        """Show a text behind the progress bar."""
+        if self._bar is not None:
+            with self._bar_errors():
+                self._bar.set_postfix_str(text)
+
+    def close_bar(self) -> None:
+        """End the progress bar, if there is one."""
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            with self._bar_errors():
+                bar.close()
+
+    @contextmanager
+    def _bar_errors(self) -> Iterator[None]:
+        """Go on without a bar where the terminal has been closed."""
+        try:
+            yield
+        except OSError:
+            if self._bar is not None:
+                self._bar.disable = True
+            self._bar = None
