@@ -1,7 +1,8 @@
 """WebDataset shards with DALI's index files, for network disks, where opening a million files is slow.
 
     OUT/train/000000.tar, 000000.idx, 000001.tar, ...   as described in vit_static/data/webdataset.py
-    OUT/train/contents.txt      one line per image, in order: 000000.tar/00000042.jpg and the path that it came from
+    OUT/train/contents.txt      one line per image, in order: 000000.tar/00000042.jpg and the path that it came from,
+                                 with line breaks in names as \\n and \\r
     OUT/val/...                 the same
     OUT/class_names.txt         a copy of the source's, or the names of a table's classes
 
@@ -142,7 +143,7 @@ def write_shards(images: FileDataset, folder: Path, shard_mb: float, seed: int |
         for shard in shards:
             file.writelines(
                 f"{shard.path.name}/{member_name(images, shard, position)} ".encode()
-                + os.fsencode(images.relative_name(int(index)))
+                + os.fsencode(images.relative_name(int(index))).replace(b"\n", rb"\n").replace(b"\r", rb"\r")
                 + b"\n"
                 for position, index in enumerate(shard.indices)
             )

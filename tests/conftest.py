@@ -109,6 +109,15 @@ def tally(pytestconfig: pytest.Config) -> Callable[..., None]:
     return count
 
 
+@pytest.fixture(autouse=True)
+def count_case(request: pytest.FixtureRequest, tally: Callable[..., None]) -> Iterator[None]:
+    """Count a test marked `reliability("row")` as a case of that row."""
+    marker = request.node.get_closest_marker("reliability")
+    yield
+    if marker is not None and marker.args:
+        tally(marker.args[0])
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):
         rows = session.config.stash.get(_TALLY, {})

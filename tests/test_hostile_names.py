@@ -23,6 +23,8 @@ from vit_static.__main__ import main
 from vit_static.common.errors import escape
 from vit_static.common.text import csv_row, escape_lines, json_line
 
+pytestmark = pytest.mark.reliability("names: hostile, in all verbs")
+
 FORGED = "forged: all is well"
 # A line feed and a line of its own, colours, a C1 control character, an override of the direction, the separators of
 # lines and paragraphs, a byte that isn't UTF-8, and what a spreadsheet would evaluate.

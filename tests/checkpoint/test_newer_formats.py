@@ -24,6 +24,8 @@ from vit_static.train.trainer import train
 from vit_static.weights.model_record import RECORD_NAME, decode_record, encode_record
 from vit_static.weights.source import load_weights
 
+pytestmark = pytest.mark.reliability("files: of a newer version")
+
 NEWER = r"was written by a newer version \(format {}\); this one reads up to {}"
 
 

@@ -23,6 +23,8 @@ from vit_static.common.io import write_atomically, write_errors, write_json
 from vit_static.inference.predict import append_rows
 from vit_static.weights.load import write_pdparams
 
+pytestmark = pytest.mark.reliability("faults: writes of verbs and tools")
+
 STATE = {"a": np.zeros(1000, np.float32)}
 
 

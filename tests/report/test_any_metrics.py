@@ -15,6 +15,8 @@ from vit_static.report import charts
 from vit_static.report.page import CURVES, write_comparison, write_report
 from vit_static.report.run_log import read_metrics
 
+pytestmark = pytest.mark.reliability("metrics files: damaged or extreme")
+
 STARTED = '{"kind": "event", "step": 0, "event": "started", "total_steps": 9, "num_parameters": 5}\n'
 TRAIN = '{"kind": "train", "step": %d, "loss": %s, "lr": %s, "seconds": %s, "images_per_s": %s, "memory_mb": %s}\n'
 EVAL = '{"kind": "eval", "step": %d, "epoch": 1.0, "top1": %s, "loss": %s, "ema_top1": %s, "num_images": %s}\n'

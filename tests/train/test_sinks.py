@@ -27,6 +27,8 @@ from vit_static.train.file_sinks import EventFile, MetricsFile
 from vit_static.train.log import RunLog
 from vit_static.train.sinks import GIVE_UP_S, MAX_EXCEPTIONS, GuardedSink, Record, Sink
 
+pytestmark = pytest.mark.reliability("faults: sinks of a run's log")
+
 
 class Clock:
     """A clock that stands still unless it is set."""
