@@ -199,8 +199,9 @@ def test_resources_stay_flat_under_all_of_it(server: Server, tally: Callable[...
     warm, later = samples[:num_warm], samples[num_warm:]
     max_decoding = MAX_TOTAL_MEGAPIXELS * 1e6 * MAX_BYTES_PER_PIXEL
     assert max(rss for rss, _, _ in later) < max(rss for rss, _, _ in warm) + max_decoding
-    half = len(later) // 2
-    assert min(rss for rss, _, _ in later[half:]) < max(rss for rss, _, _ in later[:half]) * 1.05
+    if SOAK_SECONDS >= 60:  # in a few seconds on a busy machine, allocators haven't reached their size yet
+        half = len(later) // 2
+        assert min(rss for rss, _, _ in later[half:]) < max(rss for rss, _, _ in later[:half]) * 1.05
     assert max(descriptors for _, descriptors, _ in samples) < 256
     assert max(threads for *_, threads in later) <= max(threads for *_, threads in warm)
     wait_for_no_connections(server)

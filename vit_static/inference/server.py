@@ -173,9 +173,8 @@ class Service:
         """Return the model's input [1, 3, height, width] and the crop that it shows, when there is room to decode."""
         loop = asyncio.get_running_loop()
         num_pixels = await loop.run_in_executor(self._decoders, lambda: count_pixels(io.BytesIO(body)))
-        if num_pixels > self.limits.max_pixels:
-            num_pixels = 0  # it is refused without being decoded
-        num_acquired = await self._pixels.acquire(num_pixels)
+        is_refused = num_pixels > self.limits.max_pixels  # from its header, so it needs no room
+        num_acquired = 0 if is_refused else await self._pixels.acquire(num_pixels)
         future = self._decoders.submit(self._decode_now, body)
         self._pixels.release_after(future, num_acquired)
         return await asyncio.wrap_future(future)
