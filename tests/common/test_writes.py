@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import safetensors
 from helpers.exported import Exported
-from helpers.full_disk import ERRNOS, FAULTS, failing, run_on_small_disk
+from helpers.small_disk import run_on_small_disk
+from helpers.write_faults import ERRNOS, FAULTS, failing
 
 from data_tools.__main__ import main as run_data_tool
 from vit_static.__main__ import main

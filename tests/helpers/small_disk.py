@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from helpers.small import ROOT
+
+DISK_BYTES = 3 << 20
 
 _CODE = """
 import ctypes, os
@@ -23,15 +31,33 @@ assert libc.mount(b"tmpfs", {path!r}, b"tmpfs", 0, {options!r}) == 0, os.strerro
 """
 
 
-def mount_code(folder: Path, num_bytes: int) -> str:
+@cache
+def why_no_mount() -> str:
+    """Return why this machine can't mount a file system in a namespace; empty if it can."""
+    probe = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, text=True)
+    return probe.stderr.strip() if probe.returncode else ""
+
+
+def mount_code(folder: Path, num_bytes: int = DISK_BYTES) -> str:
     """Return Python code with which a process without other threads mounts a new file system on a folder.
 
     Skips the test where that isn't allowed.
     """
-    probe = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, text=True)
-    if probe.returncode:
-        pytest.skip(f"no file system can be mounted here ({probe.stderr.strip()})")
+    if why_no_mount():
+        pytest.skip(f"no file system can be mounted here ({why_no_mount()})")
     return _CODE.format(path=os.fsencode(folder), options=f"size={num_bytes}".encode())
+
+
+def run_on_small_disk(folder: Path, code: str, *arguments: object) -> Any:
+    """Run Python code in a process for which `folder` is a disk of 3 MB; return the JSON in the last line it prints.
+
+    `sys.argv[1:]` is the folder and the arguments.
+    """
+    command = [sys.executable, "-c", f"{mount_code(folder)}\n{code}", str(folder), *map(str, arguments)]
+    environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 class DiskOfProcess:
