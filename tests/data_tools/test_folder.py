@@ -213,6 +213,9 @@ def test_wrong_arguments_and_folders_are_errors(root: Path, tmp_path: Path, caps
     (root / "empty").rmdir()
     (root / "cats/empty.jpg").touch()
     assert f"{root}/cats/empty.jpg: is empty; repair" in failed(capsys, "--root", str(root))
+    (root / "cats/other.png").touch()
+    error = failed(capsys, "--root", str(root))
+    assert f"2 images can't be read ({root}/cats/empty.jpg: is empty; {root}/cats/other.png: is empty)" in error
     (root / "cats/empty.jpg").unlink()
     assert "is inside --root" in failed(capsys, "--root", str(root), "--out", str(root / "lists"))
     (tmp_path / "half").mkdir()

@@ -87,18 +87,6 @@ class WeightsError(UserError):
     """A file of weights that can't be read, or doesn't fit the model."""
 
 
-def describe_error(error: Exception) -> str:
-    """Return one line about an exception: the file and the reason of a system error, else its class and message."""
-    if isinstance(error, WriteError):
-        text = str(error)
-    elif not isinstance(error, OSError):
-        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    else:
-        reason = error.strerror or str(error) or type(error).__name__
-        text = f"{os.fsdecode(error.filename)}: {reason}" if isinstance(error.filename, str | bytes) else reason
-    return escape(text)
-
-
 def escape(text: str) -> str:
     """Return `text` with its unprintable characters as escapes, so that it is one line and can't control a terminal."""
     if text.isprintable():
@@ -122,7 +110,15 @@ def describe_os_error(error: OSError) -> str:
     """Return a system error as a line: the file, if it is known, and the reason."""
     if isinstance(error, WriteError):
         return str(error)
-    return f"{error.filename}: {os_reason(error)}" if error.filename else os_reason(error)
+    has_name = isinstance(error.filename, str | bytes | os.PathLike)
+    return f"{os.fsdecode(error.filename)}: {os_reason(error)}" if has_name else os_reason(error)
+
+
+def describe_error(error: Exception) -> str:
+    """Return one line about an exception: the file and the reason of a system error, else its class and message."""
+    if isinstance(error, OSError):
+        return escape(describe_os_error(error))
+    return escape(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
 
 
 def truncate(text: str, max_length: int = 100) -> str:
