@@ -20,6 +20,7 @@ Images are decoded in another process, which is started again if a file ends it.
 """
 
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -111,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "root": str(root),
         **names,
         "num_images": {split: len(images) for split, images in sets.items()},
-        "left_out": {split: dict(images.left_out) for split, images in sets.items()},
+        "left_out": {split: dict(images.left_out) for split, images in sets.items()} | left_out_of_lists(root, names),
         "num_copies_within": {split: count_copies(split_digests) for split, split_digests in digests.items()},
         "problems": [asdict(problem) for problem in problems],
     }
@@ -127,6 +128,17 @@ def default_names(root: Path) -> dict[str, str]:
     """Return the split names of a dataset: train and val, or the lists that `data folder` has written."""
     has_lists = not (root / "train").exists() and (root / SPLIT_FILE).exists()
     return {split: list_paths(root)[split].name if has_lists else split for split in SPLITS}
+
+
+def left_out_of_lists(root: Path, names: dict[str, str]) -> dict[str, dict[str, int]]:
+    """Return what `data folder` left out of its lists, if the splits are these lists."""
+    if names != {split: path.name for split, path in list_paths(root).items()} or not (root / SPLIT_FILE).exists():
+        return {}
+    try:
+        left_out = json.loads((root / SPLIT_FILE).read_text(encoding="utf-8"))["left_out"]
+        return {"the lists": {str(kind): int(count) for kind, count in left_out.items()}}
+    except (ValueError, KeyError, TypeError, AttributeError):  # of an earlier version, or edited
+        return {}
 
 
 def make_problem(split: str, path: str, kind: str, detail: str) -> Problem:

@@ -18,7 +18,7 @@ import json
 import os
 import re
 import shlex
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -88,7 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             several = "images" if pattern is None else "groups of images"
             raise ValueError(f"{root}: no class has two different {several}, so none is for validation; add images")
     copies = find_copies(images)
-    write_lists(out, root, images, class_names, {"root": str(root), **settings, **asdict(copies), "settled": assigned})
+    left_out = sum((Counter(split_images.left_out) for split_images in sets.values()), Counter[str]())
+    facts = {"root": str(root), **settings, **asdict(copies), "left_out": left_out, "settled": assigned}
+    write_lists(out, root, images, class_names, facts)
+    without = [folders[label] for label in sorted(labels_of(images["train"]) - labels_of(images["val"]))]
+    if without:
+        cause = "one image (copies count once)" if pattern is None else "one group of images"
+        say(f"{len(without)} classes have only {cause}, so none for validation, such as {without[0]}", "folder")
     if copies.on_both_sides:
         example = copies.on_both_sides[0]
         say(f"{len(copies.on_both_sides)} validation images are also training images, such as {example}", "folder")
@@ -159,7 +165,8 @@ def open_folders(data: DataConfig, split: str) -> FileDataset:
     assert isinstance(images, FileDataset)
     if images.left_out:
         say(f"{folder}: left out {describe_left_out(images.left_out)}", "folder")
-    return FileDataset(images.root, images.image_list, [class_folder.name for class_folder in folders])
+    names = [class_folder.name for class_folder in folders]
+    return FileDataset(images.root, images.image_list, names, images.left_out)
 
 
 def read_images(images: FileDataset, seed: int) -> Iterator[UserImage]:
@@ -193,6 +200,11 @@ def read_images(images: FileDataset, seed: int) -> Iterator[UserImage]:
     if errors:
         shown = "; ".join(map(str, errors[:_MAX_NAMED_FILES])) + "; ..." * (len(errors) > _MAX_NAMED_FILES)
         raise ValueError(f"{len(errors)} images can't be read ({shown}); repair the files, or remove them")
+
+
+def labels_of(images: list[UserImage]) -> set[int]:
+    """Return the labels that occur."""
+    return {image.label for image in images}
 
 
 def compile_pattern(text: str | None) -> re.Pattern[str] | None:

@@ -158,7 +158,7 @@ def main() -> int:
         counts[Path(entry["name"]).suffix, verdict] += 1
         counts["predict", "read" if entry["predicted"] else "refused"] += 1
     for (kind, verdict), number in sorted(counts.items()):
-        print(f"{kind:<10}{verdict:<10}{number}")
+        print(f"{kind:<14}{verdict:<12}{number}")
     stopping = Counter(p["kind"] for p in problems if p["stops_training"])
     print(f"data check: {dict(stopping)}")
     print(f"{len(entries)} of {count} files, {len(failures)} failures")

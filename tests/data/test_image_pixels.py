@@ -17,7 +17,7 @@ from vit_static.common.errors import DataError, PredictError
 from vit_static.config.data_schema import AugmentConfig, DataConfig, EvalConfig
 from vit_static.data.dali_pipeline import decoding_pipeline, train_pipeline
 from vit_static.data.image_headers import scan, simple_orientation
-from vit_static.data.image_pixels import DecodeOptions, image_orientation, prepare_for_dali
+from vit_static.data.image_pixels import DecodeOptions, decode, image_orientation, prepare_for_dali
 from vit_static.data.loader import EvalLoader
 from vit_static.data.open_set import open_set
 from vit_static.data.sampler import NUM_CROP_FLIP_DRAWS
@@ -325,3 +325,10 @@ def test_an_export_without_a_record_is_used_as_its_version_read_images() -> None
     fields = EvalConfig().model_dump(include={"resize", "crop_pct", "interpolation", "antialias"})
     older = Preprocessing(image_size=(24, 24), mean=(0.5,) * 3, std=(0.5,) * 3, **fields)
     assert older.to_decode_options() == DecodeOptions("ignore", None)
+
+
+def test_what_a_decoder_raises_as_bytes_is_a_reason_in_words() -> None:
+    """Pillow's PPM decoder does so."""
+    with pytest.raises(DataError) as raised:
+        decode(io.BytesIO(b"P6 " + b"1" * 40 + b" 1 255\n"), UPRIGHT_ON_WHITE)
+    assert "Token too long in file header" in str(raised.value) and "b'" not in str(raised.value)

@@ -52,6 +52,21 @@ def test_every_image_is_in_one_split_and_every_class_in_both(root: Path) -> None
     assert 8 <= len(lists["val"]) <= 35  # about 20 of 103
 
 
+def test_a_class_of_one_image_and_what_is_left_out_are_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By `data check` too, which finds the lists."""
+    (root / "ape").mkdir()
+    photo(12, 12, seed=1000).save(root / "ape/only.jpg")
+    shutil.copy(root / "ape/only.jpg", root / "ape/copy.jpg")
+    for name in ("Thumbs.db", "a.pdf", "b.pdf"):
+        (root / "cats" / name).write_bytes(b"x")
+    assert run(root) == 0
+    assert "1 classes have only one image (copies count once), so none for validation, such as ape" in (
+        capsys.readouterr().err
+    )
+    assert main(["check", str(root)]) == 0
+    assert "left out of the lists: 2 .pdf (not supported: save as PNG or JPEG), 1 .db" in capsys.readouterr().out
+
+
 def test_the_printed_options_train_on_the_lists(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = root.rename(root.with_name("my images"))
     assert run(root) == 0

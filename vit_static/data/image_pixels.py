@@ -85,7 +85,10 @@ def _decode_file(file: BinaryIO, options: DecodeOptions, max_pixels: int) -> np.
             raise DataError("can't be read as an image (unknown format)") from None
         raise DataError(f"is {name}, which is not supported; {REMEDY}", "unsupported") from None
     except Exception as error:  # a damaged file can make a decoder raise anything
-        reason = _CODES.sub("its data is damaged", truncate(str(error), 150)) or type(error).__name__
+        # Pillow's PPM decoder raises its messages as bytes.
+        message = error.args[0] if error.args else ""
+        text = message.decode("ascii", "backslashreplace") if isinstance(message, bytes) else str(error)
+        reason = _CODES.sub("its data is damaged", truncate(text, 150)) or type(error).__name__
         kind = "truncated" if "truncated" in reason.lower() else "unreadable"
         raise DataError(f"can't be read as an image ({reason})", kind) from None
 

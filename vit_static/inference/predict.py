@@ -64,7 +64,8 @@ def predict_images(
     sys.stdout.flush()
     if num_failed:
         nan_rows = f"; their rows in {features} are NaN" if features else ""
-        say(f"{num_failed} images were not predicted; their lines give the reason{nan_rows}")
+        failed = "1 image was" if num_failed == 1 else f"{num_failed} images were"
+        say(f"{failed} not predicted, for the reason in the output{nan_rows}")
     return 2 if num_failed else 0
 
 
