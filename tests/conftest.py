@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
@@ -107,6 +108,14 @@ def tally(pytestconfig: pytest.Config) -> Callable[..., None]:
         rows.setdefault(row, Counter())[column] += count
 
     return count
+
+
+@pytest.fixture
+def hangup_is_not_ignored() -> Iterator[None]:
+    """Let SIGHUP have its default effect on processes that a test starts, though the tests may run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(autouse=True)

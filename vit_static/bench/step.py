@@ -56,7 +56,7 @@ class MeasuredStep:
         variant = variant_of(config.model)
         self.batch_size = config.data.global_batch_size
         shape = resolve_mesh(config.parallel, world_size, self.batch_size, variant)
-        self.mesh = start_mesh(shape, config.device, config.kernels.deterministic)
+        self.mesh = start_mesh(shape, config.device, config.parallel.collective_timeout_s, config.kernels.deterministic)
         self.precision = choose_precision(
             config.amp,
             self.mesh.device,

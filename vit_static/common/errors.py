@@ -8,6 +8,7 @@ import reprlib
 from typing import Any
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_MISTAKE, EXIT_STOPPED = 0, 1, 2, 75
+EXIT_UNANSWERED = 69  # of a worker that has waited too long for another rank; its launcher ends with EXIT_FAILED
 
 # System errors caused by a path that the user gave, as opposed to a full disk, for example. ENOENT isn't among them:
 # every path that a user names is checked where it is read, so a file that is missing later has vanished during the run

@@ -185,7 +185,7 @@ class TrainConfig(Section):
         "checkpoint; then the process ends without saving, with exit code 1",
     )
     node_timeout_s: Annotated[float, Field(gt=0.0, le=86_400.0)] = Field(
-        24.0, description="seconds without an answer after which a node counts as lost; gloo itself fails after 30"
+        24.0, description="seconds without an answer from its machine after which a node counts as lost"
     )
 
     @model_validator(mode="after")
@@ -208,6 +208,11 @@ class ParallelConfig(Section):
     )
     mp: PositiveInt = Field(1, description="tensor parallel: ranks that split each layer")
     pp: PositiveInt = Field(1, description="pipeline parallel: stages of consecutive blocks")
+    collective_timeout_s: Annotated[float, Field(gt=0.0, le=86_400.0)] = Field(
+        1800.0,
+        description="seconds that ranks wait for another one, on CPUs and GPUs, before the run ends with exit code 1 "
+        "and names it",
+    )
     pp_schedule: Literal["1F1B", "FThenB"] = Field("1F1B", description="1F1B stores fewer micro-batches' activations")
     sharding_stage: Annotated[int, Field(ge=0, le=3)] = Field(
         0,

@@ -32,8 +32,9 @@ _IRRELEVANT: Mapping[str, Sequence[str] | None] = {
     "log": None,
     "train": (
         *("epochs", "max_steps", "max_images", "profile_steps", "on_nonfinite", "max_rollbacks", "max_restarts"),
-        "node_timeout_s",
+        *("node_timeout_s", "stop_timeout_s"),
     ),
+    "parallel": ("collective_timeout_s",),
     "data": (
         "root",
         "train",

@@ -68,7 +68,7 @@ class Subject:
         """The mesh of all ranks. The first use connects them, and all ranks must take part in it."""
         from vit_static.parallel.mesh import start_mesh
 
-        mesh = start_mesh(self.mesh_shape, self.config.device)
+        mesh = start_mesh(self.mesh_shape, self.config.device, self.config.parallel.collective_timeout_s)
         self.is_connected = True
         return mesh
 

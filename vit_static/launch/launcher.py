@@ -42,7 +42,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vit_static.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_MISTAKE
+from vit_static.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_UNANSWERED, EXIT_USER_MISTAKE
 from vit_static.common.startup import ignored_or
 from vit_static.common.text import positive_int, print_text, say
 from vit_static.config.loader import DEFAULT_CONFIGS, load_config
@@ -81,7 +81,8 @@ class Ending(NamedTuple):
     """How the processes of a job ended."""
 
     code: int  # the launcher's exit code, unless it restarts the workers
-    failure: Failure | None = None  # to report; None if a rank with a terminal has already reported it
+    failure: Failure | None = None  # to report; None if a rank with a terminal has already reported a user's mistake
+    is_shown: bool = False  # a rank with a terminal has printed why it failed
     was_stopped: bool = False  # a stop signal came before the failure
 
 
@@ -138,7 +139,7 @@ def launch(argv: Sequence[str], layout: Layout, config: Config, max_restarts: in
         is_restartable = ending.code == EXIT_FAILED and not ending.was_stopped and not is_lost_for_good
         is_reporter = layout.task is None or cluster.node == 0 or failure.lost_node == 0
         if not is_restartable or cluster.num_restarts >= max_restarts:
-            if is_reporter:
+            if is_reporter and not ending.is_shown:
                 used_up = f"; train.max_restarts = {max_restarts} is used up" if is_restartable and max_restarts else ""
                 say(failure.message + used_up + (f"; the end of {failure.log}:" if failure.log else ""))
                 if failure.tail:
@@ -162,7 +163,8 @@ def launch(argv: Sequence[str], layout: Layout, config: Config, max_restarts: in
                 if failure.lost_node is None
                 else (f", when its launcher is started again; waiting up to {RENDEZVOUS_TIMEOUT_S:.0f} s")
             )
-            say(f"{failure.message}{log}; restart {restart_state.num_restarts} of {max_restarts}, {start}{wait}")
+            reason = "a rank did not answer" if ending.is_shown else failure.message
+            say(f"{reason}{log}; restart {restart_state.num_restarts} of {max_restarts}, {start}{wait}")
 
 
 def complete_checkpoints(run_dir: Path) -> set[tuple[str, int]]:
@@ -338,7 +340,9 @@ def supervise(workers: list[Worker], cluster: Cluster, peers: Peers, received_si
             failure = more_likely_cause(failure, candidate)
         if failure and failed_at == float("inf"):
             failed_at = time.monotonic()
-        if running and unsent and time.monotonic() > failed_at + (3 - len(unsent)) * FAILURE_GRACE_S:
+        # Without a rank that no longer answers, the others have nothing to finish.
+        grace_s = 0.0 if failure and failure.code == EXIT_UNANSWERED else FAILURE_GRACE_S
+        if running and unsent and time.monotonic() > failed_at + (3 - len(unsent)) * grace_s:
             signum = unsent.pop()
             for worker in running:
                 worker.process.send_signal(signum)
@@ -352,12 +356,13 @@ def supervise(workers: list[Worker], cluster: Cluster, peers: Peers, received_si
         return Ending(max(exit_codes.values()))
     if -failure.code in forwarded:  # killed by the signal before its handler was set, with nothing to save yet
         return Ending(EXIT_STOPPED)
-    # A rank that writes to the terminal has reported the same mistake there.
-    is_reported = failure.code == EXIT_USER_MISTAKE and any(
-        worker.log is None and exit_codes.get(worker.rank) == EXIT_USER_MISTAKE for worker in workers
+    # A rank that writes to the terminal has reported the same there.
+    is_shown = failure.code in (EXIT_UNANSWERED, EXIT_USER_MISTAKE) and any(
+        worker.log is None and exit_codes.get(worker.rank) == failure.code for worker in workers
     )
-    code = EXIT_USER_MISTAKE if failure.code == EXIT_USER_MISTAKE else EXIT_FAILED
-    return Ending(code, None if is_reported else failure, was_stopped=bool(forwarded))
+    if failure.code == EXIT_USER_MISTAKE:
+        return Ending(EXIT_USER_MISTAKE, None if is_shown else failure, is_shown, bool(forwarded))
+    return Ending(EXIT_FAILED, failure, is_shown, bool(forwarded))
 
 
 def more_likely_cause(known: Failure | None, other: Failure) -> Failure:
@@ -373,6 +378,8 @@ def describe(worker: Worker, code: int, cluster: Cluster) -> Failure:
     else:
         message = f"{rank_name} failed with exit code {code}"
     lines = worker.log.read_text(errors="replace").splitlines() if worker.log else []
+    if code == EXIT_UNANSWERED:  # its last line names the rank that it has waited for
+        return Failure(code, lines[-1].removeprefix("vit_static: ") if lines else f"{rank_name} waited in vain")
     if not worker.log or not lines:
         return Failure(code, message)
     tail = "\n".join(lines[-1 if code == EXIT_USER_MISTAKE else -TAIL_LINES :])

@@ -14,7 +14,7 @@ from contextlib import ExitStack, suppress
 from ipaddress import ip_address
 from typing import Any, NamedTuple
 
-from vit_static.common.errors import EXIT_FAILED, EXIT_USER_MISTAKE, os_reason
+from vit_static.common.errors import EXIT_FAILED, EXIT_UNANSWERED, EXIT_USER_MISTAKE, os_reason
 from vit_static.launch.slurm import SlurmTask
 from vit_static.launch.topology import Layout
 
@@ -54,7 +54,7 @@ class Failure(NamedTuple):
     @property
     def is_root_cause(self) -> bool:
         """Return whether no failure of another rank can have caused this one."""
-        return self.code in (-signal.SIGKILL, EXIT_USER_MISTAKE) or self.lost_node is not None
+        return self.code in (-signal.SIGKILL, EXIT_UNANSWERED, EXIT_USER_MISTAKE) or self.lost_node is not None
 
 
 def meet(layout: Layout, master: str, node_timeout_s: float, restart_state: RestartState) -> tuple[Cluster, Peers]:

@@ -23,7 +23,12 @@ from paddle.distributed.auto_parallel.static import process_group
 from paddle.static import MetaTensor
 from paddle.static.python_op import register_op
 
+from vit_static.common.text import say
+from vit_static.parallel.gloo_timeout import set_gloo_timeouts
+from vit_static.parallel.rank_watch import waiting_for_ranks
+
 STORE_TIMEOUT_S = 900
+_GROUP_TIMEOUT_S = 7 * 86_400  # the limit that applies is parallel.collective_timeout_s: see rank_watch.py
 
 
 @dataclass
@@ -40,6 +45,7 @@ seconds_spent = 0.0  # in all collectives, including the wait for other ranks
 _stores: list[Any] = []  # kept until the process ends, since a store closes its sockets when it is destroyed
 _num_stores: Counter[str] = Counter()  # by the ranks of the group
 _groups: dict[int, Any] = {}  # by ring
+_has_new_groups = False  # whose time limit is still gloo's
 _senders: dict[int, ThreadPoolExecutor] = {}  # by ring
 _paddle_reshard: Any = None  # set by `install`
 
@@ -60,13 +66,23 @@ def install() -> None:
 
 def _instantiate(self: Any) -> None:
     """Create a gloo group. Replaces `ProcessGroup.instantiate`, which fails without a GPU ('No CUDA device found')."""
+    global _has_new_groups
     if self._is_instantiate:
         return
     rank = dist.get_rank()
     if self.id != 0 and self.nranks >= 2 and rank in self.ranks:
         store = _group_store(self.ranks, rank)
         _groups[self.id] = core.ProcessGroupGloo.create(store, self.local_rank(rank), self.nranks, self.id)
+        _has_new_groups = True
     self._is_instantiate = True
+
+
+def unlimit_groups() -> None:
+    """Let the operations of new groups wait for a late rank longer than gloo's 30 s."""
+    global _has_new_groups
+    _has_new_groups = False
+    if not set_gloo_timeouts(_GROUP_TIMEOUT_S):
+        say("note: in this build of Paddle, ranks on CPUs wait only 30 s for another one (parallel/gloo_timeout.py)")
 
 
 def _group_store(ranks: list[int], rank: int) -> Any:
@@ -156,8 +172,11 @@ def _operator(function: Callable[..., Any]) -> Callable[..., Any]:
     # Spelled out instead of *args: Paddle binds constant arguments by their names.
     def timed(x: paddle.Tensor, shape: tuple[int, ...], dtype: Any, ring: int, option: int) -> paddle.Tensor:
         global seconds_spent
+        if _has_new_groups:
+            unlimit_groups()
         started = time.perf_counter()
-        result: paddle.Tensor = function(x, shape, dtype, ring, option)
+        with waiting_for_ranks(function.__name__):
+            result: paddle.Tensor = function(x, shape, dtype, ring, option)
         seconds_spent += time.perf_counter() - started
         return result
 

@@ -2,7 +2,8 @@
 
 With it all ranks act together on what only one of them knows, for example to stop before the next step or to complete a
 checkpoint. Each rank sends its value to rank 0, which sends all values back. Nothing waits for the device, and a rank
-may be arbitrarily late, for example because its disk is slow: no collective is running that could time out. (The
+may be late, for example because its disk is slow: no collective is running that could time out, except for the limit
+that mesh.py sets to its own waits (parallel.collective_timeout_s). (The
 key-value store through which ranks meet would work, too, but each of its answers takes 40 ms.)
 """
 
@@ -33,7 +34,7 @@ class HostGroup:
     def connect(self, rank: int, world_size: int) -> None:
         """Connect all ranks, which the first collective does otherwise. Waits for all ranks."""
         if world_size > 1 and not self._connections:
-            self._connections = _accept_all(self._key, world_size) if rank == 0 else [_connect_to_rank_0(self._key)]
+            self._connections = connect_ranks(self._key, rank, world_size)
 
     def all_gather_object(self, value: Any, rank: int, world_size: int) -> list[Any]:
         """Return every rank's value, the same list on all ranks: rank 0's first, the others in any order.
@@ -57,6 +58,14 @@ class HostGroup:
         """Return the first of all ranks' values that isn't None, or None if there is none."""
         values = self.all_gather_object(value, rank, world_size)
         return next((other for other in values if other is not None), None)
+
+
+def connect_ranks(key: str, rank: int, world_size: int) -> list[Connection]:
+    """Return rank 0's connections to all other ranks, in any order, and another rank's one connection to rank 0.
+
+    `key` names the connections in Paddle's store. Waits for all ranks.
+    """
+    return _accept_all(key, world_size) if rank == 0 else [_connect_to_rank_0(key)]
 
 
 def _accept_all(key: str, world_size: int) -> list[Connection]:

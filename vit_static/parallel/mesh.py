@@ -9,7 +9,7 @@ import io
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import redirect_stderr
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from vit_static.config.schema import ParallelConfig
 from vit_static.model.variants import Variant
 from vit_static.parallel import gloo
 from vit_static.parallel.host_collectives import HostGroup
+from vit_static.parallel.rank_watch import start_rank_watch, waiting_for_ranks
 
 _host_group = HostGroup("steps")  # one per process; not an attribute of Mesh, because Paddle copies meshes
 
@@ -108,9 +109,7 @@ class Mesh:
         if self.world_size == 1:
             return values
         contributes = self.mp_rank == 0 and self.pp_rank == self.shape.pp - 1
-        tensor = paddle.to_tensor(values if contributes else np.zeros_like(values), dtype="float64")
-        dist.all_reduce(tensor)
-        return tensor.numpy()
+        return _all_reduce_sum(values if contributes else np.zeros_like(values))
 
     def mean(self, value: float) -> float:
         """Return the mean over the data-parallel ranks. Waits for all ranks."""
@@ -120,24 +119,35 @@ class Mesh:
         """Return whether `flag` is set on any rank. Waits for all ranks."""
         if self.world_size == 1:
             return flag
-        tensor = paddle.to_tensor([float(flag)], dtype="float64")
-        dist.all_reduce(tensor)
-        return bool(tensor.numpy()[0] > 0)
+        return bool(_all_reduce_sum(np.array([float(flag)]))[0] > 0)
 
     def first_non_none(self, value: Any) -> Any:
         """Return the first value of all ranks' that isn't None, the same on every rank. Values must be JSON.
 
-        Waits for all ranks, for any length of time, but not for the device.
+        Waits for all ranks, but not for the device.
         """
-        return _host_group.first_non_none(value, self.rank, self.world_size)
+        with waiting_for_ranks("agreement on the next step"):
+            return _host_group.first_non_none(value, self.rank, self.world_size)
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Return every rank's value, rank 0's first, the same list on all ranks. Waits like `first_non_none`."""
-        return _host_group.all_gather_object(value, self.rank, self.world_size)
+        with waiting_for_ranks("all_gather_object"):
+            return _host_group.all_gather_object(value, self.rank, self.world_size)
+
+    def waiting_for_device(self) -> AbstractContextManager[None]:
+        """Mark a wait for the program on a GPU, whose collectives wait for other ranks; on CPUs, gloo.py marks them."""
+        return waiting_for_ranks("program on the device") if self.device == "gpu" else nullcontext()
 
     def barrier(self) -> None:
         """Wait until every rank has called this."""
         self.any_rank(False)
+
+
+def _all_reduce_sum(values: np.ndarray) -> np.ndarray:
+    tensor = paddle.to_tensor(values, dtype="float64")
+    with waiting_for_ranks("all_reduce"):
+        dist.all_reduce(tensor)
+        return tensor.numpy()
 
 
 def rank_and_world_size(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
@@ -231,11 +241,14 @@ def all_mesh_shapes(world_size: int) -> Iterator[MeshShape]:
             yield MeshShape(world_size // (mp * pp), mp, pp)
 
 
-def start_mesh(mesh_shape: MeshShape, device: str, deterministic: bool = False) -> Mesh:
+def start_mesh(
+    mesh_shape: MeshShape, device: str, collective_timeout_s: float = 1800.0, deterministic: bool = False
+) -> Mesh:
     """Connect to the other processes, if there are any (NCCL on GPUs, gloo on CPUs), and return the mesh of them all.
 
-    `device` is the config's. Raises ConfigError if this machine doesn't have it. With `deterministic`, a GPU's kernels
-    add in the same order in every run.
+    `device` is the config's. Raises ConfigError if this machine doesn't have it. If a rank waits for another one for
+    `collective_timeout_s` seconds, all processes end (rank_watch.py). With `deterministic`, a GPU's kernels add in the
+    same order in every run.
     """
     rank, world_size = rank_and_world_size()
     device = choose_device(device)
@@ -249,6 +262,9 @@ def start_mesh(mesh_shape: MeshShape, device: str, deterministic: bool = False) 
             gloo.install()
         with redirect_stderr(io.StringIO()):  # Paddle prints a table of the flags that common/startup.py has set
             dist.init_parallel_env()
+        if device == "cpu":
+            gloo.unlimit_groups()
+        start_rank_watch(rank, world_size, collective_timeout_s)
     device_id = dist.ParallelEnv().device_id if device == "gpu" else None
     return make_mesh(rank, mesh_shape, device, device_id)
 

@@ -163,7 +163,8 @@ class Program:
         else:
             entropy = [self._spec.seed, step, self._mesh.dp_rank, self._mesh.pp_rank]
             paddle.seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-        engine.run_without_results(self._program, [images, _as_input(labels)])
+        with self._mesh.waiting_for_device():  # if it has still too much to do
+            engine.run_without_results(self._program, [images, _as_input(labels)])
         return self._loss.tensor()
 
     def loss_value(self, loss: Any) -> float:
@@ -171,7 +172,8 @@ class Program:
 
         Returns 0 on every pipeline stage but the last, which computes the loss; Mesh.mean ignores these zeros.
         """
-        return 0.0 if loss is None else float(np.mean(np.asarray(loss)))
+        with self._mesh.waiting_for_device():
+            return 0.0 if loss is None else float(np.mean(np.asarray(loss)))
 
     def grad_norm(self) -> float:
         """Return the global norm of the last update's gradients before clipping. Waits for the device.
@@ -182,9 +184,8 @@ class Program:
 
     def first_nonfinite_step(self) -> tuple[int, dict[str, float]] | None:
         """Return the number (from 1) of the first step with non-finite gradients and their norms by block, or None.
-        Waits for the device.
 
-        Always None with float16, whose loss scaling skips such steps, and on a pipeline's later stages.
+        Waits for the device. Always None with float16, whose loss scaling skips such steps, and on later stages.
         """
         return None if self._spec.precision.dtype == "float16" else self._clip.first_nonfinite_step()
 
@@ -198,9 +199,10 @@ class Program:
         Waits for the device. Returns zeros on every pipeline stage but the last; Mesh.all_reduce_sum ignores them.
         """
         self._set_mode("eval")
-        values = self._program(images, _as_input(labels))
-        if values is not None:
-            return np.asarray(values)
+        with self._mesh.waiting_for_device():
+            values = self._program(images, _as_input(labels))
+            if values is not None:
+                return np.asarray(values)
         head = self._model.head
         num_logits = int(head.weight.shape[-1]) if self._criterion.returns_logits and head is not None else 0
         return np.zeros((images.shape[0], 4 + num_logits), np.float32)
@@ -314,10 +316,8 @@ class Program:
         mesh = self._mesh
         split = sharding.batch_placements(mesh)
         images = [batch_size, self._spec.num_channels, *self._spec.image_size]
-        if target_classes is None:
-            labels, dtype = [batch_size], paddle.int64
-        else:
-            labels, dtype = [batch_size, target_classes], paddle.float32
+        labels = [batch_size] if target_classes is None else [batch_size, target_classes]
+        dtype = paddle.int64 if target_classes is None else paddle.float32
         return [
             [engine.input_spec("images", images, paddle.float32, mesh.first_stage, split)],
             [engine.input_spec("labels", labels, dtype, mesh.last_stage, split)],

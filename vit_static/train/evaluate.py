@@ -220,8 +220,9 @@ def evaluate_checkpoint(
         raise UserError(f"--per-class {per_class}: the folder {per_class.parent} doesn't exist; make it first")
     # Every rank evaluates the whole model on its share of the images, whatever mesh and batch size trained it. The
     # processes connect first, since all of them read a sharded checkpoint together.
-    device = (config or load_config(None, overrides)).device
-    mesh = start_mesh(MeshShape(dp=rank_and_world_size()[1], mp=1, pp=1), device)
+    given = config or load_config(None, overrides)
+    shape = MeshShape(dp=rank_and_world_size()[1], mp=1, pp=1)
+    mesh = start_mesh(shape, given.device, given.parallel.collective_timeout_s)
     loaded = load_weights(checkpoint, ema=ema, which=which)
     config = config_for(config, loaded, overrides)
     require_head(config.model)

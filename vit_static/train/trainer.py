@@ -96,7 +96,9 @@ class Trainer:
     def build(cls, spec: RunSpec, run: RunDir, start_point: StartPoint) -> Iterator[Trainer]:
         """Connect the ranks, build model and program (compiled on first use), restore the state, open the log."""
         config = spec.config
-        mesh = start_mesh(spec.mesh_shape, config.device, config.kernels.deterministic)
+        mesh = start_mesh(
+            spec.mesh_shape, config.device, config.parallel.collective_timeout_s, config.kernels.deterministic
+        )
         precision = choose_precision(
             config.amp, mesh.device, config.kernels, config.parallel, gpu_capability=gpu_capability(mesh)
         )
@@ -212,9 +214,7 @@ class Trainer:
         self.metrics.log_extra(step, result.extra)
         if self.run.is_writer:
             self.metrics.write_report(lambda: self.evaluator.analyze_errors(result, step))
-        self.mesh.first_non_none(
-            None
-        )  # wait for the report on the host: this has no timeout, unlike a device collective
+        self.mesh.first_non_none(None)  # wait on the host for the report, not in a collective on the device
         return is_best
 
     def finish(self) -> bool:
