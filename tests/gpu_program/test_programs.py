@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from itertools import combinations
 
 import pytest
+from helpers.small import ROOT
 
 from gpu_program.build import (
     IMAGES_PER_RANK,
@@ -78,13 +82,35 @@ def test_settings_of_exchanges_and_kernels_keep_all_properties(case: GpuCase) ->
     assert problems_of(compile_rank(case, modes=("train",))) == {"train": []}
 
 
+def test_no_pass_reads_an_operator_that_it_has_erased() -> None:
+    """It would crash, but seldom: only here does glibc overwrite freed memory at once.
+
+    ZeRO 3 sums gradients in half precision, so that their sums and casts are replaced.
+    """
+    script = """
+from vit_static.common.startup import prepare_process
+prepare_process(verbose=True)
+from gpu_program.build import GpuCase, compile_rank
+compile_rank(GpuCase("ZeRO 3", "O1 bfloat16", "lamb"))
+compile_rank(GpuCase("pp 2 x mp 2 x dp 2", "O2 bfloat16"))
+"""
+    environ = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "GLIBC_TUNABLES": "glibc.malloc.perturb=165:glibc.malloc.tcache_count=0",
+    }
+    command = [sys.executable, "-X", "faulthandler", "-c", script]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("precision", OPTIONS["precision"])
 def test_the_program_of_the_verb_eval_has_all_properties(precision: str) -> None:
     assert problems_of(compile_eval_only(GpuCase(mesh="dp 8", precision=precision))) == {"eval": []}
 
 
 @pytest.mark.parametrize(
-    ("precision", "num_products"), [("O2 bfloat16", 14), ("O2 float16", 14), ("O1 bfloat16", 14), ("O0 float32", 0)]
+    ("precision", "num_products"), [("O2 bfloat16", 8), ("O2 float16", 8), ("O1 bfloat16", 8), ("O0 float32", 0)]
 )
 def test_linear_layers_are_fused(precision: str, num_products: int) -> None:
     """6 per block, the patch embedding and the tanh layer; not the head, whose 5 classes are no multiple of 8."""
@@ -115,7 +141,7 @@ def test_the_plan_knows_every_collective(mesh: str) -> None:
         if (kind, role) != ("all_gather", "backward"):
             assert [num, num_bytes] == [num_planned, num_planned_bytes], (kind, role, ranks)
         elif mesh == "ZeRO 3":
-            num_biases = 6 * (MODEL.depth or 0) + 2
+            num_biases = 6 * MODEL.depth + 2
             assert (num, num_bytes) <= (num_planned, num_planned_bytes)
             assert num == num_planned - num_biases
         else:

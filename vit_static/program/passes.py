@@ -75,8 +75,10 @@ def sum_gradients_in(dtype: str, program: Any, dp_ranks: tuple[int, ...]) -> Non
     gradients. A `dtype` other than float32 is for the backward pass alone: buckets convert the sums of the update.
     """
     with paddle.static.program_guard(program):
-        for operation in list(program.global_block().ops):
-            if operation.name() not in _SUMS or (dtype and operation.op_role != BACKWARD):
+        # Chosen before the loop erases operators: an erased one must not be read, not even for its name.
+        sums = [operation for operation in program.global_block().ops if operation.name() in _SUMS]
+        for operation in sums:
+            if dtype and operation.op_role != BACKWARD:
                 continue
             attributes, value, total = operation.attrs(), operation.operand_source(0), operation.result(0)
             is_over_dp = tuple(sorted(get_process_group(attributes["ring_id"]).ranks)) == dp_ranks
