@@ -30,8 +30,8 @@ from vit_static.program.precision import Precision, choose_attention, uses_flash
 from vit_static.program.program import Program
 from vit_static.program.verify import Expected
 
-# 4 heads of 16 channels, which FlashAttention supports.
-MODEL = SMALL.model_copy(update={"width": 64, "num_heads": 4, "layer_scale_init": None})
+# 4 heads of 16 channels, which FlashAttention supports. One block, and more where they differ: see GpuCase.config.
+MODEL = SMALL.model_copy(update={"width": 64, "num_heads": 4, "layer_scale_init": None, "depth": 1})
 IMAGES_PER_RANK = 4  # per micro-batch
 
 
@@ -70,11 +70,17 @@ class GpuCase:
         return MESHES[self.mesh][0]
 
     def config(self) -> Config:
-        """Return the run's config, with IMAGES_PER_RANK images per data-parallel rank and micro-batch."""
+        """Return the run's config, with IMAGES_PER_RANK images per data-parallel rank and micro-batch.
+
+        Every pipeline stage has a block, and a recomputed model has two, which are recomputed one after the other.
+        """
         shape, sharding_stage = MESHES[self.mesh]
         level, dtype = self.precision.split()
         num_micro_batches = max(self.num_micro_batches, shape.pp)
         model = self.model
+        if model.depth is not None:
+            depth = max(model.depth, shape.pp, 1 if self.recompute == "none" else 2)
+            model = model.model_copy(update={"depth": depth})
         if self.dropout:
             model = model.model_copy(update={"dropout": self.dropout, "drop_path_rate": self.dropout})
         return Config(

@@ -11,12 +11,14 @@ import mmap
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
 import paddle
 import paddle.distributed as dist
 from paddle import nn
+from paddle.base import core
 
 # The functions that refuse an operator whose dtype has no kernel in this wheel, and their first 16 bytes. They are
 # called while a program is built. In the namespace paddle::dialect: CheckDataType, CheckValueDataType and
@@ -50,7 +52,19 @@ def gpu_wheel() -> Iterator[None]:
         for name in ("_is_gpu_float16_supported", "_is_gpu_bfloat16_supported"):
             stack.enter_context(patch.object(auto_cast, name, lambda: True))
         stack.enter_context(patch.object(nn.Layer, "_transform", _transform))
+        stack.enter_context(patch.object(core, "op_supported_infos", _op_supported_infos))
         yield
+
+
+_op_supported_infos_in_paddle = cache(core.op_supported_infos)
+
+
+def _op_supported_infos(place: str, dtype: Any) -> tuple[set[str], ...]:
+    """Return the names of all operators, and of those with and without a kernel, as new sets.
+
+    Paddle asks six times per program, and searches all kernels each time: a tenth of the time to compile.
+    """
+    return tuple(set(names) for names in _op_supported_infos_in_paddle(place, dtype))
 
 
 class _GpuTracer:

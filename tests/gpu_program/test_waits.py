@@ -61,7 +61,7 @@ def test_a_head_is_fused_if_its_rows_start_at_multiples_of_16_bytes(num_classes:
     case = GpuCase("single", "O2 float16", model=MODEL.model_copy(update={"num_classes": num_classes}))
     compiled = compile_rank(case, modes=("train",))
     names = [operation.name() for operation in compiled.modes["train"].global_block().ops]
-    num_others = 6 * (MODEL.depth or 0) + 2  # patch embedding and the layer before the head
+    num_others = 6 * MODEL.depth + 2  # patch embedding and the layer before the head
     is_fused = num_classes % 8 == 0
     for fused, plain in (("fused_gemm_epilogue", "matmul"), ("fused_gemm_epilogue_grad", "matmul_grad")):
         assert names.count(f"pd_op.{fused}") == num_others + is_fused
