@@ -20,6 +20,7 @@ from vit_static.optim.optimizers import AdamW, RuleOptimizer
 from vit_static.program.precision import Precision, choose_precision
 from vit_static.weights.load import file_state
 
+ONE_BLOCK = SMALL.model_copy(update={"depth": 1})
 OPTIMIZERS = {"adamw": OptimConfig(name="adamw", weight_decay=0.1), "sgd": OptimConfig(name="sgd", lr=0.1)}
 ALL_OPTIMIZERS = {
     **OPTIMIZERS,
@@ -46,7 +47,7 @@ def test_what_a_gpu_before_ampere_lacks_is_refused(amp: AmpConfig, kernels: Kern
 
 def trained(make_program, steps: int, *, batch_size: int = 8, model_seed: int = 3, **program_arguments):
     """Return (losses, weights) of a new small model after some steps, each on other random images."""
-    config = program_arguments.pop("config", SMALL)
+    config = program_arguments.pop("config", ONE_BLOCK)
     paddle.seed(model_seed)
     model = VisionTransformer(config, attention_by_matmul)
     program = make_program(model, batch_size, **program_arguments)
@@ -57,28 +58,25 @@ def trained(make_program, steps: int, *, batch_size: int = 8, model_seed: int = 
     return np.array(losses), program.weights()
 
 
+@pytest.mark.cpu_isa
 @pytest.mark.parametrize(("pool", "name"), [("cls", "adamw"), ("gap", "sgd")])
-def test_every_parameter_moves(make_program, kernels, name, pool) -> None:
-    """In one step, except k's bias: softmax is invariant to it, so its gradient is a rounding error or 0."""
-    config = SMALL.model_copy(update={"pool": pool})
+def test_every_parameter_moves_alike_with_and_without_onednn(make_program, name, pool) -> None:
+    """Except k's bias: softmax is invariant to it, so its gradient is a rounding error or 0."""
+    config = ONE_BLOCK.model_copy(update={"pool": pool})
     paddle.seed(3)
     before = file_state(VisionTransformer(config))
-    _, after = trained(make_program, 1, config=config, optim=OPTIMIZERS[name], kernels=kernels)
-    width = 24
-    for key, old in before.items():
-        has_moved = after[key] != old
-        if key.endswith("attn.qkv.bias"):
-            has_moved = np.delete(has_moved, np.arange(width, 2 * width))
-        assert has_moved.mean() > 0.9, key
-
-
-@pytest.mark.cpu_isa
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_training_is_equal_with_and_without_onednn(make_program, name) -> None:
-    runs = []
-    for onednn in (False, True):
-        runs.append(trained(make_program, 10, optim=OPTIMIZERS[name], kernels=KernelsConfig(onednn=onednn)))
+    runs = [
+        trained(make_program, 5, config=config, optim=OPTIMIZERS[name], kernels=KernelsConfig(onednn=onednn))
+        for onednn in (False, True)
+    ]
     np.testing.assert_allclose(runs[1][0], runs[0][0], rtol=1e-4)
+    width = 24
+    for _, after in runs:
+        for key, old in before.items():
+            has_moved = after[key] != old
+            if key.endswith("attn.qkv.bias"):
+                has_moved = np.delete(has_moved, np.arange(width, 2 * width))
+            assert has_moved.mean() > 0.9, key
 
 
 def apply_as_mixed_precision(self, loss, startup_program, params_grads, param_group_idx=0):
@@ -88,38 +86,43 @@ def apply_as_mixed_precision(self, loss, startup_program, params_grads, param_gr
 
 @pytest.mark.parametrize(
     ("name", "as_mixed_precision"),
-    [*((name, False) for name in ALL_OPTIMIZERS), ("adamw", True), ("lamb", True)],
+    [("adamw", False), ("lamb", False), ("adamw", True), ("sgd", True)],
 )
 def test_accumulated_gradients_equal_those_of_one_batch(make_program, monkeypatch, name, as_mixed_precision) -> None:
     """4 micro-batches give the losses and weights of one batch, with active clipping.
 
-    The epsilon isn't small compared to the gradients: otherwise AdamW would hide a wrong scale.
+    Of AdamW and of RuleOptimizer, which average them for all other optimizers. The epsilon isn't small compared to the
+    gradients: otherwise AdamW would hide a wrong scale.
     """
     if as_mixed_precision:
         for optimizer in (AdamW, RuleOptimizer):
             monkeypatch.setattr(optimizer, "_apply_optimize", apply_as_mixed_precision)
     optim = OptimConfig(name=name, lr=0.1, epsilon=1.0, clip_norm=0.1)
-    one_block = SMALL.model_copy(update={"depth": 1})
-    one_batch = trained(make_program, 5, config=one_block, optim=optim)
-    accumulated = trained(make_program, 5, config=one_block, optim=optim, parallel=ParallelConfig(grad_accum_steps=4))
+    one_batch = trained(make_program, 4, optim=optim)
+    accumulated = trained(make_program, 4, optim=optim, parallel=ParallelConfig(grad_accum_steps=4))
     np.testing.assert_allclose(accumulated[0], one_batch[0], rtol=1e-5)
     for name, expected in one_batch[1].items():
         value = accumulated[1][name]
-        if name.endswith("attn.qkv.bias"):  # k's gradient is a rounding error, and Lion uses its sign
+        if name.endswith("attn.qkv.bias"):  # k's gradient is a rounding error
             value, expected = (np.delete(array, np.arange(24, 48)) for array in (value, expected))
         np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 def test_gradient_norm_is_measured_before_clipping(make_program) -> None:
-    paddle.seed(3)
-    model = VisionTransformer(SMALL)
-    program = make_program(model, 8, OptimConfig(name="sgd", lr=0.0, clip_norm=1e-3))
-    program.train_step(*images_and_labels(8), 0)
-    paddle.seed(3)
-    unclipped_program = make_program(VisionTransformer(SMALL), 8, OptimConfig(name="sgd", lr=0.0, clip_norm=None))
-    unclipped_program.train_step(*images_and_labels(8), 0)
-    assert program.grad_norm() == pytest.approx(unclipped_program.grad_norm(), rel=1e-6)
-    assert program.grad_norm() > 0.1
+    """And so are the norms by block, which are stored in case the gradients of a step aren't finite."""
+    programs = []
+    for clip_norm in (1e-3, None):
+        paddle.seed(3)
+        programs.append(
+            make_program(VisionTransformer(ONE_BLOCK), 8, OptimConfig(name="sgd", lr=0.0, clip_norm=clip_norm))
+        )
+        programs[-1].train_step(*images_and_labels(8), 0)
+    clipped, unclipped = programs
+    assert clipped.grad_norm() == pytest.approx(unclipped.grad_norm(), rel=1e-6)
+    assert clipped.grad_norm() > 0.1
+    for program in programs:
+        norms = program._clip._recorded("nonfinite_norms")
+        assert np.sqrt(np.square(norms).sum()) == pytest.approx(program.grad_norm(), rel=1e-6)
 
 
 def test_dynamic_static_and_compiled_models_agree(make_program) -> None:
@@ -140,11 +143,11 @@ def test_dynamic_static_and_compiled_models_agree(make_program) -> None:
 
 
 def test_evaluation_between_steps_changes_nothing(make_program) -> None:
-    optim = OPTIMIZERS["adamw"]
-    losses, weights = trained(make_program, 4, optim=optim, config=SMALL.model_copy(update={"dropout": 0.1}))
+    optim, config = OPTIMIZERS["adamw"], ONE_BLOCK.model_copy(update={"dropout": 0.1})
+    losses, weights = trained(make_program, 3, optim=optim, config=config)
     paddle.seed(3)
-    program = make_program(VisionTransformer(SMALL.model_copy(update={"dropout": 0.1})), 8, optim)
-    for step in range(4):
+    program = make_program(VisionTransformer(config), 8, optim)
+    for step in range(3):
         loss = program.train_step(*images_and_labels(8, seed=step), step)
         assert program.loss_value(loss) == losses[step]
         program.eval_step(*images_and_labels(8, seed=100))
@@ -153,20 +156,17 @@ def test_evaluation_between_steps_changes_nothing(make_program) -> None:
 
 def test_dropout_masks_are_a_function_of_seed_and_step(make_program) -> None:
     """Programs that start at different steps draw the same mask at the same step, and other masks at others."""
-    config = SMALL.model_copy(update={"dropout": 0.3, "attention_dropout": 0.2, "drop_path_rate": 0.3})
+    config = ONE_BLOCK.model_copy(update={"dropout": 0.3, "attention_dropout": 0.2, "drop_path_rate": 0.3})
 
-    def loss_at(step: int, warm_up: int = 0, seed: int = 0) -> float:
+    def losses_at(*steps: int, seed: int = 0) -> list[float]:
         paddle.seed(3)
-        model = VisionTransformer(config, attention_by_matmul)
-        program = make_program(model, 8, OptimConfig(lr=0.0), seed=seed)
-        for _ in range(warm_up):
-            program.train_step(*images_and_labels(8), 0)
-        loss = program.train_step(*images_and_labels(8), step)
-        return program.loss_value(loss)
+        program = make_program(VisionTransformer(config, attention_by_matmul), 8, OptimConfig(lr=0.0), seed=seed)
+        return [program.loss_value(program.train_step(*images_and_labels(8), step)) for step in steps]
 
-    assert loss_at(5) == loss_at(5, warm_up=3)
-    assert loss_at(5) != loss_at(6)
-    assert loss_at(5) != loss_at(5, seed=1)
+    first, other = losses_at(5, 6)
+    assert first != other
+    assert losses_at(0, 1, 5)[2] == first
+    assert losses_at(5, seed=1) != [first]
 
 
 def save_state(program, folder: Path) -> ShardedReader:
@@ -180,13 +180,13 @@ def test_training_resumes_from_a_restored_state_with_the_same_bits(make_program,
     """`state` contains everything that training changes: another program continues from it like the first."""
     for name, optim in OPTIMIZERS.items():
         paddle.seed(3)
-        first = make_program(VisionTransformer(SMALL), 8, optim)
+        first = make_program(VisionTransformer(ONE_BLOCK), 8, optim)
         for step in range(3):
             first.train_step(*images_and_labels(8, seed=step), step)
         shards = save_state(first, tmp_path / name)
         first_loss = first.train_step(*images_and_labels(8, seed=9), 3)
         paddle.seed(77)
-        second = make_program(VisionTransformer(SMALL), 8, optim)
+        second = make_program(VisionTransformer(ONE_BLOCK), 8, optim)
         assert set(second.state()) == set(shards), name
         second.restore(shards)
         second_loss = second.train_step(*images_and_labels(8, seed=9), 3)
@@ -203,9 +203,9 @@ def test_o2_state_is_float32_and_resumes_in_any_precision(
         return model.to(dtype=dtype), optimizer
 
     monkeypatch.setattr(paddle.amp, "decorate", cast)
-    optim = OptimConfig(name="lamb", lr=1e-2, ema_decay=0.5)
+    optim = OptimConfig(name="sgd", lr=1e-1, ema_decay=0.5)
     half = {"precision": Precision("O2", "bfloat16"), "amp": AmpConfig(level="O2", dtype="bfloat16")}
-    first = make_program(VisionTransformer(SMALL), 8, optim, **half)
+    first = make_program(VisionTransformer(ONE_BLOCK), 8, optim, **half)
     for step in range(3):
         first.train_step(*images_and_labels(8, seed=step), step)
     shards = save_state(first, tmp_path / "half")
@@ -218,10 +218,10 @@ def test_o2_state_is_float32_and_resumes_in_any_precision(
     assert not np.array_equal(weight, average)
     assert np.any(weight.view(np.uint32) & 0xFFFF)  # bits of the float32 master, which bfloat16 doesn't have
 
-    second = make_program(VisionTransformer(SMALL), 8, optim, **half)
+    second = make_program(VisionTransformer(ONE_BLOCK), 8, optim, **half)
     second.restore(shards)
     assert second.loss_value(second.train_step(*batch, 3)) == loss
-    full = make_program(VisionTransformer(SMALL), 8, optim)  # float32
+    full = make_program(VisionTransformer(ONE_BLOCK), 8, optim)  # float32
     assert set(full.state()) == set(shards)
     full.restore(shards)
     assert np.array_equal(full.weights()["head.weight"], weight)
@@ -231,7 +231,7 @@ def test_o2_state_is_float32_and_resumes_in_any_precision(
 
 def test_the_loss_scale_of_float16_is_part_of_the_state(make_program) -> None:
     half = {"precision": Precision("O2", "float16"), "amp": AmpConfig(level="O2", dtype="float16")}
-    state = make_program(VisionTransformer(SMALL), 8, **half).state()
+    state = make_program(VisionTransformer(ONE_BLOCK), 8, OPTIMIZERS["sgd"], **half).state()
     names = {"@loss_scaling", "@num_good_steps", "@num_bad_steps", "@num_skipped_steps"}
     assert {name for name in state if name.startswith("@")} == names
 
@@ -263,15 +263,6 @@ def test_the_first_step_with_nonfinite_gradients_is_remembered(make_program) -> 
     assert not np.isfinite(nonfinite[1]["patch_embed"])
     program.clear_nonfinite()
     assert program.first_nonfinite_step() is None
-
-
-def test_norms_by_block_add_up_to_the_norm(make_program) -> None:
-    """The norms that are stored in case the gradients of a step aren't finite."""
-    program = make_program(VisionTransformer(SMALL), 8, OptimConfig(name="sgd", lr=0.0))
-    images, labels = images_and_labels(8)
-    program.train_step(images, labels, 0)
-    norms = program._clip._recorded("nonfinite_norms")
-    assert np.sqrt(np.square(norms).sum()) == pytest.approx(program.grad_norm(), rel=1e-6)
 
 
 def dtypes_by_kernel(program, mode: str) -> dict[str, set[str]]:
@@ -422,7 +413,7 @@ def test_low_precision_parameters_get_float32_masters_and_moments(cpu_mesh, name
 
 def test_parameters_keep_their_names_in_the_state(make_program) -> None:
     paddle.seed(3)
-    model = VisionTransformer(SMALL)
+    model = VisionTransformer(ONE_BLOCK)
     model_names = set(model.state_dict())
     state = make_program(model, 8, OPTIMIZERS["adamw"]).state()
     assert {name for name in state if "@" not in name} == model_names
