@@ -27,11 +27,12 @@ from vit_static.program.program import Program
 
 CONFIGS = ROOT / "configs"
 A100 = Cluster("a100-80g", "ib-hdr")
+TWO_BLOCKS = "model.depth=2"
 
 
 def small_config(*overrides: str) -> Config:
-    """Return the quickstart's config in float32 with two blocks, which compiles in half the time."""
-    return load_config(CONFIGS / "quickstart.yaml", ["amp.level=O0", "model.depth=2", *overrides])
+    """Return the quickstart's config in float32 with one block, which compiles in a third of the time."""
+    return load_config(CONFIGS / "quickstart.yaml", ["amp.level=O0", "model.depth=1", *overrides])
 
 
 def planned(config: Config, mesh_text: str = "dp=1", rank: int = 0) -> Plan:
@@ -70,7 +71,7 @@ def test_memory_of_one_rank_is_the_closed_form(one_rank: Plan) -> None:
 @pytest.mark.parametrize("override", ["recompute=none", "recompute=block", "grad_accum_steps=2"])
 def test_a_step_allocates_the_planned_memory(cpu_mesh: Mesh, override: str) -> None:
     """Within 15 % of the peak that Paddle reports, for a model with some 50 MB of activations."""
-    model = ["model.variant=S/16", "model.image_size=96", "model.depth=3", "data.global_batch_size=16"]
+    model = ["model.variant=S/16", "model.image_size=96", "model.depth=2", "data.global_batch_size=16"]
     quickstart_sizes = [f"model.{key}=null" for key in ("patch_size", "width", "num_heads", "mlp_dim")]
     config = small_config(*quickstart_sizes, *model, f"parallel.{override}")
     program = Program.for_training(
@@ -110,15 +111,15 @@ def test_data_parallel_ranks_sum_every_gradient_once(one_rank: Plan) -> None:
     reduced = [one for one in costs.collectives if one.role != "forward" and one.kind == "all_reduce"]
     assert sum(one.num_bytes for one in reduced) == costs.parameters
     assert {one.ranks for one in reduced} == {(0, 1, 2, 3)}
-    assert costs.activations == pytest.approx(one_rank.costs.activations / 4, rel=0.05)
+    assert costs.activations == pytest.approx(one_rank.costs.activations / 4, rel=0.1)
 
 
 def test_buckets_reduce_several_gradients_at_a_time() -> None:
     counts = {
-        bucket_mb: len(planned(small_config(f"parallel.bucket_mb={bucket_mb}"), "dp=2").costs.collectives)
+        bucket_mb: len(planned(small_config(TWO_BLOCKS, f"parallel.bucket_mb={bucket_mb}"), "dp=2").costs.collectives)
         for bucket_mb in (0, 1, 64)
     }
-    tensors = len(VisionTransformer(small_config().model).parameters())
+    tensors = len(VisionTransformer(small_config(TWO_BLOCKS).model).parameters())
     assert counts[0] >= tensors > counts[1] > counts[64]
     assert counts[64] <= 5
 
@@ -160,7 +161,7 @@ def test_third_stage_keeps_no_gathered_parameters_between_forward_and_backward()
 
 
 def test_recomputation_saves_memory_and_costs_operations() -> None:
-    config = small_config("model.depth=4")
+    config = small_config("model.depth=3")
     plain, recomputed = planned(config), planned(config, "recompute=block")
     assert recomputed.costs.activations < 0.5 * plain.costs.activations
     forward = flops.forward_macs(shape_of(config.model)) * 2 * 64
@@ -182,11 +183,11 @@ def test_tensor_parallelism_reduces_activations_twice_per_block_and_direction() 
 
 
 def test_a_pipelines_first_stage_holds_more_micro_batches() -> None:
-    config = small_config()
+    config = small_config(TWO_BLOCKS)
     first, last = (planned(config, "pp=2,accum=4", rank) for rank in (0, 1))
     assert (first.num_in_flight, last.num_in_flight) == (2, 1)
     assert first.activations == first.costs.activations + first.costs.kept_activations
-    fthenb = planned(small_config("parallel.pp_schedule=FThenB"), "pp=2,accum=4")
+    fthenb = planned(small_config(TWO_BLOCKS, "parallel.pp_schedule=FThenB"), "pp=2,accum=4")
     assert fthenb.num_in_flight == 4
     sent = [one for one in first.costs.collectives if (one.kind, one.role) == ("send", "forward")]
     shape = shape_of(config.model)
@@ -238,16 +239,17 @@ def test_bytes_on_the_wire_are_those_of_a_ring() -> None:
 
 
 def test_search_ranks_every_valid_mesh() -> None:
-    """With two blocks, four pipeline stages are invalid."""
-    config = small_config()
-    plans = search_meshes(config, config.parallel, 4, A100)
+    """With one head, tensor parallelism is invalid. Of the two stages of a pipeline, the plan is that of the slower."""
+    config = small_config(TWO_BLOCKS, "model.num_heads=1")
+    plans = search_meshes(config, config.parallel, 2, A100)
     variant = variant_of(config.model)
     valid = {
         mesh_shape
-        for mesh_shape in all_mesh_shapes(4)
-        if why_invalid(ParallelConfig(pp=mesh_shape.pp), mesh_shape, 4, config.data.global_batch_size, variant) is None
+        for mesh_shape in all_mesh_shapes(2)
+        if why_invalid(ParallelConfig(pp=mesh_shape.pp), mesh_shape, 2, config.data.global_batch_size, variant) is None
     }
-    assert {plan.mesh_shape for plan in plans} == valid and len(valid) > 4 and MeshShape(1, 1, 4) not in valid
+    assert {plan.mesh_shape for plan in plans} == valid == {MeshShape(2, 1, 1), MeshShape(1, 1, 2)}
+    assert sorted(plan.sharding_stage for plan in plans if plan.mesh_shape.dp == 2) == [0, 2, 3]
     assert [plan.step_seconds for plan in plans] == sorted(plan.step_seconds for plan in plans)
 
 
