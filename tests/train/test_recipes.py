@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 from helpers.small import ROOT
 
+from vit_static.common.hardware import GPUS, RESERVED_BYTES
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
+from vit_static.model.variants import variant_of
 from vit_static.optim import schedule as schedule_module
 from vit_static.optim.param_groups import decay_coefficient
 from vit_static.optim.schedule import learning_rate
-from vit_static.plan.planner import Cluster, make_plan
+from vit_static.plan.planner import Cluster, Plan, make_plan
 from vit_static.train.trainer import train
 
 pytestmark = pytest.mark.early
@@ -75,13 +77,31 @@ def images_per_gpu(name: str) -> int:
 LARGEST = {model_size(name): name for name in sorted(RECIPES, key=images_per_gpu)}.values()
 
 
+def planned(name: str, *overrides: str) -> Plan:
+    """Return the plan of a recipe on the machine of its header."""
+    num_gpus, device = machine(name)
+    config = recipe(name, *overrides)
+    return make_plan(config, config.parallel, num_gpus, Cluster(device, "ib-hdr", 8))
+
+
+def memory_by_blocks(name: str) -> float:
+    """Return the memory of a recipe's plan from plans with two and three blocks: each block adds the same."""
+    two, three = (planned(name, f"model.depth={depth}").memory for depth in (2, 3))
+    return two + (variant_of(recipe(name).model).depth - 2) * (three - two)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LARGEST)
 def test_a_recipe_fits_its_machine(name: str) -> None:
-    num_gpus, device = machine(name)
-    config = recipe(name)
-    plan = make_plan(config, config.parallel, num_gpus, Cluster(device, "ib-hdr", 8))
-    assert plan.fits and plan.mesh_shape.world_size == num_gpus
+    assert memory_by_blocks(name) + RESERVED_BYTES <= GPUS[machine(name)[1]].memory
+
+
+@pytest.mark.slow
+def test_the_whole_plan_of_a_recipe() -> None:
+    """With all of its blocks."""
+    plan = planned("ViT_base_patch16_224_in1k_1n8c_dp_fp16o2")
+    assert plan.fits and plan.mesh_shape.world_size == 8
+    assert memory_by_blocks("ViT_base_patch16_224_in1k_1n8c_dp_fp16o2") == pytest.approx(plan.memory, rel=0.01)
 
 
 # The schedules of PLSC's four recipes, in closed form from its ViTLRScheduler and its optimizers' update
@@ -140,12 +160,13 @@ def test_timms_schedule() -> None:
 
 # Finetuning a digits model with each recipe's settings
 
-# With half the width, two blocks less and larger patches, the quickstart takes a tenth of the time.
-SMALLER = ["model.width=64", "model.depth=2", "model.mlp_dim=256", "model.patch_size=8"]
+# With half the width, one block and batches of 32, the quickstart takes a tenth of the time.
+BATCH_SIZE = "data.global_batch_size=32"
+SMALLER = ["model.width=64", "model.depth=1", "model.mlp_dim=256", BATCH_SIZE]
 
 # Settings that belong to another model, data set or length of training.
 SHORTENED = [
-    "device=cpu", "amp.level=O0", "amp.dtype=auto", "data.global_batch_size=64",
+    "device=cpu", "amp.level=O0", "amp.dtype=auto", BATCH_SIZE,
     "data.mean=[0.5, 0.5, 0.5]",
     "data.std=[0.5, 0.5, 0.5]",
     "data.train=train", "data.val=val", "data.multi_label=false", "data.num_threads=2",
@@ -153,7 +174,7 @@ SHORTENED = [
     "train.max_steps=null", "parallel.grad_accum_steps=1", "eval.every_epochs=100", "eval.crop_pct=0.95",
     "eval.resize=short", "log.every_steps=1000", "log.tensorboard=false", "checkpoint.keep_last=1",
 ]  # fmt: skip
-# Learning rates for a few hundred steps of 64 images; the recipes' own are for 100 times as many or larger batches.
+# Learning rates for a hundred steps of 32 images; the recipes' own are for 100 times as many or larger batches.
 ADJUSTED = {
     "ViT_base_patch16_384_ft_in1k_1n8c_dp_fp16o2": ["optim.lr=0.03"],
     "deit3_b16_224": ["optim.lr=5e-4"],
@@ -178,7 +199,7 @@ DIFFERENT = list({settings(name): name for name in reversed(RECIPES)}.values())
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The quickstart run with a smaller model, in a separate process, as a new user starts it."""
     folder = tmp_path_factory.mktemp("recipes")
-    overrides = ["train.epochs=20", "eval.every_epochs=20", *SMALLER]
+    overrides = ["train.epochs=12", "eval.every_epochs=12", *SMALLER]
     command = [str(ROOT / "run.sh"), "pretrain", *(word for override in overrides for word in ("-o", override))]
     done = subprocess.run(command, cwd=folder, env=os.environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -188,9 +209,9 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_a_recipes_settings_finetune_the_digits(pretrained: Path, tmp_path: Path, name: str) -> None:
-    """Its loss, augmentation, optimizer, schedule and average reach 90 % on the digits model with a new head.
+    """Its loss, augmentation, optimizer and schedule reach 70 % on the digits model with a new head.
 
-    In 90 steps, or 135 with distorted images; chance is 10 %.
+    In 90 steps; chance is 10 %.
     """
     ours, digits = recipe(name), load_config(pretrained / "config.yaml").model.model_dump(mode="json")
     regularisation = ("drop_path_rate", "drop_path_schedule", "dropout", "head_bias_init", "head_init_std")
@@ -202,7 +223,7 @@ def test_a_recipes_settings_finetune_the_digits(pretrained: Path, tmp_path: Path
         name,
         *SHORTENED,
         *model,
-        f"train.epochs={6 if ours.augment.policy != 'none' else 4}",  # distorted images are learned more slowly
+        "train.epochs=2",
         "schedule.warmup_steps=0",
         "schedule.warmup_epochs=0.5",
         f"data.root={pretrained.parent.parent / 'data/digits'}",
@@ -219,7 +240,7 @@ def test_a_recipes_settings_finetune_the_digits(pretrained: Path, tmp_path: Path
         if line["kind"] == "eval"
     ]
     print(name, result["top1"])
-    assert result["top1"] > 90.0
+    assert result["top1"] > 70.0
     assert ("ema_top1" in result) == (ours.optim.ema_decay > 0.0)
     report = json.loads((config.run_dir / "init.json").read_text())
     assert report["reinitialized"] == (["head.weight", "head.bias"] if config.init.head == "reset" else [])
