@@ -46,16 +46,17 @@ def test_what_a_gpu_before_ampere_lacks_is_refused(amp: AmpConfig, kernels: Kern
 
 
 def trained(make_program, steps: int, *, batch_size: int = 8, model_seed: int = 3, **program_arguments):
-    """Return (losses, weights) of a new small model after some steps, each on other random images."""
+    """Return (losses, weights, norms of the gradients) of a new small model, with other random images in each step."""
     config = program_arguments.pop("config", ONE_BLOCK)
     paddle.seed(model_seed)
     model = VisionTransformer(config, attention_by_matmul)
     program = make_program(model, batch_size, **program_arguments)
-    losses = []
+    losses, norms = [], []
     for step in range(steps):
         loss = program.train_step(*images_and_labels(batch_size, config, seed=step), step)
         losses.append(program.loss_value(loss))
-    return np.array(losses), program.weights()
+        norms.append(program.grad_norm())
+    return np.array(losses), program.weights(), np.array(norms)
 
 
 @pytest.mark.cpu_isa
@@ -71,7 +72,7 @@ def test_every_parameter_moves_alike_with_and_without_onednn(make_program, name,
     ]
     np.testing.assert_allclose(runs[1][0], runs[0][0], rtol=1e-4)
     width = 24
-    for _, after in runs:
+    for _, after, _ in runs:
         for key, old in before.items():
             has_moved = after[key] != old
             if key.endswith("attn.qkv.bias"):
@@ -89,7 +90,7 @@ def apply_as_mixed_precision(self, loss, startup_program, params_grads, param_gr
     [("adamw", False), ("lamb", False), ("adamw", True), ("sgd", True)],
 )
 def test_accumulated_gradients_equal_those_of_one_batch(make_program, monkeypatch, name, as_mixed_precision) -> None:
-    """4 micro-batches give the losses and weights of one batch, with active clipping.
+    """4 micro-batches give the losses, weights and norms of one batch, with active clipping.
 
     Of AdamW and of RuleOptimizer, which average them for all other optimizers. The epsilon isn't small compared to the
     gradients: otherwise AdamW would hide a wrong scale.
@@ -100,7 +101,8 @@ def test_accumulated_gradients_equal_those_of_one_batch(make_program, monkeypatc
     optim = OptimConfig(name=name, lr=0.1, epsilon=1.0, clip_norm=0.1)
     one_batch = trained(make_program, 4, optim=optim)
     accumulated = trained(make_program, 4, optim=optim, parallel=ParallelConfig(grad_accum_steps=4))
-    np.testing.assert_allclose(accumulated[0], one_batch[0], rtol=1e-5)
+    for values, expected in ((accumulated[0], one_batch[0]), (accumulated[2], one_batch[2])):
+        np.testing.assert_allclose(values, expected, rtol=1e-5)
     for name, expected in one_batch[1].items():
         value = accumulated[1][name]
         if name.endswith("attn.qkv.bias"):  # k's gradient is a rounding error
@@ -144,7 +146,7 @@ def test_dynamic_static_and_compiled_models_agree(make_program) -> None:
 
 def test_evaluation_between_steps_changes_nothing(make_program) -> None:
     optim, config = OPTIMIZERS["adamw"], ONE_BLOCK.model_copy(update={"dropout": 0.1})
-    losses, weights = trained(make_program, 3, optim=optim, config=config)
+    losses, weights, _ = trained(make_program, 3, optim=optim, config=config)
     paddle.seed(3)
     program = make_program(VisionTransformer(config), 8, optim)
     for step in range(3):
