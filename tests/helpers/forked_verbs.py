@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -20,7 +21,8 @@ from subprocess import CompletedProcess
 
 # Its only thread is the main one, so that it can be forked: importing Paddle and DALI starts no other.
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["helpers.forked_imports"])
+_IMPORTS = "helpers.forked_imports"
+_server.set_forkserver_preload([_IMPORTS])
 # Starting a process asks all others for their exit codes, each of which can be read once.
 _lock = threading.Lock()
 
@@ -60,10 +62,16 @@ def start_verb(
 
     `before` is Python code that runs first, such as a change of a function.
     """
-    process = _server.Process(
-        target=_run, args=([str(argument) for argument in arguments], cwd, stdout, stderr or stdout, before)
-    )
+    words = [str(argument) for argument in arguments]
+    module_path = os.environ.get("PYTHONPATH")
+    process = _server.Process(target=_run, args=(words, cwd, stdout, stderr or stdout, before, module_path))
     with _lock:
+        # Before Python 3.12.8 the server gets no sys.path, and it passes over a module that it can't find.
+        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+        try:
+            forkserver.ensure_running()
+        finally:
+            _set_module_path(module_path)
         process.start()
     return ForkedVerb(process)
 
@@ -80,9 +88,19 @@ def run_verb(*arguments: object, cwd: Path, timeout_s: float = 240) -> Completed
         return CompletedProcess(list(arguments), code, stdout.read_text(), stderr.read_text())
 
 
-def _run(arguments: list[str], cwd: Path, stdout: Path, stderr: Path, before: str | None) -> None:
+def _set_module_path(module_path: str | None) -> None:
+    os.environ.pop("PYTHONPATH", None)
+    if module_path is not None:
+        os.environ["PYTHONPATH"] = module_path
+
+
+def _run(
+    arguments: list[str], cwd: Path, stdout: Path, stderr: Path, before: str | None, module_path: str | None
+) -> None:
+    assert _IMPORTS in sys.modules
     from vit_static.__main__ import main
 
+    _set_module_path(module_path)
     os.chdir(cwd)
     for path, descriptor in ((stdout, 1), (stderr, 2)):
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
