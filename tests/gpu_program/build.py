@@ -128,6 +128,7 @@ _COVERED_MESHES = {
 _EXECUTED_MESHES = {
     "dp 2": (MeshShape(2, 1, 1), 0),
     "dp 2 x mp 2": (MeshShape(2, 2, 1), 0),
+    "pp 2": (MeshShape(1, 1, 2), 0),
     "pp 2 x dp 2": (MeshShape(2, 1, 2), 0),
     "dp 2, ZeRO 1": (MeshShape(2, 1, 1), 1),
     "dp 2, ZeRO 2": (MeshShape(2, 1, 1), 2),

@@ -222,7 +222,7 @@ HALF = [
     gpu_case("dp 2 x mp 2", "O2 bfloat16"),
     gpu_case("dp 2, ZeRO 3", "O2 bfloat16", num_micro_batches=2, recompute="block"),
     gpu_case("dp 2, ZeRO 2", "O2 float16", "sgd", amp=SMALL_SCALE),
-    gpu_case("pp 2 x dp 2", "O2 float16", amp=SMALL_SCALE),
+    gpu_case("pp 2", "O2 float16", amp=SMALL_SCALE),
 ]
 EVALUATED = [FLOAT32[2], HALF[1]]
 
