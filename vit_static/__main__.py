@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from vit_static.common.errors import (
     describe_os_error,
 )
 from vit_static.common.library_output import best_effort, library_output
-from vit_static.common.startup import ignored_or, use_utf8
+from vit_static.common.startup import handle_stop_signals, take_stop_signal, use_utf8
 from vit_static.common.text import print_text, say
 
 MAX_LIBRARY_LINES = 40  # shown before a traceback
@@ -38,10 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     A user's mistake is one line on stderr and exit code 2. An unexpected error shows its traceback, after the last
     lines that libraries printed, and is exit code 1.
     """
-    # Until the training loop starts, which handles SIGTERM itself to save its state, SIGTERM acts like Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the launcher has Ctrl-C end the process at once
-    signal.signal(signal.SIGHUP, ignored_or(signal.default_int_handler, signal.SIGHUP))
+    # Until the training loop starts, which handles these signals itself to save its state. (The launcher, which may run
+    # in this process, has Ctrl-C end it at once.)
+    handle_stop_signals()
     sys.stderr = best_effort(sys.stderr)
     try:
         from vit_static.cli import parse_arguments  # here, because its imports take long enough to be interrupted
@@ -52,32 +50,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = int(arguments.handler(arguments))
         sys.stdout.flush()
         return code
-    except BrokenPipeError:
-        if not _has_reader_left():
-            return _fail_with_traceback()
-        return EXIT_DONE
-    except UserError as error:
-        say(str(error))
-        return EXIT_USER_MISTAKE
-    except RunFailed as error:
-        say(str(error))
-        return EXIT_FAILED
-    except OSError as error:
-        if error.errno in USER_ERRNOS:
-            remedy = "" if isinstance(error, WriteError) else "; use another path, or fix this one"
-            say(f"{describe_os_error(error)}{remedy}")
-            return EXIT_USER_MISTAKE
-        if error.errno not in DISK_ERRNOS:
-            return _fail_with_traceback()
-        say(describe_os_error(error))
-        return EXIT_FAILED
     except KeyboardInterrupt:
-        say("stopped on request")
-        return EXIT_STOPPED
-    except Exception:
-        return _fail_with_traceback()
+        return _stop()
+    except Exception as error:
+        return _stop() if take_stop_signal() is not None else _report(error)
     finally:
         sys.stdout = _writable(sys.stdout)
+
+
+def _stop() -> int:
+    say("stopped on request")
+    return EXIT_STOPPED
+
+
+def _report(error: Exception) -> int:
+    """Print what has gone wrong, in the block that handles the error, and return the exit code."""
+    if isinstance(error, BrokenPipeError) and _has_reader_left():
+        return EXIT_DONE
+    if isinstance(error, UserError):
+        say(str(error))
+        return EXIT_USER_MISTAKE
+    if isinstance(error, RunFailed):
+        say(str(error))
+        return EXIT_FAILED
+    if isinstance(error, OSError) and error.errno in USER_ERRNOS:
+        remedy = "" if isinstance(error, WriteError) else "; use another path, or fix this one"
+        say(f"{describe_os_error(error)}{remedy}")
+        return EXIT_USER_MISTAKE
+    if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
+        say(describe_os_error(error))
+        return EXIT_FAILED
+    return _fail_with_traceback()
 
 
 def _has_reader_left() -> bool:

@@ -7,8 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from helpers.forked_verbs import start_verb
+from helpers.runs import TINY
 
 from vit_static.common.errors import DataError, RunFailed
 from vit_static.train.stop import BAD_IMAGE, NONFINITE, ON_REQUEST, UNSAVED, SignalWatch, StopController
@@ -126,3 +129,30 @@ def test_a_second_signal_after_a_second_ends_the_process() -> None:
     started = time.monotonic()
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 128 + signal.SIGTERM
     assert time.monotonic() - started < 50
+
+
+@pytest.mark.parametrize("outcome", ["raise SystemError('returned a result with an exception set') from None", "pass"])
+def test_a_signal_during_the_start_stops_the_run_whatever_a_library_makes_of_it(
+    outcome: str, tmp_path: Path, small_digits: Path
+) -> None:
+    """Paddle calls Python functions while it builds a program; an exception in one may become another, or get lost."""
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    code = f"""
+import os, signal, time
+from vit_static.train import trainer
+build = trainer._build_program
+def build_program(*args):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        {outcome}
+    return build(*args)
+trainer._build_program = build_program
+"""
+    arguments = ["pretrain", "-c", "tiny.yaml", "-o", f"data.root={small_digits}"]
+    verb = start_verb(arguments, tmp_path, tmp_path / "stdout", tmp_path / "stderr", code)
+    assert verb.wait(240) == 75
+    stdout, stderr = ((tmp_path / name).read_text() for name in ("stdout", "stderr"))
+    assert "stopped on request" in stderr or "stopped by a signal at step 0" in stdout
+    assert "Traceback" not in stderr

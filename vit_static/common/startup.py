@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from vit_static.common.cpu import is_amd_with_avx2, max_cpu_isa, onednn_max_cpu_isa
@@ -19,6 +20,7 @@ from vit_static.common.library_output import capture_library_output
 
 _M_ARENA_MAX = -8  # malloc.h
 _environ_before: dict[str, str] | None = None  # the environment before `prepare_process`
+_stop_signal: int | None = None  # received while `handle_stop_signals` is in effect
 
 
 def use_utf8() -> None:
@@ -57,6 +59,32 @@ def _open_missing_streams() -> None:
 def ignored_or(handler: Any, number: signal.Signals) -> Any:
     """Return the handler for a signal, or SIG_IGN where it was ignored at the start, as nohup ignores SIGHUP."""
     return signal.SIG_IGN if signal.getsignal(number) is signal.SIG_IGN else handler
+
+
+def handle_stop_signals() -> None:
+    """Let SIGTERM, SIGINT and SIGHUP raise KeyboardInterrupt, and remember the signal for `take_stop_signal`.
+
+    The exception alone isn't reliable: raised in a function that a library's C++ calls, it may become another error, or
+    be dropped.
+    """
+    global _stop_signal
+    _stop_signal = None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt)
+    signal.signal(signal.SIGHUP, ignored_or(_interrupt, signal.SIGHUP))
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    global _stop_signal
+    _stop_signal = signum
+    raise KeyboardInterrupt
+
+
+def take_stop_signal() -> int | None:
+    """Return the signal that has asked for an end, for the caller to answer; None if there was none."""
+    global _stop_signal
+    taken, _stop_signal = _stop_signal, None
+    return taken
 
 
 def prepare_process(verbose: bool = False, environ: MutableMapping[str, str] = os.environ) -> None:

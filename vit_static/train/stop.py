@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 from vit_static.common.errors import EXIT_FAILED, DataError, RunFailed
-from vit_static.common.startup import ignored_or
+from vit_static.common.startup import ignored_or, take_stop_signal
 from vit_static.common.text import duration, say
 
 BAD_IMAGE, ON_REQUEST, UNSAVED, NONFINITE = "bad image", "stopped", "not saved", "not finite"
@@ -48,6 +48,8 @@ class SignalWatch:
     A thread ends the process `limit_s` after the first signal if the watch is still open, with exit code 1. It learns
     of the signal from the C handler, through a pipe, so this works while the main thread waits for a device, a disk or
     another rank, where no Python handler runs.
+
+    A signal that came during the start, and whose exception a library has dropped, counts as received.
     """
 
     def __init__(self, limit_s: float) -> None:
@@ -63,6 +65,10 @@ class SignalWatch:
         # A daemon: it must not keep alive a process that ends in another way.
         watch = threading.Thread(target=_limit, args=(reader, self._limit_s), daemon=True, name="vit_static stop limit")
         watch.start()
+        number = take_stop_signal()
+        if number is not None:
+            os.write(self._pipe, bytes([number]))
+            self._receive(number, None)
         return self
 
     def __exit__(self, *_: object) -> None:
