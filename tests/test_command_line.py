@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.command_line import run_sh, use_test_environment  # noqa: F401 - a fixture
+from helpers.forked_launch import run_forked_launch
 from helpers.forked_verbs import run_verb
 from helpers.small import ROOT, read_state
 from PIL import Image
@@ -88,7 +89,7 @@ def test_eval_export_and_predict_agree(workplace: Path) -> None:
     """eval repeats the last evaluation of the run; the exported model, file by file, has the same top-1."""
     last = [json.loads(line) for line in (workplace / "output/tiny/metrics.jsonl").read_text().splitlines()]
     last_eval = [line for line in last if line["kind"] == "eval"][-1]
-    evaluated = run_sh("eval", "--checkpoint", "output/tiny", cwd=workplace)
+    evaluated = run_verb("eval", "--checkpoint", "output/tiny", cwd=workplace)
     assert evaluated.returncode == 0, evaluated.stderr
     result = json.loads(evaluated.stdout.splitlines()[-1])
     assert result["top1"] == last_eval["top1"] and result["num_images"] == 30
@@ -149,7 +150,7 @@ def test_an_export_reports_the_precision_that_it_runs_in(workplace: Path) -> Non
 @pytest.mark.slow
 def test_a_sharded_checkpoint_and_the_average_are_exported(workplace: Path) -> None:
     """A mesh's checkpoint exports the same bits as the run's merged weights, and likewise its average."""
-    trained = run_sh(
+    trained = run_forked_launch(
         *("pretrain", "-c", "tiny.yaml", "-o", "name=sharded", "-o", "train.max_steps=3", "-o", "parallel.mp=2"),
         *("-o", "optim.ema_decay=0.5"),
         cwd=workplace,
@@ -263,13 +264,13 @@ def test_a_closed_terminal_saves_the_state_of_every_process(workplace: Path) -> 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(workplace: Path) -> None:
-    """The same images, augmentations and losses, on two threads; dropout off, since each rank draws its own masks."""
+    """The same images, augmentations and losses; dropout off, since each rank draws its own masks."""
     losses, evaluations = {}, {}
     for nproc in ("1", "2"):
         name = f"dp{nproc}"
-        done = run_sh(
+        done = run_forked_launch(
             "pretrain", "-c", "tiny.yaml", "-o", f"name={name}", "-o", "model.dropout=0", "-o", "log.every_steps=1",
-            "-o", "amp.level=O0", cwd=workplace, NPROC=nproc, OMP_NUM_THREADS=str(2 // int(nproc)),
+            "-o", "amp.level=O0", cwd=workplace, NPROC=nproc,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         lines = [json.loads(line) for line in (workplace / f"output/{name}/metrics.jsonl").read_text().splitlines()]
@@ -286,7 +287,7 @@ def test_two_processes_train_as_one(workplace: Path) -> None:
         assert two.pop("confidence") == pytest.approx(one.pop("confidence"), rel=1e-3)
     assert errors[0] == errors[1] and errors[0]["images"]
     evaluated = [
-        json.loads(run_sh("eval", "--checkpoint", path, cwd=workplace, NPROC=n).stdout.splitlines()[-1])
+        json.loads(run_forked_launch("eval", "--checkpoint", path, cwd=workplace, NPROC=n).stdout.splitlines()[-1])
         for n, path in (("1", "output/dp2"), ("2", "output/dp2/checkpoints/latest"))
     ]
     assert evaluated[0]["top1"] == evaluated[1]["top1"] and evaluated[1]["num_images"] == 30
@@ -297,7 +298,7 @@ def losses_of_ten_steps(workplace: Path, name: str, nproc: str, *overrides: str)
     common = ["-c", "tiny.yaml", "-o", "model.dropout=0", "-o", "log.every_steps=1", "-o", "train.max_steps=10"]
     common += ["-o", "schedule.name=constant", "--resume", "never"]
     given = [argument for override in (f"name={name}", *overrides) for argument in ("-o", override)]
-    done = run_sh("pretrain", *common, *given, cwd=workplace, NPROC=nproc)
+    done = run_forked_launch("pretrain", *common, *given, cwd=workplace, NPROC=nproc)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (workplace / f"output/{name}/metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if line["kind"] == "train"][-10:]
@@ -349,7 +350,7 @@ def test_a_run_resumes_on_other_meshes(workplace: Path) -> None:
         given = [
             argument for other in (f"name={name}", f"train.max_steps={steps}", *overrides) for argument in ("-o", other)
         ]
-        done = run_sh("pretrain", *common, *given, cwd=workplace, NPROC=nproc)
+        done = run_forked_launch("pretrain", *common, *given, cwd=workplace, NPROC=nproc)
         assert done.returncode == 0, done.stderr
 
     def losses(name: str, kind: str, key: str) -> dict[int, float]:

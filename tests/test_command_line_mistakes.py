@@ -123,7 +123,7 @@ def test_an_unreadable_image_in_training_is_named(workplace: Path) -> None:
     shutil.copytree(workplace / "digits", workplace / "damaged")
     bad = sorted((workplace / "damaged/train/5").iterdir())[3]
     bad.write_bytes(bad.read_bytes()[:300])
-    done = run_sh("pretrain", "-c", "tiny.yaml", "-o", "data.root=damaged", "-o", "name=damaged", cwd=workplace)
+    done = run_verb("pretrain", "-c", "tiny.yaml", "-o", "data.root=damaged", "-o", "name=damaged", cwd=workplace)
     assert done.returncode == 2
     assert bad.name in done.stderr and len(done.stderr.strip().splitlines()) == 1
 

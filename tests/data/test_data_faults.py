@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.command_line import run_sh
+from helpers.forked_launch import run_forked_launch
 from helpers.runs import TINY
 from helpers.small import read_state
 
@@ -160,10 +160,10 @@ def test_two_ranks_stop_together_at_an_image_that_one_of_them_reads(config: Conf
     content = image.read_bytes()
     DAMAGES["cut in half"](image)
     command = ["pretrain", "-c", "tiny.yaml", "-o", "data.root=digits"]
-    done = run_sh(*command, cwd=tmp_path, NPROC="2")
+    done = run_forked_launch(*command, cwd=tmp_path, NPROC="2")
     assert done.returncode == 2
     assert done.stderr.count(image.name) == 1 and len(done.stderr.strip().splitlines()) == 1
     latest = latest_checkpoint(tmp_path / "output/tiny")
     assert latest is not None and 1 <= read_progress(latest)[0].step <= 3
     image.write_bytes(content)
-    assert run_sh(*command, cwd=tmp_path, NPROC="2").returncode == 0
+    assert run_forked_launch(*command, cwd=tmp_path, NPROC="2").returncode == 0

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from helpers.forked_launch import run_forked_module
 from helpers.small import ROOT
 from helpers.tiny import tiny_model
 from vit_static.config.loader import load_config
@@ -62,18 +61,11 @@ class Doctor:
         flags = [argument for name in only for argument in ("--only", name)]
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "PADDLE_"))}
         cache = {"XDG_CACHE_HOME": str(self.folder / "cache"), "PYTHONPATH": str(self.code)}
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "vit_static", "doctor", "-c", "tiny.yaml", "--json", results.name),
-                *flags,
-                *map(str, arguments),
-            ],
+        done = run_forked_module(
+            *("vit_static", "doctor", "-c", "tiny.yaml", "--json", results.name, *flags, *arguments),
             cwd=self.folder,
-            env=inherited | {"VIT_STATIC_DEVICE": "cpu"} | cache | environ,
-            capture_output=True,
-            text=True,
-            timeout=400,
-            check=False,
+            timeout_s=400,
+            environ=inherited | {"VIT_STATIC_DEVICE": "cpu"} | cache | environ,
         )
         written = json.loads(results.read_text())["checks"] if results.exists() else []
         checks = {check["name"]: check for check in written}

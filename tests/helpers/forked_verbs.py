@@ -1,7 +1,7 @@
 """Verbs in processes forked from one that has imported the package, which saves the four seconds of Paddle's import.
 
 Everything from the parsing of the arguments to the exit code is as on the command line. What run.sh and the launcher do
-is not part of it: tests of those start them (helpers/command_line.py, helpers/jobs.py).
+is not part of it: see helpers/forked_launch.py and helpers/command_line.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
@@ -63,8 +63,13 @@ def start_verb(
     `before` is Python code that runs first, such as a change of a function.
     """
     words = [str(argument) for argument in arguments]
+    return ForkedVerb(start_forked(_run, words, cwd, stdout, stderr or stdout, before))
+
+
+def start_forked(function: Callable[..., None], *arguments: object) -> ForkServerProcess:
+    """Start a function of a module in a process that is forked from one that has imported the package."""
     module_path = os.environ.get("PYTHONPATH")
-    process = _server.Process(target=_run, args=(words, cwd, stdout, stderr or stdout, before, module_path))
+    process = _server.Process(target=_call, args=(module_path, function, arguments))
     with _lock:
         # Before Python 3.12.8 the server gets no sys.path, and it passes over a module that it can't find.
         os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
@@ -73,7 +78,16 @@ def start_verb(
         finally:
             _set_module_path(module_path)
         process.start()
-    return ForkedVerb(process)
+    return process
+
+
+def redirect_output(stdout: Path, stderr: Path) -> None:
+    """Append this process's output to files, and give it no input."""
+    for path, descriptor in ((stdout, 1), (stderr, 2)):
+        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    sys.stdin = open(os.devnull)  # noqa: PTH123, SIM115 - lives as long as the process
 
 
 def run_verb(*arguments: object, cwd: Path, timeout_s: float = 240) -> CompletedProcess[str]:
@@ -94,19 +108,17 @@ def _set_module_path(module_path: str | None) -> None:
         os.environ["PYTHONPATH"] = module_path
 
 
-def _run(
-    arguments: list[str], cwd: Path, stdout: Path, stderr: Path, before: str | None, module_path: str | None
-) -> None:
+def _call(module_path: str | None, function: Callable[..., None], arguments: Sequence[object]) -> None:
     assert _IMPORTS in sys.modules
+    _set_module_path(module_path)
+    function(*arguments)
+
+
+def _run(arguments: list[str], cwd: Path, stdout: Path, stderr: Path, before: str | None) -> None:
     from vit_static.__main__ import main
 
-    _set_module_path(module_path)
     os.chdir(cwd)
-    for path, descriptor in ((stdout, 1), (stderr, 2)):
-        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(opened, descriptor)
-        os.close(opened)
-    sys.stdin = open(os.devnull)  # noqa: PTH123, SIM115 - lives as long as the process
+    redirect_output(stdout, stderr)
     sys.argv = ["vit_static", *arguments]
     if before is not None:
         exec(before, {})

@@ -12,9 +12,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from helpers.forked_launch import ForkedLaunch, processes_of
 from helpers.small import ROOT
 from helpers.tiny import tiny_model
 
@@ -65,31 +67,24 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
 
 
 class Job:
-    """The launches of one job, in a separate folder."""
+    """The launches of one job, in a separate folder and in forked processes (helpers/forked_launch.py)."""
 
     code = ROOT
-    prefix: tuple[str, ...] = ()  # of the command
 
     def __init__(self, folder: Path, small_digits: Path) -> None:
         self.folder = folder
-        self.launches: list[subprocess.Popen[str]] = []
-        self.name = f"{folder}-{os.getpid()}"  # stands in the environment of all its processes
+        self.launches: list[Any] = []  # ForkedLaunch, or for a scripted job subprocess.Popen
         (folder / "tiny.yaml").write_text(TINY.replace("root: ROOT", f"root: {small_digits}"))
 
     def start(self, *arguments: str, verb: str = "pretrain", **environ: str) -> None:
         """Start a launch, without the variables of Slurm and of other launchers."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "PADDLE_"))}
-        job_environ = {"VIT_STATIC_DEVICE": "cpu", "PYTHONPATH": str(self.code), "TEST_JOB": self.name}
-        self.launches.append(
-            subprocess.Popen(
-                [*self.prefix, sys.executable, "-m", "vit_static.launch", verb, "-c", "tiny.yaml", *arguments],
-                cwd=self.folder,
-                env=inherited | job_environ | environ,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+        own = {"VIT_STATIC_DEVICE": "cpu", "PYTHONPATH": str(self.code), "TEST_PROCESSES": str(self.folder / "running")}
+        self.launches.append(self._launch([verb, "-c", "tiny.yaml", *arguments], inherited | own | environ))
+
+    def _launch(self, arguments: list[str], environ: dict[str, str]) -> Any:
+        output = self.folder / f"launch{len(self.launches)}"
+        return ForkedLaunch(arguments, self.folder, environ, output)
 
     def start_node(self, *arguments: str, **environ: str) -> None:
         """Start one of two nodes."""
@@ -114,22 +109,13 @@ class Job:
         assert not self.processes()
         return [(launched.returncode, *output) for launched, output in zip(self.launches, outputs, strict=True)]
 
-    def processes(self) -> dict[int, dict[str, str]]:
-        """Return the environments of the job's running processes, by process ID."""
-        environs = {}
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            try:
-                entries = path.read_bytes().decode(errors="replace").split("\0")
-            except OSError:  # ended in the meantime, or another user's
-                continue
-            environ = dict(entry.split("=", 1) for entry in entries if "=" in entry)
-            if environ.get("TEST_JOB") == self.name:
-                environs[int(path.parent.name)] = environ
-        return environs
+    def processes(self) -> dict[int, str]:
+        """Return the ranks of the job's running processes by process ID, with an empty rank for a launcher."""
+        return processes_of(self.folder / "running")
 
     def worker(self, rank: int) -> int:
         """Return the process ID of the worker with this rank."""
-        (number,) = [n for n, environ in self.processes().items() if environ.get("PADDLE_TRAINER_ID") == str(rank)]
+        (number,) = [number for number, running in self.processes().items() if running == str(rank)]
         return number
 
     def wait_for_step(self, step: int) -> None:
@@ -152,7 +138,9 @@ class Job:
 
 
 class ScriptedJob(Job):
-    """A job whose workers run SCRIPTED_VERB under the real launcher."""
+    """A job whose workers run SCRIPTED_VERB under the real launcher, all in processes of their own Python."""
+
+    prefix: tuple[str, ...] = ()  # of the command
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, folder)
@@ -163,6 +151,24 @@ class ScriptedJob(Job):
         (package / "__main__.py").write_text(SCRIPTED_VERB)
         for name in ("launch", "config", "common"):
             shutil.copytree(ROOT / "vit_static" / name, package / name)
+
+    def _launch(self, arguments: list[str], environ: dict[str, str]) -> Any:
+        command = [*self.prefix, sys.executable, "-m", "vit_static.launch", *arguments]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=self.folder, env=environ, stdout=pipe, stderr=pipe, text=True)
+
+    def processes(self) -> dict[int, str]:
+        """Return the ranks of the job's running processes by process ID, from their environment."""
+        ranks = {}
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                entries = path.read_bytes().decode(errors="replace").split("\0")
+            except OSError:  # ended in the meantime, or another user's
+                continue
+            environ = dict(entry.split("=", 1) for entry in entries if "=" in entry)
+            if environ.get("TEST_PROCESSES") == str(self.folder / "running"):
+                ranks[int(path.parent.name)] = environ.get("PADDLE_TRAINER_ID", "")
+        return ranks
 
     def calls(self, worker: str) -> list[str]:
         """Return the arguments of each start of the worker with this rank or NODE, without the constant ones."""

@@ -50,7 +50,7 @@ class Case(BaseModel):
     model: ModelConfig
     optim: OptimConfig
     parallel: ParallelConfig  # `dp` a number
-    steps: list[int] = list(range(10))  # passed to `train_step`
+    steps: list[int] = list(range(6))  # passed to `train_step`
     evaluates: bool = False  # after the last step
     records_masks: bool = False
     mixes: bool = False  # applies mixup and CutMix, and so has targets instead of labels; with weights in the loss

@@ -117,14 +117,14 @@ def test_a_signal_ends_the_wait_for_a_lost_node(scripted_job: ScriptedJob) -> No
 def test_a_run_whose_rank_is_killed_resumes_by_itself_to_the_same_bits(
     job: Job, tmp_path_factory: pytest.TempPathFactory, small_digits: Path
 ) -> None:
-    arguments = ("-o", "train.max_steps=40", "-o", "checkpoint.every_steps=5")
+    arguments = ("-o", "train.max_steps=24", "-o", "checkpoint.every_steps=4")
     undisturbed = Job(tmp_path_factory.mktemp("undisturbed"), small_digits)
     undisturbed.start(*arguments, NPROC="2")
     ((code, _, stderr),) = undisturbed.end()
     assert code == 0, stderr
 
     job.start(*arguments, *restarts(1), "--resume", "never", NPROC="2")
-    job.wait_for_step(12)
+    job.wait_for_step(9)
     os.kill(job.worker(rank=1), signal.SIGKILL)
     ((code, stdout, stderr),) = job.end()
     assert code == 0 and "rank 1 was killed by signal 9" in stderr

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.command_line import run_sh, use_test_environment  # noqa: F401 - a fixture
 from helpers.digit_pairs import make_digit_pairs
+from helpers.forked_launch import run_forked_launch
 from helpers.forked_verbs import run_verb
 from helpers.runs import event_names, metrics
 from helpers.tiny import tiny_model
@@ -39,7 +39,7 @@ SHARES = ("top1", "map", "macro_f1", "micro_f1", "micro_precision", "micro_recal
 def test_two_ranks_a_resume_and_an_export_agree_on_several_labels(tmp_path: Path, small_digits: Path) -> None:
     make_digit_pairs(small_digits, tmp_path / "pairs", {"train": 64, "val": 41})
     (tmp_path / "pairs.yaml").write_text(CONFIG)
-    trained = run_sh("pretrain", "-c", "pairs.yaml", cwd=tmp_path, NPROC="2")
+    trained = run_forked_launch("pretrain", "-c", "pairs.yaml", cwd=tmp_path, NPROC="2")
     assert trained.returncode == 0, trained.stderr
     assert "stopped early after epoch 4: mAP has not improved by more than 100" in trained.stdout
     run = tmp_path / "output/pairs"

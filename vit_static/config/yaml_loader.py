@@ -10,6 +10,7 @@ import contextlib
 from typing import Any
 
 import yaml
+from yaml.composer import Composer
 
 _PREFIX = "tag:yaml.org,2002:"
 _PLAIN_TAGS = frozenset(f"{_PREFIX}{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map"))
@@ -35,11 +36,15 @@ class DuplicateKeyError(YamlError):
     """A key that appears twice in one mapping."""
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader without dates, sets, bytes, merge keys, anchors and duplicate keys."""
+class _Loader(Composer, yaml.CSafeLoader):
+    """Safe loader without dates, sets, bytes, merge keys, anchors and duplicate keys; libyaml reads the text."""
+
+    def __init__(self, text: str) -> None:
+        yaml.CSafeLoader.__init__(self, text)
+        Composer.__init__(self)
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
+        event: Any = self.peek_event()
         if event.anchor is not None:
             raise YamlError(f"{_line(event)}: anchors (&NAME) and aliases (*NAME) are not supported; repeat the value")
         return super().compose_node(parent, index)
