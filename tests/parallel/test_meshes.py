@@ -179,7 +179,7 @@ def test_drop_path_is_that_of_one_process(runs: Runs, name: str) -> None:
 def test_drop_path_changes_the_losses(runs: Runs) -> None:
     one_batch, micro_batches = runs.one("paths_one").losses, runs.one("paths_accum2").losses
     assert one_batch[0] == pytest.approx(micro_batches[0])  # the head's initial weights are zero
-    assert np.abs(np.subtract(one_batch, micro_batches))[1:].max() > 1e-3
+    assert np.abs(np.subtract(one_batch, micro_batches))[1:].max() > 2e-4  # the tolerance above is 2e-5
 
 
 RECOMPUTED = {
