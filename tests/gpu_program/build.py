@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import combinations, product
 from typing import Any
 
@@ -147,19 +149,23 @@ OPTIONS: dict[str, list[Any]] = {
 }
 
 
+@cache
 def covering_cases() -> list[GpuCase]:
     """Return cases in which every two values of different options occur together.
 
     Greedy: of all combinations, take the one with the most pairs that haven't occurred, until all have.
     """
     names = list(OPTIONS)
-    combinations_of_values = list(product(*OPTIONS.values()))
-    pairs = {values: set(combinations(zip(names, values, strict=True), 2)) for values in combinations_of_values}
-    missing = set().union(*pairs.values())
+    numbers: defaultdict[Any, int] = defaultdict(lambda: len(numbers))  # of each pair, as a bit
+    pairs = {
+        values: sum(1 << numbers[pair] for pair in combinations(zip(names, values, strict=True), 2))
+        for values in product(*OPTIONS.values())
+    }
+    missing = (1 << len(numbers)) - 1
     cases = []
     while missing:
-        best = max(combinations_of_values, key=lambda values: len(pairs[values] & missing))
-        missing -= pairs[best]
+        best = max(pairs, key=lambda values: (pairs[values] & missing).bit_count())
+        missing &= ~pairs[best]
         cases.append(GpuCase(**dict(zip(names, best, strict=True))))
     return cases
 
