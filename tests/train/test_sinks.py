@@ -283,6 +283,17 @@ def test_a_stop_that_hangs_ends_within_its_limit(start: Callable[..., ForkedVerb
     assert "the same command resumes from the latest checkpoint" in (tmp_path / "stderr").read_text()
 
 
+def test_a_disk_that_does_not_answer_ends_the_run_after_the_limit(
+    start: Callable[..., ForkedVerb], tmp_path: Path
+) -> None:
+    hang = "import time; from vit_static.checkpoint import writer; writer.fsync = lambda path: time.sleep(1000)"
+    verb = start("train.max_steps=2", "checkpoint.write_timeout_s=1", before=hang)
+    assert verb.wait(120) == 1
+    stderr = (tmp_path / "stderr").read_text()
+    assert "within 1 s (checkpoint.write_timeout_s)" in stderr and "Traceback" not in stderr
+    assert not (tmp_path / "output/tiny/model.pdparams").exists()
+
+
 def test_closed_streams_are_those_of_no_other_file(tmp_path: Path) -> None:
     code = "from vit_static.common.startup import use_utf8; use_utf8(); print('x'); open('f', 'w').write('y')"
     command = f'{sys.executable} -c "{code}" <&- >&- 2>&-'

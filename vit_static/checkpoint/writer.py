@@ -27,11 +27,15 @@ from vit_static.checkpoint.folder import (
 )
 from vit_static.checkpoint.progress import DataPosition, Manifest, Progress
 from vit_static.checkpoint.sharded_state import RankShard, rank_shard, write_shard
+from vit_static.common.errors import RunFailed
 from vit_static.common.io import FileRecord, file_record, fsync, replace_symlink, write_json
+from vit_static.common.text import duration, say
 from vit_static.config.loader import dump_config
 from vit_static.config.schema import Config
 from vit_static.parallel.host_collectives import HostGroup
 from vit_static.parallel.mesh import Mesh
+
+_NOTICE_AFTER_S = 60.0  # of a wait for a checkpoint, a line says so
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,10 @@ class CheckpointWriter:
     def save_async(
         self, state: Mapping[str, paddle.Tensor], progress: Progress, data: DataPosition, learning_rate: float
     ) -> None:
-        """Copy the state to the host, wait for the previous checkpoint, and start a thread that writes this one."""
+        """Copy the state to the host, wait for the previous checkpoint, and start a thread that writes this one.
+
+        Raises RunFailed like `wait`.
+        """
         started = time.perf_counter()
         self.wait()
         shard = rank_shard(state, self._mesh.rank)
@@ -102,10 +109,27 @@ class CheckpointWriter:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until no checkpoint is being written."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Wait until no checkpoint is being written.
+
+        Raises RunFailed if that takes longer than `checkpoint.write_timeout_s`.
+        """
+        if self._thread is None:
+            return
+        limit_s, folder = self._config.checkpoint.write_timeout_s, self._config.run_dir / "checkpoints"
+        self._thread.join(min(_NOTICE_AFTER_S, limit_s))
+        if self._thread.is_alive() and limit_s > _NOTICE_AFTER_S:
+            say(
+                f"waiting for a checkpoint that is still being written to {folder}; the run ends if that takes "
+                f"{duration(limit_s)} (checkpoint.write_timeout_s)"
+            )
+            self._thread.join(limit_s - _NOTICE_AFTER_S)
+        if self._thread.is_alive():
+            raise RunFailed(
+                f"a checkpoint has not been written to {folder} within {duration(limit_s)} "
+                "(checkpoint.write_timeout_s): the disk of this or of another rank doesn't answer, or is too slow; the same command resumes from the "
+                "latest checkpoint"
+            )
+        self._thread = None
 
     def _meta(self, progress: Progress, data: DataPosition, learning_rate: float) -> dict[str, Any]:
         """Return the content of meta.json.

@@ -281,6 +281,11 @@ class CheckpointConfig(Section):
     on_failure: Literal["continue", "stop"] = Field(
         "continue", description="if a checkpoint can't be written: continue to train, or stop with exit code 1"
     )
+    write_timeout_s: Annotated[float, Field(gt=0.0, le=86_400.0)] = Field(
+        3600.0,
+        description="seconds that the next checkpoint, or the end of the run, waits for one that is being written; "
+        "then the run ends with exit code 1",
+    )
 
 
 class LogConfig(Section):
