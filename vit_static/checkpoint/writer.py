@@ -126,8 +126,8 @@ class CheckpointWriter:
         if self._thread.is_alive():
             raise RunFailed(
                 f"a checkpoint has not been written to {folder} within {duration(limit_s)} "
-                "(checkpoint.write_timeout_s): the disk of this or of another rank doesn't answer, or is too slow; the same command resumes from the "
-                "latest checkpoint"
+                "(checkpoint.write_timeout_s): the disk of this or of another rank doesn't answer, or is too slow; the "
+                "same command resumes from the latest checkpoint"
             )
         self._thread = None
 
