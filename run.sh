@@ -173,7 +173,10 @@ verb=${1:-help}
 shift || true
 case $verb in
     setup) ;;
-    test) cd -- "$root" && exec "$python" -m pytest "$@" ;;
+    test)
+        unset PYTHONDONTWRITEBYTECODE # every one of many processes would compile the package and its tests again
+        cd -- "$root" && exec "$python" -m pytest "$@"
+        ;;
     data) exec "$python" -m data_tools "$@" ;;
     pretrain | finetune | eval)
         make_quickstart_data "$@"

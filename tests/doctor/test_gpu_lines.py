@@ -136,7 +136,7 @@ def test_other_work_is_started_in_front_of_a_step_without_waiting_for_it(
         return real(x, y)
 
     monkeypatch.setattr(paddle, "matmul", recorded_matmul)
-    gpu_kernels.keep_busy(1e-3)
+    gpu_kernels.keep_busy(0.2)  # many, however busy this machine is
     synchronized = [index for index, call in enumerate(device.calls) if call.name == "synchronize"]
     assert len(products) > 3
     assert all(number > synchronized[-1] for number in products[2:])

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from helpers import forked_launcher
 from helpers.forked_verbs import ForkedVerb, start_verb
 from helpers.small import read_state
 from helpers.small_disk import DiskOfProcess, why_no_mount
@@ -143,7 +142,7 @@ class ChaosRun:
         code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n" + CLOCK.format(file=self.clock_file)
         code += (self.disk.enter_code() if self.disk else "") + before
         if self.mesh.num_ranks > 1:
-            code += forked_launcher.CODE.format(num_processes=self.mesh.num_ranks)
+            code += LAUNCH.format(num_processes=self.mesh.num_ranks)
         return start_verb(["pretrain", "-c", "run.yaml"], self.folder, stdout, self._stderr_path, code)
 
     @property
@@ -286,6 +285,14 @@ class ChaosRun:
             (self.data / f"{split}.txt").write_text("".join(lines))
 
 
+# Instead of the verb in this process: the launcher, with this many workers.
+LAUNCH = """
+import os, sys
+from helpers.forked_launch import run_module
+kept = {{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "PADDLE_"))}}
+others = {{"NPROC": "{num_processes}", "VIT_STATIC_DEVICE": "cpu"}}
+run_module("vit_static.launch", sys.argv[1:], kept | others)
+"""
 # The time of day as the program reads it, which can't be set for one process alone: a file says by how many days it is
 # wrong. Clocks for durations (CLOCK_MONOTONIC) don't jump.
 CLOCK = """

@@ -12,8 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -25,70 +24,28 @@ from helpers.small import ROOT
 _popen = subprocess.Popen
 
 
-class ForkedModule:
-    """What the launcher and the doctor use of `subprocess.Popen`, for `[python, "-m", MODULE, ...]`."""
-
-    def __init__(
-        self,
-        command: Sequence[str],
-        *,
-        env: Mapping[str, str],
-        stdin: int,
-        stdout: Any,
-        stderr: Any,
-        start_new_session: bool,
-        preexec_fn: Callable[[], None],
-    ) -> None:
-        assert stdin == subprocess.DEVNULL and stdout is stderr and start_new_session
-        self.returncode: int | None = None
-        self.pid = os.fork()
-        if self.pid == 0:
-            try:
-                os.setsid()
-                preexec_fn()
-                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                    if signal.getsignal(number) is not signal.SIG_IGN:
-                        signal.signal(number, signal.SIG_DFL)
-                if stdout is not None:
-                    os.dup2(stdout.fileno(), 1)
-                    os.dup2(stdout.fileno(), 2)
-                run_module(command[2], command[3:], env)
-            finally:
-                os._exit(70)  # not reached
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            number, status = os.waitpid(self.pid, os.WNOHANG)
-            if number:
-                self.returncode = os.waitstatus_to_exitcode(status)
-        return self.returncode
-
-    def wait(self) -> int:
-        while self.poll() is None:
-            time.sleep(0.02)
-        assert self.returncode is not None
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-
 def run_module(module: str, arguments: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
-    """Do what `python -m MODULE ARGUMENTS` does in this process, and end it."""
+    """Do what `python -m MODULE ARGUMENTS` does, in this forked process, and end it.
+
+    What it starts of the package is forked, too.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # as after an exec, which drops handlers
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # as Python sets them when it starts
+        signal.signal(number, signal.SIG_IGN)
     os.environ.clear()
     os.environ.update(environ)
-    note_process()
-    code_folder = environ.get("PYTHONPATH", "").split(":")[0]
+    _note_process()
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    sys.stdout.reconfigure(write_through=True)
+    subprocess.Popen = start_module
+    sys.argv = [module, *arguments]
+    code_folder = environ.get("PYTHONPATH", "").split(os.pathsep)[0]
     if code_folder and Path(code_folder) != ROOT:  # a copy of the package, with a fault
         for name in [name for name in sys.modules if name.partition(".")[0] == "vit_static"]:
             del sys.modules[name]
         sys.path.insert(0, code_folder)
-    subprocess.Popen = start_module
-    sys.argv = [module, *arguments]
     code: Any = 1
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -96,19 +53,27 @@ def run_module(module: str, arguments: Sequence[str], environ: Mapping[str, str]
         code = error.code or 0
     except BaseException:
         sys.excepthook(*sys.exc_info())
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(code)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
-def start_module(command: Sequence[str], **options: Any) -> Any:
-    """Start a process as `subprocess.Popen` does, forked if it runs a module of the package."""
-    if list(command[:2]) == [sys.executable, "-m"] and command[2].partition(".")[0] == "vit_static":
-        return ForkedModule(command, **options)
-    return _popen(command, **options)
+def start_module(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
+    """Start a process as `subprocess.Popen` does; if it runs a module of the package, it doesn't get as far as exec."""
+    if list(command[:2]) != [sys.executable, "-m"] or command[2].partition(".")[0] != "vit_static":
+        return _popen(command, **options)
+    prepare, environ = options.pop("preexec_fn"), options["env"]
+
+    def become_module() -> None:
+        prepare()
+        os.closerange(3, 1024)  # among them the pipe by which Popen learns of the exec
+        run_module(command[2], command[3:], environ)
+
+    return _popen(command, preexec_fn=become_module, **options)
 
 
-def note_process() -> None:
+def _note_process() -> None:
     """Write this process's rank for `processes_of`, since /proc has the environment that it was forked with."""
     if "TEST_PROCESSES" in os.environ:
         folder = Path(os.environ["TEST_PROCESSES"])

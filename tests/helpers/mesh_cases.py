@@ -63,7 +63,7 @@ MESHES = {
     "accum2": (mesh(grad_accum_steps=2), "gap"),
     "recompute": (mesh(recompute="block"), "gap"),
     "recompute_every_2nd": (mesh(recompute=2), "three_blocks"),
-    "dp2": (mesh(dp=2), "cls"),
+    "dp2": (mesh(dp=2, bucket_mb=0.02), "cls"),  # several buckets
     "mp2": (mesh(mp=2), "cls"),
     "mp2_replicated_head": (mesh(mp=2), "seven"),
     "pp2_1F1B_accum4": (mesh(pp=2, grad_accum_steps=4), "three_blocks"),
@@ -71,10 +71,8 @@ MESHES = {
     "dp2_sharding2": (mesh(dp=2, sharding_stage=2), "gap"),
     "dp2_sharding3": (mesh(dp=2, sharding_stage=3), "seven"),
     "dp2_accum2_sharding2": (mesh(dp=2, grad_accum_steps=2, sharding_stage=2), "cls"),
-    "dp4": (mesh(dp=4, bucket_mb=0.02), "cls"),  # several buckets
     "dp2_mp2": (mesh(dp=2, mp=2, bucket_mb=0), "gap"),
     "mp2_pp2": (mesh(mp=2, pp=2), "three_blocks"),
-    "dp2_pp2": (mesh(dp=2, pp=2), "gap"),
     "dp2_pp2_sharding3": (mesh(dp=2, pp=2, sharding_stage=3), "gap"),
     "dp2_mp2_sharding1": (mesh(dp=2, mp=2, sharding_stage=1), "cls"),
 }
@@ -87,7 +85,7 @@ ADAMW_MESHES = {
     "pp2_1F1B": (mesh(pp=2), "gap"),
 }
 EVALUATED_EMA = ["one", "dp2_sharding2", "pp2", "dp2_mp2_sharding1"]
-EVALUATED = ["dp2", "mp2", "pp2_1F1B_accum4", "dp4", "mp2_pp2", "dp2_sharding2"]
+EVALUATED = ["dp2", "mp2", "pp2_1F1B_accum4", "dp2_mp2", "mp2_pp2", "dp2_sharding2"]
 # the optimizers of recipes with all of their options, for a few steps
 RECIPES = {
     "adamw": OptimConfig(weight_decay=0.1, no_decay=("bias", "norm"), layer_decay=0.7, ema_decay=0.9),
@@ -96,7 +94,6 @@ RECIPES = {
     "adafactor": OptimConfig(name="adafactor", betas=(0.9, 0.99), weight_decay=0.1, ema_decay=0.9),
 }
 RECIPE_MESHES = {
-    "mp2": mesh(mp=2),
     "pp2": mesh(pp=2),
     "accum2": mesh(grad_accum_steps=2),
     "dp2_sharding2": mesh(dp=2, sharding_stage=2),
@@ -108,7 +105,7 @@ RECIPE_MESHES = {
 # updates each number by itself. These three train a model of one block: their programs have many small operators.
 RECIPES_ON = {
     "adamw": ["pp2", "accum2", "dp2_sharding2", "dp2_sharding3", "dp2_mp2_sharding1"],
-    "lamb": ["mp2", "dp2_sharding3", "dp2_mp2_sharding1"],
+    "lamb": ["dp2_sharding3", "dp2_mp2_sharding1"],
     "adafactor": ["dp2_sharding3", "dp2_mp2_sharding1"],
     "lion": ["dp2_sharding2"],
 }
@@ -120,7 +117,6 @@ DROP_PATH = {
 # with mixup, CutMix, and a focal loss with weights of the classes and of the positives
 MIXUP = {
     "mixed_dp2": mesh(dp=2),
-    "mixed_mp2": mesh(mp=2),
     "mixed_pp2": mesh(pp=2),
     "mixed_accum2": mesh(grad_accum_steps=2),
 }

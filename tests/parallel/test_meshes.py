@@ -291,7 +291,7 @@ def test_tensor_parallelism_needs_four_all_reduces_per_block(runs: Runs, name: s
 
 
 PLANNED = [
-    *("dp4_sgd", "dp2_mp2_sgd", "dp2_mp2_sharding1_sgd", "dp2_accum2_sharding2_sgd", "pp2_1F1B_accum4_sgd"),
+    *("dp2_sgd", "dp2_mp2_sgd", "dp2_mp2_sharding1_sgd", "dp2_accum2_sharding2_sgd", "pp2_1F1B_accum4_sgd"),
     *("one_cls_adamw", "recompute_adamw", "dp2_sharding1_adamw", "dp2_sharding3_adamw", "pp2_1F1B_adamw"),
 ]
 

@@ -41,7 +41,7 @@ log: {every_steps: 1}
 """
 )
 # The kills of one run at random moments; a whole night's: RELIABILITY_KILLS=200.
-NUM_KILLS = int(os.environ.get("RELIABILITY_KILLS", "8"))
+NUM_KILLS = int(os.environ.get("RELIABILITY_KILLS", "5"))
 
 
 def start(folder: Path, name: str, *overrides: str, before: str | None = None) -> ForkedVerb:
