@@ -63,6 +63,7 @@ WAITS: dict[str, Any] = {"wait": "all_reduce", "waited_s": 50.0, "began_at": 1_0
     [
         ({0: status("rank 0"), 1: status("rank 1")}, "nobody", ""),
         ({0: status("rank 0"), 1: status("rank 1", silent_s=9.0)}, "nobody", ""),
+        ({0: status("rank 0"), 1: status("rank 1", silent_s=9.0, **WAITS)}, "nobody", ""),
         (
             {0: status("rank 0", **WAITS), 1: status("rank 1 on b", silent_s=51.0, heard_at=999_999.0)},
             1,
