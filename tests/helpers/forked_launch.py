@@ -13,12 +13,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any, NoReturn
 
-from helpers.forked_verbs import redirect_output, start_forked
+from helpers.forked_verbs import ForkedVerb, redirect_output, start_forked
 from helpers.small import ROOT
 
 _popen = subprocess.Popen
@@ -107,21 +106,20 @@ class ForkedLaunch:
     ) -> None:
         """`output`: the path of the files with standard output and error, without their suffixes."""
         self._stdout, self._stderr = output.with_suffix(".stdout"), output.with_suffix(".stderr")
-        self._process: ForkServerProcess = start_forked(
-            _run, module, list(arguments), cwd, dict(environ), self._stdout, self._stderr
+        self._process = ForkedVerb(
+            start_forked(_run, module, list(arguments), cwd, dict(environ), self._stdout, self._stderr)
         )
 
     @property
     def pid(self) -> int:
-        assert self._process.pid is not None
-        return self._process.pid
+        return self._process.process_id
 
     @property
     def returncode(self) -> int | None:
         return self.poll()
 
     def poll(self) -> int | None:
-        return self._process.exitcode
+        return self._process.exit_code
 
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
@@ -130,8 +128,7 @@ class ForkedLaunch:
         self._process.kill()
 
     def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
-        code = self.poll()
+        code = self._process.wait(timeout)
         if code is None:
             raise subprocess.TimeoutExpired("vit_static.launch", timeout or 0.0)
         return code
@@ -158,12 +155,9 @@ def run_forked_module(
         launched = ForkedLaunch([str(each) for each in arguments], cwd, environ, output, module)
         try:
             stdout, stderr = launched.communicate(timeout_s)
-        except BaseException:
-            launched.kill()  # what it has started ends with it
-            raise
-        code = launched.returncode
-        assert code is not None
-        return CompletedProcess(list(arguments), code, stdout, stderr)
+        finally:
+            launched.kill()  # after the time limit; what it has started ends with it
+        return CompletedProcess(list(arguments), launched.wait(), stdout, stderr)
 
 
 def _run(module: str, arguments: list[str], cwd: Path, environ: dict[str, str], stdout: Path, stderr: Path) -> None:

@@ -45,7 +45,7 @@ class ForkedVerb:
         with _lock:
             return self._process.exitcode
 
-    def wait(self, timeout_s: float = 600) -> int | None:
+    def wait(self, timeout_s: float | None = 600) -> int | None:
         """Wait for the end of the process, or for the timeout, and return the exit code."""
         wait([self._process.sentinel], timeout_s)
         return self.exit_code

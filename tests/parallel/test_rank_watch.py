@@ -17,6 +17,7 @@ from helpers.jobs import LONG, Job, job  # noqa: F401 - a fixture
 from helpers.small import ROOT
 
 from vit_static.common.errors import EXIT_UNANSWERED
+from vit_static.parallel import gloo_timeout
 from vit_static.parallel.rank_watch import RankStatus, RankWatch, judge, waiting_for_ranks
 
 SINCE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
@@ -167,6 +168,14 @@ def test_gloos_own_limit_is_replaced() -> None:
     for line in lines:
         outcome, seconds = line.split()
         assert outcome == "timeout" and 0.9 < float(seconds) < 15
+
+
+def test_gloos_limit_stays_where_memory_may_not_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(gloo_timeout, "open", refuse, raising=False)
+    assert gloo_timeout.set_gloo_timeouts(1.0) == 0
 
 
 @pytest.mark.slow

@@ -2,9 +2,9 @@
 
 With it all ranks act together on what only one of them knows, for example to stop before the next step or to complete a
 checkpoint. Each rank sends its value to rank 0, which sends all values back. Nothing waits for the device, and a rank
-may be late, for example because its disk is slow: no collective is running that could time out, except for the limit
-that mesh.py sets to its own waits (parallel.collective_timeout_s). (The
-key-value store through which ranks meet would work, too, but each of its answers takes 40 ms.)
+may be late, for example because its disk is slow: no collective is running that could time out. Only the training
+loop's own waits have a limit (parallel.collective_timeout_s). (The key-value store through which ranks meet would work,
+too, but each of its answers takes 40 ms.)
 """
 
 from __future__ import annotations
