@@ -15,6 +15,7 @@ from vit_static.common.errors import (
     USER_ERRNOS,
     describe_os_error,
 )
+from vit_static.common.library_output import best_effort
 from vit_static.common.startup import ignored_or, use_utf8
 from vit_static.common.text import print_line, say
 
@@ -73,4 +74,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGHUP, ignored_or(signal.default_int_handler, signal.SIGHUP))
     use_utf8()
+    # What a tool prints only reports on the files that it writes: a full disk or a closed pipe doesn't end it.
+    sys.stdout, sys.stderr = best_effort(sys.stdout), best_effort(sys.stderr)
     sys.exit(main())

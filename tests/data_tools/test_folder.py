@@ -7,10 +7,13 @@ import os
 import random
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from helpers.sets import photo
+from helpers.small import ROOT
 
 from data_tools.__main__ import main
 from data_tools.stratify import UserImage, divide
@@ -253,3 +256,16 @@ def test_the_only_image_of_a_class_is_for_training(root: Path) -> None:
     assert run(root, "--val-share", "0.9") == 0
     assert any(line.startswith("rare/") for line in read_lists(root)["train"])
     assert {line.rsplit(" ", 1)[1] for line in read_lists(root)["train"]} == {"0", "1", "2", "3"}
+
+
+def test_a_tool_whose_output_cannot_be_printed_does_its_work(tmp_path: Path) -> None:
+    """A full disk behind standard output, or a reader that has left: the first run's data is made all the same."""
+    for label, name in enumerate(("cat", "dog")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(4):
+            photo(30, 40, seed=10 * label + number).save(tmp_path / "photos" / name / f"{number}.jpeg")
+    command = f"{sys.executable} -m data_tools folder --root photos > /dev/full"
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, shell=True, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "photos/train.txt").is_file()

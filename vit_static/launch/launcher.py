@@ -144,7 +144,8 @@ def launch(argv: Sequence[str], layout: Layout, config: Config, max_restarts: in
                 say(failure.message + used_up + (f"; the end of {failure.log}:" if failure.log else ""))
                 if failure.tail:
                     print_text(failure.tail, sys.stderr, flush=True)
-                if is_restartable and argv[:1] in (["pretrain"], ["finetune"]) and (config.run_dir / "log").is_dir():
+                has_log = argv[:1] in (["pretrain"], ["finetune"]) and (config.run_dir / "log").is_dir()
+                if is_restartable and failure.code != EXIT_UNANSWERED and has_log:
                     say(f"the output of Paddle and DALI is in {config.run_dir / 'log'}")
             return ending.code
 
