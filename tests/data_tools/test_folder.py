@@ -268,4 +268,4 @@ def test_a_tool_whose_output_cannot_be_printed_does_its_work(tmp_path: Path) -> 
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, shell=True, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert (tmp_path / "photos/train.txt").is_file()
+    assert (tmp_path / "photos/train_list.txt").is_file()
