@@ -157,18 +157,6 @@ export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONSAFEPATH=1   # from Python 3.11: a yaml.py in the caller's folder is not taken for the package
 export PYTHONNOUSERSITE=1 # nor are packages in ~/.local, which a Conda environment would prefer
 
-# Without a config, pretrain and finetune train on a small data set, which is created if it is missing.
-make_quickstart_data() {
-    local argument
-    for argument; do
-        case $argument in -c* | --config* | -h | --help) return 0 ;; esac
-    done
-    case $verb in
-        pretrain) [[ -d data/digits ]] || "$python" -m data_tools digits ;;
-        finetune) [[ -d data/digits_parity ]] || "$python" -m data_tools digits --labels parity ;;
-    esac
-}
-
 verb=${1:-help}
 shift || true
 case $verb in
@@ -178,10 +166,7 @@ case $verb in
         cd -- "$root" && exec "$python" -m pytest "$@"
         ;;
     data) exec "$python" -m data_tools "$@" ;;
-    pretrain | finetune | eval)
-        make_quickstart_data "$@"
-        exec "$python" -m vit_static.launch "$verb" "$@" # possibly in several processes
-        ;;
+    pretrain | finetune | eval) exec "$python" -m vit_static.launch "$verb" "$@" ;; # possibly in several processes
     -h | --help | help) exec "$python" -m vit_static --help ;;
     *) exec "$python" -m vit_static "$verb" "$@" ;;
 esac

@@ -22,9 +22,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_tools.arguments import ToolParser, override_options
-from data_tools.manifest import SOURCE_FILE, read_manifest
 from vit_static.common.io import lock, write_errors, write_json
 from vit_static.common.text import print_line
+from vit_static.data.manifest import SOURCE_FILE, read_manifest
 from vit_static.data.open_set import CLASS_NAMES_FILE
 from vit_static.weights.unpickler import PickledArray, load_pickle
 

@@ -27,11 +27,11 @@ from tqdm import tqdm
 
 from data_tools.arguments import ToolParser, add_label_arguments, data_config, override_options
 from data_tools.class_names import write_class_names
-from data_tools.manifest import read_manifest
 from vit_static.common.io import lock, write_atomically, write_bytes, write_json
 from vit_static.common.text import print_line
 from vit_static.data.image_formats import describe_left_out
 from vit_static.data.image_set import FileDataset
+from vit_static.data.manifest import read_manifest
 from vit_static.data.open_set import CLASS_NAMES_FILE, count_classes, open_set, split_path
 from vit_static.data.table import is_table
 from vit_static.data.webdataset import LABEL_EXTENSION, UNFINISHED_FILE

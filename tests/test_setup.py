@@ -74,9 +74,7 @@ class Checkout:
         for name in ("launch", "config", "common"):
             shutil.copytree(ROOT / "vit_static" / name, package / name)
         self.caller_folder = folder / "caller"
-        (self.caller_folder / "data" / "digits").mkdir(
-            parents=True
-        )  # so that pretrain doesn't create the dataset first
+        self.caller_folder.mkdir()
 
     def start(self, *arguments: str, **environ: str) -> subprocess.Popen[str]:
         inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}

@@ -13,10 +13,10 @@ from helpers.sets import photo, thirteen_images
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
-from data_tools.digits import make_digits
 from vit_static.common.errors import DataError
 from vit_static.config.data_schema import AugmentConfig, DataConfig, EvalConfig
 from vit_static.data.dali_pipeline import eval_pipeline, preprocessing_pipeline, random_crop, train_pipeline
+from vit_static.data.digits import make_digits
 from vit_static.data.image_set import ImageDataset
 from vit_static.data.loader import EvalLoader, TrainLoader
 from vit_static.data.open_set import open_set

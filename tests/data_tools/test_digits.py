@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from data_tools.__main__ import main
-from data_tools.digits import make_digits
+from vit_static.data.digits import make_digits
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SIZE = 80

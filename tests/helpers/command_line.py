@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.digits import make_digits
 from helpers.sets import copy_part
 from helpers.small import ROOT
 from helpers.tiny import tiny_model
+from vit_static.data.digits import make_digits
 
 TINY = (
     tiny_model(dropout=0.1)

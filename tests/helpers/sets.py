@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools.digits import make_digits
 from vit_static.config.data_schema import DataConfig
+from vit_static.data.digits import make_digits
 from vit_static.data.image_pixels import DecodeOptions
 
 UPRIGHT_ON_WHITE = DecodeOptions("apply", (255, 255, 255))  # the config's defaults

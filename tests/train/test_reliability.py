@@ -21,8 +21,8 @@ from helpers.forked_verbs import ForkedVerb, start_verb
 from helpers.small import ROOT, read_state
 from helpers.tiny import tiny_model
 
-from data_tools.digits import make_digits
 from vit_static.checkpoint.resume import verify_files
+from vit_static.data.digits import make_digits
 
 pytestmark = [pytest.mark.reliability, pytest.mark.slow]
 

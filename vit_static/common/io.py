@@ -133,15 +133,15 @@ def file_record(path: Path) -> FileRecord:
 
 
 @contextmanager
-def lock(path: Path, refusal: str, wait_s: float = 0.0) -> Iterator[None]:
+def lock(path: Path, refusal: str, wait_s: float = 0.0, *, announce: bool = True) -> Iterator[None]:
     """Hold an exclusive lock on an existing file or folder. Raise ValueError(refusal) if another process still holds
-    it after `wait_s` seconds.
+    it after `wait_s` seconds. `announce`: tell the user about the wait.
 
     The kernel releases a lock when its process ends, even if it is killed. On network disks that don't support locks,
     this doesn't exclude anyone.
     """
     descriptor = os.open(path, os.O_RDONLY)
-    deadline, has_announced_wait = time.monotonic() + wait_s, False
+    deadline, has_announced_wait = time.monotonic() + wait_s, not announce
     try:
         while not _try_lock(descriptor):
             if time.monotonic() > deadline:

@@ -32,6 +32,11 @@ class DataConfig(Section):
     """The data set and how it is read."""
 
     root: str = Field("data/imagenet", description="folder that contains `train` and `val`")
+    prepare: Literal["digits", "digits_parity"] | None = Field(
+        None,
+        description="create this data set as `root` if that folder doesn't exist; null: don't. -o data.root=DIR turns "
+        "it off",
+    )
     train: str = Field(
         "train", description="below root: class folders, a list file, a table, or a folder of WebDataset shards"
     )

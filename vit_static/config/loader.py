@@ -46,7 +46,10 @@ def load_config(path: Path | None, overrides: Iterable[str] = ()) -> Config:
     """
     values = {} if path is None else _read_file(path)
     values.setdefault("name", "run" if path is None else path.stem)
+    prepared_root = _root(values)
     overridden = {tuple(_apply_override(values, override)): override for override in overrides}
+    if ("data", "prepare") not in overridden and _root(values) != prepared_root:
+        values["data"].pop("prepare", None)  # the file's data set belongs to the file's folder
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -54,6 +57,12 @@ def load_config(path: Path | None, overrides: Iterable[str] = ()) -> Config:
         override = next((text for key, text in overridden.items() if _concerns(location, key)), None)
         origin = f"-o {truncate(override)}" if override is not None else path or "-o"
         raise ConfigError(f"{origin}: {_describe_first_mistake(error)}") from None
+
+
+def _root(values: dict[str, Any]) -> Any:
+    """Return data.root of a config that hasn't been validated; None if it isn't set."""
+    data = values.get("data")
+    return data.get("root") if isinstance(data, dict) else None
 
 
 def _concerns(location: Sequence[Any], key: Sequence[Any]) -> bool:

@@ -49,6 +49,18 @@ def loss_weights(loss: LossConfig, images: ImageDataset) -> LossWeights:
     return LossWeights(classes, positives)
 
 
+def require_weight_files(loss: LossConfig) -> None:
+    """Raise ConfigError for a file of weights that can't be opened; what it must contain depends on the images."""
+    for key in ("class_weights", "pos_weight"):
+        setting = getattr(loss, key)
+        if setting in ("none", "balanced") or (key == "pos_weight" and loss.pos_weight_number is not None):
+            continue
+        try:
+            Path(setting).open("rb").close()
+        except OSError as error:
+            raise _unreadable(Path(setting), f"loss.{key}", error) from None
+
+
 def _class_weights(setting: str, labels: Labels, names: Sequence[str]) -> np.ndarray:
     """Return the class weights of `balanced` or of a file, scaled so that the mean over the images is 1, float64."""
     if setting == "balanced":
@@ -82,9 +94,7 @@ def read_class_weights(path: Path, key: str, names: Sequence[str]) -> np.ndarray
             if line.strip()
         ]
     except OSError as error:
-        raise ConfigError(
-            f"{key} = {path}: can't be read ({os_reason(error)}); set none, balanced or a file of weights"
-        ) from None
+        raise _unreadable(path, key, error) from None
     except UnicodeDecodeError:
         raise DataError(f"{path}: is not UTF-8 text; {key} takes a file with one number per class") from None
     has_names = any(len(line.split()) > 1 for _, line in lines)
@@ -109,6 +119,10 @@ def read_class_weights(path: Path, key: str, names: Sequence[str]) -> np.ndarray
             f"{path}: has no weight for the class {missing!r}; write one number for each of {len(names)} classes"
         )
     return weights
+
+
+def _unreadable(path: Path, key: str, error: OSError) -> ConfigError:
+    return ConfigError(f"{key} = {path}: can't be read ({os_reason(error)}); set none, balanced or a file of weights")
 
 
 def _positive_number(text: str, where: str) -> float:

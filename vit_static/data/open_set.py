@@ -17,10 +17,11 @@ from vit_static.config.data_schema import DataConfig
 from vit_static.data.image_formats import describe_left_out, is_image_name, left_out_kind
 from vit_static.data.image_set import FileDataset, ImageDataset
 from vit_static.data.list_file import ImageList, Labels, read_list
+from vit_static.data.manifest import CLASS_NAMES_FILE
+from vit_static.data.prepare import prepare_set
 from vit_static.data.table import Table, is_table, read_table
 from vit_static.data.webdataset import UNFINISHED_FILE, open_shards
 
-CLASS_NAMES_FILE = "class_names.txt"
 _MAX_NAMED_CLASSES = 8
 _LINE_ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
 CHECK_FILE = "data_check.json"  # written into ROOT by `./run.sh data check ROOT`
@@ -36,8 +37,9 @@ def open_set(data: DataConfig, split: str, num_classes: int) -> ImageDataset:
 
     Class folders are labelled in sorted order, and so are a table's names of classes. Raise DataError, with the remedy,
     if something is missing or empty, if train and val have different classes, if there aren't `num_classes` of them, or
-    if an image has several labels without `data.multi_label`.
+    if an image has several labels without `data.multi_label`. A data set that data.prepare names is created first.
     """
+    prepare_set(data)
     path = split_path(data, split)
     images = _open(path, data, split, num_classes)
     if data.on_bad_image == "skip":
@@ -195,8 +197,8 @@ def class_folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(
             f"{folder}: no such folder, list or table; set data.root, data.train and data.val to a folder of class "
-            "folders, a list file, a table (.csv, .tsv, .parquet), or a folder of shards ('./run.sh data digits' makes "
-            "a small dataset; the README explains the layout of ImageNet)"
+            "folders, a list file, a table (.csv, .tsv, .parquet), or a folder of shards. configs/IMAGENET.md explains "
+            "how to prepare ImageNet, configs/DATA.md your own images; './run.sh data digits' makes a small data set"
         )
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:

@@ -20,13 +20,27 @@ from vit_static.checkpoint.sharded_state import ShardedReader
 from vit_static.common.errors import WeightsError
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
+from vit_static.data.class_balance import require_weight_files
 from vit_static.model.vit import VisionTransformer
-from vit_static.parallel.mesh import Mesh
+from vit_static.parallel.mesh import Mesh, choose_device
+from vit_static.program.precision import choose_precision
 from vit_static.train.run_dir import RunDir
 from vit_static.train.run_spec import RunSpec
 from vit_static.weights.infer import shape_of_config, with_model_of_init, with_shape
 from vit_static.weights.load import LoadReport, init_from
-from vit_static.weights.source import load_weights
+from vit_static.weights.source import load_weights, require_weights
+
+
+def check_settings(config: Config, resume: str) -> None:
+    """Raise UserError for every mistake that can be found without the data set, before one is created.
+
+    `resume` as in `StartPoint.find`. Called before the processes connect.
+    """
+    device = choose_device(config.device)
+    choose_precision(config.amp, device, config.kernels, config.parallel)
+    require_weight_files(config.loss)
+    if resolve_resume(config.run_dir, resume) is None and config.init.from_ is not None:
+        require_weights(Path(config.init.from_))
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from vit_static.train.results import describe_early_stop, describe_results, merg
 from vit_static.train.run_dir import RunDir
 from vit_static.train.run_info import describe_run
 from vit_static.train.run_spec import RunSpec
-from vit_static.train.start_point import Start, StartPoint, resolve_model, verify_checkpoint
+from vit_static.train.start_point import Start, StartPoint, check_settings, resolve_model, verify_checkpoint
 from vit_static.train.stop import BAD_IMAGE, NONFINITE, ON_REQUEST, UNSAVED, SignalWatch, StopController
 from vit_static.train.summary import start_screen
 
@@ -48,6 +48,7 @@ def train(config: Config, resume: str = "auto") -> bool:
     gradients aren't finite.
     """
     config = resolve_model(config, resume)
+    check_settings(config, resume)
     spec = RunSpec.resolve(config)
     with RunDir.locked(config, spec.rank) as run:
         start_point = StartPoint.find(config, run, resume)

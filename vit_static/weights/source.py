@@ -82,7 +82,17 @@ def load_weights(path: Path, *, ema: bool = False, which: WhichWeights = "last")
     newest = latest_checkpoint(path)
     if newest is not None:
         return _load_checkpoint(newest, ema=ema)
-    raise WeightsError(
+    raise _no_weights(path)
+
+
+def require_weights(path: Path) -> None:
+    """Raise WeightsError if there are no weights that `load_weights` would load; their content isn't read."""
+    if not (path.is_file() or (path / MERGED).is_file() or is_checkpoint(path) or latest_checkpoint(path) is not None):
+        raise _no_weights(path)
+
+
+def _no_weights(path: Path) -> WeightsError:
+    return WeightsError(
         f"{path}: {'holds no weights' if path.is_dir() else 'no such file or folder'}; train first "
         "('./run.sh pretrain' makes output/quickstart), or name a run's folder, "
         "a checkpoint (checkpoints/step_*) or a file of weights (.pdparams, .npz, .safetensors)"

@@ -1,9 +1,10 @@
-"""Manifests: the JSON files that record how a folder was made."""
+"""Files beside a dataset's images: the names of its classes, and the record of how the folder was made."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+CLASS_NAMES_FILE = "class_names.txt"
 SOURCE_FILE = "source.json"  # written last, in a folder that is then complete
 
 
