@@ -2,7 +2,7 @@
 # ./run.sh VERB [arguments]: find or create the Python environment, then run the verb in it.
 # ./run.sh --help lists the verbs. From any folder; paths are relative to the caller's.
 #
-#   PYTHON               the Python 3.10-3.12 for .venv
+#   PYTHON               the Python 3.10-3.13 for .venv
 #   VIT_STATIC_DEVICE    cpu or gpu, instead of asking nvidia-smi
 #   VIT_STATIC_MAX_CPU_ISA   avx2: a CPU with larger instruction sets behaves like one with AVX2 only
 #   VIT_STATIC_PADDLE_INDEX   where to get Paddle's GPU build, instead of choosing by the driver
@@ -43,11 +43,11 @@ is_set_up() {
 # ---- creating it ----
 
 real_path_of() { "$1" -c 'import os, sys; print(os.path.realpath(sys.executable))' 2> /dev/null; }
-is_supported() { "$1" -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 12)' 2> /dev/null; }
+is_supported() { "$1" -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 13)' 2> /dev/null; }
 
 find_python() {
     local candidate without_ensurepip=
-    local candidates=(python3 python3.12 python3.11 python3.10)
+    local candidates=(python3 python3.13 python3.12 python3.11 python3.10)
     [[ -z ${PYTHON:-} ]] || candidates=("$PYTHON")
     for candidate in "${candidates[@]}"; do
         is_supported "$candidate" || continue
@@ -59,7 +59,7 @@ find_python() {
     done
     [[ -z $without_ensurepip ]] ||
         fail 2 "$without_ensurepip can't create environments (no ensurepip): apt install python3-venv"
-    fail 2 "no Python 3.10, 3.11 or 3.12 found (tried ${candidates[*]}); name one with PYTHON=/path/to/python3"
+    fail 2 "no Python 3.10, 3.11, 3.12 or 3.13 found (tried ${candidates[*]}); name one with PYTHON=/path/to/python3"
 }
 
 # Paddle's own index has one folder per CUDA version; 3.3.1 is in cu118, cu126, cu129 and cu130. DALI's build is for
@@ -117,7 +117,7 @@ install_packages() {
 # In a subshell, whose end releases the lock; after a kill the kernel releases it.
 make_environment() (
     [[ -z $active ]] || is_supported "$python" ||
-        fail 2 "the active environment $env has no Python 3.10-3.12: deactivate it"
+        fail 2 "the active environment $env has no Python 3.10-3.13: deactivate it"
     exec 9> "${active:-$root/.venv}${active:+/.vit_static}.lock"
     flock -n 9 || { say "waiting for another setup to end ..." && flock 9; }
     ! is_set_up || exit 0 # the other setup has done it

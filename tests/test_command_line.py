@@ -121,6 +121,7 @@ def test_eval_export_and_predict_agree(workplace: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.needs_bfloat16
+@pytest.mark.needs_paddle2onnx
 def test_an_export_reports_the_precision_that_it_runs_in(workplace: Path) -> None:
     """bfloat16 on this CPU, compared with the trained model in float32; float16 needs a GPU."""
     export = ["export", "--checkpoint", "output/tiny", "--out"]

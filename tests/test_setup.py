@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from vit_static.launch import topology
@@ -337,15 +338,57 @@ def declared(*extras: str) -> list[Requirement]:
     return [Requirement(line) for line in lines if line and not line.startswith("#")]
 
 
-@pytest.mark.parametrize("python", ["3.10.0", "3.11.0", "3.12.0"])
-@pytest.mark.parametrize("requirement", declared("cpu", "digits", "test", "lint"), ids=str)
-def test_the_lock_pins_the_requirements_of_setup_cfg(requirement: Requirement, python: str) -> None:
+PYTHONS = ["3.10.0", "3.11.0", "3.12.0", "3.13.0"]
+LOCKED_EXTRAS = ("cpu", "digits", "imagenet", "serve", "onnx", "parquet", "test", "lint")
+
+
+def applies(requirement: Requirement, python: str) -> bool:
     environment = {**default_environment(), "python_full_version": python, "python_version": python[:4]}
-    chosen = [pin for pin in pins(requirement.name) if not pin.marker or pin.marker.evaluate(environment)]
+    return requirement.marker is None or requirement.marker.evaluate(environment)
+
+
+def test_the_lock_has_every_extra_but_the_gpu_build() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    assert {*LOCKED_EXTRAS, "gpu"} == set(config["options.extras_require"])
+    command = LOCK.read_text().splitlines()[1]
+    assert re.findall(r"--extra (\w+)", command) == list(LOCKED_EXTRAS)
+
+
+@pytest.mark.parametrize(
+    ("requirement", "python"),
+    [
+        (requirement, python)
+        for python in PYTHONS
+        for requirement in declared(*LOCKED_EXTRAS)
+        if applies(requirement, python)
+    ],
+    ids=str,
+)
+def test_the_lock_pins_the_requirements_of_setup_cfg(requirement: Requirement, python: str) -> None:
+    chosen = [pin for pin in pins(requirement.name) if applies(pin, python)]
     assert len(chosen) == 1
     (specifier,) = chosen[0].specifier
     assert specifier.operator == "=="
     assert requirement.specifier.contains(specifier.version)
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_lock_pins_one_version_of_each_package(python: str) -> None:
+    names = [canonicalize_name(pin.name) for pin in locked() if applies(pin, python)]
+    assert sorted(names) == sorted(set(names))
+
+
+@pytest.mark.parametrize(
+    ("python", "is_supported"), [("3.9", False), *((v[:4], True) for v in PYTHONS), ("3.14", False)]
+)
+def test_setup_cfg_and_run_sh_support_the_same_pythons(python: str, is_supported: bool) -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    assert SpecifierSet(config["options"]["python_requires"]).contains(f"{python}.0") is is_supported
+    (condition,) = re.findall(r"assert (.*)\[:2\] <= (.*)' 2>", (ROOT / "run.sh").read_text())
+    low, high = (tuple(map(int, re.findall(r"\d+", bound))) for bound in condition)
+    assert (low <= tuple(map(int, python.split("."))) <= high) is is_supported
 
 
 def test_both_builds_of_paddle_have_the_same_version() -> None:

@@ -12,6 +12,7 @@ from vit_static.doctor.checks import BY_NAME
 
 
 @pytest.mark.slow
+@pytest.mark.needs_paddle2onnx
 def test_an_export_in_int8_passes(doctor: Doctor) -> None:
     """(test_runner.py has the one in float32.)"""
     report = doctor("-o", "export.precision=int8", only=("export",))

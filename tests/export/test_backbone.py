@@ -29,6 +29,7 @@ def backbone(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return path
 
 
+@pytest.mark.needs_paddle2onnx
 def test_a_backbone_is_exported_with_its_features(exported: Exported, backbone: Path, tmp_path: Path) -> None:  # noqa: F811
     """Without a config: its file says its model. Its features are those of the model with the head."""
     out, images = tmp_path / "model", exported.validation_images()[:5]

@@ -44,6 +44,7 @@ from vit_static.weights.formats import read_weights
 from vit_static.weights.load import init_from
 
 bfloat16 = pytest.param("bfloat16", marks=pytest.mark.needs_bfloat16)
+int8 = pytest.param("int8", marks=pytest.mark.needs_paddle2onnx)
 
 
 def inputs_and_logits(folder: Path, images: list[Path], precision: Any = None) -> tuple[np.ndarray, np.ndarray]:
@@ -72,7 +73,7 @@ def test_the_inference_model_computes_what_the_model_does(kind: str) -> None:
     assert all((dtype == paddle.float32) == ("norm" in name) for name, dtype in dtypes.items())
 
 
-@pytest.mark.parametrize("precision", ["float32", bfloat16, "int8"])
+@pytest.mark.parametrize("precision", ["float32", bfloat16, int8])
 def test_each_precision_agrees_with_the_trained_model(exported: Exported, tmp_path: Path, precision: str) -> None:
     """The test computes the differences and accuracies, and compares them with those that `export` prints."""
     out = tmp_path / "model"
@@ -108,6 +109,7 @@ def trained_model(exported: Exported) -> Any:
     return model
 
 
+@pytest.mark.needs_paddle2onnx
 def test_onnx_runtime_agrees_with_paddle_inference(exported: Exported, tmp_path: Path) -> None:
     output, error = in_inference_process(export_with_onnx, exported.run, tmp_path / "model")
     assert error is None and "model.onnx (float32): largest difference" in output
@@ -155,6 +157,7 @@ def export_with_bounds(run: Path, out: Path, precision: str, bounds: dict[str, f
         BOUNDS[precision] = before
 
 
+@pytest.mark.needs_paddle2onnx
 def test_beyond_its_bound_nothing_is_written(exported: Exported, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     _, error = in_inference_process(export_with_bounds, exported.run, tmp_path / "model", "int8", {"logit": 1e-3})
@@ -242,8 +245,10 @@ def test_unavailable_options_are_refused_before_anything_is_written(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "paddle2onnx", None)
-    with pytest.raises(UserError, match="paddle2onnx is not installed"):
-        onnx_export.check_installed()
+    for python, reason in (((3, 12), "is not installed"), ((3, 13), r"has no build for Python 3\.13")):
+        with monkeypatch.context() as patched, pytest.raises(UserError, match=f"paddle2onnx {reason}"):
+            patched.setattr(sys, "version_info", python)
+            onnx_export.check_installed()
     with pytest.raises(UserError, match="float16: needs a GPU"):
         export_checkpoint(None, exported.run, tmp_path / "model", ["export.precision=float16"])
     with pytest.raises(UserError, match=r"export\.pixels"):
@@ -270,6 +275,7 @@ def int8_folder(exported: Exported, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.mark.cpu_isa
+@pytest.mark.needs_paddle2onnx
 def test_an_int8_export_is_refused_in_another_precision(exported: Exported, int8_folder: Path) -> None:
     images = exported.validation_images()[:3]
     with pytest.raises(PredictError, match=r"exported for int8, and does not run in float32; .*precision=float32"):
@@ -292,6 +298,7 @@ def int8_logits(folder: Path, images: np.ndarray, **options: Any) -> np.ndarray:
 
 
 @pytest.mark.cpu_isa
+@pytest.mark.needs_paddle2onnx
 def test_int8_products_saturate_on_no_cpu(int8_folder: Path) -> None:
     """Kernels that can't saturate give the same bits, and float32 arithmetic the same values up to rounding."""
     images = np.random.default_rng(0).standard_normal((8, 3, 16, 32)).astype(np.float32) * 3.0
@@ -308,6 +315,7 @@ def test_int8_products_saturate_on_no_cpu(int8_folder: Path) -> None:
 
 
 @pytest.mark.cpu_isa
+@pytest.mark.needs_paddle2onnx
 def test_an_earlier_int8_export_is_refused_where_its_products_saturate(
     int8_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -28,6 +29,11 @@ def check_installed() -> None:
         import onnxruntime  # noqa: F401
         import paddle2onnx  # noqa: F401
     except ImportError as error:
+        if error.name == "paddle2onnx" and sys.version_info >= (3, 13):
+            raise UserError(
+                "ONNX and int8: paddle2onnx has no build for Python {}.{}; export with Python 3.10, 3.11 or 3.12 "
+                "(a newer one runs the result)".format(*sys.version_info)
+            ) from None
         raise UserError(
             f"ONNX export: {error.name} is not installed; './run.sh setup' installs it, and so does 'pip install "
             "paddle2onnx onnx onnxruntime ml_dtypes'"
