@@ -10,7 +10,8 @@ import pytest
 from helpers.small import ROOT
 
 from vit_static.common.errors import ConfigError
-from vit_static.config.loader import RENAMED_KEYS, RENAMED_VALUES, dump_config, load_config
+from vit_static.config.loader import dump_config, load_config
+from vit_static.config.mistakes import OTHER_NAMES, RENAMED_KEYS, RENAMED_VALUES, all_keys
 from vit_static.config.schema import Config, ModelConfig, TrainConfig
 from vit_static.config.section import Section
 from vit_static.model.variants import VARIANTS, grid_of, variant_of
@@ -174,6 +175,49 @@ def test_the_message_for_a_misspelt_override_has_the_nearest_key(override: str, 
     assert f"{wrong} is not a key; did you mean {nearest}?" in message
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.learning_rate=1", "-o optim.learning_rate is not a key; did you mean optim.lr?"),
+        ("lr=1", "-o lr is not a key; did you mean optim.lr?"),
+        ("optim.epochs=3", "-o optim.epochs is not a key; did you mean train.epochs?"),
+        ("data.batch_size=3", "-o data.batch_size is not a key; did you mean data.global_batch_size?"),
+        ("image_size=224,224", "-o image_size is not a key; did you mean model.image_size?"),
+        ("model.image_size=224,224", "-o model.image_size=224,224: a list needs brackets; write [224, 224]"),
+        ("model.image_size=224x160", "-o model.image_size=224x160: a list needs brackets; write [224, 160]"),
+        ("optim.betas=(0.9, 0.99)", "-o optim.betas=(0.9, 0.99): a list needs brackets; write [0.9, 0.99]"),
+        ("optim.lr=1,2", "-o optim.lr=1,2: must be a number"),
+        ("optim.lr=fast", "-o optim.lr=fast: must be a number"),
+        ("optim={lr: fast}", "-o optim={lr: fast}: optim.lr = 'fast': must be a number"),
+        ("train.epochs=0", "-o train.epochs=0: must be above 0"),
+        ("seed=1.5", "-o seed=1.5: must be a whole number"),
+        ("model.pool=max", "-o model.pool=max: must be 'cls', 'gap' or 'cls_gap'"),
+        ("augment.crop_scale=[0.5, 0.1]", "-o augment.crop_scale=[0.5, 0.1]: [0.5, 0.1] must be [min, max], both"),
+    ],
+)
+def test_the_message_for_an_override_names_its_key_once_and_the_remedy(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(None, [override])
+    assert message_of(error).startswith(message)
+
+
+def test_other_programs_names_lead_to_keys_that_exist() -> None:
+    assert set(OTHER_NAMES.values()) <= set(all_keys())
+    assert not set(OTHER_NAMES) & {key.rpartition(".")[2] for key in all_keys()} - {"batch_size"}
+
+
+def test_a_config_of_the_repository_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("deit_s16", "deit_s16.yaml"):
+        assert load_config(Path(name)) == load_config(ROOT / "configs/deit_s16.yaml")
+    Path("deit_s16.yaml").write_text("seed: 3")
+    assert load_config(Path("deit_s16.yaml")).seed == 3
+    for name, similar in (("deit_s", "did you mean deit_s16"), ("quick", "quickstart"), ("zzz", "./run.sh recipes")):
+        with pytest.raises(ConfigError, match="no such file") as error:
+            load_config(Path(name))
+        assert similar in message_of(error)
+
+
 def test_the_message_for_a_key_similar_to_none_lists_all_keys(load_text) -> None:
     with pytest.raises(ConfigError) as error:
         load_text("schedule: {zzzzz: 1}")
@@ -220,8 +264,8 @@ def test_the_message_for_a_key_similar_to_none_lists_all_keys(load_text) -> None
         ("data: {root: [a, b]}", "data.root", "['a', 'b']"),
         ("augment: {antialias: perhaps}", "augment.antialias", "'perhaps'"),
         ("augment: {flip_probability: 1.1}", "augment.flip_probability", "1.1"),
-        ("augment: {crop_scale: [0.5, 0.1]}", "augment", "[0.5, 0.1]"),
-        ("augment: {crop_aspect_ratio: [2, 1]}", "augment", "[2.0, 1.0]"),
+        ("augment: {crop_scale: [0.5, 0.1]}", "augment.crop_scale", "[0.5, 0.1]"),
+        ("augment: {crop_aspect_ratio: [2, 1]}", "augment.crop_aspect_ratio", "[2.0, 1.0]"),
         ("eval: {crop_pct: 0}", "eval.crop_pct", "0"),
         ("parallel: {dp: many}", "parallel.dp", "'many'"),
         ("parallel: {sharding_stage: 4}", "parallel.sharding_stage", "4"),

@@ -1,40 +1,23 @@
-"""YAML config files, overrides, and messages for mistakes in them."""
+"""Config files and overrides."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from vit_static.common.errors import ConfigError, format_value, os_reason, truncate
+from vit_static.common.errors import ConfigError, os_reason, truncate
 from vit_static.common.io import write_atomically
+from vit_static.config.mistakes import describe_mistake
 from vit_static.config.schema import Config
-from vit_static.config.section import Section
 from vit_static.config.yaml_loader import DuplicateKeyError, YamlError, read_yaml
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 DEFAULT_CONFIGS = {"pretrain": CONFIGS / "quickstart.yaml", "finetune": CONFIGS / "quickstart_finetune.yaml"}  # by verb
-
-# Old names are refused, with the new name in the message.
-RENAMED_KEYS = {
-    "train.frozen": "train.freeze",
-    "augment.crop_area": "augment.crop_scale",
-    "augment.crop_aspect": "augment.crop_aspect_ratio",
-    "augment.erase_probability": "augment.random_erasing_probability",
-    "augment.erase_area": "augment.random_erasing_area",
-    "augment.erase_aspect": "augment.random_erasing_aspect_ratio",
-    "augment.erase_with": "augment.random_erasing_with",
-    "augment.mix_switch": "augment.mixup_switch_prob",
-    "augment.repeats": "augment.repeated_aug",
-    "eval.crop_ratio": "eval.crop_pct",
-    "model.norm_after_pool": "model.fc_norm",
-    "model.class_position": "model.class_token_pos_embed",
-}
-RENAMED_VALUES = {("train.freeze", "body"): "backbone"}
 
 _MAX_FILE_BYTES = 256 * 1024
 
@@ -42,8 +25,11 @@ _MAX_FILE_BYTES = 256 * 1024
 def load_config(path: Path | None, overrides: Iterable[str] = ()) -> Config:
     """Return the config in a YAML file (None: the defaults), changed by ``section.key=value`` overrides.
 
-    Raise ConfigError for a file that can't be read, and for unknown keys, wrong types and invalid values.
+    Instead of a path, the name of a config in configs/ will do: deit_s16. Raise ConfigError for a file that can't be
+    read, and for unknown keys, wrong types and invalid values.
     """
+    if path is not None:
+        path = find_config(path)
     values = {} if path is None else _read_file(path)
     values.setdefault("name", "run" if path is None else path.stem)
     prepared_root = _root(values)
@@ -53,22 +39,43 @@ def load_config(path: Path | None, overrides: Iterable[str] = ()) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
+        raise ConfigError(
+            describe_mistake(error, path, overridden, lambda key, value: _is_valid(values, key, value))
+        ) from None
+
+
+def find_config(path: Path) -> Path:
+    """Return the file of a config: the path itself or, for a name without folders, that in configs/ if there is none.
+
+    Raise ConfigError, with similar names, for a name that neither has.
+    """
+    if path.exists() or path.parent != Path():
+        return path
+    name = path.name.removesuffix(".yaml")
+    known = {each.stem: each for each in sorted(CONFIGS.glob("*.yaml"))}
+    if name in known:
+        return known[name]
+    similar = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    remedy = f"did you mean {' or '.join(similar)}?" if similar else "-c takes a YAML file or the name of a recipe"
+    raise ConfigError(f"{path}: there is no such file, nor a config of that name; {remedy} (see './run.sh recipes')")
+
+
+def _is_valid(values: dict[str, Any], key: tuple[str, ...], value: Any) -> bool:
+    """Return whether the key would accept the value."""
+    *sections, last = key
+    changed = {**values, sections[0]: {**values[sections[0]], last: value}} if sections else {**values, last: value}
+    try:
+        Config.model_validate(changed)
+    except ValidationError as error:
         location = error.errors()[0]["loc"]
-        override = next((text for key, text in overridden.items() if _concerns(location, key)), None)
-        origin = f"-o {truncate(override)}" if override is not None else path or "-o"
-        raise ConfigError(f"{origin}: {_describe_first_mistake(error)}") from None
+        return tuple(location[: len(key)]) != key
+    return True
 
 
 def _root(values: dict[str, Any]) -> Any:
     """Return data.root of a config that hasn't been validated; None if it isn't set."""
     data = values.get("data")
     return data.get("root") if isinstance(data, dict) else None
-
-
-def _concerns(location: Sequence[Any], key: Sequence[Any]) -> bool:
-    """Return whether a mistake at `location` is in the overridden `key`, or in a section on the way to it."""
-    length = min(len(location), len(key))
-    return length > 0 and tuple(location[:length]) == tuple(key[:length])
 
 
 def dump_config(config: Config, path: Path) -> None:
@@ -120,44 +127,3 @@ def _apply_override(values: dict[str, Any], override: str) -> list[str]:
             raise ConfigError(f"{origin}: {truncate(section)} is not a section")
     values[last] = value
     return [*sections, last]
-
-
-def _describe_first_mistake(error: ValidationError) -> str:
-    """Describe pydantic's first error in one line: the path of the key, its value, the problem, and the remedy."""
-    mistake = error.errors()[0]
-    location = [str(part) for part in mistake["loc"][: 2 if _section(mistake["loc"][:1]) else 1]]
-    key = ".".join(map(truncate, location))
-    if mistake["type"] == "extra_forbidden":
-        return _describe_unknown_key(key, location, mistake["input"])
-    if mistake["type"] in ("model_type", "dict_type"):
-        return f"{key} = {format_value(mistake['input'])}: is a section; set its keys with -o {key}.KEY=VALUE"
-    new_value = _new_value(key, mistake["input"])
-    if new_value:
-        return f"{key} = {mistake['input']}: {new_value}"
-    problem = mistake["msg"].removeprefix("Value error, ")
-    if mistake["type"] == "value_error":
-        return f"{key}: {problem}" if key else problem
-    return f"{key} = {format_value(mistake['input'])}: {problem[0].lower()}{problem[1:]}"
-
-
-def _describe_unknown_key(key: str, location: Sequence[str], value: Any) -> str:
-    if key in RENAMED_KEYS:
-        new_value = _new_value(RENAMED_KEYS[key], value)
-        return f"{key} is now called {RENAMED_KEYS[key]}" + (f"; {new_value}" if new_value else "")
-    section = _section(location[:-1]) or Config
-    siblings = [field.alias or name for name, field in section.model_fields.items()]
-    nearest = difflib.get_close_matches(location[-1][:100], siblings, n=1)
-    if nearest:
-        return f"{key} is not a key; did you mean {'.'.join([*location[:-1], *nearest])}?"
-    return f"{key} is not a key; there are {', '.join(siblings)}"
-
-
-def _new_value(key: str, value: Any) -> str:
-    is_renamed = isinstance(value, str) and (key, value) in RENAMED_VALUES
-    return f"the value {value} is now called {RENAMED_VALUES[key, value]}" if is_renamed else ""
-
-
-def _section(path: Sequence[Any]) -> type[Section] | None:
-    """Return the section of the config with this name, or None if it isn't a section."""
-    annotation = Config.model_fields[str(path[0])].annotation if path and path[0] in Config.model_fields else None
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
