@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import fragile_decoder
 from helpers.sets import photo
-from helpers.small import ROOT
 
 from vit_static.data import decoder_process
 from vit_static.data.decoder_process import DecoderProcess
 
 
 def test_a_crash_or_a_hang_is_a_finding_about_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder_process, "CHILD_MODULE", "helpers.fragile_decoder")
-    monkeypatch.setenv("PYTHONPATH", str(Path(ROOT) / "tests"))
+    monkeypatch.setattr(decoder_process, "answer_batches", fragile_decoder.answer_batches)
     file = io.BytesIO()
     photo(20, 30).save(file, "JPEG")
     intact = np.frombuffer(file.getvalue(), np.uint8)

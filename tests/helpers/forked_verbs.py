@@ -6,25 +6,20 @@ is not part of it: see helpers/forked_launch.py and helpers/command_line.py.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from subprocess import CompletedProcess
 
-# Its only thread is the main one, so that it can be forked: importing Paddle and DALI starts no other.
-_server = multiprocessing.get_context("forkserver")
+from vit_static.data import fork_server
+
 _IMPORTS = "helpers.forked_imports"
-_server.set_forkserver_preload([_IMPORTS])
-# Starting a process asks all others for their exit codes, each of which can be read once.
-_lock = threading.Lock()
+fork_server.preload(_IMPORTS)
 
 
 @dataclass(frozen=True)
@@ -42,8 +37,7 @@ class ForkedVerb:
     @property
     def exit_code(self) -> int | None:
         """Return the exit code: -9 after SIGKILL, None while the process runs."""
-        with _lock:
-            return self._process.exitcode
+        return fork_server.exit_code(self._process)
 
     def wait(self, timeout_s: float | None = 600) -> int | None:
         """Wait for the end of the process, or for the timeout, and return the exit code."""
@@ -68,17 +62,7 @@ def start_verb(
 
 def start_forked(function: Callable[..., None], *arguments: object) -> ForkServerProcess:
     """Start a function of a module in a process that is forked from one that has imported the package."""
-    module_path = os.environ.get("PYTHONPATH")
-    process = _server.Process(target=_call, args=(module_path, function, arguments))
-    with _lock:
-        # Before Python 3.12.8 the server gets no sys.path, and it passes over a module that it can't find.
-        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
-        try:
-            forkserver.ensure_running()
-        finally:
-            _set_module_path(module_path)
-        process.start()
-    return process
+    return fork_server.start_process(_call, function, arguments)
 
 
 def redirect_output(stdout: Path, stderr: Path) -> None:
@@ -102,15 +86,8 @@ def run_verb(*arguments: object, cwd: Path, timeout_s: float = 240) -> Completed
         return CompletedProcess(list(arguments), code, stdout.read_text(), stderr.read_text())
 
 
-def _set_module_path(module_path: str | None) -> None:
-    os.environ.pop("PYTHONPATH", None)
-    if module_path is not None:
-        os.environ["PYTHONPATH"] = module_path
-
-
-def _call(module_path: str | None, function: Callable[..., None], arguments: Sequence[object]) -> None:
+def _call(function: Callable[..., None], arguments: Sequence[object]) -> None:
     assert _IMPORTS in sys.modules
-    _set_module_path(module_path)
     function(*arguments)
 
 

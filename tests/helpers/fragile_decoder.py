@@ -8,6 +8,7 @@ from typing import Any
 from vit_static.data import decoder_process
 
 decode = decoder_process._Decoder.reports
+_answer_batches = decoder_process.answer_batches
 
 
 def decode_or_fail(decoder: Any, images: list[Any]) -> list[decoder_process.ImageReport]:
@@ -20,6 +21,7 @@ def decode_or_fail(decoder: Any, images: list[Any]) -> list[decoder_process.Imag
     return decode(decoder, images)
 
 
-if __name__ == "__main__":
+def answer_batches(*arguments: Any) -> None:
+    """Run the child of a DecoderProcess with that decoder."""
     decoder_process._Decoder.reports = decode_or_fail
-    decoder_process.main()
+    _answer_batches(*arguments)

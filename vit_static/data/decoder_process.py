@@ -11,14 +11,13 @@ import io
 import os
 import re
 import signal
-import subprocess
-import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from multiprocessing.connection import Connection, Pipe
-from pathlib import Path
+from multiprocessing.context import ForkServerProcess
 from types import TracebackType
 from typing import IO, Any
 
@@ -26,14 +25,15 @@ import numpy as np
 from PIL import Image
 
 from vit_static.common.errors import DataError, RunFailed, escape, truncate
-from vit_static.data.dali_pipeline import decoding_pipeline
+from vit_static.data import fork_server
 from vit_static.data.image_formats import PILLOW_FORMATS
 from vit_static.data.image_pixels import DecodeOptions, decode, prepare_for_dali
 
-CHILD_MODULE = "vit_static.data.decoder_process"
+DALI_MODULE = "vit_static.data.dali_pipeline"  # takes two seconds to import; only the child needs it
 DECODING_BATCH_SIZE = 32
 TIME_LIMIT_S = 120.0  # for a batch; a single image of MAX_PIXELS takes a few seconds
 _START_LIMIT_S = 300.0  # for the imports, on a busy machine
+_READY = "ready"
 _UNSUPPORTED = "Pillow can read it, training's decoder cannot: save it as PNG or JPEG"
 _OPTIONS = DecodeOptions("apply", None)  # which images can be decoded doesn't depend on them
 _SIGNS_OF_AN_END = re.compile(
@@ -79,9 +79,8 @@ class DecoderProcess:
     """
 
     def __init__(self, num_threads: int, device_id: int | None = None, time_limit_s: float = TIME_LIMIT_S) -> None:
-        self._arguments = [str(num_threads), "cpu" if device_id is None else str(device_id)]
-        self._time_limit_s = time_limit_s
-        self._process: subprocess.Popen[bytes] | None = None
+        self._num_threads, self._device_id, self._time_limit_s = num_threads, device_id, time_limit_s
+        self._process: ForkServerProcess | None = None
         self._connection: Connection | None = None
 
     def __enter__(self) -> DecoderProcess:
@@ -113,7 +112,7 @@ class DecoderProcess:
             self._connection.close()
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            self._process.join()
         self._process = self._connection = None
 
     def _report_on_one(self, image: np.ndarray) -> ImageReport:
@@ -131,37 +130,27 @@ class DecoderProcess:
             answer: list[ImageReport] | Exception = connection.recv()
         except (EOFError, OSError):  # also a broken pipe
             assert self._process is not None
-            code = self._process.wait()
+            self._process.join()
+            code = fork_server.exit_code(self._process)
             self.close()
-            return f"makes the decoder crash ({signal_name(code)})"
+            return f"makes the decoder crash ({signal_name(code or 0)})"
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     def _start(self) -> Connection:
         ours, theirs = Pipe()
-        root = str(Path(__file__).parents[2])
-        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-        with tempfile.TemporaryFile() as printed:  # the child has its own descriptor, and reads it as well
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", CHILD_MODULE, str(theirs.fileno()), *self._arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=printed,
-                stderr=printed,
-                pass_fds=[theirs.fileno()],
-                env=os.environ | {"PYTHONPATH": path},
-            )
+        fork_server.preload(DALI_MODULE)
+        try:
+            self._process = fork_server.start_process(answer_batches, theirs, self._num_threads, self._device_id)
             theirs.close()
             self._connection = ours
-            try:
-                is_ready = ours.poll(_START_LIMIT_S) and ours.recv() == "ready"
-            except (EOFError, OSError):
-                is_ready = False
-            if not is_ready:
-                self.close()
-                printed.seek(0)
-                lines = printed.read().decode(errors="replace").strip().splitlines() or ["nothing was printed"]
-                raise RunFailed(f"the process that decodes images can't start: {escape(lines[-1])}")
+            first = ours.recv() if ours.poll(_START_LIMIT_S) else f"nothing happened within {_START_LIMIT_S:.0f} s"
+        except (EOFError, OSError) as error:
+            first = str(error) or "it ended"
+        if first != _READY:
+            self.close()
+            raise RunFailed(f"the process that decodes images can't start: {escape(first)}")
         return ours
 
 
@@ -180,6 +169,7 @@ class _Decoder:
     """The decoder in the child. A pipeline can't be used after an error, and is then built again."""
 
     def __init__(self, num_threads: int, device_id: int | None, printed: IO[bytes]) -> None:
+        self._make_pipeline: Callable[[int, int, int | None], Any] = import_module(DALI_MODULE).decoding_pipeline
         self._num_threads, self._device_id, self._printed = num_threads, device_id, printed
         self._pipelines: dict[int, Any] = {}  # by batch size
         self._threads = ThreadPoolExecutor(num_threads)
@@ -200,7 +190,7 @@ class _Decoder:
         self._printed.seek(0)
         self._printed.truncate()
         if batch_size not in self._pipelines:
-            self._pipelines[batch_size] = decoding_pipeline(batch_size, self._num_threads, self._device_id)
+            self._pipelines[batch_size] = self._make_pipeline(batch_size, self._num_threads, self._device_id)
         try:
             self._pipelines[batch_size].run(encoded=images)
         except RuntimeError:
@@ -261,14 +251,18 @@ def read_header(encoded: np.ndarray) -> ImageHeader | None:
         return None
 
 
-def main() -> None:
+def answer_batches(connection: Connection, num_threads: int, device_id: int | None) -> None:
     """Run the child: answer batches of images with their reports until the parent closes the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    connection = Connection(int(sys.argv[1]))
-    num_threads, device_id = int(sys.argv[2]), None if sys.argv[3] == "cpu" else int(sys.argv[3])
-    with open(2, "r+b", buffering=0, closefd=False) as printed:
-        decoder = _Decoder(num_threads, device_id, printed)
-        connection.send("ready")
+    with tempfile.TemporaryFile(buffering=0) as printed:
+        for descriptor in (1, 2):
+            os.dup2(printed.fileno(), descriptor)
+        try:
+            decoder = _Decoder(num_threads, device_id, printed)
+        except Exception as error:
+            connection.send(str(error) or type(error).__name__)
+            return
+        connection.send(_READY)
         while True:
             try:
                 images = connection.recv()
@@ -278,9 +272,3 @@ def main() -> None:
                 connection.send(decoder.reports(images))
             except Exception as error:  # not about an image: those are in the reports
                 connection.send(error)
-
-
-if __name__ == "__main__":
-    from vit_static.data import decoder_process  # its classes must have the names that the parent imports
-
-    decoder_process.main()
