@@ -166,7 +166,6 @@ case $verb in
         cd -- "$root" && exec "$python" -m pytest "$@"
         ;;
     data) exec "$python" -m data_tools "$@" ;;
-    pretrain | finetune | eval) exec "$python" -m vit_static.launch "$verb" "$@" ;; # possibly in several processes
-    -h | --help | help) exec "$python" -m vit_static --help ;;
+    pretrain | train | finetune | eval) exec "$python" -m vit_static.launch "$verb" "$@" ;; # possibly in several processes
     *) exec "$python" -m vit_static "$verb" "$@" ;;
 esac

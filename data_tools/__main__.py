@@ -17,7 +17,7 @@ from vit_static.common.errors import (
 )
 from vit_static.common.library_output import best_effort
 from vit_static.common.startup import ignored_or, use_utf8
-from vit_static.common.text import print_line, say
+from vit_static.common.text import print_line, program_name, say
 
 # name: (module, summary). A tool's module is imported only when it runs, and has main(argv) -> exit code.
 TOOLS = {
@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def print_tools() -> None:
-    print_line("usage: python -m data_tools NAME [arguments]   (NAME -h shows the arguments of a tool)")
+    program = program_name()
+    print_line(f"usage: {program} data NAME [arguments]   ('{program} data NAME -h' shows the arguments of a tool)")
     print_line("")
     for name, (_, summary) in TOOLS.items():
         print_line(f"  {name:<12}{summary}")

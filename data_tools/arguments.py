@@ -7,11 +7,15 @@ from typing import NoReturn
 
 from pydantic import ValidationError
 
+from vit_static.common.text import program_name
 from vit_static.config.data_schema import DataConfig
 
 
 class ToolParser(argparse.ArgumentParser):
     """A parser that raises ValueError for a wrong argument, where argparse would print its usage and exit."""
+
+    def __init__(self, tool: str, description: str) -> None:
+        super().__init__(prog=f"{program_name()} data {tool}", description=description)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (-h shows the arguments)")

@@ -67,9 +67,7 @@ _FORMATS = {suffix: f.pillow_formats for f in SUPPORTED_FORMATS for suffix in f.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return 1 if training would stop. Raise ValueError for a wrong argument."""
-    parser = ToolParser(
-        prog="vit_static data check", description="Read every image of a dataset with training's decoder."
-    )
+    parser = ToolParser("check", description="Read every image of a dataset with training's decoder.")
     parser.add_argument("root", type=Path, metavar="DIR", help="the dataset, as in data.root")
     parser.add_argument("--train", help="as in data.train (default: train, or train_list.txt of 'data folder')")
     parser.add_argument("--val", help="as in data.val (default: val, or val_list.txt); skipped if it doesn't exist")

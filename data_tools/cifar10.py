@@ -35,7 +35,7 @@ IMAGES_PER_BATCH = 10_000
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Raise ValueError for a wrong argument or archive."""
-    parser = ToolParser(prog="vit_static data cifar10", description="Unpack CIFAR-10 into class folders.")
+    parser = ToolParser("cifar10", description="Unpack CIFAR-10 into class folders.")
     parser.add_argument("--archive", type=Path, metavar="TAR_GZ", required=True, help="cifar-10-python.tar.gz")
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder to create")
     arguments = parser.parse_args(argv)

@@ -12,7 +12,7 @@ DEFAULT_ROOTS = {"digit": Path("data/digits"), "parity": Path("data/digits_parit
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Raise ValueError for a wrong argument."""
-    parser = ToolParser(prog="vit_static data digits", description="Write handwritten digits as JPEG files.")
+    parser = ToolParser("digits", description="Write handwritten digits as JPEG files.")
     parser.add_argument("--labels", choices=list(CLASS_NAMES), default="digit",
                         help="the ten digits, or the two classes even and odd (default: digit)")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR",

@@ -51,9 +51,7 @@ _READ_BATCH_SIZE = 4096  # images that are queued for the threads
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Raise ValueError for a wrong argument or folder."""
-    parser = ToolParser(
-        prog="vit_static data folder", description="Split your own images, one folder per class, and list them."
-    )
+    parser = ToolParser("folder", description="Split your own images, one folder per class, and list them.")
     parser.add_argument("--root", type=Path, metavar="DIR", required=True, help="folder with CLASS/IMAGE.jpg")
     parser.add_argument("--val-share", type=float, default=0.1, help="share of validation images (default: 0.1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split (default: 0)")

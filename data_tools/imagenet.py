@@ -65,7 +65,7 @@ class ExpectedCounts:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Raise ValueError for a wrong argument or archive."""
-    parser = ToolParser(prog="vit_static data imagenet", description="Unpack ImageNet-1k's archives.")
+    parser = ToolParser("imagenet", description="Unpack ImageNet-1k's archives.")
     parser.add_argument("--train", type=Path, metavar="TAR", help="ILSVRC2012_img_train.tar")
     parser.add_argument("--val", type=Path, metavar="TAR", help="ILSVRC2012_img_val.tar")
     parser.add_argument(

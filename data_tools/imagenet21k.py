@@ -40,9 +40,7 @@ _DIGEST_BYTES = 16
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Raise ValueError for a wrong argument or folder."""
-    parser = ToolParser(
-        prog="vit_static data imagenet21k", description="List ImageNet-21k's images, each with all of its labels."
-    )
+    parser = ToolParser("imagenet21k", description="List ImageNet-21k's images, each with all of its labels.")
     parser.add_argument("--root", type=Path, metavar="DIR", required=True, help="folder with images/CLASS/*.JPEG")
     parser.add_argument(
         "--num-classes", type=int, default=NUM_CLASSES, help="for a part of ImageNet-21k (default: 21,841)"

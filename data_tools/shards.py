@@ -51,9 +51,7 @@ class Shard:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Raise ValueError for a wrong argument."""
-    parser = ToolParser(
-        prog="vit_static data shards", description="Pack a dataset into WebDataset shards, for network disks."
-    )
+    parser = ToolParser("shards", description="Pack a dataset into WebDataset shards, for network disks.")
     parser.add_argument("--root", type=Path, metavar="DIR", help="the dataset, as in data.root")
     parser.add_argument("--train", default="train", help="class folders, a list file or a table in it (default: train)")
     parser.add_argument("--val", default="val", help="the same; skipped if it doesn't exist (default: val)")

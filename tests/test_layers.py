@@ -37,7 +37,17 @@ LAYERS = [
     "__init__",
 ]
 WITHOUT_PADDLE = ["report", "launch", "config", "common"]  # but for common/startup.py, which imports it on request
-COMMON = {"errors", "io", "startup", "library_output", "cpu", "hardware", "text", "drawing"}  # a closed list
+COMMON = {
+    "errors",
+    "io",
+    "startup",
+    "library_output",
+    "cpu",
+    "hardware",
+    "text",
+    "drawing",
+    "terminal",
+}  # a closed list
 
 
 def modules() -> dict[str, Path]:

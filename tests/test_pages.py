@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers.small import ROOT
 
-from vit_static.cli import make_parser
+from vit_static.cli.parser import make_parser
 from vit_static.config.loader import load_config
 
 CONFIGS = ROOT / "configs"

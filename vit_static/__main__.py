@@ -28,7 +28,7 @@ from vit_static.common.text import print_text, say
 MAX_LIBRARY_LINES = 40  # shown before a traceback
 # Verbs whose product is what they print: when its reader, such as `head`, has left, they are done. The others only
 # report on what they do, and continue without a reader.
-PRINTING_VERBS = frozenset({"bench", "eval", "plan", "predict", "probe"})
+PRINTING_VERBS = frozenset({"bench", "completion", "config", "eval", "models", "plan", "predict", "probe", "recipes"})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     handle_stop_signals()
     sys.stderr = best_effort(sys.stderr)
     try:
-        from vit_static.cli import parse_arguments  # here, because its imports take long enough to be interrupted
+        from vit_static.cli.parser import (
+            parse_arguments,  # here, because its imports take long enough to be interrupted
+        )
 
         arguments = parse_arguments(argv)
         if arguments.verb not in PRINTING_VERBS:

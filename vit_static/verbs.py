@@ -29,6 +29,41 @@ def refuse_run_sh_verb(arguments: argparse.Namespace) -> int:
     raise UserError(f"{arguments.verb} is a verb of run.sh itself: call ./run.sh {arguments.verb}")
 
 
+def run_config(arguments: argparse.Namespace) -> int:
+    """Explain config keys, or print a config. This needs no Paddle."""
+    from vit_static.config import print_reference
+
+    has_config = arguments.config is not None or arguments.overrides
+    if arguments.diff and not has_config:
+        raise UserError("--diff compares a config with the defaults; name one: --diff -c NAME")
+    query = " ".join(arguments.query) or None
+    if query is not None and has_config:
+        raise UserError(f"{query}: explains a key, and -c or -o prints a config; leave out one of them")
+    if not has_config:
+        print_reference.print_keys(query)
+    elif arguments.diff:
+        print_reference.print_changes(_load_config(arguments))
+    else:
+        print_reference.print_config(_load_config(arguments))
+    return EXIT_DONE
+
+
+def run_models(arguments: argparse.Namespace) -> int:
+    """List the model variants. This needs no Paddle."""
+    from vit_static.model.variants import print_variants
+
+    print_variants(arguments.image_size or 224, arguments.num_classes)
+    return EXIT_DONE
+
+
+def run_recipes(arguments: argparse.Namespace) -> int:
+    """List the configs in configs/. This needs no Paddle."""
+    from vit_static.config.print_reference import print_recipes
+
+    print_recipes()
+    return EXIT_DONE
+
+
 def run_training(arguments: argparse.Namespace) -> int:
     """Train: `pretrain` and `finetune` differ only in their default config."""
     config = _load_config(arguments)

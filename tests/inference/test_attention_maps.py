@@ -18,7 +18,7 @@ from helpers.small import SMALL, images_and_labels, model_logits
 from helpers.tiny import tiny_model
 from PIL import ExifTags, Image
 
-from vit_static.cli import make_parser
+from vit_static.cli.parser import make_parser
 from vit_static.common import drawing
 from vit_static.common.errors import PredictError, UserError
 from vit_static.config.loader import load_config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import sys
 import unicodedata
@@ -20,6 +21,11 @@ _UNSAFE_CATEGORIES = ("Cc", "Cs", "Zl", "Zp")  # control characters, surrogates,
 # Spreadsheets evaluate a cell that begins with one of these, or with its full-width form, as a formula.
 _FORMULA_STARTS = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+
+
+def program_name() -> str:
+    """Return what a user types to start this program; another entry point than run.sh sets VIT_STATIC_PROGRAM."""
+    return os.environ.get("VIT_STATIC_PROGRAM") or "./run.sh"
 
 
 def say(line: str, program: str = "vit_static") -> None:

@@ -17,7 +17,11 @@ from vit_static.config.schema import Config
 from vit_static.config.yaml_loader import DuplicateKeyError, YamlError, read_yaml
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-DEFAULT_CONFIGS = {"pretrain": CONFIGS / "quickstart.yaml", "finetune": CONFIGS / "quickstart_finetune.yaml"}  # by verb
+DEFAULT_CONFIGS = {  # by verb
+    "pretrain": CONFIGS / "quickstart.yaml",
+    "train": CONFIGS / "quickstart.yaml",  # another name of pretrain
+    "finetune": CONFIGS / "quickstart_finetune.yaml",
+}
 
 _MAX_FILE_BYTES = 256 * 1024
 

@@ -93,7 +93,7 @@ def main() -> int:
         config = load_config(None) if is_worker(os.environ) else config_of(argv)
         layout = find_layout(os.environ, config.device)
         warn_of_idle_nodes(os.environ)
-        max_restarts = config.train.max_restarts if argv[:1] in (["pretrain"], ["finetune"]) else 0
+        max_restarts = config.train.max_restarts if is_training(argv) else 0
         if layout.num_nodes * layout.num_local == 1 and max_restarts == 0:
             # Run as a module, not imported: the package's __main__ is the highest layer and parses sys.argv itself.
             runpy.run_module("vit_static", run_name="__main__", alter_sys=True)
@@ -105,6 +105,11 @@ def main() -> int:
     except TimeoutError as error:
         say(str(error))
         return EXIT_FAILED
+
+
+def is_training(argv: Sequence[str]) -> bool:
+    """Return whether the arguments are those of a verb that trains."""
+    return bool(argv) and argv[0] in DEFAULT_CONFIGS
 
 
 def config_of(argv: Sequence[str]) -> Config:
@@ -144,7 +149,7 @@ def launch(argv: Sequence[str], layout: Layout, config: Config, max_restarts: in
                 say(failure.message + used_up + (f"; the end of {failure.log}:" if failure.log else ""))
                 if failure.tail:
                     print_text(failure.tail, sys.stderr, flush=True)
-                has_log = argv[:1] in (["pretrain"], ["finetune"]) and (config.run_dir / "log").is_dir()
+                has_log = is_training(argv) and (config.run_dir / "log").is_dir()
                 if is_restartable and failure.code != EXIT_UNANSWERED and has_log:
                     say(f"the output of Paddle and DALI is in {config.run_dir / 'log'}")
             return ending.code

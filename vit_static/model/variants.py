@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from vit_static.common.errors import ConfigError
+from vit_static.common.terminal import print_table
 from vit_static.config.schema import ModelConfig
-from vit_static.model.flops import Shape
+from vit_static.model.flops import Shape, forward_macs
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,22 @@ def variant_of(config: ModelConfig) -> Variant:
             f"model.{key} = 'sincos2d': needs a width that is a multiple of 4, not {variant.width}; set model.width"
         )
     return variant
+
+
+def print_variants(image_size: int, num_classes: int) -> None:
+    """Print all variants with their dimensions, parameters and operations for square images of `image_size` pixels.
+
+    For the patches of 14 pixels the size is rounded to a multiple of 14.
+    """
+    rows = []
+    for name, variant in VARIANTS.items():
+        side = max(round(image_size / variant.patch_size), 1) * variant.patch_size
+        model = ModelConfig(variant=name, image_size=(side, side), num_classes=num_classes)
+        size = f"{num_parameters(model) / 1e6:,.1f} M", f"{2 * forward_macs(shape_of(model)) / 1e9:,.1f}"
+        dimensions = variant.width, variant.depth, variant.num_heads, variant.mlp_dim
+        rows.append((name, *size, *dimensions, variant.patch_size, side))
+    headers = ("Variant", "Parameters", "GFLOP per image", "Width", "Depth", "Heads", "MLP", "Patch", "Image")
+    print_table(headers, rows, right=range(1, len(headers)))
 
 
 def require_head(config: ModelConfig) -> None:

@@ -1,0 +1,213 @@
+"""The parser: help of every verb, answers to mistakes, shell completion; and the verbs that explain the program."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from helpers.small import ROOT
+
+from vit_static.cli.completion import completion_script
+from vit_static.cli.parser import make_parser, parse_arguments, verbs_of
+from vit_static.common.errors import UserError
+from vit_static.config.loader import load_config
+from vit_static.config.recipes import list_recipes
+from vit_static.config.yaml_loader import read_yaml
+from vit_static.model.variants import VARIANTS
+
+
+def leaf_verbs() -> dict[str, argparse.ArgumentParser]:
+    verbs = verbs_of(make_parser())
+    benches = verbs_of(verbs.pop("bench"))
+    return verbs | {f"bench {name}": parser for name, parser in benches.items()}
+
+
+VERBS = leaf_verbs()
+
+
+def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    arguments = parse_arguments(words)
+    assert arguments.handler(arguments) == 0
+    return capsys.readouterr().out
+
+
+# Help
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_full_sentences_and_two_examples_that_are_accepted(verb: str) -> None:
+    parser = VERBS[verb]
+    shown_name = {"train": "pretrain"}.get(verb, verb)
+    text = parser.format_help()
+    assert text.startswith(f"usage: ./run.sh {shown_name} ")
+    for sentence in [parser.description, *(action.help for action in parser._actions)]:
+        assert sentence == argparse.SUPPRESS or re.match(r"[A-Z]|show this|ImageNet|auto|gpu: [A-Z]", sentence)
+        assert sentence == argparse.SUPPRESS or sentence.endswith((".", "exit")), sentence
+    examples = text.partition("Examples:\n")[2].splitlines()
+    assert len(examples) >= 2
+    for example in examples:
+        words = shlex.split(example.split("|")[0].split(">")[0])
+        words = words[words.index("./run.sh") + 1 :]
+        assert words[: len(shown_name.split())] == shown_name.split()
+        if words[0] in ("setup", "test", "data") or "--help" in words:
+            continue
+        arguments = parse_arguments(words)
+        if getattr(arguments, "config", None) is not None:
+            path = arguments.config
+            load_config(ROOT / path if path.parts[0] == "configs" else path, arguments.overrides)
+
+
+def test_help_lists_every_verb_and_no_line_is_wider_than_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    text, _, _ = make_parser().format_help().partition("Examples:")
+    assert all(re.search(rf"[ (]{name.split()[0]}\b", text) for name in VERBS)
+    assert max(map(len, text.splitlines())) <= 40
+
+
+@pytest.mark.parametrize(
+    "words", [("help",), ("--help",), ("help", "bench", "train"), ("help", "config"), ("train", "-h")]
+)
+def test_help_is_printed(capsys: pytest.CaptureFixture[str], words: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments(words)
+    assert ended.value.code == 0 and "Examples:\n" in capsys.readouterr().out
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(["--version"])
+    assert re.fullmatch(r"vit_static \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+def test_another_entry_point_has_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIT_STATIC_PROGRAM", "vit_static")
+    text = verbs_of(make_parser())["pretrain"].format_help()
+    assert text.startswith("usage: vit_static pretrain ") and "./run.sh" not in text
+
+
+def test_train_is_pretrain() -> None:
+    given, other = parse_arguments(["train", "-o", "seed=1"]), parse_arguments(["pretrain", "-o", "seed=1"])
+    assert (given.handler, given.config, given.overrides) == (other.handler, other.config, other.overrides)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("trian", "trian is not a verb; did you mean train?"),
+        ("help trian", "trian is not a verb; did you mean train?"),
+        ("pretrian", "did you mean pretrain?"),
+        ("qqqq", "'./run.sh --help' lists the verbs"),
+        ("attend one.png", "the verb attend is now called visualize: ./run.sh visualize"),
+        ("pretrain -o seed=1 optim.lr=2", "-o takes one key; write -o seed=1 -o optim.lr=2"),
+        ("pretrain -o 'optim.betas=[0.9, 0.99]' seed=1", "write -o 'optim.betas=[0.9, 0.99]' -o seed=1"),
+        ("visualize --model m -o seed=1 optim.lr=2 one.png", "-o takes one key; write -o seed=1 -o optim.lr=2"),
+        ("pretrain --optim.lr=1e-3", "--optim.lr is not an option; config keys are set with -o: -o optim.lr=1e-3"),
+        ("pretrain --epochs 3", "config keys are set with -o: -o train.epochs=3"),
+        ("pretrain --learning-rate=0.1", "config keys are set with -o: -o optim.lr=0.1"),
+        ("pretrain --batch-size", "config keys are set with -o: -o data.global_batch_size=VALUE"),
+        ("pretrain --resum never", "--resum is not an option of ./run.sh pretrain; did you mean --resume?"),
+        ("predict --model m --top_k 3 one.png", "did you mean --top-k?"),
+        ("bench train --round 3", "--round is not an option of ./run.sh bench train; did you mean --rounds?"),
+        ("serve --model m --optim.lr=3", "'./run.sh serve --help' lists the arguments"),
+        ("pretrain quickstart", "quickstart: unexpected argument"),
+        ("bench nothing", "invalid choice: 'nothing'"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_answered_with_the_correct_form(line: str, answer: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_arguments(shlex.split(line))
+    assert answer in str(error.value)
+
+
+def test_words_that_only_look_like_keys_are_accepted() -> None:
+    arguments = parse_arguments(["visualize", "--model", "m", "-o", "seed=1", "a=b.png"])
+    assert arguments.images == [Path("a=b.png")]
+
+
+# Completion
+
+
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("pre", "pretrain predict"),
+        ("pretrain --re", "--resume"),
+        ("pretrain -c deit_", "deit_b16 deit_s16"),
+        ("pretrain -c mi", "mine.yaml"),
+        ("pretrain -o optim.weight_d", "optim.weight_decay="),
+        ("bench in", "infer"),
+        ("export --checkpoint mi", "mine.yaml"),
+        ("eval --weights be", "best"),
+    ],
+)
+def test_bash_completes(tmp_path: Path, line: str, completed: str) -> None:
+    (tmp_path / "mine.yaml").touch()
+    script = completion_script(make_parser(), "bash")
+    assert "complete -o bashdefault -F _vit_static_complete run.sh" in script
+    words = ["./run.sh", *line.split()]
+    given = f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _shtab_vit_static; echo ${{COMPREPLY[*]}}"
+    done = subprocess.run(
+        ["bash", "-c", f"{script}\n{given}"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == completed.split()
+
+
+def test_completion_needs_no_paddle_and_zsh_has_one_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys, "completion", "zsh").startswith("#compdef run.sh")
+
+
+# Verbs that explain the program
+
+
+def test_config_explains_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "config", "optim.lr")
+    assert re.search(r"^Key +Type +Default +Meaning$", text, re.MULTILINE)
+    assert re.search(r"^optim\.lr +number, at least 0 +0\.001 +peak learning rate$", text, re.MULTILINE)
+    assert "augment.random_erasing_probability" in printed(capsys, "config", "random", "erasing")
+    assert len(printed(capsys, "config").splitlines()) > 100
+
+
+def test_config_compares_with_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "config", "--diff", "-c", "quickstart", "-o", "seed=3")
+    assert re.search(r"^seed +0 +3$", text, re.MULTILINE) and "data.root" in text and "kernels." not in text
+    text = printed(capsys, "config", "-c", "quickstart")
+    assert read_yaml(text)["data"]["root"] == "data/digits"
+    for words in (["config", "--diff"], ["config", "optim", "-c", "quickstart"], ["config", "qqqq"]):
+        with pytest.raises(UserError):
+            printed(capsys, *words)
+
+
+def test_models_lists_every_variant(capsys: pytest.CaptureFixture[str]) -> None:
+    """Parameters and multiply-adds as in timm's results for these models at 224 pixels (vit_*_patch16_224)."""
+
+    def rows_of(*options: str) -> dict[str, list[str]]:
+        lines = printed(capsys, "models", *options).splitlines()[1:]
+        return {line.split()[0]: line.split() for line in lines}
+
+    rows = rows_of()
+    assert list(rows) == list(VARIANTS)
+    for name, millions, giga_macs in (("Ti/16", 5.7, 1.26), ("S/16", 22.1, 4.61), ("B/16", 86.6, 17.58)):
+        assert float(rows[name][1]) == millions
+        assert float(rows[name][3]) == pytest.approx(2 * giga_macs, rel=0.01)
+    assert float(rows_of("--image-size", "384")["B/16"][1]) == 86.9
+
+
+def test_recipes_lists_every_config_that_trains_with_task_result_and_machine(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = printed(capsys, "recipes")
+    names = {path.stem for path in (ROOT / "configs").glob("*.yaml")} - {"bench_s16"}
+    assert {line.split()[0] for line in text.splitlines()[1:]} == names
+    for recipe in list_recipes():
+        assert recipe.task and recipe.machine
+        assert recipe.top1 or recipe.name.startswith(("own_images", "ViT_large_patch16_224_in21k"))
+    by_name = {recipe.name: recipe for recipe in list_recipes()}
+    assert by_name["deit_s16"].top1 == "79.9 % (published)" and by_name["deit_s16"].machine == "8 x A100 40 GB"
+    assert by_name["quickstart"].top1 == "at least 97.5 % (measured)"

@@ -1,0 +1,1 @@
+"""Command line: the parser of all verbs, their examples, and answers to mistakes."""

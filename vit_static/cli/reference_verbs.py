@@ -1,0 +1,76 @@
+"""Verbs that explain the program (config, models, recipes, completion), and those that run.sh runs itself."""
+
+from __future__ import annotations
+
+from vit_static import verbs
+from vit_static.cli.arguments import Subparsers, add_config, add_verb, positive_int
+from vit_static.cli.completion import SHELLS, print_completion
+
+
+def add_run_sh(subparsers: Subparsers) -> None:
+    """Add the verbs that run.sh runs itself: they are here to be listed."""
+    for name, summary, examples in (
+        ("setup", "Install the environment.", ["", "VIT_STATIC_DEVICE=cpu {}"]),
+        ("test", "Run the tests; arguments go to pytest.", ["", "tests/data -k sampler"]),
+        ("data", "Prepare and check data sets; 'data --help' lists the tools.", ["--help", "folder --root PICTURES"]),
+    ):
+        add_verb(subparsers, name, summary, verbs.refuse_run_sh_verb, examples=examples)
+
+
+def add_all(subparsers: Subparsers) -> None:
+    """Add the other verbs in the order in which --help lists them."""
+    _add_config_verb(subparsers)
+    _add_models(subparsers)
+    add_verb(
+        subparsers,
+        "recipes",
+        "List the configs in configs/: task, expected top-1 and machine.",
+        verbs.run_recipes,
+        details="-c NAME trains one of them.",
+        examples=["", "| grep deit"],
+    )
+    verb = add_verb(
+        subparsers,
+        "completion",
+        "Print a script with which a shell completes verbs, options, config keys and recipes.",
+        print_completion,
+        details="Load it in the shell's start-up file.",
+        examples=["bash >> ~/.bash_completion", "zsh > ~/.zfunc/_run.sh"],
+    )
+    verb.add_argument("shell", choices=SHELLS, help="Write the script for this shell.")
+
+
+def _add_config_verb(subparsers: Subparsers) -> None:
+    verb = add_verb(
+        subparsers,
+        "config",
+        "Explain the keys of the config: type, default and meaning.",
+        verbs.run_config,
+        details="With -c, print a config with all its keys.",
+        examples=["optim", "random erasing", "--diff -c deit_s16"],
+    )
+    verb.add_argument(
+        "query",
+        nargs="*",
+        metavar="SECTION|KEY",
+        help="Explain this section or key, or all keys that mention this text (default: all keys).",
+    )
+    add_config(verb, None, "the defaults of all keys")
+    verb.add_argument(
+        "--diff", action="store_true", help="List only the keys whose values differ from the defaults; needs -c or -o."
+    )
+
+
+def _add_models(subparsers: Subparsers) -> None:
+    verb = add_verb(
+        subparsers,
+        "models",
+        "List the model variants with their parameters and operations.",
+        verbs.run_models,
+        details="Set one with -o model.variant=NAME; width, depth and the rest can be set separately.",
+        examples=["", "--image-size 384"],
+    )
+    verb.add_argument("--image-size", type=positive_int, metavar="PIXELS", help="Side of the images (default: 224).")
+    verb.add_argument(
+        "--num-classes", type=positive_int, default=1000, metavar="N", help="Width of the head (default: 1000)."
+    )

@@ -1,0 +1,39 @@
+"""Output of the verbs `config` and `recipes`."""
+
+from __future__ import annotations
+
+import yaml
+
+from vit_static.common.terminal import print_table
+from vit_static.common.text import print_line, print_text
+from vit_static.config.describe import changed_keys, describe_section, find_keys
+from vit_static.config.recipes import list_recipes
+from vit_static.config.schema import Config
+
+
+def print_keys(query: str | None) -> None:
+    """Print the keys that a query names, with type, default and meaning. Raise UserError if there are none."""
+    sections = find_keys(query)
+    for number, (section, keys) in enumerate(sections.items()):
+        if number:
+            print_line("")
+        rows = [(key.name, key.type, key.default, key.meaning) for key in keys]
+        print_table(
+            ("Key", "Type", "Default", "Meaning"), rows, title=f"{section or 'config'}: {describe_section(section)}"
+        )
+
+
+def print_changes(config: Config) -> None:
+    """Print the keys whose values differ from the defaults."""
+    print_table(("Key", "Default", "Value"), changed_keys(config))
+
+
+def print_config(config: Config) -> None:
+    """Print a config with all its keys as YAML, which -c can read."""
+    print_text(yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True))
+
+
+def print_recipes() -> None:
+    """Print the configs in configs/ with what they train."""
+    rows = [(recipe.name, recipe.top1, recipe.machine, recipe.task) for recipe in list_recipes()]
+    print_table(("Name", "Expected top-1", "Machine", "Task"), rows)
