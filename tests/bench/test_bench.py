@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
+from helpers.forked_verbs import run_verb
 from helpers.sets import photo
 from helpers.small import ROOT
 from helpers.tiny import TINY_MODEL
@@ -49,16 +49,8 @@ OVERRIDES = [argument for key, value in TINY.items() for argument in ("-o", f"{k
 
 
 def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run `./run.sh bench ...` on a tiny model, in the environment of the tests."""
-    return subprocess.run(
-        [sys.executable, "-m", "vit_static", "bench", *map(str, arguments), *OVERRIDES],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    """Run `bench ...` on a tiny model."""
+    return run_verb("bench", *arguments, *OVERRIDES, cwd=ROOT)
 
 
 def python_candidate(name: str, program: str) -> Candidate:
