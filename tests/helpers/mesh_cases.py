@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import pickle
 import socket
-import subprocess
-import sys
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from multiprocessing.connection import wait as wait_until_ready
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,12 @@ import pytest
 from PIL import Image
 from pydantic import TypeAdapter
 
+from helpers import mesh_worker
+from helpers.forked_verbs import redirect_output, start_forked
 from helpers.mesh_worker import Case, Outcome
-from helpers.small import MESH_MODEL, ROOT
+from helpers.small import MESH_MODEL
 from vit_static.config.schema import ModelConfig, OptimConfig, ParallelConfig
+from vit_static.data import fork_server
 from vit_static.launch import launcher
 
 TIME_LIMIT_S = 900
@@ -204,7 +207,7 @@ class Runs:
         environs = environments(world_size)
         logs = [self._folder / f"log_{world_size}.{rank}" for rank in range(world_size)]
         processes = [
-            start([path, self._folder, self._folder / "images"], environ, log)
+            start_forked(run_rank, environ, path, self._folder, self._folder / "images", log)
             for environ, log in zip(environs, logs, strict=True)
         ]
         with ThreadPoolExecutor(world_size) as threads:
@@ -223,7 +226,6 @@ def environments(world_size: int) -> list[dict[str, str]]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PADDLE_", "SLURM_"))}
     common = {
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "GLOO_SOCKET_IFNAME": launcher.interface_of("127.0.0.1") or "",
         "PADDLE_DISTRI_BACKEND": "gloo",
         "PADDLE_MASTER": store,
@@ -235,26 +237,19 @@ def environments(world_size: int) -> list[dict[str, str]]:
     return [inherited | common | values for values in per_rank]
 
 
-def start(arguments: list[Path], environ: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
-    """Start a worker that is set up as a verb is, and that ends with this process."""
-    call = (
-        "from vit_static.common.startup import prepare_process; prepare_process(verbose=True); import sys; "
-        "from pathlib import Path; from helpers.mesh_worker import main; main(*map(Path, sys.argv[1:]))"
-    )
-    with log.open("wb") as output:
-        return subprocess.Popen(
-            [sys.executable, "-c", call, *map(str, arguments)],
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            preexec_fn=launcher.stop_with_parent,
-        )
+def run_rank(environ: dict[str, str], cases: Path, folder: Path, images: Path, log: Path) -> None:
+    """Run the cases as one rank, in a forked process that ends with the one it is forked from."""
+    launcher.stop_with_parent()
+    redirect_output(log, log)
+    os.environ.clear()
+    os.environ.update(environ)
+    mesh_worker.main(cases, folder, images)
 
 
-def wait_for(process: subprocess.Popen[bytes]) -> None:
+def wait_for(process: ForkServerProcess) -> None:
     """Wait for the process to end; raise ChildProcessError if it failed."""
-    if process.wait():
+    wait_until_ready([process.sentinel])
+    if fork_server.exit_code(process):
         raise ChildProcessError
 
 
