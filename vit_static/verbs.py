@@ -39,7 +39,11 @@ def run_config(arguments: argparse.Namespace) -> int:
     query = " ".join(arguments.query) or None
     if query is not None and has_config:
         raise UserError(f"{query}: explains a key, and -c or -o prints a config; leave out one of them")
-    if not has_config:
+    if arguments.markdown:
+        if query or has_config:
+            raise UserError("--markdown prints the page of all keys: leave out what else is named")
+        print_reference.print_page()
+    elif not has_config:
         print_reference.print_keys(query)
     elif arguments.diff:
         print_reference.print_changes(_load_config(arguments))

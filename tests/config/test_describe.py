@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+from helpers.small import ROOT
 
 from vit_static.common.errors import UserError
 from vit_static.config.describe import changed_keys, describe_keys, describe_section, find_keys
 from vit_static.config.loader import load_config
 from vit_static.config.mistakes import all_keys
+from vit_static.config.print_reference import print_page
 from vit_static.config.yaml_loader import read_yaml
 
 KEYS = {key.name: key for keys in describe_keys().values() for key in keys}
@@ -59,6 +62,14 @@ def test_keys_are_found_by_section_name_and_meaning() -> None:
         find_keys("model.image_sizes")
     with pytest.raises(UserError, match="config' lists all"):
         find_keys("qqqq")
+
+
+def test_the_page_is_that_of_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    print_page()
+    written = (ROOT / "configs/CONFIG.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out == written, "run ./run.sh config --markdown > configs/CONFIG.md"
+    rows = re.findall(r"^\| `([\w.]+)` (?:\|.*[^\s|].*){3}\|$", written, re.MULTILINE)
+    assert rows == list(KEYS)
 
 
 def test_a_config_differs_from_the_defaults_in_what_it_sets(tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def _add_config_verb(subparsers: Subparsers) -> None:
     verb.add_argument(
         "--diff", action="store_true", help="List only the keys whose values differ from the defaults; needs -c or -o."
     )
+    verb.add_argument("--markdown", action="store_true", help="Print all keys as a page, which is configs/CONFIG.md.")
 
 
 def _add_models(subparsers: Subparsers) -> None:

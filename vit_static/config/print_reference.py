@@ -23,6 +23,25 @@ def print_keys(query: str | None) -> None:
         )
 
 
+def print_page() -> None:
+    """Print configs/CONFIG.md: all keys by section, in Markdown."""
+    print_text("""# Every key of the config
+
+Made by `./run.sh config --markdown` from the schema, `vit_static/config/`. `./run.sh config SECTION`, `KEY` or a few
+words ("random erasing") print a part of it; `./run.sh config --diff -c NAME` prints what a config changes.
+A config file has one mapping per section and holds only what differs from the defaults; `-o section.key=value` changes
+a value on the command line. Batch sizes are global.
+""")
+    for section, keys in find_keys(None).items():
+        title = f"`{section}`" if section else "Top level"
+        print_text(
+            f"\n## {title}\n\n{describe_section(section)}\n\n| Key | Type | Default | Meaning |\n|---|---|---|---|\n"
+        )
+        for key in keys:
+            cells = (f"`{key.name}`", key.type, key.default if key.name == "name" else f"`{key.default}`", key.meaning)
+            print_text("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n")
+
+
 def print_changes(config: Config) -> None:
     """Print the keys whose values differ from the defaults."""
     print_table(("Key", "Default", "Value"), changed_keys(config))
