@@ -21,6 +21,7 @@ import safetensors
 import safetensors.numpy
 
 from vit_static.common.errors import WeightsError, truncate
+from vit_static.common.io import set_default_mode
 from vit_static.parallel.dist_values import local_array
 
 _SLICES = "slices"  # header entry of a file: for each tensor in it, the slice's start and the full tensor's shape
@@ -94,6 +95,7 @@ def rank_shard(state: Mapping[str, paddle.Tensor], rank: int) -> RankShard:
 def write_shard(shard: RankShard, path: Path, metadata: Mapping[str, str]) -> None:
     """Write a shard, with `metadata` in the file's header. Raises OSError or SafetensorError."""
     safetensors.numpy.save_file(shard.arrays, path, {**metadata, _SLICES: json.dumps(shard.slices)})
+    set_default_mode(path)
 
 
 def read_shard_metadata(path: Path) -> dict[str, str]:

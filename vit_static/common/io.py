@@ -27,6 +27,7 @@ def write_atomically(path: Path, num_bytes: int | None = None) -> Iterator[Path]
     """Yield a temporary path beside `path`; rename it to `path` at the end, or remove it if the block raises.
 
     So a process that is killed, and a disk that is full, leave the previous file. Missing parent folders are created.
+    The file gets the permissions of the user's umask, whatever the block creates it with.
     `num_bytes`: the size, if it is known. Raises WriteError as `write_errors` does.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -35,6 +36,7 @@ def write_atomically(path: Path, num_bytes: int | None = None) -> Iterator[Path]
         temporary.unlink(missing_ok=True)  # left by a killed process, or a symbolic link to somewhere else
         try:
             yield temporary
+            set_default_mode(temporary)
             fsync(temporary)
             temporary.replace(path)
         finally:
@@ -96,6 +98,24 @@ def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
     """Return this program's folder below XDG_CACHE_HOME or ~/.cache (XDG Base Directory Specification)."""
     given = Path(environ.get("XDG_CACHE_HOME", ""))
     return (given if given.is_absolute() else Path.home() / ".cache") / "vit_static"
+
+
+def set_default_mode(path: Path) -> None:
+    """Give a file the permissions of the user's umask, which libraries that write through a private file ignore."""
+    mode = 0o666 & ~_umask()
+    if path.stat().st_mode & 0o777 != mode:
+        path.chmod(mode)
+
+
+def _umask() -> int:
+    """Return the process's umask without changing it, as os.umask does for a moment and for all threads."""
+    with suppress(OSError):
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+        if "Umask" in fields:  # Linux 4.7
+            return int(fields["Umask"], 8)
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
 
 
 def replace_symlink(link: Path, target: str) -> None:

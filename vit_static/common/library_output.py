@@ -113,7 +113,7 @@ def redirect_library_output(path: Path) -> None:
     printed_so_far = library_output()
     with suppress(OSError):  # the output stays in the temporary file
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         start = os.lseek(descriptor, 0, os.SEEK_END)
         _redirect_to(Redirection(descriptor, path, start))
         _write_redirected(
