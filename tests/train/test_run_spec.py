@@ -32,8 +32,8 @@ def steps_due(spec: RunSpec, name: str, *, evaluated: bool = False) -> list[int]
     return due_steps
 
 
-def test_every_few_steps_are_logged_and_the_last_one_always() -> None:
-    assert steps_due(spec_of(total_steps=23, log={"every_steps": 10}), "log") == [10, 20, 23]
+def test_every_few_steps_are_logged_and_the_first_and_the_last_one_always() -> None:
+    assert steps_due(spec_of(total_steps=23, log={"every_steps": 10}), "log") == [1, 10, 20, 23]
 
 
 def test_a_step_is_logged_once() -> None:

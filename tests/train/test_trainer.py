@@ -25,7 +25,7 @@ def test_a_run_writes_the_files_of_the_contract(finished: Config) -> None:
     # 120 images in batches of 16 for 1.5 epochs: 11 steps; evaluated after the first epoch (step 8) and at the end
     assert load_config(run / "config.yaml") == finished
     lines = metrics(run, "train")
-    assert [line["step"] for line in lines] == [3, 6, 9, 11]
+    assert [line["step"] for line in lines] == [1, 3, 6, 9, 11]
     assert {"epoch", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "mfu", "memory_mb"} <= set(lines[0])
     assert all(50 < line["memory_mb"] < 50_000 for line in lines)
     assert all(0.0 <= line["data_wait"] <= 1.0 and line["images_per_s"] > 0 for line in lines)
@@ -62,7 +62,7 @@ def test_a_resumed_run_ends_with_the_same_bits(run: Config) -> None:
     again = read_state(folder / "model.pdparams")
     assert all(np.array_equal(again[name], expected[name]) for name in expected)
     assert event_names(folder) == ["finished", "resumed", "finished"]
-    resumed = metrics(folder, "train")[4:]
+    resumed = metrics(folder, "train")[5:]
     assert [line["step"] for line in resumed] == [6, 9, 11]
     # The first line's loss is that of one step, so it must be equal too.
     assert all(line["loss"] == losses[line["step"]] for line in resumed)
@@ -77,7 +77,7 @@ def test_a_finished_run_stays_unchanged(run: Config) -> None:
 def test_never_resuming_starts_again(run: Config) -> None:
     shorter = run.model_copy(update={"train": run.train.model_copy(update={"max_steps": 6}), "seed": 9})
     assert train(shorter, resume="never")
-    assert [line["step"] for line in metrics(run.run_dir, "train")] == [3, 6, 9, 11, 3, 6]
+    assert [line["step"] for line in metrics(run.run_dir, "train")] == [1, 3, 6, 9, 11, 1, 3, 6]
     merged = load_weights(run.run_dir / "checkpoints" / "step_00000006").state
     state = read_state(run.run_dir / "model.pdparams")
     assert all(np.array_equal(merged[name], state[name]) for name in state)
@@ -85,7 +85,7 @@ def test_never_resuming_starts_again(run: Config) -> None:
         run.run_dir / "checkpoints_before_1" / "step_00000011"
     ).is_dir()  # the first run's checkpoints are still there
     lines = latest_run(read_metrics(run.run_dir / "metrics.jsonl"))
-    assert [line["step"] for line in lines if line["kind"] == "train"] == [3, 6]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 3, 6]
 
 
 @pytest.mark.parametrize(

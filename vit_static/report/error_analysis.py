@@ -62,6 +62,15 @@ class MisclassifiedImage(BaseModel):
     thumbnail: Base64  # a JPEG file; empty if the image can't be read
 
 
+class CorrectImage(BaseModel):
+    """A correctly classified image, to compare a misclassified one with."""
+
+    path: str
+    label: int
+    probability: float | None
+    thumbnail: Base64  # as in MisclassifiedImage
+
+
 class ErrorAnalysis(BaseModel):
     """The content of evaluation.json.
 
@@ -80,6 +89,7 @@ class ErrorAnalysis(BaseModel):
     matrix: list[list[int]] | None  # number of images by label and predicted class; None for many classes
     classes: list[ClassAccuracy] | None  # the classes with the lowest accuracy, worst first
     images: list[MisclassifiedImage]  # the ones with the highest loss, highest first
+    examples: list[CorrectImage] = []  # at most one per class of `images`
     per_class: list[ClassQuality] | None = None  # of every class; None if an earlier version has written the file
     calibration: Calibration | None = None  # None likewise
 
@@ -99,6 +109,21 @@ def worst_images(predictions: Predictions) -> np.ndarray:
     return wrong[np.argsort(-losses, kind="stable")[:MAX_IMAGES]]
 
 
+def example_images(predictions: Predictions, worst: np.ndarray) -> np.ndarray:
+    """Return the index of a correctly classified image for each class that the images `worst` have or are mistaken for.
+
+    It is the one with the highest probability; a class without a correct prediction has none.
+    """
+    named = [predictions.classes[worst], *([] if predictions.labels is None else [predictions.labels[worst]])]
+    probabilities, is_correct = np.nan_to_num(predictions.probabilities, nan=-1.0), predictions.label_ranks < 1
+    indices = []
+    for label in np.unique(np.concatenate(named)):
+        of_class = np.flatnonzero((predictions.classes == label) & is_correct)
+        if len(of_class):
+            indices.append(of_class[np.argmax(probabilities[of_class])])
+    return np.array(indices, np.int64)
+
+
 def analyze_errors(
     predictions: Predictions,
     class_names: Sequence[str],
@@ -107,8 +132,10 @@ def analyze_errors(
     step: int,
     is_ema: bool,
     threshold: float = 0.5,
+    examples: Sequence[Sample] = (),
 ) -> ErrorAnalysis:
-    """Analyse the errors of an evaluation. `worst` are the images of `worst_images`, in the same order.
+    """Analyse the errors of an evaluation. `worst` are the images of `worst_images`, in the same order, and `examples`
+    those of `example_images`, or none.
 
     `threshold`: the probability from which a class is predicted, if images may have several labels.
     """
@@ -123,6 +150,7 @@ def analyze_errors(
             named |= set(range(num_classes))
         named |= {label for confusion in confusions for label in (confusion.label, confusion.predicted)}
         named |= {accuracy.label for accuracy in classes}
+    worst_indices = worst_images(predictions)
     images = [
         MisclassifiedImage(
             path=to_unicode(sample.path),
@@ -132,9 +160,19 @@ def analyze_errors(
             loss=_finite_or_none(predictions.losses[index]),
             thumbnail="" if sample.encoded is None else _thumbnail(sample.encoded),
         )
-        for index, sample in zip(worst_images(predictions), worst, strict=True)
+        for index, sample in zip(worst_indices, worst, strict=True)
+    ]
+    correct_images = [
+        CorrectImage(
+            path=to_unicode(sample.path),
+            label=int(predictions.classes[index]),
+            probability=_finite_or_none(predictions.probabilities[index]),
+            thumbnail="" if sample.encoded is None else _thumbnail(sample.encoded),
+        )
+        for index, sample in zip(example_images(predictions, worst_indices) if examples else (), examples, strict=True)
     ]
     named |= {label for image in images for label in (*image.labels, image.predicted)}
+    named |= {image.label for image in correct_images}
     return ErrorAnalysis(
         step=step,
         is_ema=is_ema,
@@ -146,6 +184,7 @@ def analyze_errors(
         matrix=matrix,
         classes=classes,
         images=images,
+        examples=correct_images,
         per_class=class_quality(predictions, class_names, num_classes, threshold),
         calibration=calibration(predictions),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vit_static.report import charts
+from vit_static.report.charts import format_number
 from vit_static.report.error_analysis import ErrorAnalysis, MisclassifiedImage
 from vit_static.report.reliability_chart import reliability_chart
 from vit_static.report.tables import MAX_NAME_LENGTH, Table, shorten
@@ -31,6 +31,15 @@ class MatrixRow:
 
 
 @dataclass(frozen=True)
+class CorrectExample:
+    """A correctly classified image beside a misclassified one; `thumbnail` as there."""
+
+    thumbnail: str
+    label: str
+    path: str
+
+
+@dataclass(frozen=True)
 class GalleryImage:
     """A misclassified image and its caption. `thumbnail` is a JPEG file in base64, empty if the image is unreadable."""
 
@@ -40,6 +49,7 @@ class GalleryImage:
     probability: str
     loss: str
     path: str
+    correct: list[CorrectExample]  # of its class and of the one that it is mistaken for, where there are any
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,7 @@ class ErrorSection:
 
     step: str
     weights: str
+    has_errors: bool
     num_errors: str
     num_images: str
     has_several_labels: bool
@@ -65,6 +76,7 @@ def error_section(analysis: ErrorAnalysis) -> ErrorSection:
     return ErrorSection(
         step=f"{analysis.step:,}",
         weights="the moving average of the weights" if analysis.is_ema else "the weights",
+        has_errors=analysis.num_correct < analysis.num_images,
         num_errors=f"{analysis.num_images - analysis.num_correct:,}",
         num_images=f"{analysis.num_images:,}",
         has_several_labels=analysis.has_several_labels,
@@ -107,6 +119,7 @@ def _worst_classes(analysis: ErrorAnalysis) -> Table:
             f"{entry.num_images:,}",
         ]
         for entry in analysis.classes or ()
+        if entry.num_correct < entry.num_images
     ]
     return Table(["class", "top-1 %", "images"], rows, 1)
 
@@ -148,9 +161,16 @@ def _gallery_image(analysis: ErrorAnalysis, image: MisclassifiedImage) -> Galler
         labels=", ".join(_class_name(analysis, label) for label in image.labels) or "?",
         predicted=_class_name(analysis, image.predicted),
         probability="" if image.probability is None else f" ({100 * image.probability:.1f} %)",
-        loss="not finite" if image.loss is None else charts.format_number(image.loss),
+        loss="not finite" if image.loss is None else format_number(image.loss),
         path=image.path,
+        correct=_correct_examples(analysis, image),
     )
+
+
+def _correct_examples(analysis: ErrorAnalysis, image: MisclassifiedImage) -> list[CorrectExample]:
+    by_label = {example.label: example for example in analysis.examples}
+    examples = [by_label[label] for label in (*image.labels, image.predicted) if label in by_label]
+    return [CorrectExample(each.thumbnail, _class_name(analysis, each.label), each.path) for each in examples]
 
 
 def _class_name(analysis: ErrorAnalysis, label: int) -> str:

@@ -31,6 +31,7 @@ END_STATES = {
     "not saved": "stopped: no checkpoint could be written",
     "not finite": "stopped: gradients are not finite",
 }
+SPEED_KEYS = frozenset({"images_per_s", "data_wait", "mfu"})  # of training
 _SESSION_EVENTS = ("started", "resumed")
 _REWIND_EVENTS = ("resumed", "rolled back")  # later steps of the log were undone
 # What is beyond these is no measurement of a run, but damage. Sums of numbers up to the largest are finite.
@@ -69,8 +70,13 @@ class RunLogData:
         return valid
 
     def points(self, kind: str, key: str) -> list[tuple[int, float]]:
-        """Return the finite values of `key` as (step, value), sorted; the last one if a step is logged twice."""
+        """Return the finite values of `key` as (step, value), sorted; the last one if a step is logged twice.
+
+        The speed of the first step is left out, because that step compiles the program.
+        """
         values: dict[int, Any] = {entry["step"]: entry.get(key) for entry in self._entries_of_kind(kind)}
+        if key in SPEED_KEYS:
+            values.pop(1, None)
         return sorted((step, float(value)) for step, value in values.items() if _is_number(value))
 
     def _entries_of_kind(self, kind: str) -> list[dict[str, Any]]:
@@ -119,6 +125,31 @@ class RunLogData:
         sign = -1.0 if self.selection_metric == "loss" else 1.0
         return max(self.selection_values, key=lambda point: sign * point[1], default=None)
 
+    @cached_property
+    def timeline(self) -> list[tuple[int, float | None, float | None]]:
+        """(step, seconds, epoch), sorted by step, from 0 on: the wall time of all sessions and the epochs at the first
+        entry of each step. What the log doesn't have is None everywhere."""
+        before, seconds = 0.0, 0.0  # of earlier sessions, and of the session so far
+        times: dict[int, tuple[Any, Any]] = {}
+        for entry in self.all_entries:
+            if entry.get("event") in _SESSION_EVENTS:
+                before, seconds = before + seconds, 0.0
+            if entry.get("event") in _REWIND_EVENTS:
+                times = {step: time for step, time in times.items() if step <= entry["step"]}
+            if _is_number(entry.get("seconds")):
+                seconds = float(entry["seconds"])
+                times.setdefault(entry["step"], (before + seconds, entry.get("epoch")))
+            elif entry["kind"] != "event":
+                times.setdefault(entry["step"], (None, entry.get("epoch")))
+        has_seconds, has_epochs = (any(_is_number(time[index]) for time in times.values()) for index in (0, 1))
+        complete = {
+            step: (float(seconds) if has_seconds else None, float(epoch) if has_epochs else None)
+            for step, (seconds, epoch) in times.items()
+            if (_is_number(seconds) or not has_seconds) and (_is_number(epoch) or not has_epochs)
+        }
+        complete.setdefault(0, (0.0 if has_seconds else None, 0.0 if has_epochs else None))
+        return [(step, *complete[step]) for step in sorted(complete)]
+
     @property
     def rewinds(self) -> list[dict[str, Any]]:
         """The events at which the run went back to a checkpoint."""
@@ -160,14 +191,37 @@ class RunLogData:
         return next((int(value) for value in reversed(self.values("num_parameters"))), None)
 
     @property
+    def flops_per_image(self) -> float | None:
+        """The floating-point operations of training on one image; None if they aren't logged."""
+        return next(reversed(self.values("train_flops_per_image")), None)
+
+    @property
+    def has_top5(self) -> bool:
+        """Return whether there are more than five classes: else every image is among the top 5."""
+        num_classes = (self.config or {}).get("model.num_classes")
+        return not isinstance(num_classes, int | float) or num_classes > 5
+
+    @property
+    def _events(self) -> list[Any]:
+        """The names of the events of the run itself, None for other entries."""
+        events = [entry.get("event") for entry in self.all_entries]
+        return [event for event in events if event not in (RECORDS_LOST, SINK_FAILED)]
+
+    @property
+    def has_ended(self) -> bool:
+        """Return whether the log says how the run ended."""
+        events = self._events
+        return bool(events) and isinstance(events[-1], str) and events[-1] in END_STATES
+
+    @property
     def state(self) -> str:
         """Return whether the run has finished, was stopped, or may be running."""
-        events = [entry.get("event") for entry in self.all_entries]
-        events = [event for event in events if event not in (RECORDS_LOST, SINK_FAILED)]
-        event = events[-1] if events else None
-        if event == "finished" and len(events) > 1 and events[-2] == EARLY_STOP:
+        events = self._events
+        if not self.has_ended:
+            return "running or killed: the log has no end"
+        if events[-1] == "finished" and len(events) > 1 and events[-2] == EARLY_STOP:
             return "finished early, without an improvement"
-        return END_STATES.get(event if isinstance(event, str) else "", "running or killed: the log has no end")
+        return END_STATES[events[-1]]
 
     @cached_property
     def seconds(self) -> float | None:
@@ -184,6 +238,12 @@ class RunLogData:
     def images_per_s(self) -> float | None:
         """The median over the log steps; None if there are none."""
         values = [value for _, value in self.points("train", "images_per_s")]
+        return statistics.median(values) if values else None
+
+    @cached_property
+    def mfu(self) -> float | None:
+        """The median model FLOPs utilization (0-1) over the log steps; None where the device's peak is unknown."""
+        values = [value for _, value in self.points("train", "mfu")]
         return statistics.median(values) if values else None
 
     @cached_property

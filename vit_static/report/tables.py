@@ -44,3 +44,8 @@ def escape_html(text: str) -> str:
 def shorten(text: str, max_length: int) -> str:
     """Cut a text off after `max_length` characters, and mark the cut."""
     return text if len(text) <= max_length else f"{text[:max_length]}…"
+
+
+def spaced(key: str) -> str:
+    """Return a key as the tables show it."""
+    return key if key == "vit_static" else key.replace("_", " ")

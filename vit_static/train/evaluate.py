@@ -27,7 +27,7 @@ from vit_static.parallel.mesh import Mesh, MeshShape, gpu_capability, num_micro_
 from vit_static.program.precision import choose_attention, choose_precision
 from vit_static.program.program import Program
 from vit_static.report.class_quality import class_quality, write_class_quality
-from vit_static.report.error_analysis import ErrorAnalysis, Sample, analyze_errors, worst_images
+from vit_static.report.error_analysis import ErrorAnalysis, Sample, analyze_errors, example_images, worst_images
 from vit_static.report.predictions import Predictions
 from vit_static.train.extra_eval import ExtraResult, evaluate_extra_sets
 from vit_static.train.metrics import EvalMetrics
@@ -145,24 +145,29 @@ class Evaluator:
         return EvalResult(metrics, ema, predictions, extra)
 
     def analyze_errors(self, result: EvalResult, step: int) -> ErrorAnalysis:
-        """Summarize what the model gets wrong, with the worst images as far as they can be read."""
-        worst = worst_images(result.predictions)
+        """Summarize what the model gets wrong, with the worst images, and correct ones to compare them with, as far as
+        they can be read."""
+        predictions, images = result.predictions, self._loader.images
+        worst = worst_images(predictions)
+        numbers = np.concatenate([worst, example_images(predictions, worst)])
         encoded, labels = [], []
-        if len(worst):
+        if len(numbers):
             with suppress(DataError):  # a disk that has failed meanwhile; the next step reports it
-                batch = self._loader.read(worst)
+                batch = self._loader.read(numbers)
                 encoded, labels = batch.encoded, batch.labels
+        samples = [
+            Sample(images.relative_name(int(number)), *fields)
+            for number, *fields in zip_longest(numbers, encoded, labels)
+        ]
         return analyze_errors(
-            result.predictions,
-            self._loader.images.class_names,
+            predictions,
+            images.class_names,
             self._config.model.num_classes,
-            [
-                Sample(self._loader.images.relative_name(int(number)), *fields)
-                for number, *fields in zip_longest(worst, encoded, labels)
-            ],
+            samples[: len(worst)],
             step,
             result.ema is not None,
             self._config.eval.threshold,
+            samples[len(worst) :],
         )
 
 

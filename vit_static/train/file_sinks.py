@@ -10,7 +10,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from vit_static.common.text import escape_lines, print_text
 from vit_static.report.error_analysis import EVALUATION_FILE, ErrorAnalysis
-from vit_static.report.page import REPORT_FILE, write_report
+from vit_static.report.page import REPORT_FILE, write_live_report, write_report
 from vit_static.report.run_log import METRICS_FILE, RECORDS_LOST
 from vit_static.train.sinks import Record, Sink
 
@@ -132,15 +132,39 @@ def _event_record(event: Any) -> bytes:
 
 
 class ReportPage(Sink["ErrorAnalysis | None"]):
-    """report.html and the error analysis in evaluation.json; None: the latest analysis stays valid."""
+    """report.html and the error analysis in evaluation.json; None: the latest analysis stays valid.
 
-    def __init__(self, run_dir: Path) -> None:
-        self.name, self._run_dir = str(run_dir / REPORT_FILE), run_dir
+    The page reloads itself in a browser until the run ends.
+    """
+
+    MIN_INTERVAL_S = 5.0  # between two pages at log steps
+    MAX_SHARE = 0.02  # of the time, for pages at log steps
+
+    def __init__(self, run_dir: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self.name, self._run_dir, self._clock = str(run_dir / REPORT_FILE), run_dir, clock
+        self._written_analysis: ErrorAnalysis | None = None
+        self._due_at = float("-inf")
+        self._has_live_page = False
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a log step should write the page: not too often, since reading a long log takes time."""
+        return self._clock() >= self._due_at
 
     def write(self, item: ErrorAnalysis | None) -> None:
-        if item is not None:
+        started = self._clock()
+        if item is not None and item is not self._written_analysis:
             item.write(self._run_dir / EVALUATION_FILE)
-        write_report(self._run_dir)
+            self._written_analysis = item
+        self._has_live_page = write_live_report(self._run_dir)
+        finished = self._clock()
+        self._due_at = finished + max(self.MIN_INTERVAL_S, (finished - started) / self.MAX_SHARE)
+
+    def close(self) -> None:
+        """Write the page of a run that has ended without a last one, by an exception: it no longer reloads itself."""
+        if self._has_live_page:
+            self._has_live_page = False
+            write_report(self._run_dir)
 
 
 class Console(Sink[str]):

@@ -31,9 +31,8 @@ class RunLog:
         self._analysis: ErrorAnalysis | None = None
         self._bar = Console()
         self._console: GuardedSink[str] = GuardedSink(self._bar, self._report_failure)
-        self._report: GuardedSink[ErrorAnalysis | None] = GuardedSink(
-            ReportPage(run_dir), self._report_failure, max_buffered=1
-        )
+        self._page = ReportPage(run_dir)
+        self._report: GuardedSink[ErrorAnalysis | None] = GuardedSink(self._page, self._report_failure, max_buffered=1)
         event_files = [EventFile(run_dir, done_steps)] if tensorboard else []
         self._records: list[GuardedSink[Record]] = [
             GuardedSink(sink, self._report_failure) for sink in (MetricsFile(run_dir), *event_files, *trackers)
@@ -66,6 +65,11 @@ class RunLog:
             self._analysis = analysis or self._analysis  # an earlier one may not have been written yet
             self._report.write(self._analysis)
 
+    def update_report(self) -> None:
+        """Write report.html at a log step, unless it was written a short time ago."""
+        if self._page.is_due:
+            self.write_report()
+
     def open_bar(self, total_steps: int, done_steps: int) -> None:
         """Show a progress bar on a terminal; elsewhere the lines of the log steps are all there is."""
         if self._is_writer:
@@ -83,18 +87,24 @@ class RunLog:
     def close_bar(self) -> None:
         self._bar.close_bar()
 
-    def say_train_step(self, step: int, total_steps: int, values: dict[str, float], seconds_left: float) -> None:
-        """Show a log step: in the progress bar if there is one, else as a line."""
+    def say_train_step(self, step: int, total_steps: int, values: dict[str, float], seconds_left: float | None) -> None:
+        """Show a log step: in the progress bar if there is one, else as a line.
+
+        `seconds_left` is None at the first step, whose speed isn't shown either: it compiles the program.
+        """
+        has_speed = seconds_left is not None
         if self._bar.has_bar:
-            self._bar.describe_bar(f"loss {values['loss']:.3f}, {values['images_per_s']:.0f} images/s")
+            speed = f", {values['images_per_s']:.0f} images/s" if has_speed else ""
+            self._bar.describe_bar(f"loss {values['loss']:.3f}{speed}")
             return
-        text = (
-            f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  grad_norm {values['grad_norm']:.2f}  "
-            f"{values['images_per_s']:.0f} images/s  data_wait {values['data_wait']:.1%}"
-        )
-        if values.get("mfu") is not None:
+        text = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  grad_norm {values['grad_norm']:.2f}"
+        if has_speed:
+            text += f"  {values['images_per_s']:.0f} images/s  data_wait {values['data_wait']:.1%}"
+        if has_speed and values.get("mfu") is not None:
             text += f"  mfu {values['mfu']:.1%}"
-        self.say(f"step {step}/{total_steps}  {text}  {duration(seconds_left)} left")
+        if seconds_left is not None:
+            text += f"  {duration(seconds_left)} left"
+        self.say(f"step {step}/{total_steps}  {text}")
 
     def _add_record(self, record: Record, without: object = None) -> None:
         if self._is_writer:

@@ -133,8 +133,9 @@ class MetricLogger:
         self.logged_step = start_step
         self.loss: float | None = None  # the last logged step's, averaged over all ranks
         self._log, self._spec, self._mesh = log, spec, mesh
-        self._start_step = start_step
-        self._flops_per_image = train_flops(shape_of(spec.config.model))
+        self._timed_from = start_step, 0.0  # the step, and the seconds at which it was done, for the expected end
+        self._has_said_end = False
+        self.train_flops_per_image = train_flops(shape_of(spec.config.model))
         self._peak_flops = peak_flops(device_name(mesh), dtype)  # FLOP/s per device; None where unknown
         self._meter, self._started = ThroughputMeter(), time.perf_counter()
 
@@ -161,15 +162,22 @@ class MetricLogger:
             "grad_norm": program.grad_norm(),
             "images_per_s": images_per_s,
             "data_wait": data_wait,
-            "mfu": None if peak is None else images_per_s * self._flops_per_image / (peak * self._mesh.world_size),
+            "mfu": None if peak is None else images_per_s * self.train_flops_per_image / (peak * self._mesh.world_size),
             "memory_mb": memory_mb(self._mesh),
             "seconds": self.seconds,
         }
+        seconds_left = None
+        if step > 1:  # the first step compiles the program, so its speed says nothing about the others
+            seconds_per_step = (self.seconds - self._timed_from[1]) / (step - self._timed_from[0])
+            seconds_left = seconds_per_step * (spec.total_steps - step)
         self._log.record("train", step, spec.epoch(step), **values)
-        seconds_left = self.seconds / (step - self._start_step) * (spec.total_steps - step)
-        if self.logged_step == self._start_step and seconds_left > 0.0:
+        if seconds_left and not self._has_said_end:
+            self._has_said_end = True
             self.say(expected_end(seconds_left))
         self._log.say_train_step(step, spec.total_steps, values, seconds_left)
+        self._log.update_report()
+        if step == 1:
+            self._timed_from = step, self.seconds
         self.logged_step = step
         self._meter.reset(seconds_waited)
 

@@ -116,7 +116,7 @@ class RunSpec:
         passes_eval = num_images // images_per_eval > max(num_images - self.batch_size, 0) // images_per_eval
         save_steps = every.checkpoint.every_steps
         return Due(
-            log=logged_step < step and (step % every.log.every_steps == 0 or is_last),
+            log=logged_step < step and (step == 1 or step % every.log.every_steps == 0 or is_last),
             eval=(passes_eval or is_last) and progress.evaluated_step < step,
             save=passes_eval if save_steps is None else step > 0 and step % save_steps == 0,
             last=is_last,

@@ -280,8 +280,9 @@ class Trainer:
             metrics.say(f"note: {note}")
         event = "resumed" if start.is_resumed else "started"
         metrics.log_event(
-            step, event, format=METRICS_FORMAT, total_steps=spec.total_steps, num_parameters=num_parameters, **info
-        )
+            step, event, format=METRICS_FORMAT, total_steps=spec.total_steps, num_parameters=num_parameters,
+            train_flops_per_image=metrics.train_flops_per_image, **info,
+        )  # fmt: skip
         if spec.has_ended(self.progress) and self.progress.evaluated_step == step:
             more = "more patience" if spec.stops_early(self.progress) else "more epochs"
             metrics.say(f"this run has ended already: set {more}, or start again with --resume never")
@@ -290,6 +291,7 @@ class Trainer:
                 f"eval.metric is {spec.config.selection_metric} now, and was {self.progress.metric}: the best "
                 "checkpoint is chosen among the evaluations from here on"
             )
+        metrics.write_report()
         metrics.open_bar(step)
 
 
