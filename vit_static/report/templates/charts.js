@@ -126,12 +126,12 @@ function emptyPlot(theme, options, xLabel) {
   const isTouch = matchMedia("(pointer: coarse)").matches;
   const plot = Bokeh.Plotting.figure({
     height: 230, sizing_mode: "stretch_width", tools: [], min_border_right: 12, background_fill_color: null,
-    border_fill_color: null, outline_line_color: theme.line, output_backend: "canvas", ...options,
+    border_fill_color: null, outline_line_color: theme.line, ...options,
   });
   plot.toolbar.logo = null;
   plot.toolbar.autohide = true;
   if (isTouch) plot.toolbar_location = null;  // a finger scrolls the page
-  for (const each of [plot.xaxis, plot.yaxis].flatMap(axes => Array.isArray(axes) ? axes : [...axes])) {
+  for (const each of [...plot.below, ...plot.left]) {
     each.axis_line_color = each.major_tick_line_color = theme.line;
     each.minor_tick_line_color = null;
     each.major_label_text_color = each.axis_label_text_color = theme.soft;
@@ -139,8 +139,8 @@ function emptyPlot(theme, options, xLabel) {
     each.axis_label_text_font_size = each.major_label_text_font_size = "11px";
   }
   for (const grid of [...plot.xgrid, ...plot.ygrid]) grid.grid_line_color = theme.line;
-  for (const each of plot.xaxis) each.axis_label = xLabel;
-  for (const {formatter} of plot.yaxis) {
+  for (const each of plot.below) each.axis_label = xLabel;
+  for (const {formatter} of plot.left) {
     if (formatter instanceof Bokeh.BasicTickFormatter) formatter.power_limit_low = -6;  // 0.00001, not 1.000e-5
   }
   return plot;
@@ -192,6 +192,7 @@ function drawLine(plot, chart, line, theme, axis) {
   const dots = data.dots && line.steps.length <= 150 || line.steps.length === 1
     ? plot.scatter({field: "x"}, {field: "y"}, {source, size: 5, line_color: null, fill_color: look.line_color, ...legend}) : null;
   const smooth = data.smooth ? plot.line({field: "x"}, {field: "smooth"}, {...look, line_width: 1.8}) : null;
+  raw.hover_glyph = null;
   drawn.lines.push({line, source, raw, smooth, dots, hasToggle: data.toggles});
   return raw;
 }
