@@ -157,15 +157,11 @@ export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONSAFEPATH=1   # from Python 3.11: a yaml.py in the caller's folder is not taken for the package
 export PYTHONNOUSERSITE=1 # nor are packages in ~/.local, which a Conda environment would prefer
 
-verb=${1:-help}
-shift || true
-case $verb in
+case ${1:-} in
     setup) ;;
     test)
         unset PYTHONDONTWRITEBYTECODE # every one of many processes would compile the package and its tests again
-        cd -- "$root" && exec "$python" -m pytest "$@"
+        cd -- "$root" && exec "$python" -m pytest "${@:2}"
         ;;
-    data) exec "$python" -m data_tools "$@" ;;
-    pretrain | train | finetune | eval) exec "$python" -m vit_static.launch "$verb" "$@" ;; # possibly in several processes
-    *) exec "$python" -m vit_static "$verb" "$@" ;;
+    *) exec "$python" -m vit_static "$@" ;;
 esac

@@ -19,15 +19,15 @@ from vit_static.common.library_output import best_effort
 from vit_static.common.startup import ignored_or, use_utf8
 from vit_static.common.text import print_line, program_name, say
 
-# name: (module, summary). A tool's module is imported only when it runs, and has main(argv) -> exit code.
+# A tool's module has its name, is imported only when it runs, and has main(argv) -> exit code.
 TOOLS = {
-    "digits": ("data_tools.digits", "write scikit-learn's 1,797 handwritten digits as JPEG files in class folders"),
-    "imagenet": ("data_tools.imagenet", "unpack ImageNet-1k's archives into class folders and list files"),
-    "imagenet21k": ("data_tools.imagenet21k", "list ImageNet-21k's images, each with all of its labels"),
-    "folder": ("data_tools.folder", "split your own images, one folder per class, into training and validation"),
-    "cifar10": ("data_tools.cifar10", "unpack CIFAR-10's archive into class folders"),
-    "check": ("data_tools.check", "read every image of a dataset and find those that would stop training"),
-    "shards": ("data_tools.shards", "pack a dataset into WebDataset shards, for network disks"),
+    "digits": "write scikit-learn's 1,797 handwritten digits as JPEG files in class folders",
+    "imagenet": "unpack ImageNet-1k's archives into class folders and list files",
+    "imagenet21k": "list ImageNet-21k's images, each with all of its labels",
+    "folder": "split your own images, one folder per class, into training and validation",
+    "cifar10": "unpack CIFAR-10's archive into class folders",
+    "check": "read every image of a dataset and find those that would stop training",
+    "shards": "pack a dataset into WebDataset shards, for network disks",
 }
 
 # A missing path is the user's mistake here, because the tools open the paths they are given without checking first.
@@ -44,10 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in TOOLS:
         nearest = difflib.get_close_matches(name, TOOLS, n=1, cutoff=0.0)[0]
         return fail("vit_static data", f"unknown tool {name!r}; the nearest is {nearest!r} (-h lists all tools)")
-    module_name, _ = TOOLS[name]
     prefix = f"vit_static data {name}"
     try:
-        return int(importlib.import_module(module_name).main(arguments[1:]))
+        return int(importlib.import_module(f".{name}", __package__).main(arguments[1:]))
     except ValueError as error:
         return fail(prefix, str(error))
     except OSError as error:
@@ -61,7 +60,7 @@ def print_tools() -> None:
     program = program_name()
     print_line(f"usage: {program} data NAME [arguments]   ('{program} data NAME -h' shows the arguments of a tool)")
     print_line("")
-    for name, (_, summary) in TOOLS.items():
+    for name, summary in TOOLS.items():
         print_line(f"  {name:<12}{summary}")
 
 

@@ -32,11 +32,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data_tools.arguments import ToolParser, add_label_arguments, data_config, override_options
-from data_tools.check_journal import BatchResult, Journal, Problem, open_journal
-from data_tools.class_names import write_class_names
-from data_tools.folder import SPLIT_FILE, list_paths
-from data_tools.stratify import SPLITS
 from vit_static.common.errors import DataError, escape
 from vit_static.common.io import write_atomically, write_bytes, write_errors, write_json
 from vit_static.common.text import print_line
@@ -54,6 +49,12 @@ from vit_static.data.open_set import (
     read_label_file,
 )
 from vit_static.data.webdataset import open_shards
+
+from .arguments import ToolParser, add_label_arguments, data_config, override_options
+from .check_journal import BatchResult, Journal, Problem, open_journal
+from .class_names import write_class_names
+from .folder import SPLIT_FILE, list_paths
+from .stratify import SPLITS
 
 STOPPING_KINDS = frozenset({
     "missing", "empty", "unreadable", "truncated", "unsupported", "too_large", "class_folders", "empty_class", "label",

@@ -21,12 +21,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data_tools.arguments import ToolParser, override_options
 from vit_static.common.io import lock, write_errors, write_json
 from vit_static.common.text import print_line
 from vit_static.data.manifest import SOURCE_FILE, read_manifest
 from vit_static.data.open_set import CLASS_NAMES_FILE
 from vit_static.weights.unpickler import PickledArray, load_pickle
+
+from .arguments import ToolParser, override_options
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 BATCHES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "val": ["test_batch"]}

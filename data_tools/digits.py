@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_tools.arguments import ToolParser
 from vit_static.common.text import print_line
 from vit_static.data.digits import CLASS_NAMES, MIN_SIZE, make_digits
+
+from .arguments import ToolParser
 
 DEFAULT_ROOTS = {"digit": Path("data/digits"), "parity": Path("data/digits_parity")}
 

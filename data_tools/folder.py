@@ -26,8 +26,6 @@ from pathlib import Path, PurePath
 
 from tqdm import tqdm
 
-from data_tools.arguments import ToolParser, override_options
-from data_tools.stratify import SPLITS, UserImage, divide, group_of
 from vit_static.common.errors import DataError
 from vit_static.common.io import write_atomically, write_json
 from vit_static.common.text import print_line, say
@@ -43,6 +41,9 @@ from vit_static.data.open_set import (
     read_class_names,
     split_path,
 )
+
+from .arguments import ToolParser, override_options
+from .stratify import SPLITS, UserImage, divide, group_of
 
 SPLIT_FILE = "split.json"
 _MAX_NAMED_FILES = 10  # in an error

@@ -29,11 +29,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_tools.arguments import ToolParser, override_options
 from vit_static.common.io import lock, write_atomically, write_json
 from vit_static.common.text import print_line
 from vit_static.data.manifest import SOURCE_FILE, read_manifest
 from vit_static.data.open_set import CLASS_NAMES_FILE, class_folders, list_folders
+
+from .arguments import ToolParser, override_options
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 SOURCE = "ILSVRC2012"

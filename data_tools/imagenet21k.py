@@ -25,13 +25,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data_tools.arguments import ToolParser, override_options
 from vit_static.common.errors import DataError
 from vit_static.common.io import write_atomically, write_errors
 from vit_static.common.text import print_line, say
 from vit_static.data.image_formats import is_image_name
 from vit_static.data.image_set import read_file
 from vit_static.data.open_set import CLASS_NAMES_FILE
+
+from .arguments import ToolParser, override_options
 
 ALL_LIST, DUMMY_LIST, CACHE_FILE = "image_all_list.txt", "image_dummy_val_list.txt", ".digests.sqlite"
 NUM_CLASSES, NUM_DUMMY = 21_841, 20

@@ -25,8 +25,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data_tools.arguments import ToolParser, add_label_arguments, data_config, override_options
-from data_tools.class_names import write_class_names
 from vit_static.common.io import lock, write_atomically, write_bytes, write_json
 from vit_static.common.text import print_line
 from vit_static.data.image_formats import describe_left_out
@@ -35,6 +33,9 @@ from vit_static.data.manifest import read_manifest
 from vit_static.data.open_set import CLASS_NAMES_FILE, count_classes, open_set, split_path
 from vit_static.data.table import is_table
 from vit_static.data.webdataset import LABEL_EXTENSION, UNFINISHED_FILE
+
+from .arguments import ToolParser, add_label_arguments, data_config, override_options
+from .class_names import write_class_names
 
 MANIFEST_FILE, CONTENTS_FILE = "shards.json", "contents.txt"
 _BLOCK_BYTES = 512  # of tar

@@ -13,6 +13,7 @@ PACKAGE = ROOT / "vit_static"
 PEERS = PACKAGE / "bench" / "peers"  # scripts for other environments, which import nothing of the package
 # From the top down; a folder may import from those below it.
 LAYERS = [
+    "worker",
     "__main__",
     "cli",
     "verbs",
@@ -47,6 +48,7 @@ COMMON = {
     "text",
     "drawing",
     "terminal",
+    "installation",
 }  # a closed list
 
 

@@ -71,7 +71,8 @@ class Checkout:
         package = self.root / "vit_static"
         package.mkdir()
         (package / "__init__.py").touch()
-        (package / "__main__.py").write_text(WORKER)
+        shutil.copy(ROOT / "vit_static" / "__main__.py", package)
+        (package / "worker.py").write_text(WORKER)
         for name in ("launch", "config", "common"):
             shutil.copytree(ROOT / "vit_static" / name, package / name)
         self.caller_folder = folder / "caller"
@@ -339,7 +340,7 @@ def declared(*extras: str) -> list[Requirement]:
 
 
 PYTHONS = ["3.10.0", "3.11.0", "3.12.0", "3.13.0"]
-LOCKED_EXTRAS = ("cpu", "digits", "imagenet", "serve", "onnx", "parquet", "test", "lint")
+LOCKED_EXTRAS = ("cpu", "imagenet", "serve", "onnx", "parquet", "test", "lint")
 
 
 def applies(requirement: Requirement, python: str) -> bool:

@@ -1,12 +1,15 @@
-"""Entry point: run a verb and turn errors into exit codes."""
+"""Entry points: the command `vit_static`, and `main`, which runs a verb and turns errors into exit codes."""
 
 from __future__ import annotations
 
 import os
+import runpy
 import select
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 from typing import TextIO
 
 from vit_static.common.errors import (
@@ -21,14 +24,43 @@ from vit_static.common.errors import (
     WriteError,
     describe_os_error,
 )
+from vit_static.common.installation import IS_WHEEL
 from vit_static.common.library_output import best_effort, library_output
-from vit_static.common.startup import handle_stop_signals, take_stop_signal, use_utf8
+from vit_static.common.startup import handle_stop_signals, take_stop_signal
 from vit_static.common.text import print_text, say
 
 MAX_LIBRARY_LINES = 40  # shown before a traceback
 # Verbs whose product is what they print: when its reader, such as `head`, has left, they are done. The others only
 # report on what they do, and continue without a reader.
 PRINTING_VERBS = frozenset({"bench", "completion", "config", "eval", "models", "plan", "predict", "probe", "recipes"})
+LAUNCHED_VERBS = frozenset({"pretrain", "train", "finetune", "eval"})  # may have several processes
+
+
+def command() -> None:
+    """Do what `./run.sh VERB ...` does with the command line: the entry point of an installed wheel, too.
+
+    The verb runs in this process unless the launcher starts several.
+    """
+    if IS_WHEEL:
+        _set_defaults_of_run_sh()
+    if len(sys.argv) == 1:
+        sys.argv.append("help")
+    verb = sys.argv[1]
+    if verb == "data":
+        del sys.argv[1]
+        module = next(name for name in ("vit_static.data_tools", "data_tools") if find_spec(name))
+    else:
+        module = "vit_static.launch" if verb in LAUNCHED_VERBS else "vit_static.worker"
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _set_defaults_of_run_sh() -> None:
+    """Set the variables that run.sh sets in a source tree, unless the user has."""
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # for the processes that this one starts
+    try:
+        distribution("paddlepaddle-gpu")
+    except PackageNotFoundError:
+        os.environ.setdefault("VIT_STATIC_DEVICE", "cpu")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,5 +144,4 @@ def _fail_with_traceback() -> int:
 
 
 if __name__ == "__main__":
-    use_utf8()
-    sys.exit(main())
+    command()

@@ -148,7 +148,7 @@ class ScriptedJob(Job):
         package = self.code / "vit_static"
         package.mkdir(parents=True)
         (package / "__init__.py").touch()
-        (package / "__main__.py").write_text(SCRIPTED_VERB)
+        (package / "worker.py").write_text(SCRIPTED_VERB)
         for name in ("launch", "config", "common"):
             shutil.copytree(ROOT / "vit_static" / name, package / name)
 

@@ -220,7 +220,7 @@ def print_stages(speeds_by_threads: Mapping[int, Mapping[str, float]], config: C
 
 def measure_sources(config: Config, photos: Path, num_rounds: int, seconds: float) -> dict[str, float]:
     """Return and print the images per second of the same photographs in class folders, in a list and in shards."""
-    pack = [sys.executable, "-m", "data_tools", "shards", "--root", str(photos), "--out"]
+    pack = [sys.executable, "-m", "vit_static", "data", "shards", "--root", str(photos), "--out"]
     subprocess.run([*pack, str(photos / "shards")], check=True, capture_output=True, cwd=ROOT)
     folders = open_set(config.data.model_copy(update={"root": str(photos)}), "train", NUM_PHOTO_CLASSES)
     lines = [f"{folders.name(n)} {folders.read(n)[1][0]}\n" for n in range(len(folders))]

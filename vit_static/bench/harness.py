@@ -80,6 +80,11 @@ def peers_python() -> str:
     The environment is separate because none of the peers is a dependency of the program. Raise UserError if the peers
     can't be installed.
     """
+    if not REQUIREMENTS.is_file():
+        raise UserError(
+            "this benchmark compares with other programs, which only a source tree has the requirements of: call "
+            "'./run.sh bench' there"
+        )
     python, stamp = ENVIRONMENT / "bin" / "python", ENVIRONMENT / "bench.txt"
     requirements = REQUIREMENTS.read_text()
     if not stamp.is_file() or stamp.read_text() != requirements:

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import paddle
 
-from vit_static.bench.harness import ROOT, check_writable
+from vit_static.bench.harness import check_writable
 from vit_static.bench.photos import NUM_PHOTO_CLASSES, write_photos
 from vit_static.bench.step import Speed
 from vit_static.common.errors import ConfigError
+from vit_static.common.installation import CONFIGS
 from vit_static.common.io import write_json
 from vit_static.common.text import print_text
 from vit_static.config.loader import load_config
@@ -69,7 +70,7 @@ def micro_batch_overrides(name: str, num_gpus: int) -> list[str]:
 
     The config's number of GPUs is part of its name: 4n32c means 4 nodes and 32 GPUs.
     """
-    config = load_config(ROOT / "configs" / name)
+    config = load_config(CONFIGS / name)
     gpus_in_name = re.search(r"_\d+n(\d+)c_", name)
     assert gpus_in_name is not None
     micro_batch_size = config.data.global_batch_size // (int(gpus_in_name[1]) * config.parallel.grad_accum_steps)
@@ -78,7 +79,7 @@ def micro_batch_overrides(name: str, num_gpus: int) -> list[str]:
 
 def _measure(name: str, overrides: Sequence[str], seconds: float, *flags: str) -> Speed:
     override_flags = [argument for override in overrides for argument in ("-o", override)]
-    command = [sys.executable, "-m", "vit_static.launch", "bench", "step", "-c", str(ROOT / "configs" / name)]
+    command = [sys.executable, "-m", "vit_static.launch", "bench", "step", "-c", str(CONFIGS / name)]
     finished = subprocess.run(
         [*command, *override_flags, "--seconds", str(seconds), *flags],
         env=dict(os.environ),

@@ -5,13 +5,17 @@ from __future__ import annotations
 from vit_static import verbs
 from vit_static.cli.arguments import Subparsers, add_config, add_verb, positive_int
 from vit_static.cli.completion import SHELLS, print_completion
+from vit_static.common.installation import IS_WHEEL
 
 
 def add_run_sh(subparsers: Subparsers) -> None:
-    """Add the verbs that run.sh runs itself: they are here to be listed."""
-    for name, summary, examples in (
+    """Add the verbs that run.sh or `__main__.command` run: they are here to be listed."""
+    of_run_sh = (
         ("setup", "Install the environment.", ["", "VIT_STATIC_DEVICE=cpu {}"]),
         ("test", "Run the tests; arguments go to pytest.", ["", "tests/data -k sampler"]),
+    )
+    for name, summary, examples in (
+        *(() if IS_WHEEL else of_run_sh),
         ("data", "Prepare and check data sets; 'data --help' lists the tools.", ["--help", "folder --root PICTURES"]),
     ):
         add_verb(subparsers, name, summary, verbs.refuse_run_sh_verb, examples=examples)

@@ -16,9 +16,12 @@ from types import FrameType
 from typing import Any
 
 from vit_static.common.cpu import is_amd_with_avx2, max_cpu_isa, onednn_max_cpu_isa
+from vit_static.common.errors import UserError
+from vit_static.common.installation import IS_WHEEL
 from vit_static.common.library_output import capture_library_output
 
 _M_ARENA_MAX = -8  # malloc.h
+_INSTALL = "run 'pip install vit_static[cpu]'" if IS_WHEEL else "run './run.sh setup'"
 _environ_before: dict[str, str] | None = None  # the environment before `prepare_process`
 _stop_signal: int | None = None  # received while `handle_stop_signals` is in effect
 
@@ -118,7 +121,12 @@ def prepare_process(verbose: bool = False, environ: MutableMapping[str, str] = o
     # Paddle warns on import if this is above 1. Its threads start later, and read the value set below.
     environ["OMP_NUM_THREADS"] = "1"
     with _stop_signals_deferred():
-        import paddle  # noqa: F401
+        try:
+            import paddle  # noqa: F401
+        except ModuleNotFoundError as error:
+            if error.name != "paddle":
+                raise
+            raise UserError(f"Paddle is not installed; {_INSTALL}") from None
 
     environ["OMP_NUM_THREADS"] = num_threads
     if not verbose:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
 import sys
 import unicodedata
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vit_static.common.errors import escape, escape_character
+from vit_static.common.installation import COMMAND, localize
 
 _UNSAFE_CATEGORIES = ("Cc", "Cs", "Zl", "Zp")  # control characters, surrogates, separators of lines and paragraphs
 
@@ -24,13 +24,13 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 def program_name() -> str:
-    """Return what a user types to start this program; another entry point than run.sh sets VIT_STATIC_PROGRAM."""
-    return os.environ.get("VIT_STATIC_PROGRAM") or "./run.sh"
+    """Return what a user types to start this program."""
+    return COMMAND
 
 
 def say(line: str, program: str = "vit_static") -> None:
     """Print a status line of a program or tool on stderr, so that stdout holds only results."""
-    print(escape(f"{program}: {line}"), file=sys.stderr, flush=True)
+    print(escape(f"{program}: {localize(line)}"), file=sys.stderr, flush=True)
 
 
 def print_line(line: object, *, flush: bool = False) -> None:

@@ -11,12 +11,12 @@ import yaml
 from pydantic import ValidationError
 
 from vit_static.common.errors import ConfigError, os_reason, truncate
+from vit_static.common.installation import CONFIGS
 from vit_static.common.io import write_atomically
 from vit_static.config.mistakes import describe_mistake
 from vit_static.config.schema import Config
 from vit_static.config.yaml_loader import DuplicateKeyError, YamlError, read_yaml
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 DEFAULT_CONFIGS = {  # by verb
     "pretrain": CONFIGS / "quickstart.yaml",
     "train": CONFIGS / "quickstart.yaml",  # another name of pretrain

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ import paddle
 import psutil
 
 from vit_static.common.hardware import RESERVED_BYTES
+from vit_static.common.installation import SOURCE_TREE
 from vit_static.doctor.check import Result, failed, ok
 from vit_static.doctor.subject import Subject, with_keys
 from vit_static.plan.planner import Cluster, make_plan
 
-_LOCK = Path(__file__).resolve().parents[2] / ".requirements" / "lock.txt"
 _BUILDS = ("paddlepaddle", "paddlepaddle-gpu")  # both install the Python package `paddle`
 # CUDA 12.x runs on every driver from 525.60.13 on ("minor version compatibility"); CUDA 12 itself starts with it.
 # NVIDIA, CUDA Compatibility, https://docs.nvidia.com/deploy/cuda-compatibility/
@@ -56,8 +56,15 @@ def check_versions(subject: Subject) -> Result:
     )
 
 
-def locked_versions(lock: Path = _LOCK) -> dict[str, str]:
-    """Return the versions in the lock file by package, without those that only some Python versions get."""
+def locked_versions(lock: Path | None = None) -> dict[str, str]:
+    """Return the versions in the lock file by package, without those that only some Python versions get.
+
+    A wheel has no lock file: its metadata pin Paddle and DALI.
+    """
+    if lock is None and SOURCE_TREE is not None:
+        lock = SOURCE_TREE / ".requirements" / "lock.txt"
+    if lock is None:
+        return dict(re.findall(r"^([a-z0-9-]+)==([^\s;]+)", "\n".join(requires("vit_static") or []), re.MULTILINE))
     return dict(re.findall(r"^([a-z0-9-]+)==(\S+) \\$", lock.read_text(encoding="utf-8"), re.MULTILINE))
 
 

@@ -50,7 +50,7 @@ class Request:
     def command(self, group: str, folder: Path) -> list[str]:
         """Return the command that starts a group's processes."""
         flags = [argument for override in self.overrides for argument in ("-o", override)]
-        module = "vit_static.launch" if group == "ranks" else "vit_static"
+        module = "vit_static.launch" if group == "ranks" else "vit_static.worker"
         verbose = ["-v"] if self.is_verbose else []
         return [
             *(sys.executable, "-m", module, "doctor", "-c", str(self.config_path), *flags),

@@ -1,6 +1,6 @@
 """Launcher: `python -m vit_static.launch VERB ...` runs a verb in one or many processes.
 
-A single process runs `python -m vit_static VERB ...` in the launcher's own process, unless restarts are
+A single process runs `python -m vit_static.worker VERB ...` in the launcher's own process, unless restarts are
 enabled (`train.max_restarts`). Several processes are children of the launcher. They read their rank from the
 variables that `python -m paddle.distributed.launch` sets, so either launcher, or a scheduler that sets
 these variables, can start the workers.
@@ -95,8 +95,8 @@ def main() -> int:
         warn_of_idle_nodes(os.environ)
         max_restarts = config.train.max_restarts if is_training(argv) else 0
         if layout.num_nodes * layout.num_local == 1 and max_restarts == 0:
-            # Run as a module, not imported: the package's __main__ is the highest layer and parses sys.argv itself.
-            runpy.run_module("vit_static", run_name="__main__", alter_sys=True)
+            # Run as a module, not imported: it is the highest layer, and parses sys.argv itself.
+            runpy.run_module("vit_static.worker", run_name="__main__", alter_sys=True)
             return EXIT_DONE
         return launch(argv, layout, config, max_restarts)
     except ValueError as error:
@@ -251,7 +251,7 @@ def start_worker(argv: Sequence[str], layout: Layout, cluster: Cluster, local_ra
     with ExitStack() as stack:
         output = stack.enter_context(log.open("wb")) if log else None
         process = subprocess.Popen(
-            [sys.executable, "-m", "vit_static", *argv],
+            [sys.executable, "-m", "vit_static.worker", *argv],
             env=environ,
             stdin=subprocess.DEVNULL,
             stdout=output,
