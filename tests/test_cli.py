@@ -84,7 +84,7 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_another_entry_point_has_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIT_STATIC_PROGRAM", "vit_static")
+    monkeypatch.setattr("vit_static.common.text.COMMAND", "vit_static")
     text = verbs_of(make_parser())["pretrain"].format_help()
     assert text.startswith("usage: vit_static pretrain ") and "./run.sh" not in text
 
