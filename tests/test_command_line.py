@@ -255,9 +255,12 @@ def test_a_closed_terminal_saves_the_state_of_every_process(workplace: Path) -> 
     )
     assert process.stdout is not None
     assert any(line.startswith("step 2/") for line in process.stdout)
+    report = workplace / "output/hangup/report.html"
+    assert '"refresh_s":10.0' in report.read_text()  # it is there from the start, and reloads itself
     process.send_signal(signal.SIGHUP)
     rest = process.stdout.read()
     assert process.wait(timeout=60) == 75
+    assert '"refresh_s":null' in report.read_text() and '"curve-train-loss"' in report.read_text()
     step = int(rest.rpartition("stopped by a signal at step ")[2].partition(";")[0])
     shards = (workplace / f"output/hangup/checkpoints/step_{step:08d}").glob("*.safetensors")
     assert len(list(shards)) == 2

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from helpers.small_disk import DiskOfProcess, mount_code
 
 from vit_static.common.errors import describe_error
 from vit_static.report.run_log import read_metrics
-from vit_static.train.file_sinks import EventFile, MetricsFile
+from vit_static.train.file_sinks import EventFile, MetricsFile, ReportPage
 from vit_static.train.log import RunLog
 from vit_static.train.sinks import GIVE_UP_S, MAX_EXCEPTIONS, GuardedSink, Record, Sink
 
@@ -300,3 +300,40 @@ def test_closed_streams_are_those_of_no_other_file(tmp_path: Path) -> None:
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert subprocess.run(command, shell=True, cwd=tmp_path, env=environ).returncode == 0
     assert (tmp_path / "f").read_text() == "y"
+
+
+# -- the report of a run that goes on ----------------------------------------------------------------------------------
+
+
+def test_pages_at_log_steps_take_a_fiftieth_of_the_time_at_most(tmp_path: Path) -> None:
+    MetricsFile(tmp_path).write(Record("event", 0, 0.0, {"event": "started"}))
+    seconds = [0.0]
+
+    def clock() -> float:
+        seconds[0] += step
+        return seconds[0]
+
+    page = ReportPage(tmp_path, clock)
+    for step, expected_wait in ((0.001, 5.0), (1.0, 50.0)):  # a page is written between two looks at the clock
+        page.write(None)
+        written, step = seconds[0], 0.0
+        for wait, is_due in ((0.99 * expected_wait, False), (1.01 * expected_wait, True)):
+            seconds[0] = written + wait
+            assert page.is_due == is_due
+
+
+@pytest.mark.parametrize("has_end", [True, False])
+def test_the_page_of_a_run_that_has_ended_does_not_reload_itself(tmp_path: Path, has_end: bool) -> None:
+    """Not after an exception either, of which the log says nothing."""
+    path = tmp_path / "report.html"
+    with suppress(ZeroDivisionError), RunLog(tmp_path, tensorboard=False) as log:
+        log.record("event", 0, 0.0, event="started")
+        log.write_report()
+        assert '"refresh_s":10.0' in path.read_text()
+        if has_end:
+            log.record("event", 0, 0.0, event="finished")
+            log.write_report()
+            assert '"refresh_s":null' in path.read_text()
+        raise ZeroDivisionError
+    assert '"refresh_s":null' in path.read_text()
+    assert ("finished" if has_end else "running or killed: the log has no end") in path.read_text().rsplit("<body>")[-1]

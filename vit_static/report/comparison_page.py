@@ -74,7 +74,8 @@ def _results(runs: Sequence[RunLogData]) -> Table:
         ]
         for run in runs
     ]
-    return Table(head, rows, 1)
+    columns = [number for number in range(len(head)) if any(row[number] for row in rows)]  # the MFU may be unknown
+    return Table([head[number] for number in columns], [[row[number] for number in columns] for row in rows], 1)
 
 
 def _result(run: RunLogData, point: tuple[int, float] | None, *, with_title: bool) -> str:

@@ -150,12 +150,12 @@ function drawCurve(chart, theme, axis, range, cursor) {
   const {data} = chart;
   const lines = data.lines.filter(line => axis.has(page.runs[line.run]));
   const values = lines.flatMap(line => line.values);
-  const isLog = data.log && (state.scale === "log" ? values.every(value => value > 0)
+  const isLog = data.log && (state.scale === "log" ? values.some(value => value > 0)
     : state.scale === "auto" && values.length > 0 && needsLogScale(values));
   const zoomed = state.zoom?.y[chart.id];
   const y = zoomed ? new Bokeh.Range1d({start: zoomed[0], end: zoomed[1]}) : new Bokeh.DataRange1d({only_visible: true});
   const plot = emptyPlot(theme, {x_range: range, y_range: y, y_axis_type: isLog ? "log" : "linear"}, axis.label);
-  const renderers = lines.map(line => drawLine(plot, chart, line, theme, axis));
+  const renderers = lines.map(line => drawLine(plot, chart, line, theme, axis, isLog));
   const tooltips = [["", "@where"], [data.title, "@text"]];
   if (data.lines.length > 1) tooltips.unshift(["", "@name"]);
   if (data.smooth) tooltips.push(["smoothed", "@smooth_text"]);
@@ -175,11 +175,11 @@ function drawCurve(chart, theme, axis, range, cursor) {
 }
 
 /** Add a line, its smoothed one and its dots to a plot. Return what the pointer finds. */
-function drawLine(plot, chart, line, theme, axis) {
+function drawLine(plot, chart, line, theme, axis, isLog) {
   const run = page.runs[line.run], {data} = chart;
   const source = new Bokeh.ColumnDataSource({data: {
     x: line.steps.map(step => axis.of(run, step)),
-    y: line.values,
+    y: isLog ? line.values.map(value => value > 0 ? value : NaN) : line.values,  // the rate before a warm-up is 0
     smooth: line.values,
     where: line.steps.map(step => describe(run, step)),
     text: line.values.map(formatNumber),
