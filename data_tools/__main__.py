@@ -1,9 +1,14 @@
 """Entry point of `python -m data_tools NAME [arguments]`: one module per tool, exit codes for its errors."""
 
+import signal
+
+if __name__ == "__main__":
+    # Until the tool can remove its files, Ctrl-C ends the process at once: Python's handler would print a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import difflib
 import errno
 import importlib
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -71,6 +76,7 @@ def fail(prefix: str, message: str, code: int = EXIT_USER_MISTAKE) -> int:
 
 if __name__ == "__main__":
     # SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, so that a tool removes its temporary files.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGHUP, ignored_or(signal.default_int_handler, signal.SIGHUP))
     use_utf8()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -158,3 +160,42 @@ def test_interrupt_before_anything_is_built_is_clean(workplace: Path, argv: Sequ
         _, stderr = process.communicate(timeout=60)
         assert process.returncode in (75, -signal.SIGINT, 130)
         assert "Traceback" not in stderr
+
+
+INTERRUPTING = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit an ignored one
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder)
+"""
+
+
+@pytest.mark.parametrize(
+    ("entry", "module"),
+    [
+        ("vit_static", "vit_static.common.startup"),
+        ("vit_static", "vit_static.cli.parser"),
+        ("vit_static", "pydantic.main"),
+        ("vit_static", "vit_static.config.schema"),
+        ("vit_static.worker", "vit_static.common.errors"),
+        ("vit_static.launch", "vit_static.common.text"),
+        ("vit_static.launch", "pydantic.main"),
+        ("data_tools", "vit_static.common.errors"),
+        ("data_tools", "vit_static.data.digits"),
+    ],
+)
+def test_ctrl_c_during_any_import_is_clean(tmp_path: Path, entry: str, module: str) -> None:
+    """The first second of every command is imports; an exception in one would be a traceback, or become another."""
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTING.format(module=module))
+    words = {"data_tools": ["digits"], "vit_static": ["models"], "vit_static.launch": ["pretrain", "-o", "seed=x"]}[
+        entry
+    ]
+    environ = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-m", entry, *words], cwd=tmp_path, env=environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode in (75, -signal.SIGINT)
+    assert done.stdout == "" and "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 1

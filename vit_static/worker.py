@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
-from vit_static.__main__ import main
-from vit_static.common.startup import use_utf8
-
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` handles it: see __main__.command
+    from vit_static.__main__ import main
+    from vit_static.common.startup import use_utf8
+
     use_utf8()
     sys.exit(main())

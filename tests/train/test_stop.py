@@ -131,6 +131,25 @@ def test_a_second_signal_after_a_second_ends_the_process() -> None:
     assert time.monotonic() - started < 50
 
 
+def test_ctrl_c_says_what_is_being_saved_and_the_third_ends_the_process() -> None:
+    code = (
+        "import os, signal, time\n"
+        "from vit_static.train.stop import SignalWatch\n"
+        "with SignalWatch(60.0) as watch:\n"
+        "    watch.describe = lambda: 'the checkpoint of step 7 is being written to a\\nb'\n"
+        "    for seconds in (0.1, 1.1, 60.0):\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        time.sleep(seconds)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + signal.SIGINT
+    saving = "vit_static: stopping on Ctrl-C: the checkpoint of step 7 is being written to a\\nb"
+    assert done.stderr.splitlines() == [
+        f"{saving} (press it again to see what is being saved)",
+        f"{saving} (press it once more to end without that)",
+    ]
+
+
 @pytest.mark.parametrize("outcome", ["raise SystemError('returned a result with an exception set') from None", "pass"])
 def test_a_signal_during_the_start_stops_the_run_whatever_a_library_makes_of_it(
     outcome: str, tmp_path: Path, small_digits: Path

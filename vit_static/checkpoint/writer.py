@@ -89,8 +89,14 @@ class CheckpointWriter:
         self._host_group = HostGroup("checkpoints")
         self._host_group.connect(mesh.rank, mesh.world_size)
         self._thread: threading.Thread | None = None
+        self._step = 0  # of the checkpoint that the thread writes
         self.results: SimpleQueue[SaveResult] = SimpleQueue()
         self.stats = SaveStats()
+
+    @property
+    def writing_step(self) -> int | None:
+        """The step of the checkpoint that is being written; None if none is."""
+        return self._step if self._thread is not None and self._thread.is_alive() else None
 
     def save_async(
         self, state: Mapping[str, paddle.Tensor], progress: Progress, data: DataPosition, learning_rate: float
@@ -103,6 +109,7 @@ class CheckpointWriter:
         self.wait()
         shard = rank_shard(state, self._mesh.rank)
         meta = self._meta(progress, data, learning_rate)
+        self._step = progress.step
         arguments = shard, progress, meta, time.perf_counter() - started
         # A daemon thread: if another rank dies, this one waits for it in vain and must not keep the process alive.
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True, name="vit_static checkpoint")

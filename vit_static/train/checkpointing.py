@@ -35,6 +35,11 @@ class Checkpointer:
         """Return when nothing is being written."""
         self._writer.wait()
 
+    @property
+    def writing_step(self) -> int | None:
+        """The step of the checkpoint that is being written; None if none is."""
+        return self._writer.writing_step
+
     def log_save_results(self) -> None:
         """Log the results of saves since the last call; `problem` is then the last one's."""
         while not self._writer.results.empty():

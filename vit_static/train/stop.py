@@ -9,14 +9,16 @@ from __future__ import annotations
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from vit_static.common.errors import EXIT_FAILED, DataError, RunFailed
+from vit_static.common.errors import EXIT_FAILED, DataError, RunFailed, escape
 from vit_static.common.startup import ignored_or, take_stop_signal
 from vit_static.common.text import duration, say
 
@@ -42,8 +44,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 class SignalWatch:
     """Records SIGTERM, SIGINT and SIGHUP while open, instead of letting them end the process.
 
-    A second signal ends the process at once, but not within a second of the first: a scheduler and a launcher may both
-    forward the same request. SIGHUP stays ignored if it was (nohup).
+    The first Ctrl-C says what happens next, the second what is being saved, the third ends the process at once. A
+    second SIGTERM or SIGHUP ends it, but not within a second of the first: a scheduler and a launcher may both forward
+    the same request. SIGHUP stays ignored if it was (nohup).
 
     A thread ends the process `limit_s` after the first signal if the watch is still open, with exit code 1. It learns
     of the signal from the C handler, through a pipe, so this works while the main thread waits for a device, a disk or
@@ -54,7 +57,8 @@ class SignalWatch:
 
     def __init__(self, limit_s: float) -> None:
         self.has_received = False
-        self._limit_s, self._received_at = limit_s, 0.0
+        self.describe: Callable[[], str] = lambda: "the run stops before its first step"  # what is being done or saved
+        self._limit_s, self._received_at, self._num_presses = limit_s, 0.0, 0
         self._previous: dict[signal.Signals, Any] = {}
         self._pipe, self._previous_pipe = -1, -1
 
@@ -78,10 +82,26 @@ class SignalWatch:
         os.close(self._pipe)  # ends the thread
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        if not self.has_received:
-            self.has_received, self._received_at = True, time.monotonic()
+        is_first, self.has_received = not self.has_received, True
+        if signum == signal.SIGINT:
+            self._num_presses += 1
+            if self._num_presses <= 2:
+                more = "again to see what is being saved" if self._num_presses == 1 else "once more to end without that"
+                _say_in_handler(f"stopping on Ctrl-C: {self.describe()} (press it {more})")
+                self._received_at = time.monotonic()
+                return
+        if is_first:
+            self._received_at = time.monotonic()
         elif time.monotonic() - self._received_at > 1.0:
             os._exit(128 + signum)
+
+
+def _say_in_handler(text: str) -> None:
+    """Print a status line without Python's buffers, which the code that the signal has interrupted may be using."""
+    with suppress(OSError, ValueError):
+        descriptor = sys.stderr.fileno()
+        start = "\n" if os.isatty(descriptor) else ""  # after the ^C of the terminal and the progress bar
+        os.write(descriptor, f"{start}vit_static: {escape(text)}\n".encode(errors="backslashreplace"))
 
 
 def _limit(reader: int, limit_s: float) -> None:

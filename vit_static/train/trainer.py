@@ -83,6 +83,7 @@ class Trainer:
         self.metrics = MetricLogger(log, spec, mesh, done_steps, precision.dtype)
         writer = CheckpointWriter(config, mesh, spec.train_images.class_names, start.run_id)
         self.checkpoints = Checkpointer(writer, spec, self.metrics, saved=start.progress)
+        signals.describe = self.describe_stop
         self.nonfinite = NonFiniteGuard(spec, run, mesh.first_non_none)
         self.stop = StopController(
             mesh.first_non_none,
@@ -250,6 +251,13 @@ class Trainer:
             self.metrics.write_report()
         self.mesh.barrier()
         return not self.stop.requested
+
+    def describe_stop(self) -> str:
+        """Return what is left to do before the run stops on request, for the user who waits for it."""
+        folder, step = self.run.path / "checkpoints", self.checkpoints.writing_step
+        if step is not None and step == self.progress.step:
+            return f"the checkpoint of step {step} is being written to {folder}"
+        return f"after step {self.progress.step + 1}, or the evaluation, the state is saved in {folder}"
 
     def _check_finite(self, has_logged: bool) -> NonFiniteStep | None:
         """Return the first step with non-finite gradients, or None; its loss is read only if it has been logged."""
