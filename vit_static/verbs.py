@@ -139,6 +139,7 @@ def run_predict(arguments: argparse.Namespace) -> int:
 def run_serve(arguments: argparse.Namespace) -> int:
     """Serve an exported model over HTTP until a signal stops it."""
     prepare_process(arguments.verbose)
+    from vit_static.inference.access import read_access
     from vit_static.inference.request_limits import Limits
     from vit_static.inference.server import serve_model
 
@@ -146,6 +147,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         max_wait_s=arguments.max_wait_ms / 1e3,
         max_bytes=round(arguments.max_mb * 1e6),
+        max_images=arguments.max_images,
         max_total_bytes=round(arguments.max_total_mb * 1e6),
         max_pixels=round(arguments.max_megapixels * 1e6),
         max_total_pixels=round(arguments.max_total_megapixels * 1e6),
@@ -156,7 +158,8 @@ def run_serve(arguments: argparse.Namespace) -> int:
         max_per_client=arguments.max_connections_per_client,
         header_timeout_s=arguments.header_timeout_s,
     )
-    serve_model(arguments.model, arguments.host, arguments.port, limits, arguments.precision)
+    access = read_access(arguments.api_key, arguments.cors)
+    serve_model(arguments.model, arguments.host, arguments.port, limits, access, arguments.precision)
     return EXIT_DONE
 
 

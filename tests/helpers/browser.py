@@ -108,11 +108,11 @@ class Browser:
                 if "navigated" not in str(error) or time.monotonic() > deadline:
                     raise
 
-    def drop(self, selector: str, path: Path) -> None:
-        """Drag a file onto the centre of an element."""
+    def drop(self, selector: str, *paths: Path) -> None:
+        """Drag files onto the centre of an element."""
         box = self.evaluate(f"document.querySelector({json.dumps(selector)}).getBoundingClientRect().toJSON()")
         x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-        data = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
+        data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
         for kind in ("dragEnter", "dragOver", "drop"):
             self.send("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
 

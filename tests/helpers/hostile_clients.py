@@ -20,9 +20,19 @@ Client = Callable[[int, float], Awaitable["int | None"]]
 HOST = "127.0.0.1"
 
 
-def request_head(path: str, num_bytes: int) -> bytes:
+def request_head(path: str, num_bytes: int, media_type: str = "image/jpeg") -> bytes:
     """Return the headers of a POST request with a body of this size."""
-    return f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {num_bytes}\r\n\r\n".encode()
+    headers = f"Host: localhost\r\nContent-Type: {media_type}\r\nContent-Length: {num_bytes}\r\n"
+    return f"POST {path} HTTP/1.1\r\n{headers}\r\n".encode()
+
+
+FORM_TYPE = "multipart/form-data; boundary=b"
+
+
+def form(*files: bytes) -> bytes:
+    """Return a form of FORM_TYPE with these files."""
+    head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n'
+    return b"".join(head + content + b"\r\n" for content in files) + b"--b--\r\n"
 
 
 def deep_png(side: int) -> bytes:
@@ -111,11 +121,11 @@ def half_closed(body: bytes, declared_bytes: int | None = None) -> Client:
     return _client(start)
 
 
-def posts(body: bytes, path: str = "/predict") -> Client:
+def posts(body: bytes, path: str = "/predict", media_type: str = "image/jpeg") -> Client:
     """Return a client that sends a request and waits for the answer."""
 
     async def start(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(request_head(path, len(body)) + body)
+        writer.write(request_head(path, len(body), media_type) + body)
 
     return _client(start)
 

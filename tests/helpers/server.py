@@ -45,8 +45,12 @@ class Server:
 
     def wait_for_requests(self, num_requests: int) -> None:
         """Wait until this many requests are under way."""
+        self.wait_for_metric("vit_static_requests_under_way", num_requests)
+
+    def wait_for_metric(self, name: str, value: float) -> None:
+        """Wait until a metric has this value."""
         deadline = time.monotonic() + 30
-        while self.metrics()["vit_static_requests_under_way"] != num_requests:
+        while self.metrics()[name] != value:
             assert time.monotonic() < deadline
             time.sleep(0.01)
 

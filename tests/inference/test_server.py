@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from helpers.exported import Exported, in_inference_process, predict
 from helpers.server import Server, serving
 from PIL import ExifTags, Image
 
-from vit_static.inference.server import Batcher
+from vit_static.inference.batcher import Batcher
 
 
 @pytest.fixture(scope="module")
@@ -224,16 +225,20 @@ def test_a_stop_answers_the_requests_under_way(exported: Exported, expected: dic
 
 @pytest.mark.slow
 def test_too_many_and_too_slow_requests_get_503(exported: Exported) -> None:
-    """The limit is one request, and a batch waits longer than a request may take."""
+    """The limit is two images, which a form has, and a batch waits longer than a request may take."""
     image = exported.validation_images()[0].read_bytes()
-    with serving(exported, "--max-waiting", 1, "--timeout-s", 2, "--max-wait-ms", 60_000) as server:
-        first = start_request(server, image, len(image))
-        server.wait_for_requests(1)
+    flags = ("--max-waiting", 2, "--timeout-s", 2, "--max-wait-ms", 60_000)
+    with serving(exported, *flags) as server, ThreadPoolExecutor(1) as executor:
+        form = [("file", ("image", image))] * 2
+        first = executor.submit(httpx.post, f"{server.url}/predict", files=form, timeout=30)
+        server.wait_for_metric("vit_static_images_under_way", 2)
         refused = httpx.post(f"{server.url}/predict", content=image)
         assert refused.status_code == 503 and refused.headers["Retry-After"] == "1"
-        assert "1 requests are under way" in refused.json()["error"]
-        status, headers, content = receive_response(first)
-        assert status == 503 and headers["retry-after"] == "1" and "no answer within 2 s" in content["error"]
+        assert "2 images are under way" in refused.json()["error"]
+        answer = first.result(30)
+        assert answer.status_code == 503 and answer.headers["Retry-After"] == "1"
+        assert "no answer within 2 s" in answer.json()["error"]
+        assert httpx.post(f"{server.url}/predict", files=[*form, form[0]]).status_code == 400  # never more than two
         exit_code, _, stderr = server.stop()
         assert exit_code == 75 and "Traceback" not in stderr
 
@@ -292,28 +297,50 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.mark.slow
-def test_the_page_shows_the_classes_and_the_attention_of_a_dropped_image(
+def test_the_page_shows_the_classes_and_the_attention_of_dropped_images(
     server: Server, browser: Browser, exported: Exported, expected: dict[Path, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
-    path, top = list(expected.items())[7]
+    (path, top), (second, _) = list(expected.items())[7:9]
+    (tmp_path / "notes.txt").write_text("no image")
+
+    def wait_for_status(text: str) -> None:
+        browser.wait_until(f"document.querySelector('#status').textContent === {json.dumps(text)}")
+
     browser.open(f"{server.url}/")
     browser.wait_until("document.querySelector('#about').textContent.includes('10 classes')")
+    assert browser.evaluate("[document.title, document.querySelector('h1').textContent]") == ["tiny", "tiny"]
     browser.drop("#drop", path)
-    browser.wait_until(f"document.querySelector('#status').textContent === {json.dumps(path.name)}")
-    lines = browser.evaluate("[...document.querySelectorAll('#classes li span span')].map(line => line.textContent)")
+    wait_for_status(path.name)
+    lines = browser.evaluate("[...document.querySelectorAll('.result li span span')].map(line => line.textContent)")
     assert lines[::2] == [entry["name"] for entry in top]
     assert [float(line.removesuffix(" %")) for line in lines[1::2]] == pytest.approx(
         [100 * entry["probability"] for entry in top], abs=0.051
     )
-    widths = browser.evaluate("[...document.querySelectorAll('#classes i')].map(bar => bar.offsetWidth)")
+    widths = browser.evaluate("[...document.querySelectorAll('.result i')].map(bar => bar.offsetWidth)")
     assert widths == sorted(widths, reverse=True) and widths[0] > widths[-1]
-    drawn_pixels = "document.querySelector('#image').toDataURL()"
-    with_attention = browser.evaluate(drawn_pixels)
-    browser.evaluate("document.querySelector('#show-attention').click()")
-    assert browser.evaluate(drawn_pixels) != with_attention
 
-    (tmp_path / "notes.txt").write_text("no image")
+    slide = (
+        "(() => { const slider = document.querySelector('#strength'); slider.value = %s; "
+        "slider.dispatchEvent(new Event('input')); })()"
+    )
+    drawn_pixels = "document.querySelector('canvas').toDataURL()"
+    assert browser.evaluate("document.querySelector('#strength-text').textContent") == "off"
+    without_attention = browser.evaluate(drawn_pixels)
+    browser.evaluate(slide % 0.5)
+    browser.wait_until(f"{drawn_pixels} !== {json.dumps(without_attention)}")
+    with_half = browser.evaluate(drawn_pixels)
+    browser.evaluate(slide % 1)
+    assert browser.evaluate(drawn_pixels) not in (without_attention, with_half)
+    browser.evaluate(slide % 0)
+    assert browser.evaluate(drawn_pixels) == without_attention
+
     browser.choose("#file", tmp_path / "notes.txt")
     browser.wait_until("document.querySelector('#status').className === 'error'")
-    assert "can't be read as an image" in browser.evaluate("document.querySelector('#status').textContent")
+    assert browser.evaluate("document.querySelectorAll('canvas, .result li').length") == 0
+    assert "can't be read as an image" in browser.evaluate("document.querySelector('.result').textContent")
+    browser.drop("#drop", path, tmp_path / "notes.txt", second)
+    wait_for_status("1 of 3 could not be predicted")
+    captions = browser.evaluate("[...document.querySelectorAll('figcaption')].map(caption => caption.textContent)")
+    assert (captions[0], captions[2]) == (path.name, second.name) and captions[1].startswith("notes.txt: ")
+    assert browser.evaluate("document.querySelectorAll('canvas').length") == 2
     assert browser.page_errors == []

@@ -172,6 +172,10 @@ def test_resources_stay_flat_under_all_of_it(server: Server, tally: Callable[...
         "large image": clients.posts(deep),
         "not an image": clients.posts(b"x" * 1000),
         "attention": clients.posts(good, "/attention"),
+        "form": clients.posts(clients.form(*[good] * 9, deep), media_type=clients.FORM_TYPE),
+        "form of many files": clients.posts(clients.form(*[b"x"] * 9000), media_type=clients.FORM_TYPE),
+        "JSON of lists": clients.posts(b'{"images":[' + b"[]," * 300_000, media_type="application/json"),
+        "JSON of numbers": clients.posts(b'{"inputs":[' + b"1," * 400_000, "/v2/models/tiny/infer", "application/json"),
     }
     num_clients = {"idle": 120, "slow headers": 10, "slow body": 20, "noise": 5, "deaf": 3, "large image": 2}
     crowd = clients.Crowd(

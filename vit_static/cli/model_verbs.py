@@ -83,18 +83,32 @@ def _add_serve(subparsers: Subparsers) -> None:
         "serve",
         "Serve an exported model over HTTP.",
         verbs.run_serve,
-        details="POST an image to /predict; there are also a page at /, /health and /metrics.",
-        examples=["--model exported", "--model exported --host 0.0.0.0 --port 9000 --batch-size 64"],
+        details="POST images to /predict, or drop them on the page at /; the page /docs describes all endpoints.",
+        examples=["--model exported", "--model exported --host 0.0.0.0 --port 9000 --api-key key.txt"],
     )
     add_verbose(verb)
     add_exported_model(verb)
     verb.add_argument("--host", default="127.0.0.1", help="Listen on this address (default: 127.0.0.1).")
     verb.add_argument("--port", type=int, default=8000, help="Listen on this port (default: 8000; 0: any free port).")
+    verb.add_argument(
+        "--api-key",
+        type=Path,
+        metavar="FILE",
+        help="Answer only clients that send the key in this file (default: that in VIT_STATIC_API_KEY, if it is set).",
+    )
+    verb.add_argument(
+        "--cors",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="Let web pages of this origin use the server, such as https://example.org; can be repeated; *: of all.",
+    )
     verb.add_argument("--batch-size", type=positive_int, default=32, help="Images per batch at most (default: 32).")
     verb.add_argument(
         "--max-wait-ms", type=float, default=5.0, help="A request waits this long for others to join (default: 5)."
     )
-    verb.add_argument("--max-mb", type=positive_float, default=20.0, help="Size of an image file (default: 20).")
+    verb.add_argument("--max-mb", type=positive_float, default=20.0, help="Size of a request's images (default: 20).")
+    verb.add_argument("--max-images", type=positive_int, default=32, help="Images of a request (default: 32).")
     verb.add_argument("--max-megapixels", type=positive_float, default=64.0, help="Size of an image (default: 64).")
     verb.add_argument(
         "--max-total-mb", type=positive_float, default=256.0, help="Size of all waiting image files (default: 256)."
@@ -105,9 +119,7 @@ def _add_serve(subparsers: Subparsers) -> None:
         default=64.0,
         help="Size of all images that are decoded at once (default: 64).",
     )
-    verb.add_argument(
-        "--max-waiting", type=positive_int, default=256, help="Number of waiting requests (default: 256)."
-    )
+    verb.add_argument("--max-waiting", type=positive_int, default=256, help="Number of waiting images (default: 256).")
     verb.add_argument("--timeout-s", type=positive_float, default=30.0, help="Time limit of a request (default: 30).")
     verb.add_argument(
         "--header-timeout-s",

@@ -93,6 +93,7 @@ class ModelSpec(Section):
     """
 
     format: Literal[2]
+    name: str = Field("", description="of the run; an earlier version wrote none")
     class_names: list[str]
     preprocessing: Preprocessing
     activation: Literal["softmax", "sigmoid", "bce"]
@@ -200,6 +201,7 @@ def spec_of(config: Config, class_names: list[str]) -> ModelSpec:
     """Return the description of the config's model, without file records."""
     return ModelSpec(
         format=SPEC_FORMAT,
+        name=config.name,
         class_names=class_names,
         preprocessing=Preprocessing(
             image_size=config.model.image_size,

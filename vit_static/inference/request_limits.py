@@ -27,11 +27,12 @@ class Limits:
 
     batch_size: int = 32
     max_wait_s: float = 0.005  # how long a request waits for others to join its batch
-    max_bytes: int = 20_000_000  # of an image file
+    max_bytes: int = 20_000_000  # of a body, so of an image file, or of all images in a form
+    max_images: int = 32  # of a request
     max_total_bytes: int = 256_000_000  # of all bodies that are being received or wait
     max_pixels: int = 64_000_000  # of an image
     max_total_pixels: int = 64_000_000  # of all images that are being decoded
-    max_waiting: int = 256  # received requests at once
+    max_waiting: int = 256  # images of received requests at once
     timeout_s: float = 30.0  # for receiving a body, and for answering it
     min_bytes_per_s: float = 10_000.0  # of a body
     max_connections: int | None = None
