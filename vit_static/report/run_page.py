@@ -19,6 +19,12 @@ from vit_static.report.metric_names import METRIC_TITLES, format_metric
 from vit_static.report.run_log import EXTRA_EVAL, RunLogData
 from vit_static.report.tables import MISSING, Table, format_setting, spaced
 
+WEIGHT_FILES = {
+    "model.pdparams": "the weights at the end",
+    "model_ema.pdparams": "their moving average",
+    "model_best.pdparams": "the weights of the best evaluation",
+    "model_best_ema.pdparams": "their moving average",
+}
 MAX_VISIBLE_EVALUATIONS = 12  # earlier ones are folded away
 
 
@@ -115,7 +121,7 @@ def _checkpoints(run: RunLogData, run_dir: Path, path: Path) -> list[Checkpoint]
         result = format_metric(run.selection_metric, values[step]) if step in values else ""
         notes = ", ".join(name for name, target in marks.items() if target == each.name)
         checkpoints.append(Checkpoint(each.name, _relative_url(each, path), result, notes))
-    for name, note in (("model.pdparams", "the weights at the end"), ("model_ema.pdparams", "their moving average")):
+    for name, note in WEIGHT_FILES.items():
         if (run_dir / name).is_file():
             checkpoints.append(Checkpoint(name, _relative_url(run_dir / name, path), "", note))
     return checkpoints
