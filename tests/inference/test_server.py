@@ -7,7 +7,6 @@ import contextlib
 import io
 import json
 import os
-import shutil
 import signal
 import socket
 import threading
@@ -20,7 +19,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from helpers.browser import Browser
+from helpers.browser import Browser, chromium
 from helpers.command_line import run_sh, use_test_environment  # noqa: F401 - a fixture
 from helpers.exported import Exported, in_inference_process, predict
 from helpers.server import Server, serving
@@ -289,10 +288,7 @@ def test_attention_gives_the_part_of_the_image_that_it_covers(server: Server) ->
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("Chromium is not installed")
-    with Browser(program) as started:
+    with Browser(chromium()) as started:
         yield started
 
 
