@@ -111,8 +111,9 @@ def test_a_drag_zooms_all_charts_and_a_reload_keeps_what_was_chosen(browser: Bro
     zoomed = x_range(browser)
     assert 0.3 < (zoomed[0] - full[0]) / (full[1] - full[0]) < 0.5 < (zoomed[1] - full[0]) / (full[1] - full[0]) < 0.8
     assert browser.evaluate("[...drawn.plots.values()].every(plot => plot.x_range === drawn.range)")
+    browser.evaluate("window.isFirstLoad = true")
     browser.send("Page.reload")
-    browser.wait_until("document.readyState === 'complete' && drawn !== null")
+    browser.wait_until("document.readyState === 'complete' && !window.isFirstLoad && drawn !== null")
     assert x_range(browser) == pytest.approx(zoomed)
     left, top, width, height = box_of(browser, "curve-train-loss")
     browser.double_click(left + 0.5 * width, top + 0.5 * height)
@@ -174,8 +175,8 @@ def test_a_page_reloads_itself_until_the_run_ends(
     write_run(run, entries_of_run(4, has_ended=False))
     assert write_live_report(run)
     browser.wait_until("document.body?.innerText.includes('4 of 60')")
-    browser.wait_until("document.querySelectorAll('.plot').length === 3")
+    browser.wait_until("document.readyState === 'complete' && document.querySelectorAll('.plot').length === 3")
     write_run(run, entries_of_run())
     assert not write_live_report(run)
-    browser.wait_until("document.body?.innerText.includes('60 of 60')")
+    browser.wait_until("document.readyState === 'complete' && document.body.innerText.includes('60 of 60')")
     assert browser.evaluate("page.refresh_s") is None and browser.page_errors == []
