@@ -18,10 +18,12 @@ import onnx
 import onnxruntime
 import paddle
 import pytest
-from helpers.exported import Exported, in_inference_process, run_export
+import yaml
+from helpers.exported import Exported, in_inference_process, predict, run_export
 from helpers.models import KINDS, config_of, recording_model, without_recorder
 from helpers.sets import UPRIGHT_ON_WHITE
 from helpers.small import read_state
+from sklearn.metrics import precision_recall_fscore_support
 
 from vit_static.common import cpu
 from vit_static.common.errors import PredictError, UserError
@@ -265,6 +267,26 @@ def test_the_model_card(exported: Exported) -> None:
     assert "[B, 3, 16, 32] float32" in text
     num_parameters = sum(value.size for value in read_state(exported.run / "model.pdparams").values())
     assert f"{num_parameters / 1e6:.2f} million parameters" in text
+    assert "| `optim.lr` | 0.003 |" in text and "## Limits" in text
+
+    paths = exported.validation_images()
+    classes = sorted({path.parent.name for path in paths})
+    labels = [classes.index(path.parent.name) for path in paths]
+    predicted = [prediction.classes[0] for prediction in in_inference_process(predict, exported.folder, paths)]
+    precision, recall, f1, support = precision_recall_fscore_support(labels, predicted, zero_division=0)
+    for label, name in enumerate(spec["class_names"]):
+        values = (100 * values[label] for values in (precision, recall, f1))
+        assert f"| {name} | {' | '.join(f'{value:.1f}' for value in values)} | {support[label]} |" in text
+
+    header = yaml.safe_load(text.split("---\n")[1])
+    assert (header["license"], header["pipeline_tag"]) == ("unknown", "image-classification")
+    (model,) = header["model-index"]
+    assert model["name"] == "tiny"
+    metrics = {metric["type"]: metric["value"] for metric in model["results"][0]["metrics"]}
+    assert metrics == {
+        "accuracy": pytest.approx(np.mean(np.equal(labels, predicted)), abs=1e-4),
+        "f1": pytest.approx(np.mean(f1), abs=1e-4),
+    }
 
 
 @pytest.fixture(scope="module")

@@ -315,6 +315,11 @@ class ExportConfig(Section):
     )
     num_check_images: PositiveInt | None = Field(None, description="validation images of the check; null: all")
     num_calibration_images: PositiveInt = Field(256, description="validation images that calibrate int8")
+    license: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", max_length=60)] = Field(
+        "unknown",
+        description="of the weights, for MODEL_CARD.md: an identifier of Hugging Face's list, such as apache-2.0, "
+        "cc-by-nc-4.0 or other",
+    )
 
 
 class Config(Section):

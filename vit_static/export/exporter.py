@@ -26,6 +26,7 @@ from vit_static.data.image_set import ImageDataset
 from vit_static.data.open_set import count_classes, has_shards, open_set, split_path
 from vit_static.export import onnx as onnx_export
 from vit_static.export.calibrate import calibrate, needs_validation
+from vit_static.export.card_parts import ClassTally
 from vit_static.export.inference_vit import InferenceModel
 from vit_static.export.model_card import model_card_text
 from vit_static.export.preprocess_layer import FromPixels
@@ -179,14 +180,16 @@ def _export_size(
         spec, lines = calibrate(model, spec, config, read_batches(images, np.arange(len(images)), spec))
         print_text(lines, flush=True)
     spec = write_artifact(model, config, spec, folder, calibration, onnx=onnx)
+    tally = ClassTally(spec, config)
     with without_tf32():
-        comparisons = compare(model, spec, folder, images, config.export.num_check_images)
+        comparisons = compare(model, spec, folder, images, config.export.num_check_images, tally)
     for name, comparison in comparisons.items():
         _check(comparison, str(Path(subfolder, name)), name, spec)
     spec = spec.model_copy(update={"files": file_records(folder), "comparisons": comparisons})
     write_json(spec.model_dump(mode="json"), folder / SPEC_FILE)
     shape, num_parameters = shape_of(config.model), sum(p.size for p in model.parameters())
-    text = model_card_text(spec, config, str(loaded.source), shape, int(num_parameters))
+    counts = tally.counts() if spec.class_names else None
+    text = model_card_text(spec, config, loaded, shape, int(num_parameters), counts)
     (folder / MODEL_CARD_FILE).write_text(text, encoding="utf-8")
 
 
@@ -319,16 +322,21 @@ def evenly_spaced(num_images: int, max_images: int | None) -> np.ndarray:
 
 
 def compare(
-    model: VisionTransformer, spec: ModelSpec, folder: Path, images: ImageDataset, max_images: int | None
+    model: VisionTransformer,
+    spec: ModelSpec,
+    folder: Path,
+    images: ImageDataset,
+    max_images: int | None,
+    class_tally: ClassTally | None = None,
 ) -> dict[str, Comparison]:
     """Compare each file of the folder with the trained model, a dynamic graph in float32, on validation images.
 
     Returns the comparison of each file by its name. Without `max_images` all images are used. Of a model without a head
-    the features are compared.
+    the features are compared. `class_tally` gets the logits of the first file.
     """
     has_head = bool(spec.class_names)
     sessions = _open_sessions(folder, spec)
-    tallies = {name: _Tally() for name in sessions}
+    tallies, first_name = {name: _Tally() for name in sessions}, next(iter(sessions))
     trained = _TrainedTally()
     indices = evenly_spaced(len(images), max_images)
     with tqdm(total=len(indices), unit="image", desc="checking", disable=not sys.stderr.isatty()) as progress_bar:
@@ -344,6 +352,8 @@ def compare(
                     tallies[name].add(np.concatenate(outputs), trained_outputs, labels)
                 else:
                     exported_logits, features = session.run(inputs, with_features=not has_head)
+                    if class_tally is not None and has_head and name == first_name:
+                        class_tally.add(exported_logits, labels)
                     tallies[name].add(exported_logits if features is None else features, logits, labels)
             progress_bar.update(len(inputs))
     logits_std = float(np.sqrt(np.mean(trained.batch_variances)))

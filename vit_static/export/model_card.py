@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vit_static.common.errors import escape
 from vit_static.config.schema import Config
+from vit_static.export.card_parts import class_rows, header, limits, recipe_rows
 from vit_static.inference.artifact import (
     MODEL_FILE,
     ONNX_FILE,
@@ -14,8 +15,11 @@ from vit_static.inference.artifact import (
     ModelSpec,
 )
 from vit_static.model import flops
+from vit_static.report.class_metrics import ClassCounts
+from vit_static.weights.source import Weights
 
 _MAX_CLASS_NAMES = 20  # shown in the text
+_LICENSE_HINT = ": nobody has said under which license these weights may be used (`export.license`)"
 
 _PADDLE_EXAMPLE = """```python
 from paddle import inference
@@ -37,15 +41,26 @@ logits, features = session.run(["logits", "features"], {{"images": batch}})  # {
 ```"""
 
 
-def model_card_text(spec: ModelSpec, config: Config, source: str, shape: flops.Shape, num_parameters: int) -> str:
-    """Return the model card in Markdown; `source` is the path of the weights."""
+def model_card_text(
+    spec: ModelSpec,
+    config: Config,
+    weights: Weights,
+    shape: flops.Shape,
+    num_parameters: int,
+    counts: ClassCounts | None,
+) -> str:
+    """Return the model card in Markdown, with Hugging Face's header; `counts` are those of the validation images."""
     colours = "grey" if spec.model.num_channels == 1 else "RGB"
     input_shape = "[B, {}, {}, {}]".format(spec.model.num_channels, *spec.model.image_size)
     parts = [
+        header(config, spec, next(iter(spec.comparisons.values()), None), counts),
         f"# {_escape_markdown(config.name)}",
-        _introduction(spec, config, source, shape, num_parameters),
+        _introduction(spec, config, str(weights.source), shape, num_parameters),
         "## Accuracy",
         *_accuracy(spec),
+        *_by_class(spec, counts),
+        "## Training",
+        *_training(config, weights),
         "## Input and output",
         f"`images` {input_shape} float32, any B: {colours}, {_describe_preprocessing(spec)}. "
         f"{_describe_decoding(spec)} {_describe_outputs(spec)}",
@@ -62,6 +77,8 @@ def model_card_text(spec: ModelSpec, config: Config, source: str, shape: flops.S
             f"`{PIXELS_FILE}` (with `{WEIGHTS_FILE}`) includes the preprocessing: from `pixels` [B, height, width, 3] "
             "uint8 of any size to probabilities and features."
         )
+    parts += ["## Limits", "\n".join(f"- {sentence}" for sentence in limits(spec, counts))]
+    parts += ["## License", f"`{config.export.license}`{_LICENSE_HINT if config.export.license == 'unknown' else ''}"]
     parts += ["## Usage", "`./run.sh predict --model DIR IMAGE` or `./run.sh serve --model DIR`, or"]
     if MODEL_FILE in spec.files:
         parts.append(_PADDLE_EXAMPLE.format(model=MODEL_FILE, weights=WEIGHTS_FILE, shape=input_shape))
@@ -77,9 +94,33 @@ def _introduction(spec: ModelSpec, config: Config, source: str, shape: flops.Sha
         f"A Vision Transformer {spec.model.variant} of width {shape.width} and depth {shape.depth}, with "
         f"{num_parameters / 1e6:.2f} million parameters and {2 * flops.forward_macs(shape) / 1e9:.2f} GFLOP per image "
         f"of {height}x{width} pixels, for {len(spec.class_names)} classes "
-        f"({_escape_markdown(_list_names(spec.class_names))}). Weights: `{_escape_markdown(source)}`. Training images: "
-        f"`{_escape_markdown(config.data.root)}`."
+        f"({_escape_markdown(_list_names(spec.class_names))}). Weights: `{_escape_markdown(source)}`."
     )
+
+
+def _by_class(spec: ModelSpec, counts: ClassCounts | None) -> list[str]:
+    if counts is None:
+        return []
+    rows, macro = class_rows(counts, spec.class_names)
+    escaped = [[_escape_markdown(name), *values] for name, *values in rows]
+    return ["### By class", macro, _table(["class", "precision %", "recall %", "F1 %", "images"], escaped)]
+
+
+def _training(config: Config, weights: Weights) -> list[str]:
+    """Return where the data are and how the weights were trained, as far as it is known."""
+    origin = "this recipe; keys that are not in the table have their defaults"
+    if weights.config is None:
+        origin = "a recipe that is not known: no config is beside them. That of the export is"
+    data, start = config.data, config.init.from_
+    sentences = [
+        f"Images: `{_escape_markdown(data.root)}`, of which `{_escape_markdown(data.train)}` for training and "
+        f"`{_escape_markdown(data.val)}` for metrics; {'several labels' if data.multi_label else 'one label'} each.",
+        f"The weights were trained with {origin}:",
+        _table(["key", "value"], [[f"`{key}`", _escape_markdown(value)] for key, value in recipe_rows(config)]),
+    ]
+    if start is not None:
+        sentences.insert(1, f"Training started from `{_escape_markdown(start)}`, whose license applies, too.")
+    return sentences
 
 
 def _accuracy(spec: ModelSpec) -> list[str]:
