@@ -30,11 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from vit_static.common.errors import DataError, escape
 from vit_static.common.io import write_atomically, write_bytes, write_errors, write_json
-from vit_static.common.text import print_line
+from vit_static.common.terminal import ProgressBar
+from vit_static.common.text import counted, print_line
 from vit_static.config.data_schema import DataConfig
 from vit_static.data.decoder_process import DecoderProcess, ImageHeader
 from vit_static.data.image_formats import SUPPORTED_FORMATS, describe_left_out, suffix_of
@@ -227,7 +227,7 @@ def check_split(images: ImageDataset, split: str, journal: Journal) -> tuple[np.
     with (
         DecoderProcess(num_cores) as decoder,
         ThreadPoolExecutor(num_cores + 2) as threads,
-        tqdm(total=len(images), unit="image", desc=split, disable=None) as bar,
+        ProgressBar(len(images), "image", title=split) as bar,
     ):
         for start in range(0, len(images), _JOURNAL_BATCH_SIZE):
             indices = range(start, min(start + _JOURNAL_BATCH_SIZE, len(images)))
@@ -371,7 +371,9 @@ def write_clean_lists(folder: Path, root: Path, sets: dict[str, ImageDataset], p
                 num_classes = max(num_classes, 1 + max(labels))
                 path = os.path.abspath(images.name(index))  # noqa: PTH100 - doesn't resolve symbolic links
                 file.write(os.fsencode(path) + b" " + ",".join(map(str, labels)).encode() + b"\n")
-        print_line(f"check: wrote {list_path} with {len(images) - num_excluded} images, without {num_excluded}")
+        print_line(
+            f"check: wrote {list_path} with {counted(len(images) - num_excluded, 'image')}, without {num_excluded}"
+        )
     names = sets["train"].class_names
     if names:
         write_class_names(folder, names)

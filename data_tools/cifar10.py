@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from vit_static.common.io import lock, write_errors, write_json
+from vit_static.common.terminal import ProgressBar
 from vit_static.common.text import print_line
 from vit_static.data.manifest import SOURCE_FILE, read_manifest
 from vit_static.data.open_set import CLASS_NAMES_FILE
@@ -90,7 +90,7 @@ def locked_folder(part: Path, out: Path) -> Iterator[Path]:
 def write_set(folder: Path, batches: dict[str, tuple[np.ndarray, list[int]]], images_per_batch: int) -> None:
     """Write images, class names and manifest to a new folder. `batches` are those of `read_archive`."""
     total = images_per_batch * len(batches)
-    with tqdm(total=total, unit="image", disable=None) as bar:
+    with ProgressBar(total, "image") as bar:
         for split, batch_names in BATCHES.items():
             for class_name in CLASSES:
                 (folder / split / class_name).mkdir(parents=True)

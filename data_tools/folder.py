@@ -24,11 +24,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePath
 
-from tqdm import tqdm
-
 from vit_static.common.errors import DataError
 from vit_static.common.io import write_atomically, write_json
-from vit_static.common.text import print_line, say
+from vit_static.common.terminal import ProgressBar
+from vit_static.common.text import counted, print_line, say
 from vit_static.config.data_schema import DataConfig
 from vit_static.data.image_formats import describe_left_out, is_image_name
 from vit_static.data.image_set import FileDataset
@@ -101,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         example = copies.in_several_classes[0]
         say(f"{len(copies.in_several_classes)} images are in several classes, such as {example}", "folder")
     if not is_split and pattern is not None:
-        num_groups = len({image.group for image in grouped})
-        print_line(f"folder: {len(grouped)} images in {num_groups} groups, each in one of the splits")
+        num_groups = counted(len({image.group for image in grouped}), "group")
+        print_line(f"folder: {counted(len(grouped), 'image')} in {num_groups}, each in one of the splits")
     values = {
         "data.root": out,
         "data.train": "train_list.txt",
@@ -110,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "model.num_classes": len(folders),
     }
     print_line(
-        f"folder: {len(images['train'])} training and {len(images['val'])} validation images of {len(folders)} classes"
+        f"folder: {len(images['train'])} training and {len(images['val'])} validation images of "
+        f"{counted(len(folders), 'class')}"
         f"{f', {copies.num_copies} of them copies of others' if copies.num_copies else ''}"
     )
     print_line(f"folder: to train on them, set {override_options(values)}")
@@ -185,7 +185,7 @@ def read_images(images: FileDataset, seed: int) -> Iterator[UserImage]:
     errors: list[DataError] = []
     with (
         ThreadPoolExecutor(len(os.sched_getaffinity(0)) + 2) as threads,
-        tqdm(total=len(images), unit="image", disable=None) as bar,
+        ProgressBar(len(images), "image") as bar,
     ):
         for start in range(0, len(images), _READ_BATCH_SIZE):
             for image in threads.map(read_image, range(start, min(start + _READ_BATCH_SIZE, len(images)))):
@@ -198,7 +198,7 @@ def read_images(images: FileDataset, seed: int) -> Iterator[UserImage]:
         raise ValueError(f"{errors[0]}; repair the file, or remove it")
     if errors:
         shown = "; ".join(map(str, errors[:_MAX_NAMED_FILES])) + "; ..." * (len(errors) > _MAX_NAMED_FILES)
-        raise ValueError(f"{len(errors)} images can't be read ({shown}); repair the files, or remove them")
+        raise ValueError(f"{counted(len(errors), 'image')} can't be read ({shown}); repair the files, or remove them")
 
 
 def labels_of(images: list[UserImage]) -> set[int]:

@@ -27,9 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from vit_static.common.io import lock, write_atomically, write_json
+from vit_static.common.terminal import ProgressBar
 from vit_static.common.text import print_line
 from vit_static.data.manifest import SOURCE_FILE, read_manifest
 from vit_static.data.open_set import CLASS_NAMES_FILE, class_folders, list_folders
@@ -173,7 +172,7 @@ def check_md5(archive: Path, expected: str) -> None:
     md5 = hashlib.md5(usedforsecurity=False)
     with (
         archive.open("rb") as file,
-        tqdm(total=archive.stat().st_size, unit="B", unit_scale=True, desc=archive.name, disable=None) as bar,
+        ProgressBar(archive.stat().st_size, "B", title=archive.name) as bar,
     ):
         while block := file.read(1 << 24):
             md5.update(block)
@@ -243,7 +242,7 @@ def unpack_train(archive: Path, folder: Path, num_images: int) -> None:
     with (
         archive_errors(archive),
         tarfile.open(archive, "r:") as outer,
-        tqdm(total=num_images, unit="image", desc="train", disable=None) as bar,
+        ProgressBar(num_images, "image", title="train") as bar,
     ):
         for member in outer:
             wnid = Path(member.name).stem
@@ -277,7 +276,7 @@ def unpack_val(archive: Path, folder: Path, devkit: Devkit) -> None:
     with (
         archive_errors(archive),
         tarfile.open(archive, "r:") as tar,
-        tqdm(total=num_images, unit="image", desc="val", disable=None) as bar,
+        ProgressBar(num_images, "image", title="val") as bar,
     ):
         for member in tar:
             match = _VAL_IMAGE.fullmatch(member.name)

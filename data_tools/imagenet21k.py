@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from vit_static.common.errors import DataError
 from vit_static.common.io import write_atomically, write_errors
+from vit_static.common.terminal import ProgressBar, tracked
 from vit_static.common.text import print_line, say
 from vit_static.data.image_formats import is_image_name
 from vit_static.data.image_set import read_file
@@ -162,7 +162,7 @@ def read_new_files(cache: sqlite3.Connection, folders: list[Path]) -> tuple[list
     counts, skipped_files = [], []
     with (
         ThreadPoolExecutor(len(os.sched_getaffinity(0)) + 2) as threads,
-        tqdm(unit="image", desc="reading", disable=None) as bar,
+        ProgressBar(None, "image", title="reading") as bar,
     ):
         for folder in folders:
             files, others = scan_folder(folder)
@@ -269,7 +269,7 @@ def write_lists(cache: sqlite3.Connection, root: Path, folders: list[Path], imag
         all_path.open("wb") as all_list,
         dummy_path.open("wb") as dummy_list,
     ):
-        for label, folder in enumerate(tqdm(folders, unit="class", desc="writing", disable=None)):
+        for label, folder in enumerate(tracked(folders, "class", title="writing")):
             key = os.fsencode(folder.name)
             num_dummy = 0
             for (name,) in cache.execute("SELECT name FROM files WHERE folder = ? ORDER BY name", (key,)):

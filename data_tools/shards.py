@@ -20,13 +20,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from vit_static.common.io import lock, write_atomically, write_bytes, write_json
-from vit_static.common.text import print_line
+from vit_static.common.terminal import ProgressBar, tracked
+from vit_static.common.text import counted, print_line
 from vit_static.data.image_formats import describe_left_out
 from vit_static.data.image_set import FileDataset
 from vit_static.data.manifest import read_manifest
@@ -100,7 +99,7 @@ def pack(images: FileDataset, folder: Path, shard_mb: float, seed: int | None) -
     manifest = {**source, "shard_mb": shard_mb, "seed": seed}
     unfinished = folder / UNFINISHED_FILE
     if read_manifest(folder / MANIFEST_FILE) == manifest:
-        print_line(f"shards: the {len(images)} images are already in {folder}")
+        print_line(f"shards: {counted(len(images), 'image')} already in {folder}")
         return
     partial_files = set(folder.glob(".*.part"))  # of a run that was killed, or is still writing
     if folder.is_dir() and set(folder.iterdir()) - partial_files and read_manifest(unfinished) != manifest:
@@ -116,7 +115,7 @@ def pack(images: FileDataset, folder: Path, shard_mb: float, seed: int | None) -
         num_shards = write_shards(images, folder, shard_mb, seed, sizes)
         write_json(manifest, folder / MANIFEST_FILE)
         unfinished.unlink()
-    print_line(f"shards: {len(images)} images written to {num_shards} shards in {folder}")
+    print_line(f"shards: {counted(len(images), 'image')} written to {counted(num_shards, 'shard')} in {folder}")
 
 
 def write_shards(images: FileDataset, folder: Path, shard_mb: float, seed: int | None, sizes: np.ndarray) -> int:
@@ -129,7 +128,7 @@ def write_shards(images: FileDataset, folder: Path, shard_mb: float, seed: int |
     missing = [shard for shard in shards if not shard.path.with_suffix(".idx").exists()]
     num_written = num_images - sum(len(shard.indices) for shard in missing)
     with (
-        tqdm(total=num_images, initial=num_written, unit="image", desc=folder.name, disable=None) as bar,
+        ProgressBar(num_images, "image", title=folder.name, num_done=num_written) as bar,
         ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads,
     ):
         futures = [threads.submit(write_shard, images, shard, bar) for shard in missing]
@@ -163,7 +162,7 @@ def plan_shards(folder: Path, order: np.ndarray, sizes: np.ndarray, shard_mb: fl
     return shards
 
 
-def write_shard(images: FileDataset, shard: Shard, bar: Any) -> None:
+def write_shard(images: FileDataset, shard: Shard, bar: ProgressBar) -> None:
     """Write a shard and, last, its index, whose presence says that both are complete."""
     lines = [f"v1.2 {len(shard.indices)}"]
     with write_atomically(shard.path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -204,7 +203,7 @@ def make_indexes(folder: Path) -> int:
         )
         raise ValueError(f"{folder}: has no .tar files; {remedy}")
     missing = [shard for shard in shards if not shard.with_suffix(".idx").exists()]
-    for shard in tqdm(missing, unit="shard", disable=None):
+    for shard in tracked(missing, "shard"):
         if not tarfile.is_tarfile(shard):
             raise ValueError(f"{shard}: is not a tar file; remove it, or download it again")
         with write_atomically(shard.with_suffix(".idx")) as temporary:

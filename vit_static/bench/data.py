@@ -36,7 +36,7 @@ from vit_static.bench.peers import protocol
 from vit_static.bench.photos import NUM_PHOTO_CLASSES, write_photos
 from vit_static.bench.step import MeasuredStep, make_train_loader
 from vit_static.common.errors import ConfigError
-from vit_static.common.text import print_text
+from vit_static.common.text import counted, print_text
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
 from vit_static.data.augment import num_draws_per_image, op_parameters
@@ -46,6 +46,7 @@ from vit_static.data.image_set import ImageDataset
 from vit_static.data.open_set import open_set
 from vit_static.data.prefetch import Prefetcher
 from vit_static.data.sampler import ShuffledSampler
+from vit_static.model.variants import model_name
 from vit_static.parallel.mesh import MeshShape, choose_device, start_mesh
 
 TARGETS = {"dali_vs_pil": 1.0}
@@ -95,8 +96,9 @@ def run(
         data_wait, train_speed = measure_data_wait(config, num_rounds * seconds)
     dali_speed = results[f"dali_{num_cores()}"].median
     print_text(
-        f"\ntraining {config.model.variant}, batch {config.data.global_batch_size}: {train_speed:.1f} images/s, "
-        f"{train_speed / dali_speed:.1%} of the speed of DALI on {num_cores()} cores; data_wait {data_wait:.2%}"
+        f"\ntraining {model_name(config.model)}, batch {config.data.global_batch_size}: {train_speed:.1f} images/s, "
+        f"{train_speed / dali_speed:.1%} of the speed of DALI on {counted(num_cores(), 'core')}; "
+        f"data_wait {data_wait:.2%}"
     )
     others: dict[str, Any] = {
         "data_wait": data_wait,

@@ -16,6 +16,7 @@ from vit_static.bench.step import MeasuredStep
 from vit_static.common.io import write_json
 from vit_static.common.text import print_text
 from vit_static.config.schema import Config
+from vit_static.model.variants import model_name
 
 NUM_LINES = 25
 
@@ -39,7 +40,7 @@ def run(config: Config, num_steps: int, json_path: Path | None) -> None:
     step = MeasuredStep(config)
     seconds, operators = profile(step, num_steps)
     print_text(
-        f"{config.model.variant}, {config.model.image_size[0]} px, batch {step.batch_size}, {step.precision.level} "
+        f"{model_name(config.model)}, {config.model.image_size[0]} px, batch {step.batch_size}, {step.precision.level} "
         f"{step.precision.dtype}: {1e3 * seconds:.1f} ms per step, {step.batch_size / seconds:.2f} images/s\n"
     )
     print_text(f"{'operator':<40}{'calls':>7}{'ms per step':>12}{'share':>9}")

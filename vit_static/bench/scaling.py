@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vit_static.bench.step import Speed
 from vit_static.common.errors import ConfigError
-from vit_static.common.text import print_text
+from vit_static.common.text import counted, print_text
 from vit_static.config.loader import load_config
 from vit_static.model.variants import variant_of
 from vit_static.parallel.mesh import choose_device, resolve_mesh
@@ -58,7 +58,7 @@ def run(config_path: Path, overrides: Sequence[str], num_rounds: int, seconds: f
             speed = _measure_in_processes(layout, config_path, overrides, seconds)
             speeds_by_layout[layout.name].append(speed)
             print_text(f"round {number}  {layout.name:<36} {speed.images_per_s:8.1f} images/s", flush=True)
-    print_text(f"\n{f'median of {num_rounds} rounds':<44} images/s   ratio to the first   in collectives")
+    print_text(f"\n{'median of ' + counted(num_rounds, 'round'):<44} images/s   ratio to the first   in collectives")
     first = statistics.median(speed.images_per_s for speed in speeds_by_layout[layouts[0].name])
     for name, speeds in speeds_by_layout.items():
         images_per_s = statistics.median(speed.images_per_s for speed in speeds)

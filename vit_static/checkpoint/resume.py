@@ -26,6 +26,7 @@ from vit_static.checkpoint.progress import DataPosition, Manifest, Progress
 from vit_static.checkpoint.sharded_state import read_shard_metadata
 from vit_static.common.errors import ConfigError, WeightsError, newer_format, os_reason, truncate
 from vit_static.common.io import FileRecord, file_record
+from vit_static.common.text import counted
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
 
@@ -121,8 +122,8 @@ def check_same_images(path: Path, saved: DataPosition, current: DataPosition) ->
     difference = {
         "position": f"is at image {saved.position} of the training order, and this run would continue at "
         f"{current.position}",
-        "num_images": f"was trained on {saved.num_images} images, and there are {current.num_images} now",
-        "images_digest": f"was trained on {saved.num_images} images with other names or labels",
+        "num_images": f"was trained on {counted(saved.num_images, 'image')}, and there are {current.num_images} now",
+        "images_digest": f"was trained on {counted(saved.num_images, 'image')} with other names or labels",
     }.get(changed, f"was trained with {changed} = {getattr(saved, changed)}, not {getattr(current, changed)}")
     raise ConfigError(
         f"{path}: {difference}; cannot resume with a different data order: restore the images and settings of before, "

@@ -1,18 +1,25 @@
-"""Tables and status lines for people: with rich on a terminal, plain and unwrapped lines in files and pipes."""
+"""Tables, progress bars and colours: with rich on a terminal, plain and unwrapped lines in files and pipes."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, TextIO
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, ClassVar, TextIO, TypeVar
 
 from vit_static.common.errors import escape
-from vit_static.common.text import print_text
+from vit_static.common.text import duration, print_text
 
 if TYPE_CHECKING:  # rich is imported where it is used: most verbs print no table
     from rich.console import Console
     from rich.table import Table
 
+Item = TypeVar("Item")
+
+_MIN_INTERVAL_S = 0.1  # between two drawings of a progress bar
+_MIN_BAR_COLUMNS, _MAX_BAR_COLUMNS = 5, 40
 _UNLIMITED = 100_000  # columns: lines in files aren't wrapped
 _MIN_TEXT_COLUMNS = 24  # of a table's widest column; a narrower terminal gets one block of lines per row
 
@@ -84,3 +91,152 @@ def _print_blocks(console: Console, headers: Sequence[str], cells: Sequence[Sequ
         for header, value in zip(headers[1:], values, strict=True):
             if value:
                 console.print(Padding(Text(f"{header.lower()}: {value}", overflow="fold"), (0, 0, 0, 2)))
+
+
+class ProgressBar:
+    """A line on a terminal that shows how far some work has come; nothing elsewhere. Threads may share it.
+
+    rich renders the line, but isn't left in charge of the screen: its live display hides the cursor, which a killed
+    process would leave hidden. What can't be shown, since the terminal has been closed, is dropped.
+    """
+
+    def __init__(
+        self, total: int | None, unit: str, *, title: str = "", num_done: int = 0, stream: TextIO | None = None
+    ) -> None:
+        """`total` is None if the amount is unknown; the unit B shows sizes; `stream` is standard error by default."""
+        self._stream = stream or sys.stderr
+        self.is_shown = self._stream.isatty()
+        self._total, self._unit, self._title, self._num_done = total, unit, escape(title), num_done
+        self._text, self._lock = "", threading.RLock()
+        # The first unit isn't counted in the speed: the first training step takes longer, since it compiles.
+        self._first: tuple[float, int] | None = None
+        self._drawn_at = float("-inf")
+        self._draw()
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def update(self, num_more: int = 1) -> None:
+        """Count what has been done since the last call."""
+        with self._lock:
+            self._num_done += num_more
+            if self._first is None:
+                self._first = time.monotonic(), self._num_done
+            if time.monotonic() - self._drawn_at >= _MIN_INTERVAL_S or self._num_done == self._total:
+                self._draw()
+
+    def describe(self, text: str) -> None:
+        """Show a text behind the bar."""
+        with self._lock:
+            self._text = escape(text)
+            self._draw()
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Take the line away, so that others can print above it."""
+        with self._lock:
+            self._write("\r\x1b[K")
+            try:
+                yield
+            finally:
+                self._draw()
+
+    def close(self) -> None:
+        """Leave the last state on the terminal."""
+        with self._lock:
+            self._draw()
+            self._write("\n")
+            self.is_shown = False
+
+    def line(self, num_columns: int) -> list[tuple[str, str]]:
+        """Return the line's parts, (text, style), of at most `num_columns` columns. What has no room is left out."""
+        counts = self._amount(self._num_done) + ("" if self._total is None else f"/{self._amount(self._total)}")
+        left = f"{self._title} " * bool(self._title) + (counts if self._unit == "B" else f"{self._unit} {counts}")
+        if not self._total:
+            return [(left[:num_columns], "")]
+        share = min(self._num_done / self._total, 1.0)
+        right = f" {share:4.0%}{self._time_left()}"
+        num_free = max(num_columns - len(left + right), 0)
+        text = f"  {self._text}"[:num_free] if self._text else ""
+        num_bar = min(num_free - len(text) - 1, _MAX_BAR_COLUMNS)
+        parts = [(left[:num_columns], ""), (" " if num_bar >= _MIN_BAR_COLUMNS else "", "")]
+        if num_bar >= _MIN_BAR_COLUMNS:
+            num_full = round(share * num_bar)
+            parts += [("━" * num_full, "green"), ("╺" if num_full < num_bar else "", "dim")]
+            parts += [("━" * (num_bar - num_full - 1), "dim")]
+        return [*parts, (right[: max(num_columns - len(left), 0)], "cyan"), (text, "")]
+
+    def _amount(self, number: int) -> str:
+        return f"{number / 1e9:.1f} GB" if self._unit == "B" else str(number)
+
+    def _time_left(self) -> str:
+        if self._first is None or self._total is None or self._num_done in (self._first[1], self._total):
+            return ""
+        started, num_before = self._first
+        seconds = (time.monotonic() - started) / (self._num_done - num_before) * (self._total - self._num_done)
+        return f" {duration(max(seconds, 0.0))} left"
+
+    def _draw(self) -> None:
+        if not self.is_shown:
+            return
+        from rich.text import Text
+
+        self._drawn_at = time.monotonic()
+        console = make_console(self._stream)
+        parts = self.line(console.width - 1)
+        if console.options.ascii_only:
+            parts = [(text.replace("━", "-").replace("╺", "-"), style) for text, style in parts]
+        if console.no_color or console.color_system is None:  # the rest of the bar would look like its beginning
+            parts = [(" " * len(text) if style == "dim" else text, style) for text, style in parts]
+        try:
+            with console.capture() as capture:  # which also writes to the stream, though nothing
+                console.print(Text.assemble(*parts), end="", soft_wrap=True)
+        except OSError:
+            self.is_shown = False
+        else:
+            self._write(f"\r{capture.get()}\x1b[K")
+
+    def _write(self, text: str) -> None:
+        if not self.is_shown:
+            return
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            self.is_shown = False
+
+
+def tracked(items: Sequence[Item], unit: str, *, title: str = "") -> Iterator[Item]:
+    """Yield the items, and show on the terminal how many have been taken."""
+    with ProgressBar(len(items), unit, title=title) as bar:
+        for item in items:
+            yield item
+            bar.update()
+
+
+def highlight(text: str) -> str:
+    """Return lines of a run's log with colours for a terminal: labels, results, and what is wrong."""
+    from rich.highlighter import RegexHighlighter
+    from rich.text import Text
+    from rich.theme import Theme
+
+    class Highlighter(RegexHighlighter):
+        base_style = "log."
+        highlights: ClassVar[list[str]] = [
+            r"^  (?P<label>[a-z ]{1,10}?)  ",
+            r"(?P<result>(top-1|mAP|macro F1|balanced accuracy) [\d.]+ %)",
+            r"(?P<best>\(best\)|, the best of this run)",
+            r"(?P<problem>(can't|could not) be (written|read|shown)|not finite)",
+        ]
+
+    console = make_console()
+    theme = {"log.label": "cyan", "log.result": "bold", "log.best": "green", "log.problem": "red"}
+    console.push_theme(Theme(theme))
+    highlighter = Highlighter()
+    with console.capture() as capture:
+        for line in text.split("\n"):
+            console.print(highlighter(Text(line)), soft_wrap=True)
+    return capture.get().removesuffix("\n")

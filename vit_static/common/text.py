@@ -124,6 +124,13 @@ def display_name(name: str) -> str:
     )
 
 
+def counted(number: int, noun: str, *, be: bool = False) -> str:
+    """Return a number with its noun in singular or plural: 1 image, 2 classes; with `be` the verb, too: 1 image is."""
+    ending = "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+    verb = "" if not be else " is" if number == 1 else " are"
+    return f"{number} {noun}{'' if number == 1 else ending}{verb}"
+
+
 def duration(seconds: float) -> str:
     """Format a duration: 15 s, 3 min 05 s, 2 h 10 min."""
     rounded = round(seconds)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from vit_static.common.errors import DataError, escape, os_reason, truncate
-from vit_static.common.text import display_name, read_lines
+from vit_static.common.text import counted, display_name, read_lines
 from vit_static.config.data_schema import DataConfig
 from vit_static.data.image_formats import describe_left_out, is_image_name, left_out_kind
 from vit_static.data.image_set import FileDataset, ImageDataset
@@ -59,8 +59,8 @@ def _open(path: Path, data: DataConfig, split: str, num_classes: int) -> ImageDa
             return FileDataset(root, image_list, _names_by_label(root, num_classes))
         if len(classes) != num_classes:
             raise DataError(
-                f"{path}: its labels are the names of {len(classes)} classes, but model.num_classes is {num_classes}; "
-                f"set model.num_classes={len(classes)}"
+                f"{path}: its labels are the names of {counted(len(classes), 'class')}, but model.num_classes is "
+                f"{num_classes}; set model.num_classes={len(classes)}"
             )
         return FileDataset(root, image_list, _display_names(root, classes))
     if has_shards(path):
@@ -124,7 +124,7 @@ def _open_folders(path: Path, data: DataConfig, split: str, num_classes: int) ->
     folders = class_folders(path)
     if len(folders) != num_classes:
         raise DataError(
-            f"{path}: has {len(folders)} class folders, but model.num_classes is {num_classes}; "
+            f"{path}: has {counted(len(folders), 'class folder')}, but model.num_classes is {num_classes}; "
             f"set model.num_classes={len(folders)} or another data.root"
         )
     classes = None if split == "train" else _training_classes(data)

@@ -10,6 +10,7 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 
+from vit_static.common.text import counted
 from vit_static.doctor import gpu_kernels
 from vit_static.doctor.check import Result, failed, ok
 from vit_static.doctor.subject import Subject
@@ -57,8 +58,8 @@ def check_all_reduce(subject: Subject) -> Result:
     num_bytes = int(bucket.numel()) * bucket.element_size()
     gb_per_s = bus_bandwidth(num_bytes, mesh.world_size, seconds) / 1e9
     return ok(
-        f"{num_bytes / 1e6:.1f} MB of {_name(bucket)} over {mesh.world_size} ranks in {1e3 * seconds:.2f} ms, "
-        f"{gb_per_s:.1f} GB/s",
+        f"{num_bytes / 1e6:.1f} MB of {_name(bucket)} over {counted(mesh.world_size, 'rank')} in "
+        f"{1e3 * seconds:.2f} ms, {gb_per_s:.1f} GB/s",
         num_bytes=num_bytes,
         seconds=seconds,
         bus_gb_per_s=gb_per_s,

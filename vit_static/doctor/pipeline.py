@@ -12,6 +12,7 @@ import numpy as np
 
 from vit_static.bench.data_gpu import MAX_MEAN_DIFFERENCE
 from vit_static.bench.photos import NUM_PHOTO_CLASSES, write_photos
+from vit_static.common.text import counted
 from vit_static.config.data_schema import DataConfig
 from vit_static.data.image_set import ImageDataset
 from vit_static.data.loader import TrainLoader
@@ -47,14 +48,18 @@ def check_data(subject: Subject) -> Result:
         return failed("pixels aren't finite", **figures)
     allowed = MAX_MEAN_DIFFERENCE if subject.on_gpu else 0.0
     if not worst <= allowed:
-        other = "on the GPU and on the CPU" if subject.on_gpu else f"with {data.num_threads} threads and with one"
+        other = (
+            "on the GPU and on the CPU"
+            if subject.on_gpu
+            else f"with {counted(data.num_threads, 'thread')} and with one"
+        )
         return failed(
             f"the pixels of an image differ by {worst:.2f} of 255 grey levels on average {other}; {allowed:g} is "
             "allowed",
             **figures,
         )
     difference = f"within {worst:.2f} grey levels of the CPU's" if subject.on_gpu else "the same bits with one thread"
-    return ok(f"{size} images {where}, {difference}; {speed:.0f} images/s", **figures)
+    return ok(f"{counted(size, 'image')} {where}, {difference}; {speed:.0f} images/s", **figures)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 from vit_static.bench.harness import check_writable
 from vit_static.common.errors import UserError
 from vit_static.common.io import write_json
-from vit_static.common.text import duration, print_line
+from vit_static.common.text import counted, duration, print_line
 from vit_static.config.schema import Config
 from vit_static.doctor import record
 from vit_static.doctor.check import Result
@@ -95,9 +95,9 @@ def _world_size(config: Config) -> tuple[int, int]:
 
 def _headline(request: Request) -> str:
     config = request.config
-    blocks = f"{max(NUM_BLOCKS, config.parallel.pp)} blocks instead of {variant_of(config.model).depth}"
-    processes = "1 process" if request.world_size == 1 else f"{request.world_size} processes"
-    checks = "1 check" if len(request.names) == 1 else f"{len(request.names)} checks"
+    blocks = f"{counted(max(NUM_BLOCKS, config.parallel.pp), 'block')} instead of {variant_of(config.model).depth}"
+    processes = counted(request.world_size, "process")
+    checks = counted(len(request.names), "check")
     return f"{config.name}: {checks} on {processes}; those that train use {blocks}"
 
 

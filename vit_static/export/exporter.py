@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import paddle
 from paddle.static import InputSpec
-from tqdm import tqdm
 
 from vit_static.common.errors import ExportError, UserError
 from vit_static.common.io import fsync, write_errors, write_json
+from vit_static.common.terminal import ProgressBar
 from vit_static.common.text import print_line, print_text
 from vit_static.config.schema import Config, InferencePrecision
 from vit_static.data.image_set import ImageDataset
@@ -339,7 +338,7 @@ def compare(
     tallies, first_name = {name: _Tally() for name in sessions}, next(iter(sessions))
     trained = _TrainedTally()
     indices = evenly_spaced(len(images), max_images)
-    with tqdm(total=len(indices), unit="image", desc="checking", disable=not sys.stderr.isatty()) as progress_bar:
+    with ProgressBar(len(indices), "image", title="checking") as progress_bar:
         for inputs, pixels, labels in read_batches(images, indices, spec):
             with paddle.no_grad():
                 logits = model(paddle.to_tensor(inputs)).numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vit_static.common.errors import escape
+from vit_static.common.text import counted
 from vit_static.config.schema import Config
 from vit_static.export.card_parts import class_rows, header, limits, recipe_rows
 from vit_static.inference.artifact import (
@@ -15,6 +16,7 @@ from vit_static.inference.artifact import (
     ModelSpec,
 )
 from vit_static.model import flops
+from vit_static.model.variants import model_name
 from vit_static.report.class_metrics import ClassCounts
 from vit_static.weights.source import Weights
 
@@ -90,10 +92,11 @@ def model_card_text(
 
 def _introduction(spec: ModelSpec, config: Config, source: str, shape: flops.Shape, num_parameters: int) -> str:
     height, width = spec.model.image_size
+    variant = model_name(spec.model).removeprefix("ViT")
     return (
-        f"A Vision Transformer {spec.model.variant} of width {shape.width} and depth {shape.depth}, with "
+        f"A Vision Transformer{variant} of width {shape.width} and depth {shape.depth}, with "
         f"{num_parameters / 1e6:.2f} million parameters and {2 * flops.forward_macs(shape) / 1e9:.2f} GFLOP per image "
-        f"of {height}x{width} pixels, for {len(spec.class_names)} classes "
+        f"of {height}x{width} pixels, for {counted(len(spec.class_names), 'class')} "
         f"({_escape_markdown(_list_names(spec.class_names))}). Weights: `{_escape_markdown(source)}`."
     )
 

@@ -27,7 +27,7 @@ from vit_static.common.drawing import (
     write_png,
 )
 from vit_static.common.errors import PredictError, UserError, escape
-from vit_static.common.text import json_line, print_line, say
+from vit_static.common.text import counted, json_line, print_line, say
 from vit_static.config.schema import Config, ModelConfig
 from vit_static.inference.artifact import MODEL_FILE, SPEC_FILE, ModelSpec, Preprocessing, read_spec, spec_of
 from vit_static.inference.image_io import find_images
@@ -290,7 +290,7 @@ def visualize(
             print_line(json_line({"path": str(path), "top": top if result.class_name else []}))
     sys.stdout.flush()
     if num_failed:
-        say(f"{num_failed} images could not be read; their lines give the reason")
+        say(f"{counted(num_failed, 'image')} could not be read; see above for the reason")
     return 2 if num_failed else 0
 
 

@@ -11,6 +11,7 @@ from paddle import inference
 
 from vit_static.common import cpu
 from vit_static.common.errors import PredictError
+from vit_static.common.text import counted
 from vit_static.config.schema import InferencePrecision
 from vit_static.inference.artifact import MODEL_FILE, ONNX_FILE, REMEDY, WEIGHTS_FILE, read_spec
 from vit_static.program.cpu import custom_ops
@@ -92,7 +93,7 @@ class PaddleSession:
                 config.disable_mkldnn()
             if precision == "bfloat16" and not as_exported:
                 config.enable_mkldnn_bfloat16()
-            self.place = f"the CPU, {'oneDNN' if onednn else 'no oneDNN'}, {num_threads} threads"
+            self.place = f"the CPU, {'oneDNN' if onednn else 'no oneDNN'}, {counted(num_threads, 'thread')}"
         self._predictor: Any = inference.create_predictor(config)
 
     def run(self, images: np.ndarray, *, with_features: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
@@ -123,7 +124,7 @@ class OnnxSession:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.log_severity_level = 3
-        self.place = f"the CPU, ONNX Runtime {onnxruntime.__version__}, {num_threads} threads"
+        self.place = f"the CPU, ONNX Runtime {onnxruntime.__version__}, {counted(num_threads, 'thread')}"
         self._session = onnxruntime.InferenceSession(str(program), options, providers=["CPUExecutionProvider"])
 
     def run(self, images: np.ndarray, *, with_features: bool = False) -> tuple[np.ndarray, np.ndarray | None]:

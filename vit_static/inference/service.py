@@ -48,6 +48,7 @@ from vit_static.inference.request_limits import (
     PixelBudget,
 )
 from vit_static.inference.uploads import UploadedImage, read_upload
+from vit_static.model.variants import model_name
 from vit_static.model.vit import VisionTransformer
 
 _PAGE = Path(__file__).with_name("server_page.html")
@@ -136,7 +137,7 @@ class Service:
         content = {
             "status": "ok" if self._batcher.is_alive() else "the model's thread has ended; restart the server",
             "name": self.name,
-            "model": f"ViT {spec.model.variant}",
+            "model": model_name(spec.model),
             "image_size": spec.preprocessing.image_size,
             "orientation": spec.preprocessing.orientation,
             "num_classes": len(spec.class_names),

@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from vit_static.common.text import non_negative_int, positive_int, say
+from vit_static.common.text import counted, non_negative_int, positive_int, say
 from vit_static.launch.slurm import SlurmTask, find_slurm_task
 
 
@@ -54,7 +54,10 @@ def find_layout(environ: Mapping[str, str], device: str = "auto") -> Layout:
     num_nodes = task.num_nodes if task else positive_int(environ, "PADDLE_NNODES", default=1)
     num_local = positive_int(environ, "NPROC", default=max(1, num_gpus))
     if 0 < num_gpus < num_local:
-        raise ValueError(f"NPROC={num_local}: only {num_gpus} GPUs are visible; VIT_STATIC_DEVICE=cpu runs on the CPU")
+        raise ValueError(
+            f"NPROC={num_local}: only {counted(num_gpus, 'GPU', be=True)} visible; VIT_STATIC_DEVICE=cpu runs on the "
+            "CPU"
+        )
     return Layout(num_nodes, num_local, num_gpus, task)
 
 

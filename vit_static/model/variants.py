@@ -65,6 +65,11 @@ def variant_of(config: ModelConfig) -> Variant:
     return variant
 
 
+def model_name(config: ModelConfig) -> str:
+    """Return "ViT S/16", or only "ViT" if the config changes a dimension of the variant that it names."""
+    return f"ViT {config.variant}" if variant_of(config) == VARIANTS[config.variant] else "ViT"
+
+
 def print_variants(image_size: int, num_classes: int) -> None:
     """Print all variants with their dimensions, parameters and operations for square images of `image_size` pixels.
 

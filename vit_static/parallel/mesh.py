@@ -18,6 +18,7 @@ import paddle
 import paddle.distributed as dist
 
 from vit_static.common.errors import ConfigError
+from vit_static.common.text import counted
 from vit_static.config.schema import ParallelConfig
 from vit_static.model.variants import Variant
 from vit_static.parallel import gloo
@@ -206,14 +207,15 @@ def why_invalid(
             f"{variant.mlp_dim}; set it to {_one_of(divisors(math.gcd(variant.num_heads, variant.mlp_dim)))}"
         )
     if shape.pp > variant.depth:
-        return f"parallel.pp = {shape.pp}: the model has only {variant.depth} blocks; set it to {variant.depth} or less"
+        blocks = counted(variant.depth, "block")
+        return f"parallel.pp = {shape.pp}: the model has only {blocks}; set it to {variant.depth} or less"
     micro_batches = num_micro_batches(parallel.model_copy(update={"pp": shape.pp}))
     num_parts = shape.dp * micro_batches
     if global_batch_size % num_parts:
         nearest = max(round(global_batch_size / num_parts), 1) * num_parts
         return (
             f"data.global_batch_size = {global_batch_size}: can't be divided by {shape.dp} data-parallel ranks x "
-            f"{micro_batches} micro-batches; set data.global_batch_size={nearest}"
+            f"{counted(micro_batches, 'micro-batch')}; set data.global_batch_size={nearest}"
         )
     if shape.world_size != world_size:
         return (

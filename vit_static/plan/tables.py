@@ -8,7 +8,7 @@ from typing import Any
 from vit_static.common.errors import ConfigError
 from vit_static.common.hardware import GPUS, RESERVED_BYTES
 from vit_static.common.io import write_json
-from vit_static.common.text import print_text
+from vit_static.common.text import counted, print_text
 from vit_static.config.schema import Config
 from vit_static.plan.costs import count_by_kind
 from vit_static.plan.planner import Cluster, Plan, make_plan, resolve_world_size, search_meshes, with_mesh
@@ -56,7 +56,7 @@ def _describe_run(plan: Plan) -> str:
     return (
         f"rank {plan.rank} of {shape.world_size}{stage}: {shape}, "
         f"sharding stage {plan.sharding_stage}, recompute {plan.recompute}; "
-        f"{plan.global_batch_size} images per step in {plan.num_micro_batches} micro-batches, "
+        f"{counted(plan.global_batch_size, 'image')} per step in {counted(plan.num_micro_batches, 'micro-batch')}, "
         f"{plan.dtype} on {cluster.device}, {cluster.interconnect} between nodes of {cluster.gpus_per_node}"
     )
 
@@ -109,7 +109,8 @@ def _describe_time(plan: Plan) -> list[str]:
 def describe_search(plans: list[Plan]) -> str:
     """Return the plans of a search as a table, in their order."""
     lines = [
-        f"{len(plans)} valid meshes of {plans[0].mesh_shape.world_size} {plans[0].cluster.device}, the best first",
+        f"{counted(len(plans), 'valid mesh')} of {plans[0].mesh_shape.world_size} "
+        f"{plans[0].cluster.device}, the best first",
         "  mesh                     sharding   memory per rank       step at least   images/s at most   MFU at most",
     ]
     for plan in plans:

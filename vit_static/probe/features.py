@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import paddle
-from tqdm import tqdm
 
 from vit_static.common.errors import DataError, UserError, os_reason
 from vit_static.common.io import cache_dir, write_atomically
+from vit_static.common.terminal import ProgressBar
 from vit_static.common.text import say
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
@@ -127,7 +126,7 @@ def extract_all(extractor: FeatureExtractor, images: ImageDataset) -> np.ndarray
     Raises UserError if they aren't finite.
     """
     batches = []
-    with tqdm(total=len(images), unit="image", desc="features", disable=not sys.stderr.isatty()) as progress_bar:
+    with ProgressBar(len(images), "image", title="features") as progress_bar:
         for inputs, *_ in read_batches(images, np.arange(len(images)), extractor.spec):
             batches.append(extractor.extract(inputs))
             progress_bar.update(len(inputs))

@@ -11,7 +11,7 @@ import numpy as np
 
 from vit_static.common.errors import UserError
 from vit_static.common.io import write_json
-from vit_static.common.text import duration, print_line
+from vit_static.common.text import counted, duration, print_line
 from vit_static.config.schema import Config
 from vit_static.probe import classifiers
 from vit_static.probe.classifiers import Samples
@@ -88,7 +88,7 @@ def _measure_few_shot(train: Samples, val: Samples, seed: int) -> tuple[Any, lis
     accuracies = classifiers.few_shot_accuracies(train, val)
     rows = []
     for number, values in accuracies.items():
-        images = "1 image" if number == 1 else f"{number} images"
+        images = counted(number, "image")
         rows.append(("few-shot", f"{images} per class", f"{np.mean(values):.2f} +- {np.std(values):.2f}"))
     return {str(number): values for number, values in accuracies.items()}, rows
 

@@ -10,6 +10,7 @@ import numpy as np
 import paddle
 
 from vit_static.common.errors import DataError
+from vit_static.common.text import counted
 from vit_static.data.extra_sets import ExtraSet, mean_corruption_errors
 from vit_static.data.image_set import ImageDataset
 from vit_static.data.loader import EvalLoader
@@ -40,8 +41,8 @@ class ExtraResult:
             text += f"  mCE {self.mce:.2f} %"
         elif self.mean_error is not None:
             text += f"  mean corruption error {self.mean_error:.2f} %, not divided by AlexNet's"
-        among = "" if self.num_classes is None else f", among {self.num_classes} classes"
-        return f"{text}  over {self.num_images} images{among}"
+        among = "" if self.num_classes is None else f", among {counted(self.num_classes, 'class')}"
+        return f"{text}  over {counted(self.num_images, 'image')}{among}"
 
 
 def evaluate_extra_sets(

@@ -1,23 +1,17 @@
-"""The sinks of every run: console with progress bar, metrics.jsonl, TensorBoard event file, report."""
+"""Files of every run: metrics.jsonl, TensorBoard event file, report."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
 import socket
 import struct
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from vit_static.common.text import escape_lines, print_text
 from vit_static.report.error_analysis import EVALUATION_FILE, ErrorAnalysis
 from vit_static.report.page import REPORT_FILE, write_live_report, write_report
 from vit_static.report.run_log import METRICS_FILE, RECORDS_LOST
@@ -165,82 +159,3 @@ class ReportPage(Sink["ErrorAnalysis | None"]):
         if self._has_live_page:
             self._has_live_page = False
             write_report(self._run_dir)
-
-
-class Console(Sink[str]):
-    """Lines on standard output, above the progress bar if there is one."""
-
-    name = "the console (standard output)"
-
-    def __init__(self) -> None:
-        self._writer = PartialWriter()
-        self._bar: tqdm[Any] | None = None
-
-    @property
-    def has_bar(self) -> bool:
-        return self._bar is not None
-
-    def write(self, item: str) -> None:
-        try:
-            sys.stdout.flush()
-            descriptor = sys.stdout.fileno()
-        except io.UnsupportedOperation:  # replaced by a stream in memory
-            print_text(item, flush=True)
-            return
-        line = f"{escape_lines(item)}\n".encode(sys.stdout.encoding, sys.stdout.errors or "strict")
-        # Not through the stream, whose buffer would keep the line after an error.
-        with nullcontext() if self._bar is None else tqdm.external_write_mode(file=sys.stdout):
-            self._writer.write(descriptor, line)
-
-    def loss_note(self, num_lost: int) -> str:
-        """Return a line with the number of lost ones."""
-        return f"({num_lost} lines could not be shown)"
-
-    def close(self) -> None:
-        self.close_bar()
-
-    def open_bar(self, total_steps: int, done_steps: int) -> None:
-        """Show a progress bar on a terminal; elsewhere the lines of the log steps are all there is."""
-        if not sys.stdout.isatty():
-            return
-        with self._bar_errors():
-            num_columns = os.get_terminal_size(sys.stdout.fileno()).columns
-            self._bar = tqdm(
-                total=total_steps,
-                initial=done_steps,
-                unit="step",
-                # Some pseudo-terminals report 0 columns, for which tqdm shows nothing.
-                ncols=None if num_columns else 100,
-                nrows=None if num_columns else 20,
-                dynamic_ncols=num_columns > 0,
-                file=sys.stdout,
-            )
-
-    def advance_bar(self) -> None:
-        """Count a step."""
-        if self._bar is not None:
-            with self._bar_errors():
-                self._bar.update()
-
-    def describe_bar(self, text: str) -> None:
-        """Show a text behind the progress bar."""
-        if self._bar is not None:
-            with self._bar_errors():
-                self._bar.set_postfix_str(text)
-
-    def close_bar(self) -> None:
-        """End the progress bar, if there is one."""
-        bar, self._bar = self._bar, None
-        if bar is not None:
-            with self._bar_errors():
-                bar.close()
-
-    @contextmanager
-    def _bar_errors(self) -> Iterator[None]:
-        """Go on without a bar where the terminal has been closed."""
-        try:
-            yield
-        except OSError:
-            if self._bar is not None:
-                self._bar.disable = True
-            self._bar = None

@@ -9,7 +9,8 @@ from typing import Any
 from vit_static.common.text import duration, say
 from vit_static.report.error_analysis import ErrorAnalysis
 from vit_static.report.run_log import SINK_FAILED
-from vit_static.train.file_sinks import Console, EventFile, MetricsFile, ReportPage
+from vit_static.train.console import Console
+from vit_static.train.file_sinks import EventFile, MetricsFile, ReportPage
 from vit_static.train.sinks import GuardedSink, Record, Sink
 
 
@@ -48,6 +49,11 @@ class RunLog:
                 sink.close()
             self._report.close()
             self._console.close()
+
+    @property
+    def num_columns(self) -> int:
+        """Width of the terminal; very large for files."""
+        return self._bar.num_columns
 
     def say(self, text: str) -> None:
         """Print a line on the console, above the progress bar if there is one."""

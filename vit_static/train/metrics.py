@@ -13,6 +13,7 @@ import numpy as np
 from vit_static.checkpoint.progress import Progress
 from vit_static.common.errors import describe_error
 from vit_static.common.hardware import peak_flops
+from vit_static.common.text import counted
 from vit_static.config.data_schema import SelectionMetric
 from vit_static.model.flops import train_flops
 from vit_static.model.variants import shape_of
@@ -95,7 +96,7 @@ class EvalMetrics:
         elif selection_metric not in ("top1", "loss") and getattr(self, selection_metric) is not None:
             title = METRIC_TITLES[selection_metric]
             text = f"{title} {format_metric(selection_metric, self.value_of(selection_metric))}  {text}"
-        return f"{text}  over {self.num_images} images"
+        return f"{text}  over {counted(self.num_images, 'image')}"
 
 
 class ThroughputMeter:
@@ -143,6 +144,11 @@ class MetricLogger:
     def seconds(self) -> float:
         """Since the run started."""
         return time.perf_counter() - self._started
+
+    @property
+    def num_columns(self) -> int:
+        """Width of the terminal; very large for files."""
+        return self._log.num_columns
 
     def say(self, text: str) -> None:
         self._log.say(text)

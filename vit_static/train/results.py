@@ -13,6 +13,7 @@ from vit_static.checkpoint.folder import (
     checkpoint_dir,
 )
 from vit_static.checkpoint.progress import Progress
+from vit_static.common.text import counted
 from vit_static.config.loader import load_config
 from vit_static.report.metric_names import METRIC_TITLES, format_metric
 from vit_static.train.run_spec import RunSpec
@@ -73,6 +74,6 @@ def describe_early_stop(spec: RunSpec, progress: Progress) -> str:
     past = "a finite value" if reference is None else format_metric(metric, reference)
     return (
         f"stopped early after epoch {spec.epoch(progress.step):.4g}: {title} {gained} on {past} in "
-        f"{progress.num_stale_evals} evaluations (train.patience = {spec.config.train.patience}); to train on, set a "
-        "larger train.patience, or null"
+        f"{counted(progress.num_stale_evals, 'evaluation')} (train.patience = {spec.config.train.patience}); to train "
+        "on, set a larger train.patience, or null"
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from vit_static.common.errors import describe_error
+from vit_static.common.text import counted
 
 MAX_BUFFERED = 10_000  # records; of metrics.jsonl about 3 MB
 MAX_RETRY_S = 300.0  # between two attempts; the first come after 1 s, 2 s, 4 s, ...
@@ -105,7 +106,7 @@ class GuardedSink(Generic[Item]):
             self.num_lost += len(self._buffer)
             self._buffer.clear()
             if self.num_lost:
-                self._report(self, f"{self.name}: {self.num_lost} records are lost")
+                self._report(self, f"{self.name}: {counted(self.num_lost, 'record', be=True)} lost")
         try:
             self._sink.close()
         except Exception as error:  # everything is written through already

@@ -7,20 +7,22 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from vit_static.common.errors import escape
-from vit_static.common.text import duration
+from vit_static.common.text import counted, duration
 from vit_static.config.data_schema import AugmentConfig, LossConfig
 from vit_static.config.schema import Config
 from vit_static.data.image_formats import describe_left_out
 from vit_static.model import flops
-from vit_static.model.variants import shape_of, variant_of
+from vit_static.model.variants import model_name, shape_of, variant_of
 from vit_static.train.run_spec import RunSpec
 
-_WIDTH, _LABEL = 100, 11
+_MAX_WIDTH, _LABEL = 100, 11
 
 
-def start_screen(spec: RunSpec, done_steps: int, start: str, num_parameters: int, info: dict[str, Any]) -> str:
+def start_screen(
+    spec: RunSpec, done_steps: int, start: str, num_parameters: int, info: dict[str, Any], num_columns: int = _MAX_WIDTH
+) -> str:
     """Describe a run in one screen before its first step. `start`: where the weights come from; `info`: of
-    run_info.describe_run."""
+    run_info.describe_run; `num_columns`: the terminal's width."""
     config, mesh = spec.config, info["mesh"]
     device = info["environment"]["gpu"] or info["environment"]["cpu"]
     variant, model, parallel = variant_of(config.model), config.model, config.parallel
@@ -28,34 +30,34 @@ def start_screen(spec: RunSpec, done_steps: int, start: str, num_parameters: int
     height, width = model.image_size
     every = config.checkpoint.every_steps
     rows = {
-        "model": f"ViT {model.variant}, {variant.width} wide, {variant.depth} deep, {variant.num_heads} heads, patches "
-        f"of {variant.patch_size} pixels, images of {height}x{width}, {model.num_classes} classes",
+        "model": f"{model_name(model)}, {variant.width} wide, {variant.depth} deep, {variant.num_heads} heads, patches "
+        f"of {variant.patch_size} pixels, images of {height}x{width}, {counted(model.num_classes, 'class')}",
         "size": f"{num_parameters / 1e6:.2f} M parameters; {2 * flops.forward_macs(shape) / 1e9:.2f} GFLOP per image, "
         f"{flops.train_flops(shape) / 1e9:.2f} with the backward pass",
         "start": start,
-        "data": f"{len(spec.train_images)} training and {len(spec.val_images)} validation images in "
+        "data": f"{len(spec.train_images)} training and {counted(len(spec.val_images), 'validation image')} in "
         f"{config.data.root}{'; each class equally often' if config.data.sampler == 'balanced' else ''}; "
         f"{_augmentation(config.augment)}",
         "loss": _loss(config.loss),
         **_left_out(spec),
-        "batch": f"{mesh['batch_size']} images, {mesh['batch_size_per_rank']} per data-parallel rank"
+        "batch": f"{counted(mesh['batch_size'], 'image')}, {mesh['batch_size_per_rank']} per data-parallel rank"
         + (f", in {mesh['micro_batches']} micro-batches" if mesh["micro_batches"] > 1 else ""),
         "mesh": f"{mesh['world_size']} x {mesh['device']} ({device}): dp {mesh['dp']}, mp {mesh['mp']}, pp {mesh['pp']}"
         f", sharding stage {mesh['sharding_stage']}, recompute {parallel.recompute}",
         "precision": str(mesh["precision"]),
         "passes": ", ".join(mesh["passes"]) or "none of this program",
         "optimizer": _optimizer(config, spec.warmup_steps),
-        "steps": f"{spec.total_steps} ({spec.epoch(spec.total_steps):.4g} epochs)"
+        "steps": f"{spec.total_steps} ({_amount(spec.epoch(spec.total_steps), 'epoch')})"
         + (f", starting after step {done_steps}" if done_steps else "")
-        + f"; evaluated every {config.eval.every_epochs} epochs, logged every {config.log.every_steps} steps, saved "
-        + ("at every evaluation" if every is None else f"every {every} steps"),
+        + f"; evaluated {_every(config.eval.every_epochs, 'epoch')}, logged {_every(config.log.every_steps, 'step')}, "
+        + f"saved {'at every evaluation' if every is None else _every(every, 'step')}",
         "folder": f"{config.run_dir}",
     }
     indent = " " * (_LABEL + 2)
     lines = [
         textwrap.fill(
             escape(text),
-            _WIDTH,
+            min(num_columns, _MAX_WIDTH),
             initial_indent=f"  {label:<{_LABEL}}",
             subsequent_indent=indent,
             break_long_words=False,
@@ -64,6 +66,14 @@ def start_screen(spec: RunSpec, done_steps: int, start: str, num_parameters: int
         for label, text in rows.items()
     ]
     return "\n".join([escape(config.name), *lines])
+
+
+def _amount(number: float, noun: str) -> str:
+    return f"{number:.4g} {noun}{'' if number == 1 else 's'}"
+
+
+def _every(number: float, noun: str) -> str:
+    return f"every {noun}" if number == 1 else f"every {_amount(number, noun)}"
 
 
 def _left_out(spec: RunSpec) -> dict[str, str]:
@@ -106,7 +116,7 @@ def _loss(loss: LossConfig) -> str:
 def _optimizer(config: Config, warmup_steps: int) -> str:
     optim, schedule = config.optim, config.schedule
     parts = [f"{optim.name}, lr {optim.lr:g}, {schedule.name}"]
-    parts += [f"{warmup_steps} steps of warmup"] if warmup_steps else []
+    parts += [f"{counted(warmup_steps, 'step')} of warmup"] if warmup_steps else []
     parts += [f"weight decay {optim.weight_decay:g}"] if optim.weight_decay else []
     parts += [f"layer decay {optim.layer_decay:g}"] if optim.layer_decay != 1.0 else []
     parts += ["gradients not clipped" if optim.clip_norm is None else f"gradients clipped to {optim.clip_norm:g}"]

@@ -283,7 +283,7 @@ class Trainer:
         """Print the start screen and log the event `started` or `resumed`."""
         spec, metrics, step = self.spec, self.metrics, self.progress.step
         info = describe_run(spec.config, self.mesh, f"{precision.level} {precision.dtype}")
-        metrics.say(start_screen(spec, step, start.description, num_parameters, info))
+        metrics.say(start_screen(spec, step, start.description, num_parameters, info, metrics.num_columns))
         for note in (*spec.data_notes, *(() if start.init_report is None else start.init_report.notes)):
             metrics.say(f"note: {note}")
         event = "resumed" if start.is_resumed else "started"
