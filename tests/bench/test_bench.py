@@ -155,7 +155,7 @@ def test_latencies_are_percentiles_of_single_calls(capsys: pytest.CaptureFixture
     result = Result("ours", "", [10.0], call_seconds=[0.1] * 98 + [0.3, 0.5])
     assert (result.latency_ms(50), result.latency_ms(99)) == pytest.approx((100.0, 302.0))
     print_table({"ours": result}, 1, latencies=True)
-    assert "100.0 ms   302.0 ms" in capsys.readouterr().out
+    assert "100.0 ms  302.0 ms" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("verb", ["train", "data", "infer", "profile"])

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from vit_static.common.terminal import ProgressBar, highlight, print_table, tracked
+from vit_static.common.terminal import ProgressBar, highlight, print_table, print_wrapped, tracked
 from vit_static.common.text import counted
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -127,3 +127,18 @@ def test_nothing_is_drawn_outside_a_terminal_or_on_a_closed_one() -> None:
 def test_nouns_are_counted(number: int, noun: str, text: str) -> None:
     assert counted(number, noun) == text
     assert counted(number, noun, be=True) == text + (" is" if number == 1 else " are")
+
+
+@pytest.mark.parametrize("num_columns", WIDTHS)
+def test_long_lines_are_wrapped_on_a_terminal_only(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], num_columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(num_columns))
+    text = "ok      kernels     " + "the pixels of an image differ " * 6 + "\n\nFAILED  data        short"
+    styled = shown(terminal, print_wrapped, text, 20, {"ok": "green", "FAILED": "red"})
+    lines = plain(styled).splitlines()
+    assert max(map(len, lines)) <= num_columns and " ".join(plain(styled).split()) == " ".join(text.split())
+    assert all(line.startswith(" " * min(20, num_columns // 4)) for line in lines[1 : lines.index("")])
+    assert "\x1b[32mok\x1b[0m" in styled and "\x1b[31mFAILED\x1b[0m" in styled
+    print_wrapped(text, 20)
+    assert capsys.readouterr().out == f"{text}\n"

@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 
+from vit_static.common import terminal
 from vit_static.common.errors import UserError
 from vit_static.common.io import write_json
 from vit_static.common.startup import user_environ
-from vit_static.common.text import print_text
+from vit_static.common.text import counted, print_text
 from vit_static.config.schema import Config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -203,23 +204,27 @@ def ratio(ours: Result, theirs: Result) -> float:
 
 def print_table(results: Mapping[str, Result], num_rounds: int, *, latencies: bool = False) -> None:
     """Print one line per candidate; with `latencies`, also the 50th and 99th percentile of the time of a call."""
-    head = f"{'p50':>11}{'p99':>11}" if latencies else ""
-    print_text(f"\n{f'median of {num_rounds} rounds':<46}{'images/s':>10}{'min':>9}{'max':>9}{head}{'peak memory':>14}")
+    rows = []
     for result in results.values():
         title = f"{result.title} {result.version}".strip()
         low, high = min(result.images_per_s), max(result.images_per_s)
-        percentiles = f"{result.latency_ms(50):8.1f} ms{result.latency_ms(99):8.1f} ms" if latencies else ""
-        print_text(
-            f"{title:<46}{result.median:10.2f}{low:9.2f}{high:9.2f}{percentiles}{result.peak_bytes / 1e6:11.0f} MB"
-        )
+        percentiles = [f"{result.latency_ms(share):.1f} ms" for share in (50, 99) if latencies]
+        speeds = [f"{speed:.2f}" for speed in (result.median, low, high)]
+        rows.append((title, *speeds, *percentiles, f"{result.peak_bytes / 1e6:.0f} MB"))
+    latency_headers = ("p50", "p99") if latencies else ()
+    headers = (f"median of {counted(num_rounds, 'round')}", "images/s", "min", "max", *latency_headers, "peak memory")
+    print_text("")
+    terminal.print_table(headers, rows, right=range(1, len(headers)))
 
 
 def print_ratios(ratios: Mapping[str, float], targets: Mapping[str, float] | None = None) -> None:
     """Print ratios beside their targets: a lower bound for speeds, an upper bound for memory."""
-    print_text(f"\n{'ratio, ours over theirs':<46}{'measured':>10}{'target':>9}")
+    rows = []
     for name, value in ratios.items():
         target = (targets or {}).get(name)
-        print_text(f"{name:<46}{value:10.2f}{'' if target is None else f'{target:.1f}':>9}")
+        rows.append((name, f"{value:.2f}", "" if target is None else f"{target:.1f}"))
+    print_text("")
+    terminal.print_table(("ratio, ours over theirs", "measured", "target"), rows, right=(1, 2))
 
 
 def write_results(

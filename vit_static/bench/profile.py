@@ -14,6 +14,7 @@ import paddle
 from vit_static.bench.harness import check_writable
 from vit_static.bench.step import MeasuredStep
 from vit_static.common.io import write_json
+from vit_static.common.terminal import print_table
 from vit_static.common.text import print_text
 from vit_static.config.schema import Config
 from vit_static.model.variants import model_name
@@ -43,13 +44,15 @@ def run(config: Config, num_steps: int, json_path: Path | None) -> None:
         f"{model_name(config.model)}, {config.model.image_size[0]} px, batch {step.batch_size}, {step.precision.level} "
         f"{step.precision.dtype}: {1e3 * seconds:.1f} ms per step, {step.batch_size / seconds:.2f} images/s\n"
     )
-    print_text(f"{'operator':<40}{'calls':>7}{'ms per step':>12}{'share':>9}")
-    for op in operators[:NUM_LINES]:
-        print_text(f"{op.name:<40}{op.num_calls:7.0f}{1e3 * op.seconds:12.2f}{op.seconds / seconds:9.1%}")
     rest = sum(op.seconds for op in operators[NUM_LINES:])
-    print_text(f"{f'{max(len(operators) - NUM_LINES, 0)} others':<47}{1e3 * rest:12.2f}{rest / seconds:9.1%}")
     in_operators = sum(op.seconds for op in operators)
-    print_text(f"{'between operators':<47}{1e3 * (seconds - in_operators):12.2f}{1 - in_operators / seconds:9.1%}")
+    times = [
+        *((op.name, f"{op.num_calls:.0f}", op.seconds) for op in operators[:NUM_LINES]),
+        (f"{max(len(operators) - NUM_LINES, 0)} others", "", rest),
+        ("between operators", "", seconds - in_operators),
+    ]
+    rows = [(name, calls, f"{1e3 * time:.2f}", f"{time / seconds:.1%}") for name, calls, time in times]
+    print_table(("operator", "calls", "ms per step", "share"), rows, right=(1, 2, 3))
     products = sum(op.seconds for op in operators if is_product(op.name))
     print_text(f"\nneither matrix products nor attention: {1 - products / seconds:.1%}")
     if json_path is not None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar, TextIO, TypeVar
 
 from vit_static.common.errors import escape
-from vit_static.common.text import duration, print_text
+from vit_static.common.text import duration, escape_lines, print_text
 
 if TYPE_CHECKING:  # rich is imported where it is used: most verbs print no table
     from rich.console import Console
@@ -53,6 +54,31 @@ def print_table(
             console.print(_table(headers, cells, right, has_rule=console.is_terminal))
     lines = capture.get().splitlines()
     print_plain_or_styled("\n".join(line.rstrip() for line in lines), is_styled=console.is_terminal)
+
+
+def print_wrapped(text: str, indent: int, styles: Mapping[str, str] | None = None) -> None:
+    """Print lines; on a terminal those that are too long are wrapped, and continue `indent` columns from the left.
+
+    On a narrow terminal the indentation is at most a quarter. `styles`: of lines that begin with a word, by that word.
+    """
+    console = make_console()
+    if not console.is_terminal:
+        print_text(text, flush=True)
+        return
+    from rich.text import Text
+
+    rest = " " * min(indent, console.width // 4)
+    with console.capture() as capture:
+        for line in escape_lines(text).split("\n"):
+            wrapped = textwrap.fill(
+                line, console.width, subsequent_indent=rest, break_on_hyphens=False, drop_whitespace=bool(line.strip())
+            )
+            styled = Text(wrapped)
+            for word, style in (styles or {}).items():
+                if line.startswith(word):
+                    styled.stylize(style, 0, len(word))
+            console.print(styled, soft_wrap=True)
+    print(capture.get(), end="", flush=True)
 
 
 def print_plain_or_styled(text: str, *, is_styled: bool) -> None:

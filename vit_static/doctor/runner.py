@@ -18,6 +18,7 @@ from typing import Any
 from vit_static.bench.harness import check_writable
 from vit_static.common.errors import UserError
 from vit_static.common.io import write_json
+from vit_static.common.terminal import print_wrapped
 from vit_static.common.text import counted, duration, print_line
 from vit_static.config.schema import Config
 from vit_static.doctor import record
@@ -30,6 +31,7 @@ from vit_static.launch.topology import find_layout
 from vit_static.model.variants import require_head, variant_of
 
 _SHOWN = {"ok": "ok", "failed": "FAILED", "skipped": "-"}
+_STYLES = {"ok": "green", "FAILED": "bold red", "-": "dim"}
 
 
 def run(
@@ -53,12 +55,12 @@ def run(
     world_size, num_local = _world_size(config)
     request = Request(config, config_path, overrides, names, world_size, num_local, verbose)
     started = time.monotonic()
-    print_line(_headline(request), flush=True)
+    print_wrapped(_headline(request), 2)
     outcomes: list[Outcome] = []
     folder = Path(tempfile.mkdtemp(prefix="vit_static_doctor_"))
     try:
         for outcome in perform_all(request, folder):
-            print_line(_line(outcome), flush=True)
+            print_wrapped(_line(outcome), 20, _STYLES)
             outcomes.append(outcome)
     finally:
         if all(outcome.result.status != "failed" for outcome in outcomes):

@@ -8,6 +8,7 @@ from typing import Any
 from vit_static.common.errors import ConfigError
 from vit_static.common.hardware import GPUS, RESERVED_BYTES
 from vit_static.common.io import write_json
+from vit_static.common.terminal import print_table, print_wrapped
 from vit_static.common.text import counted, print_text
 from vit_static.config.schema import Config
 from vit_static.plan.costs import count_by_kind
@@ -34,20 +35,21 @@ def plan_run(
     parallel = with_mesh(config.parallel, mesh_text)
     if search:
         plans = search_meshes(config, parallel, resolve_world_size(parallel, world_size), cluster)
-        print_text(describe_search(plans))
+        print_search(plans)
         values: Any = [plan.as_json() for plan in plans]
     else:
         plan = make_plan(config, parallel, resolve_world_size(parallel, world_size), cluster, rank)
-        print_text(describe(plan))
+        print_plan(plan)
         values = plan.as_json()
     if out is not None:
         write_json(values, out)
 
 
-def describe(plan: Plan) -> str:
-    """Return a plan as text."""
-    parts = ([_describe_run(plan)], _describe_memory(plan), _describe_collectives(plan), _describe_time(plan))
-    return "\n\n".join("\n".join(lines) for lines in parts)
+def print_plan(plan: Plan) -> None:
+    """Print a plan: the rank, its memory, its collectives, and the time of a step."""
+    print_wrapped("\n".join([_describe_run(plan), "", *_describe_memory(plan), "", "collectives per step"]), 23)
+    _print_collectives(plan)
+    print_wrapped("\n".join(["", *_describe_time(plan)]), 21)
 
 
 def _describe_run(plan: Plan) -> str:
@@ -81,18 +83,18 @@ def _describe_memory(plan: Plan) -> list[str]:
     ]
 
 
-def _describe_collectives(plan: Plan) -> list[str]:
-    counted = plan.costs.collectives
-    lines = [
-        "collectives per step",
-        "  kind             role       ranks                  count         bytes   time at least",
-    ]
-    for (kind, role, ranks), (count, num_bytes) in count_by_kind(counted, plan.num_micro_batches).items():
-        seconds = sum(plan.seconds_of(one) for one in counted if (one.kind, one.role, one.ranks) == (kind, role, ranks))
-        lines.append(
-            f"  {kind:<16} {role:<10} {_ranks(ranks):<20} {count:>7} {_size(num_bytes):>13} {seconds * 1e3:>12.2f} ms"
+def _print_collectives(plan: Plan) -> None:
+    all_of_step = plan.costs.collectives
+    rows = []
+    for (kind, role, ranks), (count, num_bytes) in count_by_kind(all_of_step, plan.num_micro_batches).items():
+        seconds = sum(
+            plan.seconds_of(one) for one in all_of_step if (one.kind, one.role, one.ranks) == (kind, role, ranks)
         )
-    return lines if counted else [*lines, "  none"]
+        rows.append((kind, role, _ranks(ranks), count, _size(num_bytes).strip(), f"{seconds * 1e3:.2f} ms"))
+    if rows:
+        print_table(("kind", "role", "ranks", "count", "bytes", "time at least"), rows, right=(3, 4, 5))
+    else:
+        print_text("  none")
 
 
 def _describe_time(plan: Plan) -> list[str]:
@@ -106,20 +108,27 @@ def _describe_time(plan: Plan) -> list[str]:
     ]
 
 
-def describe_search(plans: list[Plan]) -> str:
-    """Return the plans of a search as a table, in their order."""
-    lines = [
-        f"{counted(len(plans), 'valid mesh')} of {plans[0].mesh_shape.world_size} "
-        f"{plans[0].cluster.device}, the best first",
-        "  mesh                     sharding   memory per rank       step at least   images/s at most   MFU at most",
-    ]
-    for plan in plans:
-        lines.append(
-            f"  {plan.mesh_shape!s:<24} {plan.sharding_stage:>8} {_size(plan.memory):>15} "
-            f"{'fits' if plan.fits else 'TOO BIG':<8} {plan.step_seconds * 1e3:>11.2f} ms {plan.images_per_s:>18,.0f} "
-            f"{100 * plan.mfu:>11.1f} %"
+def print_search(plans: list[Plan]) -> None:
+    """Print the plans of a search as a table, in their order."""
+    rows = [
+        (
+            str(plan.mesh_shape),
+            plan.sharding_stage,
+            _size(plan.memory).strip(),
+            "yes" if plan.fits else "NO",
+            f"{plan.step_seconds * 1e3:.2f} ms",
+            f"{plan.images_per_s:,.0f}",
+            f"{100 * plan.mfu:.1f} %",
         )
-    return "\n".join(lines)
+        for plan in plans
+    ]
+    print_table(
+        ("mesh", "sharding", "memory per rank", "fits", "step at least", "images/s at most", "MFU at most"),
+        rows,
+        title=f"{counted(len(plans), 'valid mesh')} of {plans[0].mesh_shape.world_size} {plans[0].cluster.device}, the "
+        "best first",
+        right=(1, 2, 4, 5, 6),
+    )
 
 
 def _size(num_bytes: float) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from vit_static.common.errors import UserError
 from vit_static.common.io import write_json
+from vit_static.common.terminal import print_table
 from vit_static.common.text import counted, duration, print_line
 from vit_static.config.schema import Config
 from vit_static.probe import classifiers
@@ -97,6 +98,4 @@ _MEASURE = {"knn": _measure_knn, "logistic": _measure_logistic, "fewshot": _meas
 
 
 def _print_table(rows: list[Row]) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    for method, setting, top1 in rows:
-        print_line(f"  {method:{widths[0]}}  {setting:{widths[1]}}  {top1}")
+    print_table(("Method", "Setting", "Top-1 in %"), rows, right=(2,))
