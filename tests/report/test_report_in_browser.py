@@ -167,11 +167,12 @@ def test_a_page_reloads_itself_until_the_run_ends(
     browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is there before the first step, and shows training before the first evaluation."""
-    monkeypatch.setattr(page, "REFRESH_S", 0.1)
+    monkeypatch.setattr(page, "REFRESH_S", 1.0)
     run = write_run(tmp_path / "run", entries_of_run(0, has_ended=False))
     assert write_live_report(run)
     browser.open((run / "report.html").as_uri())
-    assert "No step has been logged yet" in browser.evaluate("document.body.innerText")
+    browser.wait_until("document.body?.innerText.includes('No step has been logged yet')")
+    browser.wait_until("document.readyState === 'complete' && document.querySelector('#refresh').checked")
     write_run(run, entries_of_run(4, has_ended=False))
     assert write_live_report(run)
     browser.wait_until("document.body?.innerText.includes('4 of 60')")

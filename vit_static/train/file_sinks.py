@@ -132,7 +132,7 @@ class ReportPage(Sink["ErrorAnalysis | None"]):
     """
 
     MIN_INTERVAL_S = 5.0  # between two pages at log steps
-    MAX_SHARE = 0.02  # of the time, for pages at log steps
+    MAX_SHARE = 0.01  # of the time, for pages at log steps
 
     def __init__(self, run_dir: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self.name, self._run_dir, self._clock = str(run_dir / REPORT_FILE), run_dir, clock

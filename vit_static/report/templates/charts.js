@@ -101,7 +101,6 @@ function draw() {
   const style = getComputedStyle(document.documentElement);
   const theme = Object.fromEntries(["ink", "soft", "line", "page"].map(name => [name, style.getPropertyValue(`--${name}`).trim()]));
   theme.colours = Array.from({length: COLOURS}, (_, number) => style.getPropertyValue(`--c${number}`).trim());
-  theme.isDark = matchMedia("(prefers-color-scheme: dark)").matches;
   const axis = AXES[state.x];
   const ends = curves.flatMap(chart => chart.data.lines).filter(line => axis.has(page.runs[line.run]))
     .flatMap(line => [line.steps[0], line.steps.at(-1)].map(step => axis.of(page.runs[line.run], step)));
@@ -261,15 +260,13 @@ function keepZoom() {
 function connectControls() {
   const choose = (id, key, read, apply) => {
     const input = $(id);
-    if (input === null) return;
-    if (input.type === "checkbox") input.checked = state[key]; else input.value = state[key];
+    input.value = state[key];
     input.addEventListener("input", () => { state[key] = read(input); save(); apply(); });
   };
   for (const option of $("#x-axis").options) option.disabled = !page.runs.some(AXES[option.value].has);
   choose("#x-axis", "x", input => input.value, () => { state.zoom = null; draw(); });
   choose("#scale", "scale", input => input.value, () => { state.zoom = null; draw(); });
   choose("#smoothing", "smoothing", input => Number(input.value), () => { showSmoothing(); showLines(); });
-  choose("#refresh", "refresh", input => input.checked, () => {});
   for (const input of document.querySelectorAll("[data-toggle]")) {
     const number = Number(input.dataset.toggle);
     input.checked = !state.hidden.includes(number);
@@ -294,6 +291,8 @@ function showSmoothing() {
 /** Reload the page while the run goes on, but not while the reader points at something. */
 function refreshWhileRunning() {
   if (page.refresh_s === null) return;
+  $("#refresh").checked = state.refresh;
+  $("#refresh").addEventListener("input", event => { state.refresh = event.target.checked; save(); });
   const loaded = Date.now();
   let lastMove = 0;
   addEventListener("pointermove", () => { lastMove = Date.now(); });
