@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
+from helpers.pages import CONFIGS, PAGES, page_name, read_commands
 from helpers.small import ROOT
 
 from vit_static.cli.parser import make_parser
 from vit_static.config.loader import load_config
-
-CONFIGS = ROOT / "configs"
-PAGES = [ROOT / "README.md", *sorted(CONFIGS.glob("*.md")), *sorted((ROOT / ".github").rglob("*.md"))]
-
-
-def page_name(page: Path) -> str:
-    return str(page.relative_to(ROOT))
 
 
 def anchors(page: Path) -> set[str]:
@@ -39,33 +32,18 @@ def test_a_pages_links_resolve(page: Path) -> None:
         assert not anchor or anchor in anchors(linked), target
 
 
-def commands(page: Path) -> list[str]:
-    """Return the `./run.sh` commands in the page's code blocks, except those that are cut short by three dots."""
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    lines = "\n".join(block for kind, block in blocks if kind in ("", "bash")).replace("\\\n", " ").splitlines()
-    commands = [
-        line[line.index("./run.sh ") :] for line in lines if re.match(r"(\$ |\w+=\S+ |srun )*\./run\.sh ", line)
-    ]
-    return [line for line in commands if " ..." not in line]
-
-
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_a_pages_commands_are_accepted(page: Path) -> None:
-    """By the argument parser; their configs load with the overrides."""
-    for command in commands(page):
-        arguments = shlex.split(command, comments=True)[1:]
-        if arguments[0] in ("data", "test", "setup"):
+    """By the argument parser, with the page's own settings; their configs load. test_page_commands.py runs them."""
+    for command in read_commands(page):
+        if command.arguments[0] in ("data", "test", "setup", "curl"):
             continue
-        given = make_parser().parse_args(arguments)
+        given = make_parser().parse_args(command.arguments)
         config = getattr(given, "config", None)
         if config is not None and config.is_relative_to("configs"):
             load_config(ROOT / config, given.overrides)
         elif getattr(given, "overrides", None):
             load_config(None, given.overrides)
-
-
-def test_the_pages_have_commands_to_try() -> None:
-    assert sum(len(commands(page)) for page in PAGES) > 50
 
 
 def test_every_config_is_in_the_index_and_no_other() -> None:
