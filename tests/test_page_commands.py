@@ -56,7 +56,7 @@ SMALL = {
     "data.global_batch_size": "16",
     "data.num_threads": "1",
     "train.max_steps": "2",
-    "log.every_steps": "1",
+    "log.every_steps": "2",
 }
 # Keys that a page sets and that are changed: to train longer, or a larger model, shows nothing more here.
 REPLACED = ("train.max_steps", "model.image_size")
