@@ -155,6 +155,30 @@ def test_the_first_screen() -> None:
         assert expected in " ".join(text.split()), expected
 
 
+@pytest.mark.parametrize("num_columns", [40, 80, 200])
+def test_the_first_screen_fits_the_terminal_counts_in_the_singular_and_names_no_variant_that_it_is_not(
+    num_columns: int,
+) -> None:
+    config = load_config(None, ["model.depth=1", "model.variant=S/16", "log.every_steps=1", "train.epochs=1"])
+    mesh = {"world_size": 1, "device": "cpu", "dp": 1, "mp": 1, "pp": 1, "sharding_stage": 0, "micro_batches": 1}
+    mesh |= {"batch_size": 1, "batch_size_per_rank": 1, "precision": "O0 float32", "passes": []}
+    images: dict[str, Any] = {"train_images": images_without_files(1024), "val_images": images_without_files(1)}
+    spec = RunSpec(config, 0, MeshShape(1, 1, 1), **images, total_steps=1, warmup_steps=1)
+    info = {"mesh": mesh, "environment": {"gpu": None, "cpu": "a CPU"}}
+    text = start_screen(spec, 0, "fresh weights", 1_000_000, info, num_columns)
+    assert max(map(len, text.splitlines())) <= min(num_columns, 100)
+    words = " ".join(text.split())
+    for expected in (
+        "model ViT, 384 wide, 1 deep,",
+        "1024 training and 1 validation image in",
+        "batch 1 image,",
+        "1 step of warmup",
+        "steps 1 (1 epoch); evaluated every epoch, logged every step, saved at every evaluation",
+    ):
+        assert expected in words, expected
+    assert "S/16" not in text
+
+
 def test_the_expected_end() -> None:
     now = datetime(2026, 11, 30, 23, 59, 0, tzinfo=timezone.utc)
     assert expected_end(3723.0, now) == "expected end Tue 01 Dec 01:01:03, in 1 h 02 min"

@@ -61,11 +61,10 @@ class Console(Sink[str]):
         Until the first step is done, it says that this step is being compiled.
         """
         if sys.stdout.isatty():
-            self._bar, self._is_compiling = (
-                ProgressBar(total_steps, "step", num_done=done_steps, stream=sys.stdout),
-                True,
-            )
-            self._bar.describe(_COMPILING)
+            self._bar = ProgressBar(total_steps, "step", num_done=done_steps, stream=sys.stdout)
+            self._is_compiling = done_steps < total_steps
+            if self._is_compiling:
+                self._bar.describe(_COMPILING)
 
     def advance_bar(self) -> None:
         """Count a step."""
