@@ -90,9 +90,14 @@ def test_damaged_lines_give_a_report(line: bytes, num_unread: int, tmp_path: Pat
     )
 
 
-def test_a_log_without_entries_is_an_error_of_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(write_run(tmp_path / "run", b"\x00\xff\n\x00\n"))]) == 2
-    assert "has no entries yet (2 lines are none); " in capsys.readouterr().err
+def test_a_log_of_other_bytes_gives_a_page_that_says_so(tmp_path: Path) -> None:
+    page = check_reports(write_run(tmp_path / "run", b"\x00\xff\n\x00\n"))
+    assert "lines of the log that can&#39;t be read</dt><dd>2</dd>" in page
+
+
+def test_an_empty_log_is_an_error_of_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(write_run(tmp_path / "run", b""))]) == 2
+    assert "has no entries yet; wait for" in capsys.readouterr().err
 
 
 numbers = st.one_of(st.floats(), st.integers(-(10**400), 10**400), st.sampled_from([5e-324, 1e308, -1e308, 1e100, 0]))

@@ -12,7 +12,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from vit_static.common.errors import UserError, newer_format
-from vit_static.common.text import counted
 from vit_static.config.data_schema import SelectionMetric
 from vit_static.config.schema import Config
 from vit_static.config.yaml_loader import YamlError, read_yaml
@@ -276,9 +275,8 @@ def read_run(run_dir: Path, name: str | None = None) -> RunLogData:
     entries = latest_run(all_entries)
     if newer := next(filter(None, (newer_format(entry.get("format"), METRICS_FORMAT) for entry in entries)), None):
         raise UserError(f"{path}: {newer}; write the report with that version")
-    if not entries:
-        unread = f" ({counted(num_unread_lines, 'line', be=True)} none)" if num_unread_lines else ""
-        raise UserError(f"{path}: has no entries yet{unread}; wait for the first log step, or name another run")
+    if not entries and not num_unread_lines:
+        raise UserError(f"{path}: has no entries yet; wait for the first log step, or name another run")
     text, config = _read_config(run_dir / "config.yaml")
     analysis = _read_error_analysis(run_dir / EVALUATION_FILE)
     run = RunLogData(name or run_dir.resolve().name, entries, config, text, analysis, num_unread_lines)
