@@ -15,6 +15,7 @@ PEERS = PACKAGE / "bench" / "peers"  # scripts for other environments, which imp
 LAYERS = [
     "worker",
     "__main__",
+    "api",
     "cli",
     "verbs",
     "doctor",

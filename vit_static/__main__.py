@@ -20,10 +20,7 @@ def command() -> None:
     import runpy
     from importlib.util import find_spec
 
-    from vit_static.common.installation import IS_WHEEL
-
-    if IS_WHEEL:
-        _set_defaults_of_run_sh()
+    _set_defaults_of_run_sh()
     if len(sys.argv) == 1:
         sys.argv.append("help")
     verb = sys.argv[1]
@@ -36,11 +33,14 @@ def command() -> None:
 
 
 def _set_defaults_of_run_sh() -> None:
-    """Set the variables that run.sh sets in a source tree, unless the user has."""
+    """Set the variables that run.sh sets, unless it or the user has: an installed wheel has no run.sh."""
     import os
     from importlib.metadata import PackageNotFoundError, distribution
 
-    os.environ.setdefault("PYTHONSAFEPATH", "1")  # for the processes that this one starts
+    from vit_static.common.installation import IS_WHEEL
+
+    if IS_WHEEL:
+        os.environ.setdefault("PYTHONSAFEPATH", "1")  # for the processes that this one starts
     try:
         distribution("paddlepaddle-gpu")
     except PackageNotFoundError:

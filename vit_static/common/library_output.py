@@ -8,13 +8,15 @@ handlers for the console at any time, so `StreamHandler.emit` is replaced as wel
 
 from __future__ import annotations
 
+import ctypes
 import io
 import logging
 import os
 import sys
 import tempfile
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -80,6 +82,31 @@ def capture_library_output() -> None:
             emit_to_stream(handler, record)
 
     logging.StreamHandler.emit = emit  # type: ignore[method-assign, assignment]
+
+
+@contextmanager
+def hidden_library_output() -> Iterator[None]:
+    """Drop what libraries write to descriptor 1 within the block, unless it is redirected: for a caller's own process.
+
+    Python's `sys.stdout` loses nothing that was printed before; another thread's lines in the block are lost.
+    """
+    if _redirection is not None:
+        yield
+        return
+    with suppress(OSError, ValueError):  # the caller's stream, whatever it is
+        sys.stdout.flush()
+    flush_c = ctypes.CDLL(None).fflush  # of all streams, with NULL: C's buffers are filled before and in the block
+    flush_c(None)
+    kept = os.dup(1)
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 1)
+        yield
+    finally:
+        flush_c(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(null)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ import locale
 import os
 import signal
 import sys
+import threading
+import warnings
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -133,6 +135,19 @@ def prepare_process(verbose: bool = False, environ: MutableMapping[str, str] = o
         faulthandler.enable(sys.stderr)  # after the import, which sets a handler that writes to the log
 
 
+def import_paddle_quietly() -> None:
+    """Import Paddle in a caller's process, as `prepare_process` does, without its messages.
+
+    Nothing that the caller prints is redirected. If Paddle has been imported, nothing happens.
+    """
+    if "paddle" in sys.modules:
+        return
+    os.environ.setdefault("GLOG_minloglevel", "2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prepare_process(verbose=True)
+
+
 def user_environ() -> dict[str, str]:
     """Return the environment without the changes of `prepare_process`, for starting other programs."""
     return dict(os.environ if _environ_before is None else _environ_before)
@@ -145,7 +160,8 @@ def _stop_signals_deferred() -> Iterator[None]:
     A signal in the middle of an import would surface as another error, and Paddle replaces the handler of SIGTERM.
     """
     stop_signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-    handlers = {number: signal.getsignal(number) for number in stop_signals}
+    is_main = threading.current_thread() is threading.main_thread()  # another thread can't set handlers
+    handlers = {number: signal.getsignal(number) for number in stop_signals if is_main}
     signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
     try:
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,14 @@ DEFAULT_CONFIGS = {  # by verb
 _MAX_FILE_BYTES = 256 * 1024
 
 
-def load_config(path: Path | None, overrides: Iterable[str] = ()) -> Config:
+def load_config(path: str | os.PathLike[str] | None = None, overrides: Iterable[str] = ()) -> Config:
     """Return the config in a YAML file (None: the defaults), changed by ``section.key=value`` overrides.
 
     Instead of a path, the name of a config in configs/ will do: deit_s16. Raise ConfigError for a file that can't be
     read, and for unknown keys, wrong types and invalid values.
     """
     if path is not None:
-        path = find_config(path)
+        path = find_config(Path(path))
     values = {} if path is None else _read_file(path)
     values.setdefault("name", "run" if path is None else path.stem)
     prepared_root = _root(values)
@@ -46,6 +47,16 @@ def load_config(path: Path | None, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(
             describe_mistake(error, path, overridden, lambda key, value: _is_valid(values, key, value))
         ) from None
+
+
+def make_config(values: dict[str, Any]) -> Config:
+    """Return the config with these values of keys, as YAML has them. Raise ConfigError for mistakes in them."""
+    values = {"name": "run", **values}
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        message = describe_mistake(error, None, {}, lambda key, value: _is_valid(values, key, value))
+        raise ConfigError(message.removeprefix("-o: ")) from None
 
 
 def find_config(path: Path) -> Path:

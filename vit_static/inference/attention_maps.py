@@ -181,17 +181,24 @@ def patch_filters(model: VisionTransformer, max_filters: int = MAX_FILTERS) -> t
 
 
 def load_checkpoint(
-    config: Config | None, checkpoint: Path, overrides: list[str], *, ema: bool = False, which: WhichWeights = "last"
+    config: Config | None,
+    checkpoint: Path,
+    overrides: list[str],
+    *,
+    ema: bool = False,
+    which: WhichWeights = "last",
+    attention: AttentionFunction | None = None,
 ) -> tuple[VisionTransformer, ModelSpec]:
-    """Load the model of a run, a checkpoint or a file of weights for `attention_map`, with its description.
+    """Load the model of a run, a checkpoint or a file of weights, with its description.
 
+    Without `attention`, it is for `attention_map`.
     `which` selects among the weights of a run's folder, `ema` the moving average of the weights. Raises WeightsError or
     ConfigError as the verb `eval` does.
     """
     loaded = load_weights(checkpoint, ema=ema, which=which)
     config = config_for(config, loaded, overrides)
     paddle.set_device("cpu")
-    model = VisionTransformer(config.model, AttentionRecorder())
+    model = VisionTransformer(config.model, attention or AttentionRecorder())
     load_into(model, config.model, loaded, config.init.pos_embed)
     model.eval()
     names = loaded.class_names or []
@@ -274,7 +281,7 @@ def visualize(
     named_paths = zip(paths, unique_stems(paths), strict=True)
     num_failed = 0
     for inputs, errors in prefetch_batches(paths, _batch_size(spec.model), options, preprocessor):
-        results = _explain(model, spec, inputs) if len(inputs) else iter(())
+        results = explain(model, spec, inputs) if len(inputs) else iter(())
         for error in errors:
             path, stem = next(named_paths)
             if error is not None:
@@ -310,7 +317,7 @@ def unique_stems(paths: Sequence[Path]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Explanation:
+class Explanation:
     """The predicted class of an image (no name without a head), and the attention behind it."""
 
     label: int
@@ -321,7 +328,7 @@ class _Explanation:
     heads: np.ndarray  # [H, rows, columns]
 
 
-def _explain(model: VisionTransformer, spec: ModelSpec, images: np.ndarray) -> Iterator[_Explanation]:
+def explain(model: VisionTransformer, spec: ModelSpec, images: np.ndarray) -> Iterator[Explanation]:
     """Yield the explanation of each preprocessed image of [B, 3, height, width]."""
     recorded = record_attention(model, images)
     probabilities = to_probabilities(recorded.logits, spec.activation)
@@ -330,7 +337,7 @@ def _explain(model: VisionTransformer, spec: ModelSpec, images: np.ndarray) -> I
         label = int(row.argmax())
         pixels = denormalize(image, spec.preprocessing)
         name = spec.class_names[label] if spec.class_names else None
-        yield _Explanation(label, name, float(row[label]), pixels, shares, heads)
+        yield Explanation(label, name, float(row[label]), pixels, shares, heads)
 
 
 def denormalize(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from paddle import inference
 
 from vit_static.common import cpu
 from vit_static.common.errors import PredictError
+from vit_static.common.library_output import hidden_library_output
 from vit_static.common.text import counted
 from vit_static.config.schema import InferencePrecision
 from vit_static.inference.artifact import MODEL_FILE, ONNX_FILE, REMEDY, WEIGHTS_FILE, read_spec
@@ -95,6 +97,7 @@ class PaddleSession:
                 config.enable_mkldnn_bfloat16()
             self.place = f"the CPU, {'oneDNN' if onednn else 'no oneDNN'}, {counted(num_threads, 'thread')}"
         self._predictor: Any = inference.create_predictor(config)
+        self._has_run = False
 
     def run(self, images: np.ndarray, *, with_features: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
         *logits, features = self.outputs(images)
@@ -108,7 +111,10 @@ class PaddleSession:
         handle = self._predictor.get_input_handle(self._predictor.get_input_names()[0])
         handle.reshape(batch.shape)
         handle.copy_from_cpu(np.ascontiguousarray(batch))
-        self._predictor.run()
+        # The first run prints the name of an oneDNN pass, whatever the log level.
+        with nullcontext() if self._has_run else hidden_library_output():
+            self._predictor.run()
+        self._has_run = True
         return [self._predictor.get_output_handle(name) for name in self._predictor.get_output_names()]
 
 

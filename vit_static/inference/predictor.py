@@ -65,7 +65,7 @@ class Prediction:
 _T = TypeVar("_T")
 
 
-class _Pool(Generic[_T]):
+class Pool(Generic[_T]):
     """Up to `size` objects that one thread can use at a time, each created when it is first needed."""
 
     def __init__(self, size: int, create: Callable[[], _T]) -> None:
@@ -125,10 +125,10 @@ class Predictor:
         self.spec = read_spec(folder)
         self._decode_options = self.spec.preprocessing.to_decode_options()
         threads = num_threads or len(os.sched_getaffinity(0))
-        self._sessions: _Pool[Session] = _Pool(
+        self._sessions: Pool[Session] = Pool(
             _NUM_PARALLEL, lambda: open_session(folder, threads, onednn=onednn, precision=precision)
         )
-        self._preprocessors = _Pool(_NUM_PARALLEL, lambda: Preprocessor(self.spec.preprocessing, threads))
+        self._preprocessors = Pool(_NUM_PARALLEL, lambda: Preprocessor(self.spec.preprocessing, threads))
         with self._sessions.borrow() as session:  # opens the first session, so that a failure is raised here
             place = session.place
         exported = self.spec.precision
