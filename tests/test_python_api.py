@@ -67,7 +67,7 @@ def run_program(code: str, folder: Path, output: Path) -> None:
     os.chdir(folder)
     redirect_output(output, output)
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-    subprocess.Popen = start_module  # type: ignore[assignment, misc]
+    subprocess.Popen = start_module
     exec(compile(code, str(PAGE), "exec"), {"__name__": "__main__"})
     sys.stdout.flush()
 
