@@ -102,7 +102,8 @@ def test_the_pointer_shows_the_values_of_the_log(browser: Browser, tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_drag_zooms_all_charts_and_a_reload_keeps_what_was_chosen(browser: Browser, tmp_path: Path) -> None:
-    open_page(browser, write_report(write_run(tmp_path / "run", entries_of_run())))
+    entries = entries_of_run()
+    open_page(browser, write_report(write_run(tmp_path / "run", entries)))
     full = x_range(browser)
     assert full[0] < 0 and full[1] > NUM_STEPS
     left, top, width, height = box_of(browser, "curve-train-loss")
@@ -111,6 +112,11 @@ def test_a_drag_zooms_all_charts_and_a_reload_keeps_what_was_chosen(browser: Bro
     zoomed = x_range(browser)
     assert 0.3 < (zoomed[0] - full[0]) / (full[1] - full[0]) < 0.5 < (zoomed[1] - full[0]) / (full[1] - full[0]) < 0.8
     assert browser.evaluate("[...drawn.plots.values()].every(plot => plot.x_range === drawn.range)")
+    shown = [line["lr"] for line in entries if line["kind"] == "train" and zoomed[0] <= line["step"] <= zoomed[1]]
+    margin = 0.05 * (shown[-1] - shown[0])  # the vertical axis fits the steps that are shown
+    rates = "drawn.plots.get('curve-train-lr').y_range"
+    browser.wait_until(f"Math.abs({rates}.start - {shown[0] - margin}) < 1e-12")
+    assert browser.evaluate(f"{rates}.end") == pytest.approx(shown[-1] + margin)
     browser.evaluate("window.isFirstLoad = true")
     browser.send("Page.reload")
     browser.wait_until("document.readyState === 'complete' && !window.isFirstLoad && drawn !== null")

@@ -291,7 +291,7 @@ class CheckpointConfig(Section):
 class LogConfig(Section):
     """Metrics during training."""
 
-    every_steps: PositiveInt = Field(50, description="steps between two entries")
+    every_steps: PositiveInt = Field(50, description="steps between two entries; step 1 always has one")
     tensorboard: bool = Field(True, description="write a TensorBoard event file too")
 
 

@@ -106,7 +106,7 @@ function draw() {
     .flatMap(line => [line.steps[0], line.steps.at(-1)].map(step => axis.of(page.runs[line.run], step)));
   const [low, high] = [Math.min(...ends, 0), Math.max(...ends, state.x === "step" ? 1 : 0)];
   const [start, end] = [low - 0.01 * (high - low || 1), high + 0.01 * (high - low || 1)];
-  const range = new Bokeh.Range1d({start: state.zoom?.x[0] ?? start, end: state.zoom?.x[1] ?? end});
+  const range = new Bokeh.Range1d({start: state.zoom?.[0] ?? start, end: state.zoom?.[1] ?? end});
   const cursor = new Bokeh.Span({dimension: "height", line_color: theme.soft, line_dash: [3, 3]});
   drawn = {range, full: [start, end], plots: new Map(), lines: []};
   const bokehDocument = new Bokeh.Document();
@@ -117,6 +117,12 @@ function draw() {
   }
   for (const chart of charts) chart.target.replaceChildren();
   showLines();
+  let isFitting = false;
+  range.change.connect(() => {
+    if (isFitting) return;
+    isFitting = true;  // both ends change, in several steps
+    requestAnimationFrame(() => { isFitting = false; fitHeights(); });
+  });
   return Bokeh.embed.add_document_standalone(bokehDocument, document.body, charts.map(chart => chart.target));
 }
 
@@ -151,15 +157,13 @@ function drawCurve(chart, theme, axis, range, cursor) {
   const values = lines.flatMap(line => line.values);
   const isLog = data.log && (state.scale === "log" ? values.some(value => value > 0)
     : state.scale === "auto" && values.length > 0 && needsLogScale(values));
-  const zoomed = state.zoom?.y[chart.id];
-  const y = zoomed ? new Bokeh.Range1d({start: zoomed[0], end: zoomed[1]}) : new Bokeh.DataRange1d({only_visible: true});
-  const plot = emptyPlot(theme, {x_range: range, y_range: y, y_axis_type: isLog ? "log" : "linear"}, axis.label);
+  const plot = emptyPlot(theme, {x_range: range, y_range: new Bokeh.Range1d(), y_axis_type: isLog ? "log" : "linear"}, axis.label);
   const renderers = lines.map(line => drawLine(plot, chart, line, theme, axis, isLog));
   const tooltips = [["", "@where"], [data.title, "@text"]];
   if (data.lines.length > 1) tooltips.unshift(["", "@name"]);
   if (data.smooth) tooltips.push(["smoothed", "@smooth_text"]);
   plot.add_tools(
-    new Bokeh.BoxZoomTool(), new Bokeh.WheelZoomTool({dimensions: "width"}), new Bokeh.PanTool({dimensions: "width"}),
+    new Bokeh.BoxZoomTool({dimensions: "width"}), new Bokeh.WheelZoomTool({dimensions: "width"}), new Bokeh.PanTool({dimensions: "width"}),
     new Bokeh.CrosshairTool({overlay: cursor}), new Bokeh.HoverTool({mode: "vline", renderers, tooltips}),
   );
   plot.toolbar.active_drag = matchMedia("(pointer: coarse)").matches ? null : plot.toolbar.tools[0];
@@ -192,7 +196,7 @@ function drawLine(plot, chart, line, theme, axis, isLog) {
     ? plot.scatter({field: "x"}, {field: "y"}, {source, size: 5, line_color: null, fill_color: look.line_color, ...legend}) : null;
   const smooth = data.smooth ? plot.line({field: "x"}, {field: "smooth"}, {...look, line_width: 1.8}) : null;
   raw.hover_glyph = null;
-  drawn.lines.push({line, source, raw, smooth, dots, hasToggle: data.toggles});
+  drawn.lines.push({line, plot, isLog, source, raw, smooth, dots, hasToggle: data.toggles});
   return raw;
 }
 
@@ -243,16 +247,36 @@ function showLines() {
     raw.glyph.line_alpha = isSmoothed ? 0.35 : 1;
     if (dots !== null) dots.visible = isVisible;
   }
+  fitHeights();
+}
+
+/** Fit each vertical axis to what is visible of the lines between the ends of the horizontal one. */
+function fitHeights() {
+  const {start, end} = drawn.range;
+  for (const {id} of curves) {
+    const plot = drawn.plots.get(id);
+    const lines = drawn.lines.filter(each => each.plot === plot && each.raw.visible);
+    const isLog = lines.some(each => each.isLog);
+    let low = Infinity, high = -Infinity;
+    for (const {source: {data}} of lines) {
+      data.x.forEach((x, index) => {
+        const value = data.y[index];
+        if (x < start || x > end || Number.isNaN(value)) return;
+        low = Math.min(low, value);
+        high = Math.max(high, value);
+      });
+    }
+    if (low > high) continue;  // nothing is visible
+    const margin = isLog ? (high / low) ** 0.05 * 1.05 : 0.05 * (high - low) || 0.1 * Math.abs(high) || 1;
+    plot.y_range.setv(isLog ? {start: low / margin, end: high * margin} : {start: low - margin, end: high + margin});
+  }
 }
 
 /** Remember where the reader has zoomed to, for the next time that the charts are drawn. */
 function keepZoom() {
-  const {range, full, plots} = drawn;
-  const isZoomed = Math.abs(range.start - full[0]) + Math.abs(range.end - full[1]) > 1e-6 * (full[1] - full[0]);
-  state.zoom = !isZoomed ? null : {
-    x: [range.start, range.end],
-    y: Object.fromEntries(curves.map(({id}) => [id, [plots.get(id).y_range.start, plots.get(id).y_range.end]])),
-  };
+  const {range: {start, end}, full} = drawn;
+  const isZoomed = Math.abs(start - full[0]) + Math.abs(end - full[1]) > 1e-6 * (full[1] - full[0]);
+  state.zoom = isZoomed ? [start, end] : null;
 }
 
 // -- controls --------------------------------------------------------------------------------------------------------
