@@ -337,7 +337,7 @@ def test_a_run_and_its_export_give_the_same_pictures(workplace: Path) -> None:
     results = {}
     for source, arguments in {"run": ["--checkpoint", "output/tiny"], "export": ["--model", "exported"]}.items():
         finished = run_verb("visualize", *arguments, *IMAGES, "--out", f"out/{source}", cwd=workplace)
-        assert finished.returncode == 2 and finished.stderr.count("\n") == 1 and "1 images" in finished.stderr
+        assert finished.returncode == 2 and finished.stderr.count("\n") == 1 and "1 image " in finished.stderr
         lines = finished.stdout.splitlines()
         assert [line for line in lines if line[0] != "{"] == [f"out/{source}/{name}" for name in PICTURES]
         assert sorted(path.name for path in (workplace / "out" / source).iterdir()) == sorted(PICTURES)
