@@ -187,3 +187,17 @@ def test_a_page_reloads_itself_until_the_run_ends(
     assert not write_live_report(run)
     browser.wait_until("document.readyState === 'complete' && document.body.innerText.includes('60 of 60')")
     assert browser.evaluate("page.refresh_s") is None and browser.page_errors == []
+
+
+@pytest.mark.slow
+def test_the_page_of_a_killed_run_does_not_reload_itself_forever(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its log has no end, but the page is old."""
+    run = write_run(tmp_path / "run", entries_of_run(4, has_ended=False))
+    now = page.time.time()
+    monkeypatch.setattr(page.time, "time", lambda: now - 4000.0)
+    assert write_live_report(run)
+    open_page(browser, run / "report.html")
+    browser.wait_until("document.querySelector('#live').textContent.includes('may have been killed')")
+    assert browser.page_errors == []

@@ -80,7 +80,14 @@ class RunLogData:
         return sorted((step, float(value)) for step, value in values.items() if _is_number(value))
 
     def _entries_of_kind(self, kind: str) -> list[dict[str, Any]]:
-        return [entry for entry in self.entries if entry["kind"] == kind]
+        return self._entries_by_kind.get(kind, [])
+
+    @cached_property
+    def _entries_by_kind(self) -> dict[str, list[dict[str, Any]]]:
+        by_kind: dict[str, list[dict[str, Any]]] = {}
+        for entry in self.entries:
+            by_kind.setdefault(entry["kind"], []).append(entry)
+        return by_kind
 
     def values(self, key: str) -> list[float]:
         """Return all finite values of `key` in the order of the log, including undone steps."""

@@ -95,7 +95,7 @@ function needsLogScale(values) {
 
 // -- drawing ---------------------------------------------------------------------------------------------------------
 
-let drawn = null;  // what has been drawn: the shared range, the plots, the lines
+let drawn = null;  // what has been drawn: the shared range, the plots, the lines, the tooltips of charts that can be smoothed
 
 function draw() {
   const style = getComputedStyle(document.documentElement);
@@ -108,7 +108,7 @@ function draw() {
   const [start, end] = [low - 0.01 * (high - low || 1), high + 0.01 * (high - low || 1)];
   const range = new Bokeh.Range1d({start: state.zoom?.[0] ?? start, end: state.zoom?.[1] ?? end});
   const cursor = new Bokeh.Span({dimension: "height", line_color: theme.soft, line_dash: [3, 3]});
-  drawn = {range, full: [start, end], plots: new Map(), lines: []};
+  drawn = {range, full: [start, end], plots: new Map(), lines: [], hovers: []};
   const bokehDocument = new Bokeh.Document();
   for (const chart of charts) {
     const plot = chart.data.lines ? drawCurve(chart, theme, axis, range, cursor) : drawReliability(chart, theme);
@@ -161,10 +161,11 @@ function drawCurve(chart, theme, axis, range, cursor) {
   const renderers = lines.map(line => drawLine(plot, chart, line, theme, axis, isLog));
   const tooltips = [["", "@where"], [data.title, "@text"]];
   if (data.lines.length > 1) tooltips.unshift(["", "@name"]);
-  if (data.smooth) tooltips.push(["smoothed", "@smooth_text"]);
+  const hover = new Bokeh.HoverTool({mode: "vline", renderers, tooltips});
+  if (data.smooth) drawn.hovers.push({hover, raw: tooltips, smooth: [...tooltips, ["smoothed", "@smooth_text"]]});
   plot.add_tools(
     new Bokeh.BoxZoomTool({dimensions: "width"}), new Bokeh.WheelZoomTool({dimensions: "width"}), new Bokeh.PanTool({dimensions: "width"}),
-    new Bokeh.CrosshairTool({overlay: cursor}), new Bokeh.HoverTool({mode: "vline", renderers, tooltips}),
+    new Bokeh.CrosshairTool({overlay: cursor}), hover,
   );
   plot.toolbar.active_drag = matchMedia("(pointer: coarse)").matches ? null : plot.toolbar.tools[0];
   plot.toolbar.active_scroll = null;  // the wheel scrolls the page until the reader chooses the tool
@@ -247,6 +248,7 @@ function showLines() {
     raw.glyph.line_alpha = isSmoothed ? 0.35 : 1;
     if (dots !== null) dots.visible = isVisible;
   }
+  for (const {hover, raw, smooth} of drawn.hovers) hover.tooltips = state.smoothing > 0 ? smooth : raw;
   fitHeights();
 }
 
