@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import configparser
 import re
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+from helpers.forked_verbs import start_verb
 from helpers.small import ROOT
 
 from vit_static.cli.completion import completion_script
 from vit_static.cli.parser import make_parser, parse_arguments, verbs_of
 from vit_static.common.errors import UserError
+from vit_static.common.installation import EXTRAS
 from vit_static.config.loader import load_config
 from vit_static.config.recipes import list_recipes
 from vit_static.config.yaml_loader import read_yaml
@@ -211,3 +214,19 @@ def test_recipes_lists_every_config_that_trains_with_task_result_and_machine(
     by_name = {recipe.name: recipe for recipe in list_recipes()}
     assert by_name["deit_s16"].top1 == "79.9 % (published)" and by_name["deit_s16"].machine == "8 x A100 40 GB"
     assert by_name["quickstart"].top1 == "at least 97.5 % (measured)"
+
+
+def test_a_missing_package_of_an_extra_is_one_line(tmp_path: Path) -> None:
+    output = tmp_path / "stderr"
+    hidden = "import sys; sys.modules['starlette'] = None"
+    verb = start_verb(["serve", "--model", "x"], tmp_path, tmp_path / "stdout", output, before=hidden)
+    assert verb.wait() == 2
+    assert output.read_text() == "vit_static: starlette is not installed; run ./run.sh setup\n"
+
+
+def test_the_extras_of_packages_are_those_of_setup_cfg() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    for package, extra in EXTRAS.items():
+        lines = config["options.extras_require"][extra].splitlines()
+        assert any(line.replace("-", "_").startswith(package) for line in lines), package

@@ -21,6 +21,7 @@ from vit_static.common.errors import (
     WriteError,
     describe_os_error,
 )
+from vit_static.common.installation import describe_missing
 from vit_static.common.library_output import best_effort, library_output
 from vit_static.common.startup import handle_stop_signals, take_stop_signal
 from vit_static.common.text import print_text, say
@@ -70,6 +71,9 @@ def _report(error: Exception) -> int:
         return EXIT_DONE
     if isinstance(error, UserError):
         say(str(error))
+        return EXIT_USER_MISTAKE
+    if isinstance(error, ModuleNotFoundError) and (missing := describe_missing(error)) is not None:
+        say(missing)
         return EXIT_USER_MISTAKE
     if isinstance(error, RunFailed):
         say(str(error))

@@ -7,6 +7,8 @@ import os
 import reprlib
 from typing import Any
 
+from vit_static.common.installation import localize
+
 EXIT_DONE, EXIT_FAILED, EXIT_USER_MISTAKE, EXIT_STOPPED = 0, 1, 2, 75
 EXIT_UNANSWERED = 69  # of a worker that has waited too long for another rank; its launcher ends with EXIT_FAILED
 
@@ -39,7 +41,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(escape(message.strip()))
+        super().__init__(escape(localize(message.strip())))
 
 
 class RunFailed(RuntimeError):

@@ -12,7 +12,24 @@ SOURCE_TREE = None if IS_WHEEL else _PACKAGE.parent
 CONFIGS = (_PACKAGE if IS_WHEEL else _PACKAGE.parent) / "configs"
 COMMAND = "vit_static" if IS_WHEEL else "./run.sh"
 
+# The extra of setup.cfg that installs a package which only some verbs import, by its name in Python.
+EXTRAS = {
+    **dict.fromkeys(("multipart", "prometheus_client", "starlette", "uvicorn"), "serve"),
+    **dict.fromkeys(("ml_dtypes", "onnx", "onnxruntime", "paddle2onnx"), "onnx"),
+    "paddle": "cpu",
+    "pyarrow": "parquet",
+}
+
 _PAGE = re.compile(r"(?<![\w/])configs/(?=[A-Z]+\.md)")
+
+
+def describe_missing(error: ModuleNotFoundError) -> str | None:
+    """Return a line for users about a missing package of an extra, with the remedy; None for any other module."""
+    package = (error.name or "").partition(".")[0]
+    if package not in EXTRAS:
+        return None
+    remedy = f"pip install 'vit_static[{EXTRAS[package]}]'" if IS_WHEEL else "./run.sh setup"
+    return f"{package} is not installed; run {remedy}"
 
 
 def localize(message: str) -> str:

@@ -19,11 +19,10 @@ from typing import Any
 
 from vit_static.common.cpu import is_amd_with_avx2, max_cpu_isa, onednn_max_cpu_isa
 from vit_static.common.errors import UserError
-from vit_static.common.installation import IS_WHEEL
+from vit_static.common.installation import describe_missing
 from vit_static.common.library_output import capture_library_output
 
 _M_ARENA_MAX = -8  # malloc.h
-_INSTALL = "run 'pip install vit_static[cpu]'" if IS_WHEEL else "run './run.sh setup'"
 _environ_before: dict[str, str] | None = None  # the environment before `prepare_process`
 _stop_signal: int | None = None  # received while `handle_stop_signals` is in effect
 
@@ -123,12 +122,7 @@ def prepare_process(verbose: bool = False, environ: MutableMapping[str, str] = o
     # Paddle warns on import if this is above 1. Its threads start later, and read the value set below.
     environ["OMP_NUM_THREADS"] = "1"
     with _stop_signals_deferred():
-        try:
-            import paddle  # noqa: F401
-        except ModuleNotFoundError as error:
-            if error.name != "paddle":
-                raise
-            raise UserError(f"Paddle is not installed; {_INSTALL}") from None
+        import paddle  # noqa: F401
 
     environ["OMP_NUM_THREADS"] = num_threads
     if not verbose:
@@ -138,14 +132,18 @@ def prepare_process(verbose: bool = False, environ: MutableMapping[str, str] = o
 def import_paddle_quietly() -> None:
     """Import Paddle in a caller's process, as `prepare_process` does, without its messages.
 
-    Nothing that the caller prints is redirected. If Paddle has been imported, nothing happens.
+    Nothing that the caller prints is redirected. If Paddle has been imported, nothing happens. Raise UserError if it
+    isn't installed.
     """
     if "paddle" in sys.modules:
         return
     os.environ.setdefault("GLOG_minloglevel", "2")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        prepare_process(verbose=True)
+        try:
+            prepare_process(verbose=True)
+        except ModuleNotFoundError as error:
+            raise UserError(describe_missing(error) or str(error)) from error
 
 
 def user_environ() -> dict[str, str]:
