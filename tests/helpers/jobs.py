@@ -26,7 +26,7 @@ TINY = (
 data: {root: ROOT, global_batch_size: 16, num_threads: 1}
 train: {max_steps: 6}
 eval: {every_epochs: 1000}
-log: {every_steps: 1, tensorboard: false}
+log: {every_steps: 1, trackers: []}
 """
 )
 

@@ -173,7 +173,7 @@ SHORTENED = [
     "data.train=train", "data.val=val", "data.multi_label=false", "data.num_threads=2",
     "augment.crop_scale=[0.5, 1.0]", "augment.crop_aspect_ratio=[0.85, 1.18]", "augment.flip_probability=0",
     "train.max_steps=null", "parallel.grad_accum_steps=1", "eval.every_epochs=100", "eval.crop_pct=0.95",
-    "eval.resize=short", "log.every_steps=1000", "log.tensorboard=false", "checkpoint.keep_last=1",
+    "eval.resize=short", "log.every_steps=1000", "log.trackers=[]", "checkpoint.keep_last=1",
 ]  # fmt: skip
 # Learning rates for a hundred steps of 32 images; the recipes' own are for 100 times as many or larger batches.
 ADJUSTED = {

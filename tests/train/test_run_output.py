@@ -18,6 +18,7 @@ import pytest
 from helpers.runs import TINY, metrics
 from helpers.small import ROOT
 from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from vit_static.common.errors import ConfigError
 from vit_static.config.loader import load_config
@@ -62,13 +63,23 @@ def test_tensorboard_has_the_names_and_numbers_of_metrics(config: Config) -> Non
     last = config.run_dir / "checkpoints" / "step_00000003"
     assert train(changed(config, train={"max_steps": 7}), resume=str(last))
     shown: dict[tuple[str, int], float] = {}
+    pictures: set[tuple[str, int]] = set()
+    hyperparameters: list[bytes] = []
     files = sorted(config.run_dir.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns)
     for path in files:
         for event in events_of(path):
             if event.HasField("session_log"):
                 shown = {key: value for key, value in shown.items() if key[1] < event.step}
             for value in event.summary.value:
-                shown[value.tag, event.step] = value.simple_value
+                if value.HasField("image"):
+                    pictures.add((value.tag, event.step))
+                elif value.metadata.plugin_data.plugin_name == "hparams":
+                    hyperparameters.append(value.metadata.plugin_data.content)
+                else:
+                    shown[value.tag, event.step] = value.simple_value
+    assert {("eval/confusion_matrix", 5), ("eval/wrong", 7)} <= pictures
+    contents = [HParamsPluginData.FromString(content) for content in hyperparameters]
+    assert {content.session_start_info.hparams["optim.lr"].number_value for content in contents} >= {config.optim.lr}
     expected = {}
     for kind in ("train", "eval"):
         for line in metrics(config.run_dir, kind):

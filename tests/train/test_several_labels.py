@@ -28,7 +28,7 @@ loss: {name: bce}
 optim: {lr: 3e-3}
 train: {epochs: 6, patience: 1, min_delta: 100}
 eval: {resize: direct, every_epochs: 2, threshold: 0.4}
-log: {tensorboard: false}
+log: {trackers: []}
 export: {temperature: fit}
 """
 )

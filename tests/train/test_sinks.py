@@ -168,7 +168,7 @@ def test_a_tracker_that_raises_is_reported_once_by_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tracker = Tracker(RuntimeError("the server\nis away"))
-    with RunLog(tmp_path, trackers=[tracker], tensorboard=False) as log:
+    with RunLog(tmp_path, trackers=[tracker]) as log:
         for step in (1, 2, 3):
             log.record("train", step, 0.1, loss=1.0)
     out, err = capsys.readouterr()
@@ -326,7 +326,7 @@ def test_pages_at_log_steps_take_a_hundredth_of_the_time_at_most(tmp_path: Path)
 def test_the_page_of_a_run_that_has_ended_does_not_reload_itself(tmp_path: Path, has_end: bool) -> None:
     """Not after an exception either, of which the log says nothing."""
     path = tmp_path / "report.html"
-    with suppress(ZeroDivisionError), RunLog(tmp_path, tensorboard=False) as log:
+    with suppress(ZeroDivisionError), RunLog(tmp_path) as log:
         log.record("event", 0, 0.0, event="started")
         log.write_report()
         assert '"refresh_s":10.0' in path.read_text()

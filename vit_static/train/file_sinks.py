@@ -8,14 +8,14 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from vit_static.report.error_analysis import EVALUATION_FILE, ErrorAnalysis
 from vit_static.report.page import REPORT_FILE, write_live_report, write_report
 from vit_static.report.run_log import METRICS_FILE, RECORDS_LOST
-from vit_static.train.sinks import Record, Sink
+from vit_static.train.sinks import PICTURES, Record, Sink
 
 
 class PartialWriter:
@@ -41,6 +41,8 @@ class MetricsFile(Sink[Record]):
         self._last_step, self._last_epoch = 0, 0.0
 
     def write(self, item: Record) -> None:
+        if item.kind == PICTURES:
+            return
         if self._descriptor < 0:
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
             size = os.fstat(self._descriptor).st_size
@@ -65,15 +67,28 @@ class MetricsFile(Sink[Record]):
             self._descriptor = -1
 
 
+def numbers_of(record: Record) -> dict[str, float]:
+    """Return a record's numbers for trackers, as ``kind/key`` or ``tag/key``; an event has none."""
+    if record.kind == "event":
+        return {}
+    return {
+        f"{record.tag or record.kind}/{key}": value
+        for key, value in record.values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
 class EventFile(Sink[Record]):
-    """A TensorBoard event file of the records' numbers, as ``kind/key`` or ``tag/key``, but those of events.
+    """A TensorBoard event file of the records' numbers and pictures, and of the run's hyperparameters.
 
     It is written here, in the calling thread: tensorboardX's writer has a thread behind a queue in shared memory, and
     when that thread dies, of a full disk for example, whoever adds to the queue waits forever.
     """
 
-    def __init__(self, run_dir: Path, done_steps: int = 0) -> None:
-        """`done_steps`: the steps that a resumed run has done; TensorBoard drops other files' events of later ones."""
+    def __init__(self, run_dir: Path, done_steps: int = 0, parameters: Mapping[str, Any] | None = None) -> None:
+        """`done_steps`: the steps that a resumed run has done; TensorBoard drops other files' events of later ones.
+        `parameters` are the hyperparameters by name."""
+        self._parameters = dict(parameters or {})
         # The name that TensorFlow's EventsWriter gives: time, host, process; TensorBoard needs only "tfevents".
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
         self._path, self.name = run_dir / name, f"TensorBoard's {run_dir / name}"
@@ -84,17 +99,17 @@ class EventFile(Sink[Record]):
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.summary import Summary, scalar
 
-        numbers = {
-            f"{item.tag or item.kind}/{key}": value
-            for key, value in item.values.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        }
-        if item.kind == "event" or not numbers:
+        numbers = numbers_of(item)
+        if not numbers and not item.pictures:
             return
         if self._descriptor < 0:
             self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
             self._header = self._first_events(item.time)
         values = [value for name, number in numbers.items() for value in scalar(name, number).value]
+        for name, png in item.pictures.items():
+            width, height = struct.unpack(">II", png[16:24])  # of the PNG file's header
+            picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+            values.append(Summary.Value(tag=name, image=picture))
         event = Event(wall_time=item.time, step=item.step, summary=Summary(value=values))
         self._writer.write(self._descriptor, self._header + _event_record(event))
         self._header = b""
@@ -106,6 +121,12 @@ class EventFile(Sink[Record]):
         if self._done_steps:
             start = SessionLog(status=SessionLog.START)
             events.append(Event(wall_time=wall_time, step=self._done_steps + 1, session_log=start))
+        if self._parameters:
+            from tensorboardX.summary import hparams
+
+            metrics = {"eval/top1": 0.0, "eval/loss": 0.0}  # the names of the metrics that the table shows
+            experiment, start_info, _ = hparams(self._parameters, metrics)
+            events += [Event(wall_time=wall_time, summary=summary) for summary in (experiment, start_info)]
         return b"".join(map(_event_record, events))
 
     def close(self) -> None:

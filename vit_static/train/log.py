@@ -10,8 +10,9 @@ from vit_static.common.text import duration, say
 from vit_static.report.error_analysis import ErrorAnalysis
 from vit_static.report.run_log import SINK_FAILED
 from vit_static.train.console import Console
-from vit_static.train.file_sinks import EventFile, MetricsFile, ReportPage
-from vit_static.train.sinks import GuardedSink, Record, Sink
+from vit_static.train.file_sinks import MetricsFile, ReportPage
+from vit_static.train.sinks import PICTURES, GuardedSink, Record, Sink
+from vit_static.train.tracker_pictures import draw_pictures
 
 
 class RunLog:
@@ -21,12 +22,9 @@ class RunLog:
         self,
         run_dir: Path,
         rank: int = 0,
-        tensorboard: bool = True,
-        done_steps: int = 0,
         trackers: Sequence[Sink[Record]] = (),
     ) -> None:
-        """`done_steps`: the steps that a resumed run has done; TensorBoard drops what an earlier process wrote of later
-        ones. `trackers` get every record, as metrics.jsonl does."""
+        """`trackers` get every record, as metrics.jsonl does, and the pictures of evaluations."""
         self._is_writer = rank == 0
         self._position = 0, 0.0  # step and epoch of the last record
         self._analysis: ErrorAnalysis | None = None
@@ -34,10 +32,8 @@ class RunLog:
         self._console: GuardedSink[str] = GuardedSink(self._bar, self._report_failure)
         self._page = ReportPage(run_dir)
         self._report: GuardedSink[ErrorAnalysis | None] = GuardedSink(self._page, self._report_failure, max_buffered=1)
-        event_files = [EventFile(run_dir, done_steps)] if tensorboard else []
-        self._records: list[GuardedSink[Record]] = [
-            GuardedSink(sink, self._report_failure) for sink in (MetricsFile(run_dir), *event_files, *trackers)
-        ]
+        self._trackers: list[GuardedSink[Record]] = [GuardedSink(sink, self._report_failure) for sink in trackers]
+        self._records = [GuardedSink(MetricsFile(run_dir), self._report_failure), *self._trackers]
 
     def __enter__(self) -> RunLog:
         return self
@@ -70,6 +66,13 @@ class RunLog:
         if self._is_writer:
             self._analysis = analysis or self._analysis  # an earlier one may not have been written yet
             self._report.write(self._analysis)
+            # Not to a tracker that is failing, for which they would be kept in memory.
+            trackers = [tracker for tracker in self._trackers if not tracker.has_backlog]
+            if analysis is not None and trackers:
+                step, epoch = self._position
+                record = Record(PICTURES, step, epoch, pictures=draw_pictures(analysis))
+                for tracker in trackers:
+                    tracker.write(record)
 
     def update_report(self) -> None:
         """Write report.html at a log step, unless it was written a short time ago."""

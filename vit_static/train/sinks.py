@@ -19,12 +19,17 @@ GIVE_UP_S = 86_400.0  # of system errors, such as a full disk
 MAX_EXCEPTIONS = 8  # in a row of any other kind, over about two minutes
 _PERMANENT = frozenset({errno.EPIPE, errno.EBADF})  # the reader has left; no attempt will succeed
 
+PICTURES = "pictures"  # the kind of a record that has only these
+
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Record:
-    """An entry of the log: a training step, an evaluation, an event. `tag` replaces the kind in TensorBoard's names."""
+    """An entry of the log: a training step, an evaluation, an event; or the pictures of an evaluation, for trackers.
+
+    `tag` replaces the kind in the names of trackers' numbers.
+    """
 
     kind: str
     step: int
@@ -32,6 +37,7 @@ class Record:
     values: dict[str, Any] = field(default_factory=dict)
     tag: str | None = None
     time: float = field(default_factory=time.time)  # seconds since 1970
+    pictures: dict[str, bytes] = field(default_factory=dict)  # PNG files by name
 
 
 class Sink(ABC, Generic[Item]):
@@ -80,6 +86,11 @@ class GuardedSink(Generic[Item]):
         self._num_failures = 0  # in a row
         self._failing_since, self._retry_at = 0.0, float("-inf")
         self._has_reported = False
+
+    @property
+    def has_backlog(self) -> bool:
+        """Whether items are kept for the next attempt."""
+        return bool(self._buffer)
 
     def write(self, item: Item) -> None:
         """Write the item and those kept before it, or keep it until the next attempt."""

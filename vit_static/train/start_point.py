@@ -26,6 +26,7 @@ from vit_static.parallel.mesh import Mesh, choose_device
 from vit_static.program.precision import choose_precision
 from vit_static.train.run_dir import RunDir
 from vit_static.train.run_spec import RunSpec
+from vit_static.train.trackers import check_trackers
 from vit_static.weights.infer import shape_of_config, with_model_of_init, with_shape
 from vit_static.weights.load import LoadReport, init_from
 from vit_static.weights.source import load_weights, require_weights
@@ -36,6 +37,7 @@ def check_settings(config: Config, resume: str) -> None:
 
     `resume` as in `StartPoint.find`. Called before the processes connect.
     """
+    check_trackers(config)
     device = choose_device(config.device)
     choose_precision(config.amp, device, config.kernels, config.parallel)
     require_weight_files(config.loss)

@@ -36,6 +36,7 @@ from vit_static.train.run_spec import RunSpec
 from vit_static.train.start_point import Start, StartPoint, check_settings, resolve_model, verify_checkpoint
 from vit_static.train.stop import BAD_IMAGE, NONFINITE, ON_REQUEST, UNSAVED, SignalWatch, StopController
 from vit_static.train.summary import start_screen
+from vit_static.train.trackers import make_trackers
 
 
 def train(config: Config, resume: str = "auto") -> bool:
@@ -79,7 +80,7 @@ class Trainer:
         self.mixup = Mixup(config.augment, config.model.num_classes, config.seed)
         self.evaluator = Evaluator(config, spec.val_images, mesh, spec.extra_sets)
         signals = stack.enter_context(SignalWatch(config.train.stop_timeout_s))
-        log = stack.enter_context(RunLog(run.path, spec.rank, config.log.tensorboard, done_steps))
+        log = stack.enter_context(RunLog(run.path, spec.rank, make_trackers(config, done_steps)))
         self.metrics = MetricLogger(log, spec, mesh, done_steps, precision.dtype)
         writer = CheckpointWriter(config, mesh, spec.train_images.class_names, start.run_id)
         self.checkpoints = Checkpointer(writer, spec, self.metrics, saved=start.progress)
