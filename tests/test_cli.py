@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import configparser
+import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,16 @@ def test_another_entry_point_has_its_own_name(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("vit_static.common.text.COMMAND", "vit_static")
     text = verbs_of(make_parser())["pretrain"].format_help()
     assert text.startswith("usage: vit_static pretrain ") and "./run.sh" not in text
+
+
+@pytest.mark.parametrize("environ", [{}, {"PADDLE_CURRENT_ENDPOINT": "127.0.0.1:1"}], ids=["alone", "of a launcher"])
+def test_the_entry_point_can_be_run_as_a_file(tmp_path: Path, environ: dict[str, str]) -> None:
+    """From any folder, as paddle.distributed.launch does. A process that it started doesn't start a launcher."""
+    command = [sys.executable, "-v", ROOT / "vit_static/__main__.py", "pretrain", "--help"]
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=inherited | environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "usage: " in done.stdout, done.stderr[-2000:]
+    assert ("import 'vit_static.launch.launcher'" in done.stderr) == (not environ)
 
 
 def test_train_is_pretrain() -> None:

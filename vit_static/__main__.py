@@ -12,11 +12,13 @@ LAUNCHED_VERBS = frozenset({"pretrain", "train", "finetune", "eval"})  # may hav
 def command() -> None:
     """Do what `./run.sh VERB ...` does with the command line: the entry point of an installed wheel, too.
 
-    The verb runs in this process unless the launcher starts several.
+    The verb runs in this process unless the launcher starts several. A process that another launcher has started, such
+    as `paddle.distributed.launch`, is one of its own already.
     """
     # Until the verb or the launcher handles it, Ctrl-C ends the process at once: Python's own handler would print a
     # traceback from whatever is being imported.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    import os
     import runpy
     from importlib.util import find_spec
 
@@ -28,7 +30,8 @@ def command() -> None:
         del sys.argv[1]
         module = next(name for name in ("vit_static.data_tools", "data_tools") if find_spec(name))
     else:
-        module = "vit_static.launch" if verb in LAUNCHED_VERBS else "vit_static.worker"
+        needs_launcher = verb in LAUNCHED_VERBS and "PADDLE_CURRENT_ENDPOINT" not in os.environ
+        module = "vit_static.launch" if needs_launcher else "vit_static.worker"
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
@@ -55,4 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if not __package__:  # a file, as paddle.distributed.launch runs it: the folder above this one has the package
+        from pathlib import Path
+
+        here = Path(__file__).resolve().parent
+        sys.path[:] = [str(here.parent), *(path for path in sys.path if Path(path).resolve() != here)]
     command()
