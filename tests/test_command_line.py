@@ -287,6 +287,8 @@ def test_two_processes_train_as_one(workplace: Path) -> None:
     for one, two in zip(*(each["images"] for each in errors), strict=True):
         for key in ("loss", "probability"):  # the order of additions shows in their last digits
             assert two.pop(key) == pytest.approx(one.pop(key), rel=1e-3)
+    for one, two in zip(*(each["examples"] for each in errors), strict=True):
+        assert two.pop("probability") == pytest.approx(one.pop("probability"), rel=1e-3)
     for one, two in zip(*(each["calibration"]["bins"] for each in errors), strict=True):
         assert two.pop("confidence") == pytest.approx(one.pop("confidence"), rel=1e-3)
     assert errors[0] == errors[1] and errors[0]["images"]
