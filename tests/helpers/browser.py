@@ -142,6 +142,12 @@ class Browser:
             for kind in ("mousePressed", "mouseReleased"):
                 self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=count)
 
+    def touch(self, x: float, *heights: float) -> None:
+        """Put a finger at (x, the first of the heights), move it to the others, and take it away."""
+        for kind, y in zip(["touchStart", *["touchMove"] * (len(heights) - 1)], heights, strict=True):
+            self.send("Input.dispatchTouchEvent", type=kind, touchPoints=[{"x": x, "y": y}])
+        self.send("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
     def screenshot(self, path: Path) -> None:
         """Write a PNG file of the visible part of the page."""
         path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot")["data"]))

@@ -138,6 +138,25 @@ def test_a_drag_zooms_all_charts_and_a_reload_keeps_what_was_chosen(browser: Bro
 
 
 @pytest.mark.slow
+def test_a_tap_shows_values_and_a_finger_on_a_chart_scrolls_the_page(browser: Browser, tmp_path: Path) -> None:
+    browser.send("Emulation.setTouchEmulationEnabled", enabled=True)
+    browser.send("Emulation.setDeviceMetricsOverride", width=390, height=800, deviceScaleFactor=1, mobile=True)
+    open_page(browser, write_report(write_run(tmp_path / "run", entries_of_run())))
+    left, top, width, height = box_of(browser, "curve-train-loss")
+    browser.touch(left + 0.5 * width, top + 0.5 * height)
+    browser.wait_until(f"{TOOLTIPS}.length === 1")
+    assert browser.evaluate(TOOLTIPS)[0][0].startswith("step ")
+    browser.evaluate("scrollTo(0, 0)")
+    left, top, width, height = box_of(browser, "curve-train-lr")
+    scrolled = browser.evaluate("scrollY")
+    browser.touch(left + 0.5 * width, *(top + 0.9 * height - 20.0 * number for number in range(10)))
+    browser.wait_until(f"scrollY > {scrolled} + 50")
+    browser.send("Emulation.setTouchEmulationEnabled", enabled=False)
+    browser.send("Emulation.clearDeviceMetricsOverride")
+    assert browser.page_errors == []
+
+
+@pytest.mark.slow
 def test_runs_are_toggled_smoothed_and_shown_on_a_dark_page(browser: Browser, tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, entries_of_run(seed=seed)) for seed, name in enumerate(("a", "b", "c"))]
     open_page(browser, write_comparison(runs, tmp_path / "runs.html"))

@@ -304,10 +304,22 @@ function connectControls() {
   }
   const reset = () => { state.zoom = null; save(); draw(); };
   $("#reset").addEventListener("click", reset);
-  for (const {target} of charts) target.addEventListener("dblclick", reset);
+  for (const {target} of charts) {
+    target.addEventListener("dblclick", reset);
+    target.addEventListener("click", showTapped);
+  }
   showSmoothing();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { keepZoom(); draw(); });
   addEventListener("pagehide", () => { keepZoom(); save(); });
+}
+
+/** Show the values where a finger has tapped: Bokeh shows those under a pointer that moves. */
+function showTapped(event) {
+  if (event.pointerType !== "touch") return;
+  const {clientX, clientY} = event;
+  event.composedPath()[0].dispatchEvent(new PointerEvent("pointermove", {
+    clientX, clientY, pointerId: 1, pointerType: "mouse", isPrimary: true, bubbles: true, composed: true,
+  }));
 }
 
 function showSmoothing() {
