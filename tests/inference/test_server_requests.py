@@ -16,6 +16,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+from helpers.browser import Browser, chromium
 from helpers.command_line import use_test_environment  # noqa: F401 - a fixture
 from helpers.exported import Exported, in_inference_process, open_predictor, predict
 from helpers.server import Server, serving
@@ -47,6 +48,12 @@ def server(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Iter
 def client(server: Server) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=30) as opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with Browser(chromium()) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -335,3 +342,16 @@ def test_requests_that_do_not_fit_the_protocol_are_refused(client: httpx.Client,
         assert client.post("/v2/models/tiny/infer", content=b"{}", headers=headers).status_code == 400
     unknown = client.post("/v2/models/other/infer", content=b"{}")
     assert unknown.status_code == 404 and unknown.json()["error"].endswith("there are tiny and tiny_files")
+
+
+def test_the_page_asks_for_the_key(server: Server, browser: Browser, images: list[Path]) -> None:
+    browser.open(f"{server.url}/")
+    browser.wait_until("!document.querySelector('#key').hidden")
+    browser.drop("#drop", images[0])
+    browser.wait_until("document.querySelector('#status').className === 'error'")
+    assert "needs its API key" in browser.evaluate("document.querySelector('.result').textContent")
+    browser.evaluate(f"document.querySelector('#key-input').value = {json.dumps(KEY)}")
+    browser.drop("#drop", images[0])
+    browser.wait_until("!document.querySelector('#overlay').hidden")
+    assert browser.evaluate("document.querySelectorAll('.result li').length") == 5
+    assert browser.page_errors == []
