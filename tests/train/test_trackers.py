@@ -62,10 +62,14 @@ def tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tr
     """Return tracker(start=..., log=..., finish=...), which makes a tracker with these statements."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
-    def make(start: str = "pass", log: str = "pass", finish: str = "pass", timeout_s: float = 60.0) -> TrackerProcess:
+    def make(
+        start: str = "pass", log: str = "pass", finish: str = "pass", timeout_s: float = 60.0, resumes: bool = False
+    ) -> TrackerProcess:
         script = tmp_path / "script.py"
         script.write_text(SCRIPT.format(path=str(tmp_path / "lines"), start=start, log=log, finish=finish))
-        return TrackerProcess("recording", tmp_path, "tiny", {"optim.lr": 0.1}, timeout_s, module=(str(script),))
+        return TrackerProcess(
+            "recording", tmp_path, "tiny", {"optim.lr": 0.1}, timeout_s, resumes=resumes, module=(str(script),)
+        )
 
     return make
 
@@ -83,14 +87,15 @@ def test_a_tracker_gets_numbers_and_pictures_and_continues_its_run(
     tmp_path: Path, tracker: Callable[..., TrackerProcess]
 ) -> None:
     picture = png()
-    for first in (1, 3):
-        process = tracker()
+    for first, resumes in ((1, False), (3, True), (5, False)):
+        process = tracker(resumes=resumes)
         process.write(Record("event", first, 0.0, {"event": "start"}))
         process.write(Record("train", first, 0.1, {"loss": 1.5, "mfu": None, "note": "x", "lr": float("nan")}))
         process.write(Record("eval", first, 0.1, {"top1": 50.0}, tag="eval_real"))
         process.write(Record(PICTURES, first, 0.1, pictures={"eval/wrong": picture}))
         process.close()
-    assert lines(tmp_path) == [
+    assert [line for line in lines(tmp_path) if line[0] == "tiny"][2][2] is None
+    assert lines(tmp_path)[:8] == [
         ["tiny", {"optim.lr": 0.1}, None],
         *([1, {"train/loss": 1.5}, {}], [1, {"eval_real/top1": 50.0}, {}], [1, {}, {"eval/wrong": len(picture)}]),
         ["tiny", {"optim.lr": 0.1}, "the-id"],

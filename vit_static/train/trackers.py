@@ -44,7 +44,9 @@ def make_trackers(config: Config, done_steps: int) -> list[Sink[Record]]:
     return [
         EventFile(config.run_dir, done_steps, parameters)
         if name == "tensorboard"
-        else TrackerProcess(name, config.run_dir, config.name, parameters, config.log.tracker_timeout_s)
+        else TrackerProcess(
+            name, config.run_dir, config.name, parameters, config.log.tracker_timeout_s, resumes=done_steps > 0
+        )
         for name in config.log.trackers
     ]
 
@@ -75,14 +77,18 @@ class TrackerProcess(Sink[Record]):
         run_name: str,
         parameters: dict[str, Any],
         timeout_s: float,
+        *,
+        resumes: bool = False,
         module: Sequence[str] = ("-m", "vit_static.train.tracker_process"),
     ) -> None:
-        """`timeout_s`: how long `close` waits for the process. `module`: what Python runs."""
+        """`timeout_s`: how long `close` waits for the process. `resumes`: continue the tracker's run of an earlier
+        process, whose id is in a file. `module`: what Python runs."""
         self.name = _TITLES.get(tracker, tracker)
         self._log_path = run_dir / "log" / f"{tracker}.log"
-        self._command = [sys.executable, *module, tracker, str(self._log_path.with_suffix(".id"))]
+        self._id_path = self._log_path.with_suffix(".id")
+        self._command = [sys.executable, *module, tracker, str(self._id_path)]
         self._run = {"name": run_name, "run_dir": str(run_dir), "parameters": parameters}
-        self._timeout_s = timeout_s
+        self._timeout_s, self._resumes = timeout_s, resumes
         self._lines: queue.Queue[bytes | None] = queue.Queue(_MAX_WAITING)
         self._process: subprocess.Popen[bytes] | None = None
         self._is_broken = False  # the pipe
@@ -108,6 +114,8 @@ class TrackerProcess(Sink[Record]):
 
     def _start(self) -> None:
         self._log_path.parent.mkdir(exist_ok=True)
+        if not self._resumes:
+            self._id_path.unlink(missing_ok=True)
         with self._log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command,
