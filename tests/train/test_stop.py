@@ -135,6 +135,7 @@ def test_ctrl_c_says_what_is_being_saved_and_the_third_ends_the_process() -> Non
     code = (
         "import os, signal, time\n"
         "from vit_static.train.stop import SignalWatch\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # the tests may run in the background
         "with SignalWatch(60.0) as watch:\n"
         "    watch.describe = lambda: 'the checkpoint of step 7 is being written to a\\nb'\n"
         "    for seconds in (0.1, 1.1, 60.0):\n"
