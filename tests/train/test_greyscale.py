@@ -147,6 +147,7 @@ def test_grey_weights_are_converted_to_the_same_bits(tmp_path: Path, name: str) 
         assert json.loads((tmp_path / "config.json").read_text())["num_channels"] == 1
 
 
+@pytest.mark.needs_paddle2onnx
 def test_a_greyscale_run_from_training_to_prediction(tmp_path: Path, small_digits: Path, finished: Config) -> None:
     """Finetuned from an RGB run, whose shape it takes; the verbs agree with each other."""
     (tmp_path / "grey.yaml").write_text(
