@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_static.common.errors import EXIT_DONE
-from vit_static.common.text import program_name
+from vit_static.common.text import print_text, program_name
 from vit_static.config.loader import CONFIGS
 from vit_static.config.mistakes import all_keys
 
@@ -33,7 +33,7 @@ _KEYS = {"bash": "_vit_static_keys", "zsh": "_vit_static_keys"}
 
 def print_completion(arguments: argparse.Namespace) -> int:
     """Print the script for a shell."""
-    print(completion_script(arguments.parser, arguments.shell))
+    print_text(completion_script(arguments.parser, arguments.shell))
     return EXIT_DONE
 
 
