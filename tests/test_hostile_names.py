@@ -210,7 +210,12 @@ def test_json_lines_are_printable_and_exact() -> None:
 
 
 # What is printed for programs, or is escaped by its caller.
-PRINTING = {"vit_static/common/text.py", "vit_static/bench/peers/protocol.py", "vit_static/bench/harness.py"}
+PRINTING = {
+    "vit_static/common/text.py",
+    "vit_static/common/terminal.py",
+    "vit_static/bench/peers/protocol.py",
+    "vit_static/bench/harness.py",
+}
 
 
 def test_nothing_is_printed_but_by_the_functions_that_escape() -> None:

@@ -36,6 +36,7 @@ NOT_RUN = {
     "srun": "needs Slurm: tests/launch/test_slurm.py",
     "run.sh test": "the tests themselves",
     "plan -c configs/deit3_b16.yaml --search": "compiles twelve meshes: tests/plan/test_plan.py",
+    "log.trackers=": "needs W&B: tests/train/test_trackers.py",
     "doctor -c configs/": "the other doctor command runs: its checks take half a minute",
 }
 SMALL = {
@@ -78,9 +79,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy_part(folder / "all_parity", folder / "data/digits_parity", 20, 5)
     write_class_folders(folder)
     write_lists(folder)
-    for name in ("IMAGE.jpg", "photos/1.jpg", "photos/2.jpg"):
+    for name in ("IMAGE.jpg", "cat.jpg", "dog.jpg", "photos/1.jpg", "photos/2.jpg"):
         (folder / name).parent.mkdir(exist_ok=True)
         photo(40, 60).save(folder / name)
+    (folder / "key").write_text("8-characters-or-more")
     run(folder, Command("", "", ["pretrain"]))
     run(folder, Command("", "", ["export", "--checkpoint", "output/quickstart", "--out", "exported"]))
     augreg = "S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0.npz"
@@ -166,12 +168,15 @@ def test_a_pages_commands_run(page: Path, workplace: Path) -> None:
             if any(words in command.text for words in NOT_RUN):
                 continue
             if command.arguments[0] == "serve":
+                if server:
+                    server.stop()
                 server = Server(command, folder)
                 continue
             done = server.curl(command) if server and command.arguments[0] == "curl" else run(folder, command)
             is_refused = len(command.output) == 1 and command.output[0].startswith("vit_static: ")
             assert done.returncode == (2 if is_refused else 0), f"{command.text}\n{done.stderr}"
             printed = done.stdout + done.stderr
+            assert '{"error":' in "".join(command.output) or '{"error":' not in printed, f"{command.text}\n{printed}"
             if command.arguments[0] == "plan":  # doesn't depend on the machine
                 missing = [line for line in command.output if line not in printed.splitlines()]
             else:
@@ -187,10 +192,9 @@ class Server:
 
     def __init__(self, command: Command, folder: Path) -> None:
         self._folder = folder
-        self._page_port = command.arguments[command.arguments.index("--port") + 1]
         with socket.create_server(("127.0.0.1", 0)) as free:
             self._port = str(free.getsockname()[1])
-        words = [self._port if word == self._page_port else word for word in command.arguments]
+        words = [*command.arguments, "--port", self._port]
         output = folder / f"serve_{self._port}.txt"
         self._verb = start_verb(words, folder, output)
         end = time.monotonic() + 120
@@ -200,7 +204,7 @@ class Server:
         assert not lines_not_printed(command.output, output.read_text()), output.read_text()
 
     def curl(self, command: Command) -> CompletedProcess[str]:
-        text = command.text.removeprefix("$ ").replace(self._page_port, self._port)
+        text = re.sub(r"localhost:\d+", f"localhost:{self._port}", command.text.removeprefix("$ "))
         return subprocess.run(
             ["bash", "-o", "pipefail", "-c", text], cwd=self._folder, capture_output=True, text=True, check=False
         )
