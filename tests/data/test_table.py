@@ -222,7 +222,7 @@ def test_names_in_a_validation_table_need_named_classes(tmp_path: Path) -> None:
         ("path,label\na,0\n".encode("utf-16"), {}, "is UTF-16 text"),
         (b"path,x,y\na,0,1\nb,2,0\n", {"label_column": ("x", "y")}, "line 3, 'x': is '2'; the column of a class"),
         (b"path,x,y\na,0,1\nb,0,0\n", {"label_column": ("x", "y")}, "line 3: has no label"),
-        (b"path,label\na,cat\n", {}, "names of 1 classes, but model.num_classes is 2; set model.num_classes=1"),
+        (b"path,label\na,cat\n", {}, "names of 1 class, but model.num_classes is 2; set model.num_classes=1"),
         (b"path,label\na,0\nb,7\n", {}, "has a label 7, but model.num_classes is 2"),
     ],
 )
@@ -307,11 +307,11 @@ def test_settings_are_read_from_the_command_line() -> None:
     data = load_config(None, ["data.label_column=[7, cat]", "data.path_column=1", 'data.label_separator="|"']).data
     assert (data.label_column, data.path_column, data.label_separator) == (("7", "cat"), "1", "|")
     for override, problem in (
-        ("data.label_column=[a, a]", "label_column: must be"),
-        ("data.label_column=[]", "label_column: must be"),
-        ("data.label_separator=''", "label_separator: is empty"),
+        ("data.label_column=[a, a]", r"label_column=\[a, a\]: must be"),
+        ("data.label_column=[]", r"label_column=\[\]: must be"),
+        ("data.label_separator=''", "label_separator='': is empty"),
         ("data.label_separator=|", "in quotes"),
-        ("data.first_label=2", "data.first_label = 2"),
+        ("data.first_label=2", "data.first_label=2: must be at most 1"),
     ):
         with pytest.raises(ValueError, match=problem):
             load_config(None, [override])
