@@ -341,6 +341,7 @@ def declared(*extras: str) -> list[Requirement]:
 
 PYTHONS = ["3.10.0", "3.11.0", "3.12.0", "3.13.0"]
 LOCKED_EXTRAS = ("cpu", "imagenet", "serve", "onnx", "parquet", "test", "lint")
+TRACKERS = ("wandb", "mlflow", "swanlab")  # users install those that they have an account for
 
 
 def applies(requirement: Requirement, python: str) -> bool:
@@ -348,10 +349,10 @@ def applies(requirement: Requirement, python: str) -> bool:
     return requirement.marker is None or requirement.marker.evaluate(environment)
 
 
-def test_the_lock_has_every_extra_but_the_gpu_build() -> None:
+def test_the_lock_has_every_extra_but_the_gpu_build_and_trackers() -> None:
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
-    assert {*LOCKED_EXTRAS, "gpu"} == set(config["options.extras_require"])
+    assert {*LOCKED_EXTRAS, "gpu", *TRACKERS} == set(config["options.extras_require"])
     command = LOCK.read_text().splitlines()[1]
     assert re.findall(r"--extra (\w+)", command) == list(LOCKED_EXTRAS)
 

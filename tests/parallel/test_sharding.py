@@ -102,10 +102,10 @@ HEADS_4 = replace(SMALL, num_heads=4)
         (SMALL, {"pp": 4}, 4, 24, r"parallel\.pp = 4: .* only 3 blocks; set it to 3 or less$"),
         (SMALL, {"mp": 2}, 3, 24, r"dp = auto, mp = 2, pp = 1: .* 2 processes, .* has 3; .*NPROC=2.* product is 3$"),
         (SMALL, {"dp": 3}, 4, 6, r"dp = 3, mp = 1, pp = 1: .* 3 processes, .* has 4; .*NPROC=3.* product is 4$"),
-        (SMALL, {}, 4, 6, r"data\.global_batch_size = 6: .* 4 data-parallel ranks x 1 micro-batches; .*=8$"),
+        (SMALL, {}, 4, 6, r"data\.global_batch_size = 6: .* 4 data-parallel ranks x 1 micro-batch; .*=8$"),
         (SMALL, {"grad_accum_steps": 3}, 2, 15, r"data\.global_batch_size = 15: .* 2 .* x 3 micro-batches; .*=12$"),
         (SMALL, {"pp": 2}, 4, 6, r"data\.global_batch_size = 6: .* 2 .* x 2 micro-batches; .*=8$"),
-        (SMALL, {}, 8, 3, r"data\.global_batch_size = 3: .* 8 .* x 1 micro-batches; .*=8$"),
+        (SMALL, {}, 8, 3, r"data\.global_batch_size = 3: .* 8 .* x 1 micro-batch; .*=8$"),
     ],
 )
 def test_an_invalid_mesh_is_refused_with_the_valid_sizes(
