@@ -84,8 +84,9 @@ paddle_index() {
 
 pip_install() {
     local output status reason
-    # Through a variable too: on a full disk the log is empty. Wheels only: no compiler is needed.
-    output=$("$python" -m pip install --no-input --disable-pip-version-check --progress-bar off \
+    # Through a variable too: on a full disk the log is empty. Wheels only: no compiler is needed. pip would compile the
+    # packages' bytecode on one core: see compile_bytecode.
+    output=$("$python" -m pip install --no-input --disable-pip-version-check --progress-bar off --no-compile \
         --only-binary=:all: "$@" 2>&1 | tee -a -- "$log" 2> /dev/null) && return
     status=$?
     reason=$(grep -E '^ERROR: ' <<< "$output" | tail -n 1 || true)
@@ -112,6 +113,11 @@ install_packages() {
     # PyPI has no GPU build of Paddle 3. What it needs of PyPI's keeps the lock's versions.
     pip_install "${reinstall[@]}" --extra-index-url "$index" "paddlepaddle-gpu==$version" \
         -c <(sed -nE '/^paddlepaddle==/d; s/^([a-z0-9].*==[^\\]*).*/\1/p' "$lock")
+}
+
+# On all cores. What can't be compiled, such as a template, is no failure: Python compiles it when it is imported.
+compile_bytecode() {
+    "$python" -m compileall -q -j 0 "$env"/lib/python3.*/site-packages > /dev/null 2>&1 || true
 }
 
 # In a subshell, whose end releases the lock; after a kill the kernel releases it.
@@ -143,6 +149,7 @@ make_environment() (
         "$python" -m pip uninstall -y "$other" >> "$log" 2>&1
     fi
     install_packages
+    compile_bytecode
     wanted_stamp > "$stamp.new"
     mv -- "$stamp.new" "$stamp"
     rm -f -- "$stamp.unfinished"

@@ -29,7 +29,7 @@ LOCK = ROOT / ".requirements" / "lock.txt"
 # Appends pip's command line and the requirement files that it names to pip.log.
 ENVIRONMENT_PYTHON = """#!/bin/sh
 case "$*" in
-    "-m pip --version" | "-m pip uninstall"*) exit 0 ;;
+    "-m pip --version" | "-m pip uninstall"* | "-m compileall"*) exit 0 ;;
     "-m pip"*)
         echo "$*" >> {log}
         for argument; do case $argument in /dev/fd/*) cat "$argument" >> {log} ;; esac; done
