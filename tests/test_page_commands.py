@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
 import shlex
@@ -83,6 +85,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).parent.mkdir(exist_ok=True)
         photo(40, 60).save(folder / name)
     (folder / "key").write_text("8-characters-or-more")
+    in_base64 = base64.b64encode((folder / "cat.jpg").read_bytes()).decode()
+    (folder / "cat.json").write_text(json.dumps({"images": [in_base64]}))
     run(folder, Command("", "", ["pretrain"]))
     run(folder, Command("", "", ["export", "--checkpoint", "output/quickstart", "--out", "exported"]))
     augreg = "S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0.npz"

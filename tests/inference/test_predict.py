@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import paddle
@@ -29,6 +30,7 @@ from PIL import Image
 import vit_static
 from vit_static.common.errors import PredictError
 from vit_static.inference.attention_maps import load_as_layer
+from vit_static.inference.image_io import require_several
 from vit_static.inference.predictor import Prediction, Predictor
 
 
@@ -88,6 +90,17 @@ def test_an_array_that_is_no_image_is_refused(exported: Exported, array: np.ndar
     model = open_predictor(exported.folder)
     with pytest.raises(PredictError, match=message):
         model([array])
+
+
+@pytest.mark.parametrize(
+    "image", ["pear.png", Path("pear.png"), Image.new("RGB", (4, 4)), np.zeros((4, 4, 3), np.uint8)]
+)
+def test_one_image_is_not_taken_for_several(image: Any) -> None:
+    """A path's letters would be paths."""
+    with pytest.raises(PredictError, match=r"(pear\.png|an array|a Pillow image): is one image; pass a list"):
+        require_several(image)
+    require_several([image])
+    require_several(np.zeros((2, 4, 4, 3), np.uint8))
 
 
 @runs_in_inference_process

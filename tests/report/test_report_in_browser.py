@@ -101,6 +101,24 @@ def test_the_pointer_shows_the_values_of_the_log(browser: Browser, tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_a_resumed_run_has_its_charts_with_a_mark(browser: Browser, tmp_path: Path) -> None:
+    entries = entries_of_run()
+    resumed = {"kind": "event", "step": 24, "event": "resumed", "from_step": 24}
+    rolled_back = {"kind": "event", "step": 40, "event": "rolled back", "from_step": 41}
+    for event in (rolled_back, resumed):
+        entries.insert(1 + event["step"] + event["step"] // 10, event)
+    open_page(browser, write_report(write_run(tmp_path / "run", entries)))
+    assert browser.page_errors == []
+    (marked,) = browser.evaluate(
+        "[...drawn.plots.values()].slice(0, 1).map(plot => plot.renderers.filter(each => each.glyph.type === 'VSpan')"
+        ".map(each => [...each.data_source.data.x]))"
+    )
+    assert marked == [[24, 40]]
+    # All charts are painted: Bokeh's figures have their width and an axis.
+    assert browser.evaluate("[...document.querySelectorAll('.plot')].every(plot => plot.offsetHeight > 100)")
+
+
+@pytest.mark.slow
 def test_a_drag_zooms_all_charts_and_a_reload_keeps_what_was_chosen(browser: Browser, tmp_path: Path) -> None:
     entries = entries_of_run()
     open_page(browser, write_report(write_run(tmp_path / "run", entries)))

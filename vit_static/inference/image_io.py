@@ -36,6 +36,14 @@ def to_pixels(image: ImageLike, options: DecodeOptions) -> np.ndarray:
     return to_rgb(image, options) if isinstance(image, Image.Image) else read_pixels(Path(image), options)
 
 
+def require_several(images: Iterable[ImageLike]) -> None:
+    """Raise PredictError for one image where a list of them is needed: a path's letters would be taken for paths."""
+    if isinstance(images, str | os.PathLike | Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3):
+        what = "an array" if isinstance(images, np.ndarray) else "a Pillow image"
+        name = os.fsdecode(images) if isinstance(images, str | os.PathLike) else what
+        raise PredictError(f"{name}: is one image; pass a list of images: [image]")
+
+
 def read_pixels(
     source: Path | BinaryIO, options: DecodeOptions, name: str = "", *, max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:

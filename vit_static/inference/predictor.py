@@ -36,7 +36,7 @@ from vit_static.data.dali_pipeline import preprocessing_pipeline
 from vit_static.data.image_pixels import DecodeOptions
 from vit_static.inference.artifact import REMEDY, SPEC_FILE, Preprocessing, read_spec
 from vit_static.inference.backends import Session, open_session
-from vit_static.inference.image_io import ImageLike, to_pixels
+from vit_static.inference.image_io import ImageLike, require_several, to_pixels
 from vit_static.inference.probabilities import named_classes, to_probabilities
 
 _BATCH_SIZE = 32
@@ -163,6 +163,7 @@ class Predictor:
 
         The next batch is read and preprocessed while the model runs.
         """
+        require_several(images)
         for inputs, errors in prefetch_batches(images, batch_size, self._decode_options, self.preprocess):
             predictions: Iterator[Prediction | PredictError] = iter(())
             if len(inputs):
@@ -242,6 +243,7 @@ class Predictor:
             return logits, features
 
     def _run_all(self, images: Sequence[ImageLike], *, with_features: bool) -> tuple[np.ndarray, np.ndarray | None]:
+        require_several(images)
         batches = []
         for inputs, errors in prefetch_batches(images, _BATCH_SIZE, self._decode_options, self.preprocess):
             for error in errors:

@@ -20,7 +20,7 @@ from vit_static.inference.attention_maps import (
     explain,
     load_checkpoint,
 )
-from vit_static.inference.image_io import ImageLike, to_pixels
+from vit_static.inference.image_io import ImageLike, require_several, to_pixels
 from vit_static.inference.predictor import Pool, Predictor, Preprocessor
 from vit_static.model.vit import VisionTransformer, attention_by_matmul
 from vit_static.weights.source import WhichWeights
@@ -73,6 +73,7 @@ class TrainedModel(Predictor):
         return Image.fromarray(draw_rollout(result.pixels, result.rollout, escape(title or of_class)))
 
     def _inputs(self, images: Sequence[ImageLike]) -> np.ndarray:
+        require_several(images)
         return self.preprocess([to_pixels(image, self._decode_options) for image in images])
 
     def _recording_layer(self) -> VisionTransformer:

@@ -55,7 +55,7 @@ def probe(
         if method in selected:
             results[method], more = _MEASURE[method](train, val, config.seed)
             rows += more
-    _print_table([("method", "setting", "top-1 %"), *rows])
+    _print_table(rows)
     if json_path is not None:
         facts = {
             "model": extractor.description,

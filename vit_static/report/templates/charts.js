@@ -209,7 +209,8 @@ function drawMarks(plot, marks, theme, axis) {
     label: marks.map(([step, label]) => `${label} at step ${step.toLocaleString("en-US")}`),
     colour: marks.map(([, , isRollback]) => isRollback ? theme.colours[1] : theme.soft),
   }});
-  const renderer = plot.vspan({field: "x"}, {source, line_color: {field: "colour"}, line_dash: [2, 3]});
+  const dash = {value: [2, 3]};  // a list alone would be one dash per mark
+  const renderer = plot.vspan({field: "x"}, {source, line_color: {field: "colour"}, line_dash: dash});
   plot.add_tools(new Bokeh.HoverTool({renderers: [renderer], tooltips: [["", "@label"]]}));
 }
 
