@@ -15,6 +15,7 @@ import pytest
 from helpers.forked_verbs import start_verb
 from helpers.small import ROOT
 
+from vit_static import verbs
 from vit_static.cli.completion import completion_script
 from vit_static.cli.parser import make_parser, parse_arguments, verbs_of
 from vit_static.common.errors import UserError
@@ -107,6 +108,18 @@ def test_the_entry_point_can_be_run_as_a_file(tmp_path: Path, environ: dict[str,
 def test_train_is_pretrain() -> None:
     given, other = parse_arguments(["train", "-o", "seed=1"]), parse_arguments(["pretrain", "-o", "seed=1"])
     assert (given.handler, given.config, given.overrides) == (other.handler, other.config, other.overrides)
+
+
+def test_a_finetune_without_weights_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb, overrides in (("pretrain", []), ("finetune", ["init.from=vit.npz"])):
+        verbs._note_missing_weights(verb, load_config(None, overrides))
+    assert capsys.readouterr().err == ""
+    verbs._note_missing_weights("finetune", load_config("own_images"))
+    assert "note: init.from is not set, so this trains from scratch" in capsys.readouterr().err
+
+
+def test_gpus_are_named_in_any_case() -> None:
+    assert parse_arguments(["plan", "-c", "deit_s16", "--device", "H200"]).device == "h200"
 
 
 # Mistakes

@@ -73,6 +73,7 @@ def run_training(arguments: argparse.Namespace) -> int:
     config = _load_config(arguments)
     prepare_process(arguments.verbose)
     _recommend_doctor(config)
+    _note_missing_weights(arguments.verb, config)
     from vit_static.train.trainer import train
 
     return EXIT_DONE if train(config, arguments.resume) else EXIT_STOPPED
@@ -87,6 +88,16 @@ def _recommend_doctor(config: Config) -> None:
         line = notice(config)
         if line is not None:
             say(line)
+
+
+def _note_missing_weights(verb: str, config: Config) -> None:
+    """Say in one line, on rank 0, if `finetune` has no weights to start from."""
+    from vit_static.parallel.mesh import rank_and_world_size
+
+    if verb == "finetune" and config.init.from_ is None and rank_and_world_size()[0] == 0:
+        say(
+            "note: init.from is not set, so this trains from scratch; -o init.from=WEIGHTS names a run or a weight file"
+        )
 
 
 def run_eval(arguments: argparse.Namespace) -> int:

@@ -152,7 +152,9 @@ def _add_plan(subparsers: Subparsers) -> None:
         help="Replace the mesh of the config: dp, mp, pp, sharding (stage), accum (grad_accum_steps), recompute.",
     )
     verb.add_argument("--world", type=positive_int, metavar="N", help="Number of GPUs (default: the mesh's).")
-    verb.add_argument("--device", default="a100-80g", choices=list(GPUS), help="GPU model (default: a100-80g).")
+    verb.add_argument(
+        "--device", type=str.lower, default="a100-80g", choices=list(GPUS), help="GPU model (default: a100-80g)."
+    )
     verb.add_argument(
         "--interconnect", default="ib-hdr", choices=list(INTERCONNECTS), help="Network between nodes (default: ib-hdr)."
     )
