@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
 from helpers import fragile_decoder
 from helpers.sets import photo
+from helpers.small import ROOT
 
-from vit_static.data import decoder_process
+from vit_static.data import decoder_process, fork_server
 from vit_static.data.decoder_process import DecoderProcess
 
 
@@ -28,3 +34,22 @@ def test_a_crash_or_a_hang_is_a_finding_about_the_image(monkeypatch: pytest.Monk
         (report,) = decoder.reports([hang])
         assert report.fault is not None and "doesn't finish within 10 s" in report.fault.reason
         assert decoder.reports([intact])[0].fault is None
+
+
+def send_parent(connection: Connection) -> None:
+    connection.send((os.getppid(), decoder_process.DALI_MODULE in sys.modules))
+
+
+def test_processes_are_forked_from_one_that_has_imported_dali() -> None:
+    """That is another process than this one, and the same for all."""
+    answers = []
+    for _ in range(2):
+        ours, theirs = Pipe()
+        fork_server.start_process(send_parent, theirs).join()
+        answers.append(ours.recv())
+    assert answers[0] == answers[1] and answers[0][0] != os.getpid() and answers[0][1]
+
+
+def test_the_check_of_images_imports_dali_only_in_the_child() -> None:
+    code = "import sys, data_tools.check; sys.exit('nvidia.dali' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
