@@ -12,10 +12,9 @@ from helpers.small import ROOT
 from vit_static.common.errors import ConfigError
 from vit_static.config.loader import dump_config, load_config
 from vit_static.config.mistakes import OTHER_NAMES, RENAMED_KEYS, RENAMED_VALUES, all_keys
-from vit_static.config.schema import Config, ModelConfig, TrainConfig
+from vit_static.config.schema import Config
 from vit_static.config.section import Section
-from vit_static.model.variants import VARIANTS, grid_of, variant_of
-from vit_static.optim.schedule import total_steps
+from vit_static.model.variants import variant_of
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -428,68 +427,3 @@ def test_a_mistake_in_an_override_is_not_attributed_to_the_file(load_text) -> No
     with pytest.raises(ConfigError) as error:
         load_text("optim: {lr: 1}", "optim.lr=-1")
     assert message_of(error).startswith("-o")
-
-
-def test_the_message_for_an_unknown_variant_lists_all_variants() -> None:
-    with pytest.raises(ConfigError) as error:
-        variant_of(ModelConfig(variant="B/17"))
-    assert "'B/17'" in message_of(error)
-    assert all(name in message_of(error) for name in VARIANTS)
-
-
-@pytest.mark.parametrize(
-    ("size", "patch_size", "valid_size"),
-    [
-        ((225, 224), 16, [224, 224]),
-        ((224, 250), 16, [224, 256]),
-        ((3, 224), 16, [16, 224]),
-        ((224, 224), 30, [210, 210]),
-    ],
-)
-def test_the_message_for_an_image_size_that_patches_do_not_divide_has_a_valid_size(
-    size: tuple[int, int], patch_size: int, valid_size: list[int]
-) -> None:
-    config = ModelConfig(image_size=size, patch_size=patch_size)
-    with pytest.raises(ConfigError) as error:
-        variant_of(config)
-    assert str(list(size)) in message_of(error) and str(valid_size) in message_of(error)
-    rows, columns = grid_of(config.model_copy(update={"image_size": tuple(valid_size)}))
-    assert (rows * patch_size, columns * patch_size) == tuple(valid_size)
-
-
-def test_the_message_for_heads_that_do_not_divide_the_width_has_both_numbers() -> None:
-    with pytest.raises(ConfigError) as error:
-        variant_of(ModelConfig(num_heads=7))
-    assert "model.num_heads = 7" in message_of(error) and "768" in message_of(error)
-
-
-def test_sincos_needs_a_width_divisible_by_4() -> None:
-    for key in ("pos_embed", "pos_embed_init"):
-        with pytest.raises(ConfigError) as error:
-            variant_of(ModelConfig(width=18, num_heads=3, **{key: "sincos2d"}))
-        assert "18" in message_of(error)
-
-
-def test_single_keys_override_the_variant() -> None:
-    variant = variant_of(ModelConfig(variant="S/16", depth=3, mlp_dim=100))
-    assert (variant.depth, variant.mlp_dim) == (3, 100)
-    assert (variant.patch_size, variant.width, variant.num_heads) == (16, 384, 6)
-
-
-@pytest.mark.parametrize(
-    ("epochs", "max_steps", "num_images", "global_batch_size", "steps"),
-    [
-        (1, None, 100, 10, 10),
-        (1, None, 109, 10, 10),  # the last images that don't fill a batch are dropped
-        (2, None, 109, 10, 21),  # but a batch may span two epochs
-        (0.5, None, 100, 10, 5),
-        (1, None, 3, 10, 1),
-        (1e-9, None, 100, 10, 1),
-        (5, 7, 100, 10, 7),
-        (5, 1000, 100, 10, 50),
-        (300, None, 1_281_167, 4096, 93_835),  # PLSC's B/16 at 224
-        (8, None, 1_281_167, 512, 20_018),  # PLSC's finetuning at 384
-    ],
-)
-def test_total_steps(epochs: float, max_steps: int | None, num_images: int, global_batch_size: int, steps: int) -> None:
-    assert total_steps(TrainConfig(epochs=epochs, max_steps=max_steps), num_images, global_batch_size) == steps
