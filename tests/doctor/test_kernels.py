@@ -16,7 +16,8 @@ from vit_static.doctor.check import Result, perform
 from vit_static.doctor.checks import BY_NAME
 from vit_static.doctor.kernels import bound, relative_error
 from vit_static.doctor.subject import Subject
-from vit_static.model.vit import Dropout, attention_by_matmul
+from vit_static.model.attention import attention_by_matmul
+from vit_static.model.layers import Dropout
 from vit_static.program.cpu import attention, onednn
 from vit_static.program.precision import Precision
 

@@ -25,7 +25,8 @@ from gpu_program.operators import OPERATORS, Operator
 from gpu_program.world import Instructions, World
 from vit_static.checkpoint.sharded_state import ShardedReader
 from vit_static.config.schema import AmpConfig, KernelsConfig, ParallelConfig
-from vit_static.model.vit import VisionTransformer, attention_by_matmul
+from vit_static.model.attention import attention_by_matmul
+from vit_static.model.vit import VisionTransformer
 from vit_static.optim.ema import EMA
 from vit_static.parallel.dist_values import local_array
 from vit_static.parallel.mesh import MeshShape, start_mesh

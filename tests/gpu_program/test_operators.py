@@ -14,7 +14,7 @@ import pytest
 
 from gpu_program import layer_operators
 from gpu_program.operators import OPERATORS
-from vit_static.model.vit import attention_by_matmul
+from vit_static.model.attention import attention_by_matmul
 
 _ops = paddle._C_ops
 _rng = np.random.default_rng(0)

@@ -10,9 +10,11 @@ from helpers.small import SMALL, images_and_labels
 
 from vit_static.common.hardware import peak_flops
 from vit_static.config.schema import ModelConfig
+from vit_static.model.attention import attention_by_matmul
 from vit_static.model.flops import forward_macs, train_flops
+from vit_static.model.patches import PatchProjection
 from vit_static.model.variants import shape_of
-from vit_static.model.vit import PatchProjection, VisionTransformer, attention_by_matmul
+from vit_static.model.vit import VisionTransformer
 
 
 @pytest.mark.parametrize(("side", "published"), [(224, 17.58), (384, 55.54)])

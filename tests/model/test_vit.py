@@ -12,9 +12,10 @@ from helpers.small import REFERENCE, SMALL, images_and_labels, set_weights
 from reference import closed_form
 
 from vit_static.config.schema import KernelsConfig, ModelConfig, OptimConfig
+from vit_static.model.layers import DropPath
 from vit_static.model.pos_embed import resample_pos_embed, sincos2d_pos_embed
 from vit_static.model.variants import VARIANTS, num_parameters, variant_of
-from vit_static.model.vit import DropPath, VisionTransformer
+from vit_static.model.vit import VisionTransformer
 from vit_static.program.precision import Precision
 from vit_static.weights.formats import fuse_qkv, split_qkv
 from vit_static.weights.load import file_state

@@ -12,7 +12,8 @@ from paddle import nn
 from reference.closed_form import uniform
 
 from vit_static.config.schema import OptimConfig
-from vit_static.model.vit import VisionTransformer, attention_by_matmul
+from vit_static.model.attention import attention_by_matmul
+from vit_static.model.vit import VisionTransformer
 from vit_static.optim.ema import EMA, ema_decay
 from vit_static.optim.param_groups import param_group
 

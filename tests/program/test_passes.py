@@ -15,7 +15,8 @@ from helpers.small import SMALL
 
 from vit_static.config.data_schema import DataConfig
 from vit_static.config.schema import AmpConfig, Config, KernelsConfig, ParallelConfig
-from vit_static.model.vit import VisionTransformer, attention_by_matmul
+from vit_static.model.attention import attention_by_matmul
+from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import MeshShape, make_mesh
 from vit_static.plan.fake_world import fake_world
 from vit_static.program import grad_buckets, passes

@@ -15,7 +15,8 @@ from paddle import nn
 from vit_static.checkpoint.sharded_state import ShardedReader, rank_shard, write_shard
 from vit_static.common.errors import ConfigError
 from vit_static.config.schema import AmpConfig, KernelsConfig, OptimConfig, ParallelConfig
-from vit_static.model.vit import VisionTransformer, attention_by_matmul
+from vit_static.model.attention import attention_by_matmul
+from vit_static.model.vit import VisionTransformer
 from vit_static.optim.optimizers import AdamW, RuleOptimizer
 from vit_static.program.precision import Precision, choose_precision
 from vit_static.weights.load import file_state

@@ -8,7 +8,8 @@ from typing import Any
 import paddle
 from paddle.incubate.nn import functional as fused
 
-from vit_static.model.vit import Dropout, flash_attention
+from vit_static.model.attention import flash_attention
+from vit_static.model.layers import Dropout
 
 _BUSY_SIZE = 8192  # rows and columns of the products that keep a GPU busy: tens of milliseconds each
 _MAX_PRODUCTS = 100

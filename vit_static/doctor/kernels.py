@@ -16,7 +16,8 @@ import paddle
 from vit_static.doctor import gpu_kernels
 from vit_static.doctor.check import Result, failed, ok, skipped
 from vit_static.doctor.subject import Subject
-from vit_static.model.vit import Dropout, attention_by_matmul
+from vit_static.model.attention import attention_by_matmul
+from vit_static.model.layers import Dropout
 from vit_static.program.cpu import onednn
 from vit_static.program.cpu.attention import Attention, AttentionGrad
 from vit_static.program.cpu.onednn import Layout, dense

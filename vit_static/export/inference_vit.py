@@ -9,7 +9,8 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from vit_static.config.schema import InferencePrecision
-from vit_static.model.vit import Attention, Block, VisionTransformer, attention_of_heads
+from vit_static.model.attention import Attention, attention_of_heads
+from vit_static.model.vit import Block, VisionTransformer
 
 
 class InferenceModel(nn.Layer):

@@ -33,8 +33,10 @@ from vit_static.inference.artifact import MODEL_FILE, SPEC_FILE, ModelSpec, Prep
 from vit_static.inference.image_io import find_images
 from vit_static.inference.predictor import Preprocessor, prefetch_batches
 from vit_static.inference.probabilities import to_probabilities
+from vit_static.model.attention import AttentionFunction, attention_by_matmul
+from vit_static.model.layers import Dropout
 from vit_static.model.variants import shape_of, variant_of
-from vit_static.model.vit import AttentionFunction, Dropout, VisionTransformer, attention_by_matmul
+from vit_static.model.vit import VisionTransformer
 from vit_static.weights.formats import split_qkv
 from vit_static.weights.infer import config_for
 from vit_static.weights.load import load_into
@@ -49,7 +51,7 @@ _MAX_DIFFERENCE = 1e-3
 
 
 class AttentionRecorder:
-    """Attention function (`vit.AttentionFunction`) that records the weights of each layer of a model.
+    """Attention function (`attention.AttentionFunction`) that records the weights of each layer of a model.
 
     It holds the weights of the forward passes since `clear`. Not for use by several threads at once.
     """

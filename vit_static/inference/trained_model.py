@@ -22,7 +22,8 @@ from vit_static.inference.attention_maps import (
 )
 from vit_static.inference.image_io import ImageLike, require_several, to_pixels
 from vit_static.inference.predictor import Pool, Predictor, Preprocessor
-from vit_static.model.vit import VisionTransformer, attention_by_matmul
+from vit_static.model.attention import attention_by_matmul
+from vit_static.model.vit import VisionTransformer
 from vit_static.weights.source import WhichWeights
 
 

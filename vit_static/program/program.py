@@ -18,10 +18,12 @@ from paddle import nn
 from vit_static.checkpoint.sharded_state import ShardedReader
 from vit_static.common.errors import ConfigError
 from vit_static.config.schema import AmpConfig, Config, ParallelConfig
+from vit_static.model.layers import Dropout
 from vit_static.model.loss import Criterion
 from vit_static.model.loss_weights import NO_WEIGHTS, LossWeights
+from vit_static.model.patches import PatchProjection
 from vit_static.model.variants import require_head
-from vit_static.model.vit import Dropout, PatchProjection, VisionTransformer
+from vit_static.model.vit import VisionTransformer
 from vit_static.optim.optimizers import make_optimizer, step_scalars
 from vit_static.optim.param_groups import freeze_backbone
 from vit_static.parallel import sharding

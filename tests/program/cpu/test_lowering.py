@@ -12,8 +12,9 @@ from helpers.small import SMALL, images_and_labels
 from vit_static.bench.profile import short_name
 from vit_static.config.data_schema import LossConfig
 from vit_static.config.schema import KernelsConfig, ModelConfig, OptimConfig, ParallelConfig
+from vit_static.model.attention import attention_by_matmul
 from vit_static.model.loss import Criterion
-from vit_static.model.vit import VisionTransformer, attention_by_matmul
+from vit_static.model.vit import VisionTransformer
 from vit_static.program.precision import Precision
 
 pytestmark = pytest.mark.cpu_isa

@@ -231,7 +231,8 @@ onednn._SUPPORTED_VERSION = (9, 8)
 
 from vit_static.common.errors import ConfigError
 from vit_static.config.schema import AmpConfig, Config, DataConfig, ModelConfig
-from vit_static.model.vit import VisionTransformer, attention_by_matmul
+from vit_static.model.attention import attention_by_matmul
+from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import MeshShape, start_mesh
 from vit_static.program.precision import choose_precision
 from vit_static.program.program import Program
