@@ -66,7 +66,7 @@ def print_tools() -> None:
     print_line(f"usage: {program} data NAME [arguments]   ('{program} data NAME -h' shows the arguments of a tool)")
     print_line("")
     for name, summary in TOOLS.items():
-        print_line(f"  {name:<12}{summary}")
+        print_line(f"  {name:<13}{summary}")
 
 
 def fail(prefix: str, message: str, code: int = EXIT_USER_MISTAKE) -> int:

@@ -83,6 +83,12 @@ def test_help_is_printed(capsys: pytest.CaptureFixture[str], words: tuple[str, .
     assert ended.value.code == 0 and "Examples:\n" in capsys.readouterr().out
 
 
+def test_help_of_data_lists_its_tools(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "vit_static", "help", "data"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "  folder       split your own images" in done.stdout and "  imagenet21k  list" in done.stdout
+
+
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_arguments(["--version"])
@@ -136,6 +142,16 @@ def test_gpus_are_named_in_any_case() -> None:
         ("pretrain -o seed=1 optim.lr=2", "-o takes one key; write -o seed=1 -o optim.lr=2"),
         ("pretrain -o 'optim.betas=[0.9, 0.99]' seed=1", "write -o 'optim.betas=[0.9, 0.99]' -o seed=1"),
         ("visualize --model m -o seed=1 optim.lr=2 one.png", "-o takes one key; write -o seed=1 -o optim.lr=2"),
+        ("pretrain -o optim.name = sgd", "-o takes key=value without spaces; write -o optim.name=sgd"),
+        ("pretrain -o optim.name= sgd -o seed=1", "without spaces; write -o optim.name=sgd"),
+        ("config -o head_bias =-10 seed=1", "-o takes one key; write -o head_bias=-10 -o seed=1"),
+        ("pretrain -c quickstart optim.lr=0.1", "config keys are set with -o; write -o optim.lr=0.1"),
+        ("pretrain optim.name = sgd optim.lr = 0.1", "set with -o; write -o optim.name=sgd -o optim.lr=0.1"),
+        ("visualize --model m optim.lr=2 one.png", "config keys are set with -o; write -o optim.lr=2"),
+        ("config optim.lr=0.1", "config keys are set with -o; write -o optim.lr=0.1"),
+        ("bench train optim.lr=-1", "config keys are set with -o; write -o optim.lr=-1"),
+        ("pretrain optm.lr=0.1", "optm.lr=0.1: config keys are set with -o; write -o optm.lr=0.1"),
+        ("optim.lr=0.1", "a verb comes first, and config keys after -o: ./run.sh pretrain -o optim.lr=0.1"),
         ("pretrain --optim.lr=1e-3", "--optim.lr is not an option; config keys are set with -o: -o optim.lr=1e-3"),
         ("pretrain --epochs 3", "config keys are set with -o: -o train.epochs=3"),
         ("pretrain --learning-rate=0.1", "config keys are set with -o: -o optim.lr=0.1"),

@@ -25,6 +25,8 @@ def command() -> None:
     _set_defaults_of_run_sh()
     if len(sys.argv) == 1:
         sys.argv.append("help")
+    if sys.argv[1:3] == ["help", "data"]:
+        sys.argv[1:] = ["data", *sys.argv[3:], "--help"]
     verb = sys.argv[1]
     if verb == "data":
         del sys.argv[1]

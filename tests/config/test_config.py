@@ -191,6 +191,12 @@ def test_the_message_for_a_misspelt_override_has_the_nearest_key(override: str, 
         ("optim.lr=fast", "-o optim.lr=fast: must be a number"),
         ("optim={lr: fast}", "-o optim={lr: fast}: optim.lr = 'fast': must be a number"),
         ("train.epochs=0", "-o train.epochs=0: must be above 0"),
+        ("model.pool=clsgap", "-o model.pool=clsgap: must be 'cls', 'gap' or 'cls_gap'; did you mean cls_gap?"),
+        ("optim.lr=true", "-o optim.lr=true: must be a number, at least 0"),
+        ("parallel.dp=true", "-o parallel.dp=true: must be a whole number, at least 1; or auto"),
+        ("parallel.dp=two", "-o parallel.dp=two: must be a whole number, at least 1; or auto"),
+        ("optim.betas=true", "-o optim.betas=true: must be a list [number, number], each at least 0, below 1"),
+        ("data.mean=0.5", "-o data.mean=0.5: has 1 value, and model.num_channels is 3; set three values"),
         ("seed=1.5", "-o seed=1.5: must be a whole number"),
         ("model.pool=max", "-o model.pool=max: must be 'cls', 'gap' or 'cls_gap'"),
         ("augment.crop_scale=[0.5, 0.1]", "-o augment.crop_scale=[0.5, 0.1]: [0.5, 0.1] must be [min, max], both"),
@@ -415,6 +421,34 @@ def test_wrong_overrides_are_refused_in_one_line_that_names_them(override: str) 
     with pytest.raises(ConfigError) as error:
         load_config(None, [override])
     assert message_of(error).startswith("-o")
+
+
+def test_a_contradiction_is_attributed_to_the_overrides_that_it_names(load_text) -> None:
+    text = "augment: {mixup_alpha: 1.0}\noptim: {lr: 1.0}"
+    with pytest.raises(ConfigError) as error:
+        load_text(text, "optim.lr=2", "data.global_batch_size=7")
+    assert message_of(error).startswith("-o data.global_batch_size=7: augment.mixup_alpha and cutmix_alpha mix images")
+    with pytest.raises(ConfigError) as error:
+        load_text(text, "optim.decay_times_lr=false", "data.global_batch_size=8", "optim.lr=0")
+    assert message_of(error).startswith("-o optim.decay_times_lr=false -o optim.lr=0: optim.decay_times_lr = False: ")
+    with pytest.raises(ConfigError) as error:
+        load_text(text + "\ndata: {mean: 0.5}", "optim.lr=2", "data.root=x")
+    assert "run.yaml: data.mean: has 1 value" in message_of(error)
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "value"),
+    [
+        ("optim.name=LAMB", "optim", "lamb"),
+        ("optim.no_decay=[Bias, NORM]", "optim", ("bias", "norm")),
+        ("parallel.pp_schedule=fthenb", "parallel", "FThenB"),
+        ("parallel.dp=AUTO", "parallel", "auto"),
+        ("data.prepare=Digits", "data", "digits"),
+    ],
+)
+def test_choices_are_accepted_in_any_case(override: str, section: str, value: object) -> None:
+    key = override.partition("=")[0].partition(".")[2]
+    assert getattr(getattr(load_config(None, [override]), section), key) == value
 
 
 def test_an_override_inside_a_value_is_refused(load_text) -> None:

@@ -12,6 +12,7 @@ from vit_static.common.errors import UserError
 from vit_static.config.describe import changed_keys, describe_keys, describe_section, find_keys
 from vit_static.config.loader import load_config
 from vit_static.config.mistakes import all_keys
+from vit_static.config.other_names import OTHER_NAMES, SYNONYMS
 from vit_static.config.print_reference import print_page
 from vit_static.config.yaml_loader import read_yaml
 
@@ -62,6 +63,37 @@ def test_keys_are_found_by_section_name_and_meaning() -> None:
         find_keys("model.image_sizes")
     with pytest.raises(UserError, match="config' lists all"):
         find_keys("qqqq")
+
+
+@pytest.mark.parametrize("query", ["cutout", "erase", "erasing", "random-erasing", "random_erasing"])
+def test_a_search_finds_all_keys_about_a_thing(query: str) -> None:
+    assert names(query) == [key for key in KEYS if "random_erasing" in key]
+
+
+@pytest.mark.parametrize(
+    ("query", "keys"),
+    [
+        ("stochastic depth", {"model.drop_path_rate", "model.drop_path_schedule"}),
+        ("warmup", {"schedule.warmup_steps", "schedule.warmup_epochs", "optim.ema_warmup"}),
+        ("weight decay", {"optim.weight_decay", "optim.no_decay"}),
+        ("batch_size", {"data.global_batch_size", "eval.batch_size"}),
+        ("dropout", {"model.dropout", "model.attention_dropout"}),
+        ("num_workers", {"data.num_threads"}),
+        ("resized", {"eval.resize"}),
+        ("fracti", {"train.epochs"}),  # a part of a word
+    ],
+)
+def test_a_search_knows_synonyms_and_forms_of_words(query: str, keys: set[str]) -> None:
+    assert keys <= set(names(query)) and len(names(query)) < 20
+
+
+def test_synonyms_name_keys() -> None:
+    for terms in SYNONYMS:
+        for term in terms.split(", "):
+            assert names(term), term
+    for prefix in (prefix for prefixes in SYNONYMS.values() for prefix in prefixes):
+        assert any(key == prefix or key.startswith((f"{prefix}_", f"{prefix}.")) for key in KEYS), prefix
+    assert set(OTHER_NAMES.values()) <= set(KEYS)
 
 
 def test_the_page_is_that_of_the_schema(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import argparse
 import difflib
 import re
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 
 from vit_static.common.errors import UserError, truncate
 from vit_static.common.text import program_name
@@ -14,11 +14,12 @@ from vit_static.config.mistakes import all_keys, nearest_key
 
 RENAMED_VERBS = {"attend": "visualize"}  # by the old name
 RENAMED_FLAGS = {"--cards-per-node": "--gpus-per-node", "--fed": "--real-data"}
-_OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*=")
+_KEY = re.compile(r"[A-Za-z_]+(\.[A-Za-z_0-9]+)*")
+_NUMBER = re.compile(r"-[\d.]")
 
 
-def check_words(words: Sequence[str], verbs: Collection[str]) -> None:
-    """Raise UserError for a renamed or unknown verb, a renamed flag, and a second key after one -o."""
+def check_words(words: Sequence[str], verbs: Mapping[str, argparse.ArgumentParser]) -> None:
+    """Raise UserError for a renamed or unknown verb, a renamed flag, and config keys in another form than -o takes."""
     program = program_name()
     if words and words[0] in RENAMED_VERBS:
         new_name = RENAMED_VERBS[words[0]]
@@ -28,31 +29,82 @@ def check_words(words: Sequence[str], verbs: Collection[str]) -> None:
         if flag in RENAMED_FLAGS:
             raise UserError(f"{flag} is now called {RENAMED_FLAGS[flag]}")
     if words and not words[0].startswith("-") and words[0] not in verbs:
+        settings, _ = _settings_at(words, 0)
+        if settings:
+            raise UserError(f"a verb comes first, and config keys after -o: {program} pretrain {_overrides(settings)}")
         similar = difflib.get_close_matches(words[0][:100], verbs, n=1)
         remedy = f"did you mean {similar[0]}?" if similar else "choose one of the list"
         raise UserError(f"{truncate(words[0])} is not a verb; {remedy} ('{program} --help' lists the verbs)")
-    _check_overrides(words)
+    if words and words[0] in verbs and _takes_overrides(verbs[words[0]]):
+        _check_overrides(words)
+
+
+def _takes_overrides(verb: argparse.ArgumentParser) -> bool:
+    nested = (action for action in verb._actions if isinstance(action, argparse._SubParsersAction))
+    return "-o" in verb._option_string_actions or any(
+        _takes_overrides(each) for action in nested for each in action.choices.values()
+    )
 
 
 def _check_overrides(words: Sequence[str]) -> None:
-    sections = {key.partition(".")[0] for key in all_keys()}
+    """Raise UserError, with the correct form, for keys without -o, for several after one, and for spaces around =."""
     for number, word in enumerate(words):
-        if word != "-o" or number + 1 >= len(words):
+        settings, num_words = _settings_at(words, number)
+        follows_flag = number > 0 and words[number - 1].startswith("-")
+        if word != "-o" and settings and not follows_flag:
+            raise UserError(f"config keys are set with -o; write {_overrides(settings)}")
+        if word != "-o":
             continue
-        settings = [words[number + 1]]
-        for following in words[number + 2 :]:
-            if not (_OVERRIDE.match(following) and re.split("[.=]", following)[0] in sections):
-                break
-            settings.append(following)
+        settings, num_words = _settings_at(words, number + 1, any_key=True)
         if len(settings) > 1:
-            correct = " ".join(f"-o {shlex.quote(setting)}" for setting in settings)
-            raise UserError(f"-o takes one key; write {truncate(correct, 300)}")
+            raise UserError(f"-o takes one key; write {_overrides(settings)}")
+        if num_words > 1:
+            raise UserError(f"-o takes key=value without spaces; write {_overrides(settings)}")
+
+
+def _settings_at(words: Sequence[str], start: int, *, any_key: bool = False) -> tuple[list[str], int]:
+    """Return the settings of config keys, key=value, that begin at a word, and the number of their words.
+
+    Spaces may be around the equals sign. `any_key`: the first key may be one that doesn't exist.
+    """
+    sections = {key.partition(".")[0] for key in all_keys()}
+    settings: list[str] = []
+    position = start
+    while position < len(words):
+        key, separator, value = words[position].partition("=")
+        rest = words[position + 1 : position + 3]
+        is_key = key.partition(".")[0] in sections or (any_key and not settings)
+        if not (is_key and _KEY.fullmatch(key)):
+            break
+        num_words = 1
+        if not separator and rest and rest[0].startswith("="):
+            separator, value, num_words = "=", rest[0][1:], 2
+            rest = rest[1:]
+        if not separator:
+            break
+        if not value and rest and _is_value(rest[0]):
+            value, num_words = rest[0], num_words + 1
+        settings.append(f"{key}={value}")
+        position += num_words
+    return settings, position - start
+
+
+def _is_value(word: str) -> bool:
+    is_setting = "=" in word and _KEY.fullmatch(word.partition("=")[0]) is not None
+    return not is_setting and (not word.startswith("-") or _NUMBER.match(word) is not None)
+
+
+def _overrides(settings: Sequence[str]) -> str:
+    return truncate(" ".join(f"-o {shlex.quote(setting)}" for setting in settings), 300)
 
 
 def describe_unknown(words: Sequence[str], verb: argparse.ArgumentParser) -> str:
     """Return what is wrong with arguments that the verb doesn't have, and the correct form if it can be guessed."""
     word = words[0]
     help_command = f"'{verb.prog} --help' lists the arguments"
+    has_overrides = "-o" in verb._option_string_actions
+    if has_overrides and not word.startswith("-") and _KEY.fullmatch(word.partition("=")[0]) and "=" in word:
+        return f"{truncate(word)}: config keys are set with -o; write -o {shlex.quote(truncate(word))}"
     if not word.startswith("-"):
         return f"{truncate(word)}: unexpected argument ({help_command})"
     flag, separator, value = word.partition("=")
@@ -62,7 +114,7 @@ def describe_unknown(words: Sequence[str], verb: argparse.ArgumentParser) -> str
     key = name if name in all_keys() else None
     if key is None and not similar:
         key = nearest_key(name.split("."))
-    if key is not None and "-o" in flags:
+    if key is not None and has_overrides:
         if not separator:
             value = next((each for each in words[1:2] if not each.startswith("-")), "VALUE")
         return f"{truncate(flag)} is not an option; config keys are set with -o: {_override(key, value)}"

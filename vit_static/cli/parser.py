@@ -23,7 +23,7 @@ _EPILOG = """Examples:
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line; its `handler` runs the verb. Raise UserError for a wrong argument."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["help"]:
+    if words[:1] == ["help"]:  # `__main__.command` answers "help data"
         words = [*words[1:], "--help"]
     parser = make_parser()
     verbs = verbs_of(parser)

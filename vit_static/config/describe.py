@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from vit_static.common.errors import UserError
 from vit_static.config.mistakes import fields_of, nearest_key, section_type
+from vit_static.config.other_names import has_words, keys_also_called
 from vit_static.config.schema import Config
+from vit_static.config.type_words import json_schema, to_yaml, type_in_words
 
 _NO_DEFAULT = "the name of the config file"  # of `name`, which has none in the schema
 
@@ -28,7 +27,7 @@ class KeyInfo:
 
 def describe_keys() -> dict[str, list[KeyInfo]]:
     """Return the keys of every section in the schema's order, those of the top level under ""."""
-    definitions = Config.model_json_schema(by_alias=True)
+    definitions = json_schema()
     sections: dict[str, list[KeyInfo]] = {"": []}
     for name, field in fields_of(Config).items():
         section = section_type([name])
@@ -47,27 +46,29 @@ def describe_section(name: str) -> str:
 
 
 def find_keys(query: str | None) -> dict[str, list[KeyInfo]]:
-    """Return the keys that a query names, by section: a section, a key, or a part of a name or a meaning; None: all.
+    """Return the keys that a query names, by section; None: all.
 
-    Raise UserError, with the nearest key, if there are none.
+    That is a section, a key or, of some words, each key whose name and meaning have them all, in any form ("erase",
+    "erasing"), or that the field also calls so ("cutout"). Raise UserError, with the nearest key, if there are none.
     """
     sections = describe_keys()
     if query is None:
         return sections
     if query in sections and query:
         return {query: sections[query]}
-    every = [(section, key) for section, keys in sections.items() for key in keys]
-    words = query.lower().replace("_", " ")
-    for matches in (
-        [pair for pair in every if query == pair[1].name],
-        [pair for pair in every if query == pair[1].name.rpartition(".")[2]],
-        [pair for pair in every if words in f"{pair[1].name} {pair[1].meaning}".lower().replace("_", " ")],
-    ):
-        if matches:
-            return {section: [key for other, key in matches if other == section] for section in dict(matches)}
-    nearest = nearest_key(query.split("."))
-    remedy = f"did you mean {nearest}?" if nearest else "'./run.sh config' lists all"
-    raise UserError(f"{query}: no section or key has this name, and no meaning contains it; {remedy}")
+    texts = {key.name: f"{key.name} {key.meaning}".lower() for keys in sections.values() for key in keys}
+    words = query.lower().replace("-", " ").replace("_", " ")
+    names = {query} if query in texts else {name for name in texts if name.rpartition(".")[2] == query}
+    if "." not in query:  # a wrong key of a section gets the nearest one
+        names = names or {name for name, text in texts.items() if has_words(text, words)}
+        names |= keys_also_called(query, texts)
+        names = names or {name for name, text in texts.items() if words in text.replace("_", " ")}
+    if not names:
+        nearest = nearest_key(query.split("."))
+        remedy = f"did you mean {nearest}?" if nearest else "'./run.sh config' lists all"
+        raise UserError(f"{query}: no section or key has this name, and no meaning contains it; {remedy}")
+    matches = {section: [key for key in keys if key.name in names] for section, keys in sections.items()}
+    return {section: keys for section, keys in matches.items() if keys}
 
 
 def changed_keys(config: Config) -> list[tuple[str, str, str]]:
@@ -79,12 +80,6 @@ def changed_keys(config: Config) -> list[tuple[str, str, str]]:
         for key, value in values.items()
         if value != defaults[key]
     ]
-
-
-def to_yaml(value: Any) -> str:
-    """Return a value in one line as a config file has it."""
-    text: str = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
-    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,40 +99,3 @@ def _describe(name: str, field: Any, definition: Mapping[str, Any]) -> KeyInfo:
 
 def _plain(value: Any) -> Any:
     return [_plain(each) for each in value] if isinstance(value, tuple) else value
-
-
-def type_in_words(definition: Mapping[str, Any]) -> str:
-    """Return the type of a JSON schema's definition in words, with its bounds: "number, at least 0"."""
-    if "anyOf" in definition:
-        kinds = list(map(type_in_words, definition["anyOf"]))
-        return ("; or " if any(", " in kind for kind in kinds) else " or ").join(kinds)
-    if "enum" in definition or "const" in definition:
-        return _alternatives(map(to_yaml, definition.get("enum") or [definition["const"]]))
-    kind = definition.get("type")
-    if kind == "array":
-        return _list_in_words(definition)
-    if kind == "object":
-        return "{NAME: text, ...}"
-    bounds = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
-    limits = [
-        f"{text} {definition[key]:g}"
-        for key, text in bounds.items()
-        if abs(definition.get(key, math.inf)) < 2**31 - 1  # the largest integers are no limits to speak of
-    ]
-    words = {"integer": "whole number", "boolean": "true or false", "string": "text"}
-    return ", ".join([words.get(str(kind), str(kind)), *limits])
-
-
-def _alternatives(words: Iterable[str]) -> str:
-    *first, last = words
-    return f"{', '.join(first)} or {last}" if first else last
-
-
-def _list_in_words(definition: Mapping[str, Any]) -> str:
-    fixed = definition.get("prefixItems")
-    if fixed is None:
-        return f"list of: {type_in_words(definition['items'])}"
-    kinds = list(map(type_in_words, fixed))
-    return f"[{', '.join(kind.partition(',')[0] for kind in kinds)}]" + (
-        f", each {kinds[0].partition(', ')[2]}" if ", " in kinds[0] and len(set(kinds)) == 1 else ""
-    )

@@ -11,8 +11,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from vit_static.common.errors import format_value, truncate
+from vit_static.config.other_names import OTHER_NAMES
 from vit_static.config.schema import Config
-from vit_static.config.section import Section
+from vit_static.config.section import UNEXPECTED_BOOL, Section, choices_of
+from vit_static.config.type_words import expected_type
 from vit_static.config.yaml_loader import YamlError, read_yaml
 
 Key = tuple[str, ...]  # (section, key), or (key,) of the top level
@@ -34,52 +36,6 @@ RENAMED_KEYS = {
 }
 RENAMED_VALUES = {("train.freeze", "body"): "backbone"}
 
-# Names that timm, torchvision, PLSC and Hugging Face have for keys of this program.
-OTHER_NAMES = {
-    "learning_rate": "optim.lr",
-    "base_lr": "optim.lr",
-    "optimizer": "optim.name",
-    "opt": "optim.name",
-    "wd": "optim.weight_decay",
-    "clip_grad": "optim.clip_norm",
-    "grad_clip": "optim.clip_norm",
-    "max_grad_norm": "optim.clip_norm",
-    "model_ema_decay": "optim.ema_decay",
-    "scheduler": "schedule.name",
-    "lr_scheduler": "schedule.name",
-    "batch_size": "data.global_batch_size",
-    "train_batch_size": "data.global_batch_size",
-    "bs": "data.global_batch_size",
-    "workers": "data.num_threads",
-    "num_workers": "data.num_threads",
-    "data_path": "data.root",
-    "data_dir": "data.root",
-    "dataset": "data.root",
-    "img_size": "model.image_size",
-    "input_size": "model.image_size",
-    "resolution": "model.image_size",
-    "num_epochs": "train.epochs",
-    "num_train_epochs": "train.epochs",
-    "steps": "train.max_steps",
-    "num_steps": "train.max_steps",
-    "drop_path": "model.drop_path_rate",
-    "drop": "model.dropout",
-    "smoothing": "loss.label_smoothing",
-    "mixup": "augment.mixup_alpha",
-    "cutmix": "augment.cutmix_alpha",
-    "reprob": "augment.random_erasing_probability",
-    "random_erasing": "augment.random_erasing_probability",
-    "hflip": "augment.flip_probability",
-    "aa": "augment.policy",
-    "auto_augment": "augment.policy",
-    "accumulation_steps": "parallel.grad_accum_steps",
-    "gradient_accumulation_steps": "parallel.grad_accum_steps",
-    "fp16": "amp.dtype",
-    "pretrained": "init.from",
-    "finetune": "init.from",
-    "output": "output_dir",
-}
-
 
 def describe_mistake(
     error: ValidationError,
@@ -93,30 +49,49 @@ def describe_mistake(
     """
     mistake = error.errors()[0]
     location = [str(part) for part in mistake["loc"][: 2 if section_type(mistake["loc"][:1]) else 1]]
-    message = mistake["msg"].removeprefix("Value error, ")
-    field, separator, rest = message.partition(": ")
-    if len(location) == 1 and separator and field in fields_of(section_type(location) or Config):
-        location, message = [*location, field], rest  # of a validator of the section
-    written = {key: text for key, text in overridden.items() if _concerns(mistake["loc"], key)}
+    message, value = mistake["msg"].removeprefix("Value error, "), format_value(mistake["input"])
+    is_contradiction = mistake["type"] == "value_error" and len(location) < 2 and location[:1] != ["name"]
+    if is_contradiction:  # found by a validator of the section or of the whole config, whose message names the key
+        named, separator, rest = message.partition(": ")
+        name, _, value_in_message = named.partition(" = ")
+        candidate, value = [*location, *name.split(".")], ""
+        if separator and ".".join(candidate) in all_keys():
+            location, message, value = candidate, rest, value_in_message
+    responsible = _responsible(mistake, overridden, is_contradiction=is_contradiction)
     key = ".".join(map(truncate, location))
-    if tuple(location) in written:  # the override itself names the key
-        origin, subject = f"-o {truncate(written[tuple(location)])}: ", ""
-        name = f"-o {key} "
-    else:
-        text = next(iter(written.values()), None)
-        origin = f"{path or '-o'}: " if text is None else f"-o {truncate(text)}: "
-        subject, name = f"{key} = {format_value(mistake['input'])}: ", f"{origin}{key} "
+    origin = " ".join(f"-o {truncate(text)}" for text in responsible.values()) or str(path or "-o")
+    subject, name = f"{key} = {value}: " if value else f"{key}: ", f"{origin}: {key} "
+    if list(responsible) == [tuple(location)]:  # the override itself names the key
+        subject, name = "", f"-o {key} "
     if mistake["type"] == "extra_forbidden":
         return name + _unknown_key(key, location, mistake["input"])
     if mistake["type"] in ("model_type", "dict_type"):
-        return f"{origin}{subject}is a section; set its keys with -o {key}.KEY=VALUE"
+        return f"{origin}: {subject}is a section; set its keys with -o {key}.KEY=VALUE"
     new_value = _new_value(key, mistake["input"])
     if new_value:
-        return f"{origin}{subject}{new_value}"
+        return f"{origin}: {subject}{new_value}"
     if mistake["type"] == "value_error":
-        subject = f"{key}: " if subject and key else ""
-        return f"{origin}{subject}{message}"
-    return f"{origin}{subject}{_problem(mistake, tuple(location), is_valid)}"
+        subject = subject if subject and is_contradiction and value else f"{key}: " if subject and key else ""
+        return f"{origin}: {subject}{message}"
+    return f"{origin}: {subject}{_problem(mistake, tuple(location), is_valid)}"
+
+
+def _responsible(mistake: Any, overridden: Mapping[Key, str], *, is_contradiction: bool) -> dict[Key, str]:
+    """Return the overrides that have caused a mistake; none if it is in the file.
+
+    Of a contradiction, these are the ones whose keys its message names.
+    """
+    section = tuple(mistake["loc"])
+    concerned = {key: text for key, text in overridden.items() if _concerns(section, key)}
+    if not is_contradiction:
+        return dict(list(concerned.items())[:1])
+    words = set(re.findall(r"[a-z0-9_.]*[a-z0-9_]", mistake["msg"]))
+    # Without its section, only a name that isn't an ordinary word.
+    return {
+        key: text
+        for key, text in (concerned if section else overridden).items()
+        if ".".join(key) in words or (key[-1] in words and (section or "_" in key[-1]))
+    }
 
 
 def _concerns(location: Sequence[Any], key: Key) -> bool:
@@ -128,6 +103,7 @@ def _concerns(location: Sequence[Any], key: Key) -> bool:
 def _problem(mistake: Any, key: Key, is_valid: Callable[[Key, Any], bool]) -> str:
     """Return what is wrong with a value. For the commonest types of pydantic's errors in words of this program."""
     value, context = mistake["input"], mistake.get("ctx", {})
+    is_of_union = len(mistake["loc"]) > len(key) and isinstance(mistake["loc"][len(key)], str)
     if isinstance(value, str):
         items = _as_list(value)
         if items is not None and is_valid(key, items):
@@ -138,6 +114,8 @@ def _problem(mistake: Any, key: Key, is_valid: Callable[[Key, Any], bool]) -> st
         return f"must be a list{f', such as {list(default)}' if isinstance(default, tuple) and default else ''}"
     if kind in bounds:
         return f"must be {bounds[kind]} {_number(next(iter(context.values())))}"
+    if kind == UNEXPECTED_BOOL or (is_of_union and not kind.endswith("_than_equal")):
+        return f"must be {expected_type(key)}{_similar_choice(key, value)}"
     words = {
         "float_type": "must be a number",
         "float_parsing": "must be a number",
@@ -150,10 +128,17 @@ def _problem(mistake: Any, key: Key, is_valid: Callable[[Key, Any], bool]) -> st
         "finite_number": "must be a finite number",
         "greater_than_equal": f"must be at least {_number(context.get('ge'))}",
         "less_than_equal": f"must be at most {_number(context.get('le'))}",
-        "literal_error": f"must be {context.get('expected')}",
+        "literal_error": f"must be {context.get('expected')}{_similar_choice(key, value)}",
     }
     message: str = mistake["msg"]
     return words.get(kind, f"{message[0].lower()}{message[1:]}")
+
+
+def _similar_choice(key: Key, value: Any) -> str:
+    field = _field(key)
+    choices = {} if field is None else {each.lower(): each for each in choices_of(field.annotation)}
+    similar = difflib.get_close_matches(value[:100].lower(), choices, n=1) if isinstance(value, str) else []
+    return f"; did you mean {choices[similar[0]]}?" if similar else ""
 
 
 def _number(bound: Any) -> str:
@@ -170,8 +155,12 @@ def _as_list(text: str) -> list[Any] | None:
 
 
 def _default(key: Key) -> Any:
-    section = section_type(key[:-1]) or Config
-    return next((field.default for name, field in fields_of(section).items() if name == key[-1]), None)
+    field = _field(key)
+    return None if field is None else field.default
+
+
+def _field(key: Key) -> Any:
+    return fields_of(section_type(key[:-1]) or Config).get(key[-1])
 
 
 def _unknown_key(key: str, location: Sequence[str], value: Any) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from vit_static.common.errors import format_value
 from vit_static.config.yaml_loader import WrittenFloat, WrittenInt
@@ -63,6 +64,15 @@ def _check_run_name(name: str) -> str:
 
 RunName = Annotated[str, AfterValidator(_check_run_name)]
 
+UNEXPECTED_BOOL = "unexpected_bool"  # type of the error of true or false where something else is expected
+
+
+def choices_of(annotation: Any) -> list[str]:
+    """Return the texts that a field accepts as its value, or as an item of it, if its annotation lists them."""
+    if get_origin(annotation) is Literal:
+        return [each for each in get_args(annotation) if isinstance(each, str)]
+    return [choice for each in get_args(annotation) for choice in choices_of(each)]
+
 
 class Section(BaseModel):
     """A part of the config. It is frozen, and refuses undeclared keys, infinities and NaN."""
@@ -74,8 +84,18 @@ class Section(BaseModel):
     def _refuse_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
         annotation = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and annotation is not bool and bool not in get_args(annotation):
-            raise ValueError(f"{value} is no value for this key")
+            raise PydanticCustomError(UNEXPECTED_BOOL, "must not be true or false")
         return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _ignore_case_of_choices(cls, value: Any, info: ValidationInfo) -> Any:
+        choices = {each.lower(): each for each in choices_of(cls.model_fields[str(info.field_name)].annotation)}
+
+        def as_listed(item: Any) -> Any:
+            return choices.get(item.lower(), item) if isinstance(item, str) else item
+
+        return [as_listed(item) for item in value] if isinstance(value, list) else as_listed(value)
 
     @field_validator("*", mode="before")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import asdict, dataclass
 
 from vit_static.common.errors import ConfigError
@@ -41,7 +42,10 @@ def variant_of(config: ModelConfig) -> Variant:
     if config.from_ == "init":  # weights/infer.py replaces it where weights are read
         raise ConfigError("model.from = 'init': no weights are read here; set model.from=config and model.variant")
     if config.variant not in VARIANTS:
-        raise ConfigError(f"model.variant = {config.variant!r}: is unknown; set one of {', '.join(VARIANTS)}")
+        raise ConfigError(
+            f"model.variant = {config.variant!r}: is unknown; set one of {', '.join(VARIANTS)}"
+            f"{_similar_variant(config.variant)}"
+        )
     named = asdict(VARIANTS[config.variant])
     variant = Variant(**{key: getattr(config, key) or value for key, value in named.items()})
     height, width = config.image_size
@@ -63,6 +67,12 @@ def variant_of(config: ModelConfig) -> Variant:
             f"model.{key} = 'sincos2d': needs a width that is a multiple of 4, not {variant.width}; set model.width"
         )
     return variant
+
+
+def _similar_variant(name: str) -> str:
+    by_lower_case = {each.lower(): each for each in VARIANTS}
+    similar = difflib.get_close_matches(name[:100].lower().replace("-", "/"), by_lower_case, n=1)
+    return f"; did you mean {by_lower_case[similar[0]]}?" if similar else ""
 
 
 def model_name(config: ModelConfig) -> str:
