@@ -84,7 +84,7 @@ def test_help_is_printed(capsys: pytest.CaptureFixture[str], words: tuple[str, .
 
 
 def test_help_of_data_lists_its_tools(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "vit_static", "help", "data"]
+    command = [sys.executable, ROOT / "vit_static/__main__.py", "help", "data"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "  folder       split your own images" in done.stdout and "  imagenet21k  list" in done.stdout
 
