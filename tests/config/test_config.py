@@ -451,6 +451,25 @@ def test_choices_are_accepted_in_any_case(override: str, section: str, value: ob
     assert getattr(getattr(load_config(None, [override]), section), key) == value
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["schedule.name=cosine"], "schedule.name = 'cosine': the learning rate of optim.name = 'schedule_free_adamw'"),
+        (["schedule.cooldown_steps=5"], "set schedule.cooldown_steps=0, or another optimizer"),
+        (["schedule.warmup_start_lr=1e-6"], "schedule.warmup_start_lr = 1e-06: "),
+        (["optim.ema_decay=0.99"], "ema_decay = 0.99: name = 'schedule_free_adamw' has an average of the weights"),
+        (["optim.betas=[0, 0.99]"], "the first one of schedule_free_adamw must be above 0"),
+    ],
+)
+def test_what_contradicts_schedule_free_is_refused(load_text, overrides: list[str], message: str) -> None:
+    """The schedule's own default, cosine, does not: the learning rate is constant unless a config says otherwise."""
+    free = "optim: {name: Schedule_Free_AdamW}\nschedule: {warmup_steps: 5}"
+    assert load_text(free).schedule.name == "constant"
+    with pytest.raises(ConfigError) as error:
+        load_config(None, ["optim.name=schedule_free_adamw", *overrides])
+    assert message in message_of(error)
+
+
 def test_an_override_inside_a_value_is_refused(load_text) -> None:
     with pytest.raises(ConfigError) as error:
         load_text("model: 3", "model.depth=2")

@@ -51,6 +51,7 @@ _IN_NUMPY: dict[str, Callable[..., Any]] = {
     "less_than": np.less,
     "logical_or": np.logical_or,
     "maximum": np.maximum,
+    "minimum": np.minimum,
     "multiply": np.multiply,
     "sign": np.sign,
     "sqrt": np.sqrt,

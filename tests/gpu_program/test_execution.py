@@ -224,6 +224,7 @@ HALF = [
     gpu_case("dp 2, ZeRO 3", "O2 bfloat16", num_micro_batches=2, recompute="block"),
     gpu_case("dp 2, ZeRO 2", "O2 float16", "sgd", amp=SMALL_SCALE),
     gpu_case("pp 2", "O2 float16", amp=SMALL_SCALE),
+    gpu_case("dp 2, ZeRO 2", "O2 float16", "schedule_free_adamw", amp=SMALL_SCALE),
 ]
 EVALUATED = [FLOAT32[2], HALF[1]]
 

@@ -119,6 +119,7 @@ FORWARD: dict[str, list[Forward]] = {
     ],
     "max": [([X, ints(1)], {"keepdim": True}, lambda x, _: x.max(1, keepdim=True))],
     "maximum": [([X, Y], {}, paddle.maximum)],
+    "minimum": [([X, Y], {}, paddle.minimum)],
     "mean": [([X, ints()], {"keepdim": False}, lambda x, _: x.mean())],
     "multiply": [([X, COLUMN], {}, paddle.multiply)],
     "one_hot": [([ints(2, 0, 4), ints(5)], {}, lambda x, _: F.one_hot(x, 5))],

@@ -95,6 +95,7 @@ RECIPES = {
     "lamb": OptimConfig(name="lamb", epsilon=1e-3, weight_decay=0.1, no_decay=("bias",), ema_decay=0.9),
     "lion": OptimConfig(name="lion", lr=1e-4, betas=(0.9, 0.99), weight_decay=0.1, decay_times_lr=False),
     "adafactor": OptimConfig(name="adafactor", betas=(0.9, 0.99), weight_decay=0.1, ema_decay=0.9),
+    "schedule_free_adamw": OptimConfig(name="schedule_free_adamw", weight_decay=0.1, no_decay=("bias",), epsilon=1e-3),
 }
 RECIPE_MESHES = {
     "pp2": mesh(pp=2),
@@ -104,13 +105,15 @@ RECIPE_MESHES = {
     "dp2_mp2_sharding1": mesh(dp=2, mp=2, sharding_stage=1),
 }
 # AdamW on every kind of mesh. LAMB and Adafactor compute norms and means of tensors, so they have a case for each way
-# to split a tensor: by tensor parallelism, with only the state split, with the parameters split too. Lion, as AdamW,
-# updates each number by itself. These three train a model of one block: their programs have many small operators.
+# to split a tensor: by tensor parallelism, with only the state split, with the parameters split too. Lion and
+# schedule-free AdamW, as AdamW, update each number by itself. All of these but AdamW train a model of one block: their
+# programs have many small operators.
 RECIPES_ON = {
     "adamw": ["pp2", "accum2", "dp2_sharding2", "dp2_sharding3", "dp2_mp2_sharding1"],
     "lamb": ["dp2_sharding3", "dp2_mp2_sharding1"],
     "adafactor": ["dp2_sharding3", "dp2_mp2_sharding1"],
     "lion": ["dp2_sharding2"],
+    "schedule_free_adamw": ["dp2_sharding2"],
 }
 # with only drop path: the mesh, and the case with one process that draws the same masks
 DROP_PATH = {
@@ -166,6 +169,7 @@ def all_cases() -> list[Case]:
         model = MODELS["dropout" if parallel.mp == 1 else "dropout_two_blocks"]
         named.append((name, model, OPTIMIZERS["sgd"], parallel, recorded))
     evaluated = {f"recipe_{name}_adamw" for name in EVALUATED_EMA}
+    evaluated |= {f"recipe_{name}_schedule_free_adamw" for name in ("one", "dp2_sharding2")}
     for name in EVALUATED:
         evaluated |= {f"{name}_sgd", f"one_{MESHES[name][1]}_sgd"}
     return [

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import pickle
 from collections import defaultdict
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,8 +153,10 @@ def run(case: Case, mesh: Mesh, images_root: Path) -> Outcome:
         outcome.losses.append(mesh.mean(loss))
         outcome.grad_norms.append(program.grad_norm())
         outcome.masks.append(dict(masks))
+    is_schedule_free = case.optim.name == "schedule_free_adamw"
     if case.evaluates:
-        outcome.predictions = predict_all(program, eval_loader(case, mesh, images_root), mesh)
+        with program.schedule_free_weights() if is_schedule_free else nullcontext():
+            outcome.predictions = predict_all(program, eval_loader(case, mesh, images_root), mesh)
         outcome.evaluation = EvalMetrics.of(outcome.predictions)
     if case.evaluates and case.optim.ema_decay:
         before = program.weights()

@@ -11,11 +11,14 @@ from helpers.small import REFERENCE, SMALL, images_and_labels
 from paddle import nn
 from reference.closed_form import uniform
 
-from vit_static.config.schema import OptimConfig
+from vit_static.config.optim_schema import OptimConfig, ScheduleConfig
 from vit_static.model.attention import attention_by_matmul
 from vit_static.model.vit import VisionTransformer
 from vit_static.optim.ema import EMA, ema_decay
+from vit_static.optim.optimizers import step_scalars
 from vit_static.optim.param_groups import param_group
+from vit_static.optim.schedule import learning_rate
+from vit_static.optim.schedule_free import OFFSET
 
 NUM_STEPS = 20
 
@@ -130,6 +133,50 @@ def test_twenty_updates_match_the_recipes(make_program, case: str) -> None:
                 np.testing.assert_allclose(values[name], expected, rtol=2e-6, atol=2e-6, err_msg=f"{key} {step}")
 
 
+def test_twenty_updates_match_the_authors_schedule_free_adamw(make_program) -> None:
+    """The sequence y, which is trained, and the average x, which is evaluated, also in a warmup of six steps."""
+    golden = np.load(REFERENCE / "schedule_free.npz")
+    initial = {NAMES[key]: uniform(f"initial/{key}", shape) for key, shape in SHAPES.items()}
+    gradients = {
+        NAMES[key]: uniform(f"grad/{key}", (NUM_STEPS, *shape))
+        * golden["gradient_scales"].reshape(-1, *[1] * len(shape))
+        for key, shape in SHAPES.items()
+    }
+    optim = OptimConfig(
+        name="schedule_free_adamw",
+        lr=0.05,
+        betas=(0.9, 0.99),
+        clip_norm=None,
+        weight_decay=0.3,
+        no_decay=("bias",),
+        layer_decay=0.5,
+    )
+    schedule = ScheduleConfig(name="constant", warmup_steps=6)
+    options = {"learning_rate": lambda step: learning_rate(step, NUM_STEPS, optim, schedule), "warmup_steps": 6}
+    for step, program in train_on_gradients(make_program, initial, gradients, optim, **options):
+        if step % 5 == 4:
+            trained = {name: program.state()[name].numpy() for name in NAMES.values()}
+            with program.schedule_free_weights():
+                evaluated = {name: program.state()[name].numpy() for name in NAMES.values()}
+            for key, name in NAMES.items():
+                x, y = (golden[f"{kind}/{key}"][step // 5] for kind in "xy")
+                np.testing.assert_allclose(trained[name], y, rtol=2e-6, atol=2e-6, err_msg=f"{key} {step}")
+                np.testing.assert_allclose(evaluated[name], x, rtol=2e-6, atol=2e-6, err_msg=f"{key} {step}")
+                assert np.array_equal(program.weights()[name], evaluated[name])
+                assert np.array_equal(program.state()[name].numpy(), trained[name])
+
+
+def test_the_average_of_schedule_free_weighs_by_the_squared_learning_rate() -> None:
+    """The closed form against the authors' running sum, and without warmup the uniform mean."""
+    optim, schedule = OptimConfig(name="schedule_free_adamw", lr=0.3), ScheduleConfig(name="constant", warmup_steps=7)
+    squares = [learning_rate(step, 100, optim, schedule) ** 2 for step in range(20)]
+    expected = np.array(squares) / np.cumsum(squares)
+    weights = [step_scalars(step, optim, 7)["averaging_weight"] for step in range(20)]
+    np.testing.assert_allclose(weights, expected, rtol=1e-12)
+    uniform_weights = [step_scalars(step, optim)["averaging_weight"] for step in range(20)]
+    np.testing.assert_allclose(uniform_weights, 1.0 / np.arange(1, 21), rtol=1e-12)
+
+
 def test_adafactor_factors_the_two_largest_axes(make_program) -> None:
     """A matrix with additional axes of size 1, like a position embedding, is updated like the matrix."""
     rng = np.random.default_rng(0)
@@ -222,11 +269,13 @@ def test_with_a_frozen_backbone_only_the_head_learns(make_program, kernels, opti
         np.testing.assert_allclose(after["head.weight"], head.weight.numpy(), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion", "adafactor", "schedule_free_adamw"])
 def test_the_plan_counts_the_optimizer_state(make_program, name: str) -> None:
     """To the byte, and the EMA is one copy of the weights."""
     model = VisionTransformer(SMALL.model_copy(update={"width": 36, "depth": 1}), attention_by_matmul)
-    program = make_program(model, 8, OptimConfig(name=name, ema_decay=0.9))
+    has_ema = name != "schedule_free_adamw"
+    program = make_program(model, 8, OptimConfig(name=name, ema_decay=0.9 if has_ema else 0.0))
     num_bytes = {key: 4 * int(np.prod(tensor.shape)) for key, tensor in program.state().items()}
     assert program.costs().optimizer_state == sum(size for key, size in num_bytes.items() if "@" in key)
-    assert program.costs().parameters == sum(size for key, size in num_bytes.items() if key.endswith(f"@{EMA}"))
+    copies = f"@{EMA}" if has_ema else f"@{OFFSET}"
+    assert program.costs().parameters == sum(size for key, size in num_bytes.items() if key.endswith(copies))

@@ -11,10 +11,12 @@ import pytest
 from helpers.runs import event_names, metrics
 from helpers.small import read_state
 
+from vit_static.checkpoint.folder import open_shards
 from vit_static.common.errors import ConfigError, WeightsError
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
 from vit_static.report.run_log import latest_run, read_metrics
+from vit_static.train.evaluate import evaluate_checkpoint
 from vit_static.train.trainer import train
 from vit_static.weights.source import load_weights
 
@@ -196,6 +198,38 @@ def test_a_moving_average_is_evaluated_saved_and_resumed(config: Config, tmp_pat
     again = read_state(run / "model_ema.pdparams")
     assert all(np.array_equal(again[name], average[name]) for name in average)
     assert metrics(run, "eval")[-1]["ema_loss"] == losses[-1]["ema_loss"]
+
+
+def test_schedule_free_evaluates_and_keeps_its_average(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And resumes with the same bits, from a checkpoint in the middle of the warmup."""
+    overrides = [f"output_dir={tmp_path / 'free'}", f"data.root={config.data.root}"]
+    free = load_config(
+        tmp_path / "tiny.yaml", [*overrides, "optim.name=schedule_free_adamw", "schedule.warmup_steps=6"]
+    )
+    assert train(free)
+    run, latest = free.run_dir, free.run_dir / "checkpoints" / "latest"
+    assert load_config(run / "config.yaml") == free and free.schedule.name == "constant"
+    rates = [line["lr"] for line in metrics(run, "train")]  # of steps 1, 3, 6, 9 and 11
+    np.testing.assert_allclose(rates, 1e-3 * np.array([1 / 6, 3 / 6, 1.0, 1.0, 1.0]))
+    merged, shards = read_state(run / "model.pdparams"), open_shards(latest)
+    trained, offset = shards.read("norm.weight"), shards.read("norm.weight@offset")
+    assert np.abs(offset).min() > 0.0  # z - y
+    expected = 0.9 * merged["norm.weight"] + 0.1 * (trained + offset)  # y = beta1 x + (1 - beta1) z
+    np.testing.assert_allclose(trained, expected, rtol=1e-6)
+    assert all(np.array_equal(value, merged[name]) for name, value in load_weights(latest).state.items())
+    last = metrics(run, "eval")[-1]
+    capsys.readouterr()
+    evaluate_checkpoint(None, run, [])
+    evaluated = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (evaluated["top1"], evaluated["loss"]) == pytest.approx((last["top1"], last["loss"]), rel=1e-5)
+    for later in ("step_00000008", "step_00000011"):
+        shutil.rmtree(run / "checkpoints" / later)
+    assert train(free)
+    again = read_state(run / "model.pdparams")
+    assert all(np.array_equal(again[name], merged[name]) for name in merged)
+    assert metrics(run, "eval")[-1]["loss"] == last["loss"]
 
 
 def test_a_missing_moving_average_is_an_error(finished: Config) -> None:

@@ -154,6 +154,8 @@ def _fixed_values(config: Config) -> dict[str, Any]:
     training = {
         "optim.name": config.optim.name,
         "optim.ema_decay > 0": config.optim.ema_decay > 0.0,
+        # The average of schedule_free_adamw is computed with them (optim/schedule_free.py).
+        "optim.betas": list(config.optim.betas) if config.optim.name == "schedule_free_adamw" else None,
         "train.freeze": config.train.freeze,
     }
     return {**model, **training, **order}

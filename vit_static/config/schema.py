@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from vit_static.config.data_schema import AugmentConfig, DataConfig, EvalConfig, LossConfig, SelectionMetric
 from vit_static.config.log_schema import LogConfig
+from vit_static.config.optim_schema import OptimConfig, ScheduleConfig
 from vit_static.config.section import (
     ImageSize,
     NonNegativeFloat,
@@ -94,66 +95,6 @@ class ModelConfig(Section):
     def num_prefix_positions(self) -> int:
         """Number of prefix tokens that have a position embedding."""
         return int(self.has_class_token and self.class_token_pos_embed)
-
-
-class OptimConfig(Section):
-    """The optimizer. `schedule` has the learning rate over time."""
-
-    name: Literal["adamw", "sgd", "lamb", "lion", "adafactor"] = Field("adamw", description="which optimizer")
-    lr: NonNegativeFloat = Field(1e-3, description="peak learning rate")
-    betas: tuple[Rate, Rate] = Field(
-        (0.9, 0.999),
-        description="decay rates of the moments; lion's paper uses [0.9, 0.99]; adafactor: momentum, and the upper "
-        "limit of the second moment's decay rate",
-    )
-    epsilon: PositiveFloat = Field(1e-8, description="of adamw and lamb; lamb's paper uses 1e-6")
-    momentum: Rate = Field(0.9, description="of sgd")
-    weight_decay: NonNegativeFloat = Field(
-        0.0, description="decoupled, multiplied by the learning rate; sgd: an L2 term, added to the clipped gradient"
-    )
-    decay_times_lr: bool = Field(
-        True, description="false: multiply the weight decay by lr(step) / lr instead of lr(step); not for sgd and lamb"
-    )
-    no_decay: tuple[Literal["bias", "norm", "embedding"], ...] = Field(
-        (),
-        description="parameters without weight decay; norm: LayerNorm and LayerScale; embedding: class token, "
-        "registers and position embedding",
-    )
-    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        1.0, description="layer-wise decay: the learning rate is multiplied by layer_decay ** (number of layers above)"
-    )
-    clip_norm: PositiveFloat | None = Field(1.0, description="maximum global gradient norm; null: no clipping")
-    ema_decay: Rate = Field(0.0, description="of a moving average of the weights, which is evaluated too; 0: none")
-    ema_warmup: bool = Field(True, description="start the moving average with a lower decay (optim/optimizers.py)")
-
-    @model_validator(mode="after")
-    def _check_decay_times_lr(self) -> OptimConfig:
-        if not self.decay_times_lr and (self.name in ("sgd", "lamb") or self.lr == 0.0):
-            raise ValueError(
-                "decay_times_lr = False: needs lr above 0 and decoupled weight decay, which sgd and lamb don't have"
-            )
-        return self
-
-
-class ScheduleConfig(Section):
-    """The learning rate over time: a linear warmup to `optim.lr`, then the named decay."""
-
-    name: Literal["cosine", "linear", "rsqrt", "constant"] = Field("cosine", description="shape of the decay")
-    warmup_steps: NonNegativeInt = Field(0, description="optimizer steps of the warmup")
-    warmup_epochs: NonNegativeFloat | None = Field(None, description="length of the warmup, instead of warmup_steps")
-    warmup_start_lr: NonNegativeFloat = Field(0.0, description="learning rate at the start of the warmup")
-    end_lr: NonNegativeFloat = Field(0.0, description="learning rate at the end of cosine and linear")
-    decay_begins: Literal["after_warmup", "at_start"] = Field(
-        "after_warmup", description="where cosine and linear begin; at_start: under the warmup, as in timm"
-    )
-    timescale: PositiveFloat = Field(10_000.0, description="rsqrt: lr / sqrt(1 + steps after warmup / timescale)")
-    cooldown_steps: NonNegativeInt = Field(0, description="steps at the end in which the rate falls linearly to 0")
-
-    @model_validator(mode="after")
-    def _check_warmup(self) -> ScheduleConfig:
-        if self.warmup_steps and self.warmup_epochs is not None:
-            raise ValueError("warmup_steps and warmup_epochs are both set; remove one of them")
-        return self
 
 
 class TrainConfig(Section):
@@ -349,6 +290,18 @@ class Config(Section):
             return values
         return {**values, "data": {"mean": (0.5,), "std": (0.5,), **(data or {})}}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _normalise_schedule_free(cls, values: Any) -> Any:
+        """Let the learning rate of schedule_free_adamw be constant by default."""
+        optim, schedule = (
+            (values.get(key) for key in ("optim", "schedule")) if isinstance(values, dict) else (None, None)
+        )
+        name = optim.get("name") if isinstance(optim, dict) else getattr(optim, "name", None)
+        if str(name).lower() != "schedule_free_adamw" or not (schedule is None or isinstance(schedule, dict)):
+            return values
+        return {**values, "schedule": {"name": "constant", **(schedule or {})}}
+
     @model_validator(mode="after")
     def _check_across_sections(self) -> Config:
         parallel = self.parallel
@@ -369,6 +322,7 @@ class Config(Section):
         if self.data.multi_label and self.loss.name == "softmax":
             raise ValueError("data.multi_label: softmax takes one label per image; set loss.name=sigmoid")
         self._check_metric()
+        self._check_schedule()
         if self.data.sampler == "balanced" and "balanced" in (self.loss.class_weights, self.loss.pos_weight):
             key = "class_weights" if self.loss.class_weights == "balanced" else "pos_weight"
             raise ValueError(
@@ -380,6 +334,17 @@ class Config(Section):
                 "images in pairs; set an even number"
             )
         return self
+
+    def _check_schedule(self) -> None:
+        schedule = self.schedule
+        values = {"name": "constant", "warmup_start_lr": 0.0, "cooldown_steps": 0}
+        for key, value in values.items():
+            if self.optim.name == "schedule_free_adamw" and getattr(schedule, key) != value:
+                raise ValueError(
+                    f"schedule.{key} = {getattr(schedule, key)!r}: the learning rate of optim.name = "
+                    "'schedule_free_adamw' rises from 0 in the warmup and then stays constant; set "
+                    f"schedule.{key}={value}, or another optimizer"
+                )
 
     def _check_metric(self) -> None:
         metric, multi_label = self.eval.metric, self.data.multi_label

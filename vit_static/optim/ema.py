@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vit_static.config.schema import OptimConfig
+from vit_static.config.optim_schema import OptimConfig
 from vit_static.optim.sharded_state import StepScalars
 from vit_static.parallel.dist_values import assign_to, replicate, reshard
 

@@ -1,7 +1,7 @@
 """Optimizers, selected by `optim.name`.
 
-To add one: subclass RuleOptimizer, register it in _OPTIMIZERS, add its name to OptimConfig.name (config/schema.py), and
-put its per-step values into step_scalars. CONTRIBUTING.md describes the tests.
+To add one: subclass RuleOptimizer, register it in _OPTIMIZERS, add its name to OptimConfig.name
+(config/optim_schema.py), and put its per-step values into step_scalars. CONTRIBUTING.md describes the tests.
 
 Notation: g is the clipped gradient, p the parameter, lr its learning rate in this step, and decay its weight-decay
 coefficient (0 if it isn't decayed).
@@ -9,11 +9,8 @@ coefficient (0 if it isn't decayed).
 
 from __future__ import annotations
 
-import math
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,24 +18,35 @@ import paddle
 import paddle.distributed as dist
 from paddle import nn
 
-from vit_static.config.schema import OptimConfig
+from vit_static.config.optim_schema import OptimConfig
 from vit_static.optim.ema import EmaMixin, ema_decay
 from vit_static.optim.grad_clip import GlobalNormClip
 from vit_static.optim.loss_scaling import LossScaling
 from vit_static.optim.param_groups import ParamGroup, decay_coefficient, norm_group, param_group
+from vit_static.optim.rule_optimizer import RuleOptimizer, Update
+from vit_static.optim.schedule_free import ScheduleFreeAdamW, averaging_weight
 from vit_static.optim.sharded_state import ShardedState, StatePlacements, StepScalars
-from vit_static.parallel.dist_values import assign_to, replicate, reshard
+from vit_static.parallel.dist_values import reshard
 
 _BETA_POWERS = ("beta1_pow_acc", "beta2_pow_acc")  # as Paddle's AdamW names these states
 
 
-def step_scalars(step: int, optim: OptimConfig) -> dict[str, float]:
-    """Return by name what the update that follows `step` completed ones needs besides the learning rate."""
+def step_scalars(step: int, optim: OptimConfig, warmup_steps: int = 0) -> dict[str, float]:
+    """Return by name what the update that follows `step` completed ones needs besides the learning rate.
+
+    `warmup_steps`: those of the learning rate, on which the average of schedule_free_adamw depends.
+    """
     scalars = {"step": step + 1.0}
-    if optim.name == "lamb":
+    if optim.name in ("lamb", "schedule_free_adamw"):
         scalars |= {f"correction{order}": 1.0 - beta ** (step + 1) for order, beta in enumerate(optim.betas, 1)}
     if optim.name == "adafactor":
         scalars |= {"second_moment_decay": min(optim.betas[1], 1.0 - (step + 1) ** -0.8)}
+    if optim.name == "schedule_free_adamw":
+        num_warmup_steps = max(warmup_steps, 1.0)
+        scalars |= {
+            "warmup_steps": num_warmup_steps,
+            "averaging_weight": averaging_weight(step + 1.0, num_warmup_steps),
+        }
     if optim.ema_decay > 0.0:
         scalars["ema_decay"] = ema_decay(step, optim)
     return scalars
@@ -83,103 +91,6 @@ class AdamW(EmaMixin, ShardedState, paddle.optimizer.AdamW):
             assert operator.name() == "pd_op.adamw_"
             updated = operator.result(result_index)
         self._update_ema(parameter, weight, updated)
-
-
-@dataclass(frozen=True)
-class Update:
-    """Result of a rule: the direction of the update (p' = p - lr * direction), and the new states by name."""
-
-    direction: Any
-    states: dict[str, Any] = field(default_factory=dict)
-
-
-class RuleOptimizer(EmaMixin, ShardedState, paddle.optimizer.Optimizer, ABC):
-    """Optimizer whose update p' = p - lr * direction is built of basic operators.
-
-    With its fused operators other than AdamW's, Paddle 3.3.1 doesn't keep sharded states sharded. A subclass defines
-    which states it keeps and its update; it then works on every mesh and in every precision. All arithmetic is in
-    float32: parameters in half precision have master copies.
-    """
-
-    def __init__(
-        self,
-        learning_rate: Any,
-        optim: OptimConfig,
-        groups: Mapping[str, ParamGroup],
-        scalars: StepScalars,
-        **arguments: Any,
-    ) -> None:
-        self._multi_precision = arguments.pop("multi_precision")
-        super().__init__(learning_rate, **arguments)
-        self._optim, self._groups, self._scalars = optim, groups, scalars
-        self._decay = decay_coefficient(optim)
-        self._master_weights: dict[str, Any] = {}
-
-    @abstractmethod
-    def state_shapes(self, shape: list[int]) -> dict[str, int | None]:
-        """Return the states of a parameter of this shape, by name.
-
-        None is a state with the parameter's shape, a number one with that shape without this axis.
-        """
-
-    @abstractmethod
-    def update(self, gradient: Any, weight: Any, states: Mapping[str, Any], decay: float) -> Update:
-        """Compute the update of a parameter. All values have the same placements."""
-
-    def _create_accumulators(self, block: Any, parameters: list[Any]) -> None:
-        for parameter in parameters:
-            weight = self._create_master_weight(parameter) if self._in_low_precision(parameter) else parameter
-            for name, missing_axis in self.state_shapes(list(parameter.shape)).items():
-                if missing_axis is None:
-                    self._add_accumulator(name, weight, dtype="float32")
-                else:
-                    self._add_reduced_accumulator(name, weight, parameter, missing_axis)
-            self._create_ema(weight)
-        super()._create_accumulators(block, parameters)
-
-    def _append_optimize_op(self, block: Any, parameter_and_gradient: tuple[Any, Any]) -> None:
-        parameter, gradient = parameter_and_gradient
-        low_precision = self._in_low_precision(parameter)
-        weight = self._master_weights[parameter.name] if low_precision else parameter
-        group = self._groups[parameter.name]
-        states = self._states_of(parameter, weight)
-        placements = self._placements_of_state(parameter)
-        old = reshard(weight, placements)
-        learning_rate = group.lr_multiplier * self._learning_rate_on(parameter)
-        gradient = reshard(gradient.astype("float32"), placements)
-        update = self.update(gradient, old, states, self._decay if group.decays else 0.0)
-        new_states = update.states
-        if self._loss_scaling.is_on:  # if the scaled gradients overflowed, change nothing
-            finite = self._loss_scaling.is_finite_on(parameter.process_mesh).astype("float32")
-            learning_rate = finite * learning_rate
-            new_states = {name: finite * new + (1.0 - finite) * states[name] for name, new in new_states.items()}
-        for name, new_state in new_states.items():
-            assign_to(states[name], reshard(new_state, states[name].placements))
-        new = old - learning_rate * update.direction
-        assign_to(weight, reshard(new, weight.placements))
-        if low_precision:
-            assign_to(parameter, reshard(new.astype(parameter.dtype), parameter.placements))
-        self._update_ema(parameter, weight, new)  # also in a skipped step, as in timm: step 0 starts the average
-
-    def _states_of(self, parameter: Any, weight: Any) -> dict[str, Any]:
-        return {name: self._get_accumulator(name, weight) for name in self.state_shapes(list(parameter.shape))}
-
-    def _in_low_precision(self, parameter: Any) -> bool:
-        return self._multi_precision and self._is_dtype_fp16_or_bf16(parameter.dtype)
-
-    def _scalar(self, name: str, like: Any) -> Any:
-        """Return a scalar of this step (`step_scalars`), [1], on the ranks of `like`.
-
-        With loss scaling it is computed on the device, as that of the n-th step that wasn't skipped.
-        """
-        mesh = like.process_mesh
-        if not self._loss_scaling.is_on:
-            return replicate(self._scalars.value(name), mesh)
-        number = replicate(self._scalars.value("step"), mesh) - self._loss_scaling.num_skipped_on(mesh)
-        if name == "second_moment_decay":
-            return paddle.clip(1.0 - paddle.exp(-0.8 * paddle.log(number)), max=self._optim.betas[1])
-        beta = self._optim.betas[0] if name == "correction1" else self._optim.betas[1]
-        return 1.0 - paddle.exp(number * math.log(beta))
 
 
 class AdamWByRule(RuleOptimizer):
@@ -326,7 +237,13 @@ class Adafactor(RuleOptimizer):
         return Update(direction, {"moment1": moment, **second})
 
 
-_OPTIMIZERS: dict[str, type[RuleOptimizer]] = {"sgd": SGDMomentum, "lamb": Lamb, "lion": Lion, "adafactor": Adafactor}
+_OPTIMIZERS: dict[str, type[RuleOptimizer]] = {
+    "sgd": SGDMomentum,
+    "lamb": Lamb,
+    "lion": Lion,
+    "adafactor": Adafactor,
+    "schedule_free_adamw": ScheduleFreeAdamW,
+}
 
 
 class OptimizerParts(NamedTuple):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from paddle import nn
 
-from vit_static.config.schema import OptimConfig
+from vit_static.config.optim_schema import OptimConfig
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 
-from vit_static.config.schema import OptimConfig, ScheduleConfig, TrainConfig
+from vit_static.config.optim_schema import OptimConfig, ScheduleConfig
+from vit_static.config.schema import TrainConfig
 
 
 def learning_rate(
@@ -19,10 +20,13 @@ def learning_rate(
     `schedule.warmup_steps`. As in PLSC, the decay begins after the warmup and ends at `total_steps`. With
     `decay_begins` at_start it is counted from step 0, as in timm's schedulers, and the warmup replaces its beginning.
     rsqrt and the cooldown, which decreases linearly from 1 to 0 and multiplies the rate, are big_vision's. After
-    `total_steps`, the rate stays constant.
+    `total_steps`, the rate stays constant. schedule_free_adamw has the warmup of its paper, whose first update isn't
+    lost: the n-th one's rate is n / `warmup_steps` of `optim.lr`.
     """
     step = min(step, total_steps)
     warmup = min(schedule.warmup_steps if warmup_steps is None else warmup_steps, total_steps)
+    if optim.name == "schedule_free_adamw":
+        return optim.lr * min(1.0, (step + 1) / max(warmup, 1))
     if step < warmup:
         return schedule.warmup_start_lr + (optim.lr - schedule.warmup_start_lr) * step / warmup
     decay_start = warmup if schedule.decay_begins == "after_warmup" else 0

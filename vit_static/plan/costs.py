@@ -15,6 +15,7 @@ from typing import Any
 
 from paddle.distributed.auto_parallel.static.process_group import get_process_group
 
+from vit_static.optim.schedule_free import OFFSET
 from vit_static.program.ir import BACKWARD, COLLECTIVE_KINDS, FORWARD, UPDATE
 
 _ROLES = {FORWARD: "forward", BACKWARD: "backward", UPDATE: "update"}
@@ -183,7 +184,7 @@ def _optimizer_state(stored: dict[str, Any], parameter_names: set[str], cost_mod
     ]
     num_bytes = sum(cost_model.num_bytes(value, 4) for value in state)
     if cost_model.item_size < 4:  # a master copy of each parameter, sharded as its moment is
-        moments = [value for value in state if re.search("_(moment1|velocity)_", value.name)]
+        moments = [value for value in state if re.search(f"_(moment1|velocity|{OFFSET})_", value.name)]
         num_bytes += sum(cost_model.num_bytes(value, 4) for value in moments)
     return num_bytes
 

@@ -79,7 +79,8 @@ class Program:
         self._main_mode = "eval" if optimizer is None else "train"
         input_spec = self._input_specs[self._main_mode]
         self._program = dist.to_static(layer, None, criterion, optimizer, strategy=strategy, input_spec=input_spec)
-        self._state = ProgramState(self._program, mesh, enter_main_mode=partial(self._set_mode, self._main_mode))
+        beta1 = None if training is None else training.optim.betas[0]
+        self._state = ProgramState(self._program, mesh, partial(self._set_mode, self._main_mode), beta1)
 
     @classmethod
     def for_training(
@@ -91,12 +92,14 @@ class Program:
         *,
         learning_rate: Callable[[int], float],
         eval_batch_size: int,
+        warmup_steps: int = 0,
         loss_weights: LossWeights = NO_WEIGHTS,
         count_costs: CountCosts | None = None,
     ) -> Program:
         """Make the program of a run, which trains and evaluates.
 
-        `learning_rate` maps the number of completed updates to the rate of the next. `eval_batch_size` is global.
+        `learning_rate` maps the number of completed updates to the rate of the next; `warmup_steps` are those of it.
+        `eval_batch_size` is global.
         `loss_weights` are those of the training loss. `count_costs` is called with the compiled training program;
         `costs` returns its result.
         """
@@ -107,6 +110,7 @@ class Program:
             batch_size=config.data.global_batch_size,
             target_classes=config.train_targets,
             freeze=config.train.freeze,
+            warmup_steps=warmup_steps,
             count_costs=count_costs,
         )
         spec = ProgramSpec(
@@ -158,7 +162,7 @@ class Program:
         training = self._training()
         self._set_mode("train")
         self._scheduler.step(step)
-        self._scalars.set(step_scalars(step, training.optim))
+        self._scalars.set(step_scalars(step, training.optim, training.warmup_steps))
         # Masks are a function of the seed, the step and the rank's data, so a resumed run draws the same masks.
         if self._dropout is not None:
             self._dropout.set_step(step)
@@ -229,6 +233,10 @@ class Program:
     def ema_weights(self) -> AbstractContextManager[None]:
         """Replace the weights by their moving average within a context. All ranks must enter and leave together."""
         return self._state.ema_weights()
+
+    def schedule_free_weights(self) -> AbstractContextManager[None]:
+        """Replace the weights by schedule_free_adamw's average within a context, as `ema_weights` does."""
+        return self._state.schedule_free_weights()
 
     def costs(self) -> Any:
         """Return the result of `count_costs` for the training program, which is compiled if it hasn't been."""

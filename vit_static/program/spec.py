@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from vit_static.config.schema import AmpConfig, KernelsConfig, OptimConfig, ParallelConfig
+from vit_static.config.optim_schema import OptimConfig
+from vit_static.config.schema import AmpConfig, KernelsConfig, ParallelConfig
 from vit_static.program.precision import Precision
 
 # From the training program of this rank, with the collectives as Paddle's own operators, and the names of its
@@ -23,6 +24,7 @@ class TrainingSpec:
     batch_size: int  # global, per optimizer step
     target_classes: int | None = None  # None: labels [B]; K: targets [B, K] (model/loss.py)
     freeze: str = "none"  # train.freeze
+    warmup_steps: int = 0  # of `learning_rate`
     count_costs: CountCosts | None = None
 
 

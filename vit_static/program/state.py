@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -13,6 +13,7 @@ from paddle import nn
 
 from vit_static.checkpoint.sharded_state import ShardedReader, slice_on_rank
 from vit_static.optim.ema import EMA
+from vit_static.optim.schedule_free import OFFSET, averaged_weights
 from vit_static.parallel.dist_values import local_array, local_tensor
 from vit_static.parallel.mesh import Mesh
 from vit_static.program import engine
@@ -28,9 +29,14 @@ class ProgramState:
     ``@loss_scaling``. In O2 the float32 master copy takes the weight's name.
     """
 
-    def __init__(self, dist_model: dist.DistModel, mesh: Mesh, enter_main_mode: Callable[[], None]) -> None:
-        """`enter_main_mode` makes the mode with the optimizer current: the evaluation program doesn't know it."""
-        self._dist_model, self._mesh, self._enter_main_mode = dist_model, mesh, enter_main_mode
+    def __init__(
+        self, dist_model: dist.DistModel, mesh: Mesh, enter_main_mode: Callable[[], None], beta1: float | None
+    ) -> None:
+        """`enter_main_mode` makes the mode with the optimizer current: the evaluation program doesn't know it.
+
+        `beta1` is the optimizer's, if there is one.
+        """
+        self._dist_model, self._mesh, self._enter_main_mode, self._beta1 = dist_model, mesh, enter_main_mode, beta1
 
     def tensors(self) -> dict[str, paddle.Tensor]:
         """Return the distributed tensors by canonical name."""
@@ -73,29 +79,52 @@ class ProgramState:
         return weight
 
     def weights(self, ema: bool = False) -> State:
-        """Return the weights (or their moving average) that this rank holds, as float32, in the file layout."""
+        """Return the weights (or their moving average) that this rank holds, as float32, in the file layout.
+
+        The weights of schedule_free_adamw are its average. All ranks call this together.
+        """
         suffix = f"@{EMA}" if ema else ""
-        state = {name: tensor for name, tensor in self.tensors().items() if ema or "@" not in name}
-        return fuse_qkv(
-            {
-                name.removesuffix(suffix): local_array(tensor).astype(np.float32)
-                for name, tensor in state.items()
-                if name.endswith(suffix)
-            }
-        )
+        tensors = self.tensors()
+        state = {name: tensor for name, tensor in tensors.items() if ema or "@" not in name}
+        arrays = {
+            name.removesuffix(suffix): local_array(tensor).astype(np.float32)
+            for name, tensor in state.items()
+            if name.endswith(suffix)
+        }
+        if not ema:
+            arrays |= {name: self._schedule_free_average(name, tensors) for name in _schedule_free_names(tensors)}
+        return fuse_qkv(arrays)
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
         """Replace the weights by their moving average within the context. All ranks must enter and leave together."""
         named = self._named()
         averages = {name: f"{name}@{EMA}" for name in named if f"{name}@{EMA}" in named}
-        weights = {name: named[name][1] for name in averages}
+        with self._replaced(averages, lambda name, weight: self._gather(named[averages[name]][1], weight)):
+            yield
+
+    @contextmanager
+    def schedule_free_weights(self) -> Iterator[None]:
+        """Replace the weights by schedule_free_adamw's average within the context, as `ema_weights` does."""
+        tensors = self.tensors()
+        names = _schedule_free_names(tensors)
+        with self._replaced(names, lambda name, weight: self._schedule_free_average(name, tensors, weight)):
+            yield
+
+    @contextmanager
+    def _replaced(self, names: Iterable[str], value_of: Callable[[str, paddle.Tensor], np.ndarray]) -> Iterator[None]:
+        """Replace the weights of these names by other values within the context.
+
+        `value_of` returns this rank's part of the value from the name and the weight.
+        """
+        named = self._named()
+        weights = {name: named[name][1] for name in names}
         local_weights = {name: local_tensor(tensor) for name, tensor in weights.items()}
         saved = {name: tensor.clone() for name, tensor in local_weights.items() if tensor._is_initialized()}
-        program_state = dict(named[name] for name in averages)
+        program_state = dict(named[name] for name in weights)
         try:
             for name, tensor in weights.items():
-                _assign(tensor, paddle.to_tensor(self._gather(named[averages[name]][1], tensor)))
+                _assign(tensor, paddle.to_tensor(value_of(name, tensor)))
             self._dist_model.set_state_dict(program_state)
             yield
         finally:
@@ -103,6 +132,18 @@ class ProgramState:
                 _assign(weights[name], values)
             self._enter_main_mode()
             self._dist_model.set_state_dict(program_state)
+
+    def _schedule_free_average(
+        self, name: str, tensors: Mapping[str, paddle.Tensor], like: paddle.Tensor | None = None
+    ) -> np.ndarray:
+        """Return this rank's part of the average that is computed from a weight and its offset, among `tensors()`.
+
+        `like`: a tensor with the placements of that part; None: the weight, or its master copy in O2.
+        """
+        assert self._beta1 is not None
+        weight, offset = tensors[name], tensors[f"{name}@{OFFSET}"]
+        like = weight if like is None else like
+        return averaged_weights(self._gather(weight, like), self._gather(offset, like), self._beta1)
 
     def _named(self) -> dict[str, tuple[str, paddle.Tensor]]:
         """Return by canonical name the program's own name of each tensor, and the tensor."""
@@ -145,6 +186,11 @@ class ProgramState:
         total = paddle.to_tensor(parts)
         dist.all_reduce(total)
         return total[mesh.mp_rank].numpy()
+
+
+def _schedule_free_names(tensors: Mapping[str, paddle.Tensor]) -> list[str]:
+    """Return the names of the weights that schedule_free_adamw trains."""
+    return [name for name in tensors if f"{name}@{OFFSET}" in tensors]
 
 
 def float32_weights(model: nn.Layer) -> dict[str, paddle.Tensor]:

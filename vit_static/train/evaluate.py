@@ -133,15 +133,20 @@ class Evaluator:
 
     def evaluate(self, program: Program) -> EvalResult:
         """Evaluate the weights and their moving average; on the further sets, only what people will use. Raises
-        DataError, the same on all ranks."""
+        DataError, the same on all ranks.
+
+        The weights of schedule_free_adamw are its average.
+        """
         threshold, has_ema = self._config.eval.threshold, self._config.optim.ema_decay > 0.0
-        predictions = predict_all(program, self._loader, self._mesh)
-        metrics, ema = EvalMetrics.of(predictions, threshold), None
-        with program.ema_weights() if has_ema else nullcontext():
-            if has_ema:
-                predictions = predict_all(program, self._loader, self._mesh)
-                ema = EvalMetrics.of(predictions, threshold)
-            extra = evaluate_extra(program, self._extra_sets, self._config, self._mesh)
+        is_schedule_free = self._config.optim.name == "schedule_free_adamw"
+        with program.schedule_free_weights() if is_schedule_free else nullcontext():
+            predictions = predict_all(program, self._loader, self._mesh)
+            metrics, ema = EvalMetrics.of(predictions, threshold), None
+            with program.ema_weights() if has_ema else nullcontext():
+                if has_ema:
+                    predictions = predict_all(program, self._loader, self._mesh)
+                    ema = EvalMetrics.of(predictions, threshold)
+                extra = evaluate_extra(program, self._extra_sets, self._config, self._mesh)
         return EvalResult(metrics, ema, predictions, extra)
 
     def analyze_errors(self, result: EvalResult, step: int) -> ErrorAnalysis:

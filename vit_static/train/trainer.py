@@ -311,6 +311,7 @@ def _build_program(spec: RunSpec, mesh: Mesh, model: VisionTransformer, precisio
         mesh,
         precision,
         learning_rate=spec.lr_at,
+        warmup_steps=spec.warmup_steps,
         loss_weights=spec.loss_weights,
         eval_batch_size=eval_batch_size(spec.config, mesh),
     )

@@ -27,6 +27,7 @@ from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
 from vit_static.model.variants import grid_of, variant_of
 from vit_static.optim.ema import EMA
+from vit_static.optim.schedule_free import OFFSET, averaged_weights
 from vit_static.report.metric_names import METRIC_TITLES, format_metric
 from vit_static.weights.formats import ExternalWeights, State, fuse_qkv, read_weights
 
@@ -161,8 +162,16 @@ def _read_class_names(folder: Path) -> list[str] | None:
 
 
 def merge_shards(path: Path, *, ema: bool = False) -> State:
-    """Return a checkpoint's full weights, or with `ema` their moving average, in the files' layout (formats.py)."""
+    """Return a checkpoint's full weights, or with `ema` their moving average, in the files' layout (formats.py).
+
+    The weights of schedule_free_adamw are its average.
+    """
     shards = open_shards(path)
     # Frozen parameters have no average of their own: it would be the same.
     names = {name: f"{name}@{EMA}" if ema and f"{name}@{EMA}" in shards else name for name in shards}
-    return fuse_qkv({name: shards.read(saved_name) for name, saved_name in names.items() if "@" not in name})
+    state = {name: shards.read(saved_name) for name, saved_name in names.items() if "@" not in name}
+    averaged = [name for name in state if f"{name}@{OFFSET}" in shards]
+    if averaged:
+        beta1 = load_config(path / CONFIG).optim.betas[0]
+        state |= {name: averaged_weights(state[name], shards.read(f"{name}@{OFFSET}"), beta1) for name in averaged}
+    return fuse_qkv(state)
