@@ -23,18 +23,19 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vit_static.common.errors import DataError, escape
-from vit_static.common.io import write_atomically, write_bytes, write_errors, write_json
+from vit_static.common.errors import DataError, WriteError, escape
+from vit_static.common.io import check_writable, write_bytes, write_json, write_lines
 from vit_static.common.terminal import ProgressBar
-from vit_static.common.text import counted, print_line
+from vit_static.common.text import counted, print_line, say
 from vit_static.config.data_schema import DataConfig
 from vit_static.data.decoder_process import DecoderProcess, ImageHeader
 from vit_static.data.image_formats import SUPPORTED_FORMATS, describe_left_out, suffix_of
@@ -99,9 +100,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.fix is not None and not all(isinstance(images, FileDataset) for images in sets.values()):
         raise ValueError(f"{root}: has shards, and --fix can only list files; set data.on_bad_image=skip instead")
     report_path = arguments.json or root / CHECK_FILE
+    for path in [report_path, *([] if arguments.fix is None else [arguments.fix / "train_list.txt"])]:
+        check_writable(path)
     digests = {}
     journal_path = report_path.with_name(f".{report_path.stem}.journal")
-    with write_errors(journal_path), open_journal(journal_path, sets) as journal:
+    with open_journal(journal_path, sets) as journal:
         for split, images in sets.items():
             digests[split], image_problems = check_split(images, split, journal)
             problems += image_problems
@@ -115,7 +118,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "num_copies_within": {split: count_copies(split_digests) for split, split_digests in digests.items()},
         "problems": [asdict(problem) for problem in problems],
     }
-    write_json(report, report_path)
+    try:
+        write_json(report, report_path)
+    except WriteError:
+        if journal_path.exists():
+            say(f"{journal_path}: has the results, so the same command doesn't read the images again", "check")
+        raise
     journal.remove()
     print_report(report, problems, report_path)
     if arguments.fix is not None:
@@ -354,26 +362,20 @@ def print_report(report: dict[str, Any], problems: list[Problem], path: Path) ->
 
 def write_clean_lists(folder: Path, root: Path, sets: dict[str, ImageDataset], problems: list[Problem]) -> None:
     """Write list files without the images that stop training, with absolute paths and the training set's labels."""
-    folder.mkdir(parents=True, exist_ok=True)
     bad = {(problem.split, problem.path) for problem in problems if problem.stops_training}
     num_classes = 0
     for split, images in sets.items():
         assert isinstance(images, FileDataset)
-        num_excluded = 0
         list_path = folder / f"{split}_list.txt"
-        with write_atomically(list_path) as temporary, temporary.open("wb") as file:
-            for index in range(len(images)):
-                labels = images.image_list.labels[index].tolist()
-                # a list has at least one label per image
-                if (split, images.relative_name(index)) in bad or min(labels, default=-1) < 0:
-                    num_excluded += 1
-                    continue
-                num_classes = max(num_classes, 1 + max(labels))
-                path = os.path.abspath(images.name(index))  # noqa: PTH100 - doesn't resolve symbolic links
-                file.write(os.fsencode(path) + b" " + ",".join(map(str, labels)).encode() + b"\n")
-        print_line(
-            f"check: wrote {list_path} with {counted(len(images) - num_excluded, 'image')}, without {num_excluded}"
-        )
+        is_good = np.array([
+            # a list has at least one label per image
+            (split, images.relative_name(index)) not in bad and min(images.image_list.labels[index], default=-1) >= 0
+            for index in range(len(images))
+        ], bool)  # fmt: skip
+        good = np.flatnonzero(is_good).tolist()
+        num_classes = max([num_classes, *(1 + int(max(images.image_list.labels[index])) for index in good)])
+        write_lines(partial(list_lines, images, good), list_path)
+        print_line(f"check: wrote {list_path} with {counted(len(good), 'image')}, without {len(images) - len(good)}")
     names = sets["train"].class_names
     if names:
         write_class_names(folder, names)
@@ -384,3 +386,10 @@ def write_clean_lists(folder: Path, root: Path, sets: dict[str, ImageDataset], p
         values["data.val"] = "val_list.txt"
     values["model.num_classes"] = len(names) or count_class_names(root) or num_classes
     print_line(f"check: to train on these, set {override_options(values)}")
+
+
+def list_lines(images: FileDataset, indices: Iterable[int]) -> Iterator[bytes]:
+    """Yield the lines of a list file with these images, by their absolute paths."""
+    for index in indices:
+        path = os.path.abspath(images.name(index))  # noqa: PTH100 - doesn't resolve symbolic links
+        yield os.fsencode(path) + b" " + ",".join(map(str, images.image_list.labels[index].tolist())).encode() + b"\n"

@@ -1,15 +1,18 @@
 """The journal of `data check`: results so far, so that a check that was stopped can be resumed."""
 
 import json
+import os
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vit_static.common.io import lock
+from vit_static.common.errors import WriteError
+from vit_static.common.io import lock, write_errors
+from vit_static.common.text import say
 from vit_static.data.image_set import ImageDataset
 
 
@@ -36,15 +39,16 @@ class Journal:
     """A file with a header, the digests of the dataset, and then one line per batch of images."""
 
     def __init__(self, path: Path, sets: dict[str, ImageDataset]) -> None:
-        self._path = path
+        self._path, self._is_lost = path, False
         header = {split: images.digest() for split, images in sets.items()}
-        entries = [entry for line in path.read_bytes().splitlines() if (entry := _parse_entry(line)) is not None]
+        entries = _read_entries(path)
         if not entries or entries[0] != header:
             entries = [header]
-            path.write_text(json.dumps(header), encoding="utf-8")
+            path.write_text("", encoding="utf-8")
+            self._append(json.dumps(header))
+        else:
+            self._append("")  # a process that was killed may have left half a line
         self._entries = {f"{entry.get('split')}/{entry.get('start')}": entry for entry in entries[1:]}
-        self._file = path.open("a", encoding="utf-8")
-        self._file.write("\n")  # a process that was killed may have left half a line
 
     def find(self, split: str, start: int, state: str) -> BatchResult | None:
         """Return the result of a batch if it is recorded, valid, and of files in this state."""
@@ -61,11 +65,20 @@ class Journal:
 
     def add(self, split: str, start: int, state: str, result: BatchResult) -> None:
         entry = {"split": split, "start": start, "state": state, "digests": result.digests.tolist()}
-        self._file.write(json.dumps({**entry, "problems": [asdict(problem) for problem in result.problems]}) + "\n")
-        self._file.flush()
+        self._append(json.dumps({**entry, "problems": [asdict(problem) for problem in result.problems]}))
 
-    def close(self) -> None:
-        self._file.close()
+    def _append(self, line: str) -> None:
+        """Append a line. On a disk that is full, remove the file: the report, which is still to be written, matters."""
+        if self._is_lost:
+            return
+        try:
+            with write_errors(self._path), self._path.open("a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
+        except WriteError as error:
+            self._is_lost = True
+            self.remove()
+            reason = os.strerror(error.errno or 0)
+            say(f"{self._path}: can't be written ({reason}); if this check is stopped, it begins again", "check")
 
     def remove(self) -> None:
         self._path.unlink(missing_ok=True)
@@ -73,16 +86,25 @@ class Journal:
 
 @contextmanager
 def open_journal(path: Path, sets: dict[str, ImageDataset]) -> Iterator[Journal]:
-    """Open the journal under a lock. Raise ValueError while another check holds the lock."""
+    """Open the journal under a lock, and remove it if the block raises before there are results.
+
+    Raise ValueError while another check holds the lock.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_symlink() or (path.exists() and not path.is_file()):  # a link in a dataset could lead to any file
         raise ValueError(f"{path}: is not a regular file; remove it")
     path.touch()
-    with (
-        lock(path, f"{path}: another check is writing it; wait until it has ended, or use another --json"),
-        closing(Journal(path, sets)) as journal,
-    ):
-        yield journal
+    with lock(path, f"{path}: another check is writing it; wait until it has ended, or use another --json"):
+        try:
+            yield Journal(path, sets)
+        except BaseException:
+            if path.exists() and len(_read_entries(path)) < 2:  # besides the header
+                path.unlink()
+            raise
+
+
+def _read_entries(path: Path) -> list[dict[str, Any]]:
+    return [entry for line in path.read_bytes().splitlines() if (entry := _parse_entry(line)) is not None]
 
 
 def _parse_entry(line: bytes) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vit_static.common.io import lock, write_errors, write_json
+from vit_static.common.io import json_text, lock, remove_new_folders, write_errors
 from vit_static.common.terminal import ProgressBar
 from vit_static.common.text import print_line
 from vit_static.data.manifest import SOURCE_FILE, read_manifest
@@ -63,7 +63,11 @@ def unpack(archive: Path, out: Path, images_per_batch: int = IMAGES_PER_BATCH) -
         raise ValueError(f"{out}: is a mount point, which can't be replaced; give a folder inside it as --out")
     batches = read_archive(archive, images_per_batch)
     part_folder = target.with_name(f".{target.name}.part")
-    with write_errors(out, temporary=part_folder), locked_folder(part_folder, out) as part:
+    with (
+        remove_new_folders(part_folder),
+        write_errors(out, lambda: set_bytes(batches, images_per_batch), part_folder),
+        locked_folder(part_folder, out) as part,
+    ):
         if is_complete(target, images_per_batch):  # another run has finished in the meantime
             return True
         write_set(part / "set", batches, images_per_batch)
@@ -89,18 +93,31 @@ def locked_folder(part: Path, out: Path) -> Iterator[Path]:
 
 def write_set(folder: Path, batches: dict[str, tuple[np.ndarray, list[int]]], images_per_batch: int) -> None:
     """Write images, class names and manifest to a new folder. `batches` are those of `read_archive`."""
-    total = images_per_batch * len(batches)
-    with ProgressBar(total, "image") as bar:
-        for split, batch_names in BATCHES.items():
-            for class_name in CLASSES:
-                (folder / split / class_name).mkdir(parents=True)
-            for batch, batch_name in enumerate(batch_names):
-                for position, (image, label) in enumerate(zip(*batches[batch_name], strict=True)):
-                    number = batch * images_per_batch + position
-                    Image.fromarray(image).save(folder / split / CLASSES[label] / f"{number:05d}.png")
-                    bar.update()
-    (folder / CLASS_NAMES_FILE).write_text("".join(f"{name} {name}\n" for name in CLASSES))
-    write_json(manifest(images_per_batch), folder / SOURCE_FILE)
+    for split in BATCHES:
+        for class_name in CLASSES:
+            (folder / split / class_name).mkdir(parents=True)
+    with ProgressBar(images_per_batch * len(batches), "image") as bar:
+        for name, content in encode_set(batches, images_per_batch):
+            (folder / name).write_bytes(content)
+            bar.update(int(name.endswith(".png")))
+
+
+def encode_set(batches: dict[str, tuple[np.ndarray, list[int]]], images_per_batch: int) -> Iterator[tuple[str, bytes]]:
+    """Yield the names and contents of all files."""
+    for split, batch_names in BATCHES.items():
+        for batch, batch_name in enumerate(batch_names):
+            for position, (image, label) in enumerate(zip(*batches[batch_name], strict=True)):
+                encoded = io.BytesIO()  # Pillow doesn't notice a short write to a full disk
+                Image.fromarray(image).save(encoded, "PNG")
+                number = batch * images_per_batch + position
+                yield f"{split}/{CLASSES[label]}/{number:05d}.png", encoded.getvalue()
+    yield CLASS_NAMES_FILE, "".join(f"{name} {name}\n" for name in CLASSES).encode()
+    yield SOURCE_FILE, json_text(manifest(images_per_batch)).encode()
+
+
+def set_bytes(batches: dict[str, tuple[np.ndarray, list[int]]], images_per_batch: int) -> int:
+    """Return the size of all files."""
+    return sum(len(content) for _, content in encode_set(batches, images_per_batch))
 
 
 def manifest(images_per_batch: int) -> dict[str, str | int]:

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePath
 
 from vit_static.common.errors import DataError
-from vit_static.common.io import write_atomically, write_json
+from vit_static.common.io import write_json, write_text
 from vit_static.common.terminal import ProgressBar
 from vit_static.common.text import counted, print_line, say
 from vit_static.config.data_schema import DataConfig
@@ -293,12 +293,9 @@ def write_lists(
     out: Path, root: Path, images: dict[str, list[UserImage]], class_names: str, summary: dict[str, object]
 ) -> None:
     """Write split.json, whose presence says that the lists are this tool's, then list files and class names."""
-    out.mkdir(parents=True, exist_ok=True)
     write_json(summary, out / SPLIT_FILE)
     prefix = "" if out.resolve() == root.resolve() else f"{root.resolve()}/"
     for split, path in list_paths(out).items():
-        with write_atomically(path) as temporary, temporary.open("wb") as file:
-            # Names that aren't UTF-8 keep their bytes.
-            file.writelines(os.fsencode(f"{prefix}{image.path} {image.label}\n") for image in images[split])
-    with write_atomically(out / CLASS_NAMES_FILE) as temporary:
-        temporary.write_text(class_names, encoding="utf-8", errors="surrogateescape")
+        # Names that aren't UTF-8 keep their bytes.
+        write_text("".join(f"{prefix}{image.path} {image.label}\n" for image in images[split]), path)
+    write_text(class_names, out / CLASS_NAMES_FILE)

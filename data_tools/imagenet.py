@@ -18,7 +18,6 @@ import hashlib
 import io
 import os
 import re
-import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +26,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vit_static.common.io import lock, write_atomically, write_json
+from vit_static.common.io import (
+    check_room,
+    folder_write_errors,
+    lock,
+    make_folder,
+    remove_new_folders,
+    remove_on_failure,
+    write_errors,
+    write_json,
+    write_lines,
+    write_text,
+)
 from vit_static.common.terminal import ProgressBar
 from vit_static.common.text import print_line
 from vit_static.data.manifest import SOURCE_FILE, read_manifest
@@ -89,7 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for split, archive in archives.items() if arguments.check_md5 else ():
         check_md5(archive, MD5[split])
     refusal = f"{arguments.out}: another run is writing it; wait until that has ended"
-    with lock(arguments.out / UNFINISHED_FILE, refusal):
+    with (
+        lock(arguments.out / UNFINISHED_FILE, refusal),
+        folder_write_errors(arguments.out, lambda: missing_bytes(arguments.out, archives)),
+    ):
         splits = unpack(arguments.out, archives, devkit, expected)
     print_line(
         f"imagenet: {describe(splits)} in {arguments.out}; to train on them, set "
@@ -106,20 +119,15 @@ def describe(splits: Mapping[str, Any]) -> str:
 
 
 def prepare_folder(out: Path, archives: Mapping[str, Path]) -> None:
-    """Create the folder. Raise ValueError if it has other files, or if the disk is too small."""
+    """Create the folder. Raise ValueError if it has other files, and WriteError if the disk is too small."""
     is_ours = any(read_source(out / name) for name in (SOURCE_FILE, UNFINISHED_FILE))
     if out.is_dir() and not is_ours and any(not path.name.endswith(".part") for path in out.iterdir()):
         raise ValueError(f"{out}: is not empty, and not from this tool; give another folder as --out")
-    needed = sum(max(0, archive.stat().st_size - image_bytes(out / split)) for split, archive in archives.items())
-    free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())).free
-    if free < needed:
-        raise ValueError(
-            f"{out}: needs {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB left; free some, or give a "
-            "folder on another disk as --out"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / UNFINISHED_FILE).exists():
-        write_source(out / UNFINISHED_FILE, {})
+    check_room(out, missing_bytes(out, archives))
+    with remove_new_folders(out / UNFINISHED_FILE):
+        make_folder(out)
+        if not (out / UNFINISHED_FILE).exists():
+            write_source(out / UNFINISHED_FILE, {})
 
 
 def unpack(out: Path, archives: Mapping[str, Path], devkit: Devkit | None, expected: ExpectedCounts) -> dict[str, Any]:
@@ -304,14 +312,9 @@ def unpack_image(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> N
     assert file is not None
     content = file.read()
     part = path.with_name(f".{path.name}.part")
-    try:
+    with remove_on_failure(part), write_errors(path, len(content), part):
         part.write_bytes(content)
         part.replace(path)
-    except OSError as error:  # without a file name if the disk is full
-        error.filename = str(path)
-        raise
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -357,9 +360,16 @@ def list_split(
             f"{num_classes}{classes}; if images are missing, {archive} is truncated or the wrong archive: download it "
             "again (unpacked images are kept); if there are too many, move away those that aren't in the archive"
         )
-    with write_atomically(out / f"{split}_list.txt") as temporary, temporary.open("wb") as file:
-        for index, label in enumerate(image_list.labels.values.tolist()):
-            file.write(b"%s %d\n" % (image_list.path(index), label))
+    labels = image_list.labels.values.tolist()
+    write_lines(
+        lambda: (b"%s %d\n" % (image_list.path(index), label) for index, label in enumerate(labels)),
+        out / f"{split}_list.txt",
+    )
+
+
+def missing_bytes(out: Path, archives: Mapping[str, Path]) -> int:
+    """Return the size of what the archives have and `out` doesn't."""
+    return sum(max(0, archive.stat().st_size - image_bytes(out / split)) for split, archive in archives.items())
 
 
 def image_bytes(folder: Path) -> int:
@@ -377,8 +387,7 @@ def write_class_names(out: Path, devkit: Devkit | None) -> None:
     if devkit is None and (out / CLASS_NAMES_FILE).exists():
         return
     names = devkit.names if devkit is not None else {path.name: path.name for path in class_folders(out / "train")}
-    with write_atomically(out / CLASS_NAMES_FILE) as temporary:
-        temporary.write_text("".join(f"{wnid} {names[wnid]}\n" for wnid in sorted(names)), encoding="utf-8")
+    write_text("".join(f"{wnid} {names[wnid]}\n" for wnid in sorted(names)), out / CLASS_NAMES_FILE)
 
 
 def read_source(path: Path) -> dict[str, Any]:

@@ -12,11 +12,12 @@ images are also trained on, only shows whether training works. Empty files are l
 them one image, with every class that has an empty file.
 """
 
+import errno
 import hashlib
 import os
 import shlex
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vit_static.common.errors import DataError
-from vit_static.common.io import write_atomically, write_errors
+from vit_static.common.errors import AtLeast, DataError
+from vit_static.common.io import write_atomically, write_errors, write_text
 from vit_static.common.terminal import ProgressBar, tracked
 from vit_static.common.text import print_line, say
 from vit_static.data.image_formats import is_image_name
@@ -37,6 +38,7 @@ from .arguments import ToolParser, override_options
 ALL_LIST, DUMMY_LIST, CACHE_FILE = "image_all_list.txt", "image_dummy_val_list.txt", ".digests.sqlite"
 NUM_CLASSES, NUM_DUMMY = 21_841, 20
 _DIGEST_BYTES = 16
+_SQLITE_ERRNOS = {"is full": errno.ENOSPC, "readonly": errno.EROFS, "disk I/O": errno.EIO}  # by SQLite's messages
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,15 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"--num-classes {arguments.num_classes}: must be at least 1")
     folders = class_folders(root / "images", arguments.num_classes)
     class_names = None if arguments.words is None else class_names_text(folders, arguments.words)
-    with write_errors(root / CACHE_FILE), open_cache(root / CACHE_FILE) as cache:
+    cache_path = root / CACHE_FILE
+    with write_errors(cache_path, lambda: least_cache_bytes(folders)), open_cache(cache_path) as cache:
         counts, skipped_files = read_new_files(cache, folders)
         digests = all_digests(cache, folders, counts)
         labels = np.repeat(np.arange(len(folders), dtype=np.int32), counts)
         images = merge_copies(digests, labels)
         write_lists(cache, root, folders, images)
     if class_names is not None and not (root / CLASS_NAMES_FILE).exists():
-        with write_atomically(root / CLASS_NAMES_FILE) as temporary:
-            temporary.write_text(class_names, encoding="utf-8")
+        write_text(class_names, root / CLASS_NAMES_FILE)
     elif class_names is not None:
         say(f"{root / CLASS_NAMES_FILE} exists, and stays as it is", "imagenet21k")
     if skipped_files:
@@ -146,7 +148,10 @@ def open_cache(path: Path) -> Iterator[sqlite3.Connection]:
     except sqlite3.OperationalError as error:
         if "locked" in str(error):
             raise ValueError(f"{path}: another run is using it; wait until that has ended") from None
-        raise OSError(f"{path}: {error}") from None  # for example a full disk; the cache is still good
+        number = next((number for words, number in _SQLITE_ERRNOS.items() if words in str(error)), None)
+        if number is None:
+            raise OSError(f"{path}: {error}") from None
+        raise OSError(number, str(error), str(path)) from None  # the cache is still good
     except sqlite3.DatabaseError as error:
         raise ValueError(
             f"{path}: is not a cache of this tool, or is damaged ({error}); remove it, and all files are read again"
@@ -184,6 +189,13 @@ def read_new_files(cache: sqlite3.Connection, folders: list[Path]) -> tuple[list
             skipped_files += others
             bar.update(len(files))
     return counts, skipped_files
+
+
+def least_cache_bytes(folders: list[Path]) -> AtLeast:
+    """Return the size of what the cache has about all files, without SQLite's own structures."""
+    return AtLeast(
+        sum(len(folder.name) + len(name) + _DIGEST_BYTES for folder in folders for name in os.listdir(folder))  # noqa: PTH208
+    )
 
 
 def scan_folder(folder: Path) -> tuple[dict[bytes, tuple[int, int]], list[str]]:
@@ -262,23 +274,35 @@ def merge_copies(digests: np.ndarray, labels: np.ndarray) -> DistinctImages:
 
 def write_lists(cache: sqlite3.Connection, root: Path, folders: list[Path], images: DistinctImages) -> None:
     """Write both lists, or neither if there is an error."""
-    file_number, image = 0, 0
+
+    def size_of(*, only_dummy: bool) -> int:
+        return sum(len(line) for line, in_dummy in list_lines(cache, folders, images) if in_dummy or not only_dummy)
+
     with (
-        write_atomically(root / DUMMY_LIST) as dummy_path,
-        write_atomically(root / ALL_LIST) as all_path,
+        write_atomically(root / DUMMY_LIST, lambda: size_of(only_dummy=True)) as dummy_path,
+        write_atomically(root / ALL_LIST, lambda: size_of(only_dummy=False)) as all_path,
         all_path.open("wb") as all_list,
         dummy_path.open("wb") as dummy_list,
     ):
-        for label, folder in enumerate(tracked(folders, "class", title="writing")):
-            key = os.fsencode(folder.name)
-            num_dummy = 0
-            for (name,) in cache.execute("SELECT name FROM files WHERE folder = ? ORDER BY name", (key,)):
-                if image < len(images.first_files) and images.first_files[image] == file_number:
-                    labels = images.labels[images.offsets[image] : images.offsets[image + 1]].tolist()
-                    line = b"images/%b/%b %b\n" % (key, name, ",".join(map(str, labels)).encode())
-                    all_list.write(line)
-                    if labels == [label] and num_dummy < NUM_DUMMY:
-                        dummy_list.write(line)
-                        num_dummy += 1
-                    image += 1
-                file_number += 1
+        for line, in_dummy in list_lines(cache, tracked(folders, "class", title="writing"), images):
+            all_list.write(line)
+            if in_dummy:
+                dummy_list.write(line)
+
+
+def list_lines(
+    cache: sqlite3.Connection, folders: Iterable[Path], images: DistinctImages
+) -> Iterator[tuple[bytes, bool]]:
+    """Yield the line of each distinct image, and whether it is also in the dummy validation list."""
+    file_number, image = 0, 0
+    for label, folder in enumerate(folders):
+        key = os.fsencode(folder.name)
+        num_dummy = 0
+        for (name,) in cache.execute("SELECT name FROM files WHERE folder = ? ORDER BY name", (key,)):
+            if image < len(images.first_files) and images.first_files[image] == file_number:
+                labels = images.labels[images.offsets[image] : images.offsets[image + 1]].tolist()
+                in_dummy = labels == [label] and num_dummy < NUM_DUMMY
+                num_dummy += in_dummy
+                yield b"images/%b/%b %b\n" % (key, name, ",".join(map(str, labels)).encode()), in_dummy
+                image += 1
+            file_number += 1

@@ -16,14 +16,25 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from vit_static.common.io import lock, write_atomically, write_bytes, write_json
+from vit_static.common.io import (
+    folder_write_errors,
+    lock,
+    make_folder,
+    remove_new_folders,
+    write_atomically,
+    write_bytes,
+    write_json,
+    write_lines,
+    write_text,
+)
 from vit_static.common.terminal import ProgressBar, tracked
 from vit_static.common.text import counted, print_line
 from vit_static.data.image_formats import describe_left_out
@@ -107,8 +118,8 @@ def pack(images: FileDataset, folder: Path, shard_mb: float, seed: int | None) -
             f"{folder}: has other files, or shards of another dataset, --shard-mb or --seed; give another folder as "
             "--out, or remove it"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder, f"{folder}: another run is writing it; wait until that has ended"):
+    refusal = f"{folder}: another run is writing it; wait until that has ended"
+    with remove_new_folders(unfinished), make_and_lock(folder, refusal):
         for path in partial_files:
             path.unlink(missing_ok=True)
         write_json(manifest, unfinished)
@@ -118,6 +129,14 @@ def pack(images: FileDataset, folder: Path, shard_mb: float, seed: int | None) -
     print_line(f"shards: {counted(len(images), 'image')} written to {counted(num_shards, 'shard')} in {folder}")
 
 
+@contextmanager
+def make_and_lock(folder: Path, refusal: str) -> Iterator[None]:
+    """Create a folder unless it exists, and hold its lock."""
+    make_folder(folder)
+    with lock(folder, refusal):
+        yield
+
+
 def write_shards(images: FileDataset, folder: Path, shard_mb: float, seed: int | None, sizes: np.ndarray) -> int:
     """Write the missing shards and the list of their contents, and return the number of shards. `sizes`: in bytes."""
     num_images = len(images)
@@ -125,9 +144,10 @@ def write_shards(images: FileDataset, folder: Path, shard_mb: float, seed: int |
         np.arange(num_images) if seed is None else np.random.Generator(np.random.Philox(seed)).permutation(num_images)
     )
     shards = plan_shards(folder, order, sizes[order], shard_mb)
-    missing = [shard for shard in shards if not shard.path.with_suffix(".idx").exists()]
+    missing = unfinished(shards)
     num_written = num_images - sum(len(shard.indices) for shard in missing)
     with (
+        folder_write_errors(folder, lambda: sum(tar_size(sizes[shard.indices]) for shard in unfinished(shards))),
         ProgressBar(num_images, "image", title=folder.name, num_done=num_written) as bar,
         ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads,
     ):
@@ -137,23 +157,24 @@ def write_shards(images: FileDataset, folder: Path, shard_mb: float, seed: int |
                 future.result()
         finally:  # after an error, or Ctrl-C, no further shard is started
             threads.shutdown(wait=True, cancel_futures=True)
-    with write_atomically(folder / CONTENTS_FILE) as temporary, temporary.open("wb") as file:
-        for shard in shards:
-            file.writelines(
-                f"{shard.path.name}/{member_name(images, shard, position)} ".encode()
-                + os.fsencode(images.relative_name(int(index))).replace(b"\n", rb"\n").replace(b"\r", rb"\r")
-                + b"\n"
-                for position, index in enumerate(shard.indices)
-            )
+    write_lines(
+        lambda: (
+            f"{shard.path.name}/{member_name(images, shard, position)} ".encode()
+            + os.fsencode(images.relative_name(int(index))).replace(b"\n", rb"\n").replace(b"\r", rb"\r")
+            + b"\n"
+            for shard in shards
+            for position, index in enumerate(shard.indices)
+        ),
+        folder / CONTENTS_FILE,
+    )
     return len(shards)
 
 
 def plan_shards(folder: Path, order: np.ndarray, sizes: np.ndarray, shard_mb: float) -> list[Shard]:
     """Divide the images, with these sizes in bytes, into shards: as many as fit, at least one."""
-    tar_sizes = 2 * _BLOCK_BYTES + -(-sizes // _BLOCK_BYTES) * _BLOCK_BYTES + _BLOCK_BYTES  # 2 headers, image, label
     shards: list[Shard] = []
     start, num_bytes = 0, 0
-    for position, size in enumerate(tar_sizes.tolist()):
+    for position, size in enumerate(member_sizes(sizes).tolist()):
         if num_bytes and num_bytes + size > shard_mb * 1e6:
             shards.append(Shard(folder / f"{len(shards):06d}.tar", order[start:position], start))
             start, num_bytes = position, 0
@@ -162,10 +183,30 @@ def plan_shards(folder: Path, order: np.ndarray, sizes: np.ndarray, shard_mb: fl
     return shards
 
 
+def member_sizes(sizes: np.ndarray) -> np.ndarray:
+    """Return how many bytes of a tar the images of these sizes take with their labels and both headers."""
+    return 2 * _BLOCK_BYTES + -(-sizes // _BLOCK_BYTES) * _BLOCK_BYTES + _BLOCK_BYTES
+
+
+def tar_size(sizes: np.ndarray) -> int:
+    """Return the size in bytes of a shard of images of these sizes: two empty blocks end it, in a whole record."""
+    num_bytes = int(member_sizes(sizes).sum()) + 2 * _BLOCK_BYTES
+    return -(-num_bytes // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+
+
+def unfinished(shards: list[Shard]) -> list[Shard]:
+    """Return the shards without an index."""
+    return [shard for shard in shards if not shard.path.with_suffix(".idx").exists()]
+
+
 def write_shard(images: FileDataset, shard: Shard, bar: ProgressBar) -> None:
     """Write a shard and, last, its index, whose presence says that both are complete."""
     lines = [f"v1.2 {len(shard.indices)}"]
-    with write_atomically(shard.path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+    size = tar_size(np.array([Path(images.name(int(index))).stat().st_size for index in shard.indices]))
+    with (
+        write_atomically(shard.path, size) as temporary,
+        tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
         for position, index in enumerate(shard.indices):
             encoded, labels = images.read(int(index))
             name = member_name(images, shard, position)
@@ -178,8 +219,7 @@ def write_shard(images: FileDataset, shard: Shard, bar: ProgressBar) -> None:
                 tar.addfile(entry, io.BytesIO(content))
             lines.append(" ".join(components))
             bar.update()
-    with write_atomically(shard.path.with_suffix(".idx")) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text("\n".join(lines) + "\n", shard.path.with_suffix(".idx"))
 
 
 def member_name(images: FileDataset, shard: Shard, position: int) -> str:

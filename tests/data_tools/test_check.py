@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from helpers.sets import photo
 from helpers.small import ROOT
+from helpers.write_faults import failing
 from PIL import Image
 
 from data_tools import check as tool
@@ -295,3 +297,18 @@ def test_names_that_arent_utf8_are_checked_and_skipped(tmp_path: Path) -> None:
     data = DataConfig(root=str(tmp_path), on_bad_image="skip")
     num_files = sum(1 for _ in (tmp_path / "train").glob("*/*"))
     assert len(open_set(data, "train", 2)) == num_files - 1
+
+
+def test_a_disk_that_refuses_the_lists_is_found_before_an_image_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_good_images(tmp_path / "set")
+    monkeypatch.setattr(tool, "check_split", None)  # would be called to read the images
+    with failing("fsync", errno.EROFS, monkeypatch):
+        assert main(["check", str(tmp_path / "set"), "--fix", str(tmp_path / "fixed")]) == 2
+    assert "Read-only file system" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["set"] and not list((tmp_path / "set").glob("*.j*"))
+    (tmp_path / "set/.c.journal").touch()
+    with pytest.raises(TypeError):  # a failure before there are results leaves no journal
+        main(["check", str(tmp_path / "set"), "--json", str(tmp_path / "set/c.json")])
+    assert not list((tmp_path / "set").glob(".*"))

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import gzip
-import io
 import os
 import pickle
 import struct
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers.cifar_archive import NUM_IMAGES, make_batches, write_archive
 from helpers.small import ROOT
 from PIL import Image
 
@@ -23,39 +22,11 @@ from data_tools.__main__ import main
 from vit_static.config.data_schema import DataConfig
 from vit_static.data.open_set import open_set
 
-NUM_IMAGES = 30  # per batch
-
-
-def batches() -> dict[str, Any]:
-    rng = np.random.default_rng(0)
-    names = [name for names in tool.BATCHES.values() for name in names]
-    contents: dict[str, Any] = {
-        name: {
-            b"batch_label": b"one of them",
-            b"labels": [int(label) for label in rng.permutation(np.arange(NUM_IMAGES) % 10)],
-            b"data": rng.integers(0, 256, (NUM_IMAGES, 3072), np.uint8),
-            b"filenames": [b"x.png"] * NUM_IMAGES,
-        }
-        for name in names
-    }
-    contents["batches.meta"] = {b"label_names": [name.encode() for name in tool.CLASSES], b"num_vis": 3072}
-    return contents
-
-
-def write(path: Path, contents: dict[str, Any], protocol: int = 2) -> Path:
-    with tarfile.open(path, "w:gz") as tar:
-        for name, content in contents.items():
-            pickled = content if isinstance(content, bytes) else pickle.dumps(content, protocol)
-            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
-            member.size = len(pickled)
-            tar.addfile(member, io.BytesIO(pickled))
-    return path
-
 
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_every_image_is_in_the_folder_of_its_label(tmp_path: Path, protocol: int) -> None:
-    contents = batches()
-    archive = write(tmp_path / "cifar.tar.gz", contents, protocol)
+    contents = make_batches()
+    archive = write_archive(tmp_path / "cifar.tar.gz", contents, protocol)
     assert tool.unpack(archive, tmp_path / "out", NUM_IMAGES) is False
     for split, names in tool.BATCHES.items():
         images = open_set(DataConfig(root=str(tmp_path / "out")), split, 10)
@@ -95,8 +66,8 @@ def pickle_as_python2(value: Any) -> bytes:
 
 
 def test_an_archive_from_python_2_is_read(tmp_path: Path) -> None:
-    contents = batches()
-    old = write(
+    contents = make_batches()
+    old = write_archive(
         tmp_path / "old.tar.gz", {name: b"\x80\2" + pickle_as_python2(c) + b"." for name, c in contents.items()}
     )
     for name, (pixels, labels) in tool.read_archive(old, NUM_IMAGES).items():
@@ -106,7 +77,7 @@ def test_an_archive_from_python_2_is_read(tmp_path: Path) -> None:
 
 def test_a_damaged_archive_is_an_error_wherever_the_damage_is(tmp_path: Path) -> None:
     """With one changed bit. If the bit doesn't matter, as in a file's date, the content must be the same."""
-    intact = write(tmp_path / "cifar.tar.gz", batches())
+    intact = write_archive(tmp_path / "cifar.tar.gz", make_batches())
     expected = tool.read_archive(intact, NUM_IMAGES)
     content, damaged = intact.read_bytes(), tmp_path / "damaged.tar.gz"
     rng = np.random.default_rng(0)
@@ -129,7 +100,7 @@ def test_a_damaged_archive_is_an_error_wherever_the_damage_is(tmp_path: Path) ->
 
 def test_damaged_pickles_are_errors(tmp_path: Path) -> None:
     """With changed bytes at the start of a pickle, in a tar without a checksum."""
-    raw = bytearray(gzip.decompress(write(tmp_path / "cifar.tar.gz", batches()).read_bytes()))
+    raw = bytearray(gzip.decompress(write_archive(tmp_path / "cifar.tar.gz", make_batches()).read_bytes()))
     begin = raw.find(b"data_batch_1") + 512 - raw.find(b"data_batch_1") % 512
     rng = np.random.default_rng(0)
     for offset, byte in zip(rng.integers(0, 250, 200).tolist(), rng.integers(0, 256, 200).tolist(), strict=True):
@@ -164,38 +135,38 @@ def test_no_code_in_an_archive_is_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     pickled = pickle.dumps(Malicious()) if attack == "a call" else b'c__builtin__\neval\n(S\'open("evil","w")\'\ntR.'
-    archive = write(tmp_path / "evil.tar.gz", {**batches(), "data_batch_3": pickled})
+    archive = write_archive(tmp_path / "evil.tar.gz", {**make_batches(), "data_batch_3": pickled})
     assert "it asks for" in failed(capsys, archive, tmp_path / "out")
     assert not (tmp_path / "evil").exists()
 
 
 def test_other_archives_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    intact = write(tmp_path / "cifar.tar.gz", batches())
+    intact = write_archive(tmp_path / "cifar.tar.gz", make_batches())
     assert "(30, 3072)" in failed(capsys, intact, out)  # too few images
     (tmp_path / "half.tar.gz").write_bytes(intact.read_bytes()[: intact.stat().st_size // 2])
     assert "download it again" in failed(capsys, tmp_path / "half.tar.gz", out)
     (tmp_path / "text.tar.gz").write_text("text")
     assert "download it again" in failed(capsys, tmp_path / "text.tar.gz", out)
     assert "nowhere.tar.gz" in failed(capsys, tmp_path / "nowhere.tar.gz", out)
-    missing = {name: content for name, content in batches().items() if name != "data_batch_5"}
-    assert "data_batch_5" in failed(capsys, write(tmp_path / "m.tar.gz", missing), out)
-    other = {**batches(), "batches.meta": {b"label_names": [b"apple"]}}
-    assert "apple" in failed(capsys, write(tmp_path / "o.tar.gz", other), out)
+    missing = {name: content for name, content in make_batches().items() if name != "data_batch_5"}
+    assert "data_batch_5" in failed(capsys, write_archive(tmp_path / "m.tar.gz", missing), out)
+    other = {**make_batches(), "batches.meta": {b"label_names": [b"apple"]}}
+    assert "apple" in failed(capsys, write_archive(tmp_path / "o.tar.gz", other), out)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_a_folder_with_other_files_is_never_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("precious")
-    archive = write(tmp_path / "cifar.tar.gz", batches())
+    archive = write_archive(tmp_path / "cifar.tar.gz", make_batches())
     assert main(["cifar10", "--archive", str(archive), "--out", str(tmp_path / "mine")]) == 2
     assert "give another folder" in capsys.readouterr().err
     assert (tmp_path / "mine/thesis.txt").read_text() == "precious"
 
 
 def test_a_dataset_without_one_image_is_not_complete(tmp_path: Path) -> None:
-    archive = write(tmp_path / "cifar.tar.gz", batches())
+    archive = write_archive(tmp_path / "cifar.tar.gz", make_batches())
     tool.unpack(archive, tmp_path / "out", NUM_IMAGES)
     next((tmp_path / "out/val/cat").iterdir()).unlink()
     with pytest.raises(ValueError, match="not the complete CIFAR-10"):
@@ -203,7 +174,7 @@ def test_a_dataset_without_one_image_is_not_complete(tmp_path: Path) -> None:
 
 
 def test_a_second_run_at_the_same_time_is_an_error(tmp_path: Path) -> None:
-    archive = write(tmp_path / "cifar.tar.gz", batches())
+    archive = write_archive(tmp_path / "cifar.tar.gz", make_batches())
     with tool.locked_folder(tmp_path / ".out.part", tmp_path / "out") as part:
         (part / "set").mkdir()
         with pytest.raises(ValueError, match="another run is writing it"):
@@ -213,7 +184,7 @@ def test_a_second_run_at_the_same_time_is_an_error(tmp_path: Path) -> None:
 
 
 def test_the_current_folder_can_be_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    archive = write(tmp_path / "cifar.tar.gz", batches())
+    archive = write_archive(tmp_path / "cifar.tar.gz", make_batches())
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert tool.unpack(archive, Path(), NUM_IMAGES) is False
@@ -221,7 +192,7 @@ def test_the_current_folder_can_be_the_output(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
-    archive = write(tmp_path / "cifar.tar.gz", batches())
+    archive = write_archive(tmp_path / "cifar.tar.gz", make_batches())
     limited = f"""
 import resource, sys
 from pathlib import Path
@@ -240,6 +211,6 @@ except OSError:
 
 def test_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".out.part/set/train").mkdir(parents=True)
-    archive = write(tmp_path / "cifar.tar.gz", batches())
+    archive = write_archive(tmp_path / "cifar.tar.gz", make_batches())
     assert tool.unpack(archive, tmp_path / "out", NUM_IMAGES) is False
     assert not (tmp_path / ".out.part").exists()

@@ -18,7 +18,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.sets import photo
+from helpers.imagenet_archives import (
+    COUNTS,
+    IDS,
+    NAMES,
+    NUM_VAL,
+    TRAIN,
+    TRUTH,
+    VAL,
+    WNIDS,
+    add_member,
+    arguments,
+    make_jpeg,
+    make_meta,
+    write_archives,
+    write_devkit,
+    write_train,
+    write_val,
+)
 from helpers.small import ROOT
 from scipy.io import savemat
 
@@ -27,88 +44,10 @@ from data_tools.__main__ import main
 from vit_static.config.data_schema import DataConfig
 from vit_static.data.open_set import open_set
 
-WNIDS = ["n01440764", "n02105855", "n03000001", "n03999999"]
-IDS = {1: "n03000001", 2: "n01440764", 3: "n03999999", 4: "n02105855"}  # not sorted
-NAMES = {"n01440764": "tench, Tinca tinca", "n02105855": "Shetland sheepdog", "n03000001": "thing", "n03999999": "café"}
-NUM_VAL = 18
-COUNTS = ["--num-classes", "4", "--num-train", "22", "--num-val", str(NUM_VAL)]
-
-
-def make_jpeg(seed: int) -> bytes:
-    file = io.BytesIO()
-    photo(20 + seed % 7, 30, seed=seed).save(file, "JPEG")
-    return file.getvalue()
-
-
-def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
-
-
-def train_images() -> dict[str, dict[str, bytes]]:
-    """Return 4, 5, 6 and 7 files by class."""
-    return {
-        wnid: {f"{wnid}_{97 * n + 3}.JPEG": make_jpeg(10 * label + n) for n in range(4 + label)}
-        for label, wnid in enumerate(WNIDS)
-    }
-
-
-TRAIN = train_images()
-TRUTH = [1 + (7 * number) % 4 for number in range(NUM_VAL)]  # the ID of validation image number + 1
-VAL = {f"ILSVRC2012_val_{number + 1:08d}.JPEG": make_jpeg(200 + number) for number in range(NUM_VAL)}
-
-
-def write_train(path: Path, images: dict[str, dict[str, bytes]] = TRAIN) -> None:
-    with tarfile.open(path, "w") as outer:
-        for wnid, files in images.items():
-            inner = io.BytesIO()
-            with tarfile.open(fileobj=inner, mode="w") as tar:
-                for name, content in files.items():
-                    add_member(tar, name, content)
-            add_member(outer, f"{wnid}.tar", inner.getvalue())
-
-
-def write_val(path: Path, images: dict[str, bytes] = VAL) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, content in images.items():
-            add_member(tar, name, content)
-
-
-def make_meta(ids: dict[int, str] = IDS) -> bytes:
-    """Return the devkit's meta.mat, with an inner node, 5, above the four leaves, like the real one."""
-    fields = ["ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children"]
-    fields += ["wordnet_height", "num_train_images"]
-    rows: list[tuple[object, ...]] = [
-        (n, w, NAMES[IDS[n]], "a gloss", 0, np.zeros(0), 0, len(TRAIN[IDS[n]])) for n, w in ids.items()
-    ]
-    rows.append((5, "n00001740", "entity", "a gloss", 4, np.arange(1, 5), 1, 0))
-    synsets = np.array([tuple(row) for row in rows], dtype=[(name, object) for name in fields])[:, None]
-    mat = io.BytesIO()
-    savemat(mat, {"synsets": synsets})
-    return mat.getvalue()
-
-
-def write_devkit(path: Path, mat: bytes | None = None) -> None:
-    with tarfile.open(path, "w:gz") as tar:
-        add_member(tar, "ILSVRC2012_devkit_t12/data/meta.mat", make_meta() if mat is None else mat)
-        lines = "".join(f"{number}\n" for number in TRUTH)
-        add_member(tar, "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt", lines.encode())
-
 
 @pytest.fixture
 def archives(tmp_path: Path) -> Path:
-    folder = tmp_path / "archives"
-    folder.mkdir()
-    write_train(folder / "train.tar")
-    write_val(folder / "val.tar")
-    write_devkit(folder / "ILSVRC2012_devkit_t12.tar.gz")
-    return folder
-
-
-def arguments(archives: Path, out: Path, *parts: str) -> list[str]:
-    options = [item for part in parts or ("train", "val") for item in (f"--{part}", str(archives / f"{part}.tar"))]
-    return ["imagenet", *options, "--out", str(out), *COUNTS]
+    return write_archives(tmp_path / "archives")
 
 
 def assert_complete(out: Path) -> None:
@@ -323,7 +262,7 @@ def test_a_full_disk_is_an_error_with_the_file_and_the_run_can_be_resumed(archiv
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (512, 512))  # bytes; simulates a full disk
     error = process.communicate()[1]
     assert process.returncode == 1
-    assert "train/n01440764/n01440764_3.JPEG: File too large" in error and len(error.splitlines()) == 1
+    assert f"{out}: can't be written (File too large); " in error and len(error.splitlines()) == 1
     assert not list(out.glob("train/*/*")) and not list(out.glob("train/*/.*"))
     assert main(arguments(archives, out)) == 0
     assert_complete(out)
@@ -471,11 +410,12 @@ def test_too_little_disk_space_is_an_error_before_anything_is_written(
     for name in ("train.tar", "val.tar"):
         with (archives / name).open("ab") as file:
             file.truncate(1 << 43)  # 9 TB, as a sparse file
-    assert "needs 8796.1 GB" in failed(capsys, *arguments(archives, out, "train"))
+    assert main(arguments(archives, out, "train")) == 1
+    assert f"{out}: can't be written" in (error := capsys.readouterr().err) and "8,796,093,022,208 bytes are" in error
     assert not out.exists()
     write_train(archives / "train.tar")
     assert main(arguments(archives, out, "train")) == 0
     with (out / "train/n01440764/n01440764_3.JPEG").open("r+b") as file:
         file.truncate(1 << 43)
-    assert "GB left" in failed(capsys, *arguments(archives, out, "val"))
+    assert main(arguments(archives, out, "val")) == 1 and "bytes are free" in capsys.readouterr().err
     assert not (out / "val").exists()

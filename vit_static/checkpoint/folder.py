@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from vit_static.checkpoint.progress import Manifest, Progress
 from vit_static.checkpoint.sharded_state import ShardedReader, read_shard_metadata
 from vit_static.common.errors import WeightsError, format_value, newer_format, truncate
-from vit_static.common.io import fsync, replace_symlink, write_atomically, write_json
+from vit_static.common.io import fsync, replace_symlink, write_json, write_text
 from vit_static.common.text import display_name
 
 FORMAT = 4  # raise it when a file of a checkpoint changes its meaning; other formats are refused in one line
@@ -66,8 +66,7 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 
 def write_class_names(folder: Path, class_names: Iterable[str]) -> None:
     """Write class_names.txt: one name per line, in the order of the labels."""
-    with write_atomically(folder / CLASS_NAMES) as temporary:
-        temporary.write_text("".join(f"{display_name(name)}\n" for name in class_names), encoding="utf-8")
+    write_text("".join(f"{display_name(name)}\n" for name in class_names), folder / CLASS_NAMES)
 
 
 def commit_checkpoint(unfinished: Path, final: Path, manifest: Manifest) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from vit_static.common.io import write_atomically
+from vit_static.common.io import write_bytes
 
 # (value, R, G, B): lightness rises with the value, so the map also reads well in grey and for colour-blind readers.
 _COLORMAP = ((0.0, 9, 8, 36), (0.25, 84, 18, 112), (0.5, 188, 48, 88), (0.75, 244, 132, 36), (1.0, 252, 250, 174))
@@ -138,5 +138,6 @@ def thumbnail(encoded: bytes, max_side: int) -> bytes:
 
 def write_png(picture: np.ndarray, path: Path) -> None:
     """Write the picture as a PNG file, atomically."""
-    with write_atomically(path) as temporary:
-        Image.fromarray(picture).save(temporary, format="PNG")
+    file = io.BytesIO()  # Pillow doesn't notice a short write to a full disk
+    Image.fromarray(picture).save(file, format="PNG")
+    write_bytes(file.getvalue(), path)

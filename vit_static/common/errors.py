@@ -48,6 +48,10 @@ class RunFailed(RuntimeError):
     """A failure that isn't the user's mistake, with a message for users: exit code 1, no traceback."""
 
 
+class AtLeast(int):
+    """A number of bytes of which only a lower bound is known."""
+
+
 class WriteError(OSError):
     """A file that can't be written, as an OSError with its errno. The message is one printable line for users."""
 
@@ -55,7 +59,8 @@ class WriteError(OSError):
         """`number`: the errno; `num_bytes`: the file's size, if it is known; `num_free`: the free bytes of its disk."""
         reason = os.strerror(number)
         super().__init__(number, reason, str(path))
-        sizes = [] if num_bytes is None else [f"{num_bytes:,} bytes are needed"]
+        bound = "at least " if isinstance(num_bytes, AtLeast) else ""
+        sizes = [] if num_bytes is None else [f"{bound}{num_bytes:,} bytes are needed"]
         sizes += [] if num_free is None else [f"{num_free:,} bytes are free"]
         detail = f"; {' and '.join(sizes)}" if sizes else ""
         remedy = "make room, or use another path" if number in DISK_FULL_ERRNOS else "use another path"

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from vit_static.common.errors import ConfigError, os_reason, truncate
 from vit_static.common.installation import CONFIGS
-from vit_static.common.io import write_atomically
+from vit_static.common.io import write_text
 from vit_static.config.mistakes import describe_mistake
 from vit_static.config.schema import Config
 from vit_static.config.yaml_loader import DuplicateKeyError, YamlError, read_yaml
@@ -95,8 +95,7 @@ def _root(values: dict[str, Any]) -> Any:
 
 def dump_config(config: Config, path: Path) -> None:
     """Write every key of the config, so that `load_config` returns an equal one."""
-    with write_atomically(path) as temporary:
-        temporary.write_text(yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False))
+    write_text(yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False), path)
 
 
 def _read_file(path: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vit_static.common.errors import os_reason
-from vit_static.common.io import write_errors, write_json
+from vit_static.common.io import json_text, remove_new_folders, write_errors
 from vit_static.data.manifest import CLASS_NAMES_FILE, SOURCE_FILE, read_manifest
 
 # labels: {folder: name}, folders in label order
@@ -42,6 +42,7 @@ VAL_EVERY = 5
 MIN_SIZE = 64
 SOURCE_MAX = 16  # the source's values are 0 to 16
 JPEG_QUALITY = 95
+_TEMPORARY_PREFIX = ".digits-"
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,18 @@ def make_digits(
             return existing
         raise wrong_folder_error(root, labels, size, remedy)
 
-    images, digits = load_source()
-    with write_errors(root, temporary=target.parent), temporary_folder_beside(target, root, remedy) as temporary:
+    files = encode_set(*load_source(), labels, size)
+    with (
+        remove_new_folders(target),
+        write_errors(root, sum(map(len, files.values())), target.parent / _TEMPORARY_PREFIX),
+        temporary_folder_beside(target, root, remedy) as temporary,
+    ):
         # One level down, because only its owner can read the temporary folder itself.
         folder = Path(temporary) / "set"
-        write_set(folder, images, digits, labels, size)
+        for name, content in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        assert is_complete(folder, labels, size), "scikit-learn's digits are not the 1,797 expected images"
         try:
             folder.rename(target)  # replaces nothing but an empty folder
         except OSError as error:
@@ -119,23 +127,20 @@ def validation_mask(digits: NDArray[np.int64]) -> NDArray[np.bool_]:
     return mask
 
 
-def write_set(folder: Path, images: NDArray[np.uint8], digits: NDArray[np.int64], labels: str, size: int) -> None:
-    """Write the dataset to a new folder."""
-    for split in ("train", "val"):
-        for class_folder in CLASS_NAMES[labels]:
-            (folder / split / class_folder).mkdir(parents=True)
+def encode_set(images: NDArray[np.uint8], digits: NDArray[np.int64], labels: str, size: int) -> dict[str, bytes]:
+    """Return the contents of the dataset's files by their names."""
+    files = {}
     in_val = validation_mask(digits)
     for index, (image, digit) in enumerate(zip(images, digits, strict=True)):
         class_folder = str(digit) if labels == "digit" else ("odd" if digit % 2 else "even")
-        path = folder / ("val" if in_val[index] else "train") / class_folder / f"digit_{index:04d}.jpeg"
         enlarged = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
-        # Through memory, because Pillow doesn't notice a short write to a full disk.
         encoded = io.BytesIO()
         enlarged.convert("RGB").save(encoded, "JPEG", quality=JPEG_QUALITY)
-        path.write_bytes(encoded.getvalue())
-    (folder / CLASS_NAMES_FILE).write_text(class_names_text(labels), encoding="utf-8")
-    write_json(manifest(labels, size), folder / SOURCE_FILE)
-    assert is_complete(folder, labels, size), "scikit-learn's digits are not the 1,797 expected images"
+        split = "val" if in_val[index] else "train"
+        files[f"{split}/{class_folder}/digit_{index:04d}.jpeg"] = encoded.getvalue()
+    files[CLASS_NAMES_FILE] = class_names_text(labels).encode()
+    files[SOURCE_FILE] = json_text(manifest(labels, size)).encode()
+    return files
 
 
 def class_names_text(labels: str) -> str:
@@ -182,6 +187,6 @@ def temporary_folder_beside(target: Path, root: Path, remedy: str) -> tempfile.T
     """Return a temporary folder on the file system of `target`, which is removed when its `with` block ends."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(prefix=".digits-", dir=target.parent)
+        return tempfile.TemporaryDirectory(prefix=_TEMPORARY_PREFIX, dir=target.parent)
     except OSError as error:  # the exit code depends on the errno, so it stays the same
         raise OSError(error.errno, f"{root} can't be created ({os_reason(error)}); {remedy}") from error

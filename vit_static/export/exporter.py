@@ -16,8 +16,8 @@ import numpy as np
 import paddle
 from paddle.static import InputSpec
 
-from vit_static.common.errors import ExportError, UserError
-from vit_static.common.io import fsync, write_errors, write_json
+from vit_static.common.errors import AtLeast, ExportError, UserError
+from vit_static.common.io import fsync, remove_on_failure, write_errors, write_json
 from vit_static.common.terminal import ProgressBar
 from vit_static.common.text import print_line, print_text
 from vit_static.config.schema import Config, InferencePrecision
@@ -121,7 +121,7 @@ def export_checkpoint(
     paddle.set_device("gpu" if has_gpu() and config.device != "cpu" else "cpu")
     sizes = config.export.image_sizes or (config.model.image_size,)
     subfolders = [f"{height}x{width}" if len(sizes) > 1 else "" for height, width in sizes]
-    with _replace_folder(out) as unfinished:
+    with _replace_folder(out, _least_bytes(loaded, precision, len(sizes), onnx=onnx)) as unfinished:
         for size, subfolder in zip(sizes, subfolders, strict=True):
             resized = config.model_copy(update={"model": config.model.model_copy(update={"image_size": size})})
             _export_size(loaded, resized, images, unfinished / subfolder, subfolder, onnx=onnx)
@@ -139,29 +139,35 @@ def _open_validation(config: Config) -> ImageDataset:
     return open_set(config.data, "val", num_classes)
 
 
+def _least_bytes(loaded: Weights, precision: InferencePrecision, num_sizes: int, *, onnx: bool) -> AtLeast:
+    """Return the size of the weights in all files of an export, without their graphs."""
+    bytes_per_value = {"float32": 4, "int8": 1}.get(precision, 2) + (4 if onnx and precision != "int8" else 0)
+    return AtLeast(num_sizes * bytes_per_value * sum(map(np.size, loaded.state.values())))
+
+
 @contextmanager
-def _replace_folder(out: Path) -> Iterator[Path]:
-    """Yield a new folder that replaces `out` if the block doesn't raise. Raises WriteError for a full disk."""
+def _replace_folder(out: Path, num_bytes: int) -> Iterator[Path]:
+    """Yield a new folder that replaces `out` if the block doesn't raise. Raises WriteError for a full disk.
+
+    `num_bytes`: the size of what is written.
+    """
     unfinished, previous = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.before")
     shutil.rmtree(unfinished, ignore_errors=True)
-    with write_errors(out, temporary=unfinished):
+    with remove_on_failure(unfinished), write_errors(out, num_bytes, unfinished):
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        for file in (*unfinished.rglob("*"), unfinished):
+            fsync(file)
+        shutil.rmtree(previous, ignore_errors=True)
+        if out.exists():
+            out.rename(previous)
         try:
-            unfinished.mkdir(parents=True)
-            yield unfinished
-            for file in (*unfinished.rglob("*"), unfinished):
-                fsync(file)
-            shutil.rmtree(previous, ignore_errors=True)
-            if out.exists():
-                out.rename(previous)
-            try:
-                unfinished.rename(out)
-            except OSError:
-                if previous.exists():
-                    previous.rename(out)
-                raise
-            shutil.rmtree(previous, ignore_errors=True)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.rename(out)
+        except OSError:
+            if previous.exists():
+                previous.rename(out)
+            raise
+        shutil.rmtree(previous, ignore_errors=True)
 
 
 def _export_size(

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from vit_static.common.errors import PredictError, escape
+from vit_static.common.errors import AtLeast, PredictError, escape
 from vit_static.common.io import write_atomically
 from vit_static.common.text import csv_cell, csv_row, json_line, print_line, say
 from vit_static.config.schema import InferencePrecision
@@ -50,7 +50,10 @@ def predict_images(
     if top_k is not None or predictor.spec.thresholds is None:
         num_columns = min(top_k or DEFAULT_TOP_K, len(predictor.spec.class_names))
     # Raises here for a path that doesn't exist, before anything is written.
-    sources = [read_path_list(sys.stdin.buffer) if path == Path("-") else iter(find_images([path])) for path in paths]
+    listed = [None if path == Path("-") else find_images([path]) for path in paths]  # None: on stdin
+    sources = [read_path_list(sys.stdin.buffer) if images is None else iter(images) for images in listed]
+    num_listed = sum(len(images) for images in listed if images is not None)
+    num_rows = AtLeast(num_listed) if None in listed else num_listed
     say(f"{folder}: {predictor.description}")
     if output_format == "csv":
         print_line(csv_row(["path", "error", *_csv_columns(num_columns)]))
@@ -58,7 +61,9 @@ def predict_images(
     names = map(escape, predictor.spec.class_names)
     layout = _Layout(num_columns, min(max(map(len, names), default=0), _MAX_NAME_WIDTH))
     num_failed = 0
-    for path, prediction in _predict_paths(predictor, chain.from_iterable(sources), top_k, batch_size, features):
+    for path, prediction in _predict_paths(
+        predictor, chain.from_iterable(sources), top_k, batch_size, features, num_rows
+    ):
         num_failed += isinstance(prediction, PredictError)
         print_line(to_line(str(path), prediction, layout))
     sys.stdout.flush()
@@ -70,9 +75,17 @@ def predict_images(
 
 
 def _predict_paths(
-    predictor: Predictor, paths: Iterator[Path], top_k: int | None, batch_size: int, features: Path | None
+    predictor: Predictor,
+    paths: Iterator[Path],
+    top_k: int | None,
+    batch_size: int,
+    features: Path | None,
+    num_rows: int,
 ) -> Iterator[tuple[Path, Prediction | PredictError]]:
-    """Yield each path with its prediction, and append its features to the file `features`."""
+    """Yield each path with its prediction, and append its features to the file `features`.
+
+    `num_rows`: the number of paths, or AtLeast those that are known before.
+    """
     pending: deque[Path] = deque()  # read by the stream, which reads ahead, and not yet yielded
 
     def record_paths() -> Iterator[Path]:
@@ -87,7 +100,7 @@ def _predict_paths(
         return
     shape = shape_of(predictor.spec.model)
     width = shape.num_pooled * shape.width
-    with append_rows(features, width) as write_row:
+    with append_rows(features, width, num_rows) as write_row:
         for prediction in predictions:
             row = prediction.features if isinstance(prediction, Prediction) else None
             write_row(np.full(width, np.nan, np.float32) if row is None else row)
@@ -95,8 +108,11 @@ def _predict_paths(
 
 
 @contextmanager
-def append_rows(path: Path, width: int) -> Iterator[Callable[[np.ndarray], None]]:
-    """Write a .npy file [number of rows, `width`] float32 row by row, without holding the rows in memory."""
+def append_rows(path: Path, width: int, expected_rows: int = AtLeast(0)) -> Iterator[Callable[[np.ndarray], None]]:
+    """Write a .npy file [number of rows, `width`] float32 row by row, without holding the rows in memory.
+
+    `expected_rows`: their number, or AtLeast so many, to tell a user how much room they need.
+    """
     num_rows = 0
 
     def header() -> bytes:
@@ -105,7 +121,12 @@ def append_rows(path: Path, width: int) -> Iterator[Callable[[np.ndarray], None]
         np.lib.format.write_array_header_1_0(buffer, fields)
         return buffer.getvalue()
 
-    with write_atomically(path) as temporary, temporary.open("wb") as file:
+    def num_bytes() -> int:
+        least = isinstance(expected_rows, AtLeast)
+        size = len(header()) + 4 * width * max(expected_rows, num_rows)
+        return AtLeast(size) if least else size
+
+    with write_atomically(path, num_bytes) as temporary, temporary.open("wb") as file:
         initial_header = header()  # NumPy pads it, so that it keeps its length when the number of rows grows
 
         def write_row(row: np.ndarray) -> None:
