@@ -8,10 +8,13 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import signal
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import httpx
 import psutil
@@ -100,6 +103,25 @@ def test_monitoring_is_answered_at_the_limit_of_descriptors(server: Server, tall
     assert server.metrics()["vit_static_connections_refused_total"] >= refused + 300
     assert post(server, image_file()).status_code == 200
     tally("server: idle connections at 256 descriptors", 400)
+
+
+def test_monitoring_is_answered_right_after_a_flood(server: Server, tally: Callable[..., None]) -> None:
+    """It comes from the flood's address, and the server finds all of these connections at once.
+
+    While the server is stopped, the system queues them.
+    """
+    with ExitStack() as stack:
+        os.kill(server.process.pid, signal.SIGSTOP)
+        try:
+            flood = [stack.enter_context(socket.create_connection((clients.HOST, server.port))) for _ in range(300)]
+            asking = stack.enter_context(socket.create_connection((clients.HOST, server.port), timeout=10))
+            asking.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        finally:
+            os.kill(server.process.pid, signal.SIGCONT)
+        assert asking.recv(100).startswith(b"HTTP/1.1 200 ")
+        ask_monitoring(server)
+    wait_for_no_connections(server)
+    tally("server: a flood of connections at once", len(flood))
 
 
 def test_slow_headers_end_at_the_deadline(server: Server, tally: Callable[..., None]) -> None:

@@ -93,6 +93,7 @@ class ConnectionTable:
         self.limits, self._on_refusal = limits, on_refusal
         self._num_by_client: Counter[str] = Counter()
         self._reserved: dict[tuple[Any, ...], LimitedProtocol | None] = {}  # the oldest first; None: not started yet
+        self._last_reserved_s = 0.0  # when the last one was admitted
 
     @property
     def num_open(self) -> int:
@@ -109,7 +110,19 @@ class ConnectionTable:
         if len(self._reserved) >= NUM_RESERVED and not self._end_oldest():
             return False
         self._reserved[address] = None
+        self._last_reserved_s = time.monotonic()
         return True
+
+    def must_wait(self) -> bool:
+        """Return whether the reserve is full of connections that have just been accepted, and haven't been read yet.
+
+        So many arrive at once that a monitoring request may be behind them. The system queues it until the event loop
+        has seen which of these connections are idle and can be ended.
+        """
+        if len(self._reserved) < NUM_RESERVED or None not in self._reserved.values():
+            return False
+        is_recent = time.monotonic() - self._last_reserved_s < _MIN_RESERVED_S  # else one couldn't be started
+        return is_recent and not any(each is not None and each.may_be_ended for each in self._reserved.values())
 
     def start(self, address: tuple[Any, ...], connection: LimitedProtocol) -> bool:
         """Record the protocol of an admitted connection; return whether it is in the reserve."""
@@ -157,8 +170,10 @@ class LimitedListener(socket.socket):
     table: ConnectionTable
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """Return the next admitted connection. Raises BlockingIOError if there is none."""
+        """Return the next admitted connection. Raises BlockingIOError if there is none, or if it must wait."""
         while True:
+            if self.table.must_wait():
+                raise BlockingIOError
             try:
                 connection, address = super().accept()
             except OSError as error:
