@@ -20,20 +20,10 @@ from vit_static.common.errors import (
     USER_ERRNOS,
     describe_os_error,
 )
+from vit_static.common.installation import DATA_TOOLS
 from vit_static.common.library_output import best_effort
 from vit_static.common.startup import ignored_or, use_utf8
 from vit_static.common.text import print_line, program_name, say
-
-# A tool's module has its name, is imported only when it runs, and has main(argv) -> exit code.
-TOOLS = {
-    "digits": "write scikit-learn's 1,797 handwritten digits as JPEG files in class folders",
-    "imagenet": "unpack ImageNet-1k's archives into class folders and list files",
-    "imagenet21k": "list ImageNet-21k's images, each with all of its labels",
-    "folder": "split your own images, one folder per class, into training and validation",
-    "cifar10": "unpack CIFAR-10's archive into class folders",
-    "check": "read every image of a dataset and find those that would stop training",
-    "shards": "pack a dataset into WebDataset shards, for network disks",
-}
 
 # A missing path is the user's mistake here, because the tools open the paths they are given without checking first.
 PATH_ERRNOS = USER_ERRNOS | {errno.ENOENT}
@@ -46,11 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_tools()
         return EXIT_DONE
     name = arguments[0]
-    if name not in TOOLS:
-        nearest = difflib.get_close_matches(name, TOOLS, n=1, cutoff=0.0)[0]
+    if name not in DATA_TOOLS:
+        nearest = difflib.get_close_matches(name, DATA_TOOLS, n=1, cutoff=0.0)[0]
         return fail("vit_static data", f"unknown tool {name!r}; the nearest is {nearest!r} (-h lists all tools)")
     prefix = f"vit_static data {name}"
     try:
+        # A tool is imported only when it runs.
         return int(importlib.import_module(f".{name}", __package__).main(arguments[1:]))
     except ValueError as error:
         return fail(prefix, str(error))
@@ -65,7 +56,7 @@ def print_tools() -> None:
     program = program_name()
     print_line(f"usage: {program} data NAME [arguments]   ('{program} data NAME -h' shows the arguments of a tool)")
     print_line("")
-    for name, summary in TOOLS.items():
+    for name, summary in DATA_TOOLS.items():
         print_line(f"  {name:<13}{summary}")
 
 

@@ -1,4 +1,4 @@
-"""The parser: help of every verb, answers to mistakes, shell completion; and the verbs that explain the program."""
+"""The parser: help of every verb, answers to mistakes; and the verbs that explain the program."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from helpers.forked_verbs import start_verb
 from helpers.small import ROOT
 
 from vit_static import verbs
-from vit_static.cli.completion import completion_script
 from vit_static.cli.parser import make_parser, parse_arguments, verbs_of
 from vit_static.common.errors import UserError
 from vit_static.common.installation import EXTRAS
@@ -159,8 +158,18 @@ def test_gpus_are_named_in_any_case() -> None:
         ("pretrain --resum never", "--resum is not an option of ./run.sh pretrain; did you mean --resume?"),
         ("predict --model m --top_k 3 one.png", "did you mean --top-k?"),
         ("bench train --round 3", "--round is not an option of ./run.sh bench train; did you mean --rounds?"),
+        ("plan --gpus 16", "--gpus is not an option of ./run.sh plan; did you mean --world?"),
+        ("pretrain --gpus 2", "NPROC=N sets the number of processes"),
+        ("export --checkpoint run --output x", "did you mean --out?"),
+        ("export --output=x", "did you mean --out?"),
+        ("predict --checkpoint m one.png", "did you mean --model?"),
+        ("convert --model x", "--model is not an option of ./run.sh convert"),
+        ("completion", "./run.sh completion needs bash|zsh, as in: ./run.sh completion bash >>"),
+        ("completion fish", "invalid choice: 'fish'"),
+        ("export --out x", "./run.sh export needs --checkpoint, as in: ./run.sh export --checkpoint output/quickstart"),
         ("serve --model m --optim.lr=3", "'./run.sh serve --help' lists the arguments"),
         ("pretrain quickstart", "quickstart: unexpected argument"),
+        ("bench", "./run.sh bench needs BENCHMARK, as in: ./run.sh bench train --rounds 3"),
         ("bench nothing", "invalid choice: 'nothing'"),
     ],
 )  # fmt: skip
@@ -173,38 +182,6 @@ def test_a_mistake_is_answered_with_the_correct_form(line: str, answer: str) -> 
 def test_words_that_only_look_like_keys_are_accepted() -> None:
     arguments = parse_arguments(["visualize", "--model", "m", "-o", "seed=1", "a=b.png"])
     assert arguments.images == [Path("a=b.png")]
-
-
-# Completion
-
-
-@pytest.mark.parametrize(
-    ("line", "completed"),
-    [
-        ("pre", "pretrain predict"),
-        ("pretrain --re", "--resume"),
-        ("pretrain -c deit_", "deit_b16 deit_s16"),
-        ("pretrain -c mi", "mine.yaml"),
-        ("pretrain -o optim.weight_d", "optim.weight_decay="),
-        ("bench in", "infer"),
-        ("export --checkpoint mi", "mine.yaml"),
-        ("eval --weights be", "best"),
-    ],
-)
-def test_bash_completes(tmp_path: Path, line: str, completed: str) -> None:
-    (tmp_path / "mine.yaml").touch()
-    script = completion_script(make_parser(), "bash")
-    assert "complete -o bashdefault -F _vit_static_complete run.sh" in script
-    words = ["./run.sh", *line.split()]
-    given = f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _shtab_vit_static; echo ${{COMPREPLY[*]}}"
-    done = subprocess.run(
-        ["bash", "-c", f"{script}\n{given}"], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == completed.split()
-
-
-def test_completion_needs_no_paddle_and_zsh_has_one_too(capsys: pytest.CaptureFixture[str]) -> None:
-    assert printed(capsys, "completion", "zsh").startswith("#compdef run.sh")
 
 
 # Verbs that explain the program

@@ -30,9 +30,9 @@ import importlib.util, pathlib
 assert importlib.util.find_spec("data_tools") is None
 import vit_static
 from vit_static.config.loader import load_config
-from vit_static.data_tools.__main__ import TOOLS
+from vit_static.common.installation import DATA_TOOLS
 from vit_static.doctor.machine import locked_versions
-for name in TOOLS:
+for name in DATA_TOOLS:
     importlib.import_module(f"vit_static.data_tools.{name}")
 assert load_config(pathlib.Path("deit_s16")).model.variant == "S/16"
 versions = locked_versions()

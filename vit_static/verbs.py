@@ -251,7 +251,16 @@ def run_plan(arguments: argparse.Namespace) -> int:
     config = with_model_of_init(config)
     require_head(config.model)
     cluster = Cluster(arguments.device, arguments.interconnect, arguments.gpus_per_node)
-    plan_run(config, arguments.mesh, arguments.world, cluster, arguments.rank, arguments.search, arguments.json)
+    plan_run(
+        config,
+        arguments.mesh,
+        arguments.world,
+        cluster,
+        arguments.rank,
+        arguments.search,
+        arguments.json,
+        arguments.num_images,
+    )
     return EXIT_DONE
 
 

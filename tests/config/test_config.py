@@ -225,6 +225,20 @@ def test_a_config_of_the_repository_is_found_by_its_name(tmp_path: Path, monkeyp
         assert similar in message_of(error)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("L/16", r"set -o model\.variant=L/16 \(recipes with this variant: .*augreg_l16_cifar10"),
+        ("vit_s16", r"set -o model\.variant=S/16 \(recipes with this variant: .*deit_s16"),
+        ("ViT-ti/16", r"set -o model\.variant=Ti/16 \(recipes .*quickstart"),
+        ("g/14", r"set -o model\.variant=g/14 \('./run.sh models' lists them\)"),
+    ],
+)
+def test_a_model_variant_instead_of_a_config_is_named_as_such(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(name)
+
+
 def test_the_message_for_a_key_similar_to_none_lists_all_keys(load_text) -> None:
     with pytest.raises(ConfigError) as error:
         load_text("schedule: {zzzzz: 1}")

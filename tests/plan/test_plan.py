@@ -21,6 +21,7 @@ from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import Mesh, MeshShape, all_mesh_shapes, why_invalid
 from vit_static.plan.costs import Collective, Costs, Operator, program_costs, runs_per_step
 from vit_static.plan.planner import Cluster, Plan, make_plan, resolve_world_size, search_meshes, with_mesh
+from vit_static.plan.run_length import run_length
 from vit_static.plan.tables import plan_run
 from vit_static.program.precision import Precision
 from vit_static.program.program import Program
@@ -253,6 +254,25 @@ def test_search_ranks_every_valid_mesh() -> None:
     assert [plan.step_seconds for plan in plans] == sorted(plan.step_seconds for plan in plans)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "num_images", "steps", "text"),
+    [
+        ([], None, 300 * 1_281_167 // 1024, "at least 104 h 15 min and 834 GPU-hours for 375,341 steps, 300 epochs of"),
+        (["train.epochs=1"], 102_400, 100, "at least 1 min 40 s and 0.22 GPU-hours for 100 steps, 1 epoch of 102,400"),
+        (["train.max_steps=36000"], None, 36_000, "80 GPU-hours for 36,000 steps, 28.8 epochs of 1,281,167 images (Im"),
+        (["model.num_classes=7", "train.max_steps=3600"], None, 3600, "8.00 GPU-hours for 3,600 steps; evaluations"),
+        (["model.num_classes=7"], None, None, "depends on the number of training images: set it with --num-images N"),
+    ],
+)
+def test_the_whole_run_has_hours_and_gpu_hours(
+    overrides: list[str], num_images: int | None, steps: int | None, text: str
+) -> None:
+    """Of a step of one second on eight GPUs."""
+    config = load_config(None, ["data.root=nowhere", *overrides])
+    length = run_length(config, num_images)
+    assert length.num_steps == steps and text in length.describe(config, 1.0, 8)
+
+
 def test_the_verb_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = small_config()
     out = tmp_path / "plan.json"
@@ -262,6 +282,10 @@ def test_the_verb_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert written["mesh"] == {"dp": 2, "mp": 2, "pp": 1} and written["world_size"] == 4 and written["fits"]
     assert written["bytes"]["parameters"] == planned(config, "dp=2,mp=2,sharding=1").costs.parameters
     assert {one["kind"] for one in written["collectives"]} == {"all_reduce", "all_gather"}
+    run = written["run"]
+    assert run["steps"] == 34 * 1442 // 64 and run["train_images"] == 1442
+    assert run["gpu_hours_at_least"] == pytest.approx(run["steps"] * written["seconds"]["step_at_best"] * 4 / 3600)
+    assert "whole run            at least 0 s and <0.01 GPU-hours for 766 steps, 34 epochs of 1,442 images" in output
     for word in ("parameters", "optimizer state", "activations, peak", "fits", "0,2", "images/s", "MFU"):
         assert word in output
 

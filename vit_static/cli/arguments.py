@@ -27,9 +27,14 @@ class HelpFormatter(argparse.HelpFormatter):
 class Parser(argparse.ArgumentParser):
     """Parser that raises UserError for a wrong argument, instead of printing the usage and exiting as argparse does."""
 
+    example: str | None = None  # of a verb: a command that is complete
+
     def error(self, message: str) -> NoReturn:
-        program = program_name()
-        raise UserError(f"{message} ('{program} --help' lists the verbs, '{program} VERB --help' the arguments)")
+        help_command = f"'{self.prog} --help' lists the {'verbs' if self.prog == program_name() else 'arguments'}"
+        missing = message.removeprefix("the following arguments are required: ")
+        if missing != message and self.example is not None:
+            raise UserError(f"{self.prog} needs {missing}, as in: {self.example} ({help_command})")
+        raise UserError(f"{message} ({help_command})")
 
 
 def add_verb(
@@ -59,6 +64,7 @@ def add_verb(
         allow_abbrev=False,
     )
     verb.set_defaults(handler=handler)
+    verb.example = lines[0]
     return verb
 
 

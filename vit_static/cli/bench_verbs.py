@@ -35,6 +35,7 @@ def add_all(subparsers: Subparsers) -> None:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
+    verb.example = f"{subparsers._prog_prefix} bench train --rounds 3"
     benches = verb.add_subparsers(dest="bench", required=True, metavar="BENCHMARK", parser_class=Parser)
     _add_train(benches)
     _add_data(benches)

@@ -14,6 +14,19 @@ from vit_static.config.mistakes import all_keys, nearest_key
 
 RENAMED_VERBS = {"attend": "visualize"}  # by the old name
 RENAMED_FLAGS = {"--cards-per-node": "--gpus-per-node", "--fed": "--real-data"}
+# Flags of other programs, and of other verbs, with those that they may stand for
+OTHER_FLAGS = {
+    **dict.fromkeys(("--output", "--output-dir", "--out-dir", "--save", "--outfile"), ("--out",)),
+    **dict.fromkeys(("--gpus", "--num-gpus", "--ngpus", "--nproc", "--world-size"), ("--world",)),
+    **dict.fromkeys(("--ckpt", "--checkpoints", "--model", "--run", "--model-path"), ("--checkpoint", "--model")),
+    **dict.fromkeys(("--checkpoint",), ("--model",)),
+    **dict.fromkeys(("--cfg", "--recipe", "--yaml"), ("--config",)),
+    **dict.fromkeys(("--topk", "--k", "--num-results"), ("--top-k",)),
+    **dict.fromkeys(("--key", "--token", "--auth"), ("--api-key",)),
+    **dict.fromkeys(("--set", "--override", "--overrides", "--opt", "--opts"), ("-o",)),
+    **dict.fromkeys(("--images", "--train-images"), ("--num-images",)),
+}
+_PROCESSES = ("--gpus", "--num-gpus", "--ngpus", "--nproc", "--world-size", "--world")
 _KEY = re.compile(r"[A-Za-z_]+(\.[A-Za-z_0-9]+)*")
 _NUMBER = re.compile(r"-[\d.]")
 
@@ -37,6 +50,15 @@ def check_words(words: Sequence[str], verbs: Mapping[str, argparse.ArgumentParse
         raise UserError(f"{truncate(words[0])} is not a verb; {remedy} ('{program} --help' lists the verbs)")
     if words and words[0] in verbs and _takes_overrides(verbs[words[0]]):
         _check_overrides(words)
+
+
+def check_flags(words: Sequence[str], verb: argparse.ArgumentParser) -> None:
+    """Raise UserError for a flag that the verb doesn't have, before argparse misses those that it stands for."""
+    for number, word in enumerate(words):
+        if word == "--":
+            break
+        if word.startswith("--") and word.partition("=")[0] not in verb._option_string_actions:
+            raise UserError(describe_unknown(words[number:], verb))
 
 
 def _takes_overrides(verb: argparse.ArgumentParser) -> bool:
@@ -109,12 +131,17 @@ def describe_unknown(words: Sequence[str], verb: argparse.ArgumentParser) -> str
         return f"{truncate(word)}: unexpected argument ({help_command})"
     flag, separator, value = word.partition("=")
     flags = [option for action in verb._actions for option in action.option_strings if action.help != argparse.SUPPRESS]
-    similar = difflib.get_close_matches(flag[:100], flags, n=1, cutoff=0.75)
+    similar = [each for each in OTHER_FLAGS.get(flag.replace("_", "-"), ()) if each in flags]
+    if not similar and flag in _PROCESSES and "--resume" in flags:
+        return f"{flag} is not an option; NPROC=N sets the number of processes, and CUDA_VISIBLE_DEVICES=0,1 the GPUs"
+    has_synonym = bool(similar)
+    similar = similar or difflib.get_close_matches(flag[:100], flags, n=1, cutoff=0.75)
     name = flag.lstrip("-").replace("-", "_")
     key = name if name in all_keys() else None
     if key is None and not similar:
-        key = nearest_key(name.split("."))
-    if key is not None and has_overrides:
+        nearest = nearest_key(name.split("."))
+        key = nearest if nearest in all_keys() else None
+    if key is not None and has_overrides and not has_synonym:
         if not separator:
             value = next((each for each in words[1:2] if not each.startswith("-")), "VALUE")
         return f"{truncate(flag)} is not an option; config keys are set with -o: {_override(key, value)}"

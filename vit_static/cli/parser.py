@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import vit_static
 from vit_static.cli import bench_verbs, model_verbs, reference_verbs, training_verbs
 from vit_static.cli.arguments import HelpFormatter, Parser
-from vit_static.cli.mistakes import check_words, describe_unknown
+from vit_static.cli.mistakes import check_flags, check_words, describe_unknown
 from vit_static.common.errors import UserError
 from vit_static.common.text import program_name
 
@@ -28,11 +28,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     verbs = verbs_of(parser)
     check_words(words, verbs)
+    verb = _verb_of(words, verbs)
+    if verb is not None:
+        check_flags(words, verb)
     arguments, unknown = parser.parse_known_args(words)
-    if unknown:
-        verb = verbs[arguments.verb]
-        raise UserError(describe_unknown(unknown, verbs_of(verb).get(getattr(arguments, "bench", ""), verb)))
+    if unknown and verb is not None:
+        raise UserError(describe_unknown(unknown, verb))
     return arguments
+
+
+def _verb_of(words: Sequence[str], verbs: Mapping[str, argparse.ArgumentParser]) -> argparse.ArgumentParser | None:
+    """Return the parser of the verb, or of its benchmark, that the words begin with; None if they begin with a flag."""
+    verb = verbs.get(words[0]) if words else None
+    return verb if verb is None else verbs_of(verb).get(words[1] if len(words) > 1 else "", verb)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from vit_static import verbs
 from vit_static.cli.arguments import Subparsers, add_config, add_verb, positive_int
 from vit_static.cli.completion import SHELLS, print_completion
-from vit_static.common.installation import IS_WHEEL
+from vit_static.common.installation import DATA_TOOLS, IS_WHEEL
 
 
 def add_run_sh(subparsers: Subparsers) -> None:
@@ -18,7 +20,10 @@ def add_run_sh(subparsers: Subparsers) -> None:
         *(() if IS_WHEEL else of_run_sh),
         ("data", "Prepare and check data sets; 'data --help' lists the tools.", ["--help", "folder --root PICTURES"]),
     ):
-        add_verb(subparsers, name, summary, verbs.refuse_run_sh_verb, examples=examples)
+        verb = add_verb(subparsers, name, summary, verbs.refuse_run_sh_verb, examples=examples)
+    # The tools have parsers of their own; these arguments are for the shell's completion.
+    verb.add_argument("tool", nargs="?", choices=list(DATA_TOOLS), help="Run this program.")
+    verb.add_argument("arguments", nargs="*", type=Path, help="Its arguments.")
 
 
 def add_all(subparsers: Subparsers) -> None:
@@ -41,7 +46,7 @@ def add_all(subparsers: Subparsers) -> None:
         details="Load it in the shell's start-up file.",
         examples=["bash >> ~/.bash_completion", "zsh > ~/.zfunc/_run.sh"],
     )
-    verb.add_argument("shell", choices=SHELLS, help="Write the script for this shell.")
+    verb.add_argument("shell", choices=SHELLS, metavar="|".join(SHELLS), help="Write the script for this shell.")
 
 
 def _add_config_verb(subparsers: Subparsers) -> None:

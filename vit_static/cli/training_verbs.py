@@ -168,6 +168,12 @@ def _add_plan(subparsers: Subparsers) -> None:
     verb.add_argument(
         "--rank", type=int, default=0, help="Compile the program of this rank (default: 0, in the first stage)."
     )
+    verb.add_argument(
+        "--num-images",
+        type=positive_int,
+        metavar="N",
+        help="Number of training images, for the time of the whole run (default: those of data.root, or ImageNet's).",
+    )
     verb.add_argument("--search", action="store_true", help="Compare all valid meshes of --world GPUs.")
     verb.add_argument("--json", type=Path, metavar="FILE", help="Also write the plan to this file.")
 

@@ -20,6 +20,17 @@ EXTRAS = {
     "pyarrow": "parquet",
 }
 
+# The programs of data_tools/, with what each does. A tool's module has its name, and main(argv) -> exit code.
+DATA_TOOLS = {
+    "digits": "write scikit-learn's 1,797 handwritten digits as JPEG files in class folders",
+    "imagenet": "unpack ImageNet-1k's archives into class folders and list files",
+    "imagenet21k": "list ImageNet-21k's images, each with all of its labels",
+    "folder": "split your own images, one folder per class, into training and validation",
+    "cifar10": "unpack CIFAR-10's archive into class folders",
+    "check": "read every image of a dataset and find those that would stop training",
+    "shards": "pack a dataset into WebDataset shards, for network disks",
+}
+
 _PAGE = re.compile(r"(?<![\w/])configs/(?=[A-Z]+\.md)")
 
 

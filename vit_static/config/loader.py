@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -64,15 +65,37 @@ def find_config(path: Path) -> Path:
 
     Raise ConfigError, with similar names, for a name that neither has.
     """
-    if path.exists() or path.parent != Path():
+    if path.exists():
+        return path
+    variant = _as_variant(path)
+    if path.parent != Path() and variant is None:
         return path
     name = path.name.removesuffix(".yaml")
     known = {each.stem: each for each in sorted(CONFIGS.glob("*.yaml"))}
     if name in known:
         return known[name]
+    if variant is not None:
+        recipes = [each.stem for each in known.values() if _variant_of(each).casefold() == variant.casefold()]
+        hint = f"recipes with this variant: {', '.join(recipes)}" if recipes else "'./run.sh models' lists them"
+        raise ConfigError(
+            f"-c {path}: is the name of a model variant, not of a config; set -o model.variant={variant} ({hint})"
+        )
     similar = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     remedy = f"did you mean {' or '.join(similar)}?" if similar else "-c takes a YAML file or the name of a recipe"
     raise ConfigError(f"{path}: there is no such file, nor a config of that name; {remedy} (see './run.sh recipes')")
+
+
+def _as_variant(path: Path) -> str | None:
+    """Return the variant of the model that a wrong name of a config seems to be: L/16, ViT-L/16, vit_l16."""
+    match = re.fullmatch(r"(?:vit[-_/]?)?([a-z0-9]{1,2})[-_/]?([0-9]{2})", str(path), re.IGNORECASE)
+    letters = match and (match[1] if match[1] in ("g", "G") else match[1].capitalize())
+    return match and f"{letters}/{match[2]}"
+
+
+def _variant_of(path: Path) -> str:
+    """Return the variant of a config in configs/."""
+    model = _read_file(path).get("model", {})
+    return str(model.get("variant", Config.model_fields["model"].default.variant))
 
 
 def _is_valid(values: dict[str, Any], key: tuple[str, ...], value: Any) -> bool:

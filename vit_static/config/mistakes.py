@@ -135,7 +135,7 @@ def _problem(mistake: Any, key: Key, is_valid: Callable[[Key, Any], bool]) -> st
 
 
 def _similar_choice(key: Key, value: Any) -> str:
-    field = _field(key)
+    field = field_of(key)
     choices = {} if field is None else {each.lower(): each for each in choices_of(field.annotation)}
     similar = difflib.get_close_matches(value[:100].lower(), choices, n=1) if isinstance(value, str) else []
     return f"; did you mean {choices[similar[0]]}?" if similar else ""
@@ -155,11 +155,11 @@ def _as_list(text: str) -> list[Any] | None:
 
 
 def _default(key: Key) -> Any:
-    field = _field(key)
+    field = field_of(key)
     return None if field is None else field.default
 
 
-def _field(key: Key) -> Any:
+def field_of(key: Key) -> Any:
     return fields_of(section_type(key[:-1]) or Config).get(key[-1])
 
 

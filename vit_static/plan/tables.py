@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from vit_static.common.errors import ConfigError
 from vit_static.common.hardware import GPUS, RESERVED_BYTES
@@ -13,6 +12,7 @@ from vit_static.common.text import counted, print_text
 from vit_static.config.schema import Config
 from vit_static.plan.costs import count_by_kind
 from vit_static.plan.planner import Cluster, Plan, make_plan, resolve_world_size, search_meshes, with_mesh
+from vit_static.plan.run_length import RunLength, gpu_hours, run_length
 
 
 def plan_run(
@@ -23,9 +23,11 @@ def plan_run(
     rank: int,
     search: bool,
     out: Path | None,
+    num_images: int | None = None,
 ) -> None:
     """Print the plan of one mesh, or with `search` those of all valid meshes; write them to `out` as JSON.
 
+    `num_images`: the number of training images, for the time of the whole run; None: that of the config's data set.
     Raises ConfigError for options that contradict each other or that no mesh satisfies.
     """
     if out is not None and out.is_dir():
@@ -33,16 +35,20 @@ def plan_run(
     if search and (mesh_text is not None or rank != 0):
         raise ConfigError("--search tries every mesh; combine it with --world, not with --mesh or --rank")
     parallel = with_mesh(config.parallel, mesh_text)
+    length = run_length(config, num_images)
     if search:
         plans = search_meshes(config, parallel, resolve_world_size(parallel, world_size), cluster)
-        print_search(plans)
-        values: Any = [plan.as_json() for plan in plans]
+        print_search(plans, length)
     else:
-        plan = make_plan(config, parallel, resolve_world_size(parallel, world_size), cluster, rank)
-        print_plan(plan)
-        values = plan.as_json()
+        plans = [make_plan(config, parallel, resolve_world_size(parallel, world_size), cluster, rank)]
+        print_plan(plans[0])
+        num_gpus = plans[0].mesh_shape.world_size
+        print_wrapped(f"whole run            {length.describe(config, plans[0].step_seconds, num_gpus)}", 21)
     if out is not None:
-        write_json(values, out)
+        values = [
+            {**plan.as_json(), "run": length.as_json(plan.step_seconds, plan.mesh_shape.world_size)} for plan in plans
+        ]
+        write_json(values if search else values[0], out)
 
 
 def print_plan(plan: Plan) -> None:
@@ -108,8 +114,9 @@ def _describe_time(plan: Plan) -> list[str]:
     ]
 
 
-def print_search(plans: list[Plan]) -> None:
-    """Print the plans of a search as a table, in their order."""
+def print_search(plans: list[Plan], length: RunLength) -> None:
+    """Print the plans of a search as a table, in their order; with the time of the whole run if its length is known."""
+    num_steps, num_gpus = length.num_steps, plans[0].mesh_shape.world_size
     rows = [
         (
             str(plan.mesh_shape),
@@ -119,15 +126,16 @@ def print_search(plans: list[Plan]) -> None:
             f"{plan.step_seconds * 1e3:.2f} ms",
             f"{plan.images_per_s:,.0f}",
             f"{100 * plan.mfu:.1f} %",
+            *([] if num_steps is None else [gpu_hours(num_steps * plan.step_seconds, num_gpus)]),
         )
         for plan in plans
     ]
+    headers = ["mesh", "sharding", "memory per rank", "fits", "step at least", "images/s at most", "MFU at most"]
     print_table(
-        ("mesh", "sharding", "memory per rank", "fits", "step at least", "images/s at most", "MFU at most"),
+        headers if num_steps is None else [*headers, "GPU-hours at least"],
         rows,
-        title=f"{counted(len(plans), 'valid mesh')} of {plans[0].mesh_shape.world_size} {plans[0].cluster.device}, the "
-        "best first",
-        right=(1, 2, 4, 5, 6),
+        title=f"{counted(len(plans), 'valid mesh')} of {num_gpus} {plans[0].cluster.device}, the best first",
+        right=(1, 2, 4, 5, 6, 7),
     )
 
 
