@@ -24,7 +24,7 @@ from paddle.distributed.auto_parallel.static.process_group import get_all_proces
 from gpu_program.array_operators import Array
 from gpu_program.build import GpuCase, build_program, building
 from gpu_program.interpreter import Decoded, Instruction, Rank, decode, run_in_lock_step
-from vit_static.checkpoint.sharded_state import ShardedReader, rank_shard, write_shard
+from vit_static.checkpoint.sharded_state import ShardedReader, write_shard
 from vit_static.parallel import gloo
 from vit_static.program.program import Program
 
@@ -244,7 +244,7 @@ class World:
         gathered: dict[str, Array] = {}
 
         def gather(program: Program, rank: int) -> None:
-            shard = rank_shard(program.state(), rank)
+            shard = program.shard()
             for name, array in shard.arrays.items():
                 start, full_shape = shard.slices[name]
                 full = gathered.setdefault(name, np.zeros(full_shape, array.dtype))
@@ -258,7 +258,7 @@ class World:
     def save(self, folder: Path) -> list[Path]:
         """Write each rank's shard of the state, as a checkpoint has it, and return the files."""
         paths = [folder / f"{rank}.safetensors" for rank in range(self.case.shape.world_size)]
-        self.on_each_rank(lambda program, rank: write_shard(rank_shard(program.state(), rank), paths[rank], {}))
+        self.on_each_rank(lambda program, rank: write_shard(program.shard(), paths[rank], {}))
         return paths
 
     def restore(self, paths: list[Path]) -> None:

@@ -45,7 +45,7 @@ class Mesh:
 
     def config(self) -> str:
         """Return the config of a run, as YAML."""
-        model = tiny_model(depth=self.depth, dropout=0.1, drop_path_rate=0.1)
+        model = tiny_model(depth=self.depth, dropout=0.1, drop_path_rate=0.1, drop_path_schedule="constant")
         return f"{model}{CONFIG}parallel: {self.parallel}\ntrain: {{epochs: 1000, max_steps: {self.num_steps}}}\n"
 
 

@@ -153,6 +153,7 @@ def run(case: Case, mesh: Mesh, images_root: Path) -> Outcome:
         outcome.losses.append(mesh.mean(loss))
         outcome.grad_norms.append(program.grad_norm())
         outcome.masks.append(dict(masks))
+        program.shard()  # finds the slices; the one at the end copies only
     is_schedule_free = case.optim.name == "schedule_free_adamw"
     if case.evaluates:
         with program.schedule_free_weights() if is_schedule_free else nullcontext():
@@ -165,8 +166,20 @@ def run(case: Case, mesh: Mesh, images_root: Path) -> Outcome:
         after = program.weights()
         assert all(np.array_equal(before[name], after[name]) for name in before)
     outcome.state = {name: part for name, tensor in program.state().items() if (part := part_of(tensor, mesh))}
+    assert_shard_is_of(program, outcome.state)
     outcome.collectives = program.costs().collectives
     return outcome
+
+
+def assert_shard_is_of(program: Program, state: dict[str, Part]) -> None:
+    """Assert that what this rank writes into a checkpoint has the values of Paddle's distributed tensors."""
+    shard = program.shard()
+    assert shard.arrays, "the rank writes nothing"
+    for name, array in shard.arrays.items():
+        part = state[name]
+        assert array.tobytes() == part.local.tobytes(), name
+        start = tuple(index * size for index, size in zip(part.index, part.local.shape, strict=True))
+        assert shard.slices[name] == (start, part.shape), name
 
 
 def eval_loader(case: Case, mesh: Mesh, images_root: Path) -> EvalLoader:

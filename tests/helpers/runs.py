@@ -14,7 +14,7 @@ from vit_static.config.schema import Config
 from vit_static.train.trainer import train
 
 TINY = (
-    tiny_model(dropout=0.1, drop_path_rate=0.1)
+    tiny_model(dropout=0.1, drop_path_rate=0.1, drop_path_schedule="constant")
     + """
 data: {global_batch_size: 16, num_threads: 1}
 train: {epochs: 1.5}

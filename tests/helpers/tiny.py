@@ -9,7 +9,7 @@ TINY_MODEL = {
     "image_size": 16,
     "patch_size": 8,
     "width": 32,
-    "depth": 2,
+    "depth": 1,
     "num_heads": 2,
     "mlp_dim": 64,
     "num_classes": 10,

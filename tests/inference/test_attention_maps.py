@@ -291,7 +291,7 @@ def test_stems_are_unique() -> None:
 
 
 TINY = (
-    tiny_model()
+    tiny_model(depth=2)
     + """
 data: {global_batch_size: 16, num_threads: 1}
 train: {max_steps: 8}

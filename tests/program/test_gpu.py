@@ -16,7 +16,7 @@ from helpers.jobs import TINY
 from helpers.runs import metrics
 from helpers.small import ROOT, SMALL, images_and_labels
 
-from vit_static.checkpoint.sharded_state import ShardedReader, rank_shard, write_shard
+from vit_static.checkpoint.sharded_state import ShardedReader, write_shard
 from vit_static.config.data_schema import DataConfig, EvalConfig, LossConfig
 from vit_static.config.schema import AmpConfig, Config, KernelsConfig, OptimConfig, ParallelConfig
 from vit_static.model.vit import VisionTransformer
@@ -124,7 +124,7 @@ def test_training_resumes_from_a_state_with_the_same_losses(
 ) -> None:
     first = make_gpu_program(gpu_mesh, precision)
     train(first, range(3))
-    write_shard(rank_shard(first.state(), rank=0), tmp_path / "rank_0.safetensors", {})
+    write_shard(first.shard(), tmp_path / "rank_0.safetensors", {})
     expected = train(first, range(3, 6))
     second = make_gpu_program(gpu_mesh, precision)
     second.restore(ShardedReader([tmp_path / "rank_0.safetensors"]))

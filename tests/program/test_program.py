@@ -12,7 +12,7 @@ import pytest
 from helpers.small import SMALL, images_and_labels
 from paddle import nn
 
-from vit_static.checkpoint.sharded_state import ShardedReader, rank_shard, write_shard
+from vit_static.checkpoint.sharded_state import ShardedReader, write_shard
 from vit_static.common.errors import ConfigError
 from vit_static.config.schema import AmpConfig, KernelsConfig, OptimConfig, ParallelConfig
 from vit_static.model.attention import attention_by_matmul
@@ -175,7 +175,7 @@ def test_dropout_masks_are_a_function_of_seed_and_step(make_program) -> None:
 def save_state(program, folder: Path) -> ShardedReader:
     """Write a program's state as a shard of a checkpoint, and return a reader of it."""
     folder.mkdir(parents=True)
-    write_shard(rank_shard(program.state(), rank=0), folder / "rank_0.safetensors", {})
+    write_shard(program.shard(), folder / "rank_0.safetensors", {})
     return ShardedReader([folder / "rank_0.safetensors"])
 
 

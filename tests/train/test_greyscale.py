@@ -162,7 +162,7 @@ def test_a_greyscale_run_from_training_to_prediction(tmp_path: Path, small_digit
     config = load_config(tmp_path / "grey.yaml", [*overrides, "train.max_steps=4"])
     assert train(config)
     resolved = load_config(config.run_dir / "config.yaml").model
-    assert (resolved.width, resolved.depth, resolved.num_channels) == (32, 2, 1)
+    assert (resolved.width, resolved.depth, resolved.num_channels) == (32, 1, 1)
     assert "R, G and B" in (config.run_dir / "init.json").read_text()
     # A resume takes the shape from the checkpoint: the RGB run may be gone.
     gone = [override for override in overrides if "init.from" not in override] + ["init.from=gone", "train.max_steps=6"]

@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.reliability, pytest.mark.slow]
 
 # Everything that a state can hold: dropout, drop path, augmentation, mixup, accumulation, a moving average.
 CONFIG = (
-    tiny_model(dropout=0.1, drop_path_rate=0.1)
+    tiny_model(dropout=0.1, drop_path_rate=0.1, drop_path_schedule="constant")
     + """
 data: {global_batch_size: 16, num_threads: 1}
 augment: {policy: randaugment, mixup_alpha: 0.2, cutmix_alpha: 0.5}

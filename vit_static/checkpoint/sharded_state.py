@@ -22,7 +22,9 @@ import safetensors.numpy
 
 from vit_static.common.errors import WeightsError, truncate
 from vit_static.common.io import set_default_mode
-from vit_static.parallel.dist_values import local_array
+
+# by the tensor's name: start of the slice, shape of the full tensor
+Slices = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
 _SLICES = "slices"  # header entry of a file: for each tensor in it, the slice's start and the full tensor's shape
 
@@ -44,7 +46,7 @@ class RankShard:
     """One rank's shard of a training state: host copies that training no longer changes."""
 
     arrays: dict[str, np.ndarray]
-    slices: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # start of the slice, shape of the full tensor
+    slices: Slices
 
     @property
     def num_bytes(self) -> int:
@@ -78,18 +80,20 @@ def slice_on_rank(tensor: paddle.Tensor, rank: int) -> TensorSlice | None:
     return next((slice_ for slice_, ranks in slices.items() if rank in ranks), None)
 
 
-def rank_shard(state: Mapping[str, paddle.Tensor], rank: int) -> RankShard:
-    """Copy what `rank` has to write. A slice that several ranks hold goes to the one with the fewest bytes so far."""
+def assign_slices(state: Mapping[str, paddle.Tensor], rank: int) -> Slices:
+    """Return which slice of which tensor `rank` writes.
+
+    A slice that several ranks hold goes to the one with the fewest bytes so far.
+    """
     num_assigned: Counter[int] = Counter()
-    shard = RankShard({}, {})
+    assigned = {}
     for name, tensor in sorted(state.items(), key=lambda item: (-math.prod(item[1].shape), item[0])):
         for slice_, ranks in tensor_slices(tensor).items():
             writer = min(ranks, key=lambda one: (num_assigned[one], one))
             num_assigned[writer] += slice_.size
             if writer == rank:
-                shard.arrays[name] = local_array(tensor)
-                shard.slices[name] = slice_.start, tuple(tensor.shape)
-    return shard
+                assigned[name] = slice_.start, tuple(tensor.shape)
+    return assigned
 
 
 def write_shard(shard: RankShard, path: Path, metadata: Mapping[str, str]) -> None:

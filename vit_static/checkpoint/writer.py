@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -26,7 +26,7 @@ from vit_static.checkpoint.folder import (
     write_class_names,
 )
 from vit_static.checkpoint.progress import DataPosition, Manifest, Progress
-from vit_static.checkpoint.sharded_state import RankShard, rank_shard, write_shard
+from vit_static.checkpoint.sharded_state import RankShard, write_shard
 from vit_static.common.errors import RunFailed
 from vit_static.common.io import FileRecord, file_record, fsync, replace_symlink, write_json
 from vit_static.common.text import duration, say
@@ -99,15 +99,15 @@ class CheckpointWriter:
         return self._step if self._thread is not None and self._thread.is_alive() else None
 
     def save_async(
-        self, state: Mapping[str, paddle.Tensor], progress: Progress, data: DataPosition, learning_rate: float
+        self, copy_shard: Callable[[], RankShard], progress: Progress, data: DataPosition, learning_rate: float
     ) -> None:
-        """Copy the state to the host, wait for the previous checkpoint, and start a thread that writes this one.
+        """Wait for the previous checkpoint, copy the state to the host, and start a thread that writes it.
 
         Raises RunFailed like `wait`.
         """
         started = time.perf_counter()
         self.wait()
-        shard = rank_shard(state, self._mesh.rank)
+        shard = copy_shard()
         meta = self._meta(progress, data, learning_rate)
         self._step = progress.step
         arguments = shard, progress, meta, time.perf_counter() - started

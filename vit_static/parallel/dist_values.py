@@ -64,6 +64,11 @@ def set_variable(name: str, values: np.ndarray) -> None:
         variable.get_tensor()._copy_from(on_host, paddle.framework._current_expected_place_())
 
 
+def variable_array(name: str) -> np.ndarray:
+    """Return a copy of a persistable variable of a program, of this rank's part if it is distributed."""
+    return np.array(paddle.static.global_scope().find_var(name).get_tensor())
+
+
 def local_array(tensor: paddle.Tensor) -> np.ndarray:
     """Return the part of a distributed tensor that this rank holds, as an array."""
     return np.array(local_tensor(tensor))

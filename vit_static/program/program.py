@@ -15,7 +15,7 @@ import paddle
 import paddle.distributed as dist
 from paddle import nn
 
-from vit_static.checkpoint.sharded_state import ShardedReader
+from vit_static.checkpoint.sharded_state import RankShard, ShardedReader
 from vit_static.common.errors import ConfigError
 from vit_static.config.schema import AmpConfig, Config, ParallelConfig
 from vit_static.model.layers import Dropout
@@ -221,6 +221,10 @@ class Program:
     def state(self) -> dict[str, paddle.Tensor]:
         """Return all tensors that training changes, distributed, by canonical name (program/state.py)."""
         return self._state.tensors()
+
+    def shard(self) -> RankShard:
+        """Copy to the host what this rank writes into a checkpoint."""
+        return self._state.shard()
 
     def restore(self, shards: ShardedReader) -> None:
         """Load the state from a checkpoint of any mesh and precision. Raises WeightsError if tensors don't match."""

@@ -11,10 +11,10 @@ import paddle
 import paddle.distributed as dist
 from paddle import nn
 
-from vit_static.checkpoint.sharded_state import ShardedReader, slice_on_rank
+from vit_static.checkpoint.sharded_state import RankShard, ShardedReader, Slices, assign_slices, slice_on_rank
 from vit_static.optim.ema import EMA
 from vit_static.optim.schedule_free import OFFSET, averaged_weights
-from vit_static.parallel.dist_values import local_array, local_tensor
+from vit_static.parallel.dist_values import local_array, local_tensor, variable_array
 from vit_static.parallel.mesh import Mesh
 from vit_static.program import engine
 from vit_static.weights.formats import State, fuse_qkv
@@ -37,12 +37,25 @@ class ProgramState:
         `beta1` is the optimizer's, if there is one.
         """
         self._dist_model, self._mesh, self._enter_main_mode, self._beta1 = dist_model, mesh, enter_main_mode, beta1
+        self._slices: Slices | None = None  # that this rank writes into checkpoints
+        self._variables: dict[str, str] = {}  # the variables of these slices
 
     def tensors(self) -> dict[str, paddle.Tensor]:
         """Return the distributed tensors by canonical name."""
-        named = self._named()
-        masters = {name.removesuffix(_MASTER): name for name in named if name.endswith(_MASTER)}
-        return {name: named[masters.get(name, name)][1] for name in named if not name.endswith(_MASTER)}
+        return {name: tensor for name, (_, tensor) in self._without_rounded().items()}
+
+    def shard(self) -> RankShard:
+        """Copy to the host what this rank writes into a checkpoint.
+
+        Which slices these are doesn't change during training, so they are found once: Paddle creates the distributed
+        tensors by copying the whole state.
+        """
+        if self._slices is None:
+            named = self._without_rounded()
+            self._slices = assign_slices({name: tensor for name, (_, tensor) in named.items()}, self._mesh.rank)
+            layer_names = {structured: name for name, structured in engine.structured_names(self._dist_model).items()}
+            self._variables = {name: layer_names.get(named[name][0], named[name][0]) for name in self._slices}
+        return RankShard({name: variable_array(key) for name, key in self._variables.items()}, self._slices)
 
     def restore(self, shards: ShardedReader) -> None:
         """Load the state from a checkpoint, whatever mesh and precision wrote it.
@@ -167,6 +180,12 @@ class ProgramState:
                 named[f"@{loss_scale[1]}"] = (key, tensor)
             # All others are computed, not trained: the learning rate, a fixed position embedding.
         return named
+
+    def _without_rounded(self) -> dict[str, tuple[str, paddle.Tensor]]:
+        """Return `_named` with the master copies in the place of the weights that are rounded from them."""
+        named = self._named()
+        masters = {name.removesuffix(_MASTER): name for name in named if name.endswith(_MASTER)}
+        return {name: named[masters.get(name, name)] for name in named if not name.endswith(_MASTER)}
 
     def _gather(self, tensor: paddle.Tensor, like: paddle.Tensor) -> np.ndarray:
         """Return the part of `tensor` that this rank holds of `like`, gathered from the data-parallel ranks if ZeRO

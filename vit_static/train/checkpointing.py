@@ -24,7 +24,7 @@ class Checkpointer:
         """Copy the state and let a thread write it; nothing where this progress has been saved. All ranks together."""
         if progress != self._saved:
             position = self._spec.data_position(progress)
-            self._writer.save_async(program.state(), progress, position, self._spec.lr_at(progress.step))
+            self._writer.save_async(program.shard, progress, position, self._spec.lr_at(progress.step))
             self._saved = progress
 
     def restored(self, progress: Progress) -> None:
