@@ -116,11 +116,15 @@ def tally(pytestconfig: pytest.Config) -> Callable[..., None]:
 
 
 @pytest.fixture
-def hangup_is_not_ignored() -> Iterator[None]:
-    """Let SIGHUP have its default effect on processes that a test starts, though the tests may run under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def signals_are_not_ignored() -> Iterator[None]:
+    """Let SIGHUP and SIGINT have their usual effect here and in processes that a test starts.
+
+    nohup ignores the first one, and a shell without job control the second one in what it starts in the background.
+    """
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGHUP, before)
+    for number, handler in zip((signal.SIGHUP, signal.SIGINT), before, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

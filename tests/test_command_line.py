@@ -245,7 +245,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(workplace: Path, number: signal.
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("hangup_is_not_ignored")
+@pytest.mark.usefixtures("signals_are_not_ignored")
 def test_a_closed_terminal_saves_the_state_of_every_process(workplace: Path) -> None:
     """SIGHUP, through run.sh and the launcher: as for SIGTERM."""
     overrides = ["-o", "name=hangup", "-o", "train.epochs=1000", "-o", "log.every_steps=1"]

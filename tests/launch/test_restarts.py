@@ -62,7 +62,7 @@ def test_a_mistake_in_the_config_is_reported_by_the_verb(scripted_job: ScriptedJ
     assert (code, stderr, len(scripted_job.calls("0"))) == (2, "", 1)
 
 
-@pytest.mark.usefixtures("hangup_is_not_ignored")
+@pytest.mark.usefixtures("signals_are_not_ignored")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_not_answered_with_a_restart(scripted_job: ScriptedJob, number: signal.Signals) -> None:
     scripted_job.start(*restarts(1), NPROC="2", ACTIONS="until:never 0")

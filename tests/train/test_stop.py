@@ -92,7 +92,7 @@ def test_a_stop_on_request_is_no_error() -> None:
     assert stop.requested
 
 
-@pytest.mark.usefixtures("hangup_is_not_ignored")
+@pytest.mark.usefixtures("signals_are_not_ignored")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_are_noted_and_the_handlers_restored(number: int) -> None:
     before = signal.getsignal(number)
