@@ -35,13 +35,14 @@ import numpy as np
 from vit_static.common.errors import DataError, WriteError, escape
 from vit_static.common.io import check_writable, write_bytes, write_json, write_lines
 from vit_static.common.terminal import ProgressBar
-from vit_static.common.text import counted, print_line, say
+from vit_static.common.text import counted, path_fields, print_line, say
 from vit_static.config.data_schema import DataConfig
 from vit_static.data.decoder_process import DecoderProcess, ImageHeader
 from vit_static.data.image_formats import SUPPORTED_FORMATS, describe_left_out, suffix_of
 from vit_static.data.image_set import FileDataset, ImageDataset
 from vit_static.data.open_set import (
     CHECK_FILE,
+    CHECK_FORMAT,
     CLASS_NAMES_FILE,
     class_folders,
     has_shards,
@@ -111,12 +112,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     problems += find_duplicates(sets, digests)
     problems.sort(key=lambda problem: (problem.split, problem.kind, problem.path, problem.detail))
     report = {
+        "format": CHECK_FORMAT,
         "root": str(root),
         **names,
         "num_images": {split: len(images) for split, images in sets.items()},
         "left_out": {split: dict(images.left_out) for split, images in sets.items()} | left_out_of_lists(root, names),
         "num_copies_within": {split: count_copies(split_digests) for split, split_digests in digests.items()},
-        "problems": [asdict(problem) for problem in problems],
+        "problems": [asdict(problem) | path_fields(problem.path) for problem in problems],
     }
     try:
         write_json(report, report_path)

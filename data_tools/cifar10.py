@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vit_static.common.io import json_text, lock, remove_new_folders, write_errors
+from vit_static.common.io import lock, remove_new_folders, write_errors
 from vit_static.common.terminal import ProgressBar
-from vit_static.common.text import print_line
+from vit_static.common.text import json_text, print_line
 from vit_static.data.manifest import SOURCE_FILE, read_manifest
 from vit_static.data.open_set import CLASS_NAMES_FILE
 from vit_static.weights.unpickler import PickledArray, load_pickle
@@ -112,7 +112,7 @@ def encode_set(batches: dict[str, tuple[np.ndarray, list[int]]], images_per_batc
                 number = batch * images_per_batch + position
                 yield f"{split}/{CLASSES[label]}/{number:05d}.png", encoded.getvalue()
     yield CLASS_NAMES_FILE, "".join(f"{name} {name}\n" for name in CLASSES).encode()
-    yield SOURCE_FILE, json_text(manifest(images_per_batch)).encode()
+    yield SOURCE_FILE, json_text(manifest(images_per_batch), indent=1).encode() + b"\n"
 
 
 def set_bytes(batches: dict[str, tuple[np.ndarray, list[int]]], images_per_batch: int) -> int:

@@ -17,6 +17,7 @@ from helpers.small import ROOT
 
 from vit_static import verbs
 from vit_static.cli.parser import make_parser, parse_arguments, verbs_of
+from vit_static.cli.run import main
 from vit_static.common.errors import UserError
 from vit_static.common.installation import EXTRAS
 from vit_static.config.loader import load_config
@@ -248,3 +249,28 @@ def test_the_extras_of_packages_are_those_of_setup_cfg() -> None:
     for package, extra in EXTRAS.items():
         lines = config["options.extras_require"][extra].splitlines()
         assert any(line.replace("-", "_").startswith(package) for line in lines), package
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one_line"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("can't start new thread"), True),
+        (RuntimeError("Error in CPU operator `fn.resize`: std::bad_alloc"), True),
+        (RuntimeError("[json.exception] Failed to allocate 12345 bytes"), True),
+        (RuntimeError("CUDA runtime error: failed to allocate 12 GB"), False),  # whose details the traceback has
+        (RuntimeError("something else"), False),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_exhausted_memory_is_one_line(
+    error: Exception, is_one_line: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(verbs, "run_models", fail)
+    assert main(["models"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert (len(lines) == 1 and lines[0].startswith("vit_static: out of memory (")) == is_one_line
+    assert ("Traceback" in "".join(lines)) != is_one_line

@@ -23,6 +23,7 @@ from data_tools import check as tool
 from data_tools.__main__ import main
 from vit_static.common.errors import DataError
 from vit_static.common.io import lock
+from vit_static.common.text import path_of
 from vit_static.config.data_schema import DataConfig
 from vit_static.data.image_set import ImageDataset
 from vit_static.data.loader import undecodable
@@ -292,11 +293,17 @@ def test_names_that_arent_utf8_are_checked_and_skipped(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONUTF8": "1"}, capture_output=True, check=False)
     assert done.returncode == 1, done.stderr
     assert b"\\xe9t\\xe9.jpeg" in done.stdout
-    (problem,) = json.loads((tmp_path / "data_check.json").read_text(encoding="utf-8"))["problems"]
-    assert problem["path"] == f"train/cat/{name}"
+    report = json.loads((tmp_path / "data_check.json").read_text(encoding="utf-8"))
+    (problem,) = report["problems"]
+    json.dumps(report, ensure_ascii=False).encode()  # raises for what other parsers refuse
+    assert problem["path"] == "train/cat/\\xe9t\\xe9.jpeg" and path_of(problem) == f"train/cat/{name}"
     data = DataConfig(root=str(tmp_path), on_bad_image="skip")
     num_files = sum(1 for _ in (tmp_path / "train").glob("*/*"))
     assert len(open_set(data, "train", 2)) == num_files - 1
+    for newer in (2, 10**30):
+        (tmp_path / "data_check.json").write_text(json.dumps(report | {"format": newer}))
+        with pytest.raises(DataError, match=r"written by a newer version \(format \d+\); this one reads up to 1; upd"):
+            open_set(data, "train", 2)
 
 
 def test_a_disk_that_refuses_the_lists_is_found_before_an_image_is_read(

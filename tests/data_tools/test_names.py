@@ -14,7 +14,14 @@ from helpers.sets import photo
 from helpers.small import ROOT
 
 from vit_static.common.errors import escape
-from vit_static.common.text import display_name
+from vit_static.common.text import (
+    display_name,
+    escape_within,
+    json_line,
+    json_text,
+    path_fields,
+    path_of,
+)
 from vit_static.config.data_schema import DataConfig
 from vit_static.data.open_set import class_line, name_of_folder, open_set, read_class_names
 
@@ -81,7 +88,7 @@ def test_tools_keep_every_byte_of_names_in_any_locale(locale: dict[str, str], tm
     printed = run_tool(locale, "check", root)
     assert rb"\xb6\xaf\xce\xef/ 1  .jpg: can't be read as an image" in printed
     (problem,) = json.loads((root / "data_check.json").read_text(encoding="utf-8"))["problems"]
-    assert os.fsencode(problem["path"]) == damaged
+    assert os.fsencode(path_of(problem)) == damaged
     skipping = data.model_copy(update={"on_bad_image": "skip"})
     sizes = [len(open_set(each, split, len(FOLDERS))) for each in (data, skipping) for split in ("train", "val")]
     assert sum(sizes[:2]) == len(expected) == sum(sizes[2:]) + 1
@@ -105,3 +112,20 @@ def test_names_are_displayed_without_losing_spaces() -> None:
     assert display_name("  a\u3000b \u202fc  ") == "  a\u3000b \u202fc  "
     assert display_name("a\nb\x1b\udcb9\u2028") == "a\\nb\\x1b\\xb9\\u2028"
     assert escape("  \udcb9  \u202e ") == "  \\xb9  \\u202e "
+
+
+def test_a_name_is_cut_between_escapes() -> None:
+    name = "ab\udcb9\u202ec"  # shown as ab\xb9\u202ec
+    cut = [escape_within(name, width) for width in range(1, 15)]
+    assert cut[:6] == ["…", "a…", "ab…", "ab…", "ab…", "ab…"] and cut[6] == "ab\\xb9…" == cut[11]
+    assert cut[12] == cut[13] == escape(name)
+
+
+def test_json_is_read_by_any_parser_and_keeps_the_bytes_of_paths() -> None:
+    for path in ("a/b.jpg", "caf\u00e9 \U0001f408", "\udcb9\udcff.jpg", "\\xb9.jpg"):
+        fields = path_fields(path)
+        assert {path_of(json.loads(to_json(fields))) for to_json in (json_text, json_line)} == {path}
+    value = {"k\udcb9": ["\ud800", ("\udfff", 1.5, None, True)], "cat": "\U0001f408"}
+    for text in (json_text(value), json_text(value, indent=1), json_line(value)):
+        assert json.loads(text) == {"k\\xb9": ["\\ud800", ["\\udfff", 1.5, None, True]], "cat": "\U0001f408"}
+        json.dumps(json.loads(text), ensure_ascii=False).encode()  # raises for a lone surrogate

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vit_static.common.errors import PredictError
+from vit_static.common.text import path_of
 from vit_static.config.schema import Config
 from vit_static.export.exporter import write_artifact
 from vit_static.inference.artifact import MODEL_FILE, SPEC_FILE, WEIGHTS_FILE, read_spec, spec_of
@@ -162,7 +163,7 @@ def test_an_older_export_is_refused_with_the_remedy(accepts_model, exported: Any
 
 
 def test_nan_gives_an_error_instead_of_probabilities(tmp_path: Path, exported: Any) -> None:
-    """The line is valid JSON, also for a file name that is not UTF-8."""
+    """The line is valid JSON for any parser, also for a file name that is not UTF-8, whose bytes it has."""
     for name, content in exported["nan"].items():
         (tmp_path / name).write_bytes(content)
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
@@ -171,4 +172,5 @@ def test_nan_gives_an_error_instead_of_probabilities(tmp_path: Path, exported: A
     assert exit_code == 2
     (line,) = output.splitlines()
     result = json.loads(line, parse_constant=pytest.fail)
-    assert result["path"].endswith("\udcff.png") and "NaN" in result["error"]
+    assert line.isprintable() and result["path"] == f"{tmp_path}/\\xff.png" and "NaN" in result["error"]
+    assert path_of(result) == f"{tmp_path}/\udcff.png"

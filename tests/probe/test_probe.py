@@ -63,6 +63,10 @@ def test_the_cache_follows_the_weights_and_the_images(exported: Exported, tmp_pa
     }
     cached.write_bytes(b"PK damaged")
     assert not features()[1] and "is damaged" in capfd.readouterr().err
+    np.savez(cached, features=first, format=np.array(2))
+    newer = cached.read_bytes()
+    assert not features()[1] and "was written by a newer version (format 2)" in capfd.readouterr().err
+    assert cached.read_bytes() == newer
     changed = next((root / "val").glob("*/*"))
     changed.write_bytes(exported.validation_images()[-1].read_bytes() + b"\0")
     assert not features()[1]

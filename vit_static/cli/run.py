@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import sys
 import traceback
@@ -19,6 +20,7 @@ from vit_static.common.errors import (
     RunFailed,
     UserError,
     WriteError,
+    describe_error,
     describe_os_error,
 )
 from vit_static.common.installation import describe_missing
@@ -26,6 +28,10 @@ from vit_static.common.library_output import best_effort, library_output
 from vit_static.common.startup import handle_stop_signals, take_stop_signal
 from vit_static.common.text import print_text, say
 
+_OUT_OF_MEMORY = re.compile(
+    r"bad_alloc|cannot allocate memory|can't start new thread|failed to allocate", re.IGNORECASE
+)
+_OF_GPU = re.compile(r"cuda|gpu", re.IGNORECASE)
 MAX_LIBRARY_LINES = 40  # shown before a traceback
 # Verbs whose product is what they print: when its reader, such as `head`, has left, they are done. The others only
 # report on what they do, and continue without a reader.
@@ -85,7 +91,21 @@ def _report(error: Exception) -> int:
     if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
         say(describe_os_error(error))
         return EXIT_FAILED
+    if _is_out_of_memory(error):
+        say(
+            f"out of memory ({describe_error(error)}); free some, raise the limit for this process, or lower "
+            "data.global_batch_size or data.num_threads"
+        )
+        return EXIT_FAILED
     return _fail_with_traceback()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Return whether the host's memory, not a GPU's, was exhausted; libraries have their own errors for that."""
+    if isinstance(error, MemoryError):
+        return True
+    text = str(error)
+    return _OUT_OF_MEMORY.search(text) is not None and _OF_GPU.search(text) is None
 
 
 def _has_reader_left() -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_static.common.errors import DISK_ERRNOS, DISK_FULL_ERRNOS, RunFailed, UserError, WriteError
-from vit_static.common.text import say
+from vit_static.common.text import json_text, say
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how libraries in Rust show the system's error
 NumBytes = int | Callable[[], int] | None  # a size, or a function that computes it if a disk turns out to be full
@@ -202,12 +201,7 @@ def write_lines(lines: Callable[[], Iterable[bytes]], path: Path) -> None:
 
 def write_json(values: Any, path: Path) -> None:
     """Write `values` as JSON, atomically."""
-    write_text(json_text(values), path)
-
-
-def json_text(values: Any) -> str:
-    """Return the content of a JSON file."""
-    return json.dumps(values, indent=1) + "\n"
+    write_text(json_text(values, indent=1) + "\n", path)
 
 
 def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:

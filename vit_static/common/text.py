@@ -5,16 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import sys
 import unicodedata
+from base64 import b64decode, b64encode
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TextIO
 
 from vit_static.common.errors import escape, escape_character
 from vit_static.common.installation import COMMAND, localize
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _UNSAFE_CATEGORIES = ("Cc", "Cs", "Zl", "Zp")  # control characters, surrogates, separators of lines and paragraphs
 
 
@@ -49,9 +54,28 @@ def escape_lines(text: str) -> str:
     return "\n".join("\t".join(map(escape, line.split("\t"))) for line in text.split("\n"))
 
 
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Return JSON that any parser reads: bytes of names that aren't UTF-8, which JSON can't hold, become escapes."""
+    text = json.dumps(value, indent=indent)
+    return json.dumps(_to_unicode(value), indent=indent) if "\\ud" in text else text
+
+
+def path_fields(path: str) -> dict[str, str]:
+    """Return a path as fields of a JSON object: `path`, and `path_base64` with its bytes if they aren't UTF-8."""
+    text = to_unicode(path)
+    return {"path": text} if text == path else {"path": text, "path_base64": b64encode(os.fsencode(path)).decode()}
+
+
+def path_of(fields: Mapping[str, str]) -> str:
+    """Return the path that `path_fields` was given. Raise KeyError, TypeError or ValueError for other fields."""
+    encoded = fields.get("path_base64")
+    return fields["path"] if encoded is None else os.fsdecode(b64decode(encoded, validate=True))
+
+
 def json_line(value: Any) -> str:
-    """Return JSON of one line. Characters that `escape` escapes are JSON's escapes, so a parser gets them unchanged."""
-    text = json.dumps(value, ensure_ascii=False)
+    """Return JSON of one line that any parser reads. Characters that `escape` escapes are JSON's escapes, so a parser
+    gets them unchanged, but for bytes of names that aren't UTF-8: see `path_fields`."""
+    text = json.dumps(_to_unicode(value), ensure_ascii=False)
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in text)
@@ -109,7 +133,16 @@ def read_lines(path: Path) -> list[str]:
 
 def to_unicode(name: str) -> str:
     """Replace the bytes of a name that aren't UTF-8 by escapes, since JSON can't hold them; keep everything else."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return _SURROGATE.sub(lambda match: escape_character(match[0]), name)
+
+
+def _to_unicode(value: Any) -> Any:
+    """Return a JSON value with `to_unicode` of all its texts and keys."""
+    if isinstance(value, str):
+        return to_unicode(value)
+    if isinstance(value, Mapping):
+        return {_to_unicode(key): _to_unicode(each) for key, each in value.items()}
+    return list(map(_to_unicode, value)) if isinstance(value, list | tuple) else value
 
 
 def display_name(name: str) -> str:
@@ -122,6 +155,15 @@ def display_name(name: str) -> str:
         escape_character(character) if unicodedata.category(character) in _UNSAFE_CATEGORIES else character
         for character in name
     )
+
+
+def escape_within(text: str, width: int) -> str:
+    """Return `text` as `escape` does, cut to `width` characters, with an ellipsis, between its characters' escapes."""
+    shown = escape(text)
+    if len(shown) <= width:
+        return shown
+    ends = [*accumulate(len(escape(character)) for character in text[:width])]
+    return "".join(map(escape, text[: bisect_right(ends, width - 1)])) + "…"
 
 
 def counted(number: int, noun: str, *, be: bool = False) -> str:

@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vit_static.common.errors import os_reason
-from vit_static.common.io import json_text, remove_new_folders, write_errors
+from vit_static.common.io import remove_new_folders, write_errors
+from vit_static.common.text import json_text
 from vit_static.data.manifest import CLASS_NAMES_FILE, SOURCE_FILE, read_manifest
 
 # labels: {folder: name}, folders in label order
@@ -139,7 +140,7 @@ def encode_set(images: NDArray[np.uint8], digits: NDArray[np.int64], labels: str
         split = "val" if in_val[index] else "train"
         files[f"{split}/{class_folder}/digit_{index:04d}.jpeg"] = encoded.getvalue()
     files[CLASS_NAMES_FILE] = class_names_text(labels).encode()
-    files[SOURCE_FILE] = json_text(manifest(labels, size)).encode()
+    files[SOURCE_FILE] = json_text(manifest(labels, size), indent=1).encode() + b"\n"
     return files
 
 

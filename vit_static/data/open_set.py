@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vit_static.common.errors import DataError, escape, os_reason, truncate
-from vit_static.common.text import counted, display_name, read_lines
+from vit_static.common.errors import DataError, escape, newer_format, os_reason, truncate
+from vit_static.common.text import counted, display_name, path_of, read_lines
 from vit_static.config.data_schema import DataConfig
 from vit_static.data.image_formats import describe_left_out, is_image_name, left_out_kind
 from vit_static.data.image_set import FileDataset, ImageDataset
@@ -24,6 +24,7 @@ from vit_static.data.webdataset import UNFINISHED_FILE, open_shards
 
 _MAX_NAMED_CLASSES = 8
 _LINE_ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
+CHECK_FORMAT = 1  # of that file; a file without a number has it, too
 CHECK_FILE = "data_check.json"  # written into ROOT by `./run.sh data check ROOT`
 
 
@@ -334,14 +335,19 @@ def _bad_images(data: DataConfig) -> list[str]:
     path = Path(data.root) / CHECK_FILE
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        names = [problem["path"] for problem in report["problems"] if problem["stops_training"]]
+        newer = newer_format(report.get("format"), CHECK_FORMAT)
+        if newer is not None:
+            raise DataError(f"{path}: {newer}; update this program, or create it again with '{check_command(data)}'")
+        names = [path_of(problem) for problem in report["problems"] if problem["stops_training"]]
         for name in names:
             os.fsencode(name)
         return names
+    except DataError:
+        raise
     except OSError as error:
         raise DataError(
             f"{path}: can't be read ({os_reason(error)}), but data.on_bad_image=skip leaves out the images that it "
             f"lists; create it with '{check_command(data)}'"
         ) from None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DataError(f"{path}: is not a report of 'data check'; create it with '{check_command(data)}'") from None

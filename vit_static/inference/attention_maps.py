@@ -27,7 +27,7 @@ from vit_static.common.drawing import (
     write_png,
 )
 from vit_static.common.errors import PredictError, UserError, escape
-from vit_static.common.text import counted, json_line, print_line, say
+from vit_static.common.text import counted, json_line, path_fields, print_line, say
 from vit_static.config.schema import Config, ModelConfig
 from vit_static.inference.artifact import MODEL_FILE, SPEC_FILE, ModelSpec, Preprocessing, read_spec, spec_of
 from vit_static.inference.image_io import find_images
@@ -288,7 +288,7 @@ def visualize(
             path, stem = next(named_paths)
             if error is not None:
                 num_failed += 1
-                print_line(json_line({"path": str(path), "error": str(error)}))
+                print_line(json_line({**path_fields(str(path)), "error": str(error)}))
                 continue
             result = next(results)
             title = f"{stem}: {result.class_name}, {100.0 * result.probability:.1f} %" if result.class_name else stem
@@ -296,7 +296,7 @@ def visualize(
             _write(draw_rollout(result.pixels, result.rollout, title), out / f"{stem}_rollout.png")
             _write(draw_heads(result.pixels, result.heads, title), out / f"{stem}_heads.png")
             top = [{"class": result.label, "name": result.class_name, "probability": round(result.probability, 6)}]
-            print_line(json_line({"path": str(path), "top": top if result.class_name else []}))
+            print_line(json_line({**path_fields(str(path)), "top": top if result.class_name else []}))
     sys.stdout.flush()
     if num_failed:
         say(f"{counted(num_failed, 'image')} could not be read; see above for the reason")

@@ -15,7 +15,7 @@ import numpy as np
 
 from vit_static.common.errors import AtLeast, PredictError, escape
 from vit_static.common.io import write_atomically
-from vit_static.common.text import csv_cell, csv_row, json_line, print_line, say
+from vit_static.common.text import csv_cell, csv_row, escape_within, json_line, path_fields, print_line, say
 from vit_static.config.schema import InferencePrecision
 from vit_static.inference.image_io import find_images, read_path_list
 from vit_static.inference.predictor import Prediction, Predictor, load_predictor
@@ -150,8 +150,8 @@ class _Layout(NamedTuple):
 
 def _json_line(path: str, prediction: Prediction | PredictError, layout: _Layout) -> str:
     if isinstance(prediction, PredictError):
-        return json_line({"path": path, "error": str(prediction)})
-    return json_line({"path": path, "top": prediction.top()})
+        return json_line({**path_fields(path), "error": str(prediction)})
+    return json_line({**path_fields(path), "top": prediction.top()})
 
 
 def _csv_columns(num_classes: int | None) -> list[str]:
@@ -177,10 +177,9 @@ def _table_line(path: str, prediction: Prediction | PredictError, layout: _Layou
     if isinstance(prediction, PredictError):
         return f"{'':7}  {prediction}"
     width = layout.name_width
-    names = map(escape, prediction.names)
+    names = (escape_within(name, width) for name in prediction.names)
     classes = [
-        f"{probability:7.2%}  {name if len(name) <= width else name[: width - 1] + '…':{width}}"
-        for name, probability in zip(names, prediction.probabilities, strict=True)
+        f"{probability:7.2%}  {name:{width}}" for name, probability in zip(names, prediction.probabilities, strict=True)
     ]
     if layout.num_columns is None and not classes:
         classes = [f"{'':7}  no class"]

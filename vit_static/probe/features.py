@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from vit_static.common.errors import DataError, UserError, os_reason
+from vit_static.common.errors import AtLeast, DataError, UserError, newer_format, os_reason
 from vit_static.common.io import cache_dir, write_atomically
 from vit_static.common.terminal import ProgressBar
 from vit_static.common.text import say
@@ -31,6 +31,7 @@ from vit_static.weights.infer import config_for
 from vit_static.weights.load import load_into
 from vit_static.weights.source import WhichWeights, load_weights
 
+_FORMAT = 1  # of the cache's files; a file without a number has it, too
 _VERSION = 1  # of what extraction computes; part of the cache's key
 
 
@@ -107,14 +108,18 @@ def cached_features(extractor: FeatureExtractor, images: ImageDataset, *, refres
     """
     labels = images.labels().values.astype(np.int64)
     path = cache_dir() / "features" / f"{_cache_key(extractor, images)}.npz"
+    newer = _newer_cache(path)
+    if newer is not None:
+        say(f"{path}: {newer}, so the features are extracted again, and it stays as it is")
+        return Samples(extract_all(extractor, images), labels), False
     if not refresh:
         features = _read_cache(path, len(images))
         if features is not None:
             return Samples(features, labels), True
     features = extract_all(extractor, images)
     try:
-        with write_atomically(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, features=features)
+        with write_atomically(path, AtLeast(features.nbytes)) as temporary, temporary.open("wb") as file:
+            np.savez(file, features=features, format=np.array(_FORMAT))
     except OSError as error:
         say(f"{path}: the features can't be cached ({os_reason(error)}); they are extracted again next time")
     return Samples(features, labels), False
@@ -134,6 +139,15 @@ def extract_all(extractor: FeatureExtractor, images: ImageDataset) -> np.ndarray
     if not np.isfinite(features).all():
         raise UserError(f"{extractor.description}: its features have NaN or infinite values; use other weights")
     return features
+
+
+def _newer_cache(path: Path) -> str | None:
+    """Return what to say about a file of a newer format; None for any other, and if there is none."""
+    try:
+        with np.load(path, allow_pickle=False) as members:
+            return newer_format(int(members["format"]), _FORMAT)
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
 
 
 def _read_cache(path: Path, num_images: int) -> np.ndarray | None:

@@ -14,11 +14,11 @@ from markupsafe import Markup
 
 from vit_static.common.errors import UserError, escape
 from vit_static.common.io import write_bytes
-from vit_static.common.text import print_line
+from vit_static.common.text import counted, print_line, say
 from vit_static.report.charts import as_json
 from vit_static.report.comparison_page import comparison_page
 from vit_static.report.curves import timeline_data
-from vit_static.report.run_log import RunLogData, read_run
+from vit_static.report.run_log import METRICS_FILE, RunLogData, read_run
 from vit_static.report.run_page import run_page
 
 REPORT_FILE = "report.html"
@@ -33,7 +33,9 @@ def write_report(run_dir: Path, path: Path | None = None) -> Path:
     Raises UserError if the folder is not a run's, or its log is still empty.
     """
     path = path or run_dir / REPORT_FILE
-    return _write_run_page(read_run(run_dir), run_dir, path, is_live=False)
+    run = read_run(run_dir)
+    _say_unread(run, run_dir)
+    return _write_run_page(run, run_dir, path, is_live=False)
 
 
 def write_live_report(run_dir: Path) -> bool:
@@ -57,7 +59,14 @@ def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
         read_run(run_dir, name if names.count(name) == 1 else str(run_dir))
         for run_dir, name in zip(run_dirs, names, strict=True)
     ]
+    for run, run_dir in zip(runs, run_dirs, strict=True):
+        _say_unread(run, run_dir)
     return _render("comparison.html.j2", path, f"{len(runs)} runs", runs, comparison_page(runs))
+
+
+def _say_unread(run: RunLogData, run_dir: Path) -> None:
+    if run.num_unread_lines:
+        say(f"{run_dir / METRICS_FILE}: {counted(run.num_unread_lines, 'line')} can't be read, and are left out")
 
 
 def write_reports(run_dirs: Sequence[Path], out: Path | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import socket
@@ -12,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vit_static.common.text import json_text
 from vit_static.report.error_analysis import EVALUATION_FILE, ErrorAnalysis
 from vit_static.report.page import REPORT_FILE, write_live_report, write_report
 from vit_static.report.run_log import METRICS_FILE, RECORDS_LOST
@@ -53,7 +53,7 @@ class MetricsFile(Sink[Record]):
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in entry.items()
         }
-        self._writer.write(self._descriptor, ("\n" * self._is_cut_off + json.dumps(finite) + "\n").encode())
+        self._writer.write(self._descriptor, ("\n" * self._is_cut_off + json_text(finite) + "\n").encode())
         self._is_cut_off = False
         self._last_step, self._last_epoch = item.step, item.epoch
 
