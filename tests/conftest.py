@@ -61,6 +61,15 @@ def pytest_configure(config: pytest.Config) -> None:
         num_cores = len(os.sched_getaffinity(0)) // config.workerinput["workercount"]  # type: ignore[attr-defined]
         os.environ.setdefault("OMP_NUM_THREADS", str(max(num_cores, 1)))
     prepare_process(verbose=True)
+    _leave_out_origins_of_operators()
+
+
+def _leave_out_origins_of_operators() -> None:
+    """Don't let DALI store for each operator where it was created: below pytest's stack that takes half of the time to
+    build a pipeline with RandAugment."""
+    from nvidia.dali._utils import dali_trace
+
+    dali_trace.set_tracing(enabled=False)
 
 
 @pytest.hookimpl(wrapper=True)
