@@ -12,6 +12,7 @@ import pytest
 from helpers.sets import photo, thirteen_images
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
+from scipy import stats
 
 from vit_static.common.errors import DataError
 from vit_static.config.data_schema import AugmentConfig, DataConfig, EvalConfig
@@ -188,13 +189,66 @@ def test_the_random_crop_is_torchvisions(augment: AugmentConfig) -> None:
     np.testing.assert_array_equal(crops, expected)
 
 
+def plsc_crop(height: int, width: int, draws: np.ndarray, augment: AugmentConfig) -> tuple[int, ...]:
+    """Return (top, left, height, width) of PLSC's RandCropImage with these uniform numbers, in float64."""
+    area_draw, ratio_draw, *position = (float(draws[number]) for number in (0, 10, 20, 21))
+    min_ratio, max_ratio = augment.crop_aspect_ratio
+    ratio = min_ratio + (max_ratio - min_ratio) * ratio_draw
+    low, high = (min(limit, width / height / ratio, height / width * ratio) for limit in augment.crop_scale)
+    area = width * height * (low + (high - low) * area_draw)
+    h, w = max(math.floor(math.sqrt(area / ratio) + 1e-9), 1), max(math.floor(math.sqrt(area * ratio) + 1e-9), 1)
+    return int((height - h + 1) * position[0]), int((width - w + 1) * position[1]), h, w
+
+
+def test_the_random_crop_is_plscs() -> None:
+    rng = np.random.default_rng(2)
+    sizes = np.concatenate([EXTREME_SHAPES, rng.integers(1, 700, (491, 2))])
+    shapes = np.column_stack([sizes, np.full(500, 3)]).astype(np.int64)
+    draws = rng.random((500, NUM_CROP_FLIP_DRAWS), np.float32)
+    for scale in ((0.05, 1.0), (0.9, 1.0)):
+        augment = AugmentConfig(crop_method="plsc", crop_scale=scale)
+        crops = random_crops(shapes, draws, augment)
+        assert (crops[:, 2:] >= 1).all() and (crops[:, :2] >= 0).all()
+        assert (crops[:, :2] + crops[:, 2:] <= sizes).all()
+        expected = [plsc_crop(int(h), int(w), row, augment) for (h, w), row in zip(sizes, draws, strict=True)]
+        # Where float32 rounds a side to the next whole number, it differs by a pixel.
+        differs = (crops != expected).any(axis=1)
+        assert differs.mean() < 0.005 and np.abs(crops - expected).max() <= 1
+
+
+def test_the_aspect_ratios_have_their_distributions() -> None:
+    """In an image in which every crop fits, the ratio is uniform, or uniform in its logarithm, and so is the area."""
+    shapes = np.tile([4000, 4000, 3], (3000, 1)).astype(np.int64)
+    draws = np.random.default_rng(3).random((3000, NUM_CROP_FLIP_DRAWS), np.float32)
+    uniform = stats.uniform(3 / 4, 4 / 3 - 3 / 4)
+    p_values = {}
+    for method in ("torchvision", "plsc"):
+        augment = AugmentConfig(crop_method=method, crop_scale=(0.05, 0.7))
+        height, width = random_crops(shapes, draws, augment)[:, 2:].T.astype(float)
+        assert stats.kstest(height * width / 4000**2, stats.uniform(0.05, 0.65).cdf).pvalue > 0.01
+        for name, distribution in (("plsc", uniform), ("torchvision", stats.loguniform(3 / 4, 4 / 3))):
+            p_values[method, name] = stats.kstest(width / height, distribution.cdf).pvalue
+    assert all((p_value > 0.01) == (method == name) for (method, name), p_value in p_values.items()), p_values
+
+
+def test_plscs_area_is_limited_to_what_fits() -> None:
+    """In a square, the ratio r limits the area to min(r, 1/r): for a share of 1, the mean is known in closed form."""
+    shapes = np.tile([4000, 4000, 3], (3000, 1)).astype(np.int64)
+    draws = np.random.default_rng(4).random((3000, NUM_CROP_FLIP_DRAWS), np.float32)
+    crops = random_crops(shapes, draws, AugmentConfig(crop_method="plsc", crop_scale=(1.0, 1.0)))
+    mean = ((1 - (3 / 4) ** 2) / 2 + math.log(4 / 3)) / (4 / 3 - 3 / 4)
+    assert (crops[:, 2:].max(axis=1) == 4000).all()
+    assert (crops[:, 2:].prod(axis=1) / 4000**2).mean() == pytest.approx(mean, abs=0.005)
+
+
 def test_a_crop_is_inside_the_image_for_the_least_and_greatest_draws() -> None:
     min_draw, max_draw = np.float32(0), np.nextafter(np.float32(1), np.float32(0))
     shapes = np.array([[h, w, 3] for h, w in [*EXTREME_SHAPES, *SIZES]], np.int64)
     for draw in (min_draw, max_draw):
-        crops = random_crops(shapes, np.full((len(shapes), NUM_CROP_FLIP_DRAWS), draw), AugmentConfig())
-        assert (crops[:, :2] >= 0).all() and (crops[:, 2:] >= 1).all()
-        assert (crops[:, :2] + crops[:, 2:] <= shapes[:, :2]).all()
+        for augment in (AugmentConfig(), AugmentConfig(crop_method="plsc")):
+            crops = random_crops(shapes, np.full((len(shapes), NUM_CROP_FLIP_DRAWS), draw), augment)
+            assert (crops[:, :2] >= 0).all() and (crops[:, 2:] >= 1).all()
+            assert (crops[:, :2] + crops[:, 2:] <= shapes[:, :2]).all()
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])

@@ -111,6 +111,11 @@ class AugmentConfig(Section):
 
     crop_scale: FractionRange = Field((0.08, 1.0), description="share of the image's area: [min, max]")
     crop_aspect_ratio: Range = Field((3 / 4, 4 / 3), description="width / height: [min, max]")
+    crop_method: Literal["torchvision", "plsc"] = Field(
+        "torchvision",
+        description="torchvision: the aspect ratio is uniform in its logarithm, and crops that don't fit are drawn "
+        "again, ten times at most; plsc: it is uniform, and the area is limited to what fits",
+    )
     interpolation: Interpolation = Field("bicubic", description="filter that resizes the crop")
     antialias: bool = Field(True, description="low-pass filter when reducing the size, as Pillow does")
     flip_probability: Fraction = Field(0.5, description="probability of a horizontal flip")

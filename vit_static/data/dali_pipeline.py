@@ -83,13 +83,21 @@ def train_pipeline(
 
 @do_not_convert
 def random_crop(shape: Any, draws: Any, augment: AugmentConfig) -> tuple[Any, Any]:
-    """Return a crop's corner and size, [2] each (y, x), in an image of `shape` [3]: torchvision's RandomResizedCrop.
+    """Return a crop's corner and size, [2] each (y, x), in an image of `shape` [3], by `augment.crop_method`.
+
+    `draws` [24]: 0-9 areas, 10-19 aspect ratios, 20 and 21 the position.
+    """
+    height, width = fn.cast(shape[0], dtype=types.FLOAT), fn.cast(shape[1], dtype=types.FLOAT)
+    return _CROP_METHODS[augment.crop_method](height, width, draws, augment)
+
+
+def _torchvision_crop(height: Any, width: Any, draws: Any, augment: AugmentConfig) -> tuple[Any, Any]:
+    """Return the crop of torchvision's RandomResizedCrop.
 
     In up to ten attempts, the share of the area is uniform and the aspect ratio is uniform in its logarithm; the first
     crop that fits in the image gets a uniform position. If none fits, the crop is the largest centred one with an
-    allowed aspect ratio. `draws` [24]: 0-9 areas, 10-19 aspect ratios, 20 and 21 the position.
+    allowed aspect ratio.
     """
-    height, width = fn.cast(shape[0], dtype=types.FLOAT), fn.cast(shape[1], dtype=types.FLOAT)
     min_area, max_area = augment.crop_scale
     min_aspect_ratio, max_aspect_ratio = augment.crop_aspect_ratio
     area = height * width * (min_area + (max_area - min_area) * draws[0:10])
@@ -113,6 +121,32 @@ def random_crop(shape: Any, draws: Any, augment: AugmentConfig) -> tuple[Any, An
     y = dali_math.min(dali_math.floor(num_y * y_share), height - crop_height)
     x = dali_math.min(dali_math.floor(num_x * x_share), width - crop_width)
     return fn.stack(y, x), fn.stack(crop_height, crop_width)
+
+
+def _plsc_crop(height: Any, width: Any, draws: Any, augment: AugmentConfig) -> tuple[Any, Any]:
+    """Return the crop of PLSC's RandCropImage (plsc/data/preprocess/basic_transforms.py).
+
+    The aspect ratio is uniform, the share of the area is uniform between the limits, each reduced to what fits in the
+    image with this ratio, and the position is uniform.
+    """
+    min_area, max_area = augment.crop_scale
+    min_aspect_ratio, max_aspect_ratio = augment.crop_aspect_ratio
+    aspect_ratio = min_aspect_ratio + (max_aspect_ratio - min_aspect_ratio) * draws[10]
+    bound = dali_math.min(width / height / aspect_ratio, height / width * aspect_ratio)
+    low, high = dali_math.min(bound, min_area), dali_math.min(bound, max_area)
+    area = height * width * (low + (high - low) * draws[0])
+
+    def side(squared: Any, largest: Any) -> Any:
+        """Return whole pixels, rounded down but for float32's error, so that a crop of the image's width has that."""
+        return dali_math.clamp(dali_math.floor(dali_math.sqrt(squared) * (1 + 1e-6)), 1, largest)
+
+    crop_height, crop_width = side(area / aspect_ratio, height), side(area * aspect_ratio, width)
+    y = dali_math.min(dali_math.floor((height - crop_height + 1) * draws[20]), height - crop_height)
+    x = dali_math.min(dali_math.floor((width - crop_width + 1) * draws[21]), width - crop_width)
+    return fn.stack(y, x), fn.stack(crop_height, crop_width)
+
+
+_CROP_METHODS = {"torchvision": _torchvision_crop, "plsc": _plsc_crop}
 
 
 def eval_pipeline(
