@@ -24,6 +24,7 @@ from vit_static.config.loader import load_config
 from vit_static.config.recipes import list_recipes
 from vit_static.config.yaml_loader import read_yaml
 from vit_static.model.variants import VARIANTS
+from vit_static.program.cpu import onednn
 
 
 def leaf_verbs() -> dict[str, argparse.ArgumentParser]:
@@ -257,7 +258,11 @@ def test_the_extras_of_packages_are_those_of_setup_cfg() -> None:
         (MemoryError(), True),
         (RuntimeError("can't start new thread"), True),
         (RuntimeError("Error in CPU operator `fn.resize`: std::bad_alloc"), True),
-        (RuntimeError("[json.exception] Failed to allocate 12345 bytes"), True),
+        (RuntimeError("Resource temporarily unavailable"), True),  # of DALI, for a thread
+        (
+            RuntimeError("1. C++\nError: (error code is x.so: failed to map segment)\n1. Check if CUDA is installed"),
+            True,
+        ),
         (RuntimeError("CUDA runtime error: failed to allocate 12 GB"), False),  # whose details the traceback has
         (RuntimeError("something else"), False),
     ],
@@ -273,4 +278,9 @@ def test_exhausted_memory_is_one_line(
     assert main(["models"]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert (len(lines) == 1 and lines[0].startswith("vit_static: out of memory (")) == is_one_line
-    assert ("Traceback" in "".join(lines)) != is_one_line
+    assert ("Traceback" in "".join(lines)) != is_one_line and (not is_one_line or "1. C" not in lines[0])
+
+
+def test_onednns_want_of_memory_is_known() -> None:
+    with pytest.raises(MemoryError, match="dnnl_primitive_create"):
+        onednn.check("primitive_create", 1)

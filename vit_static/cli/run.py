@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import select
@@ -22,16 +23,22 @@ from vit_static.common.errors import (
     WriteError,
     describe_error,
     describe_os_error,
+    escape,
+    truncate,
 )
 from vit_static.common.installation import describe_missing
 from vit_static.common.library_output import best_effort, library_output
 from vit_static.common.startup import handle_stop_signals, take_stop_signal
 from vit_static.common.text import print_text, say
 
+# What libraries say when the host has no memory for an allocation, a thread or a library; and when a GPU has none.
 _OUT_OF_MEMORY = re.compile(
-    r"bad_alloc|cannot allocate memory|can't start new thread|failed to allocate", re.IGNORECASE
+    r"[^\n]*(bad_alloc|cannot allocate memory|failed to allocate|failed to map segment|can't start new thread|"
+    r"resource temporarily unavailable)[^\n]*",
+    re.IGNORECASE,
 )
-_OF_GPU = re.compile(r"cuda|gpu", re.IGNORECASE)
+_OF_GPU = re.compile(r"cuda (runtime )?error|cudaMalloc|GPU memory", re.IGNORECASE)
+MAX_ERROR_LENGTH = 250
 MAX_LIBRARY_LINES = 40  # shown before a traceback
 # Verbs whose product is what they print: when its reader, such as `head`, has left, they are done. The others only
 # report on what they do, and continue without a reader.
@@ -91,21 +98,23 @@ def _report(error: Exception) -> int:
     if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
         say(describe_os_error(error))
         return EXIT_FAILED
-    if _is_out_of_memory(error):
+    shortage = _describe_shortage(error)
+    if shortage is not None:
         say(
-            f"out of memory ({describe_error(error)}); free some, raise the limit for this process, or lower "
+            f"out of memory ({shortage}); free some, raise the limit for this process, or lower "
             "data.global_batch_size or data.num_threads"
         )
         return EXIT_FAILED
     return _fail_with_traceback()
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Return whether the host's memory, not a GPU's, was exhausted; libraries have their own errors for that."""
-    if isinstance(error, MemoryError):
-        return True
-    text = str(error)
-    return _OUT_OF_MEMORY.search(text) is not None and _OF_GPU.search(text) is None
+def _describe_shortage(error: Exception) -> str | None:
+    """Return what the host, rather than a GPU, had no memory for; None for another error."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return describe_error(error)
+    text = "" if isinstance(error, OSError) else str(error)  # EAGAIN has other reasons, too
+    line = _OUT_OF_MEMORY.search(text)
+    return None if line is None or _OF_GPU.search(text) else escape(truncate(line[0].strip(), MAX_ERROR_LENGTH))
 
 
 def _has_reader_left() -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from vit_static.common.errors import escape, truncate
+from vit_static.common.text import escape_within
 from vit_static.doctor.subject import Subject
 
 Group = Literal["machine", "ranks", "export"]
@@ -98,4 +98,4 @@ def error_line(error: BaseException) -> str:
     summary = _PADDLE_SUMMARY.search(text)
     line = summary[1] if summary else next(iter(text.splitlines()), "")
     name = type(error).__name__
-    return truncate(escape(f"{name}: {line}" if line else name), MAX_MESSAGE)
+    return escape_within(f"{name}: {line}" if line else name, MAX_MESSAGE)

@@ -92,7 +92,7 @@ def read_infer_request(
     """
     length = headers.get(HEADER_LENGTH.lower(), str(len(body)))
     if not (length.isascii() and length.isdecimal() and int(length[:20]) <= len(body)):
-        raise PredictError(f"{HEADER_LENGTH}: {truncate(escape(length), 40)} is not a number of bytes of the body")
+        raise PredictError(f"{HEADER_LENGTH}: {escape(truncate(length, 40))} is not a number of bytes of the body")
     binary = memoryview(body)[int(length) :]
     values = load_json(bytes(body[: int(length)]), max_items=_MAX_JSON_ITEMS)
     try:
@@ -103,7 +103,7 @@ def read_infer_request(
     name, datatype = (TENSOR_INPUT, "FP32") if input_shape else (FILES_INPUT, "BYTES")
     if (tensor.name, tensor.datatype, tensor.shape[1:]) != (name, datatype, list(input_shape)) or not tensor.shape:
         raise PredictError(
-            f"the input is {truncate(escape(tensor.name))} {truncate(escape(tensor.datatype))} {tensor.shape}, and the "
+            f"the input is {escape(truncate(tensor.name))} {escape(truncate(tensor.datatype))} {tensor.shape}, and the "
             f"model takes {name} {datatype} {[-1, *input_shape]}"
         )
     if not 1 <= tensor.shape[0] <= max_images:

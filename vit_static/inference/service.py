@@ -288,7 +288,7 @@ class Service:
         name, spec = request.path_params["model"], self.predictor.spec
         shapes = {self.name: (spec.model.num_channels, *spec.model.image_size), self.name + FILES_SUFFIX: ()}
         if name not in shapes:
-            raise EarlyRefusal(404, f"unknown model {truncate(escape(name))}; there are {' and '.join(shapes)}")
+            raise EarlyRefusal(404, f"unknown model {escape(truncate(name))}; there are {' and '.join(shapes)}")
         return shapes[name]
 
     def _health_status(self) -> int:

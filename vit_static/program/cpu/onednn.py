@@ -87,6 +87,9 @@ def dense(dtype: str, *shape: int) -> Layout:
     return Layout(dtype, shape, tuple(reversed(strides)))
 
 
+_OUT_OF_MEMORY = 1  # dnnl_status_t
+
+
 class _Argument(ctypes.Structure):
     _fields_ = (("number", ctypes.c_int), ("memory", ctypes.c_void_p))
 
@@ -98,7 +101,9 @@ class _Version(ctypes.Structure):
 
 
 def check(name: str, status: int) -> None:
-    """Raise RuntimeError if a function of the C interface returned an error."""
+    """Raise RuntimeError if a function of the C interface returned an error, and MemoryError for want of memory."""
+    if status == _OUT_OF_MEMORY:
+        raise MemoryError(f"oneDNN: dnnl_{name}")
     if status != 0:
         raise RuntimeError(f"oneDNN: dnnl_{name} failed with status {status}")
 
