@@ -22,7 +22,8 @@ from vit_static.common.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER_MISTAKE,
 from vit_static.common.installation import SOURCE_TREE
 from vit_static.common.startup import import_paddle_quietly, user_environ
 from vit_static.config.loader import dump_config, make_config
-from vit_static.config.schema import Config, InferencePrecision, ModelConfig
+from vit_static.config.model_schema import ModelConfig
+from vit_static.config.schema import Config, InferencePrecision
 from vit_static.launch.launcher import stop_with_parent
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from helpers.runs import TINY
 from vit_static.checkpoint.folder import FORMAT, checkpoint_dir
 from vit_static.common.errors import PredictError, UserError, WeightsError, newer_format
 from vit_static.config.loader import load_config
-from vit_static.config.schema import Config, ModelConfig
+from vit_static.config.model_schema import ModelConfig
+from vit_static.config.schema import Config
 from vit_static.doctor import record
 from vit_static.inference.artifact import SPEC_FILE, SPEC_FORMAT, read_spec
 from vit_static.report.error_analysis import EVALUATION_FILE

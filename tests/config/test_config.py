@@ -198,7 +198,7 @@ def test_the_message_for_a_misspelt_override_has_the_nearest_key(override: str, 
         ("optim.betas=true", "-o optim.betas=true: must be a list [number, number], each at least 0, below 1"),
         ("data.mean=0.5", "-o data.mean=0.5: has 1 value, and model.num_channels is 3; set three values"),
         ("seed=1.5", "-o seed=1.5: must be a whole number"),
-        ("model.pool=max", "-o model.pool=max: must be 'cls', 'gap' or 'cls_gap'"),
+        ("model.pool=max", "-o model.pool=max: must be 'cls', 'gap', 'cls_gap' or 'map'"),
         ("augment.crop_scale=[0.5, 0.1]", "-o augment.crop_scale=[0.5, 0.1]: [0.5, 0.1] must be [min, max], both"),
     ],
 )

@@ -41,7 +41,7 @@ def test_defaults_are_values_that_the_key_accepts() -> None:
     [
         ("optim.lr", "number, at least 0"),
         ("model.dropout", "number, at least 0, below 1"),
-        ("model.pool", "cls, gap or cls_gap"),
+        ("model.pool", "cls, gap, cls_gap or map"),
         ("model.depth", "whole number, at least 1; or null"),
         ("augment.crop_scale", "[number, number], each at least 0, at most 1"),
         ("optim.no_decay", "list of: bias, norm or embedding"),

@@ -72,7 +72,12 @@ def test_the_inference_model_computes_what_the_model_does(kind: str) -> None:
     low_precision = dict(InferenceModel(plain, "bfloat16").backbone.named_parameters())
     dtypes = {name: parameter.dtype for name, parameter in low_precision.items()}
     assert dtypes["blocks.1.norm2.weight"] == paddle.float32 and dtypes["blocks.1.attn.qkv.weight"] == paddle.bfloat16
-    assert all((dtype == paddle.float32) == ("norm" in name) for name, dtype in dtypes.items())
+    assert all((dtype == paddle.float32) == ("norm" in name or ".rope." in name) for name, dtype in dtypes.items())
+    rope = plain.blocks[1].attn.rope
+    if rope is not None:  # its tables aren't rounded
+        exact = dict(rope.named_buffers())
+        tables = dict(InferenceModel(plain, "bfloat16").backbone.blocks[1].attn.rope.named_buffers())
+        assert all(np.array_equal(table.numpy(), exact[name].numpy()) for name, table in tables.items())
 
 
 @pytest.mark.parametrize("precision", ["float32", bfloat16, int8])

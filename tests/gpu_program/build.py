@@ -16,15 +16,8 @@ from paddle.distributed.auto_parallel.static.process_group import get_all_proces
 
 from gpu_program.gpu_wheel import gpu_wheel
 from vit_static.config.data_schema import DataConfig
-from vit_static.config.schema import (
-    AmpConfig,
-    Config,
-    KernelsConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    TrainConfig,
-)
+from vit_static.config.model_schema import ModelConfig
+from vit_static.config.schema import AmpConfig, Config, KernelsConfig, OptimConfig, ParallelConfig, TrainConfig
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import Mesh, MeshShape, make_mesh
 from vit_static.plan.fake_world import fake_world

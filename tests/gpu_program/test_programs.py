@@ -25,7 +25,7 @@ from gpu_program.build import (
     expected_of,
 )
 from gpu_program.interpreter import decode
-from vit_static.config.schema import ModelConfig
+from vit_static.config.model_schema import ModelConfig
 from vit_static.plan.costs import count_by_kind, program_costs
 from vit_static.plan.planner import Cluster, make_plan
 from vit_static.program.grad_buckets import STREAM

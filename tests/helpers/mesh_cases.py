@@ -24,7 +24,8 @@ from helpers import mesh_worker
 from helpers.forked_verbs import redirect_output, start_forked
 from helpers.mesh_worker import Case, Outcome
 from helpers.small import MESH_MODEL
-from vit_static.config.schema import ModelConfig, OptimConfig, ParallelConfig
+from vit_static.config.model_schema import ModelConfig
+from vit_static.config.schema import OptimConfig, ParallelConfig
 from vit_static.data import fork_server
 from vit_static.launch import launcher
 
@@ -48,6 +49,11 @@ MODELS = {
     "dropped_paths": changed(depth=2, pool="gap", drop_path_rate=0.3),
     "tokens": changed(depth=2, pool="cls_gap", register_tokens=2, class_token_pos_embed=False),
     "one_block": changed(depth=1, pool="cls_gap", register_tokens=2, class_token_pos_embed=False),
+    # Norms of single heads and rotary frequencies, which tensor parallelism splits in other ways than the rest.
+    "options": changed(
+        **{"depth": 1, "rope": "mixed", "qk_norm": True, "norm": "rms", "mlp": "swiglu", "pool": "map"},
+        **{"patch_dropout": 0.5, "register_tokens": 4, "qkv_bias": "qv"},
+    ),
     "dropout": changed(dropout=0.1, attention_dropout=0.1, drop_path_rate=0.3),
     "dropout_two_blocks": changed(depth=2, dropout=0.1, attention_dropout=0.1, drop_path_rate=0.3),
 }
@@ -78,6 +84,7 @@ MESHES = {
     "mp2_pp2": (mesh(mp=2, pp=2), "three_blocks"),
     "dp2_pp2_sharding3": (mesh(dp=2, pp=2, sharding_stage=3), "gap"),
     "dp2_mp2_sharding1": (mesh(dp=2, mp=2, sharding_stage=1), "cls"),
+    "dp2_mp2_accum2_sharding3": (mesh(dp=2, mp=2, grad_accum_steps=2, sharding_stage=3), "options"),
 }
 # The meshes of plain AdamW: one for each mechanism that involves the optimizer's state. SGD trains on all meshes, since
 # its weights can be compared (AdamW divides by small numbers); the recipes' AdamW, below, on five kinds of mesh.

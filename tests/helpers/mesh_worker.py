@@ -24,7 +24,8 @@ from pydantic import BaseModel, TypeAdapter
 
 from helpers.small import images_and_labels
 from vit_static.config.data_schema import AugmentConfig, DataConfig, EvalConfig, LossConfig
-from vit_static.config.schema import Config, ModelConfig, OptimConfig, ParallelConfig
+from vit_static.config.model_schema import ModelConfig
+from vit_static.config.schema import Config, OptimConfig, ParallelConfig
 from vit_static.data.loader import EvalLoader
 from vit_static.data.mixup import Mixup
 from vit_static.data.open_set import open_set

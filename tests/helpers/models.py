@@ -8,7 +8,7 @@ import numpy as np
 import paddle
 
 from helpers.small import SMALL
-from vit_static.config.schema import ModelConfig
+from vit_static.config.model_schema import ModelConfig
 from vit_static.inference.attention_maps import AttentionRecorder
 from vit_static.model.vit import VisionTransformer
 
@@ -19,6 +19,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "both": {"pool": "cls_gap", "layer_scale_init": None},
     "registers, a class token without position": {"register_tokens": 2, "class_token_pos_embed": False},
     "average beside registers": {"pool": "gap", "register_tokens": 3},
+    "rotary positions and attention pooling": {
+        **{"rope": "axial", "pos_embed": "none", "pool": "map", "qkv_bias": "qv", "register_tokens": 1},
+        **{"norm": "rms", "qk_norm": True, "mlp": "swiglu", "representation_size": None},
+    },
+    "mixed rotary positions and more norms": {
+        **{"rope": "mixed", "pre_norm": True, "attention_norm": True, "mlp_norm": True, "gelu": "quick"},
+    },
     "fixed positions": {"pos_embed": "sincos2d", "qkv_bias": False, "fc_norm": True},
 }
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from vit_static.config.schema import InitConfig, ModelConfig
+from vit_static.config.model_schema import ModelConfig
+from vit_static.config.schema import InitConfig
 from vit_static.model.variants import grid_of
 from vit_static.model.vit import VisionTransformer
 from vit_static.weights.formats import ExternalWeights, State, read_weights

@@ -11,7 +11,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from helpers.small import REFERENCE
-from vit_static.config.schema import ModelConfig
+from vit_static.config.model_schema import ModelConfig
 from vit_static.weights.formats import ExternalWeights, read_weights
 from vit_static.weights.infer import infer_config
 

@@ -22,7 +22,8 @@ from vit_static.cli.parser import make_parser
 from vit_static.common import drawing
 from vit_static.common.errors import PredictError, UserError
 from vit_static.config.loader import load_config
-from vit_static.config.schema import Config, ModelConfig
+from vit_static.config.model_schema import ModelConfig
+from vit_static.config.schema import Config
 from vit_static.export.exporter import write_artifact
 from vit_static.inference.artifact import SPEC_FILE, spec_of
 from vit_static.inference.attention_maps import (
@@ -51,21 +52,27 @@ TOKENS_READ = {
     "both": ([0], 1),
     "registers, a class token without position": ([2], 3),
     "average beside registers": (range(3, 15), 3),
+    "rotary positions and attention pooling": ([], 1),  # as its own weights say
+    "mixed rotary positions and more norms": ([0], 1),
     "fixed positions": ([0], 1),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def numpy_attention(model: VisionTransformer, images: np.ndarray) -> list[np.ndarray]:
-    """Return the attention weights of each layer, [B, H, N, N], by NumPy."""
-    state = {"pos_embed": model.pos_embed.numpy(), **file_state(model)}
+    """Return the attention weights of each layer, [B, H, N, N], by NumPy; those of attention pooling are last."""
+    state = file_state(model)
+    if model.pos_embed is not None:
+        state["pos_embed"] = model.pos_embed.numpy()
     if model.fc_norm or model.pool == "cls_gap":  # these change only the last norm and the head, which come after it
-        width = state["pos_embed"].shape[2]
+        width = len(state["blocks.0.norm1.weight"])
         state |= {"norm.weight": np.ones(width), "norm.bias": np.zeros(width)}
         state = {name: value for name, value in state.items() if not name.startswith("head")}
         state |= {"head.weight": np.zeros((width, 1)), "head.bias": np.zeros(1)}
     weights: list[np.ndarray] = []
-    numpy_vit.logits(state, images, patch_size=4, num_heads=3, attention=weights)
+    angles = numpy_vit.rotary_angles(model.config, state)
+    gelu = model.config.gelu
+    numpy_vit.logits(state, images, patch_size=4, num_heads=3, attention=weights, angles=angles, gelu=gelu)
     return weights
 
 
@@ -75,8 +82,9 @@ def test_the_recorded_weights_follow_the_paper(kind: str) -> None:
     images = images_and_labels(2)[0].numpy()
     recorded = record_attention(model, images)
     expected = numpy_attention(model, images)
-    assert len(recorded.layers) == len(expected) == 2
-    for layer, heads in zip(recorded.layers, expected, strict=True):
+    pools = model.pool == "map"
+    assert len(recorded.layers) == len(expected) - pools == 2
+    for layer, heads in zip(recorded.layers, expected[:2], strict=True):
         np.testing.assert_allclose(layer, heads.mean(axis=1), atol=2e-5)
         np.testing.assert_allclose(layer.sum(axis=-1), 1.0, atol=1e-5)
     np.testing.assert_allclose(recorded.last_heads, expected[-1], atol=2e-5)
@@ -95,18 +103,21 @@ def test_the_maps_belong_to_the_tokens_that_the_head_reads(kind: str) -> None:
     tokens, num_prefix = list(TOKENS_READ[kind][0]), TOKENS_READ[kind][1]
     num_tokens = attention[0].shape[-1]
     assert num_tokens == num_prefix + 12
+    pooling = attention.pop() if model.pool == "map" else None
     expected = np.zeros((3, 12))
     for image in range(3):
         product = np.eye(num_tokens)
         for layer in attention:
             product = (0.5 * layer[image].mean(axis=0) + 0.5 * np.eye(num_tokens)) @ product
-        expected[image] = product[tokens].mean(axis=0)[num_prefix:]
+        read = product[tokens].mean(axis=0) if pooling is None else pooling[image, :, 0].mean(axis=0) @ product
+        expected[image] = read[num_prefix:]
     expected /= expected.sum(axis=1, keepdims=True)
     maps = attention_map(model, images)
     assert maps.shape == (3, 3, 4) and maps.dtype == np.float32
     np.testing.assert_allclose(maps, expected.reshape(3, 3, 4), atol=1e-5)
     np.testing.assert_allclose(maps.sum(axis=(1, 2)), 1.0, atol=1e-6)
-    heads = attention[-1][:, :, tokens].mean(axis=2)[..., num_prefix:].reshape(3, 3, 3, 4)
+    read_by_head = attention[-1][:, :, tokens].mean(axis=2) if pooling is None else pooling[:, :, 0]
+    heads = read_by_head[..., num_prefix:].reshape(3, 3, 3, 4)
     np.testing.assert_allclose(head_maps(model, record_attention(model, images)), heads, atol=2e-5)
 
 

@@ -9,7 +9,7 @@ import pytest
 from helpers.small import SMALL, images_and_labels
 
 from vit_static.common.hardware import peak_flops
-from vit_static.config.schema import ModelConfig
+from vit_static.config.model_schema import ModelConfig
 from vit_static.model.attention import attention_by_matmul
 from vit_static.model.flops import forward_macs, train_flops
 from vit_static.model.patches import PatchProjection

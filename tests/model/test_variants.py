@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vit_static.common.errors import ConfigError
-from vit_static.config.schema import ModelConfig
+from vit_static.config.model_schema import ModelConfig
 from vit_static.model.variants import VARIANTS, grid_of, variant_of
 
 

@@ -11,7 +11,8 @@ from helpers.numpy_vit import logits as numpy_logits
 from helpers.small import REFERENCE, SMALL, images_and_labels, set_weights
 from reference import closed_form
 
-from vit_static.config.schema import KernelsConfig, ModelConfig, OptimConfig
+from vit_static.config.model_schema import ModelConfig
+from vit_static.config.schema import KernelsConfig, OptimConfig
 from vit_static.model.layers import DropPath
 from vit_static.model.pos_embed import resample_pos_embed, sincos2d_pos_embed
 from vit_static.model.variants import VARIANTS, num_parameters, variant_of

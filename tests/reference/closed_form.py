@@ -41,7 +41,7 @@ def vit_parameter(name: str, shape: Sequence[int]) -> npt.NDArray[np.float32]:
     - a weight of two or more axes (Linear, convolution): u * sqrt(3 / fan_in), of variance 1/fan_in
     - a LayerNorm weight: 1 + u/2
     - a bias: u/2
-    - `cls_token`, `pos_embed`: u
+    - tokens, `pos_embed`, LayerScale factors, a pooling head's query, rotary frequencies: u
     """
     value = uniform(name, shape).astype(np.float64)
     if name.endswith(".weight") and len(shape) == 1:
@@ -51,7 +51,9 @@ def vit_parameter(name: str, shape: Sequence[int]) -> npt.NDArray[np.float32]:
         value = value * math.sqrt(3 / fan_in)
     elif name.endswith(".bias"):
         value = value / 2
-    elif name not in ("cls_token", "pos_embed"):
+    elif name not in ("cls_token", "reg_token", "pos_embed") and not name.endswith(
+        (".gamma", ".latent", ".frequencies")
+    ):
         raise ValueError(f"no closed form for the parameter {name!r}")
     return value.astype(np.float32)
 

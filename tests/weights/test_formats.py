@@ -24,7 +24,8 @@ from helpers.weight_files import (
 from safetensors.numpy import save_file
 
 from vit_static.common.errors import WeightsError
-from vit_static.config.schema import InitConfig, ModelConfig
+from vit_static.config.model_schema import ModelConfig
+from vit_static.config.schema import InitConfig
 from vit_static.model.pos_embed import resample_pos_embed
 from vit_static.model.vit import VisionTransformer
 from vit_static.weights.convert import convert_state, write_converted

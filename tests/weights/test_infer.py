@@ -16,7 +16,8 @@ from safetensors import safe_open
 from vit_static.__main__ import main
 from vit_static.common.errors import ConfigError, WeightsError
 from vit_static.config.loader import load_config
-from vit_static.config.schema import InitConfig, ModelConfig
+from vit_static.config.model_schema import ModelConfig
+from vit_static.config.schema import InitConfig
 from vit_static.model.vit import VisionTransformer
 from vit_static.weights.convert import convert_state, write_converted
 from vit_static.weights.formats import ExternalWeights, read_weights

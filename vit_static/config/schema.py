@@ -13,15 +13,13 @@ from pydantic import Field, model_validator
 
 from vit_static.config.data_schema import AugmentConfig, DataConfig, EvalConfig, LossConfig, SelectionMetric
 from vit_static.config.log_schema import LogConfig
+from vit_static.config.model_schema import ModelConfig
 from vit_static.config.optim_schema import OptimConfig, ScheduleConfig
 from vit_static.config.section import (
     ImageSize,
     NonNegativeFloat,
-    NonNegativeInt,
-    Pixels,
     PositiveFloat,
     PositiveInt,
-    Rate,
     RunName,
     Section,
 )
@@ -30,71 +28,6 @@ PosEmbedResampling = Literal["bicubic", "bilinear", "antialias"]
 InferencePrecision = Literal["float32", "bfloat16", "float16", "int8"]
 
 _MAX_PROFILED_STEPS = 1000  # each step adds thousands of operators to the trace
-
-
-class ModelConfig(Section):
-    """The Vision Transformer."""
-
-    from_: Literal["config", "init"] = Field(
-        "config",
-        alias="from",
-        exclude=True,
-        description="init: take the shape from init.from's weights (with --checkpoint: from those) instead of from "
-        "`variant`; keys that are set here still win",
-    )
-    variant: str = Field("B/16", description="size and patch size: a name in model/variants.py")
-    image_size: ImageSize = Field((224, 224), description="in pixels: one number for a square, or [height, width]")
-    num_channels: Literal[1, 3] = Field(3, description="3: RGB; 1: greyscale, to which colour images are converted")
-    num_classes: NonNegativeInt = Field(
-        1000, description="width of the classification head; 0: no head, only features (as in timm)"
-    )
-    pool: Literal["cls", "gap", "cls_gap"] = Field(
-        "cls", description="input of the head: the class token, the mean of the patch tokens, or both concatenated"
-    )
-    class_token: bool | None = Field(None, description="use a class token; null: only if `pool` reads it")
-    class_token_pos_embed: bool = Field(True, description="the class token has a position embedding")
-    register_tokens: NonNegativeInt = Field(0, description="number of registers (arXiv 2309.16588)")
-    fc_norm: bool = Field(False, description="apply the last LayerNorm after pooling instead of before it")
-    layer_norm_epsilon: PositiveFloat = Field(1e-6, description="epsilon of every LayerNorm")
-    gelu: Literal["erf", "tanh"] = Field("erf", description="exact GELU, or its tanh approximation (Flax's default)")
-    pos_embed: Literal["learn", "sincos2d"] = Field("learn", description="learned, or fixed sines and cosines")
-    pos_embed_init: Literal["normal", "sincos2d"] = Field("normal", description="initial values if learned")
-    patch_size: Pixels | None = Field(None, description="side of a square patch; null: the variant's")
-    width: PositiveInt | None = Field(None, description="embedding dimension; null: the variant's")
-    depth: PositiveInt | None = Field(None, description="number of blocks; null: the variant's")
-    num_heads: PositiveInt | None = Field(None, description="attention heads per block; null: the variant's")
-    mlp_dim: PositiveInt | None = Field(None, description="hidden width of the MLPs; null: the variant's")
-    representation_size: PositiveInt | None = Field(None, description="width of a tanh layer before the head, if any")
-    head_bias_init: float = Field(0.0, description="initial bias of the head; PLSC uses -10 with its sigmoid loss")
-    head_init_std: NonNegativeFloat = Field(0.0, description="standard deviation of the head's initial weights")
-    qkv_bias: bool = Field(True, description="the query, key and value projections have biases")
-    dropout: Rate = Field(0.0, description="dropout rate after the position embedding and in each block")
-    attention_dropout: Rate = Field(0.0, description="dropout rate of the attention weights")
-    drop_path_rate: Rate = Field(0.0, description="stochastic depth: rate of the last block")
-    drop_path_schedule: Literal["linear", "constant"] = Field(
-        "linear", description="drop path over the depth: rising linearly from 0, or the same in every block"
-    )
-    layer_scale_init: float | None = Field(None, description="initial LayerScale value; null: no LayerScale")
-
-    @model_validator(mode="after")
-    def _check_class_token(self) -> ModelConfig:
-        if self.class_token is False and self.pool != "gap":
-            raise ValueError(f"class_token = False: pool = {self.pool!r} reads the class token; set pool=gap")
-        return self
-
-    @property
-    def has_class_token(self) -> bool:
-        return self.pool != "gap" if self.class_token is None else self.class_token
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        """Number of tokens before the patches: the class token, then the registers."""
-        return int(self.has_class_token) + self.register_tokens
-
-    @property
-    def num_prefix_positions(self) -> int:
-        """Number of prefix tokens that have a position embedding."""
-        return int(self.has_class_token and self.class_token_pos_embed)
 
 
 class TrainConfig(Section):

@@ -7,6 +7,7 @@ range. So the order doesn't depend on the number of ranks, and one number says w
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
@@ -25,7 +26,9 @@ NUM_CROP_FLIP_DRAWS = 24  # per image; a multiple of 4, because a step of Philox
     _MIXUP_STREAM,
     _CLASS_ORDER_STREAM,
     _CLASS_SHUFFLE_STREAM,
-) = range(6)
+    _PATCH_STREAM,
+    _COORDINATE_STREAM,
+) = range(8)
 
 
 class Sampler(ABC):
@@ -165,6 +168,21 @@ def nth_batch(n: int, skipped_batches: Iterable[int] = ()) -> int:
     for skipped in sorted(skipped_batches):
         n += skipped <= n
     return n
+
+
+def patch_draws(seed: int, step: int, start: int, stop: int, num_patches: int) -> np.ndarray:
+    """Return uniform numbers for the patches of images `start` to `stop` of a step's global batch, float64.
+
+    [stop - start, num_patches].
+    """
+    num_draws = math.ceil(num_patches / 4) * 4  # a step of Philox's counter gives 4 numbers
+    bits = np.random.Philox(key=[seed, _PATCH_STREAM], counter=[0, 0, 0, step]).advance(start * num_draws // 4)
+    return np.random.Generator(bits).random((stop - start, num_draws))[:, :num_patches]
+
+
+def coordinate_generator(seed: int, step: int) -> np.random.Generator:
+    """Return the random number generator of a step's changes of coordinates, the same on every rank."""
+    return np.random.Generator(np.random.Philox(key=[seed, _COORDINATE_STREAM], counter=[0, 0, 0, step]))
 
 
 def mixup_generator(seed: int, step: int) -> np.random.Generator:

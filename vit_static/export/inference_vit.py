@@ -9,7 +9,9 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from vit_static.config.schema import InferencePrecision
-from vit_static.model.attention import Attention, attention_of_heads
+from vit_static.model.attention import Attention, attention_of_heads, with_positions
+from vit_static.model.layers import RMSNorm
+from vit_static.model.rope import RotaryPositions
 from vit_static.model.vit import Block, VisionTransformer
 
 
@@ -19,7 +21,8 @@ class InferenceModel(nn.Layer):
     A model without a head has the features as its only output. All outputs are float32. The weights are copies of the
     model's. Queries, keys and values come from one matrix product. If the head reads only the class token, the last
     block computes only that token. In bfloat16 and float16, weights and activations have that type, except for the
-    norms' parameters and everything after the last block, which stay float32. Parameters have the names of PLSC and
+    norms' parameters, rotary positions and everything after the last block but attention pooling, which stay float32.
+    Parameters have the names of PLSC and
     timm (`blocks.0.attn.qkv.weight`), by which `attention_maps.load_as_layer` identifies them.
     """
 
@@ -31,10 +34,15 @@ class InferenceModel(nn.Layer):
             block.attn = _FusedQkvAttention(block.attn)
         self.backbone.eval()
         if self.is_low_precision:
+            rotary = [layer for layer in self.backbone.sublayers() if isinstance(layer, RotaryPositions)]
+            exact = [[tensor.clone() for tensor in (*layer.parameters(), *layer.buffers())] for layer in rotary]
             self.backbone.to(dtype=dtype)
             for layer in self.backbone.sublayers():
-                if isinstance(layer, nn.LayerNorm):
+                if isinstance(layer, nn.LayerNorm | RMSNorm | RotaryPositions):
                     layer.to(dtype="float32")
+            for layer, tensors in zip(rotary, exact, strict=True):  # angles that were rounded would be other positions
+                for rounded, tensor in zip((*layer.parameters(), *layer.buffers()), tensors, strict=True):
+                    rounded.set_value(tensor)
         for name, parameter in self.backbone.named_parameters():
             parameter.name = name
 
@@ -48,16 +56,21 @@ class InferenceModel(nn.Layer):
         x = x.astype("float32")
         if backbone.pool == "cls":
             features = backbone.norm(x[:, 0])
+        elif backbone.fc_norm:
+            features = backbone.norm(self._pool(x))
         else:
-            features = (
-                backbone.norm(backbone.pool_tokens(x)) if backbone.fc_norm else backbone.pool_tokens(backbone.norm(x))
-            )
+            features = self._pool(backbone.norm(x))
         if backbone.head is None:
             return (features,)
         representation = features
         if backbone.head0 is not None:
             representation = F.tanh(self._in_float32(backbone.head0, representation))
         return self._in_float32(backbone.head, representation), features
+
+    def _pool(self, x: paddle.Tensor) -> paddle.Tensor:
+        if self.backbone.attn_pool is not None:
+            x = x.astype(self.dtype)
+        return self.backbone.pool_tokens(x).astype("float32")
 
     def _in_float32(self, layer: nn.Linear, x: paddle.Tensor) -> paddle.Tensor:
         if not self.is_low_precision:
@@ -84,23 +97,30 @@ class _FusedQkvAttention(nn.Layer):
         self.qkv = nn.Linear(self.width, 3 * self.width, bias_attr=None if has_bias else False)
         self.qkv.weight.set_value(paddle.concat([projection.weight for projection in projections], axis=1))
         if has_bias:
-            self.qkv.bias.set_value(paddle.concat([projection.bias for projection in projections]))
+            no_bias = paddle.zeros([self.width])  # of keys, with `qkv_bias: qv`
+            biases = [no_bias if projection.bias is None else projection.bias for projection in projections]
+            self.qkv.bias.set_value(paddle.concat(biases))
         self.attention_drop = attention.attention_drop
-        self.proj = attention.proj
+        self.norm, self.proj = attention.norm, attention.proj
+        self.q_norm, self.k_norm, self.rope = attention.q_norm, attention.k_norm, attention.rope
 
     def forward(self, x: paddle.Tensor, token: int | None) -> paddle.Tensor:
         """Return the output for all tokens [B, N, C], or for the token with this index only, [B, 1, C]."""
-        width = self.width
+        width, heads = self.width, [0, 0, self.num_heads, self.width // self.num_heads]
         qkv = self.qkv(x)
         query, key, value = (qkv[:, :, index * width : (index + 1) * width] for index in range(3))
+        has_positions = self.q_norm is not None or self.rope is not None
+        if has_positions:
+            query, key = with_positions(self, query.reshape(heads), key.reshape(heads))  # [B, N, H, d]
         if token is not None:
             query = query[:, token : token + 1]
         query, key, value = (
-            part.reshape([0, 0, self.num_heads, width // self.num_heads]).transpose([0, 2, 1, 3])
+            (part if has_positions and part is not value else part.reshape(heads)).transpose([0, 2, 1, 3])
             for part in (query, key, value)
         )  # [B, H, N, d]
         # Scaled after the transposition, and `reshape` instead of `flatten`: Paddle Inference's passes fuse only this
         # sequence into the matrix products.
         query = query * (width // self.num_heads) ** -0.5
         x = attention_of_heads(query, key, value, self.attention_drop).transpose([0, 2, 1, 3])  # [B, N, H, d]
-        return self.proj(x.reshape([0, 0, width]))
+        x = x.reshape([0, 0, width])
+        return self.proj(x if self.norm is None else self.norm(x))

@@ -12,7 +12,8 @@ from pydantic import Field, ValidationError, model_validator
 from vit_static.common.errors import ConfigError, PredictError, newer_format, truncate
 from vit_static.common.io import FileRecord, file_record
 from vit_static.config.data_schema import EvalConfig
-from vit_static.config.schema import Config, InferencePrecision, ModelConfig
+from vit_static.config.model_schema import ModelConfig
+from vit_static.config.schema import Config, InferencePrecision
 from vit_static.config.section import (
     CropPct,
     Fraction,

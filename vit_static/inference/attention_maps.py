@@ -28,7 +28,8 @@ from vit_static.common.drawing import (
 )
 from vit_static.common.errors import PredictError, UserError, escape
 from vit_static.common.text import counted, json_line, path_fields, print_line, say
-from vit_static.config.schema import Config, ModelConfig
+from vit_static.config.model_schema import ModelConfig
+from vit_static.config.schema import Config
 from vit_static.inference.artifact import MODEL_FILE, SPEC_FILE, ModelSpec, Preprocessing, read_spec, spec_of
 from vit_static.inference.image_io import find_images
 from vit_static.inference.predictor import Preprocessor, prefetch_batches
@@ -82,7 +83,8 @@ class RecordedAttention:
 
     logits: np.ndarray  # [B, num_classes]
     layers: list[np.ndarray]  # first layer first: means over the heads, [B, N queries, N keys]; each row sums to 1
-    last_heads: np.ndarray  # of the last layer: [B, H, N queries, N keys]
+    last_heads: np.ndarray  # of the last layer, or of attention pooling, which has one query: [B, H, N queries, N keys]
+    pooling: np.ndarray | None = None  # mean over the heads of attention pooling, [B, N keys]
 
 
 def record_attention(model: VisionTransformer, images: np.ndarray) -> RecordedAttention:
@@ -98,7 +100,8 @@ def record_attention(model: VisionTransformer, images: np.ndarray) -> RecordedAt
     try:
         with paddle.no_grad():
             logits = model(paddle.to_tensor(images, place=paddle.CPUPlace())).numpy()
-        return RecordedAttention(logits, recorder.layers, recorder.last_heads)
+        pooling = recorder.layers.pop()[:, 0] if model.pool == "map" else None
+        return RecordedAttention(logits, recorder.layers, recorder.last_heads, pooling)
     finally:
         recorder.clear()
 
@@ -121,7 +124,9 @@ def rollout_map(model: VisionTransformer, recorded: RecordedAttention) -> np.nda
 
 
 def rollout(layers: Sequence[np.ndarray], query_weights: np.ndarray) -> np.ndarray:
-    """Return the share of each input token in the output tokens, averaged with `query_weights` [N]: [B, N] float64.
+    """Return the share of each input token in the output tokens, averaged with `query_weights`: [B, N] float64.
+
+    The weights are [N], or [B, N] if images differ.
 
     `layers` are [B, N, N] each, first layer first. The residual connection counts as the identity, so half of each
     token comes from itself. The product is a vector times matrices, starting from the last layer.
@@ -134,16 +139,21 @@ def rollout(layers: Sequence[np.ndarray], query_weights: np.ndarray) -> np.ndarr
 
 def head_maps(model: VisionTransformer, recorded: RecordedAttention) -> np.ndarray:
     """Return the attention weights of each head of the last layer to each patch, [B, H, rows, columns] float32."""
-    weights = np.einsum("q,bhqk->bhk", _query_weights(model, recorded), recorded.last_heads)
+    query_weights = np.ones(1) if recorded.pooling is not None else _query_weights(model, recorded)
+    weights = np.einsum("q,bhqk->bhk", query_weights, recorded.last_heads)
     return weights[..., model.num_prefix_tokens :].reshape(*weights.shape[:2], *model.grid).astype(np.float32)
 
 
 def _query_weights(model: VisionTransformer, recorded: RecordedAttention) -> np.ndarray:
-    """Return the weight of each token in what the head reads, [N], sum 1: the class token, or the patches equally.
+    """Return the weight of each token in what the head reads, sum 1: the class token, or the patches equally, [N].
+
+    With attention pooling, [B, N], they are its own weights.
 
     With pool gap the head doesn't read the class token, so its attention in the last layer is untrained. With cls_gap,
     which reads both, it is the class token, as in DINOv2's pictures.
     """
+    if recorded.pooling is not None:
+        return recorded.pooling
     num_tokens, num_prefix = recorded.last_heads.shape[-1], model.num_prefix_tokens
     query_weights = np.zeros(num_tokens)
     if model.pool == "gap":
@@ -156,8 +166,10 @@ def _query_weights(model: VisionTransformer, recorded: RecordedAttention) -> np.
 def position_similarity(model: VisionTransformer) -> np.ndarray:
     """Return the cosine similarity of each patch's position embedding with all others, [rows, columns, rows, columns].
 
-    It is 0 for an embedding of zeros. The class token's position is left out.
+    It is 0 for an embedding of zeros, and without one. The class token's position is left out.
     """
+    if model.pos_embed is None:
+        return np.zeros((*model.grid, *model.grid))
     table = model.pos_embed.numpy()[0].astype(np.float64)[-math.prod(model.grid) :]  # [rows * columns, C]
     norms = np.linalg.norm(table, axis=1, keepdims=True)
     directions = table / np.where(norms > 0.0, norms, 1.0)

@@ -12,8 +12,10 @@ import paddle.nn.functional as F
 from paddle import nn
 from paddle.nn.initializer import XavierUniform
 
-from vit_static.config.schema import ModelConfig
-from vit_static.model.layers import Dropout, linear
+from vit_static.config.model_schema import ModelConfig
+from vit_static.model.draws import Draw
+from vit_static.model.layers import Dropout, linear, make_norm
+from vit_static.model.rope import RotaryPositions, rotate
 from vit_static.model.variants import Variant
 
 # (query, key, value [B, N, H, d], dropout of the attention weights) -> [B, N, H, d]
@@ -56,28 +58,60 @@ def attention_of_heads(
     return paddle.matmul(dropout(weights), value)  # [B, H, N, d]
 
 
-class Attention(nn.Layer):
-    """Multi-head self-attention, [B, N, C] in and out (appendix A of the paper)."""
+def with_positions(
+    layer: nn.Layer, query: paddle.Tensor, key: paddle.Tensor, draw: Draw | None = None
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """Normalize and turn queries and keys [B, N, H, d] by a layer's `q_norm`, `k_norm` and `rope`, if it has them."""
+    if layer.q_norm is not None:
+        query, key = layer.q_norm(query), layer.k_norm(key)
+    if layer.rope is not None:
+        rotation = layer.rope(draw)
+        query, key = rotate(query, rotation), rotate(key, rotation)
+    return query, key
 
-    def __init__(self, config: ModelConfig, variant: Variant, attention: AttentionFunction) -> None:
+
+class Attention(nn.Layer):
+    """Multi-head attention, [B, N, C] in and out (appendix A of the paper).
+
+    Queries and keys are normalized per head (`qk_norm`), then turned (`rope`). With `pools` it is the attention of a
+    pooling head, which has neither.
+    """
+
+    def __init__(
+        self, config: ModelConfig, variant: Variant, attention: AttentionFunction, *, pools: bool = False
+    ) -> None:
         super().__init__()
         width = variant.width
         self.num_heads = variant.num_heads
-        self.attention_drop = Dropout(config.attention_dropout)
+        self.attention_drop = Dropout(0.0 if pools else config.attention_dropout)
         self.attention = attention
         # PLSC initializes q, k and v as one matrix of `width` rows and 3 * `width` columns: use the same limits here.
         fused = XavierUniform(fan_in=width, fan_out=3 * width)
-        self.q = linear(width, width, bias=config.qkv_bias, weight_init=fused)
-        self.k = linear(width, width, bias=config.qkv_bias, weight_init=fused)
-        self.v = linear(width, width, bias=config.qkv_bias, weight_init=fused)
+        self.q = linear(width, width, bias=bool(config.qkv_bias), weight_init=fused)
+        self.k = linear(width, width, bias=config.qkv_bias is True, weight_init=fused)
+        self.v = linear(width, width, bias=bool(config.qkv_bias), weight_init=fused)
         self.proj = linear(width, width)
-        self.proj_drop = Dropout(config.dropout)
+        self.proj_drop = Dropout(0.0 if pools else config.dropout)
+        head_dim = width // variant.num_heads
+        has_qk_norm = config.qk_norm and not pools
+        self.q_norm = make_norm(config, head_dim) if has_qk_norm else None
+        self.k_norm = make_norm(config, head_dim) if has_qk_norm else None
+        self.norm = make_norm(config, width) if config.attention_norm and not pools else None
+        self.rope = RotaryPositions(config, variant) if config.rope != "none" and not pools else None
 
     def split_heads(self, x: paddle.Tensor) -> paddle.Tensor:
         """Reshape [B, N, C] to [B, N, H, d]."""
         return x.reshape([0, 0, self.num_heads, x.shape[-1] // self.num_heads])
 
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        query, key, value = self.split_heads(self.q(x)), self.split_heads(self.k(x)), self.split_heads(self.v(x))
-        x = self.attention(query, key, value, self.attention_drop)  # [B, N, H, d]
-        return self.proj_drop(self.proj(x.flatten(2)))  # [B, N, C]
+    def forward(
+        self, x: paddle.Tensor, draw: Draw | None = None, queries: paddle.Tensor | None = None
+    ) -> paddle.Tensor:
+        """Attend from `queries` [B, M, C] to the tokens [B, N, C], or from the tokens to themselves."""
+        query, key, value = self.q(x if queries is None else queries), self.k(x), self.v(x)
+        query, key, value = self.split_heads(query), self.split_heads(key), self.split_heads(value)
+        query, key = with_positions(self, query, key, draw)
+        x = self.attention(query, key, value, self.attention_drop)  # [B, M, H, d]
+        x = x.flatten(2)
+        if self.norm is not None:
+            x = self.norm(x)
+        return self.proj_drop(self.proj(x))  # [B, M, C]

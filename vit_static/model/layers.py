@@ -1,4 +1,4 @@
-"""Layers that attention, MLPs and blocks share: dropout, stochastic depth, LayerScale, linear layers."""
+"""Layers that attention, MLPs and blocks share: dropout, stochastic depth, LayerScale, norms, linear layers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 from paddle.nn.initializer import Constant, Normal, XavierUniform
+
+from vit_static.config.model_schema import ModelConfig
 
 # (x, p, training=...) -> x with dropout applied; the signature of F.dropout's first arguments
 DropoutFunction = Callable[..., paddle.Tensor]
@@ -55,6 +57,35 @@ class LayerScale(nn.Layer):
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         return x * self.gamma
+
+
+class RMSNorm(nn.Layer):
+    """Divide by the root mean square over the last axis, and scale each channel (arXiv 1910.07467).
+
+    The statistics are float32 for every dtype of input. Written out, because Paddle 3.3.1 has neither a CPU kernel nor
+    a sharding rule for its `rms_norm`.
+    """
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = self.create_parameter([width], default_initializer=Constant(1.0))
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        in_float32 = to_dtype(x, paddle.float32)
+        mean_square = (in_float32 * in_float32).mean(axis=-1, keepdim=True)
+        return to_dtype(in_float32 * paddle.rsqrt(mean_square + self.epsilon), x.dtype) * self.weight
+
+
+def make_norm(config: ModelConfig, width: int) -> nn.Layer:
+    """Create the norm that the config names, over the last axis."""
+    kind = nn.LayerNorm if config.norm == "layer" else RMSNorm
+    return kind(width, config.layer_norm_epsilon)
+
+
+def to_dtype(x: paddle.Tensor, dtype: Any) -> paddle.Tensor:
+    """Convert a tensor, or return it if it has the dtype."""
+    return x if x.dtype == dtype else x.astype(dtype)
 
 
 def linear(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import asdict, dataclass
 
 from vit_static.common.errors import ConfigError
 from vit_static.common.terminal import print_table
-from vit_static.config.schema import ModelConfig
+from vit_static.config.model_schema import ModelConfig
 from vit_static.model.flops import Shape, forward_macs
 
 
@@ -47,6 +48,8 @@ def variant_of(config: ModelConfig) -> Variant:
             f"{_similar_variant(config.variant)}"
         )
     named = asdict(VARIANTS[config.variant])
+    if config.mlp == "swiglu":  # 2/3 of the width, for three matrices instead of two; as DINOv2 rounds it
+        named["mlp_dim"] = math.ceil(named["mlp_dim"] * 2 // 3 / 8) * 8
     variant = Variant(**{key: getattr(config, key) or value for key, value in named.items()})
     height, width = config.image_size
     patch = variant.patch_size
@@ -60,6 +63,12 @@ def variant_of(config: ModelConfig) -> Variant:
         raise ConfigError(
             f"model.num_heads = {variant.num_heads}: must divide the width of {variant.width}; "
             "set another model.num_heads or model.width"
+        )
+    head_dim = variant.width // variant.num_heads
+    if config.rope != "none" and head_dim % 4:
+        raise ConfigError(
+            f"model.rope = {config.rope!r}: needs a multiple of 4 channels per head, not {head_dim}; set another "
+            "model.num_heads or model.width"
         )
     if "sincos2d" in (config.pos_embed, config.pos_embed_init) and variant.width % 4:
         key = "pos_embed" if config.pos_embed == "sincos2d" else "pos_embed_init"
@@ -111,6 +120,12 @@ def grid_of(config: ModelConfig) -> tuple[int, int]:
     return config.image_size[0] // patch_size, config.image_size[1] // patch_size
 
 
+def num_kept_patches(config: ModelConfig) -> int:
+    """Return how many patches of each image remain in training."""
+    rows, columns = grid_of(config)
+    return max(int(rows * columns * (1.0 - config.patch_dropout)), 1)
+
+
 def shape_of(config: ModelConfig) -> Shape:
     """Return the dimensions from which `flops` counts the model's operations."""
     variant, (rows, columns) = variant_of(config), grid_of(config)
@@ -124,24 +139,39 @@ def shape_of(config: ModelConfig) -> Shape:
         num_classes=config.num_classes,
         representation_size=config.representation_size if config.num_classes else None,
         num_pooled=2 if config.pool == "cls_gap" else 1,
+        num_kept_patches=num_kept_patches(config),
+        num_mlp_products=3 if config.mlp == "swiglu" else 2,
+        pools_by_attention=config.pool == "map",
     )
 
 
 def num_parameters(config: ModelConfig) -> int:
     """Return the number of elements of all parameters, without creating them. Raises ConfigError as `variant_of`."""
-    shape = shape_of(config)
-    width, mlp_dim, pooled_width = shape.width, shape.mlp_dim, shape.num_pooled * shape.width
-    embedding = (shape.patch_dim + 1 + config.num_prefix_tokens) * width
+    shape, variant = shape_of(config), variant_of(config)
+    width, pooled_width = shape.width, shape.num_pooled * shape.width
+    per_channel = 2 if config.norm == "layer" else 1  # of a norm
+    norm = per_channel * width
+    embedding = (shape.patch_dim + int(not config.pre_norm) + config.num_prefix_tokens) * width
     if config.pos_embed == "learn":
         embedding += (config.num_prefix_positions + shape.num_patches) * width
-    attention = 4 * width**2 + (4 if config.qkv_bias else 1) * width
-    mlp = 2 * width * mlp_dim + mlp_dim + width
-    scales = 4 * width + (0 if config.layer_scale_init is None else 2 * width)  # of the norms and of LayerScale
-    norm = 2 * (pooled_width if config.fc_norm else width)
-    head = 0
-    if shape.num_classes:
-        head_width = shape.representation_size or pooled_width
-        head = (head_width + 1) * shape.num_classes
-        if shape.representation_size is not None:
-            head += (pooled_width + 1) * shape.representation_size
-    return embedding + shape.depth * (attention + mlp + scales) + norm + head
+    num_biases = {True: 4, "qv": 3, False: 1}[config.qkv_bias]
+    attention = 4 * width**2 + num_biases * width
+    mlp = shape.num_mlp_products * width * shape.mlp_dim + (shape.num_mlp_products - 1) * shape.mlp_dim + width
+    mlp += per_channel * shape.mlp_dim if config.mlp_norm else 0
+    block = attention + mlp + 2 * norm
+    block += norm if config.attention_norm else 0
+    block += 2 * per_channel * (width // variant.num_heads) if config.qk_norm else 0
+    block += 2 * width // 2 * int(config.rope == "mixed")
+    block += 0 if config.layer_scale_init is None else 2 * width
+    last = per_channel * (pooled_width if config.fc_norm else width) + (norm if config.pre_norm else 0)
+    if config.pool == "map":
+        last += width + attention + norm + mlp
+    return embedding + shape.depth * block + last + _num_head_parameters(shape)
+
+
+def _num_head_parameters(shape: Shape) -> int:
+    if not shape.num_classes:
+        return 0
+    pooled_width = shape.num_pooled * shape.width
+    head = ((shape.representation_size or pooled_width) + 1) * shape.num_classes
+    return head + ((pooled_width + 1) * shape.representation_size if shape.representation_size is not None else 0)

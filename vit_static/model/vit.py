@@ -10,16 +10,20 @@ and `split_qkv` convert between the two.
 
 from __future__ import annotations
 
+from functools import partial
+
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
 from paddle.nn.initializer import Assign, Constant, Normal
 
-from vit_static.config.schema import ModelConfig
+from vit_static.config.model_schema import ModelConfig
 from vit_static.model.attention import Attention, AttentionFunction, attention_by_matmul
-from vit_static.model.layers import Dropout, DropPath, LayerScale, linear
+from vit_static.model.draws import Draw, DrawFunction, draw_here, uses_box, uses_patch_dropout
+from vit_static.model.layers import Dropout, DropPath, LayerScale, linear, make_norm
 from vit_static.model.mlp import Mlp
 from vit_static.model.patches import PatchEmbed
+from vit_static.model.pooling import AttentionPool
 from vit_static.model.pos_embed import sincos2d_pos_embed
 from vit_static.model.variants import Variant, grid_of, variant_of
 
@@ -32,17 +36,17 @@ class Block(nn.Layer):
     ) -> None:
         super().__init__()
         width = variant.width
-        self.norm1 = nn.LayerNorm(width, config.layer_norm_epsilon)
+        self.norm1 = make_norm(config, width)
         self.attn = Attention(config, variant, attention)
-        self.norm2 = nn.LayerNorm(width, config.layer_norm_epsilon)
+        self.norm2 = make_norm(config, width)
         self.mlp = Mlp(config, variant)
         self.drop_path1 = DropPath(drop_path_rate)
         self.drop_path2 = DropPath(drop_path_rate)
         self.ls1 = _layer_scale(config, width)
         self.ls2 = _layer_scale(config, width)
 
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        x = self.drop_path1(self.ls1(self.attn(self.norm1(x)))) + x
+    def forward(self, x: paddle.Tensor, draw: Draw | None = None) -> paddle.Tensor:
+        x = self.drop_path1(self.ls1(self.attn(self.norm1(x), draw))) + x
         return self.drop_path2(self.ls2(self.mlp(self.norm2(x)))) + x  # [B, N, C]
 
 
@@ -54,24 +58,29 @@ class VisionTransformer(nn.Layer):
     """Vision Transformer: normalized images [B, num_channels, height, width] to logits [B, num_classes], or to its
     features if it has no classes.
 
-    The fields of `ModelConfig` describe the options. With `fc_norm` the last LayerNorm is applied to the pooled state
+    The fields of `ModelConfig` describe the options. With `fc_norm` the last norm is applied to the pooled state
     instead of to each token, as in MAE's finetuning. Register tokens come before the class token and have no position
     embedding; without `class_token_pos_embed` the class token has none either (DeiT III).
 
-    `attention` computes the attention of every block. Raises ConfigError if the config describes no valid ViT.
+    `attention` computes the attention of every block. In training, `draws` makes the random choices that all blocks
+    share (draws.py). Raises ConfigError if the config describes no valid ViT.
     """
 
     def __init__(self, config: ModelConfig, attention: AttentionFunction = attention_by_matmul) -> None:
         super().__init__()
+        self.config = config
         variant = variant_of(config)
         width = variant.width
         self.grid = grid_of(config)
         self.pool, self.fc_norm = config.pool, config.fc_norm
         self.class_token_pos_embed = config.class_token_pos_embed
-        self.num_prefix_tokens = config.num_prefix_tokens
+        self.num_prefix_tokens, self.num_prefix_positions = config.num_prefix_tokens, config.num_prefix_positions
+        self.has_draws = uses_patch_dropout(config) or uses_box(config)
+        self.draws: DrawFunction = partial(draw_here, config, variant.depth)
 
         # Layers draw their weights from one random generator: keep the order of creation.
-        self.patch_embed = PatchEmbed(variant.patch_size, width, config.num_channels)
+        has_patch_bias = not config.pre_norm
+        self.patch_embed = PatchEmbed(variant.patch_size, width, config.num_channels, bias=has_patch_bias)
         self.cls_token, self.reg_token = None, None
         if config.has_class_token:
             self.cls_token = self.create_parameter([1, 1, width], default_initializer=Constant(0.0))
@@ -81,11 +90,13 @@ class VisionTransformer(nn.Layer):
             )
         self._create_pos_embed(config, width)
         self.pos_drop = Dropout(config.dropout)
+        self.norm_pre = make_norm(config, width) if config.pre_norm else None
         rates = _drop_path_rates(config, variant.depth)
         self.blocks = nn.LayerList([Block(config, variant, rate, attention) for rate in rates])
 
         pooled_width = 2 * width if config.pool == "cls_gap" else width
-        self.norm = nn.LayerNorm(pooled_width if config.fc_norm else width, config.layer_norm_epsilon)
+        self.norm = make_norm(config, pooled_width if config.fc_norm else width)
+        self.attn_pool = AttentionPool(config, variant, attention) if config.pool == "map" else None
         self.head0, self.head = None, None
         if config.num_classes == 0:
             return
@@ -100,7 +111,10 @@ class VisionTransformer(nn.Layer):
             self.head = linear(config.representation_size, config.num_classes, bias_init=config.head_bias_init)
 
     def _create_pos_embed(self, config: ModelConfig, width: int) -> None:
-        """Create the position embedding [1, positions, C]: a parameter, or a buffer if it is fixed."""
+        """Create the position embedding [1, positions, C]: a parameter, or a buffer if it is fixed, or none."""
+        if config.pos_embed == "none":
+            self.pos_embed = None
+            return
         num_positions = config.num_prefix_positions + self.grid[0] * self.grid[1]
         if config.pos_embed == "learn":
             initializer = Normal(0.0, 0.02)
@@ -111,27 +125,43 @@ class VisionTransformer(nn.Layer):
             fixed = sincos2d_pos_embed(self.grid, width, config.num_prefix_positions)
             self.register_buffer("pos_embed", paddle.to_tensor(fixed), persistable=False)
 
-    def embed(self, images: paddle.Tensor) -> paddle.Tensor:
+    def embed(self, images: paddle.Tensor, draw: Draw | None = None) -> paddle.Tensor:
         """Compute the first block's input [B, N, C]: registers, class token, patches."""
-        x = self.patch_embed(images)  # [B, rows * columns, C]
+        kept = None if draw is None else draw.tokens
+        x = self.patch_embed(
+            images, None if kept is None else kept[:, self.num_prefix_tokens :] - self.num_prefix_tokens
+        )
         if self.cls_token is not None and self.class_token_pos_embed:
             x = _prepend_tokens(self.cls_token, x)
-        x = x + self.pos_embed
+        if self.pos_embed is not None:
+            x = x + (self.pos_embed if kept is None else self._positions_of(kept, self.pos_embed))
         if self.cls_token is not None and not self.class_token_pos_embed:
             x = _prepend_tokens(self.cls_token, x)
         if self.reg_token is not None:
             x = _prepend_tokens(self.reg_token, x)
-        return self.pos_drop(x)
+        x = self.pos_drop(x)
+        return x if self.norm_pre is None else self.norm_pre(x)
+
+    def _positions_of(self, tokens: paddle.Tensor, pos_embed: paddle.Tensor) -> paddle.Tensor:
+        """Return the position embedding of the tokens that have one, [B, positions, C], among `tokens` [B, N]."""
+        first = self.num_prefix_tokens - self.num_prefix_positions
+        # Not `embedding`: Paddle 3.3.1 has no rule for its table being split over the ranks that split the images. And
+        # not a product of two three-dimensional operands of which one is broadcast: its gradient isn't reduced.
+        table = pos_embed.flatten(0, 1)  # [positions, C]
+        return paddle.matmul(F.one_hot(tokens[:, first:] - first, table.shape[0]), table)
 
     def features(self, images: paddle.Tensor) -> paddle.Tensor:
         """Compute the pooled, normalized state that the head reads: [B, C], or [B, 2 C] with cls_gap."""
-        x = self.embed(images)
-        for block in self.blocks:
-            x = block(x)  # [B, N, C]
+        draws = self.draws(images.shape[0]) if self.has_draws and self.training else [None] * len(self.blocks)
+        x = self.embed(images, draws[0])
+        for block, draw in zip(self.blocks, draws, strict=True):
+            x = block(x, draw)  # [B, N, C]
         return self.norm(self.pool_tokens(x)) if self.fc_norm else self.pool_tokens(self.norm(x))
 
     def pool_tokens(self, x: paddle.Tensor) -> paddle.Tensor:
         """Pool tokens [B, N, C] to [B, C], or to [B, 2 C] with cls_gap."""
+        if self.attn_pool is not None:
+            return self.attn_pool(x)
         states = [x[:, self.num_prefix_tokens - 1]] if self.pool != "gap" else []
         if self.pool != "cls":
             states.append((x[:, self.num_prefix_tokens :] if self.num_prefix_tokens else x).mean(axis=1))

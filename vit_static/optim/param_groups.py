@@ -22,18 +22,18 @@ def param_group(name: str, depth: int, optim: OptimConfig) -> ParamGroup:
     """Return the settings of a parameter, by its name in a model of `depth` blocks.
 
     The learning rate is multiplied by `layer_decay` for each layer above the parameter, as in BEiT and MAE. The last
-    norm and the head have no layer above them, block i has depth - i, and the patch embedding, the position embedding
-    and the tokens have depth + 1.
+    norm, attention pooling and the head have no layer above them, block i has depth - i, and the patch embedding, the
+    position embedding and the tokens have depth + 1.
     """
     kinds = set()
-    if re.fullmatch(r"(.*\.)?(norm[12]?|ls[12])\.\w+", name):
+    if re.fullmatch(r"(.*\.)?(norm([12]|_pre)?|[qk]_norm|ls[12])\.\w+", name):
         kinds.add("norm")
     if name.endswith(".bias"):
         kinds.add("bias")
-    if name in ("cls_token", "reg_token", "pos_embed"):
+    if name in ("cls_token", "reg_token", "pos_embed", "attn_pool.latent") or name.endswith(".rope.frequencies"):
         kinds.add("embedding")
     block = re.match(r"blocks\.(\d+)\.", name)
-    if name.startswith(("norm.", "head")):
+    if name.startswith(("norm.", "attn_pool.", "head")):
         num_layers_above = 0
     elif block:
         num_layers_above = depth - int(block[1])

@@ -19,18 +19,25 @@ _REPLICATED, _FIRST_AXIS, _LAST_AXIS = "replicated", "first axis", "last axis"
 
 # The axis of each parameter that tensor parallelism splits. q, k, v and fc1 are split by columns (weights are
 # [in, out]), so that a rank computes complete heads and hidden channels; proj and fc2 are split by rows, and an
-# all-reduce adds up their partial sums (Megatron-LM, arXiv 1909.08053). Every parameter matches exactly one line.
+# all-reduce adds up their partial sums (Megatron-LM, arXiv 1909.08053). So are the gate of a gated MLP, the pooling
+# head's layers and the frequencies of mixed rotary positions. A norm over split channels gathers them first. Every
+# parameter matches exactly one line.
 TP_SHARDING_RULES: dict[str, str] = {
-    r"cls_token|reg_token|pos_embed": _REPLICATED,
+    r"cls_token|reg_token|pos_embed|attn_pool\.latent": _REPLICATED,
     r"patch_embed\.proj\.(weight|bias)": _REPLICATED,
+    r"(norm_pre|attn_pool\.norm)\.(weight|bias)": _REPLICATED,
     r"blocks\.\d+\.norm[12]\.(weight|bias)": _REPLICATED,
-    r"blocks\.\d+\.attn\.[qkv]\.(weight|bias)": _LAST_AXIS,
-    r"blocks\.\d+\.attn\.proj\.weight": _FIRST_AXIS,
-    r"blocks\.\d+\.attn\.proj\.bias": _REPLICATED,
+    r"(blocks\.\d+|attn_pool)\.attn\.[qkv]\.(weight|bias)": _LAST_AXIS,
+    r"(blocks\.\d+|attn_pool)\.attn\.proj\.weight": _FIRST_AXIS,
+    r"(blocks\.\d+|attn_pool)\.attn\.proj\.bias": _REPLICATED,
+    r"blocks\.\d+\.attn\.[qk]_norm\.(weight|bias)": _REPLICATED,
+    r"blocks\.\d+\.attn\.rope\.frequencies": _LAST_AXIS,
+    r"blocks\.\d+\.attn\.norm\.(weight|bias)": _REPLICATED,
+    r"(blocks\.\d+|attn_pool)\.mlp\.norm\.(weight|bias)": _REPLICATED,
     r"blocks\.\d+\.ls[12]\.gamma": _REPLICATED,
-    r"blocks\.\d+\.mlp\.fc1\.(weight|bias)": _LAST_AXIS,
-    r"blocks\.\d+\.mlp\.fc2\.weight": _FIRST_AXIS,
-    r"blocks\.\d+\.mlp\.fc2\.bias": _REPLICATED,
+    r"(blocks\.\d+|attn_pool)\.mlp\.(fc1|gate)\.(weight|bias)": _LAST_AXIS,
+    r"(blocks\.\d+|attn_pool)\.mlp\.fc2\.weight": _FIRST_AXIS,
+    r"(blocks\.\d+|attn_pool)\.mlp\.fc2\.bias": _REPLICATED,
     r"norm\.(weight|bias)": _REPLICATED,
     r"head0\.(weight|bias)": _REPLICATED,
     r"head\.(weight|bias)": _LAST_AXIS,
@@ -116,7 +123,8 @@ def _stage_of(layer_name: str, stages_of_blocks: list[int]) -> int:
     block = re.match(r"blocks\.(\d+)", layer_name)
     if block:
         return stages_of_blocks[int(block[1])]
-    return stages_of_blocks[-1] if stages_of_blocks and layer_name.startswith(("norm", "head")) else 0
+    is_last = layer_name.partition(".")[0] in ("norm", "attn_pool", "head0", "head")
+    return stages_of_blocks[-1] if stages_of_blocks and is_last else 0
 
 
 def _placements(mesh: Mesh, mp_axis: int | None, dp_axis: int | None) -> list[Any]:

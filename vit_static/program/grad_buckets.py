@@ -62,11 +62,31 @@ def _bucket_reductions(
 ) -> None:
     """Combine reductions of one kind.
 
+    A gradient that is partial over two axes of the mesh, such as that of a norm of single heads, is reduced twice: its
+    second reduction is combined with other second ones.
+    """
+    reductions = [op for op in program.global_block().ops if op.name() in names and op.op_role == UPDATE]
+    identities = {operation.id() for operation in reductions}
+
+    def is_second(operation: Any) -> bool:
+        source = operation.operand_source(0).get_defining_op()
+        return source is not None and source.id() in identities
+
+    second = [operation for operation in reductions if is_second(operation)]
+    first = [operation for operation in reductions if not any(operation is other for other in second)]
+    for group in filter(None, (first, second)):
+        _bucket_independent(program, group, sync, reduce_bucket)
+
+
+def _bucket_independent(
+    program: Any, reductions: list[Any], sync: GradSyncConfig, reduce_bucket: Callable[[Bucket, str], Any]
+) -> None:
+    """Combine reductions that don't read each other's results.
+
     With overlap, a bucket of gradients from the backward pass starts when the last of them is computed. All others,
     such as accumulated gradients, start where the first of their bucket was.
     """
     positions = _Positions(program)
-    reductions = [op for op in positions.operations if op.name() in names and op.op_role == UPDATE]
     early = [op for op in reductions if sync.overlap and _is_from_backward(op, positions)]
     late = [op for op in reductions if not any(op is other for other in early)]
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from vit_static.common import cpu
 from vit_static.common.errors import ConfigError
-from vit_static.config.schema import AmpConfig, KernelsConfig, ModelConfig, ParallelConfig
+from vit_static.config.model_schema import ModelConfig
+from vit_static.config.schema import AmpConfig, KernelsConfig, ParallelConfig
 from vit_static.model.attention import AttentionFunction, attention_by_matmul, flash_attention
 from vit_static.model.variants import variant_of
 from vit_static.program.cpu import onednn

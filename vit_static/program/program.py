@@ -18,7 +18,6 @@ from paddle import nn
 from vit_static.checkpoint.sharded_state import RankShard, ShardedReader
 from vit_static.common.errors import ConfigError
 from vit_static.config.schema import AmpConfig, Config, ParallelConfig
-from vit_static.model.layers import Dropout
 from vit_static.model.loss import Criterion
 from vit_static.model.loss_weights import NO_WEIGHTS, LossWeights
 from vit_static.model.patches import PatchProjection
@@ -33,6 +32,7 @@ from vit_static.program.grad_buckets import GradSyncConfig
 from vit_static.program.pass_list import PassContext, run_passes
 from vit_static.program.precision import Precision, uses_seeded_dropout
 from vit_static.program.recorded_loss import RecordedLoss
+from vit_static.program.seeded_draws import place_draws
 from vit_static.program.spec import CountCosts, ProgramSpec, TrainingSpec
 from vit_static.program.state import ProgramState, float32_weights
 from vit_static.weights.formats import State
@@ -61,9 +61,12 @@ class Program:
         stages = sharding.shard_model(model, mesh, spec.parallel.sharding_stage)
         self._dropout = None
         training = spec.training
+        self._draws = None
         if training is not None:
             seeded = uses_seeded_dropout(spec.parallel, mesh.device)
-            self._dropout = _place_dropouts(model, mesh, spec.seed, stages, seeded)
+            self._dropout = seeded_dropout.place_dropouts(model, mesh, spec.seed, stages, seeded)
+            micro_batches = num_micro_batches(spec.parallel)
+            self._draws = place_draws(model, mesh, spec.seed, stages, training.batch_size, micro_batches)
         _recompute_blocks(model, spec.parallel.recompute)
         if spec.precision.level == "O1" and mesh.device == "gpu" and spec.kernels.fused_linear:
             _add_biases_in_low_precision(model, spec.precision, spec.amp)
@@ -164,6 +167,8 @@ class Program:
         self._scheduler.step(step)
         self._scalars.set(step_scalars(step, training.optim, training.warmup_steps))
         # Masks are a function of the seed, the step and the rank's data, so a resumed run draws the same masks.
+        if self._draws is not None:
+            self._draws.set_step(step)
         if self._dropout is not None:
             self._dropout.set_step(step)
         else:
@@ -393,23 +398,6 @@ def _recompute_blocks(model: VisionTransformer, recompute: str | int) -> None:
     for segment, block in enumerate(model.blocks):
         if segment % every == 0:
             engine.mark_recompute(block, segment)
-
-
-def _place_dropouts(
-    model: nn.Layer, mesh: Mesh, seed: int, stages: dict[str, int], seeded: bool
-) -> seeded_dropout.SeededDropout | None:
-    """Place every dropout of the model on its pipeline stage; with `seeded`, give each a seed of its own.
-
-    Returns the seeds, or None where the model has no dropout or the rank's one generator draws the masks.
-    """
-    dropouts = [(layer, stages[name]) for name, layer in model.named_sublayers() if isinstance(layer, Dropout)]
-    if not any(layer.p > 0.0 for layer, _ in dropouts):
-        return None
-    meshes = [mesh.stage(stage) for stage in range(mesh.shape.pp)]
-    seeds = seeded_dropout.SeededDropout(seed, mesh.rank, meshes, [stage for _, stage in dropouts])
-    for index, (layer, stage) in enumerate(dropouts):
-        layer.function = seeds.function(index) if seeded else seeded_dropout.placed_dropout(meshes[stage])
-    return seeds if seeded else None
 
 
 def _wrap_forward(

@@ -10,11 +10,31 @@ from typing import Any
 import numpy as np
 import paddle.distributed as dist
 import paddle.nn.functional as F
+from paddle import nn
 
+from vit_static.model.layers import Dropout
 from vit_static.parallel.dist_values import assign_to, create_variable, set_variable
+from vit_static.parallel.mesh import Mesh
 
 # Attributes of operators; the value is the dropout's index.
 _DROPOUT, _DROPOUT_SEED = "vit_static_dropout", "vit_static_seed_of_dropout"
+
+
+def place_dropouts(
+    model: nn.Layer, mesh: Mesh, seed: int, stages: dict[str, int], seeded: bool
+) -> SeededDropout | None:
+    """Place every dropout of the model on its pipeline stage; with `seeded`, give each a seed of its own.
+
+    Returns the seeds, or None where the model has no dropout or the rank's one generator draws the masks.
+    """
+    dropouts = [(layer, stages[name]) for name, layer in model.named_sublayers() if isinstance(layer, Dropout)]
+    if not any(layer.p > 0.0 for layer, _ in dropouts):
+        return None
+    meshes = [mesh.stage(stage) for stage in range(mesh.shape.pp)]
+    seeds = SeededDropout(seed, mesh.rank, meshes, [stage for _, stage in dropouts])
+    for index, (layer, stage) in enumerate(dropouts):
+        layer.function = seeds.function(index) if seeded else placed_dropout(meshes[stage])
+    return seeds if seeded else None
 
 
 def placed_dropout(mesh: dist.ProcessMesh) -> Any:

@@ -9,7 +9,8 @@ import paddle
 
 from vit_static.common.errors import WeightsError
 from vit_static.common.text import print_line
-from vit_static.config.schema import Config, InitConfig, ModelConfig
+from vit_static.config.model_schema import ModelConfig
+from vit_static.config.schema import Config, InitConfig
 from vit_static.model.variants import variant_of
 from vit_static.model.vit import VisionTransformer
 from vit_static.weights.formats import ExternalWeights, FormatName, State, list_differences, write_weights

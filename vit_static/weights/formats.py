@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 
 from vit_static.common.errors import WeightsError, format_value
 from vit_static.common.io import write_atomically, write_json
-from vit_static.config.schema import ModelConfig
+from vit_static.config.model_schema import ModelConfig
 from vit_static.weights.architectures import unsupported_reason
 from vit_static.weights.model_record import RECORD_NAME, encode_record
 from vit_static.weights.name_maps import (
@@ -69,7 +69,7 @@ def read_weights(path: Path, *, ema: bool = False) -> ExternalWeights:
     if not state:
         raise WeightsError(f"{path}: holds no arrays of weights")
     reason = unsupported_reason(state)
-    if reason is not None:
+    if reason is not None and content.model is None:
         raise WeightsError(f"{path}: {reason}; use weights of a plain ViT, DeiT, MAE, DINO or DINOv2")
     external = _from_paddle(state, path) if content.container == "paddle" else _from_names(state, path)
     dropped = dict.fromkeys(content.outside, "is not part of the state dict") | external.dropped
@@ -234,7 +234,7 @@ def _wrong_shape(path: Path, name: str, array: np.ndarray, expected: str) -> Wei
 
 def _num_axes(name: str) -> tuple[int, ...]:
     """Return how many axes an array may have, by our name for it."""
-    if name in ("pos_embed", "cls_token", "reg_token"):
+    if name in ("pos_embed", "cls_token", "reg_token", "attn_pool.latent"):
         return (3,)
     if name == "patch_embed.proj.weight":
         return (4,)
@@ -261,11 +261,14 @@ def _pooling_hints(state: State, has_fc_norm: bool) -> dict[str, Any]:
 def fuse_qkv(state: Mapping[str, np.ndarray]) -> State:
     """Convert the layers' names to the files': concatenate ``attn.{q,k,v}.*`` to ``attn.qkv.*`` along the last axis.
 
-    Raises KeyError if one of the three is missing, ValueError if their shapes differ.
+    Biases stay separate where keys have none. Raises KeyError if one of the three is missing, ValueError if their
+    shapes differ.
     """
     fused = {}
     for name, value in state.items():
-        if ".attn.q." in name:
+        if _is_bias_without_that_of_keys(name, state):
+            fused[name] = value
+        elif ".attn.q." in name:
             parts = [state[name.replace(".attn.q.", f".attn.{part}.")] for part in "qkv"]
             if len({part.shape for part in parts}) > 1:
                 raise ValueError(f"{name} has the shape {list(parts[0].shape)}, unlike the others")
@@ -275,6 +278,12 @@ def fuse_qkv(state: Mapping[str, np.ndarray]) -> State:
         elif name.replace(".attn.k.", ".attn.q.").replace(".attn.v.", ".attn.q.") not in state:
             raise KeyError(name)
     return fused
+
+
+def _is_bias_without_that_of_keys(name: str, state: Mapping[str, np.ndarray]) -> bool:
+    """Return whether a name is that of the queries' or values' biases in a model with `qkv_bias: qv`."""
+    match = re.fullmatch(r"(.*\.attn\.)[qv]\.bias", name)
+    return match is not None and all((f"{match[1]}{part}.bias" in state) == (part != "k") for part in "qkv")
 
 
 def split_qkv(state: Mapping[str, np.ndarray]) -> State:
@@ -342,6 +351,10 @@ def list_differences(state: Mapping[str, np.ndarray], model: ModelConfig, to: Fo
     ]
 
 
+# Keys of models that no table but PLSC's, which is this program's own, has names for.
+_OWN_OPTIONS = ("rope", "qk_norm", "norm", "mlp", "mlp_norm", "attention_norm", "pre_norm")
+
+
 def _is_name_of_norm(theirs: str, model: ModelConfig) -> bool:
     """Tell, for timm's two names of the last norm, whether it is this model's; True for every other name."""
     return not theirs.startswith(("norm.", "fc_norm.")) or theirs.startswith("fc_norm.") == model.fc_norm
@@ -349,6 +362,13 @@ def _is_name_of_norm(theirs: str, model: ModelConfig) -> bool:
 
 def _table_for(state: Mapping[str, np.ndarray], model: ModelConfig, to: FormatName) -> NameMap:
     """Return the table of a format. Raises WeightsError if its program would compute something else."""
+    option = next((key for key in _OWN_OPTIONS if model.is_changed(key)), None)
+    if option is not None or model.pool == "map" or model.pos_embed == "none" or model.gelu == "quick":
+        key = option or next(key for key in ("gelu", "pos_embed", "pool") if model.is_changed(key))
+        raise WeightsError(
+            f"model.{key} = {getattr(model, key)}: this version writes such a model only as a .pdparams file; use "
+            "--format plsc"
+        )
     has_scale = "blocks.0.ls1.gamma" in state
     is_fixed = "pos_embed" not in state
     if is_fixed and to != "google":

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from vit_static.common.errors import ConfigError, WeightsError, truncate
 from vit_static.common.text import say
 from vit_static.config.loader import load_config
-from vit_static.config.schema import Config, ModelConfig
+from vit_static.config.model_schema import ModelConfig
+from vit_static.config.schema import Config
 from vit_static.model.variants import VARIANTS, variant_of
 from vit_static.weights.formats import PLSC, ExternalWeights
 from vit_static.weights.source import Weights, load_weights
@@ -24,6 +25,7 @@ _READ_BY_HEAD = ("pool", "fc_norm")
 _NOT_IN_WEIGHTS = (
     *("variant", "from_", "image_size", "pos_embed_init", "head_bias_init", "head_init_std"),
     *("dropout", "attention_dropout", "drop_path_rate", "drop_path_schedule"),
+    *("patch_dropout", "rope_shift", "rope_jitter", "rope_rescale"),
 )
 # Keys that must agree with the weights for their blocks to be loaded. The others can be adapted: another grid of
 # positions, a folded or new LayerScale, the class token.
@@ -49,15 +51,34 @@ def infer_model(external: ExternalWeights) -> dict[str, Any]:
         model["num_channels"] = embedding.shape[1]
     if fc1 is not None and fc1.ndim == 2:
         model["mlp_dim"] = fc1.shape[1]
-    model["pos_embed"] = "learn" if "pos_embed" in state else "sincos2d"
+    without = "none" if model.get("pos_embed") == "none" else "sincos2d"
+    model["pos_embed"] = "learn" if "pos_embed" in state else without
     model["depth"] = len(PLSC.blocks_in(state))
-    model["qkv_bias"] = "blocks.0.attn.qkv.bias" in state
+    model["qkv_bias"] = "qv" if "blocks.0.attn.q.bias" in state else "blocks.0.attn.qkv.bias" in state
+    model |= _optional_layers(state)
     has_scale = "blocks.0.ls1.gamma" in state
     model["layer_scale_init"] = (model.get("layer_scale_init") or 1e-5) if has_scale else None
     model["register_tokens"] = state["reg_token"].shape[1] if state.get("reg_token", np.zeros(0)).ndim == 3 else 0
     model["class_token"] = "cls_token" in state
     model["num_classes"] = len(state["head.bias"]) if "head.bias" in state else 0
     model["representation_size"] = len(state["head0.bias"]) if "head0.bias" in state else None
+    return model
+
+
+def _optional_layers(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return the keys that say which optional layers the model has."""
+    model: dict[str, Any] = {
+        "norm": "rms" if "norm.weight" in state and "norm.bias" not in state else "layer",
+        "mlp": "swiglu" if "blocks.0.mlp.gate.weight" in state else "gelu",
+        "mlp_norm": "blocks.0.mlp.norm.weight" in state,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+        "attention_norm": "blocks.0.attn.norm.weight" in state,
+        "pre_norm": "norm_pre.weight" in state,
+    }
+    if "blocks.0.attn.rope.frequencies" in state:
+        model["rope"] = "mixed"
+    if "attn_pool.latent" in state:
+        model["pool"] = "map"
     return model
 
 

@@ -13,7 +13,8 @@ from paddle import nn
 
 from vit_static.common.errors import WeightsError
 from vit_static.common.io import write_atomically, write_json
-from vit_static.config.schema import InitConfig, ModelConfig, PosEmbedResampling
+from vit_static.config.model_schema import ModelConfig
+from vit_static.config.schema import InitConfig, PosEmbedResampling
 from vit_static.model.pos_embed import resample_pos_embed
 from vit_static.model.variants import grid_of, variant_of
 from vit_static.model.vit import VisionTransformer
@@ -166,8 +167,9 @@ def adapt_state(
         _add_up_channels(state, report, config)
         if "pos_embed" in state:
             _adapt_pos_embed(state, report, external, config, source, init, source_grid)
-    for key in ("gelu", "layer_norm_epsilon", "pool", "fc_norm"):
-        hint, expected = external.model_hints.get(key), getattr(config, key)
+    for key in ("gelu", "layer_norm_epsilon", "pool", "fc_norm", "rope", "rope_base", "rope_grid"):
+        hint = external.model_hints.get(key, getattr(external.model, key, None))
+        expected = getattr(config, key)
         if hint is not None and hint != expected and not (key in ("pool", "fc_norm") and init.head == "reset"):
             report.notes.append(f"the file's program has model.{key}={hint}, and this model {expected}")
     changed = set(report.resampled) | {target for target in report.folded.values() if target in state}

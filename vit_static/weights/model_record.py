@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vit_static.common.errors import WeightsError, newer_format, truncate
-from vit_static.config.schema import ModelConfig
+from vit_static.config.model_schema import ModelConfig
 
 RECORD_FORMAT = 1  # without a number in the record, it is 1
 RECORD_NAME = "vit_static_model"  # key of the metadata, and name of the array

@@ -91,10 +91,23 @@ _NORMS_IN_TORCH = {"blocks.{}.norm1.": "blocks.{}.norm1", "blocks.{}.norm2.": "b
 _EMBEDDINGS = _same("cls_token", "reg_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias")
 _SCALES = _same("blocks.{}.ls1.gamma", "blocks.{}.ls2.gamma")
 
+# Layers of options that PLSC doesn't have, by this program's names.
+_OPTIONAL_NORMS = ("norm_pre", "blocks.{}.attn.norm", "blocks.{}.attn.q_norm", "blocks.{}.attn.k_norm")
+_OPTIONAL_LINEARS = ("blocks.{}.mlp.gate", *(f"attn_pool.{name}" for name in ("attn.qkv", "attn.proj")))
+_MLP_OF_POOL = ("attn_pool.mlp.fc1", "attn_pool.mlp.gate", "attn_pool.mlp.fc2")
 PLSC = NameMap(
     "PLSC's or this program's .pdparams",
     r"blocks\.([0-9]{1,4})\.",
-    _EMBEDDINGS | _SCALES | _norms(_NORMS_IN_TORCH) | _linears({**_IN_TORCH, "head0.": "head0"}, IDENTITY),
+    _EMBEDDINGS
+    | _SCALES
+    | _same("attn_pool.latent", "blocks.{}.attn.rope.frequencies")
+    | _same(*(f"{attention}.{part}.bias" for attention in ("blocks.{}.attn", "attn_pool.attn") for part in "qv"))
+    | _norms(_NORMS_IN_TORCH)
+    | _norms(
+        {f"{name}.": name for name in (*_OPTIONAL_NORMS, "blocks.{}.mlp.norm", "attn_pool.norm", "attn_pool.mlp.norm")}
+    )
+    | _linears({**_IN_TORCH, "head0.": "head0"}, IDENTITY)
+    | _linears({f"{name}.": name for name in (*_OPTIONAL_LINEARS, *_MLP_OF_POOL)}, IDENTITY),
 )
 PLSC_HINTS: dict[str, Any] = {"gelu": "erf", "layer_norm_epsilon": 1e-6}
 TIMM = NameMap(

@@ -13,7 +13,7 @@ import numpy as np
 import safetensors
 
 from vit_static.common.errors import WeightsError, os_reason, truncate
-from vit_static.config.schema import ModelConfig
+from vit_static.config.model_schema import ModelConfig
 from vit_static.weights.model_record import (
     MAX_RECORD_BYTES,
     RECORD_NAME,

@@ -147,7 +147,8 @@ def _model_hints(config: Config) -> dict[str, Any]:
     return {
         "num_heads": variant_of(model).num_heads,
         "class_token_pos_embed": model.class_token_pos_embed,
-        **{key: getattr(model, key) for key in ("gelu", "layer_norm_epsilon", "pool", "fc_norm")},
+        **{key: getattr(model, key) for key in ("gelu", "layer_norm_epsilon", "pool", "fc_norm", "pos_embed")},
+        **{key: getattr(model, key) for key in ("rope", "rope_base", "rope_grid", "rope_register_base")},
     }
 
 

@@ -11,7 +11,8 @@ from helpers.small import SMALL, images_and_labels
 
 from vit_static.bench.profile import short_name
 from vit_static.config.data_schema import LossConfig
-from vit_static.config.schema import KernelsConfig, ModelConfig, OptimConfig, ParallelConfig
+from vit_static.config.model_schema import ModelConfig
+from vit_static.config.schema import KernelsConfig, OptimConfig, ParallelConfig
 from vit_static.model.attention import attention_by_matmul
 from vit_static.model.loss import Criterion
 from vit_static.model.vit import VisionTransformer

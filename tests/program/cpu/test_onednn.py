@@ -230,7 +230,8 @@ from vit_static.program.cpu import onednn
 onednn._SUPPORTED_VERSION = (9, 8)
 
 from vit_static.common.errors import ConfigError
-from vit_static.config.schema import AmpConfig, Config, DataConfig, ModelConfig
+from vit_static.config.model_schema import ModelConfig
+from vit_static.config.schema import AmpConfig, Config, DataConfig
 from vit_static.model.attention import attention_by_matmul
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import MeshShape, start_mesh

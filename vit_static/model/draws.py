@@ -1,0 +1,73 @@
+"""Random choices of a training step that all blocks share: the patches that remain, and changes of their coordinates.
+
+They are computed from uniform numbers by NumPy, so that a caller that gives each image numbers of its own gets the same
+choices on any mesh and after any resume (program/seeded_draws.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import paddle
+
+from vit_static.config.model_schema import ModelConfig
+from vit_static.model.variants import grid_of, num_kept_patches
+
+NUM_BOX_NUMBERS = 5  # shifts of rows and columns, factors of both, a common factor
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The choices of one step for one block; None for what the config doesn't use."""
+
+    # The tokens of each image that remain: the prefix tokens, then patches in ascending order.
+    tokens: paddle.Tensor | None = None  # [B, prefix + kept patches] int32
+    box: paddle.Tensor | None = None  # [2, 2] float32: a factor of the coordinates and a summand, of rows and columns
+
+
+# (images in the batch) -> a draw per block
+DrawFunction = Callable[[int], list[Draw]]
+
+
+def uses_patch_dropout(config: ModelConfig) -> bool:
+    """Return whether training leaves out patches."""
+    return config.patch_dropout > 0.0
+
+
+def uses_box(config: ModelConfig) -> bool:
+    """Return whether training moves the coordinates of rotary positions."""
+    return config.rope_shift > 0.0 or config.rope_jitter > 1.0 or config.rope_rescale > 1.0
+
+
+def kept_tokens(config: ModelConfig, uniform: np.ndarray) -> np.ndarray:
+    """Return the tokens of each image that remain, [B, prefix + kept] int32, from uniform numbers [B, patches]."""
+    patches = np.sort(np.argsort(uniform, axis=1, kind="stable")[:, : num_kept_patches(config)], axis=1)
+    prefix = np.broadcast_to(np.arange(config.num_prefix_tokens), (len(patches), config.num_prefix_tokens))
+    return np.concatenate([prefix, patches + config.num_prefix_tokens], axis=1).astype(np.int32)
+
+
+def coordinate_box(config: ModelConfig, uniform: np.ndarray) -> np.ndarray:
+    """Return the factor and the summand of the coordinates, [2, 2] float32, from NUM_BOX_NUMBERS uniform numbers.
+
+    As in DINOv3 (arXiv 2508.10104): a uniform shift of each axis, then a log-uniform factor of each, then one of both.
+    """
+    signed = 2.0 * uniform - 1.0
+    shift = config.rope_shift * signed[:2]
+    factor = config.rope_jitter ** signed[2:4] * config.rope_rescale ** signed[4]
+    return np.stack([factor, factor * shift]).astype(np.float32)
+
+
+def draw_here(config: ModelConfig, depth: int, num_images: int) -> list[Draw]:
+    """Return the draws of a step outside of a compiled program, by Paddle's generator."""
+    rng = np.random.default_rng(paddle.randint(0, 2**31 - 1, [1]).item())
+    rows, columns = grid_of(config)
+    tokens: Any = None
+    box: Any = None
+    if uses_patch_dropout(config):
+        tokens = paddle.to_tensor(kept_tokens(config, rng.random((num_images, rows * columns))))
+    if uses_box(config):
+        box = paddle.to_tensor(coordinate_box(config, rng.random(NUM_BOX_NUMBERS)))
+    return [Draw(tokens, box)] * depth
