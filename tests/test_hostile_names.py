@@ -148,6 +148,7 @@ Check = Callable[[Workplace, Done], None]
 # What each verb is given; `{...}` are fields of Workplace.
 VERBS: dict[str, tuple[list[str], Check]] = {
     "eval": (["eval", "--checkpoint", "{run}", "--per-class", "{folder}/classes.csv"], check_csv_of_classes),
+    "average": (["average", "{run}", "{run}/model.pdparams", "--out", "{folder}/average"], check_nothing),
     "predict json": (["predict", "--model", "{model}", "{image}"], check_json),
     "predict csv": (["predict", "--model", "{model}", "--format", "csv", "{image}"], check_csv_of_predictions),
     "predict table": (["predict", "--model", "{model}", "--format", "table", "{image}"], check_stdout),

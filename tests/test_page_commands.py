@@ -38,6 +38,7 @@ NOT_RUN = {
     "srun": "needs Slurm: tests/launch/test_slurm.py",
     "run.sh test": "the tests themselves",
     "plan -c configs/deit3_b16.yaml --search": "compiles twelve meshes: tests/plan/test_plan.py",
+    "run.sh average": "needs several checkpoints and runs: tests/train/test_averaging.py",
     "log.trackers=": "needs W&B: tests/train/test_trackers.py",
     "doctor -c configs/": "the other doctor command runs: its checks take half a minute",
 }

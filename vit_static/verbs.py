@@ -131,6 +131,24 @@ def run_export(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def run_average(arguments: argparse.Namespace) -> int:
+    """Average the weights of checkpoints or runs."""
+    config = _load_optional_config(arguments)
+    prepare_process(arguments.verbose)
+    from vit_static.train.averaging import average_runs
+
+    average_runs(
+        config,
+        arguments.runs,
+        arguments.overrides,
+        last=arguments.last,
+        greedy=arguments.greedy,
+        ema=arguments.ema,
+        out=arguments.out,
+    )
+    return EXIT_DONE
+
+
 def run_predict(arguments: argparse.Namespace) -> int:
     """Classify images with an exported model."""
     prepare_process(arguments.verbose)

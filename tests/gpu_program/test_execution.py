@@ -28,8 +28,10 @@ from vit_static.config.schema import AmpConfig, KernelsConfig, ParallelConfig
 from vit_static.model.attention import attention_by_matmul
 from vit_static.model.vit import VisionTransformer
 from vit_static.optim.ema import EMA
+from vit_static.optim.muon import NEWTON_SCHULZ
 from vit_static.parallel.dist_values import local_array
 from vit_static.parallel.mesh import MeshShape, start_mesh
+from vit_static.program.ir import is_read_by_marked
 from vit_static.program.precision import Precision
 from vit_static.program.program import Program
 
@@ -247,6 +249,24 @@ def test_a_half_precision_program_stays_near_the_cpus(runs, case):
     run, reference = execute(runs.world(case)), runs.reference(case).train()
     assert_within(bound(case), run, reference)
     assert min(run.grad_norms) > OPTIM["clip_norm"]
+
+
+def test_muon_orthogonalizes_the_matrices_of_sharded_parameters_in_bfloat16(runs):
+    """The updates' singular values. The change of a single weight depends on roundings, since small ones are raised."""
+    case = gpu_case("dp 2, ZeRO 3", "O2 bfloat16", "muon")
+    world = runs.world(case)
+    execute(world, num_steps=2)  # at first, the head's weights and so all gradients of the blocks are 0
+    run = execute(world, first_step=2, num_steps=1)
+    for name in ("attn.q", "attn.proj", "mlp.fc1", "mlp.fc2"):
+        old, new = (state[f"blocks.0.{name}.weight"].astype(np.float64) for state in (run.start, run.state))
+        direction = ((old - new) / 1e-3 - 0.1 * old) / (0.2 * np.sqrt(max(old.shape)))
+        assert 0.7 < np.linalg.norm(direction, 2) < 1.3, name
+    operators = world.compiled().global_block().ops
+    products = [op for op in operators if op.has_attr(NEWTON_SCHULZ) and op.name() == "pd_op.matmul"]
+    gathers = [op for op in operators if op.name() == "pd_op.all_gather" and is_read_by_marked(op, NEWTON_SCHULZ)]
+    num_matrices = 6 * case.config().model.depth + 2  # of the blocks, the patches and head0
+    assert (len(products), len(gathers)) == (15 * num_matrices, num_matrices)
+    assert {op.operand_source(0).dtype for op in (*products, *gathers)} == {paddle.bfloat16}
 
 
 def test_a_step_whose_gradients_overflow_changes_only_the_loss_scale(runs):

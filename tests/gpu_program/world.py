@@ -118,6 +118,10 @@ class World:
         self.case = case
         self._members = [self._build(rank, modes) for rank in range(case.shape.world_size)]
 
+    def compiled(self) -> Any:
+        """Return the first rank's training program."""
+        return self._members[0].program.compiled("train")
+
     def _build(self, rank: int, modes: tuple[str, ...]) -> _Member:
         scope = paddle.static.Scope()
         with self._as_rank(rank, scope):

@@ -102,6 +102,7 @@ RECIPES = {
     "lamb": OptimConfig(name="lamb", epsilon=1e-3, weight_decay=0.1, no_decay=("bias",), ema_decay=0.9),
     "lion": OptimConfig(name="lion", lr=1e-4, betas=(0.9, 0.99), weight_decay=0.1, decay_times_lr=False),
     "adafactor": OptimConfig(name="adafactor", betas=(0.9, 0.99), weight_decay=0.1, ema_decay=0.9),
+    "muon": OptimConfig(name="muon", weight_decay=0.1, epsilon=1e-3, newton_schulz="original", nesterov=True),
     "schedule_free_adamw": OptimConfig(name="schedule_free_adamw", weight_decay=0.1, no_decay=("bias",), epsilon=1e-3),
 }
 RECIPE_MESHES = {
@@ -111,16 +112,17 @@ RECIPE_MESHES = {
     "dp2_sharding3": mesh(dp=2, sharding_stage=3),
     "dp2_mp2_sharding1": mesh(dp=2, mp=2, sharding_stage=1),
 }
-# AdamW on every kind of mesh. LAMB and Adafactor compute norms and means of tensors, so they have a case for each way
-# to split a tensor: by tensor parallelism, with only the state split, with the parameters split too. Lion and
-# schedule-free AdamW, as AdamW, update each number by itself. All of these but AdamW train a model of one block: their
-# programs have many small operators.
+# AdamW on every kind of mesh. LAMB, Adafactor and Muon compute norms, means and products of tensors, so they have a
+# case for each way to split a tensor: by tensor parallelism, with only the state split, with the parameters split too.
+# Lion and schedule-free AdamW, as AdamW, update each number by itself. All of these but AdamW and Muon train a model of
+# one block: their programs have many small operators.
 RECIPES_ON = {
     "adamw": ["pp2", "accum2", "dp2_sharding2", "dp2_sharding3", "dp2_mp2_sharding1"],
     "lamb": ["dp2_sharding3", "dp2_mp2_sharding1"],
     "adafactor": ["dp2_sharding3", "dp2_mp2_sharding1"],
     "lion": ["dp2_sharding2"],
     "schedule_free_adamw": ["dp2_sharding2"],
+    "muon": ["pp2", "dp2_sharding3", "dp2_mp2_sharding1"],
 }
 # with only drop path: the mesh, and the case with one process that draws the same masks
 DROP_PATH = {
@@ -169,7 +171,7 @@ def all_cases() -> list[Case]:
     for name, optimizer in [*(("one", optimizer) for optimizer in RECIPES), *RECIPES_TRAINED]:
         parallel = mesh() if name == "one" else RECIPE_MESHES[name]
         four_steps = {"steps": list(range(4))}
-        model = MODELS["tokens"] if optimizer == "adamw" else MODELS["one_block"]
+        model = MODELS["tokens"] if optimizer in ("adamw", "muon") else MODELS["one_block"]
         named.append((f"recipe_{name}_{optimizer}", model, RECIPES[optimizer], parallel, four_steps))
     for name, parallel in DROPOUT.items():
         recorded = {"steps": STEPS_WITH_A_REPETITION, "records_masks": True}

@@ -177,6 +177,60 @@ def test_the_average_of_schedule_free_weighs_by_the_squared_learning_rate() -> N
     np.testing.assert_allclose(uniform_weights, 1.0 / np.arange(1, 21), rtol=1e-12)
 
 
+MUON_NAMES = {
+    "wide": "blocks.0.mlp.fc1.weight",
+    "tall": "blocks.1.mlp.fc2.weight",
+    "kernel": "patch_embed.proj.weight",
+    "head": "head.weight",
+    "bias": "blocks.1.mlp.fc2.bias",
+}
+MUON_SHAPES = {"wide": (12, 20), "tall": (20, 9), "kernel": (10, 3, 2, 2), "head": (9, 5), "bias": (9,)}
+MUON: dict[str, dict[str, Any]] = {
+    "timm": {"epsilon": 1e-7},
+    "author": {
+        "epsilon": 1e-10,
+        "nesterov": True,
+        "newton_schulz": "original",
+        "muon_scale": "original",
+        "adamw_lr_scale": 0.015,
+    },
+}
+
+
+@pytest.mark.parametrize("case", MUON)
+def test_twenty_updates_match_timms_and_the_authors_muon(make_program, case: str) -> None:
+    """Of wide and tall matrices and a kernel; by AdamW of the head and a bias."""
+    golden = np.load(REFERENCE / "muon.npz")
+    names = {key: name for key, name in MUON_NAMES.items() if f"{case}/{key}" in golden}
+    initial = {name: uniform(f"initial/{key}", MUON_SHAPES[key]) for key, name in names.items()}
+    gradients = {name: uniform(f"grad/{key}", (NUM_STEPS, *MUON_SHAPES[key])) for key, name in names.items()}
+    for gradient in gradients.values():
+        gradient[0] = 0.0
+    shared = {"lr": 0.02, "momentum": 0.95, "betas": (0.9, 0.95), "weight_decay": 0.1, "no_decay": ("bias",)}
+    optim = OptimConfig(name="muon", clip_norm=None, **shared, **MUON[case])
+    for step, program in train_on_gradients(make_program, initial, gradients, optim):
+        if step % 5 == 4:
+            values = program.weights()
+            for key, name in names.items():
+                expected = golden[f"{case}/{key}"][step // 5]
+                np.testing.assert_allclose(values[name], expected, rtol=5e-6, atol=5e-6, err_msg=f"{key} {step}")
+    by_adamw = {name.split("@")[0] for name in program.state() if name.endswith("@moment2")}
+    assert by_adamw == {MUON_NAMES["head"], MUON_NAMES["bias"]}
+
+
+def test_exactly_the_kernels_of_layers_are_matrices_for_muon() -> None:
+    config = SMALL.model_copy(update={"register_tokens": 2, "pool": "cls_gap"})
+    model = VisionTransformer(config)
+    groups = {name: param_group(name, 2, OptimConfig(), value.ndim) for name, value in model.named_parameters()}
+    layers = [*(f"attn.{name}" for name in ("q", "k", "v", "proj")), "mlp.fc1", "mlp.fc2"]
+    expected = {f"blocks.{block}.{layer}.weight" for block in range(2) for layer in layers}
+    assert {name for name, group in groups.items() if group.is_matrix} == {
+        *expected,
+        "patch_embed.proj.weight",
+        "head0.weight",
+    }
+
+
 def test_adafactor_factors_the_two_largest_axes(make_program) -> None:
     """A matrix with additional axes of size 1, like a position embedding, is updated like the matrix."""
     rng = np.random.default_rng(0)
@@ -269,7 +323,7 @@ def test_with_a_frozen_backbone_only_the_head_learns(make_program, kernels, opti
         np.testing.assert_allclose(after["head.weight"], head.weight.numpy(), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion", "adafactor", "schedule_free_adamw"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion", "adafactor", "schedule_free_adamw", "muon"])
 def test_the_plan_counts_the_optimizer_state(make_program, name: str) -> None:
     """To the byte, and the EMA is one copy of the weights."""
     model = VisionTransformer(SMALL.model_copy(update={"width": 36, "depth": 1}), attention_by_matmul)

@@ -107,7 +107,7 @@ def test_the_optimizers_of_recipes_update_like_in_one_process(runs: Runs, name: 
         assert expected["blocks.0.attn.q.weight@row_moment2"].shape == (32,)
     for key, value in expected.items():
         assert state[key].shape == value.shape, key
-        if optimizer in ("adamw", "lamb", "schedule_free_adamw") and ".attn.k.bias" not in key:
+        if optimizer in ("adamw", "lamb", "schedule_free_adamw", "muon") and ".attn.k.bias" not in key:
             np.testing.assert_allclose(state[key], value, rtol=1e-3, atol=2e-5, err_msg=key)
 
 
@@ -301,6 +301,7 @@ def test_tensor_parallelism_needs_four_all_reduces_per_block(runs: Runs, name: s
 PLANNED = [
     *("dp2_sgd", "dp2_mp2_sgd", "dp2_mp2_sharding1_sgd", "dp2_accum2_sharding2_sgd", "pp2_1F1B_accum4_sgd"),
     *("one_cls_adamw", "recompute_adamw", "dp2_sharding1_adamw", "dp2_sharding3_adamw", "pp2_1F1B_adamw"),
+    "recipe_dp2_mp2_sharding1_muon",
 ]
 
 

@@ -28,6 +28,8 @@ ALL_OPTIMIZERS = {
     "lamb": OptimConfig(name="lamb", weight_decay=0.1, no_decay=("bias",)),
     "lion": OptimConfig(name="lion", lr=1e-4, betas=(0.9, 0.99)),
     "adafactor": OptimConfig(name="adafactor", weight_decay=0.1, decay_times_lr=False, ema_decay=0.9),
+    "schedule_free_adamw": OptimConfig(name="schedule_free_adamw"),
+    "muon": OptimConfig(name="muon"),
 }
 
 
@@ -406,7 +408,7 @@ def test_low_precision_parameters_get_float32_masters_and_moments(cpu_mesh, name
     assert optimizer._multi_precision
     with paddle.pir_utils.IrGuard(), paddle.static.program_guard(main, startup):
         parameter = paddle.pir.core.create_parameter(
-            "bfloat16", [3, 4], name="low", initializer=nn.initializer.Constant(0.0)
+            "bfloat16", [3, 4], name=layer.weight.name, initializer=nn.initializer.Constant(0.0)
         )
         optimizer._create_accumulators(main.global_block(), [parameter])
     state = [*optimizer._master_weights.values()]

@@ -1,4 +1,4 @@
-"""Verbs that use a trained model: export, predict, serve, visualize, convert."""
+"""Verbs that use a trained model: average, export, predict, serve, visualize, convert."""
 
 from __future__ import annotations
 
@@ -19,11 +19,46 @@ from vit_static.cli.arguments import (
 
 def add_all(subparsers: Subparsers) -> None:
     """Add these verbs in the order in which --help lists them."""
+    _add_average(subparsers)
     _add_export(subparsers)
     _add_predict(subparsers)
     _add_serve(subparsers)
     _add_visualize(subparsers)
     _add_convert(subparsers)
+
+
+def _add_average(subparsers: Subparsers) -> None:
+    verb = add_verb(
+        subparsers,
+        "average",
+        "Average the weights of a run's last checkpoints, or of several runs.",
+        verbs.run_average,
+        details="The average is written to a folder that eval, export and init.from take for a run's.",
+        examples=[
+            "output/quickstart --last 2",
+            "output/first output/second output/third --greedy --out output/soup",
+        ],
+    )
+    add_verbose(verb)
+    add_config(verb, None)
+    verb.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="A run folder, a checkpoint or a file of weights."
+    )
+    verb.add_argument(
+        "--last",
+        type=positive_int,
+        metavar="N",
+        help="Use the last N checkpoints of each run (default: at most 5 of a single run, or the latest of several).",
+    )
+    verb.add_argument(
+        "--greedy",
+        action="store_true",
+        help="Use only weights that improve the average's result on the validation images (arXiv 2203.05482).",
+    )
+    verb.add_argument("--ema", action="store_true", help="Use the moving averages of the weights (optim.ema_decay).")
+    verb.add_argument(
+        "--out", type=Path, metavar="DIR", help="Write to this folder (default: NAME_average, beside the first run)."
+    )
 
 
 def _add_export(subparsers: Subparsers) -> None:

@@ -12,10 +12,11 @@ from vit_static.config.section import NonNegativeFloat, NonNegativeInt, Positive
 class OptimConfig(Section):
     """The optimizer. `schedule` has the learning rate over time."""
 
-    name: Literal["adamw", "sgd", "lamb", "lion", "adafactor", "schedule_free_adamw"] = Field(
+    name: Literal["adamw", "sgd", "lamb", "lion", "adafactor", "schedule_free_adamw", "muon"] = Field(
         "adamw",
         description="which optimizer; schedule_free_adamw (arXiv 2405.15682): the learning rate stays constant after "
-        "the warmup, and an average of the weights is evaluated, exported and used",
+        "the warmup, and an average of the weights is evaluated, exported and used; muon (arXiv 2502.16982): the "
+        "layers' matrices by orthogonalized momentum, all other parameters and the head by AdamW",
     )
     lr: NonNegativeFloat = Field(1e-3, description="peak learning rate")
     betas: tuple[Rate, Rate] = Field(
@@ -24,8 +25,20 @@ class OptimConfig(Section):
         "limit of the second moment's decay rate; schedule_free_adamw: interpolation between the steps and their "
         "average, and the second moment",
     )
-    epsilon: PositiveFloat = Field(1e-8, description="of adamw, schedule_free_adamw and lamb; lamb's paper uses 1e-6")
-    momentum: Rate = Field(0.9, description="of sgd")
+    epsilon: PositiveFloat = Field(
+        1e-8, description="of adamw, schedule_free_adamw, muon and lamb; lamb's paper uses 1e-6"
+    )
+    momentum: Rate = Field(0.9, description="of sgd and muon; timm's and the author's muon use 0.95")
+    nesterov: bool = Field(False, description="muon: Nesterov momentum; its author uses it")
+    newton_schulz: Literal["quintic", "original"] = Field(
+        "quintic", description="muon: coefficients of the orthogonalization: timm's default, or its author's"
+    )
+    muon_scale: Literal["match_rms_adamw", "original"] = Field(
+        "match_rms_adamw",
+        description="muon: size of a matrix's update: as AdamW's, 0.2 sqrt(max(inputs, outputs)) (arXiv 2502.16982), "
+        "or its author's, sqrt(max(1, outputs / inputs))",
+    )
+    adamw_lr_scale: PositiveFloat = Field(1.0, description="muon: AdamW's learning rate, as a multiple of lr")
     weight_decay: NonNegativeFloat = Field(
         0.0, description="decoupled, multiplied by the learning rate; sgd: an L2 term, added to the clipped gradient"
     )

@@ -22,6 +22,7 @@ from vit_static.config.optim_schema import OptimConfig
 from vit_static.optim.ema import EmaMixin, ema_decay
 from vit_static.optim.grad_clip import GlobalNormClip
 from vit_static.optim.loss_scaling import LossScaling
+from vit_static.optim.muon import Muon
 from vit_static.optim.param_groups import ParamGroup, decay_coefficient, norm_group, param_group
 from vit_static.optim.rule_optimizer import RuleOptimizer, Update
 from vit_static.optim.schedule_free import ScheduleFreeAdamW, averaging_weight
@@ -37,7 +38,7 @@ def step_scalars(step: int, optim: OptimConfig, warmup_steps: int = 0) -> dict[s
     `warmup_steps`: those of the learning rate, on which the average of schedule_free_adamw depends.
     """
     scalars = {"step": step + 1.0}
-    if optim.name in ("lamb", "schedule_free_adamw"):
+    if optim.name in ("lamb", "schedule_free_adamw", "muon"):
         scalars |= {f"correction{order}": 1.0 - beta ** (step + 1) for order, beta in enumerate(optim.betas, 1)}
     if optim.name == "adafactor":
         scalars |= {"second_moment_decay": min(optim.betas[1], 1.0 - (step + 1) ** -0.8)}
@@ -100,7 +101,7 @@ class AdamWByRule(RuleOptimizer):
     step's number, the powers of beta, [1] each, don't change in a step that is skipped.
     """
 
-    def state_shapes(self, shape: list[int]) -> dict[str, int | None]:
+    def state_shapes(self, shape: list[int], group: ParamGroup) -> dict[str, int | None]:
         return {"moment1": None, "moment2": None}
 
     def _create_accumulators(self, block: Any, parameters: list[Any]) -> None:
@@ -132,7 +133,7 @@ class SGDMomentum(RuleOptimizer):
     v' = momentum v + g + decay p, p' = p - lr v'.
     """
 
-    def state_shapes(self, shape: list[int]) -> dict[str, int | None]:
+    def state_shapes(self, shape: list[int], group: ParamGroup) -> dict[str, int | None]:
         return {"velocity": None}
 
     def update(self, gradient: Any, weight: Any, states: Mapping[str, Any], decay: float) -> Update:
@@ -148,7 +149,7 @@ class Lion(RuleOptimizer):
     p' = p - lr (sign(beta1 m + (1 - beta1) g) + decay p), m' = beta2 m + (1 - beta2) g.
     """
 
-    def state_shapes(self, shape: list[int]) -> dict[str, int | None]:
+    def state_shapes(self, shape: list[int], group: ParamGroup) -> dict[str, int | None]:
         return {"moment1": None}
 
     def update(self, gradient: Any, weight: Any, states: Mapping[str, Any], decay: float) -> Update:
@@ -166,7 +167,7 @@ class Lamb(RuleOptimizer):
     without decay, or with a norm of 0, has the factor 1 instead of |p| / |u|.
     """
 
-    def state_shapes(self, shape: list[int]) -> dict[str, int | None]:
+    def state_shapes(self, shape: list[int], group: ParamGroup) -> dict[str, int | None]:
         return {"moment1": None, "moment2": None}
 
     def update(self, gradient: Any, weight: Any, states: Mapping[str, Any], decay: float) -> Update:
@@ -201,7 +202,7 @@ class Adafactor(RuleOptimizer):
 
     MIN_FACTORED_SIZE = 32  # of the smaller of the two axes
 
-    def state_shapes(self, shape: list[int]) -> dict[str, int | None]:
+    def state_shapes(self, shape: list[int], group: ParamGroup) -> dict[str, int | None]:
         axes = self._factored_axes(shape)
         if axes is None:
             return {"moment1": None, "moment2": None}
@@ -243,6 +244,7 @@ _OPTIMIZERS: dict[str, type[RuleOptimizer]] = {
     "lion": Lion,
     "adafactor": Adafactor,
     "schedule_free_adamw": ScheduleFreeAdamW,
+    "muon": Muon,
 }
 
 
@@ -263,6 +265,7 @@ def make_optimizer(
     num_micro_batches: int = 1,
     low_precision: bool = False,
     scales_loss: bool = False,
+    newton_schulz_dtype: str = "float32",
     sharding_stage: int = 0,
     state_placements: StatePlacements | None = None,
     stages: Sequence[dist.ProcessMesh] = (),
@@ -270,15 +273,17 @@ def make_optimizer(
     """Create the config's optimizer over all parameters of the model that have a gradient.
 
     With `low_precision`, parameters in half precision get float32 master copies. `scales_loss`: the loss is going to be
-    scaled, as float16 needs. `sharding_stage` is ZeRO's, and `state_placements` returns where it puts a parameter's
-    state. `stages`: the mesh of each pipeline stage.
+    scaled, as float16 needs. `newton_schulz_dtype` is Muon's. `sharding_stage` is ZeRO's, and `state_placements`
+    returns where it puts a parameter's state. `stages`: the mesh of each pipeline stage.
     """
     scheduler = paddle.optimizer.lr.LambdaDecay(learning_rate=1.0, lr_lambda=learning_rate)
     scalars = StepScalars()
     names = [name for name, _ in model.named_parameters()]
     depth = len({match[1] for name in names if (match := re.match(r"blocks\.(\d+)\.", name))})
     trained = {name: parameter for name, parameter in model.named_parameters() if not parameter.stop_gradient}
-    groups = {parameter.name: param_group(name, depth, optim) for name, parameter in trained.items()}
+    groups = {
+        parameter.name: param_group(name, depth, optim, len(parameter.shape)) for name, parameter in trained.items()
+    }
     norm_groups = {parameter.name: norm_group(name) for name, parameter in trained.items()}
     loss_scaling = LossScaling(list(stages))
     clip = GlobalNormClip(optim.clip_norm, norm_groups, lambda: scalars.value("step"), loss_scaling)
@@ -295,6 +300,8 @@ def make_optimizer(
     else:
         rule = AdamWByRule if optim.name == "adamw" else _OPTIMIZERS[optim.name]
         optimizer = rule(scheduler, optim, groups, scalars, **common)
+    if isinstance(optimizer, Muon):
+        optimizer.newton_schulz_dtype = newton_schulz_dtype
     if optim.ema_decay > 0.0:
         optimizer.enable_ema()
     optimizer.average_over(num_micro_batches)

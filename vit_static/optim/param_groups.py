@@ -16,10 +16,11 @@ class ParamGroup:
 
     lr_multiplier: float
     decays: bool
+    is_matrix: bool  # the kernel of a layer other than the head, which Muon orthogonalizes
 
 
-def param_group(name: str, depth: int, optim: OptimConfig) -> ParamGroup:
-    """Return the settings of a parameter, by its name in a model of `depth` blocks.
+def param_group(name: str, depth: int, optim: OptimConfig, num_axes: int = 1) -> ParamGroup:
+    """Return the settings of a parameter, by its name, and its number of axes, in a model of `depth` blocks.
 
     The learning rate is multiplied by `layer_decay` for each layer above the parameter, as in BEiT and MAE. The last
     norm, attention pooling and the head have no layer above them, block i has depth - i, and the patch embedding, the
@@ -39,7 +40,8 @@ def param_group(name: str, depth: int, optim: OptimConfig) -> ParamGroup:
         num_layers_above = depth - int(block[1])
     else:
         num_layers_above = depth + 1
-    return ParamGroup(optim.layer_decay**num_layers_above, not kinds & set(optim.no_decay))
+    is_matrix = name.endswith(".weight") and num_axes >= 2 and not name.startswith("head.")
+    return ParamGroup(optim.layer_decay**num_layers_above, not kinds & set(optim.no_decay), is_matrix)
 
 
 def norm_group(name: str) -> str:

@@ -52,8 +52,8 @@ class RuleOptimizer(EmaMixin, ShardedState, paddle.optimizer.Optimizer, ABC):
         self._master_weights: dict[str, Any] = {}
 
     @abstractmethod
-    def state_shapes(self, shape: list[int]) -> dict[str, int | None]:
-        """Return the states of a parameter of this shape, by name.
+    def state_shapes(self, shape: list[int], group: ParamGroup) -> dict[str, int | None]:
+        """Return the states of a parameter of this shape and with these settings, by name.
 
         None is a state with the parameter's shape, a number one with that shape without this axis.
         """
@@ -72,7 +72,7 @@ class RuleOptimizer(EmaMixin, ShardedState, paddle.optimizer.Optimizer, ABC):
     def _create_accumulators(self, block: Any, parameters: list[Any]) -> None:
         for parameter in parameters:
             weight = self._create_master_weight(parameter) if self._in_low_precision(parameter) else parameter
-            for name, missing_axis in self.state_shapes(list(parameter.shape)).items():
+            for name, missing_axis in self._shapes_of(parameter).items():
                 if missing_axis is None:
                     self._add_accumulator(name, weight, dtype="float32")
                 else:
@@ -105,7 +105,10 @@ class RuleOptimizer(EmaMixin, ShardedState, paddle.optimizer.Optimizer, ABC):
         self._update_ema(parameter, weight, new)  # also in a skipped step, as in timm: step 0 starts the average
 
     def _states_of(self, parameter: Any, weight: Any) -> dict[str, Any]:
-        return {name: self._get_accumulator(name, weight) for name in self.state_shapes(list(parameter.shape))}
+        return {name: self._get_accumulator(name, weight) for name in self._shapes_of(parameter)}
+
+    def _shapes_of(self, parameter: Any) -> dict[str, int | None]:
+        return self.state_shapes(list(parameter.shape), self._groups[parameter.name])
 
     def _in_low_precision(self, parameter: Any) -> bool:
         return self._multi_precision and self._is_dtype_fp16_or_bf16(parameter.dtype)

@@ -12,6 +12,7 @@ from typing import Any
 
 import paddle
 
+from vit_static.optim.param_groups import ParamGroup
 from vit_static.optim.rule_optimizer import RuleOptimizer, Update
 from vit_static.parallel.dist_values import replicate
 
@@ -42,7 +43,7 @@ class ScheduleFreeAdamW(RuleOptimizer):
     y' = y + c offset - lr (1 - beta1 (1 - c)) u, offset' = (1 - c) (offset - beta1 lr u).
     """
 
-    def state_shapes(self, shape: list[int]) -> dict[str, int | None]:
+    def state_shapes(self, shape: list[int], group: ParamGroup) -> dict[str, int | None]:
         return {"moment2": None, OFFSET: None}
 
     def update(self, gradient: Any, weight: Any, states: Mapping[str, Any], decay: float) -> Update:

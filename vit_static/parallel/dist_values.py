@@ -37,6 +37,15 @@ def reshard(value: Any, placements: list[Any]) -> Any:
     return value if value.placements == placements else dist.reshard(value, value.process_mesh, placements)
 
 
+def gather(value: Any) -> Any:
+    """Return the entire value on every rank of its mesh. Paddle 3.3.1 can only gather along one mesh axis at a time."""
+    for axis in range(len(value.placements)):
+        placements = list(value.placements)
+        placements[axis] = dist.Replicate()
+        value = reshard(value, placements)
+    return value
+
+
 def replicate(value: Any, mesh: dist.ProcessMesh) -> Any:
     """Return the value replicated over `mesh`. It must have no placements yet, or be replicated on another mesh."""
     if not value.is_dist():

@@ -15,8 +15,9 @@ from typing import Any
 
 from paddle.distributed.auto_parallel.static.process_group import get_process_group
 
+from vit_static.optim.muon import NEWTON_SCHULZ
 from vit_static.optim.schedule_free import OFFSET
-from vit_static.program.ir import BACKWARD, COLLECTIVE_KINDS, FORWARD, UPDATE
+from vit_static.program.ir import BACKWARD, COLLECTIVE_KINDS, FORWARD, UPDATE, is_read_by_marked
 
 _ROLES = {FORWARD: "forward", BACKWARD: "backward", UPDATE: "update"}
 _ITEM_SIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
@@ -105,6 +106,7 @@ class CostModel:
     # The number of tokens N if a fused kernel computes attention (FlashAttention, arXiv 2205.14135): the scores
     # [..., N, N] are never in memory, and computed a second time in the backward pass.
     fused_tokens: int | None = None
+    newton_schulz_size: int = 4  # bytes per value of the matrices that Muon gathers and orthogonalizes
     # Ranks that hold the same part of the model: sums over them in the backward pass are of gradients.
     dp_ranks: tuple[int, ...] = ()
 
@@ -135,10 +137,12 @@ def collectives(program: Any, cost_model: CostModel = CostModel()) -> list[Colle
         if kind is not None:
             ranks = tuple(get_process_group(op.attrs()["ring_id"]).ranks)
             value = op.result(0) if kind == "receive" else op.operand_source(0)
-            # In the update, all-gathers are for parameters, all others for gradients and their norms.
+            # In the update, all-gathers are for parameters or Muon's matrices, others for gradients and their norms.
             is_over_dp = kind in ("all_reduce", "reduce_scatter") and tuple(sorted(ranks)) == cost_model.dp_ranks
             is_gradient = (_role(op) == "update" and kind != "all_gather") or (_role(op) == "backward" and is_over_dp)
             size = cost_model.gradient_size() if is_gradient else cost_model.item_size
+            if kind == "all_gather" and is_read_by_marked(op, NEWTON_SCHULZ):
+                size = cost_model.newton_schulz_size
             counted.append(Collective(kind, _role(op), ranks, cost_model.num_bytes(value, size)))
     return counted
 
@@ -277,6 +281,8 @@ def _bytes_moved(op: Any, cost_model: CostModel) -> int:
         return 0
     values = [*_operands(op), *(value for value in op.results() if value.initialized())]
     size = 4 if _role(op) == "update" else cost_model.item_size
+    if op.has_attr(NEWTON_SCHULZ):
+        size = cost_model.newton_schulz_size
     return sum(cost_model.num_bytes(value, size) for value in values)
 
 

@@ -34,7 +34,7 @@ from vit_static.parallel.mesh import (
 )
 from vit_static.plan.costs import Collective, CostModel, Costs, count_by_kind, program_costs, runs_per_step
 from vit_static.plan.fake_world import fake_world
-from vit_static.program.precision import Precision, choose_precision, uses_flash_attention
+from vit_static.program.precision import Precision, choose_precision, newton_schulz_dtype, uses_flash_attention
 from vit_static.program.program import Program
 
 _MESH_KEYS = {
@@ -257,6 +257,7 @@ def _compile(config: Config, parallel: ParallelConfig, mesh: Mesh, precision: Pr
         item_size=2 if precision.level == "O2" else 4,
         master_gradients=config.amp.master_grad,
         dp_ranks=mesh.dp_ranks,
+        newton_schulz_size=2 if newton_schulz_dtype(precision, "gpu") == "bfloat16" else 4,
         fused_tokens=shape_of(config.model).num_tokens if is_fused else None,
     )
     return Program.for_training(

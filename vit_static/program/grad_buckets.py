@@ -15,7 +15,8 @@ import paddle
 from paddle import pir
 
 from vit_static.optim.grad_clip import SQUARES
-from vit_static.program.ir import BACKWARD, UPDATE, operator_role
+from vit_static.optim.muon import NEWTON_SCHULZ
+from vit_static.program.ir import BACKWARD, UPDATE, is_read_by_marked, operator_role
 
 # On a GPU the executor gives operators whose stream has another name a stream of their own, and makes the readers of
 # their results wait.
@@ -179,9 +180,16 @@ def _replace_results(operations: Bucket, values: list[Any]) -> None:
 def _bucket_gathers(program: Any, bucket_bytes: int) -> None:
     """Combine the all-gathers of updated parameter shards, at the position of the bucket's last.
 
-    The operators that read the other gathers' results, which store them, move behind it.
+    The operators that read the other gathers' results, which store them, move behind it. Those of Muon's matrices stay
+    as they are: updated parameters depend on them, and together they would take more memory.
     """
-    gathers = [op for op in program.global_block().ops if op.name() == "pd_op.all_gather" and op.op_role == UPDATE]
+    gathers = [
+        operation
+        for operation in program.global_block().ops
+        if operation.name() == "pd_op.all_gather"
+        and operation.op_role == UPDATE
+        and not is_read_by_marked(operation, NEWTON_SCHULZ)
+    ]
     for bucket in _buckets(gathers, bucket_bytes):
         if len(bucket) < 2:
             continue

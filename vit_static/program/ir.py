@@ -23,6 +23,25 @@ COLLECTIVE_KINDS = {
 }
 
 
+_RESHAPING = {
+    *("pd_op.all_gather", "pd_op.concat", "pd_op.split", "pd_op.split_with_num", "pd_op.transpose", "pd_op.reshape"),
+    *("builtin.combine", "builtin.split"),
+}
+
+
+def is_read_by_marked(operation: Any, attribute: str) -> bool:
+    """Return whether an operator with this attribute reads the results, gathered and reshaped or as they are."""
+    pending = [operation]
+    while pending:
+        for result in pending.pop().results():
+            for reader in result.all_used_ops():
+                if reader.has_attr(attribute):
+                    return True
+                if reader.name() in _RESHAPING:
+                    pending.append(reader)
+    return False
+
+
 @contextmanager
 def operator_role(role: int) -> Iterator[None]:
     """Give this role to the operators that are added within the context."""

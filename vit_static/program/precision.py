@@ -121,3 +121,8 @@ def uses_seeded_dropout(parallel: ParallelConfig, device: str) -> bool:
     On a GPU only where the rank's one generator would be wrong: reading a seed makes the host wait there.
     """
     return device == "cpu" or parallel.mp > 1 or parallel.recompute != "none"
+
+
+def newton_schulz_dtype(precision: Precision, device: str) -> str:
+    """Return the dtype in which Muon orthogonalizes: bfloat16 on a GPU whose products are in it, else float32."""
+    return "bfloat16" if device == "gpu" and precision.dtype == "bfloat16" else "float32"

@@ -17,10 +17,9 @@ from paddle import nn
 
 from vit_static.checkpoint.sharded_state import RankShard, ShardedReader
 from vit_static.common.errors import ConfigError
-from vit_static.config.schema import AmpConfig, Config, ParallelConfig
+from vit_static.config.schema import Config, ParallelConfig
 from vit_static.model.loss import Criterion
 from vit_static.model.loss_weights import NO_WEIGHTS, LossWeights
-from vit_static.model.patches import PatchProjection
 from vit_static.model.variants import require_head
 from vit_static.model.vit import VisionTransformer
 from vit_static.optim.optimizers import make_optimizer, step_scalars
@@ -28,9 +27,10 @@ from vit_static.optim.param_groups import freeze_backbone
 from vit_static.parallel import sharding
 from vit_static.parallel.mesh import Mesh, num_micro_batches
 from vit_static.program import engine, seeded_dropout
+from vit_static.program.autocast import add_biases_in_low_precision, wrap_forward
 from vit_static.program.grad_buckets import GradSyncConfig
 from vit_static.program.pass_list import PassContext, run_passes
-from vit_static.program.precision import Precision, uses_seeded_dropout
+from vit_static.program.precision import Precision, newton_schulz_dtype, uses_seeded_dropout
 from vit_static.program.recorded_loss import RecordedLoss
 from vit_static.program.seeded_draws import place_draws
 from vit_static.program.spec import CountCosts, ProgramSpec, TrainingSpec
@@ -69,8 +69,8 @@ class Program:
             self._draws = place_draws(model, mesh, spec.seed, stages, training.batch_size, micro_batches)
         _recompute_blocks(model, spec.parallel.recompute)
         if spec.precision.level == "O1" and mesh.device == "gpu" and spec.kernels.fused_linear:
-            _add_biases_in_low_precision(model, spec.precision, spec.amp)
-        _wrap_forward(model, spec.precision, spec.amp, self._dropout)
+            add_biases_in_low_precision(model, spec.precision, spec.amp)
+        wrap_forward(model, spec.precision, spec.amp, self._dropout)
         layer, optimizer, strategy = model, None, _strategy(spec)
         if training is not None:
             layer, optimizer = self._make_optimizer(training, master_grad=strategy.amp.use_master_grad)
@@ -239,6 +239,10 @@ class Program:
         """Return the weights (or their moving average) that this rank holds, as float32, in the file layout."""
         return self._state.weights(ema)
 
+    def set_weights(self, state: State) -> None:
+        """Set all weights from a state in the file layout, where every rank holds the entire model (`for_eval`)."""
+        self._state.set_weights(state)
+
     def ema_weights(self) -> AbstractContextManager[None]:
         """Replace the weights by their moving average within a context. All ranks must enter and leave together."""
         return self._state.ema_weights()
@@ -270,6 +274,7 @@ class Program:
             low_precision=low_precision,
             stages=[self._mesh.stage(stage) for stage in range(self._mesh.shape.pp)],
             scales_loss=low_precision and spec.precision.dtype == "float16",
+            newton_schulz_dtype=newton_schulz_dtype(spec.precision, self._mesh.device),
             sharding_stage=spec.parallel.sharding_stage,
             state_placements=partial(sharding.state_placements, self._mesh),
         )
@@ -398,55 +403,3 @@ def _recompute_blocks(model: VisionTransformer, recompute: str | int) -> None:
     for segment, block in enumerate(model.blocks):
         if segment % every == 0:
             engine.mark_recompute(block, segment)
-
-
-def _wrap_forward(
-    model: nn.Layer, precision: Precision, amp: AmpConfig, seeds: seeded_dropout.SeededDropout | None
-) -> None:
-    """Wrap the model's forward with O1's autocast and with the start of the dropout seeds.
-
-    On a CPU, Paddle rejects an auto_cast that is entered before the forward is traced, as the engine does from its
-    strategy; on a GPU the engine's is used for O2, and O1 is entered here too.
-    """
-    forward = model.forward
-    autocast = precision.level == "O1"
-
-    def traced(images: paddle.Tensor) -> paddle.Tensor:
-        if seeds is not None and model.training:
-            seeds.create_seeds()
-        if not autocast:  # a disabled auto_cast would also disable O2's, which the engine has entered
-            return forward(images)
-        with _autocast(precision, amp):
-            return forward(images)
-
-    if autocast or seeds is not None:
-        model.forward = traced
-
-
-def _add_biases_in_low_precision(model: nn.Layer, precision: Precision, amp: AmpConfig) -> None:
-    """Let O1 add the bias of a linear layer in low precision, as the fused kernel does.
-
-    Otherwise it adds the float32 bias to the product in float32, which no fused kernel does.
-    """
-    layers: list[Any] = [layer for layer in model.sublayers() if isinstance(layer, nn.Linear | PatchProjection)]
-    for layer in layers:
-        layer.forward = _with_autocast(layer.forward, precision, amp)
-
-
-def _with_autocast(forward: Callable[..., Any], precision: Precision, amp: AmpConfig) -> Callable[..., Any]:
-    def autocast_forward(x: paddle.Tensor) -> paddle.Tensor:
-        with _autocast(precision, amp, "elementwise_add"):
-            return forward(x)
-
-    return autocast_forward
-
-
-def _autocast(precision: Precision, amp: AmpConfig, *operators: str) -> AbstractContextManager[None]:
-    """Return O1's autocast, in which these operators, too, run in low precision unless the config says otherwise."""
-    black_list = set(amp.black_list)
-    return paddle.amp.auto_cast(
-        level="O1",
-        dtype=precision.dtype,
-        custom_white_list={*amp.white_list, *operators} - black_list,
-        custom_black_list=black_list,
-    )

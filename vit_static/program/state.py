@@ -17,7 +17,7 @@ from vit_static.optim.schedule_free import OFFSET, averaged_weights
 from vit_static.parallel.dist_values import local_array, local_tensor, variable_array
 from vit_static.parallel.mesh import Mesh
 from vit_static.program import engine
-from vit_static.weights.formats import State, fuse_qkv
+from vit_static.weights.formats import State, fuse_qkv, split_qkv
 
 _MASTER = "@master"  # suffix of the float32 master copy of a low-precision weight
 
@@ -107,6 +107,14 @@ class ProgramState:
         if not ema:
             arrays |= {name: self._schedule_free_average(name, tensors) for name in _schedule_free_names(tensors)}
         return fuse_qkv(arrays)
+
+    def set_weights(self, state: State) -> None:
+        """Set all weights from a state in the file layout, where every rank holds the entire model."""
+        named = self._named()
+        arrays = split_qkv(state)
+        for name, value in arrays.items():
+            _assign(named[name][1], paddle.to_tensor(value))
+        self._dist_model.set_state_dict(dict(named[name] for name in arrays))
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:

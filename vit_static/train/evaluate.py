@@ -33,7 +33,7 @@ from vit_static.train.extra_eval import ExtraResult, evaluate_extra_sets
 from vit_static.train.metrics import EvalMetrics
 from vit_static.weights.infer import config_for
 from vit_static.weights.load import load_into
-from vit_static.weights.source import WhichWeights, describe_choice, load_weights
+from vit_static.weights.source import Weights, WhichWeights, describe_choice, load_weights
 
 _MAX_SUMMED_VALUES = 1 << 22  # over the ranks at once
 
@@ -185,6 +185,19 @@ def evaluate_extra(program: Program, sets: Sequence[ExtraSet], config: Config, m
     return evaluate_extra_sets(program, sets, mesh, make_loader)
 
 
+def load_program(config: Config, weights: Weights, mesh: Mesh, *, returns_logits: bool) -> Program:
+    """Return a program that evaluates these weights, the whole model on every rank.
+
+    `returns_logits` as in `Program.for_eval`.
+    """
+    precision = choose_precision(config.amp, mesh.device, config.kernels, gpu_capability=gpu_capability(mesh))
+    attention = choose_attention(config.model, precision, ParallelConfig(), config.kernels, mesh.device)
+    model = VisionTransformer(config.model, attention)
+    load_into(model, config.model, weights, config.init.pos_embed)
+    batch_size = eval_batch_size(config, mesh)
+    return Program.for_eval(config, model, mesh, precision, eval_batch_size=batch_size, returns_logits=returns_logits)
+
+
 def eval_batch_size(config: Config, mesh: Mesh) -> int:
     """Return the evaluation's batch size over all ranks: eval.batch_size, or the training micro-batch, rounded down to
     a multiple of the data-parallel ranks."""
@@ -247,18 +260,7 @@ def evaluate_checkpoint(
     if real is not None:
         images = with_real_labels(images, real, num_classes)
         config = config.with_several_labels()
-    precision = choose_precision(config.amp, mesh.device, config.kernels, gpu_capability=gpu_capability(mesh))
-    attention = choose_attention(config.model, precision, ParallelConfig(), config.kernels, mesh.device)
-    model = VisionTransformer(config.model, attention)
-    load_into(model, config.model, loaded, config.init.pos_embed)
-    program = Program.for_eval(
-        config,
-        model,
-        mesh,
-        precision,
-        eval_batch_size=eval_batch_size(config, mesh),
-        returns_logits=config.evaluates_logits and real is None,
-    )
+    program = load_program(config, loaded, mesh, returns_logits=config.evaluates_logits and real is None)
     predictions = predict_all(program, eval_loader(config, images, mesh), mesh)
     metrics = EvalMetrics.of(predictions, config.eval.threshold)
     text = metrics.describe(config.selection_metric)
