@@ -26,6 +26,8 @@ NUM_STEPS = 20
 class GradientsFromInput(nn.Layer):
     """Layer whose output is the sum of parameters times inputs, so that its gradients are its input."""
 
+    has_draws = False  # as of a VisionTransformer without random numbers of its own
+
     def __init__(self, initial: dict[str, np.ndarray]) -> None:
         super().__init__()
         self.num_values = sum(value.size for value in initial.values())
