@@ -20,8 +20,10 @@ from nbclient import NotebookClient
 from traitlets.config import Config as TraitletsConfig
 
 import vit_static
-from vit_static.common.errors import ConfigError
+from vit_static.api import for_python
+from vit_static.common.errors import ConfigError, PredictError, WeightsError
 from vit_static.inference.attention_maps import attention_map, load_checkpoint
+from vit_static.inference.predictor import Predictor
 
 PAGE = ROOT / "configs" / "PYTHON.md"
 NOTEBOOK = ROOT / "configs" / "weights_to_attention.ipynb"
@@ -115,6 +117,40 @@ def test_build_takes_names_configs_and_keys() -> None:
     for keys, message in ((("S/15",), r"^model\.variant = 'S/15'"), (("S/16", "depht"), r"^model\.depht is not a key")):
         with pytest.raises(ConfigError, match=message):
             vit_static.build(keys[0], **dict.fromkeys(keys[1:], 2))
+
+
+def test_messages_name_functions_of_python(tmp_path: Path) -> None:
+    """Where the command line's name its options."""
+    run, exported = tmp_path / "run", tmp_path / "exported"
+    for path in (run / "model.pdparams", exported / "model.pdiparams", tmp_path / "other/notes.txt"):
+        path.parent.mkdir()
+        path.touch()
+    for folder, message in (
+        (run, rf"^{run}: is a run, not an exported model; export it first: vit_static\.export\({run}, DIR\)$"),
+        (tmp_path / "other", r"vit_static\.load takes a folder that vit_static\.export wrote$"),
+    ):
+        with pytest.raises(PredictError, match=message):
+            vit_static.load(folder)
+    with pytest.raises(WeightsError, match=r"is an exported model, for predict and serve; name the run"):
+        vit_static.load_weights(exported)
+    with pytest.raises(WeightsError, match=r"train first \(vit_static\.train makes"):
+        vit_static.load_weights(tmp_path / "other")
+    for text, words in (
+        ("start it again with --resume never", 'start it again with resume="never"'),
+        ("export it again with -o export.precision=int8", 'export it again with overrides=["export.precision=int8"]'),
+        ("no moving average; leave --ema out", "no moving average; leave ema out"),
+        ("check it with './run.sh eval'", "check it with vit_static.evaluate"),
+    ):
+        assert for_python(text) == words
+
+
+def test_an_exported_model_says_what_has_its_attention() -> None:
+    model = Predictor.__new__(Predictor)
+    for name in ("attention", "draw_attention", "layer"):
+        with pytest.raises(AttributeError, match=rf"load_weights\(RUN\)\.{name} has it: see configs/PYTHON\.md"):
+            getattr(model, name)
+    with pytest.raises(AttributeError, match=r"^'Predictor' object has no attribute 'atention'$"):
+        _ = model.atention  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow

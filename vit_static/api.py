@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,8 @@ def load(folder: PathLike, *, precision: InferencePrecision | None = None, num_t
     import_paddle_quietly()
     from vit_static.inference.predictor import load_predictor
 
-    return load_predictor(folder, precision=precision, num_threads=num_threads)
+    with _messages_for_python():
+        return load_predictor(folder, precision=precision, num_threads=num_threads)
 
 
 def build(model: str | ModelConfig | Config = "B/16", **keys: Any) -> VisionTransformer:
@@ -93,7 +95,8 @@ def load_weights(
     import_paddle_quietly()
     from vit_static.inference.trained_model import load_trained
 
-    return load_trained(Path(source), config, list(overrides), ema=ema, which=which)
+    with _messages_for_python():
+        return load_trained(Path(source), config, list(overrides), ema=ema, which=which)
 
 
 def train(config: Config, *, resume: PathLike = "auto", verbose: bool = True) -> TrainResult:
@@ -154,6 +157,39 @@ def export(
     return Path(folder)
 
 
+# What messages of the command line say, and what it is called in Python
+_PYTHON_NAMES = [
+    (r"'(?:\./run\.sh|vit_static) export --checkpoint (\S+) --out (\S+)'", r"vit_static.export(\1, \2)"),
+    (r"'(?:\./run\.sh|vit_static) pretrain'", "vit_static.train"),
+    (r"'(?:\./run\.sh|vit_static) export'", "vit_static.export"),
+    (r"'(?:\./run\.sh|vit_static) eval'", "vit_static.evaluate"),
+    (r"--model takes", "vit_static.load takes"),
+    (r"leave --ema out", "leave ema out"),
+    (r"--ema\b", "ema=True"),
+    (r"--weights (best|last)", r'which="\1"'),
+    (r"--resume (\S+?)(?=[;:,]|$|\s)", r'resume="\1"'),
+    (r"--precision (\w+)", r'precision="\1"'),
+    (r"with -c\b", "as config"),
+    (r"-o ([\w.]+=[^\s;,]+)", r'overrides=["\1"]'),
+]
+
+
+def for_python(message: str) -> str:
+    """Return a message of the command line with the names that functions and arguments have in Python."""
+    for pattern, replacement in _PYTHON_NAMES:
+        message = re.sub(pattern, replacement, message)
+    return message
+
+
+@contextmanager
+def _messages_for_python() -> Iterator[None]:
+    """Raise the UserError that is raised inside with its message for Python."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(for_python(str(error))) from None
+
+
 def _options(overrides: Sequence[str], ema: bool) -> list[str]:
     return [word for override in overrides for word in ("-o", override)] + (["--ema"] if ema else [])
 
@@ -191,7 +227,7 @@ def _run_verb(arguments: Sequence[str], verbose: bool) -> tuple[int, list[str]]:
         return process.returncode, lines
     messages = [line.removeprefix("vit_static: ") for line in lines if line.startswith("vit_static: ")]
     if process.returncode == EXIT_USER_MISTAKE and messages:
-        raise UserError(messages[-1])
+        raise UserError(for_python(messages[-1]))
     shown = "\n".join(lines[-_MAX_SHOWN_LINES:])
     raise RunFailed(f"{arguments[0]} ended with exit code {process.returncode}:\n{shown}")
 

@@ -99,6 +99,17 @@ def test_a_progress_bar_is_one_line_that_fits(
     assert num_columns < 80 or total is None or any("loss 2.345" in drawing and "━" in drawing for drawing in drawings)
 
 
+@pytest.mark.parametrize("num_columns", range(5, 130, 5))
+def test_a_progress_bar_leaves_out_whole_fields(terminal: Terminal, num_columns: int) -> None:
+    """From the right, and no word is cut."""
+    bar = ProgressBar(766, "step", num_done=123, stream=terminal)
+    bar.describe("loss 2.345, 1234 images/s")
+    line = "".join(text for text, _ in bar.line(num_columns))
+    assert len(line) <= num_columns
+    shown = re.sub(r"[━╺]+", "", line)
+    assert num_columns < 15 or re.fullmatch(r"step 123/766( +16%( +loss 2\.345(, 1234 images/s)?)?)?", shown), line
+
+
 def test_nothing_is_drawn_outside_a_terminal_or_on_a_closed_one() -> None:
     stream = io.StringIO()
     assert list(tracked(["a", "b"], "shard")) == ["a", "b"]

@@ -9,7 +9,7 @@ import pytest
 from helpers.small import ROOT
 
 from vit_static.common.errors import UserError
-from vit_static.config.describe import changed_keys, describe_keys, describe_section, find_keys
+from vit_static.config.describe import changed_keys, changed_settings, describe_keys, describe_section, find_keys
 from vit_static.config.loader import load_config
 from vit_static.config.mistakes import all_keys
 from vit_static.config.other_names import OTHER_NAMES, SYNONYMS
@@ -114,3 +114,10 @@ def test_a_config_differs_from_the_defaults_in_what_it_sets(tmp_path: Path) -> N
         ("optim.weight_decay", "0.0", "0.1"),
         ("amp.level", "auto", "O0"),
     ]
+
+
+def test_changed_settings_are_one_line() -> None:
+    old, new = load_config(None, ["optim.lr=0.1"]), load_config(None, ["optim.lr=0.2", "name=b", "data.mean=[0, 0, 0]"])
+    line = changed_settings(old, new, ignored=("name",))
+    assert line == "data.mean [0.5, 0.5, 0.5] -> [0.0, 0.0, 0.0], optim.lr 0.1 -> 0.2"
+    assert changed_settings(old, old) is None

@@ -64,6 +64,18 @@ def test_a_missing_root_or_split_is_named(make_set, tmp_path: Path) -> None:
     assert str(tmp_path / "set/nowhere") in message
 
 
+def test_class_folders_that_no_list_names_lead_to_data_folder(make_set, tmp_path: Path) -> None:
+    images = {"cat/1.png": photo(8, 8), "dog/1.png": photo(8, 8), ".thumbnails/1.png": photo(8, 8), "notes/a.txt": b""}
+    for train in ("train", "train_list.txt"):
+        message = error_message(make_set(images, train=train), "train", 2)
+        assert f"{tmp_path} has 2 folders with images; './run.sh data folder --root {tmp_path}' splits" in message
+        assert "set -o data.train=train_list.txt -o data.val=val_list.txt" in message
+    lists = {"train_list.txt": b"cat/1.png 0\n", "val_list.txt": b"dog/1.png 1\n"}
+    message = error_message(make_set(lists), "train", 2)
+    assert "has the lists that 'data folder' writes; set -o data.train=train_list.txt" in message
+    assert "folders with images" not in error_message(make_set({"val/cat/1.png": photo(8, 8)}), "train", 2)
+
+
 def test_a_split_without_class_folders_is_named(make_set, tmp_path: Path) -> None:
     message = error_message(make_set({"train/1.png": photo(8, 8)}), "train", 1)
     assert str(tmp_path / "train") in message

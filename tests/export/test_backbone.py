@@ -45,7 +45,7 @@ def test_a_backbone_is_exported_with_its_features(exported: Exported, backbone: 
     done = run_verb("predict", "--model", out, *images, cwd=tmp_path)
     assert done.returncode == 2 and "--features OUT.npy" in done.stderr and done.stderr.count("\n") == 1
     done = run_verb("predict", "--model", out, "--features", "x.npy", "--format", "table", *images, cwd=tmp_path)
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == 5, done.stderr
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 6, done.stderr
     np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), features)
     done = run_verb("visualize", "--model", out, "--out", "drawn", images[0], cwd=tmp_path)
     assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])["top"] == [], done.stderr

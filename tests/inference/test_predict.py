@@ -231,5 +231,6 @@ def test_csv_and_a_table(exported: Exported, listed: tuple[list[Path], bytes]) -
 
     finished = run_predict_verb(exported, "--format", "table", "--top-k", 2, *paths[:3])
     lines = finished.stdout.decode().splitlines()
-    assert len(lines) == 3 and len({line.index(str(exported.digits)) for line in lines}) == 1
-    assert all(name in lines[0] for name in expected.names) and f"{expected.probabilities[0]:.2%}" in lines[0]
+    assert lines[0].split() == ["Image", "Class", "1", "Class", "2"] and len(lines) == 4
+    assert all(line.startswith(str(exported.digits)) for line in lines[1:])
+    assert all(name in lines[1] for name in expected.names) and f"{expected.probabilities[0]:.2%}" in lines[1]

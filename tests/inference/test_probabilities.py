@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 
-from vit_static.inference.predict import _LINES, _csv_columns, _Layout
+from vit_static.inference.predict import _LINES, _csv_columns, _table_row
 from vit_static.inference.predictor import Prediction
 from vit_static.inference.probabilities import named_classes
 
@@ -27,12 +27,13 @@ def test_with_thresholds_all_classes_that_reach_theirs_are_named_unless_a_number
 
 
 def test_any_number_of_classes_is_written_in_every_format() -> None:
-    layout = _Layout(None, 8)
     two, none = Prediction([3, 0], ["cat", "a;b"], [0.75, 0.5]), Prediction([], [], [])
-    assert json.loads(_LINES["json"]("x.png", none, layout)) == {"path": "x.png", "top": []}
+    assert json.loads(_LINES["json"]("x.png", none, None)) == {"path": "x.png", "top": []}
     columns = ["path", "error", *_csv_columns(None)]
-    (row,) = csv.DictReader([",".join(columns), _LINES["csv"]("x.png", two, layout)])
+    (row,) = csv.DictReader([",".join(columns), _LINES["csv"]("x.png", two, None)])
     assert row["classes"] == "3;0" and row["probabilities"] == "0.75;0.5" and row["error"] == ""
-    (row,) = csv.DictReader([",".join(columns), _LINES["csv"]("x.png", none, layout)])
+    (row,) = csv.DictReader([",".join(columns), _LINES["csv"]("x.png", none, None)])
     assert (row["path"], row["classes"]) == ("x.png", "")
-    assert _LINES["table"]("x.png", none, layout).split() == ["no", "class", "x.png"]
+    assert _table_row("x.png", none) == ["x.png", "no class"]
+    assert _table_row("x.png", two) == ["x.png", "cat 75.00%", "a;b 50.00%"]
+    assert _table_row("x.png", Prediction([1], ["n" * 30], [1.0])) == ["x.png", f"{'n' * 23}… 100.00%"]

@@ -129,6 +129,15 @@ def test_bad_forms_and_json_are_refused_with_a_reason(client: httpx.Client, imag
                 (b"--b--\r\n", "multipart/form-data; boundary=b", "no images"),
             )
         ],
+        *[
+            ({"content": content, "headers": headers}, 400, 'header "Content-Type: ' + media_type)
+            for content, media_type in (
+                (b' {"images": []}', "application/json"),
+                (b'["x"]', "application/json"),
+                (b"--b\r\nContent-Disposition: form-data", "multipart/form-data"),
+            )
+            for headers in ({}, {"Content-Type": "application/x-www-form-urlencoded"})
+        ],
         ({"content": b"x", "headers": {"Content-Encoding": "gzip"}}, 415, "compressed"),
     ]
     for request, status, message in refused:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vit_static.config.schema import TrainConfig
-from vit_static.optim.schedule import total_steps
+from vit_static.optim.schedule import limiting_key, total_steps
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,18 @@ from vit_static.optim.schedule import total_steps
 )
 def test_total_steps(epochs: float, max_steps: int | None, num_images: int, global_batch_size: int, steps: int) -> None:
     assert total_steps(TrainConfig(epochs=epochs, max_steps=max_steps), num_images, global_batch_size) == steps
+
+
+@pytest.mark.parametrize(
+    ("limits", "key"),
+    [
+        ({}, "epochs"),
+        ({"max_steps": 50}, "epochs"),  # as many as the epochs have
+        ({"max_steps": 49}, "max_steps"),
+        ({"max_images": 490}, "max_images"),
+        ({"max_images": 490, "max_steps": 48}, "max_steps"),
+        ({"max_images": 470, "max_steps": 48}, "max_images"),
+    ],
+)
+def test_the_key_that_ends_a_run_is_known(limits: dict[str, int], key: str) -> None:
+    assert limiting_key(TrainConfig(epochs=5, **limits), 100, 10) == key

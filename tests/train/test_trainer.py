@@ -70,9 +70,14 @@ def test_a_resumed_run_ends_with_the_same_bits(run: Config) -> None:
     assert all(line["loss"] == losses[line["step"]] for line in resumed)
 
 
-def test_a_finished_run_stays_unchanged(run: Config) -> None:
+def test_a_finished_run_stays_unchanged_and_names_the_key_that_ends_it(
+    run: Config, capfd: pytest.CaptureFixture[str]
+) -> None:
     before = (run.run_dir / "model.pdparams").read_bytes()
     assert train(run)
+    output = capfd.readouterr().out
+    assert "this run has ended already, after 11 steps: set a larger train.epochs, or" in output
+    assert "settings that differ" not in output
     assert (run.run_dir / "model.pdparams").read_bytes() == before
 
 
@@ -101,9 +106,14 @@ def test_a_run_does_not_resume_with_another_model_or_order(run: Config, override
     assert "\n" not in str(error.value) and "--resume never" in str(error.value)
 
 
-def test_a_finished_run_resumes_for_more_epochs(config: Config) -> None:
+def test_a_finished_run_resumes_for_more_epochs_and_says_what_differs(
+    config: Config, capfd: pytest.CaptureFixture[str]
+) -> None:
     train(config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 4})}))
+    capfd.readouterr()
     assert train(config)
+    note = "note: settings that differ from those at the checkpoint: train.max_steps 4 -> null\n"
+    assert note in capfd.readouterr().out
     assert (config.run_dir / "checkpoints" / "latest").resolve().name == "step_00000011"
 
 

@@ -35,6 +35,7 @@ from vit_static.bench.harness import (
 from vit_static.bench.peers import protocol
 from vit_static.bench.photos import NUM_PHOTO_CLASSES, write_photos
 from vit_static.bench.step import MeasuredStep, make_train_loader
+from vit_static.common import terminal
 from vit_static.common.errors import ConfigError
 from vit_static.common.text import counted, print_text
 from vit_static.config.loader import load_config
@@ -205,15 +206,19 @@ def stage_batches(config: Config, images: ImageDataset, last_stage: Stage) -> Lo
 
 def print_stages(speeds_by_threads: Mapping[int, Mapping[str, float]], config: Config) -> None:
     """Print the speed up to each stage, and the time that the stage adds per image, by number of threads."""
-    heads = [f"{f'{num_threads} thread(s), images/s':>26}{'ms per image':>14}" for num_threads in speeds_by_threads]
-    print_text(f"\n{'up to this stage':<22}" + "".join(heads))
+    heads = [
+        head for number in speeds_by_threads for head in (f"{counted(number, 'thread')}, images/s", "ms per image")
+    ]
+    rows = []
     for index, stage in enumerate(get_args(Stage)):
-        line = f"{stage:<22}"
+        row = [stage]
         for speeds in speeds_by_threads.values():
             # Files are read in the background: the decoding pipeline doesn't wait for them.
             before_ms = 0.0 if index < 2 else 1e3 / speeds[get_args(Stage)[index - 1]]
-            line += f"{speeds[stage]:26.1f}{1e3 / speeds[stage] - before_ms:14.3f}"
-        print_text(line)
+            row += [f"{speeds[stage]:.1f}", f"{1e3 / speeds[stage] - before_ms:.3f}"]
+        rows.append(row)
+    print_text("")
+    terminal.print_table(["up to this stage", *heads], rows, right=range(1, 1 + len(heads)))
     print_text(
         "(ms per image: what the stage adds; files are read in the background; augmentation policy: "
         f"{config.augment.policy})"
@@ -233,9 +238,8 @@ def measure_sources(config: Config, photos: Path, num_rounds: int, seconds: floa
         model = config.model.model_copy(update={"num_classes": NUM_PHOTO_CLASSES})
         sources[name] = train_batches(config.model_copy(update={"data": data, "model": model}))
     speeds = median_speeds(sources, num_rounds, seconds)
-    print_text(f"\n{'source':<22}{'images/s':>10}")
-    for name, speed in speeds.items():
-        print_text(f"{name:<22}{speed:10.1f}")
+    print_text("")
+    terminal.print_table(("source", "images/s"), [(name, f"{speed:.1f}") for name, speed in speeds.items()], right=(1,))
     return speeds
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from vit_static.bench.harness import check_writable, write_results
 from vit_static.bench.photos import NUM_PHOTO_CLASSES, write_photos
 from vit_static.common.errors import UserError
+from vit_static.common.terminal import print_table
 from vit_static.common.text import print_text
 from vit_static.config.data_schema import AugmentConfig, DataConfig
 from vit_static.config.schema import Config
@@ -51,12 +52,12 @@ def run(config: Config, seconds: float, json_path: Path | None) -> None:
         print_text(write_photos(Path(folder)), flush=True)
         data = DataConfig(root=folder, global_batch_size=NUM_IMAGES, num_threads=len(os.sched_getaffinity(0)))
         images = open_set(data, "train", NUM_PHOTO_CLASSES)
-        print_text(f"{'':<22}{'mean difference':>17}{'max':>9}{'GPU, images/s':>17}{'one core':>10}{'ratio':>8}")
-        for name, augment in POLICIES.items():
+        for name, augment in [*POLICIES.items(), ("evaluation", None)]:
             results[name] = compare(config, images, data, augment, seconds)
-            _print_row(name, results[name])
-        results["evaluation"] = compare(config, images, data, None, seconds)
-        _print_row("evaluation", results["evaluation"])
+            print_text(f"{name}  {results[name]['gpu_images_per_s']:.1f} images/s", flush=True)
+    print_text("")
+    headers = ("pipeline", "mean difference", "max", "GPU, images/s", "one core", "ratio")
+    print_table(headers, [_row(name, values) for name, values in results.items()], right=range(1, 6))
     write_results(json_path, {}, {}, results)
     worst = max(results, key=lambda name: results[name]["mean_difference"])
     if results[worst]["mean_difference"] > MAX_MEAN_DIFFERENCE:
@@ -130,9 +131,6 @@ def _images_per_s(pipeline: Any, seconds: float) -> float:
     return num_images / elapsed
 
 
-def _print_row(name: str, row: dict[str, float]) -> None:
-    print_text(
-        f"{name:<22}{row['mean_difference']:17.3f}{row['max_difference']:9.1f}{row['gpu_images_per_s']:17.1f}"
-        f"{row['one_core_images_per_s']:10.1f}{row['ratio']:8.1f}",
-        flush=True,
-    )
+def _row(name: str, values: dict[str, float]) -> tuple[str, ...]:
+    keys = ("max_difference", "gpu_images_per_s", "one_core_images_per_s", "ratio")
+    return name, f"{values['mean_difference']:.3f}", *(f"{values[key]:.1f}" for key in keys)

@@ -20,6 +20,7 @@ import psutil
 from vit_static.bench.harness import check_writable, write_results
 from vit_static.bench.photos import write_photos
 from vit_static.checkpoint.progress import DataPosition
+from vit_static.common.terminal import print_table
 from vit_static.common.text import print_text
 from vit_static.config.data_schema import DataConfig
 from vit_static.config.schema import Config
@@ -63,12 +64,14 @@ def run(config: Config, json_path: Path | None) -> None:
                 costs[name] = process.submit(measure, Path(folder), num_images, config, time.time()).result()
     (name, small), (_, large) = costs.items()
     growth = SIZES["ImageNet-21k"] / SIZES["ImageNet-1k"]
-    print_text(f"\n{'':<18}" + "".join(f"{f'{size:,} images':>22}" for size in SIZES.values()) + f"{'ratio':>10}")
+    rows = []
     for field in fields(ListCost):
         unit: Literal["s", "bytes"] = "bytes" if field.name.endswith("_bytes") else "s"
-        _print_row(field.name, getattr(small, field.name), getattr(large, field.name), unit)
+        rows.append(_row(field.name, getattr(small, field.name), getattr(large, field.name), unit))
     added_small, added_large = (cost.anonymous_bytes - cost.before_bytes for cost in (small, large))
-    _print_row("added memory", added_small, added_large, "bytes")
+    rows.append(_row("added memory", added_small, added_large, "bytes"))
+    print_text("")
+    print_table(["cost", *(f"{size:,} images" for size in SIZES.values()), "ratio"], rows, right=(1, 2, 3))
     print_text(f"ratio of the lengths: {growth:.1f}; target for from_start_s of {name}: {FIRST_BATCH_TARGET_S:.0f} s")
     if json_path is not None:
         write_results(json_path, {}, {}, {name: asdict(cost) for name, cost in costs.items()})
@@ -143,8 +146,8 @@ def _anonymous_bytes() -> int:
     return int(memory.rss - memory.shared)
 
 
-def _print_row(name: str, small: float, large: float, unit: Literal["s", "bytes"]) -> None:
-    print_text(f"{name:<18}{_formatted(small, unit):>22}{_formatted(large, unit):>22}{large / small:10.1f}")
+def _row(name: str, small: float, large: float, unit: Literal["s", "bytes"]) -> tuple[str, ...]:
+    return name, _formatted(small, unit), _formatted(large, unit), f"{large / small:.1f}"
 
 
 def _formatted(value: float, unit: Literal["s", "bytes"]) -> str:

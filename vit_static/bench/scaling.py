@@ -13,6 +13,7 @@ from pathlib import Path
 
 from vit_static.bench.step import Speed
 from vit_static.common.errors import ConfigError
+from vit_static.common.terminal import print_table
 from vit_static.common.text import counted, print_text
 from vit_static.config.loader import load_config
 from vit_static.model.variants import variant_of
@@ -58,13 +59,16 @@ def run(config_path: Path, overrides: Sequence[str], num_rounds: int, seconds: f
             speed = _measure_in_processes(layout, config_path, overrides, seconds)
             speeds_by_layout[layout.name].append(speed)
             print_text(f"round {number}  {layout.name:<36} {speed.images_per_s:8.1f} images/s", flush=True)
-    print_text(f"\n{'median of ' + counted(num_rounds, 'round'):<44} images/s   ratio to the first   in collectives")
+    rows = []
     first = statistics.median(speed.images_per_s for speed in speeds_by_layout[layouts[0].name])
     for name, speeds in speeds_by_layout.items():
         images_per_s = statistics.median(speed.images_per_s for speed in speeds)
         shares = [speed.collective_share for speed in speeds if speed.collective_share is not None]
         share = f"{100 * statistics.median(shares):.1f} %" if shares else "unknown"
-        print_text(f"{name:<44} {images_per_s:8.1f} {images_per_s / first:20.2f} {share:>16}")
+        rows.append((name, f"{images_per_s:.1f}", f"{images_per_s / first:.2f}", share))
+    print_text("")
+    head = f"median of {counted(num_rounds, 'round')}"
+    print_table((head, "images/s", "ratio to the first", "in collectives"), rows, right=(1, 2, 3))
 
 
 def _measure_in_processes(layout: ProcessLayout, config_path: Path, overrides: Sequence[str], seconds: float) -> Speed:

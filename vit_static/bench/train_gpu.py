@@ -19,6 +19,7 @@ from vit_static.bench.step import Speed
 from vit_static.common.errors import ConfigError
 from vit_static.common.installation import CONFIGS
 from vit_static.common.io import write_json
+from vit_static.common.terminal import print_table
 from vit_static.common.text import print_text
 from vit_static.config.loader import load_config
 
@@ -42,8 +43,7 @@ def run(overrides: Sequence[str], seconds: float, json_path: Path | None) -> Non
     if num_gpus == 0:
         raise ConfigError("bench train --device gpu: Paddle finds no GPU here; leave out --device to measure the CPU")
     speeds: dict[str, dict[str, Speed]] = {}
-    head = f"per GPU, of {num_gpus}"
-    print_text(f"{head:<56}{'noise':>10}{'DALI':>10}{'MFU':>8}{'peak memory':>14}{'PLSC':>8}")
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         photo_overrides: list[str] = []
         if not any(override.startswith("data.root=") for override in overrides):
@@ -55,11 +55,12 @@ def run(overrides: Sequence[str], seconds: float, json_path: Path | None) -> Non
             real = _measure(name, [*all_overrides, *photo_overrides], seconds, "--real-data")
             speeds[name] = {"noise": noise, "dali": real}
             mfu = "" if noise.mfu is None else f"{noise.mfu:.1%}"
-            print_text(
-                f"{name:<56}{noise.images_per_s / num_gpus:10.1f}{real.images_per_s / num_gpus:10.1f}{mfu:>8}"
-                f"{(noise.peak_bytes or 0) / 1e9:11.2f} GB{plsc_images_per_s:8.0f}",
-                flush=True,
-            )
+            print_text(f"{name}  {noise.images_per_s / num_gpus:.1f} images/s per GPU", flush=True)
+            per_gpu = [f"{speed.images_per_s / num_gpus:.1f}" for speed in (noise, real)]
+            rows.append((name, *per_gpu, mfu, f"{(noise.peak_bytes or 0) / 1e9:.2f} GB", f"{plsc_images_per_s:.0f}"))
+    print_text("")
+    head = f"images/s per GPU, of {num_gpus}"
+    print_table((head, "noise", "DALI", "MFU", "peak memory", "PLSC"), rows, right=(1, 2, 3, 4, 5))
     if json_path is not None:
         configs = {name: {kind: vars(speed) for kind, speed in by_kind.items()} for name, by_kind in speeds.items()}
         write_json({"num_gpus": num_gpus, "configs": configs}, json_path)

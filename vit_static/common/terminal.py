@@ -94,7 +94,13 @@ def _table(headers: Sequence[str], cells: Sequence[Sequence[str]], right: Sequen
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD if has_rule else None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(
+        box=box.SIMPLE_HEAD if has_rule else None,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+        header_style="bold",
+    )
     for number, header in enumerate(headers):
         table.add_column(
             header,
@@ -109,14 +115,21 @@ def _table(headers: Sequence[str], cells: Sequence[Sequence[str]], right: Sequen
 
 
 def _print_blocks(console: Console, headers: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+    """Print each row as its first cell and, below it, the others, several in a line where they have room."""
     from rich.padding import Padding
     from rich.text import Text
 
     for name, *values in cells:
         console.print(Text(name, style="cyan bold", overflow="fold"))
+        lines: list[str] = []
         for header, value in zip(headers[1:], values, strict=True):
-            if value:
-                console.print(Padding(Text(f"{header.lower()}: {value}", overflow="fold"), (0, 0, 0, 2)))
+            field = f"{header}: {value}"
+            if value and lines and len(lines[-1]) + 3 + len(field) <= console.width - 2:
+                lines[-1] += f"   {field}"
+            elif value:
+                lines.append(field)
+        for line in lines:
+            console.print(Padding(Text(line, overflow="fold"), (0, 0, 0, 2)))
 
 
 class ProgressBar:
@@ -178,22 +191,35 @@ class ProgressBar:
             self.is_shown = False
 
     def line(self, num_columns: int) -> list[tuple[str, str]]:
-        """Return the line's parts, (text, style), of at most `num_columns` columns. What has no room is left out."""
+        """Return the line's parts, (text, style), of at most `num_columns` columns.
+
+        What has no room is left out: the text's fields, between commas, from the right, then the time left, the share
+        and the title.
+        """
         counts = self._amount(self._num_done) + ("" if self._total is None else f"/{self._amount(self._total)}")
-        left = f"{self._title} " * bool(self._title) + (counts if self._unit == "B" else f"{self._unit} {counts}")
+        counts = counts if self._unit == "B" else f"{self._unit} {counts}"
+        share = min(self._num_done / self._total, 1.0) if self._total else 0.0
+        parts = [f" {share:4.0%}", self._time_left()] if self._total else []
+        left = f"{self._title} {counts}" if self._title else counts
+        if len(left + "".join(parts[:1])) > num_columns:
+            left = counts[:num_columns]
+        while parts and len(left + "".join(parts)) > num_columns:
+            parts.pop()
+        right = "".join(parts)
+        num_free = num_columns - len(left + right)
+        fields = self._text.split(", ") if self._text and self._total else []
+        while fields and len("  " + ", ".join(fields)) > num_free:
+            fields.pop()
+        text = f"  {', '.join(fields)}" if fields else ""
         if not self._total:
-            return [(left[:num_columns], "")]
-        share = min(self._num_done / self._total, 1.0)
-        right = f" {share:4.0%}{self._time_left()}"
-        num_free = max(num_columns - len(left + right), 0)
-        text = f"  {self._text}"[:num_free] if self._text else ""
+            return [(left, "")]
         num_bar = min(num_free - len(text) - 1, _MAX_BAR_COLUMNS)
-        parts = [(left[:num_columns], ""), (" " if num_bar >= _MIN_BAR_COLUMNS else "", "")]
+        shown = [(left, ""), (" " if num_bar >= _MIN_BAR_COLUMNS else "", "")]
         if num_bar >= _MIN_BAR_COLUMNS:
             num_full = round(share * num_bar)
-            parts += [("━" * num_full, "green"), ("╺" if num_full < num_bar else "", "dim")]
-            parts += [("━" * (num_bar - num_full - 1), "dim")]
-        return [*parts, (right[: max(num_columns - len(left), 0)], "cyan"), (text, "")]
+            shown += [("━" * num_full, "green"), ("╺" if num_full < num_bar else "", "dim")]
+            shown += [("━" * (num_bar - num_full - 1), "dim")]
+        return [*shown, (right, "cyan"), (text, "")]
 
     def _amount(self, number: int) -> str:
         return f"{number / 1e9:.1f} GB" if self._unit == "B" else str(number)

@@ -7,7 +7,9 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
+import textwrap
 import unicodedata
 from base64 import b64decode, b64encode
 from bisect import bisect_right
@@ -35,7 +37,10 @@ def program_name() -> str:
 
 def say(line: str, program: str = "vit_static") -> None:
     """Print a status line of a program or tool on stderr, so that stdout holds only results."""
-    print(escape(f"{program}: {localize(line)}"), file=sys.stderr, flush=True)
+    text = escape(f"{program}: {localize(line)}")
+    if sys.stderr.isatty():
+        text = wrap_lines(text, shutil.get_terminal_size().columns)
+    print(text, file=sys.stderr, flush=True)
 
 
 def print_line(line: object, *, flush: bool = False) -> None:
@@ -70,6 +75,24 @@ def path_of(fields: Mapping[str, str]) -> str:
     """Return the path that `path_fields` was given. Raise KeyError, TypeError or ValueError for other fields."""
     encoded = fields.get("path_base64")
     return fields["path"] if encoded is None else os.fsdecode(b64decode(encoded, validate=True))
+
+
+def wrap_lines(text: str, num_columns: int) -> str:
+    """Break the lines of a text that are wider than a terminal between words, and indent what continues.
+
+    Words that are longer, such as paths, stay whole, so that they can be copied.
+    """
+    return "\n".join(
+        textwrap.fill(
+            line,
+            max(num_columns, 20),
+            subsequent_indent="    ",
+            drop_whitespace=bool(line.strip()),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for line in text.split("\n")
+    )
 
 
 def json_line(value: Any) -> str:

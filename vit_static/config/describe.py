@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,17 @@ def changed_keys(config: Config) -> list[tuple[str, str, str]]:
         for key, value in values.items()
         if value != defaults[key]
     ]
+
+
+def changed_settings(old: Config, new: Config, ignored: Collection[str] = ()) -> str | None:
+    """Return the keys whose values differ between two configs in one line, "optim.lr 0.1 -> 0.2"; None if none does."""
+    old_values, new_values = (_flat(each.model_dump(mode="json", by_alias=True)) for each in (old, new))
+    changes = [
+        f"{key} {to_yaml(old_values[key])} -> {to_yaml(value)}"
+        for key, value in new_values.items()
+        if value != old_values[key] and key not in ignored
+    ]
+    return ", ".join(changes) or None
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -196,6 +196,9 @@ def _is_folder(entry: os.DirEntry[bytes]) -> bool:
 def class_folders(folder: Path) -> list[Path]:
     """Return the class folders in a folder, in label order. Raise DataError if there are none."""
     if not folder.is_dir():
+        hint = _unlisted_hint(folder.parent)
+        if hint is not None:
+            raise DataError(f"{folder}: no such folder, list or table, but {hint}")
         raise DataError(
             f"{folder}: no such folder, list or table; set data.root, data.train and data.val to a folder of class "
             "folders, a list file, a table (.csv, .tsv, .parquet), or a folder of shards. configs/IMAGENET.md explains "
@@ -205,6 +208,24 @@ def class_folders(folder: Path) -> list[Path]:
     if not folders:
         raise DataError(f"{folder}: has neither class folders nor shards; put images in {folder}/CLASS/")
     return folders
+
+
+def _unlisted_hint(root: Path) -> str | None:
+    """Return what to do with a folder that has class folders of its own, or the lists of them; None for any other."""
+    lists = "-o data.train=train_list.txt -o data.val=val_list.txt"
+    if all((root / f"{split}_list.txt").is_file() for split in ("train", "val")):
+        return f"{root} has the lists that 'data folder' writes; set {lists}"
+    if (root / "train").is_dir() or (root / "val").is_dir() or not root.is_dir():
+        return None
+    folders = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    num_classes = sum(any(_images_in(path, Counter())) for path in folders)
+    if num_classes < 2:
+        return None
+    command = f"./run.sh data folder --root {shlex.quote(str(root))}"
+    return (
+        f"{root} has {num_classes} folders with images; '{command}' splits and lists them, and then set {lists} "
+        "(configs/own_images.yaml does)"
+    )
 
 
 def count_classes(data: DataConfig, split: str) -> int:

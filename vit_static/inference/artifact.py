@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from vit_static.checkpoint.folder import MERGED, META
 from vit_static.common.errors import ConfigError, PredictError, newer_format, truncate
 from vit_static.common.io import FileRecord, file_record
 from vit_static.config.data_schema import EvalConfig
@@ -146,6 +148,11 @@ def read_spec(folder: Path) -> ModelSpec:
         sizes = sorted(file.parent.name for file in folder.glob(f"*/{SPEC_FILE}"))
         if sizes:
             raise PredictError(f"{folder}: contains one model per image size; name one of them: {', '.join(sizes)}")
+        if any((folder / name).exists() for name in (MERGED, "checkpoints", META)):
+            raise PredictError(
+                f"{folder}: is a run, not an exported model; export it first: "
+                f"'./run.sh export --checkpoint {shlex.quote(str(folder))} --out DIR'"
+            )
         raise PredictError(f"{path}: {_NOT_EXPORTED}")
     content = path.read_bytes()
     try:

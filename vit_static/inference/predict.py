@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
-from vit_static.common.errors import AtLeast, PredictError, escape
+from vit_static.common.errors import AtLeast, PredictError
 from vit_static.common.io import write_atomically
+from vit_static.common.terminal import print_table
 from vit_static.common.text import csv_cell, csv_row, escape_within, json_line, path_fields, print_line, say
 from vit_static.config.schema import InferencePrecision
 from vit_static.inference.image_io import find_images, read_path_list
@@ -57,15 +58,18 @@ def predict_images(
     say(f"{folder}: {predictor.description}")
     if output_format == "csv":
         print_line(csv_row(["path", "error", *_csv_columns(num_columns)]))
-    to_line = _LINES[output_format]
-    names = map(escape, predictor.spec.class_names)
-    layout = _Layout(num_columns, min(max(map(len, names), default=0), _MAX_NAME_WIDTH))
+    rows: list[list[str]] = []  # of a table, which is printed at the end
     num_failed = 0
     for path, prediction in _predict_paths(
         predictor, chain.from_iterable(sources), top_k, batch_size, features, num_rows
     ):
         num_failed += isinstance(prediction, PredictError)
-        print_line(to_line(str(path), prediction, layout))
+        if output_format == "table":
+            rows.append(_table_row(str(path), prediction))
+        else:
+            print_line(_LINES[output_format](str(path), prediction, num_columns))
+    if rows:
+        _print_table(rows)
     sys.stdout.flush()
     if num_failed:
         nan_rows = f"; their rows in {features} are NaN" if features else ""
@@ -141,14 +145,7 @@ def append_rows(path: Path, width: int, expected_rows: int = AtLeast(0)) -> Iter
         file.write(header())
 
 
-class _Layout(NamedTuple):
-    """Classes per line of CSV, None if their number differs; and the width of a name in the table, in characters."""
-
-    num_columns: int | None
-    name_width: int
-
-
-def _json_line(path: str, prediction: Prediction | PredictError, layout: _Layout) -> str:
+def _json_line(path: str, prediction: Prediction | PredictError, num_columns: int | None) -> str:
     if isinstance(prediction, PredictError):
         return json_line({**path_fields(path), "error": str(prediction)})
     return json_line({**path_fields(path), "top": prediction.top()})
@@ -162,10 +159,10 @@ def _csv_columns(num_classes: int | None) -> list[str]:
     return [f"{key}_{rank + 1}" for rank in range(num_classes) for key in keys]
 
 
-def _csv_line(path: str, prediction: Prediction | PredictError, layout: _Layout) -> str:
+def _csv_line(path: str, prediction: Prediction | PredictError, num_columns: int | None) -> str:
     if isinstance(prediction, PredictError):
-        return csv_row([path, str(prediction), *[""] * len(_csv_columns(layout.num_columns))])
-    if layout.num_columns is None:
+        return csv_row([path, str(prediction), *[""] * len(_csv_columns(num_columns))])
+    if num_columns is None:
         top = prediction.top()
         # Each name is a cell of its own for a spreadsheet that separates cells by semicolons.
         columns = ([str(csv_cell(entry[key])) for entry in top] for key in ("class", "name", "probability"))
@@ -173,21 +170,23 @@ def _csv_line(path: str, prediction: Prediction | PredictError, layout: _Layout)
     return csv_row([path, "", *(value for entry in prediction.top() for value in entry.values())])
 
 
-def _table_line(path: str, prediction: Prediction | PredictError, layout: _Layout) -> str:
+def _table_row(path: str, prediction: Prediction | PredictError) -> list[str]:
+    """Return the cells of an image: its path, then one per class or a single one that says why there is none."""
     if isinstance(prediction, PredictError):
-        return f"{'':7}  {prediction}"
-    width = layout.name_width
-    names = (escape_within(name, width) for name in prediction.names)
-    classes = [
-        f"{probability:7.2%}  {name:{width}}" for name, probability in zip(names, prediction.probabilities, strict=True)
-    ]
-    if layout.num_columns is None and not classes:
-        classes = [f"{'':7}  no class"]
-    return "  ".join([*classes, path])
+        return [path, str(prediction)]
+    names = (escape_within(name, _MAX_NAME_WIDTH) for name in prediction.names)
+    classes = [f"{name} {share:.2%}" for name, share in zip(names, prediction.probabilities, strict=True)]
+    return [path, *(classes or ["no class"])]
 
 
-_LINES: dict[OutputFormat, Callable[[str, Prediction | PredictError, _Layout], str]] = {
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print a column for the most likely class, one for the second, and so on."""
+    num_cells = max(map(len, rows))
+    headers = ["Image", *(f"Class {rank}" for rank in range(1, num_cells))]
+    print_table(headers, [[*row, *[""] * (num_cells - len(row))] for row in rows])
+
+
+_LINES: dict[OutputFormat, Callable[[str, Prediction | PredictError, int | None], str]] = {
     "json": _json_line,
     "csv": _csv_line,
-    "table": _table_line,
 }

@@ -24,12 +24,13 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from queue import LifoQueue
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
 from vit_static.common.cpu import cpu_has_bfloat16
 from vit_static.common.errors import PredictError, truncate
+from vit_static.common.installation import localize
 from vit_static.config.data_schema import DataConfig
 from vit_static.config.schema import InferencePrecision
 from vit_static.data.dali_pipeline import preprocessing_pipeline
@@ -137,6 +138,19 @@ class Predictor:
         self.description = f"{chosen} ({reason}) on {place}"
         if chosen == "float32" and cpu_has_bfloat16() and place.startswith("the CPU"):
             self.description += "; this CPU is faster in bfloat16: --precision bfloat16"
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Raise AttributeError; for what only TrainedModel has, it says so."""
+            if name in ("attention", "draw_attention", "layer"):
+                raise AttributeError(
+                    localize(
+                        f"an exported model has no {name}; vit_static.load_weights(RUN).{name} has it: see "
+                        "configs/PYTHON.md"
+                    )
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __call__(self, images: Sequence[ImageLike], top_k: int | None = None) -> list[Prediction]:
         """Return the `top_k` most likely classes of each image.

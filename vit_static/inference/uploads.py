@@ -54,6 +54,7 @@ def read_upload(body: bytearray, headers: Mapping[str, str], max_images: int) ->
     elif media_type == "application/json":
         named = [(None, content) for content in _read_json(body, max_images)]
     else:
+        _check_is_image(body)
         return Upload([UploadedImage(body, "the image")], is_list=False)
     if not named:
         raise PredictError("the request has no images; send at least one")
@@ -62,6 +63,17 @@ def read_upload(body: bytearray, headers: Mapping[str, str], max_images: int) ->
         label = f"image {number} of {len(named)}" + (f" ({escape(name)})" if name else "")
         images.append(UploadedImage(content, label, name))
     return Upload(images, is_list=True)
+
+
+def _check_is_image(body: bytearray) -> None:
+    """Raise PredictError for a form or JSON that comes without its Content-Type. No image format begins so."""
+    beginning = bytes(body[:100]).lstrip()
+    if beginning.startswith((b"{", b'["', b"[{")):
+        raise PredictError('the body looks like JSON; send it with the header "Content-Type: application/json"')
+    if beginning.startswith(b"--") and b"ontent-" in body[:500]:
+        raise PredictError(
+            'the body looks like a form; send it with the header "Content-Type: multipart/form-data; boundary=..."'
+        )
 
 
 def _read_form(body: bytearray, boundary: str, max_images: int) -> list[tuple[str | None, bytes]]:

@@ -53,6 +53,17 @@ def total_steps(train: TrainConfig, num_images: int, global_batch_size: int) -> 
     return steps if train.max_steps is None else min(steps, train.max_steps)
 
 
+def limiting_key(train: TrainConfig, num_images: int, global_batch_size: int) -> str:
+    """Return the key of the section `train` that decides the number of steps: epochs, max_images or max_steps."""
+    steps = total_steps(train, num_images, global_batch_size)
+    for key in ("max_steps", "max_images"):
+        if getattr(train, key) is not None:
+            others = total_steps(train.model_copy(update={key: None}), num_images, global_batch_size)
+            if others > steps:
+                return key
+    return "epochs"
+
+
 def warmup_steps(schedule: ScheduleConfig, num_images: int, global_batch_size: int) -> int:
     """Return the number of optimizer steps of the warmup."""
     if schedule.warmup_epochs is None:

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from markupsafe import Markup
+
 from vit_static.common.text import duration
 from vit_static.report.charts import Line, format_number
 from vit_static.report.curves import CURVES, Toggle, line_chart
 from vit_static.report.metric_names import METRIC_TITLES, format_metric, metric_unit
 from vit_static.report.run_log import RunLogData
-from vit_static.report.tables import MISSING, Table, format_setting, spaced
+from vit_static.report.tables import MISSING, Table, escape_html, format_setting, spaced
 
 
-def comparison_page(runs: Sequence[RunLogData]) -> dict[str, Any]:
-    """Return the content of templates/comparison.html.j2."""
+def comparison_page(runs: Sequence[RunLogData], urls: Sequence[str | None]) -> dict[str, Any]:
+    """Return the content of templates/comparison.html.j2. `urls`: of the runs' own pages, None without one."""
     names = [run.name for run in runs]
     settings = [row for row in _differing_rows([run.config or {} for run in runs]) if row[0] != "name"]
     environment = [[spaced(key), *values] for key, *values in _differing_rows([run.last_setup for run in runs])]
     return {
-        "results": _results(runs),
+        "results": _results(runs, urls),
         "toggles": [Toggle(name, number) for number, name in enumerate(names)],
         "charts": _comparison_charts(runs),
         "settings": Table(["", *names], settings, 1 + len(names)),
@@ -39,7 +41,7 @@ def _comparison_charts(runs: Sequence[RunLogData]) -> list[str]:
     return drawings
 
 
-def _results(runs: Sequence[RunLogData]) -> Table:
+def _results(runs: Sequence[RunLogData], urls: Sequence[str | None]) -> Table:
     metrics = {run.selection_metric for run in runs}
     result = "result"
     if len(metrics) == 1:
@@ -60,7 +62,7 @@ def _results(runs: Sequence[RunLogData]) -> Table:
     ]
     rows = [
         [
-            run.name,
+            run.name if url is None else Markup(f'<a href="{escape_html(url)}">{escape_html(run.name)}</a>'),
             _result(run, run.best, with_title=len(metrics) > 1),
             f"{run.best[0]:,}" if run.best else "",
             _result(run, run.selection_values[-1] if run.selection_values else None, with_title=len(metrics) > 1),
@@ -72,7 +74,7 @@ def _results(runs: Sequence[RunLogData]) -> Table:
             f"{run.num_parameters:,}" if run.num_parameters else "",
             run.state,
         ]
-        for run in runs
+        for run, url in zip(runs, urls, strict=True)
     ]
     columns = [number for number in range(len(head)) if any(row[number] for row in rows)]  # the MFU may be unknown
     return Table([head[number] for number in columns], [[row[number] for number in columns] for row in rows], 1)

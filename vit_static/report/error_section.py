@@ -57,7 +57,7 @@ class ErrorSection:
     """The texts of templates/errors.html.j2."""
 
     step: str
-    weights: str
+    of_average: str  # says that the moving average was evaluated, if it was
     has_errors: bool
     num_errors: str
     num_images: str
@@ -75,7 +75,7 @@ def error_section(analysis: ErrorAnalysis) -> ErrorSection:
     """Format an error analysis for the template."""
     return ErrorSection(
         step=f"{analysis.step:,}",
-        weights="the moving average of the weights" if analysis.is_ema else "the weights",
+        of_average=" (of the moving average of the weights)" if analysis.is_ema else "",
         has_errors=analysis.num_correct < analysis.num_images,
         num_errors=f"{analysis.num_images - analysis.num_correct:,}",
         num_images=f"{analysis.num_images:,}",

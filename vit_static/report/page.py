@@ -19,7 +19,7 @@ from vit_static.report.charts import as_json
 from vit_static.report.comparison_page import comparison_page
 from vit_static.report.curves import timeline_data
 from vit_static.report.run_log import METRICS_FILE, RunLogData, read_run
-from vit_static.report.run_page import run_page
+from vit_static.report.run_page import relative_url, run_page
 
 REPORT_FILE = "report.html"
 REFRESH_S = 10.0  # between two reloads of the page of a run that goes on
@@ -61,7 +61,9 @@ def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
     ]
     for run, run_dir in zip(runs, run_dirs, strict=True):
         _say_unread(run, run_dir)
-    return _render("comparison.html.j2", path, f"{len(runs)} runs", runs, comparison_page(runs))
+    pages = [run_dir / REPORT_FILE for run_dir in run_dirs]
+    urls = [relative_url(page, path) if page.is_file() and page.resolve() != path.resolve() else None for page in pages]
+    return _render("comparison.html.j2", path, f"{len(runs)} runs", runs, comparison_page(runs, urls))
 
 
 def _say_unread(run: RunLogData, run_dir: Path) -> None:

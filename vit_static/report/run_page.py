@@ -120,14 +120,14 @@ def _checkpoints(run: RunLogData, run_dir: Path, path: Path) -> list[Checkpoint]
         step = int(digits) if (digits := each.name.removeprefix("step_")).isdecimal() else None
         result = format_metric(run.selection_metric, values[step]) if step in values else ""
         notes = ", ".join(name for name, target in marks.items() if target == each.name)
-        checkpoints.append(Checkpoint(each.name, _relative_url(each, path), result, notes))
+        checkpoints.append(Checkpoint(each.name, relative_url(each, path), result, notes))
     for name, note in WEIGHT_FILES.items():
         if (run_dir / name).is_file():
-            checkpoints.append(Checkpoint(name, _relative_url(run_dir / name, path), "", note))
+            checkpoints.append(Checkpoint(name, relative_url(run_dir / name, path), "", note))
     return checkpoints
 
 
-def _relative_url(target: Path, path: Path) -> str:
+def relative_url(target: Path, path: Path) -> str:
     """Return the URL of a file or folder for a link on the page at `path`."""
     return quote(os.path.relpath(target.absolute(), path.absolute().parent).encode("utf-8", "surrogateescape"))
 

@@ -7,7 +7,7 @@ import sys
 from contextlib import nullcontext
 
 from vit_static.common.terminal import ProgressBar, highlight, make_console
-from vit_static.common.text import counted, escape_lines, print_text
+from vit_static.common.text import counted, escape_lines, print_text, wrap_lines
 from vit_static.train.file_sinks import PartialWriter
 from vit_static.train.sinks import Sink
 
@@ -42,7 +42,7 @@ class Console(Sink[str]):
             return
         text = escape_lines(item)
         if sys.stdout.isatty():
-            text = highlight(text)
+            text = highlight(wrap_lines(text, self.num_columns))
         line = f"{text}\n".encode(sys.stdout.encoding, sys.stdout.errors or "strict")
         # Not through the stream, whose buffer would keep the line after an error.
         with nullcontext() if self._bar is None else self._bar.hidden():

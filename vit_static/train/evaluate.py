@@ -263,7 +263,7 @@ def evaluate_checkpoint(
     program = load_program(config, loaded, mesh, returns_logits=config.evaluates_logits and real is None)
     predictions = predict_all(program, eval_loader(config, images, mesh), mesh)
     metrics = EvalMetrics.of(predictions, config.eval.threshold)
-    text = metrics.describe(config.selection_metric)
+    text = metrics.describe(config.selection_metric, num_classes=config.model.num_classes)
     values: dict[str, Any] = dict(metrics.values())
     choice = describe_choice(checkpoint, which)
     if real is not None:
@@ -278,5 +278,6 @@ def evaluate_checkpoint(
         values["also"] = {result.name: result.values() for result in extra}
     if mesh.rank == 0:
         lines = [] if choice is None else [choice]
-        for line in (*lines, text, *(result.describe() for result in extra), json.dumps(values)):
+        lines += [text, *(result.describe(config.model.num_classes) for result in extra), json.dumps(values)]
+        for line in lines:
             print_line(line, flush=True)

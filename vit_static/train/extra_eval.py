@@ -34,9 +34,9 @@ class ExtraResult:
         """Return what is defined, by name, without the name of the set."""
         return {name: value for name, value in vars(self).items() if value is not None and name != "name"}
 
-    def describe(self) -> str:
-        """Return one line for people."""
-        text = f"{self.name}: top-1 {self.top1:.2f} %  top-5 {self.top5:.2f} %"
+    def describe(self, num_classes: int) -> str:
+        """Return one line for people; `num_classes` are the model's, of which at most five have no top-5."""
+        text = f"{self.name}: top-1 {self.top1:.2f} %" + (f"  top-5 {self.top5:.2f} %" if num_classes > 5 else "")
         if self.mce is not None:
             text += f"  mCE {self.mce:.2f} %"
         elif self.mean_error is not None:

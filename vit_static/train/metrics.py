@@ -88,9 +88,13 @@ class EvalMetrics:
         value: float = getattr(self, metric)
         return value
 
-    def describe(self, selection_metric: SelectionMetric = "top1") -> str:
-        """Return one line for people. It begins with `selection_metric` if this is defined and not shown anyway."""
-        text = f"top-1 {self.top1:.2f} %  top-5 {self.top5:.2f} %  loss {self.loss:.4f}"
+    def describe(self, selection_metric: SelectionMetric = "top1", *, num_classes: int) -> str:
+        """Return one line for people. It begins with `selection_metric` if this is defined and not shown anyway.
+
+        Of at most five classes there is no top-5, which would always be 100 %.
+        """
+        top5 = f"top-5 {self.top5:.2f} %  " if num_classes > 5 else ""
+        text = f"top-1 {self.top1:.2f} %  {top5}loss {self.loss:.4f}"
         if self.map is not None:
             text = f"mAP {self.map:.2f} %  macro F1 {self.macro_f1:.2f} %  micro F1 {self.micro_f1:.2f} %  {text}"
         elif selection_metric not in ("top1", "loss") and getattr(self, selection_metric) is not None:
@@ -190,10 +194,11 @@ class MetricLogger:
     def log_eval(self, step: int, metrics: EvalMetrics, ema: EvalMetrics | None, is_best: bool) -> None:
         """Log an evaluation of the weights and, if there is one, of their moving average."""
         selection_metric = self._spec.config.selection_metric
-        values, text = metrics.values(), metrics.describe(selection_metric)
+        num_classes = self._spec.config.model.num_classes
+        values, text = metrics.values(), metrics.describe(selection_metric, num_classes=num_classes)
         if ema is not None:
             values |= {f"ema_{name}": value for name, value in ema.values().items() if name != "num_images"}
-            text += f"; average: {ema.describe(selection_metric)}"
+            text += f"; average: {ema.describe(selection_metric, num_classes=num_classes)}"
         epoch = self._spec.epoch(step)
         self._log.record("eval", step, epoch, **values, seconds=self.seconds)
         self.say(f"epoch {epoch:.1f}  {text}{'  (best)' if is_best else ''}")
@@ -205,7 +210,7 @@ class MetricLogger:
                 EXTRA_EVAL, step, self._spec.epoch(step), tag=f"{EXTRA_EVAL}/{result.name}", set=result.name,
                 **result.values(),
             )  # fmt: skip
-            self.say(f"    {result.describe()}")
+            self.say(f"    {result.describe(self._spec.config.model.num_classes)}")
 
     def log_event(self, step: int, event: str, **values: Any) -> None:
         """Log something that happens at most a few times in a run."""

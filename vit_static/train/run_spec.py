@@ -16,7 +16,7 @@ from vit_static.data.extra_sets import ExtraSet, open_extra_sets
 from vit_static.data.image_set import ImageDataset
 from vit_static.data.open_set import describe_empty_classes, open_set, split_path
 from vit_static.model.loss_weights import NO_WEIGHTS, LossWeights
-from vit_static.optim.schedule import learning_rate, total_steps, warmup_steps
+from vit_static.optim.schedule import learning_rate, limiting_key, total_steps, warmup_steps
 
 if TYPE_CHECKING:
     from vit_static.parallel.mesh import MeshShape
@@ -93,6 +93,11 @@ class RunSpec:
     def lr_at(self, step: int) -> float:
         """Return the learning rate of the update that follows `step` done ones."""
         return learning_rate(step, self.total_steps, self.config.optim, self.config.schedule, self.warmup_steps)
+
+    @property
+    def limiting_key(self) -> str:
+        """The key of the config's section `train` that decides the number of steps."""
+        return limiting_key(self.config.train, len(self.train_images), self.config.data.global_batch_size)
 
     def stops_early(self, progress: Progress) -> bool:
         """Return whether eval.metric hasn't improved for train.patience evaluations."""

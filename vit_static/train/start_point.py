@@ -18,6 +18,7 @@ from vit_static.checkpoint.resume import (
 )
 from vit_static.checkpoint.sharded_state import ShardedReader
 from vit_static.common.errors import WeightsError
+from vit_static.config.describe import changed_settings
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
 from vit_static.data.class_balance import require_weight_files
@@ -78,7 +79,9 @@ class StartPoint:
             progress, position = read_progress(self.checkpoint)
             check_same_images(self.checkpoint, position, spec.data_position(progress))
             run_id = checkpoint_run_id if self.is_own else run_id
-            return Start(progress, run_id, f"resumed from {self.checkpoint}", True, None)
+            changes = changed_settings(load_config(self.checkpoint / CONFIG), config, ("name", "output_dir"))
+            notes = () if changes is None else (f"settings that differ from those at the checkpoint: {changes}",)
+            return Start(progress, run_id, f"resumed from {self.checkpoint}", True, None, notes)
         if config.init.from_ is not None:
             weights = load_weights(Path(config.init.from_))
             report = init_from(model, config.model, weights.external, str(weights.source), config.init, weights.grid)
@@ -121,6 +124,7 @@ class Start:
     description: str
     is_resumed: bool
     init_report: LoadReport | None  # how the arrays of init.from were used
+    changed_settings: tuple[str, ...] = ()  # a line about what a resumed run does differently, if it does
 
 
 def verify_checkpoint(path: Path, mesh: Mesh | None = None) -> str:

@@ -13,7 +13,7 @@ from vit_static.checkpoint.resume import read_progress
 from vit_static.checkpoint.writer import CheckpointWriter
 from vit_static.common.errors import DataError
 from vit_static.common.library_output import redirect_library_output
-from vit_static.common.text import duration
+from vit_static.common.text import counted, duration
 from vit_static.config.schema import Config
 from vit_static.data.loader import TrainLoader
 from vit_static.data.mixup import Mixup
@@ -285,7 +285,8 @@ class Trainer:
         spec, metrics, step = self.spec, self.metrics, self.progress.step
         info = describe_run(spec.config, self.mesh, f"{precision.level} {precision.dtype}")
         metrics.say(start_screen(spec, step, start.description, num_parameters, info, metrics.num_columns))
-        for note in (*spec.data_notes, *(() if start.init_report is None else start.init_report.notes)):
+        notes = () if start.init_report is None else start.init_report.notes
+        for note in (*start.changed_settings, *spec.data_notes, *notes):
             metrics.say(f"note: {note}")
         event = "resumed" if start.is_resumed else "started"
         metrics.log_event(
@@ -293,8 +294,11 @@ class Trainer:
             train_flops_per_image=metrics.train_flops_per_image, **info,
         )  # fmt: skip
         if spec.has_ended(self.progress) and self.progress.evaluated_step == step:
-            more = "more patience" if spec.stops_early(self.progress) else "more epochs"
-            metrics.say(f"this run has ended already: set {more}, or start again with --resume never")
+            key = "patience" if spec.stops_early(self.progress) else spec.limiting_key
+            metrics.say(
+                f"this run has ended already, after {counted(step, 'step')}: set a larger train.{key}, or start again "
+                "with --resume never"
+            )
         if self.progress.best_value is not None and self.progress.metric != spec.config.selection_metric:
             metrics.say(
                 f"eval.metric is {spec.config.selection_metric} now, and was {self.progress.metric}: the best "

@@ -93,6 +93,11 @@ def require_weights(path: Path) -> None:
 
 
 def _no_weights(path: Path) -> WeightsError:
+    if any(file for pattern in ("*.pdiparams", "*.onnx") for file in path.glob(pattern)):
+        return WeightsError(
+            f"{path}: is an exported model, for predict and serve; name the run, the checkpoint or the file of weights "
+            "that it was exported from"
+        )
     return WeightsError(
         f"{path}: {'holds no weights' if path.is_dir() else 'no such file or folder'}; train first "
         "('./run.sh pretrain' makes output/quickstart), or name a run's folder, "
