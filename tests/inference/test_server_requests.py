@@ -353,6 +353,13 @@ def test_requests_that_do_not_fit_the_protocol_are_refused(client: httpx.Client,
     assert unknown.status_code == 404 and unknown.json()["error"].endswith("there are tiny and tiny_files")
 
 
+def test_what_kserves_client_adds_is_accepted(client: httpx.Client, images: list[Path]) -> None:
+    """Its InferenceRESTClient (kserve 0.15) repeats the model's name, and gives each request an ID."""
+    request = {"id": "8d3f", "model_name": "tiny_files", **files_request(images[:1])}
+    response = client.post("/v2/models/tiny_files/infer", json=request)
+    assert read_outputs(response)["logits"].shape == (1, 10) and response.json()["id"] == "8d3f"
+
+
 def test_the_page_asks_for_the_key(server: Server, browser: Browser, images: list[Path]) -> None:
     browser.open(f"{server.url}/")
     browser.wait_until("!document.querySelector('#key').hidden")

@@ -58,6 +58,9 @@ class _RequestParameters(_Message):
 
 class _InferRequest(_Message):
     id: str | None = None
+    # KServe's client also sends these two; the URL decides.
+    model_name: str | None = None
+    model_version: str | None = None
     parameters: _RequestParameters = _RequestParameters()
     inputs: Annotated[list[_Tensor], Field(min_length=1, max_length=1)]
     outputs: Annotated[list[_RequestedOutput], Field(max_length=len(OUTPUTS))] = []

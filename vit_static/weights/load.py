@@ -296,6 +296,7 @@ def check_state(
     remedy = "these are another model's weights: set model.* as they were trained"
     if external is not None and config is not None:
         remedy += _keys_to_set(external, config, with_head=with_head)
+        remedy += ", or -o model.from=init to take the shape from the weights"
     missing = sorted(shapes.keys() - arrays.keys())
     unexpected = sorted(arrays.keys() - shapes.keys())
     if missing or unexpected:
