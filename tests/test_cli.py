@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import configparser
+import errno
 import os
 import re
 import shlex
@@ -264,6 +265,8 @@ def test_the_extras_of_packages_are_those_of_setup_cfg() -> None:
             True,
         ),
         (RuntimeError("CUDA runtime error: failed to allocate 12 GB"), False),  # whose details the traceback has
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), False),
         (RuntimeError("something else"), False),
     ],
     ids=lambda value: str(value)[:30],
