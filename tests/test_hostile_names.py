@@ -21,7 +21,7 @@ from helpers.tiny import tiny_model
 from data_tools.__main__ import main as run_data_tool
 from vit_static.__main__ import main
 from vit_static.common.errors import escape
-from vit_static.common.text import csv_row, escape_lines, json_line
+from vit_static.common.text import csv_row, escape_lines, json_line, path_of
 
 pytestmark = pytest.mark.reliability("names: hostile, in all verbs")
 
@@ -111,7 +111,7 @@ def json_lines(text: str) -> list[dict]:
 def check_json(place: Workplace, done: Done) -> None:
     """Check that JSON is exact: a parser gets the names unchanged."""
     lines = [line for line in json_lines(done.stdout) if "top" in line]
-    assert lines[0]["path"] == str(place.image) and lines[0]["top"][0]["name"] in EDITED
+    assert path_of(lines[0]) == str(place.image) and lines[0]["top"][0]["name"] in EDITED
 
 
 def check_csv_of_predictions(place: Workplace, done: Done) -> None:
@@ -194,7 +194,7 @@ def test_data_tools_show_hostile_names_as_escapes(
     assert escape(FOLDER) in captured.out + captured.err and image.exists()
     if tool == "check":
         problems = json.loads((root / "data_check.json").read_text("utf-8"))["problems"]
-        assert any(problem["path"] == f"val/{HOSTILE}/bad{HOSTILE}.jpg" for problem in problems)
+        assert any(path_of(problem) == f"val/{HOSTILE}/bad{HOSTILE}.jpg" for problem in problems)
 
 
 def test_cells_of_csv_are_no_formulas_and_numbers_stay_numbers() -> None:
@@ -205,8 +205,10 @@ def test_cells_of_csv_are_no_formulas_and_numbers_stay_numbers() -> None:
 
 
 def test_json_lines_are_printable_and_exact() -> None:
-    value = {"name": HOSTILE, "é动": ["\U000e0001", "\ud800", 1.5]}
+    """But for bytes that aren't UTF-8, which JSON can't hold."""
+    value = {"name": HOSTILE.replace("\udcff", ""), "é动": ["\U000e0001", 1.5]}
     assert json_line(value).isprintable() and json.loads(json_line(value)) == value and "动" in json_line(value)
+    assert json.loads(json_line([HOSTILE])) == [HOSTILE.replace("\udcff", "\\xff")]
     assert escape_lines("a\tb\x1b\nc\u2028") == "a\tb\\x1b\nc\\u2028"
 
 

@@ -82,7 +82,7 @@ def test_an_error_without_a_file_name_or_a_reason_is_never_none() -> None:
     assert texts == ["OSError", "only a message"]
 
 
-def test_every_writer_on_a_bad_disk(exported: Exported, tmp_path: Path) -> None:
+def test_every_writer_on_a_bad_disk(exported: Exported, tmp_path: Path, tally: Callable[..., None]) -> None:
     """One line that names what was to be written, its size if the disk is full, and not a byte changed.
 
     A disk of 3 MB is filled or mounted read-only for real; quotas and damage are faults of the calls that write.
@@ -96,6 +96,7 @@ def test_every_writer_on_a_bad_disk(exported: Exported, tmp_path: Path) -> None:
     assert [(name, fault) for name, fault, *_ in results] == list(itertools.product(WRITERS, DISK_FAULTS))
     problems = [result for result in results if not is_clean(*result, disk=tmp_path / "disk")]
     assert not problems, json.dumps(problems, indent=1)
+    tally("faults: writers on a full, read-only, damaged disk", len(results))
 
 
 def is_clean(name: str, fault: str, code: int, stderr: str, added: list[str], disk: Path) -> bool:
