@@ -100,6 +100,8 @@ def test_what_cannot_be_averaged_is_refused_in_one_line(finished: Config, tmp_pa
         average_runs(None, [run, other], [], out=tmp_path / "out")
     with pytest.raises(UserError, match=r"--last 9: .* has 3 checkpoints; use a smaller number, or train with -o chec"):
         average_runs(None, [run], [], last=9)
+    with pytest.raises(WeightsError, match="none: no such file or folder"):
+        average_runs(None, [run, tmp_path / "none"], [])
     with pytest.raises(UserError, match="an average needs two"):
         average_runs(None, [other], [])
     with pytest.raises(UserError, match="is a run or a file; name another folder"):

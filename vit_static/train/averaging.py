@@ -31,7 +31,7 @@ from vit_static.train.evaluate import EvalMetrics, eval_loader, load_program, pr
 from vit_static.weights.formats import State
 from vit_static.weights.infer import config_for
 from vit_static.weights.load import write_pdparams
-from vit_static.weights.source import Weights, load_weights
+from vit_static.weights.source import Weights, load_weights, require_weights
 
 REPORT = "average.json"
 MAX_LAST = 5  # checkpoints of a run, unless --last sets another number
@@ -66,9 +66,14 @@ def average_runs(
     out = out or runs[0].absolute().parent / f"{runs[0].absolute().name.removesuffix('.pdparams')}_average"
     if (out / "checkpoints").exists() or (out.exists() and not out.is_dir()):
         raise UserError(f"--out {out}: is a run or a file; name another folder")
+    for run in runs:
+        require_weights(run)
     sources = [source for run in runs for source in _sources(run, last, is_single=len(runs) == 1)]
     if len(sources) < 2:
-        raise UserError(f"{runs[0]}: has one set of weights, and an average needs two; name more runs, or --last N")
+        raise UserError(
+            f"{runs[0]}: has one set of weights, and an average needs two; name several runs, or train with "
+            f"-o checkpoint.keep_last={MAX_LAST}"
+        )
     first = load_weights(sources[0], ema=ema)
     config = config_for(config, first, overrides)
     for source in sources[1:]:
@@ -101,7 +106,7 @@ def average_runs(
 def _sources(run: Path, last: int | None, *, is_single: bool) -> list[Path]:
     """Return the checkpoints of a run that are averaged, or the path of other weights itself."""
     if run.is_file() or is_checkpoint(run) or latest_checkpoint(run) is None:
-        return [run]  # `load_weights` reports what it can't read
+        return [run]
     checkpoints = [path for _, path in numbered_checkpoints(run / "checkpoints")]
     if last is not None and len(checkpoints) < last:
         raise UserError(
