@@ -46,10 +46,13 @@ class RotaryPositions(nn.Layer):
             self.frequencies = self.create_parameter(list(start.shape), default_initializer=Assign(start))
         else:
             frequencies = axial_frequencies(config, self.head_dim)
-            angles = np.tile(coordinates @ frequencies, 2)[None, :, None]  # [1, N, 1, d]
-            self._register("cos", np.cos(angles))
-            self._register("sin", np.sin(angles) * self.signs.numpy())
-            if not self.is_constant:
+            # Either the tables or what they are computed from: Paddle 3.3.1 discards what training doesn't read, even
+            # if evaluation does.
+            if self.is_constant:
+                angles = np.tile(coordinates @ frequencies, 2)[None, :, None]  # [1, N, 1, d]
+                self._register("cos", np.cos(angles))
+                self._register("sin", np.sin(angles) * self.signs.numpy())
+            else:
                 self._register("frequencies", frequencies)
         if not self.is_constant:
             self._register("coordinates", coordinates)
@@ -59,7 +62,7 @@ class RotaryPositions(nn.Layer):
         self.register_buffer(name, paddle.to_tensor(values.astype(np.float32)), persistable=False)
 
     def forward(self, draw: Draw | None = None) -> Rotation:
-        if draw is None and not self.is_mixed:
+        if self.is_constant:
             return self.cos, self.sin
         tokens, box = (None, None) if draw is None else (draw.tokens, draw.box)
         coordinates = self.coordinates

@@ -65,7 +65,9 @@ class SeededDraws:
             num_tokens = self._model.num_prefix_tokens + num_kept_patches(self._model)
             # The first axis is that of the images, which dp splits.
             shape = [self._batch_size // self._num_micro_batches, self._num_micro_batches, num_tokens]
-            tokens = create_variable("kept_tokens", shape, "int32", mesh, batch_placements(self._mesh))
+            is_split = self._mesh.dp_size > 1  # one rank's batch loses its placement on the way to the patches
+            placements = batch_placements(self._mesh) if is_split else [dist.Replicate()] * mesh.ndim
+            tokens = create_variable("kept_tokens", shape, "int32", mesh, placements)
             names["tokens"] = tokens.name
             tokens = tokens[:, 0] if self._num_micro_batches == 1 else self._of_micro_batch(tokens, mesh, names)
         return Draw(tokens, box)

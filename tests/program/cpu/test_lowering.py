@@ -37,6 +37,15 @@ VARIATIONS: dict[str, ModelConfig] = {
         update={"pool": "gap", "class_token": True, "fc_norm": True, "num_classes": 1}
     ),
     "one patch": ONE_BLOCK.model_copy(update={"patch_size": 4, "image_size": (4, 4), "pool": "gap"}),
+    "rotary positions, gated MLP, RMSNorm, attention pooling, patch dropout": ONE_BLOCK.model_copy(
+        update={
+            **{"rope": "mixed", "qk_norm": True, "norm": "rms", "mlp": "swiglu", "pool": "map", "patch_dropout": 0.5},
+            **{"attention_norm": True, "mlp_norm": True, "pre_norm": True, "qkv_bias": "qv", "register_tokens": 1},
+        }
+    ),
+    "moved coordinates, quick gelu": ONE_BLOCK.model_copy(
+        update={"rope": "axial", "rope_rescale": 2.0, "gelu": "quick", "qk_norm": True}
+    ),
     "dropout": ONE_BLOCK.model_copy(update={"dropout": 0.2, "attention_dropout": 0.2, "drop_path_rate": 0.2}),
     "dropout outside attention": ONE_BLOCK.model_copy(update={"dropout": 0.2}),
 }
@@ -128,6 +137,15 @@ def test_mixed_precision_only_casts_weights_and_residual_gradients(make_program)
     outside = 4  # the patches, the head's input, and the gradients of both
     assert counts["convert"] == weights + residual_gradients + outside
     assert counts["cast"] == 0
+
+
+def test_attention_with_rotary_positions_and_normalized_heads_is_fused(make_program) -> None:
+    """And so are the pooling head's and all products."""
+    paddle.seed(3)
+    config = VARIATIONS["rotary positions, gated MLP, RMSNorm, attention pooling, patch dropout"]
+    counts = operators(make_program(VisionTransformer(config, attention_by_matmul), 8))
+    assert counts["attention_float32"] == counts["attention_backward_float32"] == 2
+    assert not {"matmul", "matmul_grad", "softmax", "softmax_grad", "gelu"} & set(counts)
 
 
 def test_evaluation_keeps_nothing_for_a_backward(make_program) -> None:
