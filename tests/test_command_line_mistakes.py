@@ -56,7 +56,7 @@ MISTAKES = {
     ),
     "another model's weights": (
         ["finetune", "-c", "finetune.yaml", "-o", "model.depth=3", "-o", "name=deeper"],
-        ["output/tiny/model.pdparams", "blocks.2", "model.from=init"],
+        ["output/tiny/model.pdparams", "blocks.1", "model.from=init"],
     ),
     "another model's checkpoint": (
         ["eval", "-c", "tiny.yaml", "-o", "model.width=64", "--checkpoint", "output/tiny"],

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from vit_static.common.terminal import ProgressBar, highlight, print_table, print_wrapped, tracked
-from vit_static.common.text import counted
+from vit_static.common.text import counted, say, wrap_lines
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 COLOUR = re.compile(r"\x1b\[(\d+;)*3\d(;\d+)*m")
@@ -153,3 +153,22 @@ def test_long_lines_are_wrapped_on_a_terminal_only(
     assert "\x1b[32mok\x1b[0m" in styled and "\x1b[31mFAILED\x1b[0m" in styled
     print_wrapped(text, 20)
     assert capsys.readouterr().out == f"{text}\n"
+
+
+def test_lines_of_a_run_and_messages_are_broken_between_words(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a terminal; paths stay whole, so that they can be copied."""
+    path = "output/" + "x" * 50
+    text = f"checkpoints: 3 of 9.9 MB; each write took 250 ms; weights in {path}"
+    assert wrap_lines(text, 40).splitlines() == [
+        "checkpoints: 3 of 9.9 MB; each write", "    took 250 ms; weights in", f"    {path}",
+    ]  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr("sys.stderr", terminal)
+    say(text)
+    assert path in terminal.getvalue()
+    assert max(len(line) for line in terminal.getvalue().splitlines() if path not in line) <= 40
+    monkeypatch.setattr("sys.stderr", stream := io.StringIO())
+    say(text)
+    assert stream.getvalue() == f"vit_static: {text}\n"

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import shutil
 import sys
 import textwrap
 import unicodedata
@@ -39,7 +38,7 @@ def say(line: str, program: str = "vit_static") -> None:
     """Print a status line of a program or tool on stderr, so that stdout holds only results."""
     text = escape(f"{program}: {localize(line)}")
     if sys.stderr.isatty():
-        text = wrap_lines(text, shutil.get_terminal_size().columns)
+        text = wrap_lines(text, _num_columns(sys.stderr))
     print(text, file=sys.stderr, flush=True)
 
 
@@ -75,6 +74,14 @@ def path_of(fields: Mapping[str, str]) -> str:
     """Return the path that `path_fields` was given. Raise KeyError, TypeError or ValueError for other fields."""
     encoded = fields.get("path_base64")
     return fields["path"] if encoded is None else os.fsdecode(b64decode(encoded, validate=True))
+
+
+def _num_columns(terminal: TextIO) -> int:
+    """Return the width of a terminal, or what COLUMNS says."""
+    try:
+        return int(os.environ.get("COLUMNS") or os.get_terminal_size(terminal.fileno()).columns)
+    except (OSError, ValueError):
+        return 80
 
 
 def wrap_lines(text: str, num_columns: int) -> str:
