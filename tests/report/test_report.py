@@ -297,6 +297,8 @@ def test_every_text_is_escaped(tmp_path: Path) -> None:
         analysis.write(tmp_path / name / EVALUATION_FILE)
     texts = [write_report(tmp_path / name).read_text() for name in ("a", "b<i>'\"&")]
     texts.append(write_comparison([tmp_path / "a", tmp_path / "b<i>'\"&"], tmp_path / "two.html").read_text())
+    # The comparison links to the runs' own pages.
+    assert '<a href="a/report.html">a</a>' in texts[-1] and '<a href="b%3Ci%3E%27%22%26/report.html">b&lt;' in texts[-1]
     for text in texts:
         page = Page(text)
         assert not {"b", "i", "u", "s"} & set(page.tags) - {"b"} and "onerror" not in page.attributes
