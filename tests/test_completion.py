@@ -40,7 +40,7 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("pretrain -c deit_", "deit_b16 deit_s16"),
         ("pretrain -c mi", "mine.yaml"),
         ("pretrain -o optim.weight_d", "optim.weight_decay="),
-        ("pretrain -o model.pool=", "cls gap cls_gap"),
+        ("pretrain -o amp.level=", "auto O0 O1 O2"),
         ("pretrain -o model.variant=T", " ".join(name for name in VARIANTS if name.startswith("T"))),
         ("pretrain -o data.prepare=", "digits digits_parity null"),
         ("pretrain -o optim.ema_warmup=f", "false"),
@@ -73,7 +73,7 @@ def test_an_interactive_shell_completes(scripts: Path, tmp_path: Path, shell: st
         pytest.skip(f"{shell} is not installed")
     (tmp_path / "runs").mkdir()
     lines = {
-        "pretrain -o model.poo\tcls_\t --resume nev\t": "pretrain -o model.pool=cls_gap --resume never",
+        "pretrain -o amp.lev\tO2\t --resume nev\t": "pretrain -o amp.level=O2 --resume never",
         "pretrain -o kernels.one\tf\t -o log.ev\t5": "pretrain -o kernels.onednn=false -o log.every_steps=5",
         "data fol\t": "data folder",
         "config sched\t": "config schedule",
