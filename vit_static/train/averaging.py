@@ -63,7 +63,7 @@ def average_runs(
     improve the average's result by eval.metric on the validation images. `out` None: NAME_average beside the first run.
     Raises WeightsError for weights of different models.
     """
-    out = out or runs[0].absolute().parent / f"{runs[0].absolute().name.removesuffix('.pdparams')}_average"
+    out = out or _default_folder(runs[0])
     if (out / "checkpoints").exists() or (out.exists() and not out.is_dir()):
         raise UserError(f"--out {out}: is a run or a file; name another folder")
     for run in runs:
@@ -101,6 +101,11 @@ def average_runs(
             f"averaged {counted(len(positions), 'set')} of weights of {len(sources)}: {out / MERGED}; "
             f"'./run.sh eval --checkpoint {out}' evaluates the average"
         )
+
+
+def _default_folder(run: Path) -> Path:
+    named = run if run.name not in ("", "..") else run.resolve()
+    return named.with_name(f"{named.name.removesuffix('.pdparams')}_average")
 
 
 def _sources(run: Path, last: int | None, *, is_single: bool) -> list[Path]:
