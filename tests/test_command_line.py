@@ -24,7 +24,7 @@ def test_pretrain_prints_its_progress_and_nothing_else(workplace: Path) -> None:
     done = run_sh("pretrain", "-c", "tiny.yaml", "-o", "name=again", "-o", "train.max_steps=6", cwd=workplace)
     assert done.returncode == 0 and done.stderr == ""
     lines = done.stdout.splitlines()
-    assert lines[0] == "again" and lines[1].startswith("  model      ViT, 32 wide, 2 deep")
+    assert lines[0] == "again" and lines[1].startswith("  model      ViT, 32 wide, 1 deep")
     screen = [line for line in lines[1:] if line.startswith("  ")]
     assert lines[1 : 1 + len(screen)] == screen and len(screen) < 18
     assert any(re.match(r"step 5/6  loss [\d.]+  lr .* images/s  data_wait .* left", line) for line in lines)

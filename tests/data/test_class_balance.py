@@ -117,7 +117,7 @@ def test_mistakes_are_one_line_with_a_remedy(tmp_path: Path) -> None:
     [
         (["loss.pos_weight=2"], "pos_weight=.*: needs independent classes"),
         (["loss.pos_weight=balanced"], "pos_weight=.*: needs independent classes"),
-        (["loss.name=bce", "loss.pos_weight=0"], "pos_weight = 0: must be above 0"),
+        (["loss.name=bce", "loss.pos_weight=0"], r"pos_weight=0: must be above 0"),
         (["loss.name=bce", "loss.pos_weight=inf"], "must be above 0"),
         (["loss.focal_gamma=-1"], "loss.focal_gamma=-1: must be at least 0"),
         (["data.sampler=balanced", "loss.class_weights=balanced"], "loss.class_weights are both balanced"),

@@ -391,7 +391,7 @@ def test_a_file_of_weights_works_with_a_config(workplace: Path) -> None:
         (["one.png"], "--model --checkpoint is required"),
         (["--model", "exported", "--checkpoint", "output/tiny", "one.png"], "not allowed with"),
         (["--model", "exported", "-o", "seed=1", "one.png"], "need --checkpoint"),
-        (["--model", "output/tiny", "one.png"], "a folder that './run.sh export' wrote"),
+        (["--model", "output/tiny", "one.png"], "is a run, not an exported model; export it first"),
         (["--checkpoint", "nowhere", "one.png"], "nowhere: no such file or folder"),
         (["--checkpoint", "bare/weights.pdparams", "one.png"], "with -c"),
         (["--model", "exported", "one.png", "--out", "tiny.yaml"], "--out takes a folder"),

@@ -98,7 +98,7 @@ def test_mean_and_std_have_one_value_per_channel(tmp_path: Path) -> None:
     assert load_config(None).data.mean == (0.5, 0.5, 0.5)
     for overrides, message in (
         (["model.num_channels=1", "data.mean=[0.5,0.5,0.5]"], r"data\.mean: has 3 values.*set one value"),
-        (["data.std=[0.5]"], r"data\.std: has 1 value, and model\.num_channels is 3; set three values"),
+        (["data.std=[0.5]"], r"data\.std=\[0\.5\]: has 1 value, and model\.num_channels is 3; set three values"),
         (["data.mean=[0.5,0.5]"], r"data\.mean.*three values for RGB, or one"),
         (["model.num_channels=2"], r"model\.num_channels"),
     ):

@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.chaos_run import LAUNCH
 from helpers.forked_verbs import start_verb
 from helpers.runs import TINY
+from helpers.tiny import tiny_model
 
-from vit_static.common.errors import DataError, RunFailed
+from vit_static.common.errors import EXIT_STOPPED, DataError, RunFailed
 from vit_static.train.stop import BAD_IMAGE, NONFINITE, ON_REQUEST, UNSAVED, SignalWatch, StopController
 
 
@@ -176,3 +178,40 @@ trainer._build_program = build_program
     stdout, stderr = ((tmp_path / name).read_text() for name in ("stdout", "stderr"))
     assert "stopped on request" in stderr or "stopped by a signal at step 0" in stdout
     assert "Traceback" not in stderr
+
+
+SLOW_RANK_0 = """
+import os, time
+from pathlib import Path
+from vit_static.launch import launcher
+from vit_static.train import trainer
+launcher.START_GRACE_S = 1.0
+start_mesh = trainer.start_mesh
+def start_mesh_late_in_rank_0(*arguments):
+    rank = os.environ["PADDLE_TRAINER_ID"]
+    Path(f"started_{rank}").touch()
+    if rank == "0":
+        time.sleep(100)
+    return start_mesh(*arguments)
+trainer.start_mesh = start_mesh_late_in_rank_0
+"""
+
+
+def test_a_rank_that_waits_for_a_stopped_one_ends_too(tmp_path: Path, small_digits: Path) -> None:
+    """Before the ranks are connected: Paddle's function tries to reach rank 0 without an end, in native code."""
+    config = f"{tiny_model()}data: {{root: {small_digits}, global_batch_size: 16}}\noutput_dir: {tmp_path}\n"
+    (tmp_path / "run.yaml").write_text(config)
+    output = tmp_path / "output"
+    launch = start_verb(
+        ["pretrain", "-c", "run.yaml"], tmp_path, output, before=SLOW_RANK_0 + LAUNCH.format(num_processes=2)
+    )
+    try:
+        end = time.monotonic() + 100
+        while len(list(tmp_path.glob("started_*"))) < 2:
+            assert launch.exit_code is None and time.monotonic() < end, output.read_text()
+            time.sleep(0.1)
+        time.sleep(1.0)  # rank 1 begins to wait
+        os.kill(launch.process_id, signal.SIGTERM)
+        assert launch.wait(30) == EXIT_STOPPED, output.read_text()
+    finally:
+        launch.kill()

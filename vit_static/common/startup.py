@@ -22,6 +22,8 @@ from vit_static.common.errors import UserError
 from vit_static.common.installation import describe_missing
 from vit_static.common.library_output import capture_library_output
 
+# The variable by which the launcher passes a folder, in which a worker that begins to train creates a file RANK.
+STARTED_FOLDER = "VIT_STATIC_STARTED_FOLDER"
 _M_ARENA_MAX = -8  # malloc.h
 _environ_before: dict[str, str] | None = None  # the environment before `prepare_process`
 _stop_signal: int | None = None  # received while `handle_stop_signals` is in effect

@@ -36,6 +36,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -43,7 +44,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vit_static.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_UNANSWERED, EXIT_USER_MISTAKE
-from vit_static.common.startup import ignored_or
+from vit_static.common.startup import STARTED_FOLDER, ignored_or
 from vit_static.common.text import positive_int, print_text, say
 from vit_static.config.loader import DEFAULT_CONFIGS, load_config
 from vit_static.config.schema import Config
@@ -64,6 +65,9 @@ FAILURE_GRACE_S = 10.0
 # Stop signals within this time count as one request: Slurm and the other launchers send one to every task,
 # and a worker that receives a second one ends without saving.
 SAME_REQUEST_S = 3.0
+# After a stop signal, a worker that hasn't begun to train gets SIGKILL: it has nothing to save, and may be waiting in
+# native code, where its handler can't run, for the connection of a rank that has ended already.
+START_GRACE_S = 10.0
 TAIL_LINES = 20
 
 LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
@@ -203,19 +207,23 @@ def run_workers(
     """
     handle_signals(lambda signum, frame: received_signals.append(signum))
     workers: list[Worker] = []
-    try:
-        for local_rank in range(layout.num_local):
-            workers.append(start_worker(argv, layout, cluster, local_rank))
-        return supervise(workers, cluster, peers, received_signals)
-    finally:
-        for worker in workers:
-            if worker.process.poll() is None:
-                worker.process.kill()
-                worker.process.wait()
+    with tempfile.TemporaryDirectory(prefix="vit_static_launch_") as started:
+        try:
+            for local_rank in range(layout.num_local):
+                workers.append(start_worker(argv, layout, cluster, local_rank, started))
+            return supervise(workers, cluster, peers, received_signals, Path(started))
+        finally:
+            for worker in workers:
+                if worker.process.poll() is None:
+                    worker.process.kill()
+                    worker.process.wait()
 
 
-def start_worker(argv: Sequence[str], layout: Layout, cluster: Cluster, local_rank: int) -> Worker:
-    """Start one process of the verb, with its rank, endpoints, device and output in the environment."""
+def start_worker(argv: Sequence[str], layout: Layout, cluster: Cluster, local_rank: int, started: str) -> Worker:
+    """Start one process of the verb, with its rank, endpoints, device and output in the environment.
+
+    `started`: the folder in which it creates a file with its rank as name when it begins to train.
+    """
     all_endpoints = [endpoint for node in cluster.endpoints for endpoint in node]
     rank = sum(len(node) for node in cluster.endpoints[: cluster.node]) + local_rank
     number = layout.first_on_machine + local_rank
@@ -232,6 +240,7 @@ def start_worker(argv: Sequence[str], layout: Layout, cluster: Cluster, local_ra
         "PADDLE_LOCAL_RANK": str(number),
         "PADDLE_LOCAL_SIZE": str(layout.num_on_machine),
         "PADDLE_RANK_IN_NODE": str(number),
+        STARTED_FOLDER: started,
         "PYTHONUNBUFFERED": "1",  # so that the log of a killed worker has its last lines
     }
     # Otherwise each worker would use every core, and they would slow each other down.
@@ -299,7 +308,9 @@ def stop_with_parent() -> None:
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def supervise(workers: list[Worker], cluster: Cluster, peers: Peers, received_signals: list[int]) -> Ending:
+def supervise(
+    workers: list[Worker], cluster: Cluster, peers: Peers, received_signals: list[int], started: Path
+) -> Ending:
     """Wait until all workers and the other nodes have ended; a signal handler fills `received_signals`.
 
     A failure on one node ends the workers of all nodes. All nodes return together and with the same information, so
@@ -309,7 +320,7 @@ def supervise(workers: list[Worker], cluster: Cluster, peers: Peers, received_si
     exit_codes: dict[int, int] = {}  # exit codes of the ranks that the launcher did not end
     failure: Failure | None = None
     forwarded: set[int] = set()
-    last_forwarded, failed_at = float("-inf"), float("inf")
+    last_forwarded, failed_at, stop_requested_at = float("-inf"), float("inf"), float("inf")
     unsent = [signal.SIGKILL, signal.SIGTERM]  # sent from the end
     is_done = False
     # After a failure, don't wait forever for nodes that can't end their workers, such as one with a suspended launcher.
@@ -322,6 +333,7 @@ def supervise(workers: list[Worker], cluster: Cluster, peers: Peers, received_si
             if peers and time.monotonic() < last_forwarded + SAME_REQUEST_S:
                 continue
             last_forwarded = time.monotonic()
+            stop_requested_at = min(stop_requested_at, last_forwarded)
             forwarded.add(signum)
             for worker in running:
                 worker.process.send_signal(signum)
@@ -331,6 +343,10 @@ def supervise(workers: list[Worker], cluster: Cluster, peers: Peers, received_si
         failures = [Failure(**message["failure"]) for message in messages if "failure" in message]
         for worker in list(running):
             code = worker.process.poll()
+            if code is None and time.monotonic() > stop_requested_at + START_GRACE_S and not has_begun(worker, started):
+                worker.process.kill()
+                worker.process.wait()
+                code = EXIT_STOPPED
             if code is None:
                 continue
             running.remove(worker)
@@ -369,6 +385,11 @@ def supervise(workers: list[Worker], cluster: Cluster, peers: Peers, received_si
     if failure.code == EXIT_USER_MISTAKE:
         return Ending(EXIT_USER_MISTAKE, None if is_shown else failure, is_shown, bool(forwarded))
     return Ending(EXIT_FAILED, failure, is_shown, bool(forwarded))
+
+
+def has_begun(worker: Worker, started: Path) -> bool:
+    """Return whether a worker has begun to train, and so has a state to save."""
+    return (started / str(worker.rank)).exists()
 
 
 def more_likely_cause(known: Failure | None, other: Failure) -> Failure:

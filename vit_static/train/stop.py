@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from vit_static.common.errors import EXIT_FAILED, DataError, RunFailed, escape
-from vit_static.common.startup import ignored_or, take_stop_signal
+from vit_static.common.startup import STARTED_FOLDER, ignored_or, take_stop_signal
 from vit_static.common.text import duration, say
 
 BAD_IMAGE, ON_REQUEST, UNSAVED, NONFINITE = "bad image", "stopped", "not saved", "not finite"
@@ -73,6 +74,7 @@ class SignalWatch:
         if number is not None:
             os.write(self._pipe, bytes([number]))
             self._receive(number, None)
+        _tell_launcher()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -94,6 +96,13 @@ class SignalWatch:
             self._received_at = time.monotonic()
         elif time.monotonic() - self._received_at > 1.0:
             os._exit(128 + signum)
+
+
+def _tell_launcher() -> None:
+    """Let the launcher know that from now on this process saves its state on a signal."""
+    if STARTED_FOLDER in os.environ:
+        with suppress(OSError):
+            Path(os.environ[STARTED_FOLDER], os.environ["PADDLE_TRAINER_ID"]).touch()
 
 
 def _say_in_handler(text: str) -> None:
