@@ -33,7 +33,8 @@ log: {every_steps: 1, trackers: []}
 LONG = ("-o", "train.max_steps=100000")  # longer than any test
 
 # A verb that at its n-th start takes the n-th of the space-separated actions in ACTIONS (ACTIONS_0 for rank 0), and
-# records its arguments. Actions are joined by "+" and end with an exit code or "kill".
+# records its arguments. Actions are joined by "+" and end with an exit code, "kill", or "catch:N": wait for SIGTERM and
+# end with N. "begin" is what a worker does when it begins to train.
 SCRIPTED_VERB = """
 import os, signal, sys, time
 from pathlib import Path
@@ -50,6 +51,12 @@ for action in actions.split()[len(calls.read_text().splitlines()) - 1].split("+"
         Path(f"output/tiny/checkpoints/{name}/meta.json").touch()
     elif kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif kind == "begin":
+        Path(os.environ["VIT_STATIC_STARTED_FOLDER"], rank).touch()
+    elif kind == "catch":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(name)))
+        Path(f"waits.{rank}").touch()
+        time.sleep(100)
     elif kind == "until":
         while not Path(name).exists():
             time.sleep(0.05)

@@ -72,6 +72,18 @@ def test_a_signal_is_not_answered_with_a_restart(scripted_job: ScriptedJob, numb
     assert (code, stderr, len(scripted_job.calls("0"))) == (75, "", 1)
 
 
+@pytest.mark.parametrize(("before", "expected"), [("", 75), ("begin+", 1)])
+def test_a_rank_that_fails_after_a_stop_in_the_start_is_no_failure(
+    scripted_job: ScriptedJob, before: str, expected: int
+) -> None:
+    """The first rank has ended before the other's training began, which then waits for it in vain."""
+    scripted_job.start(*restarts(1), NPROC="2", ACTIONS_0=f"{before}catch:75", ACTIONS_1=f"{before}catch:1")
+    wait_until(lambda: len(list(scripted_job.folder.glob("waits.*"))) == 2)
+    scripted_job.launches[0].send_signal(signal.SIGTERM)
+    ((code, _, _),) = scripted_job.end()
+    assert (code, len(scripted_job.calls("0"))) == (expected, 1)
+
+
 def test_a_lost_node_joins_again_when_its_launcher_is_started(scripted_job: ScriptedJob) -> None:
     """Either node may be node 0. The new launcher receives the state of the earlier attempts."""
     arguments = ("--resume", "never", *restarts(1))

@@ -376,7 +376,12 @@ def supervise(
 
     if failure is None:
         return Ending(max(exit_codes.values()))
-    if -failure.code in forwarded:  # killed by the signal before its handler was set, with nothing to save yet
+    # Killed by the signal before its handler was set; or failed since another rank had ended before the training began.
+    # There was nothing to save yet.
+    has_stopped_in_start = any(
+        exit_codes.get(worker.rank) == EXIT_STOPPED and not has_begun(worker, started) for worker in workers
+    )
+    if -failure.code in forwarded or (forwarded and has_stopped_in_start):
         return Ending(EXIT_STOPPED)
     # A rank that writes to the terminal has reported the same there.
     is_shown = failure.code in (EXIT_UNANSWERED, EXIT_USER_MISTAKE) and any(
