@@ -33,6 +33,7 @@ from helpers.small import MESH_MODEL
 from vit_static.config.data_schema import DataConfig
 from vit_static.config.schema import AmpConfig, Config
 from vit_static.parallel.gloo import Traffic
+from vit_static.parallel.sharding import tp_axis
 from vit_static.plan.costs import count_by_kind
 from vit_static.plan.planner import Cluster, make_plan
 
@@ -142,18 +143,21 @@ def test_mixup_is_that_of_one_process(runs: Runs, name: str) -> None:
 
 @pytest.mark.parametrize(("name", "optimizer"), [pair for pair in TRAINED if "sharding" in pair[0]])
 def test_zero_splits_every_tensor_that_can_be_split(runs: Runs, name: str, optimizer: str) -> None:
-    """Moments, and in stage 3 parameters, are split over dp along the first axis that can be divided."""
-    stage = MESHES_OF[optimizer][name][0].sharding_stage
+    """Moments, and in stage 3 parameters, are split over dp along the first axis that can be divided, and that tensor
+    parallelism doesn't split."""
+    parallel = MESHES_OF[optimizer][name][0]
+    stage = parallel.sharding_stage
     for outcome in runs(f"{name}_{optimizer}"):
         moments = {key: part for key, part in outcome.state.items() if key.endswith(("moment1", "moment2", "velocity"))}
         for key, moment in moments.items():
             parameter = outcome.state[key.split("@")[0]]
-            mp_parts = parameter.num_parts if stage < 3 else (1,) * len(parameter.shape)
+            mp_axis = tp_axis(key.split("@")[0], list(parameter.shape), parallel.mp)
+            mp_parts = tuple(parallel.mp if axis == mp_axis else 1 for axis in range(len(parameter.shape)))
             divisible = [n for n, size in enumerate(parameter.shape) if mp_parts[n] == 1 and size % 2 == 0]
             expected = [2 if n in divisible[:1] else parts for n, parts in enumerate(mp_parts)]
             assert list(moment.num_parts) == expected, key
             assert [n * parts for n, parts in zip(moment.local.shape, expected, strict=True)] == list(moment.shape), key
-            assert stage < 3 or parameter.num_parts == moment.num_parts, key
+            assert parameter.num_parts == (mp_parts if stage < 3 else moment.num_parts), key
         assert sum(2 in part.num_parts for part in moments.values()) > 0.9 * len(moments)
         assert all(part.num_parts == (1,) for key, part in moments.items() if part.shape == (7,))  # the head's bias
 
