@@ -56,6 +56,7 @@ TOKENS_READ = {
     "mixed rotary positions and more norms": ([0], 1),
     "fixed positions": ([0], 1),
 }
+KIND_WITHOUT_POSITIONS = "rotary positions and attention pooling"
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -167,6 +168,10 @@ def test_a_model_without_a_recorder_is_refused() -> None:
 @kinds
 def test_position_similarity_is_the_cosine_of_the_patches(kind: str) -> None:
     model = recording_model(config_of(kind))
+    if model.pos_embed is None:
+        with pytest.raises(ValueError, match="no position embedding"):
+            position_similarity(model)
+        return
     table = model.pos_embed.numpy()[0].astype(np.float64)
     table = table[len(table) - 12 :]
     similarity = position_similarity(model)
@@ -383,6 +388,21 @@ def test_a_file_of_weights_works_with_a_config(workplace: Path) -> None:
     assert (workplace / "out/bare/position_similarity.png").is_file()
     name = json.loads(finished.stdout.splitlines()[-1])["top"][0]["name"]
     assert name.isdigit()  # the label, because there are no class names beside the file
+
+
+def test_a_model_without_position_embedding_has_no_picture_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Config.model_validate({"name": "small", "model": config_of(KIND_WITHOUT_POSITIONS).model_dump()})
+    model = without_recorder(recording_model(config.model), config.model)
+    assert model.pos_embed is None
+    write_artifact(model, config, spec_of(config, list("abcde")), tmp_path / "exported")
+    photo(40, 30).save(tmp_path / "one.png")
+    out = tmp_path / "out"
+    assert visualize(None, tmp_path / "exported", None, [tmp_path / "one.png"], out, []) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["one_heads.png", "one_rollout.png", "patch_filters.png"]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vit_static: ")]
+    assert "no position_similarity.png" in line and "model.pos_embed=none" in line
 
 
 @pytest.mark.parametrize(

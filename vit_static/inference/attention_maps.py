@@ -166,10 +166,11 @@ def _query_weights(model: VisionTransformer, recorded: RecordedAttention) -> np.
 def position_similarity(model: VisionTransformer) -> np.ndarray:
     """Return the cosine similarity of each patch's position embedding with all others, [rows, columns, rows, columns].
 
-    It is 0 for an embedding of zeros, and without one. The class token's position is left out.
+    It is 0 for an embedding of zeros. The class token's position is left out. Raises ValueError for a model without a
+    position embedding (`pos_embed: none`).
     """
     if model.pos_embed is None:
-        return np.zeros((*model.grid, *model.grid))
+        raise ValueError("the model has no position embedding")
     table = model.pos_embed.numpy()[0].astype(np.float64)[-math.prod(model.grid) :]  # [rows * columns, C]
     norms = np.linalg.norm(table, axis=1, keepdims=True)
     directions = table / np.where(norms > 0.0, norms, 1.0)
@@ -274,6 +275,7 @@ def visualize(
 ) -> int:
     """Write pictures of the model and of each image to `out`, and return the exit code.
 
+    A model with `pos_embed: none` gets no picture of its position embedding, which is said on stderr.
     The model is the export in `folder`, or that of `checkpoint`. On stdout there is a line per file and a JSON line per
     image. An image that can't be read gets a line with `error`, the others are still drawn, and the exit code is 2.
     """
@@ -287,7 +289,10 @@ def visualize(
     else:
         assert folder is not None
         model, spec = load_exported(folder)
-    _write(draw_similarity(position_similarity(model)), out / "position_similarity.png")
+    if model.pos_embed is None:
+        say("no position_similarity.png: with model.pos_embed=none, the model has no position embedding")
+    else:
+        _write(draw_similarity(position_similarity(model)), out / "position_similarity.png")
     _write(draw_filters(*patch_filters(model)), out / "patch_filters.png")
 
     preprocessor = Preprocessor(spec.preprocessing, len(os.sched_getaffinity(0)))
