@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.small import ROOT, images_and_labels
 from paddle.base import core
@@ -85,14 +86,20 @@ def test_a_step_allocates_the_planned_memory(cpu_mesh: Mesh, overrides: tuple[st
         eval_batch_size=16,
         count_costs=program_costs,
     )
-    for step in range(3):  # the first steps also allocate persistent memory, such as accumulated gradients
-        before = core.host_memory_stat_current_value("Allocated", 0)
+    batch = images_and_labels(16, config.model)
+    num_input_bytes = sum(tensor.numpy().nbytes for tensor in batch)
+    measured = []
+    for step in range(7):
+        before = core.host_memory_stat_current_value("Allocated", 0)  # with the batch
         core.host_memory_stat_reset_peak_value("Allocated", 0)
-        program.loss_value(program.train_step(*images_and_labels(16, config.model), step))
-    measured = core.host_memory_stat_peak_value("Allocated", 0) - before
+        program.loss_value(program.train_step(*batch, step))
+        measured.append(core.host_memory_stat_peak_value("Allocated", 0) - before + num_input_bytes)
+    # The first two steps also allocate persistent memory, such as accumulated gradients. In any other, a thread that
+    # waits for a core may free tensors late: those of this step, or of the one before.
+    peak = np.median(measured[2:])
     costs = program.costs()
     persistent = costs.gradients if config.parallel.grad_accum_steps > 1 else 0
-    assert costs.step_peak - persistent == pytest.approx(measured, rel=0.15)
+    assert costs.step_peak - persistent == pytest.approx(peak, rel=0.15), measured
     # The plan, which is compiled without a run, has the same costs.
     assert planned(config).costs.step_peak == costs.step_peak
 
