@@ -187,7 +187,8 @@ def _check_size(spec: ModelSpec, path: Path) -> None:
     name = ONNX_FILE if spec.precision == "int8" else WEIGHTS_FILE
     try:
         # Fixed position embeddings are in the file too.
-        num_values = num_parameters(spec.model.model_copy(update={"pos_embed": "learn"}))
+        update = {} if spec.model.pos_embed == "none" else {"pos_embed": "learn"}
+        num_values = num_parameters(spec.model.model_copy(update=update))
     except ConfigError as error:
         raise PredictError(f"{path}: does not describe an exported model ({error}); {REMEDY}") from None
     num_bytes = spec.files[name].num_bytes
