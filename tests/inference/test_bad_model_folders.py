@@ -174,3 +174,13 @@ def test_nan_gives_an_error_instead_of_probabilities(tmp_path: Path, exported: A
     result = json.loads(line, parse_constant=pytest.fail)
     assert line.isprintable() and result["path"] == f"{tmp_path}/\\xff.png" and "NaN" in result["error"]
     assert path_of(result) == f"{tmp_path}/\udcff.png"
+
+
+def test_a_model_without_position_embedding_is_not_missing_one(tmp_path: Path) -> None:
+    """Though a table for so many patches would be larger than the rest of the model."""
+    rotary = {"rope": "mixed", "pos_embed": "none", "pos_embed_init": "normal", "image_size": (512, 512)}
+    config = Config(name="x", model=MODEL.model_copy(update=rotary))
+    model = VisionTransformer(config.model)
+    model.eval()
+    write_artifact(model, config, spec_of(config, [f"class {label}" for label in range(5)]), tmp_path)
+    assert read_spec(tmp_path).model.pos_embed == "none"
