@@ -178,7 +178,7 @@ SHORTENED = [
 # Learning rates for a hundred steps of 32 images; the recipes' own are for 100 times as many or larger batches.
 ADJUSTED = {
     # LAMB moves a weight by a share of its norm: a new head grows too slowly here, so the pretrained one stays.
-    "deit3_s16": ["optim.lr=1e-3", "init.head=keep"],
+    **{name: ["optim.lr=1e-3", "init.head=keep"] for name in ("deit3_s16", "vit5_s16")},
 }
 
 
