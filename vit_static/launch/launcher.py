@@ -374,6 +374,13 @@ def supervise(
             is_done = True
             peers.broadcast({"done": True})
 
+    return ending_of(workers, exit_codes, failure, forwarded, started)
+
+
+def ending_of(
+    workers: list[Worker], exit_codes: dict[int, int], failure: Failure | None, forwarded: set[int], started: Path
+) -> Ending:
+    """Return how a job ended, from the exit codes of this node's ranks and the signals that were forwarded to them."""
     if failure is None:
         return Ending(max(exit_codes.values()))
     # Killed by the signal before its handler was set; or failed since another rank had ended before the training began.
