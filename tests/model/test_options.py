@@ -18,6 +18,7 @@ from vit_static.common.errors import ConfigError
 from vit_static.config.model_schema import ModelConfig
 from vit_static.config.schema import OptimConfig
 from vit_static.model.draws import coordinate_box, kept_tokens
+from vit_static.model.layers import RMSNorm
 from vit_static.model.rope import random_frequencies
 from vit_static.model.variants import num_kept_patches, num_parameters, variant_of
 from vit_static.model.vit import VisionTransformer
@@ -93,6 +94,14 @@ def test_the_hidden_width_of_a_gated_mlp_is_rounded_as_in_dinov2() -> None:
     """Of its giant model, 4096 for a plain MLP of 6144."""
     for variant, mlp_dim in (("g/14", 4096), ("B/16", 2048), ("L/16", 2736), ("S/16", 1024)):
         assert variant_of(ModelConfig(variant=variant, mlp="swiglu")).mlp_dim == mlp_dim
+
+
+def test_the_epsilon_of_rms_norm_is_added_to_the_mean_square() -> None:
+    """x / sqrt(mean(x^2) + epsilon), arXiv 1910.07467; at 0 there would be no number without it."""
+    x = np.full((2, 8), 1e-3, np.float32)
+    x[1] = 0.0
+    values = RMSNorm(8, 1e-6)(paddle.to_tensor(x)).numpy()
+    np.testing.assert_allclose(values, x / np.sqrt(2e-6), rtol=1e-6)
 
 
 # -- values ----------------------------------------------------------------------------------------------------------

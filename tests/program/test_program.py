@@ -14,6 +14,7 @@ from paddle import nn
 
 from vit_static.checkpoint.sharded_state import ShardedReader, write_shard
 from vit_static.common.errors import ConfigError
+from vit_static.config.model_schema import ModelConfig
 from vit_static.config.schema import AmpConfig, KernelsConfig, OptimConfig, ParallelConfig
 from vit_static.model.attention import attention_by_matmul
 from vit_static.model.vit import VisionTransformer
@@ -159,9 +160,18 @@ def test_evaluation_between_steps_changes_nothing(make_program) -> None:
     assert all(np.array_equal(program.weights()[name], weights[name]) for name in weights)
 
 
-def test_dropout_masks_are_a_function_of_seed_and_step(make_program) -> None:
-    """Programs that start at different steps draw the same mask at the same step, and other masks at others."""
-    config = ONE_BLOCK.model_copy(update={"dropout": 0.3, "attention_dropout": 0.2, "drop_path_rate": 0.3})
+@pytest.mark.parametrize(
+    "random",
+    [
+        {"dropout": 0.3, "attention_dropout": 0.2, "drop_path_rate": 0.3},
+        {"patch_dropout": 0.5},
+        {"rope": "axial", "rope_jitter": 1.5},
+    ],
+    ids=["dropout", "patch dropout", "rotary coordinates"],
+)
+def test_random_choices_are_a_function_of_seed_and_step(make_program, random: dict[str, Any]) -> None:
+    """Programs that start at different steps make the same choices in the same step, and others in others."""
+    config = ModelConfig.model_validate({**ONE_BLOCK.model_dump(by_alias=True), "num_heads": 2, **random})
 
     def losses_at(*steps: int, seed: int = 0) -> list[float]:
         paddle.seed(3)

@@ -180,38 +180,56 @@ trainer._build_program = build_program
     assert "Traceback" not in stderr
 
 
-SLOW_RANK_0 = """
+# Code that lets both ranks stop for a moment, at a place of their own, and the launcher wait for one second only.
+SHORT_GRACE = """
 import os, time
 from pathlib import Path
 from vit_static.launch import launcher
+from vit_static.program.program import Program
 from vit_static.train import trainer
 launcher.START_GRACE_S = 1.0
+def reached():
+    rank = os.environ["PADDLE_TRAINER_ID"]
+    Path(f"reached_{rank}").touch()
+    return rank
+"""
+LATE_RANK_0 = """
 start_mesh = trainer.start_mesh
 def start_mesh_late_in_rank_0(*arguments):
-    rank = os.environ["PADDLE_TRAINER_ID"]
-    Path(f"started_{rank}").touch()
-    if rank == "0":
+    if reached() == "0":
         time.sleep(100)
     return start_mesh(*arguments)
 trainer.start_mesh = start_mesh_late_in_rank_0
 """
+SLOW_STEP = """
+train_step = Program.train_step
+def slow_train_step(program, images, labels, step):
+    if step == 2:
+        reached()
+        time.sleep(4)
+    return train_step(program, images, labels, step)
+Program.train_step = slow_train_step
+"""
 
 
-def test_a_rank_that_waits_for_a_stopped_one_ends_too(tmp_path: Path, small_digits: Path) -> None:
-    """Before the ranks are connected: Paddle's function tries to reach rank 0 without an end, in native code."""
+@pytest.mark.parametrize(("place", "is_saved"), [(LATE_RANK_0, False), (SLOW_STEP, True)], ids=["start", "step"])
+def test_a_stop_of_two_ranks_ends_both_and_saves_what_there_is(
+    tmp_path: Path, small_digits: Path, place: str, is_saved: bool
+) -> None:
+    """Before the ranks are connected, Paddle's function tries to reach rank 0 without an end, in native code."""
     config = f"{tiny_model()}data: {{root: {small_digits}, global_batch_size: 16}}\noutput_dir: {tmp_path}\n"
     (tmp_path / "run.yaml").write_text(config)
     output = tmp_path / "output"
-    launch = start_verb(
-        ["pretrain", "-c", "run.yaml"], tmp_path, output, before=SLOW_RANK_0 + LAUNCH.format(num_processes=2)
-    )
+    before = SHORT_GRACE + place + LAUNCH.format(num_processes=2)
+    launch = start_verb(["pretrain", "-c", "run.yaml"], tmp_path, output, before=before)
     try:
         end = time.monotonic() + 100
-        while len(list(tmp_path.glob("started_*"))) < 2:
+        while len(list(tmp_path.glob("reached_*"))) < 2:
             assert launch.exit_code is None and time.monotonic() < end, output.read_text()
             time.sleep(0.1)
-        time.sleep(1.0)  # rank 1 begins to wait
+        time.sleep(1.0)  # in the start, rank 1 begins to wait
         os.kill(launch.process_id, signal.SIGTERM)
         assert launch.wait(30) == EXIT_STOPPED, output.read_text()
     finally:
         launch.kill()
+    assert (tmp_path / "run/checkpoints/latest").exists() == is_saved
