@@ -226,7 +226,8 @@ def test_a_stop_answers_the_requests_under_way(exported: Exported, expected: dic
 def test_too_many_and_too_slow_requests_get_503(exported: Exported) -> None:
     """The limit is two images, which a form has, and a batch waits longer than a request may take."""
     image = exported.validation_images()[0].read_bytes()
-    flags = ("--max-waiting", 2, "--timeout-s", 2, "--max-wait-ms", 60_000)
+    flags = ("--max-connections", 50, "--max-connections-per-client", 50)  # only one client: no shares
+    flags += ("--max-waiting", 2, "--timeout-s", 2, "--max-wait-ms", 60_000)
     with serving(exported, *flags) as server, ThreadPoolExecutor(1) as executor:
         form = [("file", ("image", image))] * 2
         first = executor.submit(httpx.post, f"{server.url}/predict", files=form, timeout=30)

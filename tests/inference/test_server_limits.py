@@ -14,7 +14,7 @@ import pytest
 from vit_static.common.errors import UserError
 from vit_static.inference.connections import ConnectionLimits, ConnectionTable, choose_limits, client_of
 from vit_static.inference.log_limit import LogLimit
-from vit_static.inference.request_limits import PixelBudget
+from vit_static.inference.request_limits import PixelBudget, SharedCount
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def test_pixels_are_granted_in_order_and_a_cancelled_request_gives_them_back() -
         budget, granted = PixelBudget(10), []
 
         async def take(name: str, num_pixels: int) -> None:
-            granted.append((name, await budget.acquire(num_pixels)))
+            granted.append((name, await budget.acquire(num_pixels, client="one")))
 
         tasks = {
             name: asyncio.ensure_future(take(name, number)) for name, number in zip("abcd", (6, 5, 4, 99), strict=True)
@@ -90,6 +90,36 @@ def test_pixels_are_granted_in_order_and_a_cancelled_request_gives_them_back() -
         assert granted[2] == ("d", 10)  # more than all: it waits for all
 
     asyncio.run(run())
+
+
+def test_clients_that_wait_for_pixels_take_turns() -> None:
+    async def run() -> None:
+        budget, granted = PixelBudget(10), []
+
+        async def take(client: str, name: str) -> None:
+            num_pixels = await budget.acquire(10, client)
+            granted.append(name)
+            await asyncio.sleep(0)
+            budget.release(num_pixels)
+
+        greedy = [take("greedy", f"greedy {number}") for number in range(6)]
+        others = [take(name, name) for name in ("second", "third")]
+        await asyncio.wait_for(asyncio.gather(*greedy, *others), 5)
+        assert granted[:4] == ["greedy 0", "greedy 1", "second", "third"] and len(granted) == 8
+
+    asyncio.run(run())
+
+
+def test_a_client_has_a_share() -> None:
+    count = SharedCount(10, share=0.5)
+    assert count.has_room("a", 5) and not count.has_room("a", 6)
+    count.add("a", 5)
+    assert not count.has_room("a", 1) and count.has_room("b", 5)
+    count.add("b", 4)
+    assert not count.has_room("c", 2) and count.has_room("c", 1)
+    count.add("a", -5)
+    assert count.has_room("a", 5) and count.total == 4
+    assert SharedCount(1, share=0.1).has_room("a", 1) and SharedCount(10, share=3.0).has_room("a", 10)
 
 
 def test_repeated_lines_are_counted_instead_of_written() -> None:

@@ -177,7 +177,7 @@ def _add_serve(subparsers: Subparsers) -> None:
         "--max-connections-per-client",
         type=positive_int,
         help="Number of connections per IPv4 address or IPv6 /64 network (default: half of all; behind a proxy, set it "
-        "to --max-connections).",
+        "to --max-connections). A client may use the same share of the waiting images and of --max-total-mb.",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
@@ -44,18 +44,41 @@ class EarlyRefusal(HTTPException):
     """Refusal of a request before all of its body has arrived."""
 
 
+class SharedCount:
+    """A number in use, of which each client may have a share. For the event loop's thread only."""
+
+    def __init__(self, limit: int, share: float) -> None:
+        """`share`: of the limit, that one client may use; at least 1 is left to it."""
+        self.limit, self.limit_per_client = limit, max(min(round(share * limit), limit), 1)
+        self.total = 0
+        self._by_client: Counter[str] = Counter()
+
+    def has_room(self, client: str, number: int) -> bool:
+        """Return whether a client may use so many more."""
+        has_share = self._by_client[client] + number <= self.limit_per_client
+        return has_share and self.total + number <= self.limit
+
+    def add(self, client: str, number: int) -> None:
+        """Count what a client uses, or with a negative number no longer uses."""
+        self.total += number
+        self._by_client[client] += number
+        if not self._by_client[client]:
+            del self._by_client[client]
+
+
 class PixelBudget:
-    """Semaphore over numbers of pixels, first come, first served. For the event loop's thread only."""
+    """Semaphore over numbers of pixels. Clients that wait take turns. For the event loop's thread only."""
 
     def __init__(self, max_pixels: int) -> None:
-        self._max_pixels = self._num_free = max_pixels
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self.max_pixels = self._num_free = max_pixels
+        # by client, in the order of their turns
+        self._waiting: OrderedDict[str, deque[tuple[int, asyncio.Future[None]]]] = OrderedDict()
 
-    async def acquire(self, num_pixels: int) -> int:
+    async def acquire(self, num_pixels: int, client: str) -> int:
         """Wait for room, and return the number to release: an image above the limit takes all of it."""
-        num_pixels = min(num_pixels, self._max_pixels)
+        num_pixels = min(num_pixels, self.max_pixels)
         turn = asyncio.get_running_loop().create_future()
-        self._waiting.append((num_pixels, turn))
+        self._waiting.setdefault(client, deque()).append((num_pixels, turn))
         self._admit()
         try:
             await turn
@@ -63,7 +86,8 @@ class PixelBudget:
             if turn.done() and not turn.cancelled():
                 self.release(num_pixels)
             else:
-                self._waiting.remove((num_pixels, turn))
+                self._waiting[client].remove((num_pixels, turn))
+                self._leave_if_served(client)
                 self._admit()
             raise
         return num_pixels
@@ -84,10 +108,19 @@ class PixelBudget:
         future.add_done_callback(release)
 
     def _admit(self) -> None:
-        while self._waiting and self._waiting[0][0] <= self._num_free:
-            num_pixels, turn = self._waiting.popleft()
+        while self._waiting:
+            client, images = next(iter(self._waiting.items()))
+            if images[0][0] > self._num_free:
+                return
+            num_pixels, turn = images.popleft()
             self._num_free -= num_pixels
+            self._waiting.move_to_end(client)
+            self._leave_if_served(client)
             turn.set_result(None)
+
+    def _leave_if_served(self, client: str) -> None:
+        if not self._waiting[client]:
+            del self._waiting[client]
 
 
 class BodyReader:
@@ -96,37 +129,38 @@ class BodyReader:
     For the event loop's thread only.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, share: float) -> None:
+        """`share`: of the memory of all bodies, that those of one client may use."""
         self._limits = limits
-        self._num_bytes = 0  # of all bodies
+        self._num_bytes = SharedCount(limits.max_total_bytes, share)
 
     @asynccontextmanager
-    async def receive(self, request: Request) -> AsyncIterator[bytearray]:
+    async def receive(self, request: Request, client: str) -> AsyncIterator[bytearray]:
         """Receive a request's body, which counts as memory in use until the end of the block.
 
         Raises HTTPException, or EarlyRefusal while the body is still arriving, as soon as a limit is exceeded.
         """
         body = bytearray()
         try:
-            await self._fill(body, request)
+            await self._fill(body, request, client)
             yield body
         finally:
-            self._num_bytes -= len(body)
+            self._num_bytes.add(client, -len(body))
 
-    async def _fill(self, body: bytearray, request: Request) -> None:
+    async def _fill(self, body: bytearray, request: Request, client: str) -> None:
         declared = request.headers.get("content-length", "0")
         if declared.isdecimal() and int(declared[:20]) > self._limits.max_bytes:
             raise self._too_large(EarlyRefusal)
         try:
             async for chunk, is_more in _chunks(request.receive, self._limits):
-                body += chunk
-                self._num_bytes += len(chunk)
                 refusal = EarlyRefusal if is_more else HTTPException
-                if len(body) > self._limits.max_bytes:
+                if len(body) + len(chunk) > self._limits.max_bytes:
                     raise self._too_large(refusal)
-                if self._num_bytes > self._limits.max_total_bytes:
-                    message = f"the server is busy, it holds {self._limits.max_total_bytes} bytes of images; try again"
+                if not self._num_bytes.has_room(client, len(chunk)):
+                    message = f"the server is busy, it holds {self._num_bytes.total} bytes of images; try again"
                     raise refusal(503, message, RETRY_LATER)
+                body += chunk
+                self._num_bytes.add(client, len(chunk))
         except asyncio.TimeoutError:
             raise HTTPException(
                 408,
@@ -135,7 +169,7 @@ class BodyReader:
                 {"Connection": "close"},
             ) from None
         except HTTPException:
-            self._num_bytes -= len(body)
+            self._num_bytes.add(client, -len(body))
             body.clear()  # the exception keeps a reference to it while the response is sent
             raise
         if not body:

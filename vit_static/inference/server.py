@@ -55,15 +55,16 @@ def serve_model(
     predictor.probabilities([blank_image])  # the first run is slow, so it is done before the first request
     # Twice the limit: once for the client to send its body, once for the answer.
     request_timeout_s = 2 * limits.timeout_s + _GRACE_S
+    connection_limits = choose_limits(
+        limits.max_connections,
+        limits.max_per_client,
+        header_timeout_s=limits.header_timeout_s,
+        request_timeout_s=request_timeout_s,
+    )
     listener = _listen(host, port)
-    service = Service(folder, predictor, limits, access)
+    share = connection_limits.max_per_client / connection_limits.max_connections
+    service = Service(folder, predictor, limits, access, share)
     try:
-        connection_limits = choose_limits(
-            limits.max_connections,
-            limits.max_per_client,
-            header_timeout_s=limits.header_timeout_s,
-            request_timeout_s=request_timeout_s,
-        )
         log_limit = LogLimit()
         listener.table = _make_table(connection_limits, service.metrics, log_limit)
         config = uvicorn.Config(

@@ -27,6 +27,7 @@ from vit_static.data.dali_pipeline import size_before_crop
 from vit_static.inference.access import Access
 from vit_static.inference.attention_maps import attention_map, load_exported
 from vit_static.inference.batcher import Batcher
+from vit_static.inference.connections import client_of
 from vit_static.inference.image_io import count_pixels, read_pixels
 from vit_static.inference.metrics import Metrics
 from vit_static.inference.open_inference import (
@@ -46,6 +47,7 @@ from vit_static.inference.request_limits import (
     EarlyRefusal,
     Limits,
     PixelBudget,
+    SharedCount,
 )
 from vit_static.inference.uploads import UploadedImage, read_upload
 from vit_static.model.variants import model_name
@@ -60,6 +62,8 @@ _CSP = (
 )
 _PAGE_HEADERS = {"Content-Security-Policy": _CSP, "X-Content-Type-Options": "nosniff"}
 
+_SMALL_SHARE = 4  # images of up to a quarter of --max-total-megapixels are small
+
 _T = TypeVar("_T")
 _Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -67,17 +71,21 @@ _Endpoint = Callable[[Request], Awaitable[Response]]
 class Service:
     """The HTTP endpoints of one model, with its threads."""
 
-    def __init__(self, folder: Path, predictor: Predictor, limits: Limits, access: Access) -> None:
+    def __init__(self, folder: Path, predictor: Predictor, limits: Limits, access: Access, share: float) -> None:
+        """`share`: of the memory and of the waiting images, that one client may use."""
         self.folder, self.predictor, self.limits, self.access = folder, predictor, limits, access
         self.name = predictor.spec.name or folder.resolve().name
         self.metrics = Metrics()
         self._document = openapi_document(self.name, needs_key=access.api_key is not None)
         self._page_html = _PAGE.read_text(encoding="utf-8")
-        self._num_waiting = 0  # images whose request has arrived
-        self.metrics.images.set_function(lambda: self._num_waiting)
-        self._max_images = min(limits.max_images, limits.max_waiting)
-        self._bodies, self._pixels = BodyReader(limits), PixelBudget(limits.max_total_pixels)
-        self._decoders = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "decode")
+        self._waiting = SharedCount(limits.max_waiting, share)  # images whose request has arrived
+        self.metrics.images.set_function(lambda: self._waiting.total)
+        self._max_images = min(limits.max_images, self._waiting.limit_per_client)
+        self._bodies = BodyReader(limits, share)
+        # Small images have a budget of their own: they don't wait for seconds until a large one is decoded.
+        self._large_images = PixelBudget(limits.max_total_pixels)
+        self._small_images = PixelBudget(limits.max_total_pixels // _SMALL_SHARE)
+        self._decoders = ThreadPoolExecutor(max(len(os.sched_getaffinity(0)), 2), "decode")
         # One thread, because the model records its attention; the model is loaded when it is first needed.
         self._attention_thread = ThreadPoolExecutor(1, "attention")
         self._attention_model: VisionTransformer | None = None
@@ -160,7 +168,7 @@ class Service:
         top_k = self._top_k(request)
 
         async def classify(image: UploadedImage) -> dict[str, Any]:
-            inputs, _ = await self._decode(image)
+            inputs, _ = await self._decode(image, _client(request))
             (prediction,) = self.predictor.top_predictions((await self._logits(inputs))[None], top_k)
             if isinstance(prediction, PredictError):
                 raise HTTPException(500, str(prediction))
@@ -172,7 +180,7 @@ class Service:
         """Return the attention rollout, one share per patch row by row, and the part of the image that it covers."""
 
         async def explain(image: UploadedImage) -> dict[str, Any]:
-            inputs, box = await self._decode(image)
+            inputs, box = await self._decode(image, _client(request))
             grid = await _run_in(self._attention_thread, self._attention_map, inputs)
             return {"grid": np.round(grid.astype(float), 6).tolist(), "box": box}
 
@@ -202,9 +210,9 @@ class Service:
         inference = await _run_in(self._decoders, read)
 
         async def run_file(image: UploadedImage) -> np.ndarray:
-            return await self._logits((await self._decode(image))[0])
+            return await self._logits((await self._decode(image, _client(request)))[0])
 
-        with self._admit(len(inference.inputs) - 1):
+        with self._admit(request, len(inference.inputs) - 1):
             if isinstance(inference.inputs, list):
                 rows = await _gather(map(run_file, inference.inputs))
             else:
@@ -227,7 +235,7 @@ class Service:
     ) -> Response:
         """Return the answer to an image file, or under `key` those to the images of a form or of JSON, in order."""
         upload = await _run_in(self._decoders, partial(read_upload, body, request.headers, self._max_images))
-        with self._admit(len(upload.images) - 1):
+        with self._admit(request, len(upload.images) - 1):
             answers = await _gather(map(answer, upload.images))
         if not upload.is_list:
             return JSONResponse(answers[0])
@@ -243,14 +251,15 @@ class Service:
         with self.metrics.model_seconds.time():
             return self.predictor.logits(inputs)
 
-    async def _decode(self, image: UploadedImage) -> tuple[np.ndarray, list[float]]:
+    async def _decode(self, image: UploadedImage, client: str) -> tuple[np.ndarray, list[float]]:
         """Return the model's input [1, 3, height, width] and the crop that it shows, when there is room to decode."""
         loop = asyncio.get_running_loop()
         num_pixels = await loop.run_in_executor(self._decoders, lambda: count_pixels(io.BytesIO(image.content)))
         is_refused = num_pixels > self.limits.max_pixels  # from its header, so it needs no room
-        num_acquired = 0 if is_refused else await self._pixels.acquire(num_pixels)
+        budget = self._small_images if num_pixels <= self._small_images.max_pixels else self._large_images
+        num_acquired = 0 if is_refused else await budget.acquire(num_pixels, client)
         future = self._decoders.submit(self._decode_now, image)
-        self._pixels.release_after(future, num_acquired)
+        budget.release_after(future, num_acquired)
         return await asyncio.wrap_future(future)
 
     def _decode_now(self, image: UploadedImage) -> tuple[np.ndarray, list[float]]:
@@ -332,11 +341,11 @@ class Service:
         """Receive a body within the limits on number, size and time, and answer it."""
         if request.headers.get("content-encoding", "identity").lower() != "identity":
             raise EarlyRefusal(415, "compressed bodies are not accepted; send it without Content-Encoding")
-        if self._num_waiting >= self.limits.max_waiting:
+        if not self._waiting.has_room(_client(request), 1):
             raise self._busy(EarlyRefusal)
         with self.metrics.under_way.track_inprogress():
-            async with self._bodies.receive(request) as body:
-                with self._admit(1):
+            async with self._bodies.receive(request, _client(request)) as body:
+                with self._admit(request, 1):
                     return await self._answer(respond(request, body))
 
     async def _answer(self, response: Awaitable[Response]) -> Response:
@@ -349,18 +358,19 @@ class Service:
             raise HTTPException(400, str(error)) from None
 
     @contextmanager
-    def _admit(self, num_images: int) -> Iterator[None]:
-        """Count images as waiting. Raises HTTPException if there would be too many."""
-        if self._num_waiting + num_images > self.limits.max_waiting:
+    def _admit(self, request: Request, num_images: int) -> Iterator[None]:
+        """Count images as waiting. Raises HTTPException if there would be too many, in all or of this client."""
+        client = _client(request)
+        if not self._waiting.has_room(client, num_images):
             raise self._busy(HTTPException)
-        self._num_waiting += num_images
+        self._waiting.add(client, num_images)
         try:
             yield
         finally:
-            self._num_waiting -= num_images
+            self._waiting.add(client, -num_images)
 
     def _busy(self, refusal: type[HTTPException]) -> HTTPException:
-        message = f"the server is busy, {self._num_waiting} images are under way; try again"
+        message = f"the server is busy, {self._waiting.total} images are under way; try again"
         return refusal(503, message, RETRY_LATER)
 
     def _with_reserve(self, app: ASGIApp) -> ASGIApp:
@@ -382,6 +392,11 @@ class Service:
                 await refusal(scope, receive, send)
 
         return reserved_app
+
+
+def _client(request: Request) -> str:
+    """Return what counts as the client of a request."""
+    return "" if request.client is None else client_of(request.client)
 
 
 def _with_known_parameters(endpoint: _Endpoint, parameters: tuple[str, ...]) -> _Endpoint:
