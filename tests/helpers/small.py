@@ -11,8 +11,9 @@ from vit_static.config.model_schema import ModelConfig
 from vit_static.config.schema import InitConfig
 from vit_static.model.variants import grid_of
 from vit_static.model.vit import VisionTransformer
-from vit_static.weights.formats import ExternalWeights, State, read_weights
+from vit_static.weights.formats import ExternalWeights, read_weights
 from vit_static.weights.load import file_state, init_from
+from vit_static.weights.state import State
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "tests" / "reference"

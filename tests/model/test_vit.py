@@ -18,8 +18,8 @@ from vit_static.model.pos_embed import resample_pos_embed, sincos2d_pos_embed
 from vit_static.model.variants import VARIANTS, num_parameters, variant_of
 from vit_static.model.vit import VisionTransformer
 from vit_static.program.precision import Precision
-from vit_static.weights.formats import fuse_qkv, split_qkv
 from vit_static.weights.load import file_state
+from vit_static.weights.state import fuse_qkv, split_qkv
 
 
 def randomized_model(config: ModelConfig, seed: int = 0):

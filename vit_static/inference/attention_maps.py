@@ -38,10 +38,10 @@ from vit_static.model.attention import AttentionFunction, attention_by_matmul
 from vit_static.model.layers import Dropout
 from vit_static.model.variants import shape_of, variant_of
 from vit_static.model.vit import VisionTransformer
-from vit_static.weights.formats import split_qkv
 from vit_static.weights.infer import config_for
 from vit_static.weights.load import load_into
 from vit_static.weights.source import WhichWeights, load_weights
+from vit_static.weights.state import split_qkv
 
 MAX_FILTERS, _NUM_FILTER_COLUMNS = 28, 7  # as in figure 7
 _SIMILARITY_SIDE = 800  # pixels, about, of the similarity picture; larger if it needs one pixel per patch

@@ -4,7 +4,7 @@ The layers know nothing of precision, meshes, checkpoints or files. Shapes in th
 (registers, class token, patches), C the width, H heads with d = C / H channels each.
 
 In memory the query, key and value projections are three layers, so that tensor parallelism can split each of them by
-heads without moving data. In files they are one matrix, ``attn.qkv``, as in PLSC and timm; `weights.formats.fuse_qkv`
+heads without moving data. In files they are one matrix, ``attn.qkv``, as in PLSC and timm; `weights.state.fuse_qkv`
 and `split_qkv` convert between the two.
 """
 

@@ -35,7 +35,7 @@ from vit_static.program.recorded_loss import RecordedLoss
 from vit_static.program.seeded_draws import place_draws
 from vit_static.program.spec import CountCosts, ProgramSpec, TrainingSpec
 from vit_static.program.state import ProgramState, float32_weights
-from vit_static.weights.formats import State
+from vit_static.weights.state import State
 
 
 class Program:

@@ -17,7 +17,7 @@ from vit_static.optim.schedule_free import OFFSET, averaged_weights
 from vit_static.parallel.dist_values import local_array, local_tensor, variable_array
 from vit_static.parallel.mesh import Mesh
 from vit_static.program import engine
-from vit_static.weights.formats import State, fuse_qkv, split_qkv
+from vit_static.weights.state import State, fuse_qkv, split_qkv
 
 _MASTER = "@master"  # suffix of the float32 master copy of a low-precision weight
 

@@ -28,10 +28,10 @@ from vit_static.data.open_set import open_set
 from vit_static.parallel.mesh import MeshShape, rank_and_world_size, start_mesh
 from vit_static.report.metric_names import METRIC_TITLES, format_metric
 from vit_static.train.evaluate import EvalMetrics, eval_loader, load_program, predict_all
-from vit_static.weights.formats import State
 from vit_static.weights.infer import config_for
 from vit_static.weights.load import write_pdparams
 from vit_static.weights.source import Weights, load_weights, require_weights
+from vit_static.weights.state import State
 
 REPORT = "average.json"
 MAX_LAST = 5  # checkpoints of a run, unless --last sets another number

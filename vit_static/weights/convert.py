@@ -13,10 +13,12 @@ from vit_static.config.model_schema import ModelConfig
 from vit_static.config.schema import Config, InitConfig
 from vit_static.model.variants import variant_of
 from vit_static.model.vit import VisionTransformer
-from vit_static.weights.formats import ExternalWeights, FormatName, State, list_differences, write_weights
+from vit_static.weights.formats import ExternalWeights, FormatName
 from vit_static.weights.infer import format_override, infer_config
 from vit_static.weights.load import LoadReport, adapt_state, check_state, write_pdparams
 from vit_static.weights.source import load_weights
+from vit_static.weights.state import State
+from vit_static.weights.write import list_differences, write_weights
 
 SUFFIXES: dict[str, FormatName] = {".pdparams": "plsc", ".npz": "google", ".safetensors": "timm"}
 

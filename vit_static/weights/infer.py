@@ -16,8 +16,9 @@ from vit_static.config.loader import load_config
 from vit_static.config.model_schema import ModelConfig
 from vit_static.config.schema import Config
 from vit_static.model.variants import VARIANTS, variant_of
-from vit_static.weights.formats import PLSC, ExternalWeights
+from vit_static.weights.formats import ExternalWeights
 from vit_static.weights.source import Weights, load_weights
+from vit_static.weights.tables.plsc import PLSC
 
 _HEAD = ("num_classes", "representation_size")
 _READ_BY_HEAD = ("pool", "fc_norm")

@@ -18,7 +18,7 @@ from vit_static.config.schema import InitConfig, PosEmbedResampling
 from vit_static.model.pos_embed import resample_pos_embed
 from vit_static.model.variants import grid_of, variant_of
 from vit_static.model.vit import VisionTransformer
-from vit_static.weights.formats import ExternalWeights, State, fuse_qkv, split_qkv
+from vit_static.weights.formats import ExternalWeights
 from vit_static.weights.infer import (
     differing_keys,
     fits_blocks,
@@ -28,6 +28,7 @@ from vit_static.weights.infer import (
 )
 from vit_static.weights.model_record import record_after_pickle
 from vit_static.weights.source import Weights
+from vit_static.weights.state import State, fuse_qkv, split_qkv
 
 _HEAD, _HEAD_RESET = ("head.", "head0."), "init.head = reset"
 

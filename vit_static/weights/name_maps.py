@@ -1,26 +1,41 @@
-"""Parameter-name maps between other libraries' ViT weights (timm, Hugging Face, vit_jax, big_vision) and PLSC's names,
-with the conversion of each array in both directions.
+"""Parameter-name maps between other programs' ViT weights and the files' names (state.py), with the conversion of each
+array in both directions.
 
-PLSC's names have a fused attn.qkv; formats.split_qkv splits it for the model. To add a format, add a NameMap and detect
-it in formats.py.
+`tables/` has one module per family of formats. To add a format, add a NameMap there, and add it to the list of
+formats.py, by which files are detected, and to that of write.py if it can be written.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vit_static.config.model_schema import ModelConfig
+from vit_static.weights.state import State
+
 
 @dataclass(frozen=True)
 class Conversion:
-    """Functions that convert an array to our layout and back; the way back also gets the number of heads."""
+    """Functions that convert an array to our layout and back; the way back also gets the number of heads.
 
-    to_ours: Callable[[np.ndarray], np.ndarray]
-    to_theirs: Callable[[np.ndarray, int], np.ndarray]
+    If one array of theirs is several of ours, `to_ours` returns a list, and `to_theirs` gets one.
+    """
+
+    to_ours: Callable[[np.ndarray], Any]
+    to_theirs: Callable[[Any, int], np.ndarray]
+
+
+def concatenated(conversion: Conversion, num_parts: int) -> Conversion:
+    """Return the conversion of an array that has several of ours side by side on its first axis, as torch's do."""
+    return Conversion(
+        lambda x: [conversion.to_ours(part) for part in np.split(x, num_parts)],
+        lambda parts, heads: np.concatenate([conversion.to_theirs(part, heads) for part in parts]),
+    )
 
 
 IDENTITY = Conversion(lambda x: x, lambda x, _: x)
@@ -30,7 +45,32 @@ TO_HEADS = Conversion(lambda x: x.reshape(x.shape[0], -1), lambda x, h: x.reshap
 HEADS = Conversion(lambda x: x.reshape(-1), lambda x, h: x.reshape(h, -1))  # biases [H, d]
 FROM_HEADS = Conversion(lambda x: x.reshape(-1, x.shape[-1]), lambda x, h: x.reshape(h, -1, x.shape[-1]))  # [H, d, C]
 
-Names = dict[str, tuple[str, Conversion]]  # their name -> our name, conversion
+Ours = str | tuple[str, ...]  # our name, or those of the arrays that are one of theirs
+Names = dict[str, tuple[Ours, Conversion]]  # their name -> ours, conversion
+
+
+@dataclass(frozen=True)
+class ConfigJson:
+    """Hugging Face's config.json next to a weight file."""
+
+    read: Callable[[dict[str, Any], Path], dict[str, Any]]  # its content and path -> hints about the model
+    write: Callable[[Mapping[str, np.ndarray], ModelConfig, int], dict[str, Any]]  # the last is the number of heads
+
+
+# What every program has; `NameMap.options` adds to it.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "rope": ("none",),
+    "qk_norm": (False,),
+    "norm": ("layer",),
+    "mlp": ("gelu",),
+    "mlp_norm": (False,),
+    "attention_norm": (False,),
+    "pre_norm": (False,),
+    "gelu": ("erf", "tanh"),
+    "pos_embed": ("learn", "sincos2d"),
+    "pool": ("cls", "gap", "cls_gap"),
+    "qkv_bias": (True, False),
+}
 
 
 @dataclass(frozen=True)
@@ -38,16 +78,38 @@ class NameMap:
     """Names of one format. `{}` in a name is a block's number."""
 
     format: str  # for people
+    embedding: str  # name of the patch embedding's weights: what is before it in a file is a prefix of all names
     block: str  # pattern that begins a block's names and captures its number
-    names: Mapping[str, tuple[str, Conversion]]
-    model_hints: Mapping[str, Any] = field(default_factory=dict)  # keys of the `model` section: what the program does
+    names: Mapping[str, tuple[Ours, Conversion]]
+    markers: tuple[str, ...] = ()  # patterns of names that a file has beside the embedding if it is of this format
     ignored: Mapping[str, str] = field(default_factory=dict)  # pattern of names that the model doesn't need -> reason
+    ignores_outside: bool = False  # arrays without the prefix aren't part of the model
+    # What the program always does, by keys of the `model` section, and what the file's arrays say beside their shapes.
+    model_hints: Mapping[str, Any] = field(default_factory=dict)
+    find_hints: Callable[[State], dict[str, Any]] = lambda state: {}
+    config_json: ConfigJson | None = None
+    # Arrays that the table can't express: before the names when reading, after them when writing.
+    unpack: Callable[[State], State] = lambda state: state
+    pack: Callable[[State], State] = lambda state: state
+    # For writing: the prefix of all names but those that begin with the second; what the program has beside a plain
+    # ViT, by keys of the `model` section; why it doesn't have a model, if it doesn't.
+    prefix: str = ""
+    without_prefix: tuple[str, ...] = ()
+    options: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    refuses: Callable[[Mapping[str, np.ndarray], ModelConfig], str | None] = lambda state, model: None
 
-    def for_blocks(self, numbers: Iterable[int]) -> Names:
+    def lacks_option(self, model: ModelConfig) -> str | None:
+        """Return the first key of the `model` section whose value the program doesn't have."""
+        for key, values in _PLAIN.items():
+            if getattr(model, key) not in (*values, *self.options.get(key, ())):
+                return key
+        return None
+
+    def for_blocks(self, numbers: Iterable[int]) -> dict[str, tuple[tuple[str, ...], Conversion]]:
         """Return the names of a model with these blocks."""
         blocks = list(numbers)
         return {
-            theirs.format(number): (ours.format(number), conversion)
+            theirs.format(number): (tuple(name.format(number) for name in _as_tuple(ours)), conversion)
             for theirs, (ours, conversion) in self.names.items()
             for number in (blocks if "{}" in theirs else [0])
         }
@@ -56,12 +118,23 @@ class NameMap:
         """Return the sorted numbers of the blocks that occur in names."""
         return sorted({int(match[1]) for name in names if (match := re.match(self.block, name))})
 
+    def has_markers(self, names: Iterable[str]) -> bool:
+        """Return whether each of the markers is among names without their prefix."""
+        lines = "\n".join(names)
+        return all(re.search(rf"^{marker}$", lines, re.MULTILINE) for marker in self.markers)
 
-def _same(*names: str) -> Names:
+
+def _as_tuple(ours: Ours) -> tuple[str, ...]:
+    return (ours,) if isinstance(ours, str) else ours
+
+
+def same(*names: str) -> Names:
+    """Return arrays that have our name and layout."""
     return {name: (name, IDENTITY) for name in names}
 
 
-def _norms(pairs: Mapping[str, str], weight: str = "weight") -> Names:
+def norms(pairs: Mapping[str, str], weight: str = "weight") -> Names:
+    """Return the names of norms, from their prefixes to our layers."""
     return {
         f"{theirs}{suffix}": (f"{ours}.{our_suffix}", IDENTITY)
         for theirs, ours in pairs.items()
@@ -69,164 +142,38 @@ def _norms(pairs: Mapping[str, str], weight: str = "weight") -> Names:
     }
 
 
-def _linears(pairs: Mapping[str, str], conversion: Conversion, kernel: str = "weight") -> Names:
-    """Return the names of linear layers; their biases have the same layout everywhere."""
+def linears(
+    pairs: Mapping[str, str] | Mapping[str, Sequence[str]], conversion: Conversion, kernel: str = "weight"
+) -> Names:
+    """Return the names of linear layers, from their prefixes to our layers; a bias has the same layout everywhere.
+
+    Several of our layers are one of theirs, with the outputs side by side.
+    """
     names: Names = {}
     for theirs, ours in pairs.items():
-        names[f"{theirs}{kernel}"] = (f"{ours}.weight", conversion)
-        names[f"{theirs}bias"] = (f"{ours}.bias", IDENTITY)
+        if isinstance(ours, str):
+            names[f"{theirs}{kernel}"] = (f"{ours}.weight", conversion)
+            names[f"{theirs}bias"] = (f"{ours}.bias", IDENTITY)
+        else:
+            names[f"{theirs}{kernel}"] = (
+                tuple(f"{layer}.weight" for layer in ours),
+                concatenated(conversion, len(ours)),
+            )
+            names[f"{theirs}bias"] = (tuple(f"{layer}.bias" for layer in ours), concatenated(IDENTITY, len(ours)))
     return names
 
 
-_PRETRAINING = "is only used in pretraining"
+PRETRAINING = "is only used in pretraining"
 
-_IN_TORCH = {
+# Names that timm's ViT and PLSC have in common: timm took them from Google's code, and others from timm.
+LAYERS = {
     "blocks.{}.attn.qkv.": "blocks.{}.attn.qkv",
     "blocks.{}.attn.proj.": "blocks.{}.attn.proj",
     "blocks.{}.mlp.fc1.": "blocks.{}.mlp.fc1",
     "blocks.{}.mlp.fc2.": "blocks.{}.mlp.fc2",
     "head.": "head",
 }
-_NORMS_IN_TORCH = {"blocks.{}.norm1.": "blocks.{}.norm1", "blocks.{}.norm2.": "blocks.{}.norm2", "norm.": "norm"}
-_EMBEDDINGS = _same("cls_token", "reg_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias")
-_SCALES = _same("blocks.{}.ls1.gamma", "blocks.{}.ls2.gamma")
-
-# Layers of options that PLSC doesn't have, by this program's names.
-_OPTIONAL_NORMS = ("norm_pre", "blocks.{}.attn.norm", "blocks.{}.attn.q_norm", "blocks.{}.attn.k_norm")
-_OPTIONAL_LINEARS = ("blocks.{}.mlp.gate", *(f"attn_pool.{name}" for name in ("attn.qkv", "attn.proj")))
-_MLP_OF_POOL = ("attn_pool.mlp.fc1", "attn_pool.mlp.gate", "attn_pool.mlp.fc2")
-PLSC = NameMap(
-    "PLSC's or this program's .pdparams",
-    r"blocks\.([0-9]{1,4})\.",
-    _EMBEDDINGS
-    | _SCALES
-    | _same("attn_pool.latent", "blocks.{}.attn.rope.frequencies")
-    | _same(*(f"{attention}.{part}.bias" for attention in ("blocks.{}.attn", "attn_pool.attn") for part in "qv"))
-    | _norms(_NORMS_IN_TORCH)
-    | _norms(
-        {f"{name}.": name for name in (*_OPTIONAL_NORMS, "blocks.{}.mlp.norm", "attn_pool.norm", "attn_pool.mlp.norm")}
-    )
-    | _linears({**_IN_TORCH, "head0.": "head0"}, IDENTITY)
-    | _linears({f"{name}.": name for name in (*_OPTIONAL_LINEARS, *_MLP_OF_POOL)}, IDENTITY),
-)
-PLSC_HINTS: dict[str, Any] = {"gelu": "erf", "layer_norm_epsilon": 1e-6}
-TIMM = NameMap(
-    "timm's .safetensors",
-    r"blocks\.([0-9]{1,4})\.",
-    _EMBEDDINGS
-    | _SCALES
-    | _norms({**_NORMS_IN_TORCH, "fc_norm.": "norm"})
-    | _linears({**_IN_TORCH, "pre_logits.fc.": "head0"}, TRANSPOSE),
-    model_hints={"gelu": "erf", "layer_norm_epsilon": 1e-6},
-    ignored={r"mask_token": _PRETRAINING, r"decoder_.*|decoder\..*": _PRETRAINING},
-)
-_HF_BLOCK = "encoder.layer.{}."
-_HF_QKV = {
-    f"{_HF_BLOCK}attention.attention.{name}.": f"blocks.{{}}.attn.{name[0]}" for name in ("query", "key", "value")
-}
-_HF_EMBEDDINGS: Names = {
-    "embeddings.cls_token": ("cls_token", IDENTITY),
-    "embeddings.register_tokens": ("reg_token", IDENTITY),
-    "embeddings.position_embeddings": ("pos_embed", IDENTITY),
-    "embeddings.patch_embeddings.projection.weight": ("patch_embed.proj.weight", IDENTITY),
-    "embeddings.patch_embeddings.projection.bias": ("patch_embed.proj.bias", IDENTITY),
-}
-HF_VIT = NameMap(
-    "Hugging Face ViT's .safetensors",
-    r"encoder\.layer\.([0-9]{1,4})\.",
-    _HF_EMBEDDINGS
-    | _norms(
-        {
-            f"{_HF_BLOCK}layernorm_before.": "blocks.{}.norm1",
-            f"{_HF_BLOCK}layernorm_after.": "blocks.{}.norm2",
-            "layernorm.": "norm",
-        }
-    )
-    | _linears(
-        {
-            **_HF_QKV,
-            f"{_HF_BLOCK}attention.output.dense.": "blocks.{}.attn.proj",
-            f"{_HF_BLOCK}intermediate.dense.": "blocks.{}.mlp.fc1",
-            f"{_HF_BLOCK}output.dense.": "blocks.{}.mlp.fc2",
-            "classifier.": "head",
-        },
-        TRANSPOSE,
-    ),
-    model_hints={"gelu": "erf", "layer_norm_epsilon": 1e-12, "class_token_pos_embed": True},
-    ignored={
-        r"embeddings\.mask_token": _PRETRAINING,
-        r"decoder\..*": _PRETRAINING,
-        r"pooler\.dense\..*": "is not read by Hugging Face's classifier",
-    },
-)
-HF_DINOV2 = NameMap(
-    "Hugging Face DINOv2's .safetensors",
-    r"encoder\.layer\.([0-9]{1,4})\.",
-    _HF_EMBEDDINGS
-    | {f"{_HF_BLOCK}layer_scale{branch}.lambda1": (f"blocks.{{}}.ls{branch}.gamma", IDENTITY) for branch in (1, 2)}
-    | _norms({f"{_HF_BLOCK}norm1.": "blocks.{}.norm1", f"{_HF_BLOCK}norm2.": "blocks.{}.norm2", "layernorm.": "norm"})
-    | _linears(
-        {
-            **_HF_QKV,
-            f"{_HF_BLOCK}attention.output.dense.": "blocks.{}.attn.proj",
-            f"{_HF_BLOCK}mlp.fc1.": "blocks.{}.mlp.fc1",
-            f"{_HF_BLOCK}mlp.fc2.": "blocks.{}.mlp.fc2",
-            "classifier.": "head",
-        },
-        TRANSPOSE,
-    ),
-    model_hints={"gelu": "erf", "layer_norm_epsilon": 1e-6, "class_token_pos_embed": True},
-    ignored={r"embeddings\.mask_token": _PRETRAINING},
-)
-
-
-def _google(
-    name: str, attention: str, norms: tuple[str, str], mlp: str, position: str, class_token_pos_embed: bool
-) -> NameMap:
-    """Return the table of one of Flax's layouts, which differ in how they number the modules of a block."""
-    block = "Transformer/encoderblock_{}/"
-    return NameMap(
-        name,
-        r"Transformer/encoderblock_([0-9]{1,4})/",
-        {
-            "cls": ("cls_token", IDENTITY),
-            position: ("pos_embed", IDENTITY),
-            "embedding/kernel": ("patch_embed.proj.weight", CHANNELS_LAST),
-            "embedding/bias": ("patch_embed.proj.bias", IDENTITY),
-            f"{block}{attention}/out/kernel": ("blocks.{}.attn.proj.weight", FROM_HEADS),
-            f"{block}{attention}/out/bias": ("blocks.{}.attn.proj.bias", IDENTITY),
-        }
-        | {
-            f"{block}{attention}/{part}/{suffix}": (f"blocks.{{}}.attn.{part[0]}.{our_suffix}", conversion)
-            for part in ("query", "key", "value")
-            for suffix, our_suffix, conversion in (("kernel", "weight", TO_HEADS), ("bias", "bias", HEADS))
-        }
-        | _norms(
-            {
-                f"{block}{norms[0]}/": "blocks.{}.norm1",
-                f"{block}{norms[1]}/": "blocks.{}.norm2",
-                "Transformer/encoder_norm/": "norm",
-            },
-            "scale",
-        )
-        | _linears(
-            {
-                f"{block}{mlp}/Dense_0/": "blocks.{}.mlp.fc1",
-                f"{block}{mlp}/Dense_1/": "blocks.{}.mlp.fc2",
-                "pre_logits/": "head0",
-                "head/": "head",
-            },
-            IDENTITY,
-            "kernel",
-        ),
-        model_hints={"gelu": "tanh", "layer_norm_epsilon": 1e-6, "class_token_pos_embed": class_token_pos_embed},
-    )
-
-
-# The names of attention, norms and MLP in a block: Flax once numbered all modules in one sequence, and now by class.
-_NUMBERED_IN_SEQUENCE = ("MultiHeadDotProductAttention_1", ("LayerNorm_0", "LayerNorm_2"), "MlpBlock_3")
-_NUMBERED_BY_CLASS = ("MultiHeadDotProductAttention_0", ("LayerNorm_0", "LayerNorm_1"), "MlpBlock_0")
-WITH_CLASS, _WITHOUT_CLASS = "Transformer/posembed_input/pos_embedding", "pos_embedding"
-VIT_JAX = _google("vit_jax's .npz", *_NUMBERED_IN_SEQUENCE, WITH_CLASS, class_token_pos_embed=True)
-VIT_JAX_BY_CLASS = _google("vit_jax's .npz", *_NUMBERED_BY_CLASS, WITH_CLASS, class_token_pos_embed=True)
-BIG_VISION = _google("big_vision's .npz", *_NUMBERED_BY_CLASS, _WITHOUT_CLASS, class_token_pos_embed=False)
+NORMS = {"blocks.{}.norm1.": "blocks.{}.norm1", "blocks.{}.norm2.": "blocks.{}.norm2", "norm.": "norm"}
+EMBEDDINGS = same("cls_token", "reg_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias")
+SCALES = same("blocks.{}.ls1.gamma", "blocks.{}.ls2.gamma")
+BLOCK = r"blocks\.([0-9]{1,4})\."

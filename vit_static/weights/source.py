@@ -29,7 +29,8 @@ from vit_static.model.variants import grid_of, variant_of
 from vit_static.optim.ema import EMA
 from vit_static.optim.schedule_free import OFFSET, averaged_weights
 from vit_static.report.metric_names import METRIC_TITLES, format_metric
-from vit_static.weights.formats import ExternalWeights, State, fuse_qkv, read_weights
+from vit_static.weights.formats import ExternalWeights, read_weights
+from vit_static.weights.state import State, fuse_qkv
 
 WhichWeights = Literal["best", "last"]
 

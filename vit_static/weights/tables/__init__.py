@@ -1,0 +1,1 @@
+"""Tables of names of other programs' weight files, one module per family."""

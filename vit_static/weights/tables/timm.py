@@ -1,0 +1,46 @@
+"""Names in the files of timm's VisionTransformer, and of the authors' own code of DeiT, MAE, DINO and DINOv2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from vit_static.config.model_schema import ModelConfig
+from vit_static.weights.name_maps import (
+    BLOCK,
+    EMBEDDINGS,
+    LAYERS,
+    NORMS,
+    PRETRAINING,
+    SCALES,
+    TRANSPOSE,
+    NameMap,
+    linears,
+    norms,
+)
+
+
+def _refuses(state: Mapping[str, np.ndarray], model: ModelConfig) -> str | None:
+    """Return why timm's ViT doesn't have a model."""
+    if "pos_embed" not in state:
+        return "timm's files have a position embedding, and this model's is fixed; use --format google"
+    if model.representation_size:
+        return "timm's ViT has no representation layer before its head; use --head drop"
+    if model.pool == "cls_gap":
+        return "timm's head reads the class token or the mean, and this model's both; use --format huggingface"
+    return None
+
+
+TIMM = NameMap(
+    "timm's .safetensors",
+    "patch_embed.proj.weight",
+    BLOCK,
+    EMBEDDINGS
+    | SCALES
+    | norms({**NORMS, "fc_norm.": "norm"})
+    | linears({**LAYERS, "pre_logits.fc.": "head0"}, TRANSPOSE),
+    model_hints={"gelu": "erf", "layer_norm_epsilon": 1e-6},
+    ignored={r"mask_token": PRETRAINING, r"decoder_.*|decoder\..*": PRETRAINING},
+    refuses=_refuses,
+)

@@ -1,0 +1,106 @@
+"""Writing of weights in other programs' formats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from vit_static.common.errors import WeightsError
+from vit_static.common.io import write_atomically, write_json
+from vit_static.config.model_schema import ModelConfig
+from vit_static.weights.formats import FormatName
+from vit_static.weights.model_record import RECORD_NAME, encode_record
+from vit_static.weights.name_maps import NameMap
+from vit_static.weights.state import State, split_qkv
+from vit_static.weights.tables.google import BIG_VISION, VIT_JAX
+from vit_static.weights.tables.huggingface import HF_DINOV2, HF_DINOV2_REGISTERS, HF_VIT
+from vit_static.weights.tables.plsc import PLSC, PLSC_HINTS
+from vit_static.weights.tables.timm import TIMM
+
+# The first that has the model is written.
+_TABLES: dict[FormatName, tuple[NameMap, ...]] = {
+    "timm": (TIMM,),
+    "huggingface": (HF_VIT, HF_DINOV2_REGISTERS, HF_DINOV2),
+    "google": (VIT_JAX, BIG_VISION),
+}
+
+
+def write_weights(
+    state: Mapping[str, np.ndarray], model: ModelConfig, num_heads: int, path: Path, to: FormatName
+) -> None:
+    """Write a state in another program's format; for Hugging Face also the config.json next to it that it needs.
+
+    Raises WeightsError if the other program doesn't have this model.
+    """
+    table = _table_for(state, model, to)
+    config_path = path.with_name("config.json")
+    if table.config_json is not None and config_path.exists():
+        raise WeightsError(f"{config_path}: exists already, and would be overwritten; choose another folder")
+    arrays = _convert(state, table, model, num_heads, path)
+    named = {k if k.startswith(table.without_prefix) else f"{table.prefix}{k}": v for k, v in arrays.items()}
+    record = encode_record(model)
+    with write_atomically(path, sum(array.nbytes for array in arrays.values())) as temporary:
+        if to == "google":
+            named[RECORD_NAME] = np.frombuffer(record.encode(), np.uint8)  # which vit_jax ignores
+            with temporary.open("wb") as file:
+                np.savez(file, **named)  # type: ignore[arg-type]
+        else:
+            save_file(named, temporary, {"format": "pt", RECORD_NAME: record})
+    if table.config_json is not None:  # after the weights, so that a config.json always has its weights
+        write_json(table.config_json.write(state, model, num_heads), config_path)
+
+
+def _convert(state: Mapping[str, np.ndarray], table: NameMap, model: ModelConfig, num_heads: int, path: Path) -> State:
+    """Convert a state to the names and layout of a table. Raises WeightsError for an array that it has no name for."""
+    names = table.for_blocks(PLSC.blocks_in(state))
+    wanted = {name for ours, _ in names.values() for name in ours}
+    remaining = {name: value for name, value in state.items() if name in wanted}
+    remaining |= split_qkv({name: value for name, value in state.items() if name not in wanted})
+    arrays: State = {}
+    for theirs, (ours, conversion) in names.items():
+        if remaining.keys() >= set(ours) and _is_name_of_norm(theirs, model):
+            parts = [remaining.pop(name) for name in ours]
+            converted = conversion.to_theirs(parts if len(parts) > 1 else parts[0], num_heads)
+            arrays[theirs] = np.ascontiguousarray(converted)
+    if remaining:
+        raise WeightsError(f"{path}: {table.format} has no {next(iter(remaining))}")
+    return table.pack(arrays)
+
+
+def list_differences(state: Mapping[str, np.ndarray], model: ModelConfig, to: FormatName) -> list[str]:
+    """Return one sentence for each thing that the other program computes differently, and its file can't say."""
+    if to == "plsc":
+        hints = PLSC_HINTS
+    else:
+        table = _table_for(state, model, to)
+        hints = {} if table.config_json is not None else dict(table.model_hints)
+    return [
+        f"{to} computes with model.{key}={hints[key]}, and this model with {getattr(model, key)}"
+        for key in ("gelu", "layer_norm_epsilon")
+        if key in hints and hints[key] != getattr(model, key)
+    ]
+
+
+def _is_name_of_norm(theirs: str, model: ModelConfig) -> bool:
+    """Tell, for timm's two names of the last norm, whether it is this model's; True for every other name."""
+    return not theirs.startswith(("norm.", "fc_norm.")) or theirs.startswith("fc_norm.") == model.fc_norm
+
+
+def _table_for(state: Mapping[str, np.ndarray], model: ModelConfig, to: FormatName) -> NameMap:
+    """Return the table of a format. Raises WeightsError if none of its programs would compute the same."""
+    lacking = [(table, table.lacks_option(model)) for table in _TABLES[to]]
+    candidates = [table for table, key in lacking if key is None]
+    reasons = [(table, table.refuses(state, model)) for table in candidates]
+    for table, reason in reasons:
+        if reason is None:
+            return table
+    if candidates:
+        raise WeightsError(str(reasons[0][1]))
+    key = lacking[0][1]
+    raise WeightsError(
+        f"model.{key} = {getattr(model, key or '')}: {to} has no such model, or this version doesn't write it; use "
+        "--format plsc"
+    )
