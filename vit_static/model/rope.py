@@ -21,7 +21,7 @@ from vit_static.model.draws import Draw, uses_box, uses_patch_dropout
 from vit_static.model.layers import to_dtype
 from vit_static.model.variants import Variant, grid_of
 
-_AXIAL_BASE, _MIXED_BASE = 100.0, 10.0  # defaults of `rope_base`
+DEFAULT_BASES = {"axial": 100.0, "mixed": 10.0}  # of `rope_base`, by `rope`
 
 # cosines and signed sines, each [B or 1, N, H or 1, d] float32
 Rotation = tuple[paddle.Tensor, paddle.Tensor]
@@ -42,7 +42,7 @@ class RotaryPositions(nn.Layer):
         coordinates = token_coordinates(config)
         self._register("signs", np.repeat([-1.0, 1.0], self.head_dim // 2))
         if self.is_mixed:
-            start = random_frequencies(variant, config.rope_base or _MIXED_BASE, _generator())
+            start = random_frequencies(variant, config.rope_base or DEFAULT_BASES[config.rope], _generator())
             self.frequencies = self.create_parameter(list(start.shape), default_initializer=Assign(start))
         else:
             frequencies = axial_frequencies(config, self.head_dim)
@@ -117,7 +117,7 @@ def axial_frequencies(config: ModelConfig, head_dim: int) -> np.ndarray:
     2 pi for coordinates from -1 to 1.
     """
     exponents = -np.arange(head_dim // 4) / (head_dim // 4)
-    frequencies = np.kron(np.eye(2), (config.rope_base or _AXIAL_BASE) ** exponents)
+    frequencies = np.kron(np.eye(2), (config.rope_base or DEFAULT_BASES[config.rope]) ** exponents)
     if config.rope_grid is None:
         frequencies *= 2.0 * math.pi
     if config.rope_register_base is None:

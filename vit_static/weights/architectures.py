@@ -30,10 +30,7 @@ UNSUPPORTED: tuple[Architecture, ...] = (
         r"blocks\.\d+\.(mlp\.fc1_g\..*|attn\.norm\..*|mlp\.norm\..*)",
         "EVA-02, which has rotary positions (RoPE) and a gated MLP (SwiGLU)",
     ),
-    Architecture(
-        r"(rope\.periods|rope_embed\.periods|layer\.\d+\.attention\.[qkvo]_proj\.weight)",
-        "DINOv3, which has rotary positions (RoPE)",
-    ),
+    Architecture(r"cls_norm\..*", "a DINOv3 with a norm of its own for the class token, and this model has one norm"),
     Architecture(r"rope\.freqs", "a ViT with rotary positions (RoPE)"),
     Architecture(
         r"blocks\.\d+\.(attn\.[qv]_bias|attn\.q_proj\.weight|gamma_[12])",

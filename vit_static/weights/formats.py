@@ -21,7 +21,9 @@ from vit_static.config.model_schema import ModelConfig
 from vit_static.weights.architectures import unsupported_reason
 from vit_static.weights.name_maps import NameMap
 from vit_static.weights.readers import read_arrays
+from vit_static.weights.rope_order import RopeOrder
 from vit_static.weights.state import State, fuse_qkv
+from vit_static.weights.tables.dinov3 import DINOV3, HF_DINOV3, TIMM_DINOV3
 from vit_static.weights.tables.google import BIG_VISION, VIT_JAX, VIT_JAX_BY_CLASS
 from vit_static.weights.tables.huggingface import HF_DINOV2, HF_VIT
 from vit_static.weights.tables.plsc import PLSC
@@ -30,7 +32,11 @@ from vit_static.weights.tables.timm import TIMM
 FormatName = Literal["plsc", "timm", "huggingface", "google"]
 
 # The first whose patch embedding and markers a file has is its format, so special ones stand above general ones.
-_TABLES = (VIT_JAX_BY_CLASS, BIG_VISION, VIT_JAX, HF_DINOV2, HF_VIT, TIMM)
+_TABLES = (
+    *(VIT_JAX_BY_CLASS, BIG_VISION, VIT_JAX),
+    *(HF_DINOV3, HF_DINOV2, HF_VIT),
+    *(DINOV3, TIMM_DINOV3, TIMM),
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,8 @@ class ExternalWeights:
     format: str  # for people
     model_hints: dict[str, Any] = field(default_factory=dict)  # keys of the `model` section
     dropped: dict[str, str] = field(default_factory=dict)  # array that the model doesn't need -> reason
+    undetermined: dict[str, str] = field(default_factory=dict)  # key of the `model` section to choose -> why
+    rope_order: RopeOrder = "halves"  # of the channels of queries and keys; load.py permutes them for the model's heads
     model: ModelConfig | None = None  # the whole model, if this program recorded it (model_record.py)
 
 
@@ -59,6 +67,8 @@ def read_weights(path: Path, *, ema: bool = False) -> ExternalWeights:
         _refuse_paddleclas_small(external.state, path)
     dropped = dict.fromkeys(content.outside, "is not part of the state dict") | external.dropped
     others = {name: "is no array of floating-point numbers" for name, array in content.arrays.items() if array is None}
+    if content.model is not None:
+        external = replace(external, undetermined={})
     return replace(external, dropped=dropped | others, model=content.model)
 
 
@@ -109,11 +119,15 @@ def _from_table(state: State, table: NameMap, path: Path) -> ExternalWeights:
         raise WeightsError(f"{path}: has an array of the same name with and without {prefix!r}; remove one of them")
     try:
         arrays = table.unpack(arrays)
+        external = _translate(arrays, table, path)
+        hints = external.model_hints | table.find_hints(arrays) | _read_config_json(table, path)
+    except WeightsError:
+        raise
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from None
-    external = _translate(arrays, table, path)
-    hints = external.model_hints | table.find_hints(arrays) | _read_config_json(table, path)
-    return replace(external, model_hints=hints, dropped=external.dropped | outside)
+    undetermined = {key: why for key, why in table.find_undetermined(arrays).items() if key not in hints}
+    dropped = external.dropped | outside
+    return replace(external, model_hints=hints, dropped=dropped, undetermined=undetermined, rope_order=table.rope_order)
 
 
 def _read_config_json(table: NameMap, path: Path) -> dict[str, Any]:

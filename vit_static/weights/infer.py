@@ -15,8 +15,11 @@ from vit_static.common.text import say
 from vit_static.config.loader import load_config
 from vit_static.config.model_schema import ModelConfig
 from vit_static.config.schema import Config
-from vit_static.model.variants import VARIANTS, variant_of
+from vit_static.model.rope import DEFAULT_BASES
+from vit_static.model.variants import grid_of, variant_of
 from vit_static.weights.formats import ExternalWeights
+from vit_static.weights.name_maps import IMAGE_GRID
+from vit_static.weights.published import published_num_heads
 from vit_static.weights.source import Weights, load_weights
 from vit_static.weights.tables.plsc import PLSC
 
@@ -31,6 +34,9 @@ _NOT_IN_WEIGHTS = (
 # Keys that must agree with the weights for their blocks to be loaded. The others can be adapted: another grid of
 # positions, a folded or new LayerScale, the class token.
 _BLOCKS = ("num_channels", "patch_size", "width", "depth", "mlp_dim", "qkv_bias", "register_tokens")
+_OF_ROPE = ("rope_base", "rope_grid", "rope_register_base")
+# Keys that some files leave open: their numbers of heads and image size, and `ExternalWeights.undetermined`.
+_OPEN = ("num_heads", "image_size", "rope", "pool")
 
 
 def infer_model(external: ExternalWeights) -> dict[str, Any]:
@@ -57,6 +63,8 @@ def infer_model(external: ExternalWeights) -> dict[str, Any]:
     model["depth"] = len(PLSC.blocks_in(state))
     model["qkv_bias"] = "qv" if "blocks.0.attn.q.bias" in state else "blocks.0.attn.qkv.bias" in state
     model |= _optional_layers(state)
+    if model.get("rope_base") == DEFAULT_BASES.get(model.get("rope", "none")):
+        model["rope_base"] = None
     has_scale = "blocks.0.ls1.gamma" in state
     model["layer_scale_init"] = (model.get("layer_scale_init") or 1e-5) if has_scale else None
     model["register_tokens"] = state["reg_token"].shape[1] if state.get("reg_token", np.zeros(0)).ndim == 3 else 0
@@ -89,6 +97,12 @@ def differing_keys(external: ExternalWeights, config: ModelConfig, *, with_head:
     Without `with_head` the model has a new head: its keys, and what it reads, are then free.
     """
     inferred = infer_model(external)
+    if inferred.get("rope_grid") == IMAGE_GRID:
+        inferred["rope_grid"] = grid_of(config)
+    if inferred.get("rope", "none") == "none":
+        inferred = {key: value for key, value in inferred.items() if key not in _OF_ROPE}
+    if config.rope_base == DEFAULT_BASES.get(config.rope):
+        config = config.model_copy(update={"rope_base": None})
     has_class_token = inferred.pop("class_token")
     layer_scale_init = inferred.pop("layer_scale_init")
     free = set(_NOT_IN_WEIGHTS)
@@ -142,13 +156,27 @@ def infer_config(
             values["image_size"] = list(image_size)
         return load_config(None, [*_as_overrides(values), *overrides])
     values = _complete_model(external, source, image_size)
+    if "model.rope=none" in overrides:
+        values = {key: value for key, value in values.items() if key not in _OF_ROPE}
+    has_image_grid = values.get("rope_grid") == IMAGE_GRID
+    if has_image_grid:
+        del values["rope_grid"]
     lines = [*_as_overrides({key: value for key, value in values.items() if value is not None}), *overrides]
+    for key, why in external.undetermined.items():
+        if not any(line.startswith(f"model.{key}=") for line in overrides):
+            raise WeightsError(f"{source}: {why}; set -o model.{key}=...")
     for key, remedy in (("num_heads", "-o model.num_heads=N"), ("image_size", image_size_remedy)):
         if not any(line.startswith(f"model.{key}=") for line in lines):
             if key == "image_size":
                 refuse_registers_with_positions(external, source)
             raise WeightsError(f"{source}: no array determines its {key}; set {remedy}")
-    return load_config(None, lines)
+    config = load_config(None, lines)
+    return config.with_model(_with_image_grid(config.model)) if has_image_grid else config
+
+
+def _with_image_grid(model: ModelConfig) -> ModelConfig:
+    """Return the model with coordinates that are patch numbers at any image size, unless it sets `rope_grid`."""
+    return model if model.rope_grid is not None else model.model_copy(update={"rope_grid": grid_of(model)})
 
 
 def _as_overrides(values: dict[str, Any]) -> list[str]:
@@ -168,21 +196,14 @@ def _complete_model(
             f"{source}: is for images of {model['num_channels']} channels, and this program reads 3 (RGB) or 1 (grey); "
             "use other weights"
         )
-    model = {"num_heads": _published_num_heads(model), **model}
+    shape = model["width"], model["depth"], model["mlp_dim"], model["mlp"]
+    model = {"num_heads": published_num_heads(*shape), **model}
     size = image_size or model.get("image_size") or _square_image_size(external, model["patch_size"])
     model["image_size"] = None if size is None else list(size)
     if "pos_embed" in external.state and "class_token_pos_embed" not in model and size is not None:
         num_patches = size[0] // model["patch_size"] * (size[1] // model["patch_size"])
         model["class_token_pos_embed"] = external.state["pos_embed"].shape[1] > num_patches
     return model
-
-
-def _published_num_heads(model: dict[str, Any]) -> int | None:
-    """Return the number of heads of the published variant of this shape; None for any other: a guess could be wrong."""
-    for variant in VARIANTS.values():
-        if (variant.width, variant.depth, variant.mlp_dim) == (model["width"], model["depth"], model["mlp_dim"]):
-            return variant.num_heads
-    return None
 
 
 def _square_image_size(external: ExternalWeights, patch_size: int) -> tuple[int, int] | None:
@@ -271,11 +292,19 @@ def with_shape(config: Config, shape: Mapping[str, Any], source: str, *, with_he
     """
     explicit = config.model.model_fields_set | set(_NOT_IN_WEIGHTS) - {"image_size"}
     taken = {key: value for key, value in shape.items() if key not in explicit and (with_head or key not in _HEAD)}
-    for key in ("num_heads", "image_size"):
+    if not with_head and taken.get("pool", "") is None:
+        del taken["pool"]  # a new head reads what the config says
+    for key in _OPEN:
         if key in taken and taken[key] is None:
             raise ConfigError(f"model.from = 'init': {source} doesn't determine {key}; set model.{key} too")
+    if config.model.rope == "none" and "rope" in explicit:
+        taken = {key: value for key, value in taken.items() if key not in _OF_ROPE}
+    has_image_grid = taken.get("rope_grid") == IMAGE_GRID
+    if has_image_grid:
+        del taken["rope_grid"]
     try:
-        return config.with_model(ModelConfig.model_validate({**config.model.model_dump(), **taken}))
+        model = ModelConfig.model_validate({**config.model.model_dump(), **taken})
+        return config.with_model(_with_image_grid(model) if has_image_grid else model)
     except ValidationError as error:
         mistake = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
         raise ConfigError(f"model.from = 'init': with the shape of {source}, {truncate(mistake, 200)}") from None
@@ -289,4 +318,5 @@ def shape_of_config(config: Config) -> dict[str, Any]:
 def _shape_of(weights: Weights) -> dict[str, Any]:
     if weights.config is not None:
         return shape_of_config(weights.config)
-    return {"num_heads": None, **_complete_model(weights.external, str(weights.source))}
+    shape = {"num_heads": None, **_complete_model(weights.external, str(weights.source))}
+    return shape | dict.fromkeys(weights.external.undetermined)

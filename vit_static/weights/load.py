@@ -16,6 +16,7 @@ from vit_static.common.io import write_atomically, write_json
 from vit_static.config.model_schema import ModelConfig
 from vit_static.config.schema import InitConfig, PosEmbedResampling
 from vit_static.model.pos_embed import resample_pos_embed
+from vit_static.model.rope import DEFAULT_BASES
 from vit_static.model.variants import grid_of, variant_of
 from vit_static.model.vit import VisionTransformer
 from vit_static.weights.formats import ExternalWeights
@@ -27,6 +28,8 @@ from vit_static.weights.infer import (
     refuse_registers_with_positions,
 )
 from vit_static.weights.model_record import record_after_pickle
+from vit_static.weights.name_maps import IMAGE_GRID
+from vit_static.weights.rope_order import from_rope_order
 from vit_static.weights.source import Weights
 from vit_static.weights.state import State, fuse_qkv, split_qkv
 
@@ -162,20 +165,37 @@ def adapt_state(
             f"{source}: has {file_heads} attention heads, and this model {num_heads}; set model.* as they were trained"
             + _keys_to_set(external, config, with_head=init.head == "keep")
         )
+    state = from_rope_order(state, external.rope_order, num_heads)
     if fits_blocks(external, config):  # else check_state names all that is wrong
         if config.layer_scale_init is None:
             _fold_layer_scale(state, report, source)
         _add_up_channels(state, report, config)
         if "pos_embed" in state:
             _adapt_pos_embed(state, report, external, config, source, init, source_grid)
-    for key in ("gelu", "layer_norm_epsilon", "pool", "fc_norm", "rope", "rope_base", "rope_grid"):
-        hint = external.model_hints.get(key, getattr(external.model, key, None))
-        expected = getattr(config, key)
-        if hint is not None and hint != expected and not (key in ("pool", "fc_norm") and init.head == "reset"):
-            report.notes.append(f"the file's program has model.{key}={hint}, and this model {expected}")
+    report.notes += _list_differences(external, config, with_head=init.head == "keep")
     changed = set(report.resampled) | {target for target in report.folded.values() if target in state}
     report.used = [name for name in state if name not in changed] + sorted(changed)
     return state, report
+
+
+def _list_differences(external: ExternalWeights, config: ModelConfig, *, with_head: bool) -> list[str]:
+    """Return a note for each key of which no array shows that the file's program computes something else."""
+    hints = ({} if external.model is None else dict(external.model)) | external.model_hints
+    keys = ["gelu", "layer_norm_epsilon", *(("pool", "fc_norm") if with_head else ()), "rope"]
+    if config.rope != "none" and hints.get("rope", config.rope) == config.rope:
+        keys += ["rope_base", "rope_grid", "rope_register_base"]
+    expected = {key: getattr(config, key) for key in keys}
+    for values in (hints, expected):
+        if "rope_base" in keys and "rope_base" in values:
+            values["rope_base"] = values["rope_base"] or DEFAULT_BASES[config.rope]
+    if hints.get("rope_grid") == IMAGE_GRID:
+        hints["rope_grid"] = grid_of(config)
+    return [
+        f"the file's program has model.{key}={format_override(hints[key])}, and this model "
+        f"{format_override(expected[key])}"
+        for key in keys
+        if key in hints and key not in external.undetermined and hints[key] != expected[key]
+    ]
 
 
 def _keys_to_set(external: ExternalWeights, config: ModelConfig, *, with_head: bool) -> str:

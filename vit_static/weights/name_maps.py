@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from vit_static.config.model_schema import ModelConfig
+from vit_static.weights.rope_order import RopeOrder
 from vit_static.weights.state import State
 
 
@@ -57,6 +58,7 @@ class ConfigJson:
     write: Callable[[Mapping[str, np.ndarray], ModelConfig, int], dict[str, Any]]  # the last is the number of heads
 
 
+IMAGE_GRID = "image"  # as a hint for `rope_grid`: that of the image at any size, so positions are patch numbers
 # What every program has; `NameMap.options` adds to it.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "rope": ("none",),
@@ -82,15 +84,21 @@ class NameMap:
     block: str  # pattern that begins a block's names and captures its number
     names: Mapping[str, tuple[Ours, Conversion]]
     markers: tuple[str, ...] = ()  # patterns of names that a file has beside the embedding if it is of this format
+    absent: tuple[str, ...] = ()  # patterns of names that it doesn't have
     ignored: Mapping[str, str] = field(default_factory=dict)  # pattern of names that the model doesn't need -> reason
     ignores_outside: bool = False  # arrays without the prefix aren't part of the model
     # What the program always does, by keys of the `model` section, and what the file's arrays say beside their shapes.
     model_hints: Mapping[str, Any] = field(default_factory=dict)
     find_hints: Callable[[State], dict[str, Any]] = lambda state: {}
+    # Keys that no array determines, and of which the program has several values -> what to say to someone who has to
+    # choose one.
+    find_undetermined: Callable[[State], dict[str, str]] = lambda state: {}
+    rope_order: RopeOrder = "halves"  # of the channels of queries and keys
     config_json: ConfigJson | None = None
-    # Arrays that the table can't express: before the names when reading, after them when writing.
+    # Arrays that the table can't express: before the names when reading (ValueError if they don't fit), after them when
+    # writing, which also gets the number of heads.
     unpack: Callable[[State], State] = lambda state: state
-    pack: Callable[[State], State] = lambda state: state
+    pack: Callable[[State, int], State] = lambda state, num_heads: state
     # For writing: the prefix of all names but those that begin with the second; what the program has beside a plain
     # ViT, by keys of the `model` section; why it doesn't have a model, if it doesn't.
     prefix: str = ""
@@ -119,9 +127,10 @@ class NameMap:
         return sorted({int(match[1]) for name in names if (match := re.match(self.block, name))})
 
     def has_markers(self, names: Iterable[str]) -> bool:
-        """Return whether each of the markers is among names without their prefix."""
+        """Return whether names without their prefix have all of the markers and nothing that is absent."""
         lines = "\n".join(names)
-        return all(re.search(rf"^{marker}$", lines, re.MULTILINE) for marker in self.markers)
+        has = [bool(re.search(rf"^{marker}$", lines, re.MULTILINE)) for marker in (*self.markers, *self.absent)]
+        return all(has[: len(self.markers)]) and not any(has[len(self.markers) :])
 
 
 def _as_tuple(ours: Ours) -> tuple[str, ...]:

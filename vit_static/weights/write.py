@@ -14,7 +14,9 @@ from vit_static.config.model_schema import ModelConfig
 from vit_static.weights.formats import FormatName
 from vit_static.weights.model_record import RECORD_NAME, encode_record
 from vit_static.weights.name_maps import NameMap
+from vit_static.weights.rope_order import to_rope_order
 from vit_static.weights.state import State, split_qkv
+from vit_static.weights.tables.dinov3 import HF_DINOV3, TIMM_DINOV3
 from vit_static.weights.tables.google import BIG_VISION, VIT_JAX
 from vit_static.weights.tables.huggingface import HF_DINOV2, HF_DINOV2_REGISTERS, HF_VIT
 from vit_static.weights.tables.plsc import PLSC, PLSC_HINTS
@@ -22,8 +24,8 @@ from vit_static.weights.tables.timm import TIMM
 
 # The first that has the model is written.
 _TABLES: dict[FormatName, tuple[NameMap, ...]] = {
-    "timm": (TIMM,),
-    "huggingface": (HF_VIT, HF_DINOV2_REGISTERS, HF_DINOV2),
+    "timm": (TIMM, TIMM_DINOV3),
+    "huggingface": (HF_VIT, HF_DINOV2_REGISTERS, HF_DINOV2, HF_DINOV3),
     "google": (VIT_JAX, BIG_VISION),
 }
 
@@ -55,6 +57,7 @@ def write_weights(
 
 def _convert(state: Mapping[str, np.ndarray], table: NameMap, model: ModelConfig, num_heads: int, path: Path) -> State:
     """Convert a state to the names and layout of a table. Raises WeightsError for an array that it has no name for."""
+    state = to_rope_order(state, table.rope_order, num_heads)
     names = table.for_blocks(PLSC.blocks_in(state))
     wanted = {name for ours, _ in names.values() for name in ours}
     remaining = {name: value for name, value in state.items() if name in wanted}
@@ -67,7 +70,7 @@ def _convert(state: Mapping[str, np.ndarray], table: NameMap, model: ModelConfig
             arrays[theirs] = np.ascontiguousarray(converted)
     if remaining:
         raise WeightsError(f"{path}: {table.format} has no {next(iter(remaining))}")
-    return table.pack(arrays)
+    return table.pack(arrays, num_heads)
 
 
 def list_differences(state: Mapping[str, np.ndarray], model: ModelConfig, to: FormatName) -> list[str]:

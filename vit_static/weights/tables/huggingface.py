@@ -71,7 +71,7 @@ def _dinov2_config(state: Mapping[str, np.ndarray], model: ModelConfig, num_head
     return {**common, **keys, "num_register_tokens": state["reg_token"].shape[1]}
 
 
-def _add_mask_token(arrays: State) -> State:
+def _add_mask_token(arrays: State, num_heads: int) -> State:
     """Add the mask token that from_pretrained expects."""
     return arrays | {"embeddings.mask_token": np.zeros_like(arrays["embeddings.cls_token"][0])}
 
