@@ -163,7 +163,7 @@ def test_other_models_are_refused_with_the_reason(tmp_path: Path, added: str, re
         (["module.blocks.0.attn.relative_position_bias_table", "module.patch_embed.proj.weight"], "BEiT"),
         (["blocks.0.attn.q_proj.weight", "blocks.0.mlp.fc1_g.weight", "patch_embed.proj.weight"], "EVA-02"),
         (["blocks.0.attn.q_bias", "blocks.0.gamma_1", "patch_embed.proj.weight"], "EVA or BEiT"),
-        (["blocks.0.attn.qkv.bias_mask", "cls_norm.weight", "patch_embed.proj.weight"], "DINOv3"),
+        (["storage_tokens", "cls_norm.weight", "patch_embed.proj.weight"], "DINOv3"),
         (["encoder.layer.0.mlp.weights_in.weight", "embeddings.cls_token"], "SwiGLU"),
         (["vision_model.pre_layrnorm.weight"], "CLIP"),
         (["layer1.0.conv1.weight"], "ResNet"),
