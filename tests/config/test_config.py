@@ -328,3 +328,30 @@ def test_what_contradicts_schedule_free_is_refused(load_text, overrides: list[st
     with pytest.raises(ConfigError) as error:
         load_config(None, ["optim.name=schedule_free_adamw", *overrides])
     assert message in message_of(error)
+
+
+TEACHER = "distill.teacher=run"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["distill.kind=hard"], "distill.kind=hard: without a teacher it has no effect; set teacher=PATH"),
+        ([TEACHER, "distill.weight=0"], "distill.weight=0: must be above 0"),
+        (
+            [TEACHER, "distill.kind=hard", "distill.temperature=2"],
+            "kind = 'hard' has no temperature; set temperature=1",
+        ),
+        (
+            [TEACHER, "data.multi_label=true", "loss.name=bce"],
+            "distill.kind = 'soft': takes one label per image, and data.multi_label has several; set distill.kind=feat",
+        ),
+        (
+            [TEACHER, "distill.kind=features", "train.freeze=backbone"],
+            "distill.kind = 'features': train.freeze = 'backbone' leaves the features as they are; set kind=soft",
+        ),
+    ],
+)
+def test_what_contradicts_distillation_is_refused(load_text, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_text("", *overrides)

@@ -46,6 +46,7 @@ MODELS = {
     "gap": changed(depth=2, pool="gap", pos_embed="sincos2d", representation_size=24),
     # 7 classes, which 2 ranks can't split
     "seven": changed(depth=1, num_classes=7, qkv_bias=False, layer_scale_init=None),
+    "distilled": changed(depth=2),
     "dropped_paths": changed(depth=2, pool="gap", drop_path_rate=0.3),
     "tokens": changed(depth=2, pool="cls_gap", register_tokens=2, class_token_pos_embed=False),
     "one_block": changed(depth=1, pool="cls_gap", register_tokens=2, class_token_pos_embed=False),
@@ -135,6 +136,12 @@ MIXUP = {
     "mixed_pp2": mesh(pp=2),
     "mixed_accum2": mesh(grad_accum_steps=2),
 }
+# With a teacher, and its own layers where the kind needs some: each kind of mesh once.
+DISTILLED = {
+    "soft": {"dp2_sharding3": mesh(dp=2, sharding_stage=3), "pp2": mesh(pp=2)},
+    "features": {"accum2": mesh(grad_accum_steps=2), "dp2_mp2": mesh(dp=2, mp=2)},
+}
+DISTILLED_ON = [(kind, name) for kind, meshes in DISTILLED.items() for name in meshes]
 # with all kinds of dropout, for a few steps, of which one is repeated
 DROPOUT = {
     "dropout_one": mesh(),
@@ -168,6 +175,10 @@ def all_cases() -> list[Case]:
         named.append((name, MODELS["dropped_paths"], OPTIMIZERS["adamw"], parallel, {}))
     for name, parallel in {"mixed_one": mesh(), **MIXUP}.items():
         named.append((name, MODELS["gap"], OPTIMIZERS["sgd"], parallel, {"mixes": True}))
+    for kind, meshes in DISTILLED.items():
+        for name, parallel in {"one": mesh(), **meshes}.items():
+            options = {"distills": kind, "mixes": True, "steps": list(range(3))}
+            named.append((f"{kind}_{name}", MODELS["distilled"], OPTIMIZERS["sgd"], parallel, options))
     for name, optimizer in [*(("one", optimizer) for optimizer in RECIPES), *RECIPES_TRAINED]:
         parallel = mesh() if name == "one" else RECIPE_MESHES[name]
         four_steps = {"steps": list(range(4))}

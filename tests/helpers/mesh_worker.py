@@ -7,6 +7,7 @@ and a folder of images.
 from __future__ import annotations
 
 import gc
+import hashlib
 import pickle
 from collections import defaultdict
 from contextlib import nullcontext
@@ -24,12 +25,14 @@ from pydantic import BaseModel, TypeAdapter
 
 from helpers.small import images_and_labels
 from vit_static.config.data_schema import AugmentConfig, DataConfig, EvalConfig, LossConfig
+from vit_static.config.distill_schema import DistillConfig, DistillKind
 from vit_static.config.model_schema import ModelConfig
 from vit_static.config.schema import Config, OptimConfig, ParallelConfig
 from vit_static.data.loader import EvalLoader
 from vit_static.data.mixup import Mixup
 from vit_static.data.open_set import open_set
 from vit_static.model.loss_weights import NO_WEIGHTS, LossWeights
+from vit_static.model.teacher import Normalization, Teacher
 from vit_static.model.variants import variant_of
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel import gloo
@@ -55,6 +58,7 @@ class Case(BaseModel):
     steps: list[int] = list(range(6))  # passed to `train_step`
     evaluates: bool = False  # after the last step
     records_masks: bool = False
+    distills: DistillKind | None = None  # with a teacher of another width, size of images and normalization
     mixes: bool = False  # applies mixup and CutMix, and so has targets instead of labels; with weights in the loss
 
     @property
@@ -84,6 +88,8 @@ class Outcome:
     evaluation: EvalMetrics | None = None
     predictions: Predictions | None = None  # from which the evaluation is computed
     ema_evaluation: EvalMetrics | None = None
+    loss_parts: list[dict[str, float]] = field(default_factory=list)  # of each step
+    teacher_digests: list[str] = field(default_factory=list)  # of this rank's part, before and after the steps
     collectives: tuple[Collective, ...] = ()
     traffic: dict[str, Traffic] = field(default_factory=dict)  # of the last step, by kind of collective
 
@@ -128,7 +134,11 @@ def run(case: Case, mesh: Mesh, images_root: Path) -> Outcome:
         loss=LossConfig(name="bce", focal_gamma=1.5) if case.mixes else LossConfig(),
         optim=case.optim,
         parallel=case.parallel,
+        distill=DistillConfig()
+        if case.distills is None
+        else DistillConfig(teacher="t", kind=case.distills, weight=0.3),
     )
+    teacher = None if case.distills is None else make_teacher(config)
     weights = np.linspace(0.5, 2.0, case.model.num_classes, dtype=np.float32)
     program = (RecordingProgram if case.records_masks else Program).for_training(
         config,
@@ -139,6 +149,7 @@ def run(case: Case, mesh: Mesh, images_root: Path) -> Outcome:
         eval_batch_size=EVAL_BATCH_SIZE,
         loss_weights=LossWeights(weights, weights[::-1].copy()) if case.mixes else NO_WEIGHTS,
         count_costs=program_costs,
+        teacher=teacher,
     )
     mixup = Mixup(config.augment, 6, seed=5)
     outcome = Outcome()
@@ -152,6 +163,8 @@ def run(case: Case, mesh: Mesh, images_root: Path) -> Outcome:
         loss = program.loss_value(program.train_step(*batch, step))
         outcome.traffic = deepcopy(dict(gloo.traffic))
         outcome.losses.append(mesh.mean(loss))
+        outcome.loss_parts.append({name: mesh.mean(value) for name, value in program.loss_parts().items()})
+        outcome.teacher_digests.append(teacher_digest(teacher))
         outcome.grad_norms.append(program.grad_norm())
         outcome.masks.append(dict(masks))
         program.shard()  # finds the slices; the one at the end copies only
@@ -170,6 +183,33 @@ def run(case: Case, mesh: Mesh, images_root: Path) -> Outcome:
     assert_shard_is_of(program, outcome.state)
     outcome.collectives = program.costs().collectives
     return outcome
+
+
+def make_teacher(config: Config) -> Teacher:
+    """Return a teacher that differs from the student in all that it may differ in, with random weights."""
+    changed = {"depth": 2, "width": 48, "mlp_dim": 64, "image_size": (16, 20), "pool": "gap", "qkv_bias": False}
+    model = config.model.model_copy(update={**changed, "pos_embed": "sincos2d", "representation_size": None})
+    network = VisionTransformer(model)
+    rng = np.random.default_rng(7)
+    for parameter in network.parameters():
+        parameter.set_value(rng.normal(0.0, 0.5, parameter.shape).astype(np.float32))
+    return Teacher(
+        network,
+        Normalization((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)),
+        Normalization(config.data.mean, config.data.std),
+        returns_features=config.distill.kind == "features",
+    )
+
+
+def teacher_digest(teacher: Teacher | None) -> str:
+    """Return the digest of this rank's parts of the teacher's parameters in the program's scope."""
+    digest = hashlib.sha256()
+    scope = paddle.static.global_scope()
+    for parameter in [] if teacher is None else teacher.network.parameters():
+        variable = scope.find_var(parameter.name)
+        if variable is not None and variable.get_tensor()._is_initialized():
+            digest.update(np.array(variable.get_tensor()).tobytes())
+    return digest.hexdigest()
 
 
 def assert_shard_is_of(program: Program, state: dict[str, Part]) -> None:

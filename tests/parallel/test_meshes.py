@@ -5,6 +5,7 @@ The cases, and the processes that run them, are in helpers/mesh_cases.py.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections import defaultdict
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from helpers.mesh_cases import (
     CASES,
+    DISTILLED_ON,
     DROP_PATH,
     EVALUATED,
     EVALUATED_EMA,
@@ -38,6 +40,7 @@ from vit_static.plan.costs import count_by_kind
 from vit_static.plan.planner import Cluster, make_plan
 
 pytestmark = pytest.mark.early
+NO_DIGEST = hashlib.sha256().hexdigest()  # of no arrays
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +128,22 @@ def test_the_average_of_schedule_free_is_evaluated_with_sharded_state(runs: Runs
     one = runs.one("recipe_one_schedule_free_adamw")
     for outcome in runs("recipe_dp2_sharding2_schedule_free_adamw"):
         assert outcome.evaluation.loss == pytest.approx(one.evaluation.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "name"), DISTILLED_ON)
+def test_a_student_learns_from_its_teacher_as_in_one_process(runs: Runs, kind: str, name: str) -> None:
+    """With mixed images. The weights, a projector's included, agree; the teacher's don't change."""
+    one, outcomes = runs.one(f"{kind}_one"), runs(f"{kind}_{name}")
+    for outcome in outcomes:
+        np.testing.assert_allclose(outcome.losses, one.losses, rtol=1e-5)
+        for parts, expected_parts in zip(outcome.loss_parts, one.loss_parts, strict=True):
+            assert parts == pytest.approx(expected_parts, rel=1e-5) and parts["distill_loss"] > 0.01
+        assert len(set(outcome.teacher_digests)) == 1 and outcome.teacher_digests[0] != NO_DIGEST
+    weights, expected = merged_state(outcomes), merged_state([one])
+    assert weights.keys() == expected.keys() and not any("teacher" in key for key in weights)
+    assert ("distill_projector.weight" in weights) == (kind == "features")
+    for key, value in expected.items():
+        np.testing.assert_allclose(weights[key], value, rtol=1e-5, atol=1e-6, err_msg=key)
 
 
 def weight_names(state: dict[str, np.ndarray]) -> list[str]:

@@ -202,6 +202,31 @@ def test_a_pipelines_first_stage_holds_more_micro_batches() -> None:
     assert [one.num_bytes for one in sent] == [4 * 16 * shape.num_tokens * shape.width]
 
 
+@pytest.mark.parametrize("mesh_text", ["dp=1", "dp=2,mp=2", "pp=2", "dp=2,sharding=3"])
+def test_a_teacher_costs_a_forward_pass(mesh_text: str) -> None:
+    """Its parameters, split as the model's are, and its operations; no state, no gradients, no exchange of them."""
+    config = small_config(TWO_BLOCKS, "model.width=64")
+    distilled = small_config(
+        *(TWO_BLOCKS, "model.width=64", "distill.teacher=nowhere", f"distill.config={CONFIGS / 'quickstart.yaml'}")
+    )
+    teacher = load_config(CONFIGS / "quickstart.yaml")
+    costs, with_teacher = planned(config, mesh_text).costs, planned(distilled, mesh_text).costs
+    for name in ("parameters", "gradients", "optimizer_state"):
+        assert getattr(with_teacher, name) == getattr(costs, name)
+    of_teacher = planned(teacher.model_copy(update={"amp": config.amp}), mesh_text).costs
+    assert with_teacher.teacher == of_teacher.parameters
+    expected = sum(op.num_flops for op in of_teacher.operators if op.role == "forward")
+    assert with_teacher.flops(1) - costs.flops(1) == expected > 0
+    assert with_teacher.memory(1) - costs.memory(1) == pytest.approx(of_teacher.parameters, rel=0.05)
+
+    def in_role(all_costs: Costs, *roles: str) -> list[Collective]:
+        return sorted((one for one in all_costs.collectives if one.role in roles), key=repr)
+
+    assert in_role(with_teacher, "backward", "update") == in_role(costs, "backward", "update")
+    both = [*in_role(costs, "forward"), *in_role(of_teacher, "forward")]
+    assert in_role(with_teacher, "forward") == sorted(both, key=repr)
+
+
 def test_times_follow_the_roofline_model() -> None:
     """By hand, for a made-up program on eight A100s of a node: 312 TFLOP/s, 2039 GB/s, links of 300 GB/s per way."""
     plan = Plan(

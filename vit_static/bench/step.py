@@ -15,8 +15,7 @@ from vit_static.common.hardware import peak_flops
 from vit_static.common.text import print_text
 from vit_static.config.schema import Config
 from vit_static.data.mixup import Mixup
-from vit_static.model import flops
-from vit_static.model.variants import shape_of, variant_of
+from vit_static.model.variants import step_flops, variant_of
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel import gloo
 from vit_static.parallel.mesh import (
@@ -28,8 +27,10 @@ from vit_static.parallel.mesh import (
     seed_everything,
     start_mesh,
 )
+from vit_static.program.distillation import build_teacher
 from vit_static.program.precision import Precision, choose_attention, choose_precision
 from vit_static.program.program import Program
+from vit_static.weights.teacher import find_teacher, require_mesh
 
 _WARM_UP_STEPS = 3
 
@@ -56,6 +57,9 @@ class MeasuredStep:
         variant = variant_of(config.model)
         self.batch_size = config.data.global_batch_size
         shape = resolve_mesh(config.parallel, world_size, self.batch_size, variant)
+        teacher = find_teacher(config)
+        require_mesh(teacher, config.parallel, shape, self.batch_size)
+        self.flops_per_image = step_flops(config.model, None if teacher is None else teacher.model)
         self.mesh = start_mesh(shape, config.device, config.parallel.collective_timeout_s, config.kernels.deterministic)
         self.precision = choose_precision(
             config.amp,
@@ -66,13 +70,15 @@ class MeasuredStep:
         )
         seed_everything(config.seed)
         attention = choose_attention(config.model, self.precision, config.parallel, config.kernels, self.mesh.device)
+        model = VisionTransformer(config.model, attention)
         self.program = Program.for_training(
             config,
-            VisionTransformer(config.model, attention),
+            model,
             self.mesh,
             self.precision,
             learning_rate=lambda step: config.optim.lr,
             eval_batch_size=self.mesh.dp_size,
+            teacher=None if teacher is None else build_teacher(teacher, config, self.precision, self.mesh.device),
         )
         self._mixup = Mixup(config.augment, config.model.num_classes, config.seed)
         self.loader = make_train_loader(config, self.mesh) if real_data else None
@@ -136,16 +142,18 @@ def run(config: Config, seconds: float, real_data: bool) -> None:
 def _speed(step: MeasuredStep, images_per_s: float, elapsed: float) -> Speed:
     if step.mesh.device == "cpu":
         return Speed(images_per_s, gloo.seconds_spent / elapsed)
-    mfu = model_flops_utilization(step.config, step.mesh, step.precision, images_per_s)
+    mfu = model_flops_utilization(step.flops_per_image, step.mesh, step.precision, images_per_s)
     return Speed(images_per_s, None, mfu, paddle.device.cuda.max_memory_allocated())
 
 
-def model_flops_utilization(config: Config, mesh: Mesh, precision: Precision, images_per_s: float) -> float | None:
+def model_flops_utilization(
+    flops_per_image: int, mesh: Mesh, precision: Precision, images_per_s: float
+) -> float | None:
     """Return the share of the GPUs' peak rate that training uses at this speed of all ranks together, 0-1.
 
-    Operations are the model's, without recomputation (PaLM, arXiv 2204.02311, appendix B). None on a CPU, and for a GPU
-    whose peak rate isn't known.
+    `flops_per_image`: of a training step, without recomputation (PaLM, arXiv 2204.02311, appendix B). None on a CPU,
+    and for a GPU whose peak rate isn't known.
     """
     peak = peak_flops(device_name(mesh), precision.dtype)
-    flops_per_s = images_per_s * flops.train_flops(shape_of(config.model)) / mesh.world_size
+    flops_per_s = images_per_s * flops_per_image / mesh.world_size
     return None if peak is None else flops_per_s / peak

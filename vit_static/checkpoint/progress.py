@@ -77,6 +77,14 @@ class DataPosition:
 
 
 @dataclass(frozen=True)
+class TeacherRecord:
+    """The teacher that a run is distilled from."""
+
+    source: str  # the file or checkpoint that its weights are from
+    digest: str  # of its weights, its model and its preprocessing
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The files of a complete checkpoint. `run_id` is the same in all checkpoints of a run."""
 

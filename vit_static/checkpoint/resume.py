@@ -22,7 +22,7 @@ from vit_static.checkpoint.folder import (
     read_manifest,
     shard_format,
 )
-from vit_static.checkpoint.progress import DataPosition, Manifest, Progress
+from vit_static.checkpoint.progress import DataPosition, Manifest, Progress, TeacherRecord
 from vit_static.checkpoint.sharded_state import read_shard_metadata
 from vit_static.common.errors import ConfigError, WeightsError, newer_format, os_reason, truncate
 from vit_static.common.io import FileRecord, file_record
@@ -114,6 +114,31 @@ def read_progress(path: Path) -> tuple[Progress, DataPosition]:
         raise WeightsError(f"{path / META}: is damaged ({truncate(str(error))})") from None
 
 
+def read_teacher(path: Path) -> TeacherRecord | None:
+    """Read which teacher a checkpoint's run was distilled from. Raises WeightsError if the record is damaged."""
+    try:
+        record = json.loads((path / META).read_text(encoding="utf-8")).get("teacher")
+        return TypeAdapter(TeacherRecord | None).validate_python(record)
+    except (OSError, AttributeError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path / META}: is damaged ({truncate(str(error))})") from None
+
+
+def check_same_teacher(path: Path, saved: TeacherRecord | None, current: TeacherRecord | None) -> None:
+    """Raise ConfigError if a run's teacher isn't the one of the checkpoint that it resumes from."""
+    if (saved and saved.digest) == (current and current.digest):
+        return
+    before, now = (_describe_teacher(record) for record in (saved, current))
+    raise ConfigError(
+        f"{path}: was trained with {before}, and distill.teacher is now {now}: cannot resume with another teacher; set "
+        f"the one of before, or start a new run from these weights with -o init.from={path} -o init.head=keep "
+        "-o name=..."
+    )
+
+
+def _describe_teacher(record: TeacherRecord | None) -> str:
+    return "no teacher" if record is None else f"the teacher {record.source} (sha256 {record.digest[:12]})"
+
+
 def check_same_images(path: Path, saved: DataPosition, current: DataPosition) -> None:
     """Raise ConfigError if the training images, or their order, are not those that a checkpoint's run was using."""
     if saved == current:
@@ -157,5 +182,6 @@ def _fixed_values(config: Config) -> dict[str, Any]:
         # The average of schedule_free_adamw is computed with them (optim/schedule_free.py).
         "optim.betas": list(config.optim.betas) if config.optim.name == "schedule_free_adamw" else None,
         "train.freeze": config.train.freeze,
+        "distill.kind": config.distill.kind,
     }
     return {**model, **training, **order}

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from vit_static.config.data_schema import AugmentConfig, DataConfig, EvalConfig, LossConfig, SelectionMetric
+from vit_static.config.distill_schema import DistillConfig
 from vit_static.config.log_schema import LogConfig
 from vit_static.config.model_schema import ModelConfig
 from vit_static.config.optim_schema import OptimConfig, ScheduleConfig
@@ -201,6 +202,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     loss: LossConfig = LossConfig()
+    distill: DistillConfig = DistillConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
@@ -261,6 +263,11 @@ class Config(Section):
             raise ValueError(
                 f"data.sampler and loss.{key} are both balanced, so rare classes would count twice; remove one of them"
             )
+        reason = self.distill.why_invalid(
+            self.model, multi_label=self.data.multi_label, freezes_backbone=self.train.freeze == "backbone"
+        )
+        if reason is not None:
+            raise ValueError(reason)
         if self.mixes and self.data.global_batch_size % 2:
             raise ValueError(
                 f"data.global_batch_size = {self.data.global_batch_size}: augment.mixup_alpha and cutmix_alpha mix "

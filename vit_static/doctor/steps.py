@@ -17,6 +17,7 @@ from vit_static.data.mixup import Mixup
 from vit_static.doctor import gpu_kernels
 from vit_static.doctor.check import Result, failed, ok
 from vit_static.doctor.subject import Subject, with_keys
+from vit_static.model.variants import step_flops
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import Mesh, seed_everything
 from vit_static.program.precision import Precision, choose_attention, uses_flash_attention
@@ -244,7 +245,7 @@ def check_speed(subject: Subject) -> Result:
     if not math.isfinite(loss):
         return failed("the loss isn't finite")
     images_per_s = config.data.global_batch_size / seconds
-    mfu = model_flops_utilization(config, mesh, subject.precision, images_per_s)
+    mfu = model_flops_utilization(step_flops(config.model), mesh, subject.precision, images_per_s)
     figures: dict[str, Any] = {"images_per_s": images_per_s, "mfu": mfu, "seconds_per_step": seconds}
     parts = [f"{images_per_s:.0f} images/s with {config.model.depth} blocks"]
     parts += [] if mfu is None else [f"MFU {mfu:.1%}"]

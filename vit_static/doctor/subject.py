@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vit_static.common.io import write_json
+from vit_static.config.distill_schema import DistillConfig
 from vit_static.config.schema import Config
 from vit_static.doctor.gpus import Gpu, visible_gpus
 from vit_static.model.flops import train_flops
@@ -103,7 +104,8 @@ class Subject:
 
     @cached_property
     def step_config(self) -> Config:
-        """The config with two blocks, and without dropout, whose masks differ between precisions and meshes.
+        """The config with two blocks, without a teacher, and without dropout, whose masks differ between precisions and
+        meshes.
 
         The head doesn't start at zero, so that the first step has gradients in every layer. A rank's batch is that of
         the run, on CPUs limited by _MAX_CPU_STEP_FLOPS.
@@ -126,7 +128,7 @@ class Subject:
             num_images = _MAX_CPU_STEP_FLOPS / train_flops(shape_of(model)) / num_micro_batches(config.parallel)
             per_part = min(per_part, max(2 * (int(num_images) // 2), 2))
         data = config.data.model_copy(update={"global_batch_size": per_part * num_parts})
-        return config.model_copy(update={"model": model, "data": data})
+        return config.model_copy(update={"model": model, "data": data, "distill": DistillConfig()})
 
 
 def with_keys(config: Config, **keys: object) -> Config:

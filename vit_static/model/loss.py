@@ -115,10 +115,13 @@ class Criterion(nn.Layer):
         self._train_loss, self._weights = loss, weights
         self._eval_loss = loss.model_copy(update={"label_smoothing": 0.0, "focal_gamma": 0.0})
 
+    def image_losses(self, logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
+        """Compute the training loss of each image, [B]."""
+        return per_image_loss(logits, labels, self._train_loss, self._weights)
+
     def forward(self, logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
         if self.training:
-            losses = per_image_loss(logits, labels, self._train_loss, self._weights)
-            return losses.mean()
+            return self.image_losses(logits, labels).mean()
         losses = per_image_loss(logits, labels, self._eval_loss)
         ranks = label_ranks(logits, labels)
         values = paddle.stack([losses, ranks, *top1_predictions(logits, self._eval_loss.name)], axis=1)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from vit_static.common.errors import ConfigError
 from vit_static.common.terminal import print_table
 from vit_static.config.model_schema import ModelConfig
-from vit_static.model.flops import Shape, forward_macs
+from vit_static.model.flops import Shape, forward_macs, train_flops
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,11 @@ def shape_of(config: ModelConfig) -> Shape:
         num_mlp_products=3 if config.mlp == "swiglu" else 2,
         pools_by_attention=config.pool == "map",
     )
+
+
+def step_flops(config: ModelConfig, teacher: ModelConfig | None = None) -> int:
+    """Return the operations of a training step per image: the model's, and the forward pass of a teacher."""
+    return train_flops(shape_of(config)) + (0 if teacher is None else 2 * forward_macs(shape_of(teacher)))
 
 
 def num_parameters(config: ModelConfig) -> int:

@@ -16,7 +16,7 @@ class ParamGroup:
 
     lr_multiplier: float
     decays: bool
-    is_matrix: bool  # the kernel of a layer other than the head, which Muon orthogonalizes
+    is_matrix: bool  # the kernel of a layer other than the head and a projector, which Muon orthogonalizes
 
 
 def param_group(name: str, depth: int, optim: OptimConfig, num_axes: int = 1) -> ParamGroup:
@@ -34,13 +34,13 @@ def param_group(name: str, depth: int, optim: OptimConfig, num_axes: int = 1) ->
     if name in ("cls_token", "reg_token", "pos_embed", "attn_pool.latent") or name.endswith(".rope.frequencies"):
         kinds.add("embedding")
     block = re.match(r"blocks\.(\d+)\.", name)
-    if name.startswith(("norm.", "attn_pool.", "head")):
+    if name.startswith(("norm.", "attn_pool.", "head", "distill_projector.")):
         num_layers_above = 0
     elif block:
         num_layers_above = depth - int(block[1])
     else:
         num_layers_above = depth + 1
-    is_matrix = name.endswith(".weight") and num_axes >= 2 and not name.startswith("head.")
+    is_matrix = name.endswith(".weight") and num_axes >= 2 and not name.startswith(("head.", "distill_projector."))
     return ParamGroup(optim.layer_decay**num_layers_above, not kinds & set(optim.no_decay), is_matrix)
 
 

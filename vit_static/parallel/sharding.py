@@ -41,6 +41,7 @@ TP_SHARDING_RULES: dict[str, str] = {
     r"norm\.(weight|bias)": _REPLICATED,
     r"head0\.(weight|bias)": _REPLICATED,
     r"head\.(weight|bias)": _LAST_AXIS,
+    r"distill_projector\.(weight|bias)": _REPLICATED,
 }
 
 
@@ -97,7 +98,7 @@ def shard_model(model: nn.Layer, mesh: Mesh, sharding_stage: int) -> dict[str, i
     for block, stage, next_stage in zip(blocks, stages, [*stages[1:], *stages[-1:]], strict=True):
         if next_stage != stage:
             block.register_forward_post_hook(_reshard_hook(mesh.stage(next_stage), batch_placements(mesh)))
-    if mesh.shape.mp > 1:
+    if mesh.shape.mp > 1 and model.head is not None:
         # Gather the logits of a split head once, for all operators that read them.
         model.head.register_forward_post_hook(_reshard_hook(mesh.last_stage, batch_placements(mesh)))
     return stage_of_layers
@@ -123,7 +124,7 @@ def _stage_of(layer_name: str, stages_of_blocks: list[int]) -> int:
     block = re.match(r"blocks\.(\d+)", layer_name)
     if block:
         return stages_of_blocks[int(block[1])]
-    is_last = layer_name.partition(".")[0] in ("norm", "attn_pool", "head0", "head")
+    is_last = layer_name.partition(".")[0] in ("norm", "attn_pool", "head0", "head", "distill_projector")
     return stages_of_blocks[-1] if stages_of_blocks and is_last else 0
 
 

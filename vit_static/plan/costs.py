@@ -17,6 +17,7 @@ from paddle.distributed.auto_parallel.static.process_group import get_process_gr
 
 from vit_static.optim.muon import NEWTON_SCHULZ
 from vit_static.optim.schedule_free import OFFSET
+from vit_static.program.distillation import TEACHER_PREFIX
 from vit_static.program.ir import BACKWARD, COLLECTIVE_KINDS, FORWARD, UPDATE, is_read_by_marked
 
 _ROLES = {FORWARD: "forward", BACKWARD: "backward", UPDATE: "update"}
@@ -76,6 +77,7 @@ class Costs:
     step_peak: int  # peak of gradients and activations together, as they are allocated and freed
     collectives: tuple[Collective, ...]
     operators: tuple[Operator, ...]
+    teacher: int = 0  # parameters of a teacher, which are none of the model's
 
     def flops(self, num_micro_batches: int) -> int:
         """Return the floating-point operations per step."""
@@ -87,7 +89,13 @@ class Costs:
 
     def memory(self, num_in_flight: int) -> int:
         """Return the total peak, with this many micro-batches in flight."""
-        return self.parameters + self.optimizer_state + self.step_peak + (num_in_flight - 1) * self.kept_activations
+        return (
+            self.parameters
+            + self.teacher
+            + self.optimizer_state
+            + self.step_peak
+            + (num_in_flight - 1) * self.kept_activations
+        )
 
 
 def runs_per_step(role: str, num_micro_batches: int) -> int:
@@ -103,9 +111,9 @@ class CostModel:
     # copies are added to the optimizer state.
     item_size: int = 4
     master_gradients: bool = True  # gradients are reduced and clipped in float32 in any case
-    # The number of tokens N if a fused kernel computes attention (FlashAttention, arXiv 2205.14135): the scores
-    # [..., N, N] are never in memory, and computed a second time in the backward pass.
-    fused_tokens: int | None = None
+    # The numbers of tokens N, of the model and of its teacher, if a fused kernel computes attention (FlashAttention,
+    # arXiv 2205.14135): the scores [..., N, N] are never in memory, and computed a second time in the backward pass.
+    fused_tokens: tuple[int, ...] = ()
     newton_schulz_size: int = 4  # bytes per value of the matrices that Muon gathers and orthogonalizes
     # Ranks that hold the same part of the model: sums over them in the backward pass are of gradients.
     dp_ranks: tuple[int, ...] = ()
@@ -124,9 +132,9 @@ class CostModel:
 
     def are_fused_scores(self, value: Any) -> bool:
         """Return whether a value holds attention scores that a fused kernel never stores."""
-        if self.fused_tokens is None or value.type().as_vec_type() or len(value.shape) != 4:
+        if not self.fused_tokens or value.type().as_vec_type() or len(value.shape) != 4:
             return False
-        return list(value.shape[-2:]) == [self.fused_tokens, self.fused_tokens]
+        return value.shape[-2] == value.shape[-1] and value.shape[-1] in self.fused_tokens
 
 
 def collectives(program: Any, cost_model: CostModel = CostModel()) -> list[Collective]:
@@ -156,6 +164,7 @@ def program_costs(program: Any, parameter_names: Iterable[str], cost_model: Cost
     names = set(parameter_names)
     stored = {op.result(0).name: op.result(0) for op in ops if _is_stored(op)}
     parameters = [value for name, value in stored.items() if name in names]
+    teacher = [value for name, value in stored.items() if name.startswith(TEACHER_PREFIX)]
     accumulated = [
         value for name, value in program.global_block().kwargs().items() if name.endswith("@GRAD@MERGE")
     ]  # gradients that are summed over micro-batches
@@ -174,6 +183,7 @@ def program_costs(program: Any, parameter_names: Iterable[str], cost_model: Cost
             for op in ops
             if op.name() not in _ALIASES
         ),
+        teacher=sum(cost_model.num_bytes(value, cost_model.item_size) for value in teacher),
     )
 
 

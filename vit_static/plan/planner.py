@@ -20,8 +20,9 @@ from vit_static.common.errors import ConfigError
 from vit_static.common.hardware import GPUS, GPUS_PER_NODE, INTERCONNECTS, RESERVED_BYTES
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config, ParallelConfig
-from vit_static.model import flops
-from vit_static.model.variants import shape_of, variant_of
+from vit_static.model.attention import attention_by_matmul
+from vit_static.model.flops import forward_macs
+from vit_static.model.variants import shape_of, step_flops, variant_of
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import (
     Mesh,
@@ -36,6 +37,7 @@ from vit_static.plan.costs import Collective, CostModel, Costs, count_by_kind, p
 from vit_static.plan.fake_world import fake_world
 from vit_static.program.precision import Precision, choose_precision, newton_schulz_dtype, uses_flash_attention
 from vit_static.program.program import Program
+from vit_static.weights.teacher import TeacherSource, find_teacher, require_mesh, why_unsplittable
 
 _MESH_KEYS = {
     "dp": "dp",
@@ -71,7 +73,8 @@ class Plan:
     cluster: Cluster
     dtype: str
     global_batch_size: int
-    model_flops: int  # per step on all ranks, in closed form
+    model_flops: int  # per step on all ranks, in closed form; with the forward pass of a teacher
+    teacher_flops: int = 0  # of these
 
     @property
     def activations(self) -> int:
@@ -160,6 +163,7 @@ class Plan:
             **asdict(self.cluster),
             "bytes": {
                 "parameters": self.costs.parameters,
+                "teacher_parameters": self.costs.teacher,
                 "gradients": self.costs.gradients,
                 "optimizer_state": self.costs.optimizer_state,
                 "activations_peak_estimate": self.activations,
@@ -172,7 +176,11 @@ class Plan:
                 {"kind": kind, "role": role, "ranks": list(ranks), "count": count, "bytes": num_bytes}
                 for (kind, role, ranks), (count, num_bytes) in totals.items()
             ],
-            "flops": {"program": self.costs.flops(self.num_micro_batches), "model": self.model_flops},
+            "flops": {
+                "program": self.costs.flops(self.num_micro_batches),
+                "model": self.model_flops,
+                "teacher": self.teacher_flops,
+            },
             "seconds": {
                 "compute": self.compute_seconds,
                 "communication": self.communication_seconds,
@@ -213,14 +221,24 @@ def resolve_world_size(parallel: ParallelConfig, world_size: int | None) -> int:
     return ranks_per_replica if parallel.dp == "auto" else parallel.dp * ranks_per_replica
 
 
-def make_plan(config: Config, parallel: ParallelConfig, world_size: int, cluster: Cluster, rank: int = 0) -> Plan:
+def make_plan(
+    config: Config,
+    parallel: ParallelConfig,
+    world_size: int,
+    cluster: Cluster,
+    rank: int = 0,
+    teacher: TeacherSource | None = None,
+) -> Plan:
     """Compile the run's program for one rank and count its costs.
 
-    Raises ConfigError for an invalid mesh or rank, or a dtype that the GPU doesn't support.
+    `teacher`: of the config, if it has been found. Raises ConfigError for an invalid mesh or rank, or a dtype that the
+    GPU doesn't support.
     """
+    teacher = teacher or find_teacher(config, needs_weights=False)
     variant = variant_of(config.model)
     batch_size = config.data.global_batch_size
     mesh_shape = resolve_mesh(parallel, world_size, batch_size, variant)
+    require_mesh(teacher, parallel, mesh_shape, batch_size)
     if not 0 <= rank < world_size:
         raise ConfigError(f"--rank {rank}: the mesh has ranks 0 to {world_size - 1}; set one of them")
     precision = choose_precision(config.amp, "gpu")
@@ -231,7 +249,7 @@ def make_plan(config: Config, parallel: ParallelConfig, world_size: int, cluster
     micro_batches = num_micro_batches(parallel)
     with fake_world(rank, world_size):
         mesh = make_mesh(rank, mesh_shape, "gpu")
-        program = _compile(config, parallel, mesh, precision)
+        program = _compile(config, parallel, mesh, precision, teacher)
         costs: Costs = program.costs()
     return Plan(
         mesh_shape=mesh_shape,
@@ -244,21 +262,26 @@ def make_plan(config: Config, parallel: ParallelConfig, world_size: int, cluster
         cluster=cluster,
         dtype=precision.dtype,
         global_batch_size=batch_size,
-        model_flops=flops.train_flops(shape_of(config.model)) * batch_size,
+        model_flops=step_flops(config.model, None if teacher is None else teacher.model) * batch_size,
+        teacher_flops=0 if teacher is None else 2 * forward_macs(shape_of(teacher.model)) * batch_size,
     )
 
 
-def _compile(config: Config, parallel: ParallelConfig, mesh: Mesh, precision: Precision) -> Program:
+def _compile(
+    config: Config, parallel: ParallelConfig, mesh: Mesh, precision: Precision, teacher: TeacherSource | None
+) -> Program:
     """Return the program of this rank, with parameters that take no memory."""
-    is_fused = uses_flash_attention(config.model, precision, parallel, config.kernels, "gpu")
+    models = [config.model] if teacher is None else [config.model, teacher.model]
+    fused = [each for each in models if uses_flash_attention(each, precision, parallel, config.kernels, "gpu")]
     with paddle.LazyGuard():
         model = VisionTransformer(config.model)
+        teacher_model = None if teacher is None else teacher.build(config, attention_by_matmul)
     cost_model = CostModel(
         item_size=2 if precision.level == "O2" else 4,
         master_gradients=config.amp.master_grad,
         dp_ranks=mesh.dp_ranks,
         newton_schulz_size=2 if newton_schulz_dtype(precision, "gpu") == "bfloat16" else 4,
-        fused_tokens=shape_of(config.model).num_tokens if is_fused else None,
+        fused_tokens=tuple(shape_of(each).num_tokens for each in fused),
     )
     return Program.for_training(
         config.model_copy(update={"parallel": parallel}),
@@ -268,6 +291,7 @@ def _compile(config: Config, parallel: ParallelConfig, mesh: Mesh, precision: Pr
         learning_rate=lambda step: config.optim.lr,
         eval_batch_size=mesh.dp_size,
         count_costs=partial(program_costs, cost_model=cost_model),
+        teacher=teacher_model,
     )
 
 
@@ -284,7 +308,8 @@ def search_meshes(config: Config, parallel: ParallelConfig, world_size: int, clu
     Tensor parallelism stays within a node; with data parallelism ZeRO stages 0, 2 and 3 are tried. Raises ConfigError
     if no mesh is valid.
     """
-    variant = variant_of(config.model)
+    variant, teacher = variant_of(config.model), find_teacher(config, needs_weights=False)
+    batch_size = config.data.global_batch_size
     plans = []
     for mesh_shape in all_mesh_shapes(world_size):
         if mesh_shape.mp > cluster.gpus_per_node:
@@ -293,15 +318,18 @@ def search_meshes(config: Config, parallel: ParallelConfig, world_size: int, clu
             candidate = parallel.model_copy(
                 update={"dp": mesh_shape.dp, "mp": mesh_shape.mp, "pp": mesh_shape.pp, "sharding_stage": stage}
             )
-            if why_invalid(candidate, mesh_shape, world_size, config.data.global_batch_size, variant) is None:
-                plans.append(_plan_worst_stage(config, candidate, world_size, cluster))
+            reason = why_invalid(candidate, mesh_shape, world_size, batch_size, variant)
+            if (reason or why_unsplittable(teacher, candidate, mesh_shape, batch_size)) is None:
+                plans.append(_plan_worst_stage(config, candidate, world_size, cluster, teacher))
     if not plans:
-        resolve_mesh(parallel, world_size, config.data.global_batch_size, variant)
+        require_mesh(teacher, parallel, resolve_mesh(parallel, world_size, batch_size, variant), batch_size)
     return sorted(plans, key=lambda plan: (not plan.fits, plan.step_seconds, plan.memory))
 
 
-def _plan_worst_stage(config: Config, parallel: ParallelConfig, world_size: int, cluster: Cluster) -> Plan:
+def _plan_worst_stage(
+    config: Config, parallel: ParallelConfig, world_size: int, cluster: Cluster, teacher: TeacherSource | None
+) -> Plan:
     """Return the plan of a pipeline's first or last stage (with the head): whichever doesn't fit or is slower."""
     ranks = [0] if parallel.pp == 1 else [0, world_size - 1]
-    plans = [make_plan(config, parallel, world_size, cluster, rank) for rank in ranks]
+    plans = [make_plan(config, parallel, world_size, cluster, rank, teacher) for rank in ranks]
     return max(plans, key=lambda plan: (not plan.fits, plan.step_seconds))

@@ -79,6 +79,7 @@ def _describe_memory(plan: Plan) -> list[str]:
     return [
         "memory",
         f"  parameters           {_size(costs.parameters)}",
+        *([f"  teacher's parameters {_size(costs.teacher)}"] if costs.teacher else []),
         f"  gradients            {_size(costs.gradients)}",
         f"  optimizer state      {_size(costs.optimizer_state)}",
         f"  activations, peak   ~{_size(plan.activations)}   estimate: {_size(costs.activations).strip()} of one "
@@ -106,7 +107,8 @@ def _print_collectives(plan: Plan) -> None:
 def _describe_time(plan: Plan) -> list[str]:
     return [
         f"operations per step  {plan.costs.flops(plan.num_micro_batches) / 1e12:.3f} TFLOP on this rank; "
-        f"the model's on all ranks {plan.model_flops / 1e12:.3f} TFLOP",
+        f"the model's on all ranks {plan.model_flops / 1e12:.3f} TFLOP"
+        + (f", {plan.teacher_flops / 1e12:.3f} of it in the teacher" if plan.teacher_flops else ""),
         f"compute              at least {plan.compute_seconds * 1e3:.2f} ms",
         f"communication        at least {plan.communication_seconds * 1e3:.2f} ms",
         f"step                 at least {plan.step_seconds * 1e3:.2f} ms, so at most {plan.images_per_s:,.0f} images/s "

@@ -18,8 +18,10 @@ from paddle import nn
 from vit_static.checkpoint.sharded_state import RankShard, ShardedReader
 from vit_static.common.errors import ConfigError
 from vit_static.config.schema import Config, ParallelConfig
+from vit_static.model.distill_loss import DistillCriterion
 from vit_static.model.loss import Criterion
 from vit_static.model.loss_weights import NO_WEIGHTS, LossWeights
+from vit_static.model.teacher import Teacher
 from vit_static.model.variants import require_head
 from vit_static.model.vit import VisionTransformer
 from vit_static.optim.optimizers import make_optimizer, step_scalars
@@ -28,6 +30,7 @@ from vit_static.parallel import sharding
 from vit_static.parallel.mesh import Mesh, num_micro_batches
 from vit_static.program import engine, seeded_dropout
 from vit_static.program.autocast import add_biases_in_low_precision, wrap_forward
+from vit_static.program.distillation import Distillation
 from vit_static.program.grad_buckets import GradSyncConfig
 from vit_static.program.pass_list import PassContext, run_passes
 from vit_static.program.precision import Precision, newton_schulz_dtype, uses_seeded_dropout
@@ -45,12 +48,21 @@ class Program:
     `target_classes`.
     """
 
-    def __init__(self, model: VisionTransformer, criterion: Criterion, mesh: Mesh, spec: ProgramSpec) -> None:
+    def __init__(
+        self,
+        model: VisionTransformer,
+        criterion: Criterion,
+        mesh: Mesh,
+        spec: ProgramSpec,
+        teacher: Teacher | None = None,
+    ) -> None:
         """Shard the model over the mesh and prepare it for compilation, which happens when a mode is first used.
 
-        Raises ConfigError for settings that the device doesn't support.
+        `teacher`: that of the training spec's `distill`. Raises ConfigError for settings that the device doesn't
+        support.
         """
-        self._model, self._criterion, self._mesh, self._spec = model, criterion, mesh, spec
+        self._model, self._mesh, self._spec = model, mesh, spec
+        self._criterion: Criterion | DistillCriterion = criterion
         self._grad_sync = _grad_sync_config(spec.parallel, mesh)
         self._mode: str | None = None
         self._built: dict[str, Any] = {}
@@ -58,9 +70,15 @@ class Program:
         self._initial_weights: dict[str, paddle.Tensor] = {}  # in float32, until the program is built for training
         self._loss = RecordedLoss(num_micro_batches(spec.parallel))
         self._input_specs = {"eval": self._specs_of(spec.eval_batch_size, spec.eval_target_classes)}
+        training = spec.training
+        self._distillation = None
+        if teacher is not None and training is not None:
+            self._distillation = Distillation(teacher, training.distill, num_micro_batches(spec.parallel))
+            self._distillation.add_projector(model)
+            self._distillation.place(mesh, spec)
+            self._criterion = self._distillation.criterion(criterion)
         stages = sharding.shard_model(model, mesh, spec.parallel.sharding_stage)
         self._dropout = None
-        training = spec.training
         self._draws = None
         if training is not None:
             seeded = uses_seeded_dropout(spec.parallel, mesh.device)
@@ -70,6 +88,8 @@ class Program:
         _recompute_blocks(model, spec.parallel.recompute)
         if spec.precision.level == "O1" and mesh.device == "gpu" and spec.kernels.fused_linear:
             add_biases_in_low_precision(model, spec.precision, spec.amp)
+        if self._distillation is not None:
+            self._distillation.wrap_forward(model)
         wrap_forward(model, spec.precision, spec.amp, self._dropout)
         layer, optimizer, strategy = model, None, _strategy(spec)
         if training is not None:
@@ -80,8 +100,8 @@ class Program:
         elif spec.precision.level == "O2":
             layer = paddle.amp.decorate(model, level="O2", dtype=spec.precision.dtype)
         self._main_mode = "eval" if optimizer is None else "train"
-        input_spec = self._input_specs[self._main_mode]
-        self._program = dist.to_static(layer, None, criterion, optimizer, strategy=strategy, input_spec=input_spec)
+        arguments: dict[str, Any] = {"strategy": strategy, "input_spec": self._input_specs[self._main_mode]}
+        self._program = dist.to_static(layer, None, self._criterion, optimizer, **arguments)
         beta1 = None if training is None else training.optim.betas[0]
         self._state = ProgramState(self._program, mesh, partial(self._set_mode, self._main_mode), beta1)
 
@@ -98,15 +118,17 @@ class Program:
         warmup_steps: int = 0,
         loss_weights: LossWeights = NO_WEIGHTS,
         count_costs: CountCosts | None = None,
+        teacher: Teacher | None = None,
     ) -> Program:
         """Make the program of a run, which trains and evaluates.
 
         `learning_rate` maps the number of completed updates to the rate of the next; `warmup_steps` are those of it.
         `eval_batch_size` is global.
         `loss_weights` are those of the training loss. `count_costs` is called with the compiled training program;
-        `costs` returns its result.
+        `costs` returns its result. `teacher` is that of distill.teacher.
         """
         require_head(config.model)
+        assert (teacher is None) == (config.distill.teacher is None), "the teacher of the config"
         training = TrainingSpec(
             optim=config.optim,
             learning_rate=learning_rate,
@@ -115,6 +137,7 @@ class Program:
             freeze=config.train.freeze,
             warmup_steps=warmup_steps,
             count_costs=count_costs,
+            distill=config.distill,
         )
         spec = ProgramSpec(
             precision=precision,
@@ -129,7 +152,7 @@ class Program:
             training=training,
         )
         criterion = Criterion(config.loss, loss_weights, returns_logits=config.evaluates_logits)
-        return cls(model, criterion, mesh, spec)
+        return cls(model, criterion, mesh, spec, teacher)
 
     @classmethod
     def for_eval(
@@ -185,6 +208,14 @@ class Program:
         """
         with self._mesh.waiting_for_device():
             return 0.0 if loss is None else float(np.mean(np.asarray(loss)))
+
+    def loss_parts(self) -> dict[str, float]:
+        """Return the label loss and the distillation loss of the last step, by name; empty without a teacher.
+
+        They are averaged as `loss_value`'s, and read until the next step overwrites them. Waits for the device.
+        """
+        parts = {} if self._distillation is None else self._distillation.loss_parts()
+        return {name: self.loss_value(part) for name, part in parts.items()}
 
     def grad_norm(self) -> float:
         """Return the global norm of the last update's gradients before clipping. Waits for the device.
@@ -302,6 +333,8 @@ class Program:
             self._built[mode] = engine.build_mode(self._program, mode, partial(self._run_passes, mode))
             if mode == "train":
                 self._loss.create(engine.place_of(self._program))
+                if self._distillation is not None:
+                    self._distillation.create_variables(engine.place_of(self._program))
         engine.use_mode(self._program, mode, self._built[mode])
         self._mode = mode
         if mode == "train" and self._initial_weights:
@@ -334,6 +367,8 @@ class Program:
         loss = engine.loss_of(self._program, compiled)
         if loss is not None:
             self._loss.record(compiled, loss)
+        if self._distillation is not None:
+            self._distillation.record(compiled)
 
     def _specs_of(self, batch_size: int, target_classes: int | None) -> list[list[Any]]:
         """Return the engine's input specs of images and of labels or targets, for a global batch."""

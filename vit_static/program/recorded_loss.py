@@ -26,7 +26,9 @@ class RecordedLoss:
         self._variable_name: str | None = None  # None until a program with a loss records it
 
     def record(self, program: Any, loss: Any) -> None:
-        """Store `loss`, a value [] of the compiled program, in the variable; each micro-batch runs this once.
+        """Store `loss`, a value of the compiled program, in the variable; each micro-batch runs this once.
+
+        It is the loss [], or the losses of the images [B], of which the mean is stored.
 
         Earlier losses move up by one place, so after a step the variable holds that step's in order. The variable is
         added when the program has been cut for this rank: before, the engine would average the loss over the ranks.
@@ -38,7 +40,7 @@ class RecordedLoss:
             variable = paddle._C_ops.data(self._variable_name, [num_losses], loss.dtype, paddle.base.core.Place())
             variable.persistable = True
             pir.set_insertion_point_after(loss.get_defining_op())
-            newest = paddle.reshape(loss, [1])
+            newest = paddle.reshape(paddle.mean(loss) if loss.shape else loss, [1])
             assign_to(variable, newest if num_losses == 1 else paddle.concat([variable[1:], newest]))
 
     def create(self, place: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from vit_static.config.distill_schema import DistillConfig
 from vit_static.config.optim_schema import OptimConfig
 from vit_static.config.schema import AmpConfig, KernelsConfig, ParallelConfig
 from vit_static.program.precision import Precision
@@ -26,6 +27,7 @@ class TrainingSpec:
     freeze: str = "none"  # train.freeze
     warmup_steps: int = 0  # of `learning_rate`
     count_costs: CountCosts | None = None
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import paddle.distributed as dist
 from paddle import nn
 
 from vit_static.checkpoint.sharded_state import RankShard, ShardedReader, Slices, assign_slices, slice_on_rank
+from vit_static.model.teacher import PROJECTOR
 from vit_static.optim.ema import EMA
 from vit_static.optim.schedule_free import OFFSET, averaged_weights
 from vit_static.parallel.dist_values import local_array, local_tensor, variable_array
@@ -94,10 +95,10 @@ class ProgramState:
     def weights(self, ema: bool = False) -> State:
         """Return the weights (or their moving average) that this rank holds, as float32, in the file layout.
 
-        The weights of schedule_free_adamw are its average. All ranks call this together.
+        A projector isn't among them. The weights of schedule_free_adamw are its average. All ranks call this together.
         """
         suffix = f"@{EMA}" if ema else ""
-        tensors = self.tensors()
+        tensors = {name: tensor for name, tensor in self.tensors().items() if not name.startswith(f"{PROJECTOR}.")}
         state = {name: tensor for name, tensor in tensors.items() if ema or "@" not in name}
         arrays = {
             name.removesuffix(suffix): local_array(tensor).astype(np.float32)

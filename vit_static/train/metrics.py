@@ -15,8 +15,6 @@ from vit_static.common.errors import describe_error
 from vit_static.common.hardware import peak_flops
 from vit_static.common.text import counted
 from vit_static.config.data_schema import SelectionMetric
-from vit_static.model.flops import train_flops
-from vit_static.model.variants import shape_of
 from vit_static.parallel.mesh import Mesh, device_name
 from vit_static.program.program import Program
 from vit_static.report.class_metrics import average_precision
@@ -133,14 +131,16 @@ class ThroughputMeter:
 class MetricLogger:
     """Logs one run's training steps, evaluations and events, and measures its throughput."""
 
-    def __init__(self, log: RunLog, spec: RunSpec, mesh: Mesh, start_step: int, dtype: str) -> None:
-        """`dtype`: that of the matrix products, for the MFU."""
+    def __init__(
+        self, log: RunLog, spec: RunSpec, mesh: Mesh, start_step: int, dtype: str, train_flops_per_image: int
+    ) -> None:
+        """`dtype`: that of the matrix products, for the MFU, as are the operations per image, a teacher's included."""
         self.logged_step = start_step
         self.loss: float | None = None  # the last logged step's, averaged over all ranks
         self._log, self._spec, self._mesh = log, spec, mesh
         self._timed_from = start_step, 0.0  # the step, and the seconds at which it was done, for the expected end
         self._has_said_end = False
-        self.train_flops_per_image = train_flops(shape_of(spec.config.model))
+        self.train_flops_per_image = train_flops_per_image
         self._peak_flops = peak_flops(device_name(mesh), dtype)  # FLOP/s per device; None where unknown
         self._meter, self._started = ThroughputMeter(), time.perf_counter()
 
@@ -168,6 +168,7 @@ class MetricLogger:
         peak = self._peak_flops
         values: dict[str, Any] = {
             "loss": self.loss,
+            **{name: self._mesh.mean(value) for name, value in program.loss_parts().items()},
             "lr": spec.lr_at(step - 1),
             "grad_norm": program.grad_norm(),
             "images_per_s": images_per_s,

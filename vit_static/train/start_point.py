@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vit_static.checkpoint.folder import CONFIG, open_shards
-from vit_static.checkpoint.progress import Progress
+from vit_static.checkpoint.progress import Progress, TeacherRecord
 from vit_static.checkpoint.resume import (
     check_same_images,
     check_same_run,
+    check_same_teacher,
     read_progress,
+    read_teacher,
     resolve_resume,
     suggest_fallback,
     verify_files,
@@ -55,15 +57,17 @@ class StartPoint:
     archives: bool  # older checkpoints of the folder are moved away rather than continued
 
     @classmethod
-    def find(cls, config: Config, run: RunDir, resume: str) -> StartPoint:
+    def find(cls, config: Config, run: RunDir, resume: str, teacher: TeacherRecord | None = None) -> StartPoint:
         """Find the checkpoint to resume from, before the processes connect. `resume`: auto, never, or a path.
 
-        Raises WeightsError for a path without a checkpoint, ConfigError where the config doesn't fit the checkpoint.
+        Raises WeightsError for a path without a checkpoint, ConfigError where the config or the teacher isn't that of
+        the checkpoint.
         """
         checkpoint = resolve_resume(run.path, resume)
         if checkpoint is None:
             return cls(None, is_own=False, archives=resume != "auto")
         verify_checkpoint(checkpoint)
+        check_same_teacher(checkpoint, read_teacher(checkpoint), teacher)
         check_same_run(checkpoint, config)
         return cls(checkpoint, run.contains(checkpoint), archives=resume != "auto")
 

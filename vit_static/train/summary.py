@@ -19,10 +19,16 @@ _MAX_WIDTH, _LABEL = 100, 11
 
 
 def start_screen(
-    spec: RunSpec, done_steps: int, start: str, num_parameters: int, info: dict[str, Any], num_columns: int = _MAX_WIDTH
+    spec: RunSpec,
+    done_steps: int,
+    start: str,
+    num_parameters: int,
+    info: dict[str, Any],
+    num_columns: int = _MAX_WIDTH,
+    teacher: str | None = None,
 ) -> str:
     """Describe a run in one screen before its first step. `start`: where the weights come from; `info`: of
-    run_info.describe_run; `num_columns`: the terminal's width."""
+    run_info.describe_run; `num_columns`: the terminal's width; `teacher`: the row about it."""
     config, mesh = spec.config, info["mesh"]
     device = info["environment"]["gpu"] or info["environment"]["cpu"]
     variant, model, parallel = variant_of(config.model), config.model, config.parallel
@@ -39,6 +45,7 @@ def start_screen(
         f"{config.data.root}{'; each class equally often' if config.data.sampler == 'balanced' else ''}; "
         f"{_augmentation(config.augment)}",
         "loss": _loss(config.loss),
+        **({} if teacher is None else {"teacher": teacher}),
         **_left_out(spec),
         "batch": f"{counted(mesh['batch_size'], 'image')}, {mesh['batch_size_per_rank']} per data-parallel rank"
         + (f", in {mesh['micro_batches']} micro-batches" if mesh["micro_batches"] > 1 else ""),

@@ -18,8 +18,10 @@ from vit_static.config.schema import Config
 from vit_static.data.loader import TrainLoader
 from vit_static.data.mixup import Mixup
 from vit_static.data.open_set import check_command
+from vit_static.model.variants import step_flops
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import Mesh, gpu_capability, seed_everything, start_mesh
+from vit_static.program.distillation import build_teacher
 from vit_static.program.precision import Precision, choose_attention, choose_precision
 from vit_static.program.program import Program
 from vit_static.report.run_log import EARLY_STOP, METRICS_FORMAT
@@ -36,7 +38,9 @@ from vit_static.train.run_spec import RunSpec
 from vit_static.train.start_point import Start, StartPoint, check_settings, resolve_model, verify_checkpoint
 from vit_static.train.stop import BAD_IMAGE, NONFINITE, ON_REQUEST, UNSAVED, SignalWatch, StopController
 from vit_static.train.summary import start_screen
+from vit_static.train.teacher import check_teacher, describe_teacher
 from vit_static.train.trackers import make_trackers
+from vit_static.weights.teacher import TeacherSource, find_teacher
 
 
 def train(config: Config, resume: str = "auto") -> bool:
@@ -50,10 +54,12 @@ def train(config: Config, resume: str = "auto") -> bool:
     """
     config = resolve_model(config, resume)
     check_settings(config, resume)
+    teacher = find_teacher(config)
     spec = RunSpec.resolve(config)
+    check_teacher(teacher, spec)
     with RunDir.locked(config, spec.rank) as run:
-        start_point = StartPoint.find(config, run, resume)
-        with Trainer.build(spec, run, start_point) as trainer:
+        start_point = StartPoint.find(config, run, resume, None if teacher is None else teacher.record)
+        with Trainer.build(spec, run, start_point, teacher) as trainer:
             is_complete = trainer.fit()
     trainer.stop.raise_if_failed(trainer.progress.step, check_command(config.data), run.resume_hint())
     return is_complete
@@ -71,6 +77,7 @@ class Trainer:
         precision: Precision,
         start: Start,
         stack: ExitStack,
+        teacher: TeacherSource | None = None,
     ) -> None:
         """`stack` closes the log, the trace and the signal handlers when the run ends."""
         config, done_steps = spec.config, start.progress.step
@@ -81,8 +88,10 @@ class Trainer:
         self.evaluator = Evaluator(config, spec.val_images, mesh, spec.extra_sets)
         signals = stack.enter_context(SignalWatch(config.train.stop_timeout_s))
         log = stack.enter_context(RunLog(run.path, spec.rank, make_trackers(config, done_steps)))
-        self.metrics = MetricLogger(log, spec, mesh, done_steps, precision.dtype)
-        writer = CheckpointWriter(config, mesh, spec.train_images.class_names, start.run_id)
+        flops_per_image = step_flops(config.model, None if teacher is None else teacher.model)
+        self.metrics = MetricLogger(log, spec, mesh, done_steps, precision.dtype, flops_per_image)
+        record = None if teacher is None else teacher.record
+        writer = CheckpointWriter(config, mesh, spec.train_images.class_names, start.run_id, record)
         self.checkpoints = Checkpointer(writer, spec, self.metrics, saved=start.progress)
         signals.describe = self.describe_stop
         self.nonfinite = NonFiniteGuard(spec, run, mesh.first_non_none)
@@ -96,7 +105,9 @@ class Trainer:
 
     @classmethod
     @contextmanager
-    def build(cls, spec: RunSpec, run: RunDir, start_point: StartPoint) -> Iterator[Trainer]:
+    def build(
+        cls, spec: RunSpec, run: RunDir, start_point: StartPoint, teacher: TeacherSource | None = None
+    ) -> Iterator[Trainer]:
         """Connect the ranks, build model and program (compiled on first use), restore the state, open the log."""
         config = spec.config
         mesh = start_mesh(
@@ -109,8 +120,9 @@ class Trainer:
         attention = choose_attention(config.model, precision, config.parallel, config.kernels, mesh.device)
         model = VisionTransformer(config.model, attention)
         start = start_point.load(spec, mesh, model)
+        num_parameters = sum(math.prod(parameter.shape) for parameter in model.parameters())
         redirect_library_output(run.log_path(spec.rank))
-        program = _build_program(spec, mesh, model, precision)
+        program = _build_program(spec, mesh, model, precision, teacher)
         shards = start_point.open()
         if shards is not None:
             program.restore(shards)
@@ -125,9 +137,8 @@ class Trainer:
             start.init_report.write(run.path / "init.json")
         mesh.barrier()
         with ExitStack() as stack:
-            trainer = cls(spec, run, mesh, program, precision, start, stack)
-            num_parameters = sum(math.prod(parameter.shape) for parameter in model.parameters())
-            trainer._announce(start, precision, num_parameters)
+            trainer = cls(spec, run, mesh, program, precision, start, stack, teacher)
+            trainer._announce(start, precision, num_parameters, teacher)
             yield trainer
 
     def fit(self) -> bool:
@@ -280,13 +291,14 @@ class Trainer:
             device_id=self.mesh.device_id,
         )
 
-    def _announce(self, start: Start, precision: Precision, num_parameters: int) -> None:
+    def _announce(self, start: Start, precision: Precision, num_parameters: int, teacher: TeacherSource | None) -> None:
         """Print the start screen and log the event `started` or `resumed`."""
         spec, metrics, step = self.spec, self.metrics, self.progress.step
         info = describe_run(spec.config, self.mesh, f"{precision.level} {precision.dtype}")
-        metrics.say(start_screen(spec, step, start.description, num_parameters, info, metrics.num_columns))
+        row = None if teacher is None else describe_teacher(teacher, spec.config.distill)
+        metrics.say(start_screen(spec, step, start.description, num_parameters, info, metrics.num_columns, row))
         notes = () if start.init_report is None else start.init_report.notes
-        for note in (*start.changed_settings, *spec.data_notes, *notes):
+        for note in (*start.changed_settings, *spec.data_notes, *notes, *(() if teacher is None else teacher.notes)):
             metrics.say(f"note: {note}")
         event = "resumed" if start.is_resumed else "started"
         metrics.log_event(
@@ -308,14 +320,18 @@ class Trainer:
         metrics.open_bar(step)
 
 
-def _build_program(spec: RunSpec, mesh: Mesh, model: VisionTransformer, precision: Precision) -> Program:
+def _build_program(
+    spec: RunSpec, mesh: Mesh, model: VisionTransformer, precision: Precision, teacher: TeacherSource | None
+) -> Program:
+    config = spec.config
     return Program.for_training(
-        spec.config,
+        config,
         model,
         mesh,
         precision,
         learning_rate=spec.lr_at,
         warmup_steps=spec.warmup_steps,
         loss_weights=spec.loss_weights,
-        eval_batch_size=eval_batch_size(spec.config, mesh),
+        eval_batch_size=eval_batch_size(config, mesh),
+        teacher=None if teacher is None else build_teacher(teacher, config, precision, mesh.device),
     )

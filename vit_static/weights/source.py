@@ -25,6 +25,7 @@ from vit_static.common.text import display_name, read_lines
 from vit_static.config.data_schema import SelectionMetric
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
+from vit_static.model.teacher import PROJECTOR
 from vit_static.model.variants import grid_of, variant_of
 from vit_static.optim.ema import EMA
 from vit_static.optim.schedule_free import OFFSET, averaged_weights
@@ -175,7 +176,11 @@ def merge_shards(path: Path, *, ema: bool = False) -> State:
     """
     shards = open_shards(path)
     # Frozen parameters have no average of their own: it would be the same.
-    names = {name: f"{name}@{EMA}" if ema and f"{name}@{EMA}" in shards else name for name in shards}
+    names = {
+        name: f"{name}@{EMA}" if ema and f"{name}@{EMA}" in shards else name
+        for name in shards
+        if not name.startswith(f"{PROJECTOR}.")
+    }
     state = {name: shards.read(saved_name) for name, saved_name in names.items() if "@" not in name}
     averaged = [name for name in state if f"{name}@{OFFSET}" in shards]
     if averaged:
