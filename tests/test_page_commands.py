@@ -20,7 +20,7 @@ from helpers.forked_launch import run_forked_launch, run_forked_module
 from helpers.forked_verbs import run_verb, start_verb
 from helpers.pages import CONFIGS, PAGES, Command, page_name, read_commands
 from helpers.sets import copy_part, photo
-from helpers.small import ROOT
+from helpers.small import REFERENCE, ROOT
 
 from vit_static.data.digits import make_digits
 
@@ -93,6 +93,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     augreg = "S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0.npz"
     for name in ("vit.npz", "timm.safetensors", "dinov2.safetensors", augreg):
         run(folder, Command("", "", ["convert", "--from", "output/quickstart", "--to", name]))
+    shutil.copytree(REFERENCE / "weights" / "hf_clip", folder / "clip")
     for name in ("imagenet2012-ViT-B_16-224.pdparams", "imagenet2012-ViT-B_16-384.pdparams"):
         shutil.copy(folder / "output/quickstart/model.pdparams", folder / name)
     return folder

@@ -49,6 +49,22 @@ VIT5 = {
     **{"norm": "rms", "qk_norm": True, "qkv_bias": False, "layer_scale_init": 1e-4, "class_token_pos_embed": False},
     **{"rope": "axial", "rope_base": 10000.0, "rope_grid": (14, 14), "register_tokens": 4, "rope_register_base": 100.0},
 }
+# Towers without their projections, but for the last, whose projection has no bias in CLIP's own files (timm: 512 more).
+CLIP = {"num_classes": 0, "pre_norm": True}
+SIGLIP = {"num_classes": 0, "pool": "map", "image_size": 256}
+CLIP_AND_SIGLIP: list[tuple[dict[str, Any], int]] = [
+    ({"variant": "B/32", **CLIP}, 87_456_000),
+    ({"variant": "B/16", **CLIP}, 85_799_424),
+    ({"variant": "L/16", "patch_size": 14, **CLIP}, 303_179_776),
+    ({"variant": "H/14", **CLIP}, 630_766_080),
+    ({"variant": "g/14", **CLIP}, 1_011_203_840),
+    ({"variant": "G/14", **CLIP}, 1_842_777_344),
+    ({"variant": "B/32", **SIGLIP}, 94_552_320),
+    ({"variant": "L/16", **SIGLIP}, 315_956_224),
+    ({"width": 1152, "depth": 27, "num_heads": 16, "mlp_dim": 4304, **SIGLIP}, 427_888_064),
+    ({"width": 1536, "depth": 40, "num_heads": 16, "mlp_dim": 6144, **SIGLIP}, 1_163_168_256),
+    ({"variant": "B/32", **CLIP, "num_classes": 512}, 87_849_216 + 512),
+]
 # Counted on timm's models (1.0.31) without a head, or with one where classes are given; of the DINOv3 paper's table:
 # 21, 29, 86, 300 and 840 million; of ViT-5's table: 22 and 87 million.
 PUBLISHED: list[tuple[dict[str, Any], int]] = [
@@ -66,6 +82,7 @@ PUBLISHED: list[tuple[dict[str, Any], int]] = [
     ({"variant": "B/16", "pool": "map", "num_classes": 0}, 92_884_224),
     ({"variant": "B/16", "pool": "map", "num_classes": 0, "image_size": 512}, 93_520_128),
     ({"variant": "B/16", "pre_norm": True}, 86_568_424),
+    *CLIP_AND_SIGLIP,
     ({"variant": "B/16", "rope": "mixed", "pos_embed": "none", "layer_scale_init": 1e-5}, 86_444_008),
 ]
 

@@ -13,8 +13,10 @@ LayerNorm's epsilon is 1e-6. vit_jax's blocks compute in float32 nevertheless: i
 - vit_jax_gap: mean of the patches, no class token
 - big_vision_tok: class token without a position, a tanh layer; names start with params/, as in its checkpoints
 - big_vision_gap_sincos: mean of the patches, a fixed position embedding, which is not in the file
-- big_vision_map: pooled by attention; without logits, because this program refuses it
+- big_vision_map: pooled by attention
 - big_vision_scan: as big_vision_tok without the tanh layer; each array has an axis for the blocks
+- big_vision_siglip: two towers as in SigLIP, of one block, in one file below params/; the logits are the features of
+  the image tower, which has no head
 """
 
 import sys
@@ -40,6 +42,9 @@ VIT_JAX = {
 }
 
 
+TOWERS = "big_vision_siglip"
+
+
 def models(vision_transformer: str, big_vision: str) -> dict[str, nn.Module]:
     sys.path[:0] = [vision_transformer, big_vision]
     sys.modules["big_vision.utils"] = types.ModuleType("big_vision.utils")
@@ -47,6 +52,7 @@ def models(vision_transformer: str, big_vision: str) -> dict[str, nn.Module]:
 
     big_vision.utils = sys.modules["big_vision.utils"]
     from big_vision.models import vit
+    from big_vision.models.proj.image_text import two_towers
     from vit_jax import models_vit
 
     size = {"width": WIDTH, "depth": DEPTH, "num_heads": HEADS, "mlp_dim": MLP_DIM, "patch_size": (PATCH, PATCH)}
@@ -57,6 +63,11 @@ def models(vision_transformer: str, big_vision: str) -> dict[str, nn.Module]:
         results[case] = models_vit.VisionTransformer(
             num_classes=NUM_CLASSES, patches=patches, transformer=transformer, hidden_size=WIDTH, **changed
         )
+    image = {**size, "depth": 1, "pool_type": "map", "dtype_mm": "float64"}
+    text = {"width": 8, "depth": 1, "mlp_dim": 12, "num_heads": 2, "vocab_size": 6}
+    results[TOWERS] = two_towers.Model(
+        image=image, text=text, out_dim=(None, WIDTH), temperature_init=10, bias_init=-10
+    )
     return results
 
 
@@ -69,17 +80,19 @@ def main() -> None:
         channels_last = images.transpose(0, 2, 3, 1).astype(np.float64)  # [2, height, width, 3]
         if case in BIG_VISION:
             model = model.clone(dtype_mm="float64")
-        variables = model.init(jax.random.key(0), jnp.asarray(channels_last), train=False)
+        inputs = [jnp.asarray(channels_last)]
+        inputs += [jnp.zeros((2, 5), jnp.int32)] if case == TOWERS else []
+        variables = model.init(jax.random.key(0), *inputs, train=False)
         shapes = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables["params"]), sep="/")
         values = {name: peers.random_values(case, name, value.shape) for name, value in shapes.items()}
-        prefix = "params/" if case == "big_vision_tok" else ""
+        prefix = "params/" if case in ("big_vision_tok", TOWERS) else ""
         np.savez_compressed(FOLDER / f"{case}.npz", **{f"{prefix}{name}": value for name, value in values.items()})
-        if case == "big_vision_map":
-            continue
         exact = {name: jnp.asarray(value, jnp.float64) for name, value in values.items()}
         tree = flax.traverse_util.unflatten_dict(exact, sep="/")
-        logits = model.apply({"params": tree}, jnp.asarray(channels_last), train=False)
-        results[case] = (images, np.asarray(logits[0] if case in BIG_VISION else logits))
+        logits = model.apply({"params": tree}, *inputs, train=False)
+        if case == TOWERS:  # the first output is normalized
+            logits = [logits[2]["img/pre_logits"]]
+        results[case] = (images, np.asarray(logits[0] if case in (*BIG_VISION, TOWERS) else logits))
         assert np.abs(results[case][1]).max() > 0.1
     peers.record(results, "jax.npz")
 

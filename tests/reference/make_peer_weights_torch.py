@@ -58,7 +58,7 @@ HUGGING_FACE = {
 
 def randomized(case: str, model: nn.Module) -> nn.Module:
     state = {
-        name: torch.from_numpy(peers.random_values(case, name, tuple(value.shape)))
+        name: torch.tensor(peers.random_values(case, name, tuple(value.shape)))
         for name, value in model.state_dict().items()
     }
     model.load_state_dict(state)

@@ -24,7 +24,7 @@ def random_values(case: str, name: str, shape: tuple[int, ...]) -> Array:
     last = name.replace("/", ".").rsplit(".", 1)[-1]
     if last in ("gamma", "lambda1"):
         return (0.5 + 0.1 * values).astype(np.float32)
-    if "norm" in name.lower() and last in ("weight", "scale"):
+    if ("norm" in name.lower() or ".ln_" in name) and last in ("weight", "scale"):
         return (1.0 + 0.2 * values).astype(np.float32)
     return (0.2 * values).astype(np.float32)
 

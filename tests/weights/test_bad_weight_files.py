@@ -39,6 +39,10 @@ WEIGHTS = [
         "plsc.pdparams",
         "plsc_fp16.pdparams",
         "timm_dinov2_reg.safetensors",
+        "timm_siglip.safetensors",
+        "open_clip/open_clip_model.safetensors",
+        "hf_clip/model.safetensors",
+        "big_vision_siglip.npz",
     )
 ]
 SUFFIXES = [".pdparams", ".npz", ".safetensors", ".pt", ""]

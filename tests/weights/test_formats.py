@@ -141,7 +141,6 @@ def test_position_embeddings_are_resampled_as_vit_jax_and_timm_do(mode: Any, gri
 @pytest.mark.parametrize(
     ("added", "reason"),
     [
-        ("attn_pool.latent", "pools by attention"),
         ("dist_token", "distilled"),
         ("blocks.0.attn.q_norm.weight", "normalizes queries and keys"),
         ("blocks.0.mlp.w12.weight", "SwiGLU"),
@@ -165,7 +164,8 @@ def test_other_models_are_refused_with_the_reason(tmp_path: Path, added: str, re
         (["blocks.0.attn.q_bias", "blocks.0.gamma_1", "patch_embed.proj.weight"], "EVA or BEiT"),
         (["storage_tokens", "cls_norm.weight", "patch_embed.proj.weight"], "DINOv3"),
         (["encoder.layer.0.mlp.weights_in.weight", "embeddings.cls_token"], "SwiGLU"),
-        (["vision_model.pre_layrnorm.weight"], "CLIP"),
+        (["visual.attn_pool.query", "visual.conv1.weight"], "CoCa"),
+        (["embeds.proj.weight"], "NaFlexVit"),
         (["layer1.0.conv1.weight"], "ResNet"),
     ],
 )
@@ -192,11 +192,6 @@ def test_registers_with_positions_are_refused(tmp_path: Path) -> None:
         infer_config(read_weights(path), "x", ["model.num_heads=4"])
     with pytest.raises(WeightsError, match="registers have positions"):
         convert_state(read_weights(path), config, "x", InitConfig(head="keep"), None)
-
-
-def test_attention_pooling_is_refused() -> None:
-    with pytest.raises(WeightsError, match=r"MAPHead_0.*pools by attention"):
-        read_weights(WEIGHTS / "big_vision_map.npz")
 
 
 def test_paddleclas_small_vit_is_refused(tmp_path: Path) -> None:

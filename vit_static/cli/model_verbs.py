@@ -232,9 +232,9 @@ def _add_convert(subparsers: Subparsers) -> None:
     )
     verb.add_argument(
         "--format",
-        choices=["plsc", "timm", "huggingface", "google"],
+        choices=["plsc", "timm", "huggingface", "google", "openclip"],
         help="Names of the arrays (default: from the ending of --to, timm for .safetensors); huggingface also writes "
-        "config.json.",
+        "config.json, and openclip the image tower alone.",
     )
     verb.add_argument(
         "--head", choices=["keep", "drop"], default="keep", help="Keep or drop the head and its tanh layer."

@@ -44,16 +44,12 @@ UNSUPPORTED: tuple[Architecture, ...] = (
         r"(dist_token|head_dist\..*|embeddings\.distillation_token|(cls|distillation)_classifier\..*)",
         "a distilled DeiT, which has two heads, and this model has one",
     ),
+    Architecture(r"attn_pool(_contrastive)?\.query", "CoCa, whose pooling has many queries and other widths"),
     Architecture(
-        r"(attn_pool\..*|MAPHead_0/.*|vision_model\.head\.probe)",
-        "a model that pools by attention (SigLIP, big_vision's MAP), and this one reads the class token or the mean",
+        r"embeds\.(proj\.weight|pos_embed)", "timm's NaFlexVit; Hugging Face's files of the same SigLIP 2 can be read"
     ),
     Architecture(
         rf"{_BLOCK}attn\.[qk]_norm\..*", "a model that normalizes queries and keys (qk-norm), and this one doesn't"
-    ),
-    Architecture(
-        r"(norm_pre\..*|vision_model\.pre_layrnorm\..*|visual\.ln_pre\..*)",
-        "a model with a norm before its blocks, such as CLIP, and this one has none",
     ),
     Architecture(r"blocks_token_only\.\d+\..*", "CaiT, whose class token has blocks of its own"),
     Architecture(r"blocks\.\d+\.mlp_tokens\..*", "MLP-Mixer, which has no attention"),

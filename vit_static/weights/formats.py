@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,14 +28,24 @@ from vit_static.weights.tables.google import BIG_VISION, VIT_JAX, VIT_JAX_BY_CLA
 from vit_static.weights.tables.huggingface import HF_DINOV2, HF_VIT
 from vit_static.weights.tables.plsc import PLSC
 from vit_static.weights.tables.timm import TIMM
+from vit_static.weights.tables.towers import (
+    HF_CLIP,
+    HF_SIGLIP,
+    HF_SIGLIP_CLASSIFIER,
+    OPEN_CLIP,
+    OPENAI_CLIP,
+    TIMM_CLIP,
+    TIMM_SIGLIP,
+)
 
-FormatName = Literal["plsc", "timm", "huggingface", "google"]
+FormatName = Literal["plsc", "timm", "huggingface", "google", "openclip"]
 
 # The first whose patch embedding and markers a file has is its format, so special ones stand above general ones.
 _TABLES = (
     *(VIT_JAX_BY_CLASS, BIG_VISION, VIT_JAX),
-    *(HF_DINOV3, HF_DINOV2, HF_VIT),
-    *(DINOV3, TIMM_DINOV3, TIMM),
+    *(HF_DINOV3, HF_DINOV2, HF_VIT, HF_CLIP, HF_SIGLIP_CLASSIFIER, HF_SIGLIP),
+    *(OPENAI_CLIP, OPEN_CLIP),
+    *(DINOV3, TIMM_DINOV3, TIMM_CLIP, TIMM_SIGLIP, TIMM),
 )
 
 
@@ -49,6 +59,7 @@ class ExternalWeights:
     dropped: dict[str, str] = field(default_factory=dict)  # array that the model doesn't need -> reason
     undetermined: dict[str, str] = field(default_factory=dict)  # key of the `model` section to choose -> why
     rope_order: RopeOrder = "halves"  # of the channels of queries and keys; load.py permutes them for the model's heads
+    assumptions: dict[str, str] = field(default_factory=dict)  # key of the `model` section -> why it is a guess
     model: ModelConfig | None = None  # the whole model, if this program recorded it (model_record.py)
 
 
@@ -62,7 +73,7 @@ def read_weights(path: Path, *, ema: bool = False) -> ExternalWeights:
     state = {name: array for name, array in content.arrays.items() if array is not None}
     if not state:
         raise WeightsError(f"{path}: holds no arrays of weights")
-    external = _from_table(state, PLSC if content.container == "paddle" else _detect(state, path), path)
+    external = _from_table(state, PLSC if content.container == "paddle" else _detect(content.arrays, path), path)
     if content.container == "paddle":
         _refuse_paddleclas_small(external.state, path)
     dropped = dict.fromkeys(content.outside, "is not part of the state dict") | external.dropped
@@ -82,16 +93,16 @@ def _refuse_paddleclas_small(state: State, path: Path) -> None:
         )
 
 
-def _detect(state: State, path: Path) -> NameMap:
+def _detect(names: Collection[str], path: Path) -> NameMap:
     """Detect the program that wrote a file by its arrays' names. Raises WeightsError if it is none that is known."""
     for table in _TABLES:
-        prefix = _find_prefix(state, table)
-        if prefix is not None and table.has_markers(name.removeprefix(prefix) for name in state):
+        prefix = _find_prefix(names, table)
+        if prefix is not None and table.has_markers(name.removeprefix(prefix) for name in names):
             return table
-    reason = unsupported_reason(state)
+    reason = unsupported_reason(names)
     if reason is not None:
         raise _other_architecture(path, reason)
-    shown = ", ".join(sorted(state)[:3]) or "none"
+    shown = ", ".join(sorted(names)[:3]) or "none"
     raise WeightsError(
         f"{path}: has the weights of no known Vision Transformer (its first arrays: {shown}); use a file of PLSC, "
         "timm, Hugging Face, vit_jax or big_vision"
@@ -102,39 +113,46 @@ def _other_architecture(path: Path, reason: str) -> WeightsError:
     return WeightsError(f"{path}: {reason}; use weights of a plain ViT, DeiT, MAE, DINO or DINOv2")
 
 
-def _find_prefix(state: State, table: NameMap) -> str | None:
+def _find_prefix(names: Collection[str], table: NameMap) -> str | None:
     """Return what is before a table's names in a file; None if the file has no such patch embedding."""
-    endings = [name for name in state if name.endswith(table.embedding)]
+    endings = [name for name in names if name.endswith(table.embedding)]
     return min(endings, key=len).removesuffix(table.embedding) if endings else None
 
 
 def _from_table(state: State, table: NameMap, path: Path) -> ExternalWeights:
     """Convert a file's arrays by their table."""
     prefix = _find_prefix(state, table) or ""
-    outside: dict[str, str] = {}
-    if table.ignores_outside:
-        outside = {name: "is not part of the model" for name in state if not name.startswith(prefix)}
+    without_prefix = [name for name in state if not name.startswith(prefix)]
+    outside = {name: reason for name in without_prefix if (reason := _matching(table.outside, name))}
     arrays = {name.removeprefix(prefix): array for name, array in state.items() if name not in outside}
     if len(arrays) + len(outside) < len(state):
         raise WeightsError(f"{path}: has an array of the same name with and without {prefix!r}; remove one of them")
     try:
         arrays = table.unpack(arrays)
         external = _translate(arrays, table, path)
-        hints = external.model_hints | table.find_hints(arrays) | _read_config_json(table, path)
+        described = _read_config_json(table, path)
+        hints = external.model_hints | table.find_hints(arrays) | described
     except WeightsError:
         raise
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from None
     undetermined = {key: why for key, why in table.find_undetermined(arrays).items() if key not in hints}
-    dropped = external.dropped | outside
-    return replace(external, model_hints=hints, dropped=dropped, undetermined=undetermined, rope_order=table.rope_order)
+    assumptions = {key: why for key, why in table.assumptions.items() if key not in described}
+    return replace(
+        external,
+        model_hints=hints,
+        dropped=external.dropped | outside,
+        undetermined=undetermined,
+        assumptions=assumptions,
+        rope_order=table.rope_order,
+    )
 
 
 def _read_config_json(table: NameMap, path: Path) -> dict[str, Any]:
-    """Return hints from Hugging Face's config.json next to the weights; none if it isn't there or isn't JSON."""
+    """Return hints from the program's description next to the weights; none if it isn't there or isn't JSON."""
     if table.config_json is None:
         return {}
-    config_path = path.with_name("config.json")
+    config_path = path.with_name(table.config_json.file_name)
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -219,6 +237,8 @@ def _pooling_hints(state: State, has_fc_norm: bool) -> dict[str, Any]:
     """
     if has_fc_norm:
         return {"pool": "gap", "fc_norm": True}
+    if "attn_pool.latent" in state:
+        return {"pool": "map"}
     embedding, head = state.get("patch_embed.proj.weight"), state.get("head0.weight", state.get("head.weight"))
     if embedding is not None and head is not None and head.shape[:1] == (2 * embedding.shape[0],):
         return {"pool": "cls_gap"}

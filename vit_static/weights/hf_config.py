@@ -28,7 +28,11 @@ def read_hints(config: dict[str, Any], path: Path) -> dict[str, Any]:
     activation = config.get("hidden_act", "gelu")
     if activation in ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"):
         model_hints["gelu"] = "tanh"
-    elif activation not in ("gelu", "gelu_python"):
+    elif activation == "quick_gelu":
+        model_hints["gelu"] = "quick"
+    elif activation in ("gelu", "gelu_python"):
+        model_hints["gelu"] = "erf"
+    else:
         raise WeightsError(f"{path}: hidden_act is {format_value(activation)}, and this model only has GELU")
     return model_hints
 

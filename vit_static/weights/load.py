@@ -34,6 +34,7 @@ from vit_static.weights.source import Weights
 from vit_static.weights.state import State, fuse_qkv, split_qkv
 
 _HEAD, _HEAD_RESET = ("head.", "head0."), "init.head = reset"
+_POOLING = "attn_pool."
 
 
 def write_pdparams(state: Mapping[str, np.ndarray], path: Path, model: ModelConfig | None = None) -> None:
@@ -78,7 +79,7 @@ class LoadReport:
         if self.folded:
             lines.append(f"folded: {_listed(self.folded)}")
         if self.dropped:
-            lines.append(f"dropped: {_listed(self.dropped)}")
+            lines.append(f"dropped: {_listed_by_reason(self.dropped)}")
         return [*lines, "missing: none", "unexpected: none", *(f"note: {note}" for note in self.notes)]
 
     def describe(self) -> str:
@@ -86,9 +87,10 @@ class LoadReport:
         parts = [f"{len(self.used)} used", f"resampled: {', '.join(self.resampled) or 'none'}"]
         parts.append(f"reinitialized: {', '.join(self.reinitialized) or 'none'}")
         dropped = {name: reason for name, reason in self.dropped.items() if reason != _HEAD_RESET}
-        for label, names in (("folded", self.folded), ("dropped", dropped)):
-            if names:
-                parts.append(f"{label}: {_listed(names)}")
+        if self.folded:
+            parts.append(f"folded: {_listed(self.folded)}")
+        if dropped:
+            parts.append(f"dropped: {_listed_by_reason(dropped)}")
         return "; ".join(parts)
 
     def write(self, path: Path) -> None:
@@ -99,6 +101,17 @@ class LoadReport:
 def _listed(names: Mapping[str, str], max_names: int = 3) -> str:
     shown = [f"{name} ({reason})" for name, reason in list(names.items())[:max_names]]
     return ", ".join(shown) + (f" and {len(names) - max_names} more" if len(names) > max_names else "")
+
+
+def _listed_by_reason(dropped: Mapping[str, str], max_names: int = 3) -> str:
+    groups: dict[str, list[str]] = {}
+    for name, reason in dropped.items():
+        groups.setdefault(reason, []).append(name)
+    listed = []
+    for reason, names in groups.items():
+        more = f" and {len(names) - max_names} more" if len(names) > max_names else ""
+        listed.append(f"{', '.join(names[:max_names])}{more} ({reason})")
+    return "; ".join(listed)
 
 
 def load_into(
@@ -123,13 +136,14 @@ def init_from(
     """Initialise a model, which `config` describes, from weights as `init` says; `source` names them in messages.
 
     With `init.head` = reset the file's head and representation layer are left out, and the model keeps its own initial
-    ones. Otherwise as `adapt_state`, with its errors.
+    ones, and those of attention pooling if the file has none. Otherwise as `adapt_state`, with its errors.
     """
     state, report = adapt_state(external, config, source, init, source_grid)
     arrays = split_qkv(state)
     if init.head == "reset":
         initial = model.state_dict()
-        report.reinitialized = [name for name in initial if name.startswith(_HEAD)]
+        is_new = _HEAD if any(name.startswith(_POOLING) for name in state) else (*_HEAD, _POOLING)
+        report.reinitialized = [name for name in initial if name.startswith(is_new)]
         arrays.update({name: initial[name].numpy() for name in report.reinitialized})
     check_state(arrays, _shapes(model), source, external, config, with_head=init.head == "keep")
     model.set_state_dict({name: paddle.to_tensor(value) for name, value in arrays.items()})
@@ -159,6 +173,9 @@ def adapt_state(
         for name in [name for name in state if name.startswith(_HEAD)]:
             del state[name]
             report.dropped[name] = _HEAD_RESET
+        for name in [name for name in state if name.startswith(_POOLING) and config.pool != "map"]:
+            del state[name]
+            report.dropped[name] = f"model.pool = {config.pool}"
     num_heads, file_heads = variant_of(config).num_heads, external.model_hints.get("num_heads")
     if file_heads not in (None, num_heads):
         raise WeightsError(
@@ -173,6 +190,9 @@ def adapt_state(
         if "pos_embed" in state:
             _adapt_pos_embed(state, report, external, config, source, init, source_grid)
     report.notes += _list_differences(external, config, with_head=init.head == "keep")
+    for key, reason in external.assumptions.items():
+        if key != "num_classes" or "head.bias" in state:
+            report.notes.append(f"model.{key}={getattr(config, key)}: {reason}")
     changed = set(report.resampled) | {target for target in report.folded.values() if target in state}
     report.used = [name for name in state if name not in changed] + sorted(changed)
     return state, report

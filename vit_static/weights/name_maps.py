@@ -52,10 +52,12 @@ Names = dict[str, tuple[Ours, Conversion]]  # their name -> ours, conversion
 
 @dataclass(frozen=True)
 class ConfigJson:
-    """Hugging Face's config.json next to a weight file."""
+    """A program's description of the model next to a weight file, such as Hugging Face's config.json."""
 
     read: Callable[[dict[str, Any], Path], dict[str, Any]]  # its content and path -> hints about the model
-    write: Callable[[Mapping[str, np.ndarray], ModelConfig, int], dict[str, Any]]  # the last is the number of heads
+    # State, model and number of heads -> content; None: it isn't written.
+    write: Callable[[Mapping[str, np.ndarray], ModelConfig, int], dict[str, Any]] | None = None
+    file_name: str = "config.json"
 
 
 IMAGE_GRID = "image"  # as a hint for `rope_grid`: that of the image at any size, so positions are patch numbers
@@ -86,10 +88,12 @@ class NameMap:
     markers: tuple[str, ...] = ()  # patterns of names that a file has beside the embedding if it is of this format
     absent: tuple[str, ...] = ()  # patterns of names that it doesn't have
     ignored: Mapping[str, str] = field(default_factory=dict)  # pattern of names that the model doesn't need -> reason
-    ignores_outside: bool = False  # arrays without the prefix aren't part of the model
+    outside: Mapping[str, str] = field(default_factory=dict)  # the same for names without the prefix
     # What the program always does, by keys of the `model` section, and what the file's arrays say beside their shapes.
     model_hints: Mapping[str, Any] = field(default_factory=dict)
     find_hints: Callable[[State], dict[str, Any]] = lambda state: {}
+    # Keys that neither the arrays nor the program determine -> what is assumed, unless config_json has them.
+    assumptions: Mapping[str, str] = field(default_factory=dict)
     # Keys that no array determines, and of which the program has several values -> what to say to someone who has to
     # choose one.
     find_undetermined: Callable[[State], dict[str, str]] = lambda state: {}
@@ -173,6 +177,7 @@ def linears(
 
 
 PRETRAINING = "is only used in pretraining"
+NOT_IN_TOWER = "is not part of the image tower"  # of a model that was trained with images and texts
 
 # Names that timm's ViT and PLSC have in common: timm took them from Google's code, and others from timm.
 LAYERS = {

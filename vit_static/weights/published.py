@@ -34,6 +34,10 @@ _NUM_HEADS = {
     _Shape(640, 12, 2560, "gelu"): 10,
     _Shape(896, 18, 2304, "gelu"): 14,
     _Shape(832, 21, 2176, "gelu"): 13,
+    # SigLIP's so400m, SigLIP 2's g-opt (arXiv 2502.14786), OpenCLIP's B-plus
+    _Shape(1152, 27, 4304, "gelu"): 16,
+    _Shape(1536, 40, 6144, "gelu"): 16,
+    _Shape(896, 12, 3584, "gelu"): 14,
     # ViT-5 XL (arXiv 2602.08071)
     _Shape(1152, 28, 4608, "gelu"): 16,
 }

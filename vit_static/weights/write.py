@@ -21,12 +21,21 @@ from vit_static.weights.tables.google import BIG_VISION, VIT_JAX
 from vit_static.weights.tables.huggingface import HF_DINOV2, HF_DINOV2_REGISTERS, HF_VIT
 from vit_static.weights.tables.plsc import PLSC, PLSC_HINTS
 from vit_static.weights.tables.timm import TIMM
+from vit_static.weights.tables.towers import (
+    HF_CLIP,
+    HF_SIGLIP,
+    HF_SIGLIP_CLASSIFIER,
+    OPEN_CLIP,
+    TIMM_CLIP,
+    TIMM_SIGLIP,
+)
 
 # The first that has the model is written.
 _TABLES: dict[FormatName, tuple[NameMap, ...]] = {
-    "timm": (TIMM, TIMM_DINOV3),
-    "huggingface": (HF_VIT, HF_DINOV2_REGISTERS, HF_DINOV2, HF_DINOV3),
+    "timm": (TIMM, TIMM_DINOV3, TIMM_CLIP, TIMM_SIGLIP),
+    "huggingface": (HF_VIT, HF_DINOV2_REGISTERS, HF_DINOV2, HF_DINOV3, HF_CLIP, HF_SIGLIP, HF_SIGLIP_CLASSIFIER),
     "google": (VIT_JAX, BIG_VISION),
+    "openclip": (OPEN_CLIP,),
 }
 
 
@@ -38,8 +47,9 @@ def write_weights(
     Raises WeightsError if the other program doesn't have this model.
     """
     table = _table_for(state, model, to)
-    config_path = path.with_name("config.json")
-    if table.config_json is not None and config_path.exists():
+    describe = None if table.config_json is None else table.config_json.write
+    config_path = path.with_name("config.json" if table.config_json is None else table.config_json.file_name)
+    if describe is not None and config_path.exists():
         raise WeightsError(f"{config_path}: exists already, and would be overwritten; choose another folder")
     arrays = _convert(state, table, model, num_heads, path)
     named = {k if k.startswith(table.without_prefix) else f"{table.prefix}{k}": v for k, v in arrays.items()}
@@ -51,8 +61,8 @@ def write_weights(
                 np.savez(file, **named)  # type: ignore[arg-type]
         else:
             save_file(named, temporary, {"format": "pt", RECORD_NAME: record})
-    if table.config_json is not None:  # after the weights, so that a config.json always has its weights
-        write_json(table.config_json.write(state, model, num_heads), config_path)
+    if describe is not None:  # after the weights, so that a config.json always has its weights
+        write_json(describe(state, model, num_heads), config_path)
 
 
 def _convert(state: Mapping[str, np.ndarray], table: NameMap, model: ModelConfig, num_heads: int, path: Path) -> State:
@@ -79,7 +89,8 @@ def list_differences(state: Mapping[str, np.ndarray], model: ModelConfig, to: Fo
         hints = PLSC_HINTS
     else:
         table = _table_for(state, model, to)
-        hints = {} if table.config_json is not None else dict(table.model_hints)
+        is_described = table.config_json is not None and table.config_json.write is not None
+        hints = {} if is_described else dict(table.model_hints)
     return [
         f"{to} computes with model.{key}={hints[key]}, and this model with {getattr(model, key)}"
         for key in ("gelu", "layer_norm_epsilon")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,8 +14,10 @@ from vit_static.weights.name_maps import (
     FROM_HEADS,
     HEADS,
     IDENTITY,
+    NOT_IN_TOWER,
     TO_HEADS,
     NameMap,
+    Names,
     linears,
     norms,
 )
@@ -22,6 +25,7 @@ from vit_static.weights.state import State
 
 _MAX_BLOCKS = 1000
 _STACKED = "Transformer/encoderblock/"
+_WITH_CLASS, _WITHOUT_CLASS = "Transformer/posembed_input/pos_embedding", "pos_embedding"
 
 
 def _unstack_blocks(state: State) -> State:
@@ -39,10 +43,57 @@ def _unstack_blocks(state: State) -> State:
     return arrays
 
 
+def _unpack(state: State) -> State:
+    """Separate stacked blocks, and give SigLIP 2 NaFlex's linear patch embedding [p p 3, C] and its table of positions
+    [rows, columns, C] the layout of the other files.
+
+    Raises ValueError for an array of an impossible shape.
+    """
+    arrays = _unstack_blocks(state)
+    kernel, positions = (arrays.get(name, np.zeros(0)) for name in ("embedding/kernel", _WITHOUT_CLASS))
+    if kernel.ndim == 2:
+        side = math.isqrt(len(kernel) // 3)
+        if 3 * side * side != len(kernel):
+            raise ValueError(f"embedding/kernel has the shape {list(kernel.shape)}, which is no square RGB patch")
+        arrays["embedding/kernel"] = kernel.reshape(side, side, 3, -1)
+        if positions.ndim == 3:
+            arrays[_WITHOUT_CLASS] = positions.reshape(1, -1, positions.shape[-1])
+    return arrays
+
+
 def _find_num_heads(state: State) -> dict[str, Any]:
     """Return the number of heads, which queries have as an axis."""
     queries = [array for name, array in state.items() if name.endswith("/query/kernel") and array.ndim == 3]
     return {"num_heads": queries[-1].shape[1]} if queries else {}
+
+
+def _attention(theirs: str, ours: str) -> Names:
+    """Return the names of Flax's multi-head attention, whose arrays have an axis for the heads."""
+    names: Names = {
+        f"{theirs}/{part}/{suffix}": (f"{ours}.{part[0]}.{our_suffix}", conversion)
+        for part in ("query", "key", "value")
+        for suffix, our_suffix, conversion in (("kernel", "weight", TO_HEADS), ("bias", "bias", HEADS))
+    }
+    names[f"{theirs}/out/kernel"] = (f"{ours}.proj.weight", FROM_HEADS)
+    names[f"{theirs}/out/bias"] = (f"{ours}.proj.bias", IDENTITY)
+    return names
+
+
+_POOL: Names = (  # big_vision's attention pooling
+    {"MAPHead_0/probe": ("attn_pool.latent", IDENTITY)}
+    | _attention("MAPHead_0/MultiHeadDotProductAttention_0", "attn_pool.attn")
+    | norms({"MAPHead_0/LayerNorm_0/": "attn_pool.norm"}, "scale")
+    | linears(
+        {
+            "MAPHead_0/MlpBlock_0/Dense_0/": "attn_pool.mlp.fc1",
+            "MAPHead_0/MlpBlock_0/Dense_1/": "attn_pool.mlp.fc2",
+        },
+        IDENTITY,
+        "kernel",
+    )
+)
+# The text tower of SigLIP is below txt/, and its temperature and bias are beside the towers.
+_OUTSIDE = {r"(.*/)?(txt/.*|t|b)": NOT_IN_TOWER, r".*": "is not part of the model"}
 
 
 def _google(
@@ -55,6 +106,7 @@ def _google(
     markers: tuple[str, ...],
     refuses: Callable[[Mapping[str, np.ndarray], ModelConfig], str | None],
     prefix: str = "",
+    pools: bool = False,
 ) -> NameMap:
     """Return the table of one of Flax's layouts, which differ in how they number the modules of a block."""
     block = "Transformer/encoderblock_{}/"
@@ -67,14 +119,8 @@ def _google(
             position: ("pos_embed", IDENTITY),
             "embedding/kernel": ("patch_embed.proj.weight", CHANNELS_LAST),
             "embedding/bias": ("patch_embed.proj.bias", IDENTITY),
-            f"{block}{attention}/out/kernel": ("blocks.{}.attn.proj.weight", FROM_HEADS),
-            f"{block}{attention}/out/bias": ("blocks.{}.attn.proj.bias", IDENTITY),
         }
-        | {
-            f"{block}{attention}/{part}/{suffix}": (f"blocks.{{}}.attn.{part[0]}.{our_suffix}", conversion)
-            for part in ("query", "key", "value")
-            for suffix, our_suffix, conversion in (("kernel", "weight", TO_HEADS), ("bias", "bias", HEADS))
-        }
+        | _attention(f"{block}{attention}", "blocks.{}.attn")
         | norms(
             {
                 f"{block}{norm_names[0]}/": "blocks.{}.norm1",
@@ -92,13 +138,15 @@ def _google(
             },
             IDENTITY,
             "kernel",
-        ),
+        )
+        | (_POOL if pools else {}),
         markers=markers,
         model_hints={"gelu": "tanh", "layer_norm_epsilon": 1e-6, "class_token_pos_embed": class_token_pos_embed},
-        ignores_outside=True,
-        unpack=_unstack_blocks,
+        outside=_OUTSIDE,
+        unpack=_unpack,
         find_hints=_find_num_heads,
         prefix=prefix,
+        options={"pool": ("map",)} if pools else {},
         refuses=refuses,
     )
 
@@ -111,8 +159,9 @@ def _refuses(state: Mapping[str, np.ndarray], model: ModelConfig) -> str | None:
         return "Google's ViT has no LayerScale; fold it into the weights with --fold-layer-scale"
     if model.register_tokens or model.pool == "cls_gap":
         return "Google's ViT has neither registers nor both poolings at once; use --format timm or huggingface"
-    if model.pool == "gap" and model.has_class_token:
-        return "Google's ViT has no class token if it averages the patches; use --format timm"
+    if model.pool in ("gap", "map") and model.has_class_token:
+        pools = "averages the patches; use --format timm" if model.pool == "gap" else "pools by attention"
+        return f"Google's ViT has no class token if it {pools}"
     return None
 
 
@@ -128,7 +177,6 @@ def _vit_jax_refuses(state: Mapping[str, np.ndarray], model: ModelConfig) -> str
 # The names of attention, norms and MLP in a block: Flax once numbered all modules in one sequence, and now by class.
 _NUMBERED_IN_SEQUENCE = ("MultiHeadDotProductAttention_1", ("LayerNorm_0", "LayerNorm_2"), "MlpBlock_3")
 _NUMBERED_BY_CLASS = ("MultiHeadDotProductAttention_0", ("LayerNorm_0", "LayerNorm_1"), "MlpBlock_0")
-_WITH_CLASS, _WITHOUT_CLASS = "Transformer/posembed_input/pos_embedding", "pos_embedding"
 _BY_CLASS = r".*/MlpBlock_0/.*"
 VIT_JAX = _google("vit_jax's .npz", *_NUMBERED_IN_SEQUENCE, _WITH_CLASS, True, (), _vit_jax_refuses)
 VIT_JAX_BY_CLASS = _google(
@@ -136,5 +184,12 @@ VIT_JAX_BY_CLASS = _google(
 )
 # big_vision reads only what is below params/ if there is any.
 BIG_VISION = _google(
-    "big_vision's .npz", *_NUMBERED_BY_CLASS, _WITHOUT_CLASS, False, (_BY_CLASS,), _refuses, prefix="params/"
+    "big_vision's .npz",
+    *_NUMBERED_BY_CLASS,
+    _WITHOUT_CLASS,
+    False,
+    (_BY_CLASS,),
+    _refuses,
+    prefix="params/",
+    pools=True,
 )
