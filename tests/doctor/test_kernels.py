@@ -18,7 +18,8 @@ from vit_static.doctor.kernels import bound, relative_error
 from vit_static.doctor.subject import Subject
 from vit_static.model.attention import attention_by_matmul
 from vit_static.model.layers import Dropout
-from vit_static.program.cpu import attention, onednn
+from vit_static.program.cpu import attention, primitives
+from vit_static.program.cpu.swiglu import swiglu
 from vit_static.program.precision import Precision
 
 
@@ -103,14 +104,19 @@ def check(subject: Subject, name: str) -> Result:
     "precision", ["O0", pytest.param("O1", marks=pytest.mark.needs_bfloat16)], ids=["float32", "bfloat16"]
 )
 @pytest.mark.parametrize(
-    "overrides", [(), ("model.width=48", "model.num_heads=3", "model.num_classes=21", "model.gelu=tanh")]
+    "overrides",
+    [
+        (),
+        ("model.width=48", "model.num_heads=3", "model.num_classes=21", "model.gelu=tanh"),
+        ("model.mlp=swiglu",),
+    ],
 )
 def test_the_cpus_kernels_pass(tmp_path: Path, name: str, precision: str, overrides: tuple[str, ...]) -> None:
     result = check(make_subject(tmp_path, f"amp.level={precision}", *overrides), name)
     assert result.status == "ok", result
 
 
-MATMUL, GELU, LAYER_NORM = onednn.matmul, onednn.gelu, onednn.layer_norm
+MATMUL, GELU, LAYER_NORM = primitives.matmul, primitives.gelu, primitives.layer_norm
 FAULTS: dict[str, tuple[str, Any, str, Callable[..., Any], str]] = {
     "attention's scale": (
         "attention",
@@ -121,21 +127,28 @@ FAULTS: dict[str, tuple[str, Any, str, Callable[..., Any], str]] = {
     ),
     "a product's factor": (
         "linear",
-        onednn,
+        primitives,
         "matmul",
         lambda a, b, out, **named: MATMUL(a, b, out, **named, factor=1.001),
         "is off by",
     ),
     "another GELU": (
         "elementwise",
-        onednn,
+        primitives,
         "gelu",
         lambda x, out, approximate: GELU(x, out, not approximate),
         "the result of the GELU",
     ),
+    "SwiGLU's halves": (
+        "elementwise",
+        kernels,
+        "swiglu",
+        lambda layout: lambda gate, x, out: swiglu(layout)(x, gate, out),
+        "the result of the SwiGLU",
+    ),
     "LayerNorm's epsilon": (
         "elementwise",
-        onednn,
+        primitives,
         "layer_norm",
         lambda x, out, epsilon: LAYER_NORM(x, out, 1e-3),
         "of the LayerNorm",
@@ -149,7 +162,8 @@ def test_a_wrong_kernel_is_named_with_the_switch_that_avoids_it(
 ) -> None:
     name, module, function, broken, message = FAULTS[fault]
     monkeypatch.setattr(module, function, broken)
-    result = check(make_subject(tmp_path), name)
+    mlp = "swiglu" if "SwiGLU" in fault else "gelu"
+    result = check(make_subject(tmp_path, f"model.mlp={mlp}"), name)
     assert result.status == "failed" and message in result.message, result
     assert result.remedy == "set -o kernels.onednn=false"
 

@@ -128,7 +128,7 @@ class AmpConfig(Section):
 class KernelsConfig(Section):
     """Faster kernels instead of Paddle's plain operators."""
 
-    onednn: bool = Field(True, description="CPU: oneDNN for products, attention, GELU, softmax, LayerNorm")
+    onednn: bool = Field(True, description="CPU: oneDNN for products, attention, activations, norms")
     flash_attention: bool = Field(True, description="GPU, O1 and O2: FlashAttention")
     fused_linear: bool = Field(True, description="GPU, O1 and O2: product and bias in one kernel")
     fused_gelu: bool = Field(False, description="GPU: GELU in that kernel too, as its tanh approximation")

@@ -18,9 +18,10 @@ from vit_static.doctor.check import Result, failed, ok, skipped
 from vit_static.doctor.subject import Subject
 from vit_static.model.attention import attention_by_matmul
 from vit_static.model.layers import Dropout
-from vit_static.program.cpu import onednn
+from vit_static.program.cpu import onednn, primitives
 from vit_static.program.cpu.attention import Attention, AttentionGrad
 from vit_static.program.cpu.onednn import Layout, dense
+from vit_static.program.cpu.swiglu import swiglu, swiglu_grad
 from vit_static.program.passes import is_fused_linear
 from vit_static.program.precision import uses_flash_attention
 
@@ -117,7 +118,7 @@ def check_linear(subject: Subject) -> Result:
 
 
 def check_elementwise(subject: Subject) -> Result:
-    """GELU, softmax and LayerNorm of oneDNN, and their gradients."""
+    """GELU or SwiGLU, softmax and LayerNorm of oneDNN, and their gradients."""
     variant, dtype = subject.variant, subject.compute_dtype
     num_rows = NUM_IMAGES * subject.num_tokens
     approximate, epsilon = subject.config.model.gelu == "tanh", subject.config.model.layer_norm_epsilon
@@ -144,13 +145,17 @@ def check_elementwise(subject: Subject) -> Result:
             "float32",
         ),
     }
+    if subject.config.model.mlp == "swiglu":
+        del cases["GELU"]
+        if dtype == "float32":  # the only dtype with a kernel
+            cases["SwiGLU"] = (functional.swiglu, _random(subject, "xh", hidden), _onednn_swiglu, dtype)
     errors, bounds = {}, {}
     for name, (plain, inputs, compute, computed_in) in cases.items():
         shape = inputs["x"].shape
         out_grad = _random(subject, "g", shape)["g"]
         errors[name] = _errors(compute(inputs, out_grad), _plain(plain, inputs, out_grad))
         bounds[name] = bound(computed_in, max(shape))
-    case = f"GELU of {variant.mlp_dim}, softmax of {subject.num_tokens}, LayerNorm of {variant.width}, {dtype}"
+    case = ", ".join(f"{name} of {inputs['x'].shape[1]}" for name, (_, inputs, *_) in cases.items()) + f", {dtype}"
     return _compared(case, errors, bounds)
 
 
@@ -220,24 +225,33 @@ def _onednn_linear(inputs: Arrays, out_grad: np.ndarray, dtype: str) -> Arrays:
     results = {
         name: paddle.empty(layout.shape) for name, layout in (("out", out), ("x", x_grad), ("w", w_grad), ("b", b_grad))
     }
-    _call(onednn.matmul(x, w, out, bias=b_grad), *values, results["out"])
-    _call(onednn.matmul(g, w.transposed, x_grad), grad, values[1], results["x"])
-    _call(onednn.matmul(x.transposed, g, w_grad), values[0], grad, results["w"])
-    _call(onednn.matmul(dense(dtype, 1, rows), g, b_grad), ones, grad, results["b"])
+    _call(primitives.matmul(x, w, out, bias=b_grad), *values, results["out"])
+    _call(primitives.matmul(g, w.transposed, x_grad), grad, values[1], results["x"])
+    _call(primitives.matmul(x.transposed, g, w_grad), values[0], grad, results["w"])
+    _call(primitives.matmul(dense(dtype, 1, rows), g, b_grad), ones, grad, results["b"])
     return {**_as_arrays(results), "b": results["b"].numpy()[0]}
 
 
 def _onednn_gelu(inputs: Arrays, out_grad: np.ndarray, dtype: str, approximate: bool) -> Arrays:
     layout, x, grad, results = _operands(inputs, out_grad, dtype)
-    _call(onednn.gelu(layout, layout, approximate), x, results["out"])
-    _call(onednn.gelu_grad(layout, layout, layout, approximate), x, grad, results["x"])
+    _call(primitives.gelu(layout, layout, approximate), x, results["out"])
+    _call(primitives.gelu_grad(layout, layout, layout, approximate), x, grad, results["x"])
+    return _as_arrays(results)
+
+
+def _onednn_swiglu(inputs: Arrays, out_grad: np.ndarray) -> Arrays:
+    layout, gate, grad, results = _operands(inputs, out_grad, "float32")
+    x = _tensor(inputs["h"], "float32")
+    results["h"] = paddle.empty(out_grad.shape)
+    _call(swiglu(layout), gate, x, results["out"])
+    _call(swiglu_grad(layout), gate, x, grad, results["x"], results["h"])
     return _as_arrays(results)
 
 
 def _onednn_softmax(inputs: Arrays, out_grad: np.ndarray, dtype: str) -> Arrays:
     layout, x, grad, results = _operands(inputs, out_grad, dtype)
-    _call(onednn.softmax(layout, layout), x, results["out"])
-    _call(onednn.softmax_grad(layout, layout, layout), results["out"], grad, results["x"])
+    _call(primitives.softmax(layout, layout), x, results["out"])
+    _call(primitives.softmax_grad(layout, layout, layout), results["out"], grad, results["x"])
     return _as_arrays(results)
 
 
@@ -246,8 +260,8 @@ def _onednn_layer_norm(inputs: Arrays, out_grad: np.ndarray, epsilon: float) -> 
     scale, shift = (_tensor(inputs[name], "float32") for name in "sb")
     mean, variance = (paddle.empty([len(out_grad)]) for _ in range(2))
     results |= {name: paddle.empty(scale.shape) for name in "sb"}
-    _call(onednn.layer_norm(layout, layout, epsilon), x, scale, shift, results["out"], mean, variance)
-    backward = onednn.layer_norm_grad(layout, layout, layout, epsilon)
+    _call(primitives.layer_norm(layout, layout, epsilon), x, scale, shift, results["out"], mean, variance)
+    backward = primitives.layer_norm_grad(layout, layout, layout, epsilon)
     _call(backward, x, scale, shift, mean, variance, grad, results["x"], results["s"], results["b"])
     return _as_arrays(results)
 

@@ -16,9 +16,17 @@ from vit_static.config.schema import KernelsConfig, OptimConfig, ParallelConfig
 from vit_static.model.attention import attention_by_matmul
 from vit_static.model.loss import Criterion
 from vit_static.model.vit import VisionTransformer
+from vit_static.program.cpu import lowering
+from vit_static.program.cpu.patterns import Broadcast, match_broadcast
 from vit_static.program.precision import Precision
 
 pytestmark = pytest.mark.cpu_isa
+
+
+@pytest.fixture(autouse=True)
+def _lower_small_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowering, "_MIN_PRODUCT", 1)
+
 
 PLAIN = SMALL.model_copy(update={"layer_scale_init": None, "representation_size": None})
 ONE_BLOCK = PLAIN.model_copy(update={"depth": 1})
@@ -137,6 +145,40 @@ def test_mixed_precision_only_casts_weights_and_residual_gradients(make_program)
     outside = 4  # the patches, the head's input, and the gradients of both
     assert counts["convert"] == weights + residual_gradients + outside
     assert counts["cast"] == 0
+
+
+@pytest.mark.parametrize(
+    ("factor", "out", "expected"),
+    [
+        ([6], [2, 3, 6], Broadcast((6, 6), (1, 6), (1, 1, 6))),
+        ([2, 3, 1], [2, 3, 6], Broadcast((6, 6), (6, 1), (2, 3, 1))),
+        ([2, 1, 1], [2, 3, 6], Broadcast((2, 18), (2, 1), (2, 1, 1))),
+        ([1, 3, 1, 4], [2, 3, 6, 4], Broadcast((2, 72), (1, 72), (1, 3, 6, 4))),  # expanded to one image's heads
+        ([3, 1], [1, 3, 6], Broadcast((3, 6), (3, 1), (1, 3, 1))),
+        ([2, 1, 6], [2, 3, 6], None),  # neither one row nor one column
+        ([2, 3, 6], [2, 3, 6], None),
+        ([1], [2, 3, 6], None),
+    ],
+)
+def test_patterns_of_broadcast_factors(factor: list[int], out: list[int], expected: Broadcast | None) -> None:
+    assert match_broadcast(factor, out) == expected
+
+
+def test_broadcast_factors_activations_and_their_gradients_have_kernels(make_program) -> None:
+    def kernels_of(config: ModelConfig) -> Counter[str]:
+        paddle.seed(3)
+        program = make_program(VisionTransformer(config, attention_by_matmul), 8).compiled("train")
+        counts = Counter(operation.name() for operation in program.global_block().ops)
+        left = {"swiglu", "swiglu_grad", "sigmoid", "sigmoid_grad", "multiply_grad"}
+        assert not {f"pd_op.{name}" for name in left} & set(counts)
+        return Counter(short_name(name) for name in counts.elements() if name.startswith("py_op."))
+
+    # LayerScale's product also adds the residual; backward only the gradient of the branch has a broadcast factor.
+    assert kernels_of(SMALL)["multiply"] == 2 * 2 + 2 * 2
+    gated = kernels_of(VARIATIONS["rotary positions, gated MLP, RMSNorm, attention pooling, patch dropout"])
+    assert gated["swiglu_float32"] == gated["swiglu_backward_float32"] == 2  # of the block and of the pooling head
+    quick = kernels_of(VARIATIONS["moved coordinates, quick gelu"])
+    assert quick["sigmoid_float32"] == quick["sigmoid_backward_float32"] == 1
 
 
 def test_attention_with_rotary_positions_and_normalized_heads_is_fused(make_program) -> None:

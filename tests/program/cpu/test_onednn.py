@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-from vit_static.program.cpu import attention, onednn
+from vit_static.program.cpu import attention, onednn, primitives
 from vit_static.program.cpu.onednn import Layout, dense
+from vit_static.program.cpu.swiglu import swiglu, swiglu_grad
 
 pytestmark = pytest.mark.cpu_isa
 
@@ -61,7 +62,7 @@ def test_product_with_bias_factor_and_residual(dtype: str, transposed: bool) -> 
     (bias_memory, bias), (residual_memory, residual) = normal_values("float32", 1, 5), normal_values("float32", 13, 5)
     out = empty("float32", 13, 5)
     a_layout, b_layout, out_layout = dense(dtype, 13, 7), dense(dtype, *b_memory.shape), dense("float32", 13, 5)
-    product = onednn.matmul(
+    product = primitives.matmul(
         a_layout,
         b_layout.transposed if transposed else b_layout,
         out_layout,
@@ -79,12 +80,12 @@ def test_products_of_length_one() -> None:
 import numpy as np
 from vit_static.common.startup import prepare_process
 prepare_process(verbose=True)
-from vit_static.program.cpu import onednn
+from vit_static.program.cpu import onednn, primitives
 from vit_static.program.cpu.onednn import dense
 for rows, columns in ((3, 24), (16, 384), (1, 5)):
     a, b = np.random.default_rng(0).standard_normal((2, 400)).astype(np.float32)
     out = np.full((rows, columns), np.nan, np.float32)
-    product = onednn.matmul(
+    product = primitives.matmul(
         dense("float32", rows, 1), dense("float32", columns, 1).transposed, dense("float32", rows, columns)
     )
     product(a.ctypes.data, b.ctypes.data, out.ctypes.data)
@@ -98,8 +99,8 @@ for rows, columns in ((3, 24), (16, 384), (1, 5)):
 def test_gelu_and_its_gradient(dtype: str) -> None:
     (x_memory, x), (grad_memory, grad) = normal_values(dtype, 9, 31), normal_values(dtype, 9, 31)
     out, x_grad, layout = empty(dtype, 9, 31), empty(dtype, 9, 31), dense(dtype, 9, 31)
-    onednn.gelu(layout, layout)(address(x_memory), address(out))
-    onednn.gelu_grad(layout, layout, layout)(address(x_memory), address(grad_memory), address(x_grad))
+    primitives.gelu(layout, layout)(address(x_memory), address(out))
+    primitives.gelu_grad(layout, layout, layout)(address(x_memory), address(grad_memory), address(x_grad))
     normal = 0.5 * (1.0 + np.vectorize(math.erf)(x / math.sqrt(2.0)))
     close(out, x * normal, dtype)
     close(x_grad, grad * (normal + x * np.exp(-0.5 * x**2) / math.sqrt(2.0 * math.pi)), dtype)
@@ -109,13 +110,46 @@ def test_gelu_and_its_gradient(dtype: str) -> None:
 def test_tanh_gelu_and_its_gradient(dtype: str) -> None:
     (x_memory, x), (grad_memory, grad) = normal_values(dtype, 9, 31), normal_values(dtype, 9, 31)
     out, x_grad, layout = empty(dtype, 9, 31), empty(dtype, 9, 31), dense(dtype, 9, 31)
-    onednn.gelu(layout, layout, True)(address(x_memory), address(out))
-    onednn.gelu_grad(layout, layout, layout, True)(address(x_memory), address(grad_memory), address(x_grad))
+    primitives.gelu(layout, layout, True)(address(x_memory), address(out))
+    primitives.gelu_grad(layout, layout, layout, True)(address(x_memory), address(grad_memory), address(x_grad))
     factor = math.sqrt(2.0 / math.pi)
     tanh = np.tanh(factor * (x + 0.044715 * x**3))
     close(out, 0.5 * x * (1.0 + tanh), dtype)
     slope = 0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh**2) * factor * (1.0 + 3.0 * 0.044715 * x**2)
     close(x_grad, grad * slope, dtype)
+
+
+def test_silu_sigmoid_swiglu_and_their_gradients() -> None:
+    """In float32, the only dtype for which they are used."""
+    shape, layout = (9, 31), dense("float32", 9, 31)
+    gate, x, grad = (normal_values("float32", *shape)[1] for _ in range(3))
+    g_memory, x_memory, grad_memory = (np.ascontiguousarray(values, np.float32) for values in (gate, x, grad))
+    out, first, second = (empty("float32", *shape) for _ in range(3))
+    sigmoid = 1.0 / (1.0 + np.exp(-gate))
+    slope = sigmoid * (1.0 + gate * (1.0 - sigmoid))  # of SiLU
+    primitives.silu(layout)(address(g_memory), address(out))
+    close(out, gate * sigmoid, "float32")
+    primitives.silu_grad(layout)(address(g_memory), address(grad_memory), address(first))
+    close(first, grad * slope, "float32")
+    primitives.sigmoid(layout)(address(g_memory), address(out))
+    close(out, sigmoid, "float32")
+    primitives.sigmoid_grad(layout)(address(out), address(grad_memory), address(first))
+    close(first, grad * sigmoid * (1.0 - sigmoid), "float32")
+    swiglu(layout)(address(g_memory), address(x_memory), address(out))
+    close(out, gate * sigmoid * x, "float32")
+    swiglu_grad(layout)(*map(address, (g_memory, x_memory, grad_memory, first, second)))
+    close(first, grad * x * slope, "float32")
+    close(second, grad * gate * sigmoid, "float32")
+
+
+@pytest.mark.parametrize("factor", [(9, 31), (1, 31), (9, 1)])
+@pytest.mark.parametrize("adds", [False, True])
+def test_product_with_a_broadcast_factor(factor: tuple[int, int], adds: bool) -> None:
+    layout, out = dense("float32", 9, 31), empty("float32", 9, 31)
+    (x_memory, x), (f_memory, f), (a_memory, a) = (normal_values("float32", *s) for s in ((9, 31), factor, (9, 31)))
+    product = primitives.multiply(layout, dense("float32", *factor), layout, layout if adds else None)
+    product(address(x_memory), address(f_memory), *([address(a_memory)] if adds else []), address(out))
+    close(out, x * f + (a if adds else 0.0), "float32")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -127,8 +161,8 @@ def test_layer_norm_and_its_gradients(dtype: str) -> None:
     x_grad, scale_grad, shift_grad = empty("float32", 11, 24), empty("float32", 24), empty("float32", 24)
     x_layout, out_layout = dense("float32", 11, 24), dense(dtype, 11, 24)
     inputs = (x_memory, scale_memory, shift_memory)
-    onednn.layer_norm(x_layout, out_layout, 1e-6)(*map(address, (*inputs, out, mean, variance)))
-    backward = onednn.layer_norm_grad(x_layout, out_layout, x_layout, 1e-6)
+    primitives.layer_norm(x_layout, out_layout, 1e-6)(*map(address, (*inputs, out, mean, variance)))
+    backward = primitives.layer_norm_grad(x_layout, out_layout, x_layout, 1e-6)
     backward(*map(address, (*inputs, mean, variance, grad_memory, x_grad, scale_grad, shift_grad)))
     deviation = np.sqrt(x.var(axis=1, keepdims=True) + 1e-6)
     normal = (x - x.mean(axis=1, keepdims=True)) / deviation
@@ -170,8 +204,8 @@ def test_softmax_and_its_gradient(dtype: str) -> None:
     (x_memory, x), (grad_memory, grad) = normal_values("float32", 6, 19), normal_values(dtype, 6, 19)
     out, x_grad = empty(dtype, 6, 19), empty(dtype, 6, 19)
     layout = dense(dtype, 6, 19)
-    onednn.softmax(dense("float32", 6, 19), layout)(address(x_memory), address(out))
-    onednn.softmax_grad(layout, layout, layout)(address(out), address(grad_memory), address(x_grad))
+    primitives.softmax(dense("float32", 6, 19), layout)(address(x_memory), address(out))
+    primitives.softmax_grad(layout, layout, layout)(address(out), address(grad_memory), address(x_grad))
     expected = np.exp(x) / np.exp(x).sum(axis=1, keepdims=True)
     close(out, expected, dtype)
     close(x_grad, expected * (grad - (expected * grad).sum(axis=1, keepdims=True)), dtype)
@@ -180,8 +214,8 @@ def test_softmax_and_its_gradient(dtype: str) -> None:
 def test_conversion_rounds_to_the_nearest() -> None:
     memory, values = normal_values("float32", 101)
     low, back = empty("bfloat16", 101), empty("float32", 101)
-    onednn.convert(dense("float32", 101), dense("bfloat16", 101))(address(memory), address(low))
-    onednn.convert(dense("bfloat16", 101), dense("float32", 101))(address(low), address(back))
+    primitives.convert(dense("float32", 101), dense("bfloat16", 101))(address(memory), address(low))
+    primitives.convert(dense("bfloat16", 101), dense("float32", 101))(address(low), address(back))
     np.testing.assert_array_equal(low, stored(values, "bfloat16"))
     np.testing.assert_array_equal(loaded(back), loaded(low))
 
@@ -226,7 +260,7 @@ from vit_static.common.startup import prepare_process
 prepare_process()
 import numpy as np
 import paddle
-from vit_static.program.cpu import onednn
+from vit_static.program.cpu import onednn, primitives
 onednn._SUPPORTED_VERSION = (9, 8)
 
 from vit_static.common.errors import ConfigError

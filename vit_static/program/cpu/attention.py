@@ -9,7 +9,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from vit_static.program.cpu.onednn import Layout, Primitive, dense, matmul, softmax, softmax_grad
+from vit_static.program.cpu.onednn import Layout, Primitive, dense
+from vit_static.program.cpu.primitives import matmul, softmax, softmax_grad
 
 _ALIGNMENT = 64
 _SCORE_BYTES = 4 << 20  # scores that are computed at a time, so that they stay in the cores' caches

@@ -13,7 +13,7 @@ import paddle
 from paddle.base import core, framework
 from paddle.static import MetaTensor
 
-from vit_static.program.cpu import onednn
+from vit_static.program.cpu import primitives
 from vit_static.program.cpu.onednn import dense
 from vit_static.program.cpu.patterns import dtype_of
 
@@ -91,7 +91,7 @@ def _tracer() -> Any:
 def convert(value: Any, dtype: str) -> Any:
     """Add an operator that converts a value to another dtype, and return its result."""
     length = math.prod(value.shape)
-    primitive = onednn.convert(dense(dtype_of(value), length), dense(dtype, length))
+    primitive = primitives.convert(dense(dtype_of(value), length), dense(dtype, length))
     (converted,) = add_op("convert", primitive, primitive, [value], [(dtype, tuple(value.shape))])
     return converted
 

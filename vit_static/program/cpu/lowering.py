@@ -1,9 +1,10 @@
 """Lowering of a compiled program's expensive operators to oneDNN kernels on a CPU.
 
 `lower` takes a program as one rank executes it (forward, backward and update) and replaces Paddle's operators for
-matrix products, attention, GELU, softmax, LayerNorm and the gradients of broadcast operands, such as biases. The
-operators in between become free: a transposition is read as other strides; a bias, a factor or a residual is added
-while a product is written; mixed precision's casts are part of what a kernel reads and writes.
+matrix products, attention, activations, softmax, LayerNorm, broadcast factors, and the gradients of broadcast
+operands, such as biases. The operators in between become free: a transposition is read as other strides; a bias, a
+factor or a residual is added while a product is written; mixed precision's casts are part of what a kernel reads and
+writes.
 
 The program stays valid after each step: gradients that only move values become moves (simplify.py); each operator is
 replaced, looking back through casts and moves for its inputs, and ahead for what its readers do with the result
@@ -23,7 +24,7 @@ from typing import Any
 import paddle
 from paddle import pir
 
-from vit_static.program.cpu import onednn
+from vit_static.program.cpu import primitives
 from vit_static.program.cpu.attention import Attention, AttentionGrad
 from vit_static.program.cpu.custom_ops import add_op, convert, ones, replace_result
 from vit_static.program.cpu.onednn import Layout, dense
@@ -39,10 +40,14 @@ from vit_static.program.cpu.patterns import (
     is_over_last,
     is_read,
     match_attention,
+    match_broadcast,
     view_of,
 )
 from vit_static.program.cpu.simplify import recompute_gelu, remove_unread, simplify_gradients
+from vit_static.program.cpu.swiglu import swiglu, swiglu_grad
 from vit_static.program.ir import insert_before, operator_role
+
+_MIN_PRODUCT = 2**14  # elements; calling a kernel takes longer than a smaller product by Paddle's operator
 
 
 def lower(program: Any) -> None:
@@ -61,6 +66,7 @@ class _Lowering:
 
     def __init__(self) -> None:
         self._converted: dict[tuple[int, str], Any] = {}  # by value id and dtype
+        self._expansions: dict[tuple[int, tuple[int, ...]], Any] = {}  # by value id and shape
 
     def lower_each(self, program: Any) -> None:
         """Replace operators one by one, in the program's order."""
@@ -74,6 +80,12 @@ class _Lowering:
             "pd_op.softmax_grad": self._softmax_grad,
             "pd_op.layer_norm": self._layer_norm,
             "pd_op.layer_norm_grad": self._layer_norm_grad,
+            "pd_op.multiply": self._multiply,
+            "pd_op.sigmoid": self._sigmoid,
+            "pd_op.sigmoid_grad": self._sigmoid_grad,
+            "pd_op.silu": self._silu,
+            "pd_op.swiglu": self._swiglu,
+            "pd_op.swiglu_grad": self._swiglu_grad,
         }
         for operation in list(program.global_block().ops):
             lowering = lowerings.get(operation.name())
@@ -203,7 +215,7 @@ class _Lowering:
         if epilogue.residual is not None:
             residual = dense("float32", *shape)
             inputs.append(epilogue.residual)
-        primitive = onednn.matmul(a.layout, b.layout, layout, bias, residual, epilogue.factor)
+        primitive = primitives.matmul(a.layout, b.layout, layout, bias, residual, epilogue.factor)
         with insert_before(epilogue.value.get_defining_op()):
             outputs = [(layout.dtype, tuple(epilogue.value.shape))]
             (value,) = add_op(f"matmul_{dtype}", primitive, primitive, inputs, outputs)
@@ -217,7 +229,7 @@ class _Lowering:
         view = self._as_matrix(operation, 0)
         dtype, num_columns = view.dtype, math.prod(result.shape)
         num_rows = math.prod(view.layout.shape) // num_columns
-        primitive = onednn.matmul(
+        primitive = primitives.matmul(
             dense(dtype, 1, num_rows), dense(dtype, num_rows, num_columns), dense("float32", 1, num_columns)
         )
 
@@ -233,26 +245,87 @@ class _Lowering:
 
     def _gelu(self, operation: Any) -> None:
         x = self._as_matrix(operation, 0)
-        primitive = onednn.gelu(x.layout, x.layout, operation.attrs()["approximate"])
+        primitive = primitives.gelu(x.layout, x.layout, operation.attrs()["approximate"])
         self._replace(operation, "gelu", primitive, [x], [x.dtype])
 
     def _gelu_grad(self, operation: Any) -> None:
         x = self._as_matrix(operation, 0)
         gradient = self._as_matrix(operation, 1, x.dtype)
-        primitive = onednn.gelu_grad(x.layout, gradient.layout, x.layout, operation.attrs()["approximate"])
+        primitive = primitives.gelu_grad(x.layout, gradient.layout, x.layout, operation.attrs()["approximate"])
         self._replace(operation, "gelu_backward", primitive, [x, gradient], [x.dtype])
+
+    def _sigmoid(self, operation: Any) -> None:
+        x = self._as_matrix(operation, 0)
+        if x.dtype == "float32":
+            self._replace(operation, "sigmoid", primitives.sigmoid(x.layout), [x], [x.dtype])
+
+    def _sigmoid_grad(self, operation: Any) -> None:
+        out, gradient = self._as_matrix(operation, 0), self._as_matrix(operation, 1)
+        if out.dtype == gradient.dtype == "float32":
+            primitive = primitives.sigmoid_grad(out.layout)
+            self._replace(operation, "sigmoid_backward", primitive, [out, gradient], [out.dtype])
+
+    def _silu(self, operation: Any) -> None:
+        x = self._as_matrix(operation, 0)
+        if x.dtype == "float32":
+            self._replace(operation, "silu", primitives.silu(x.layout), [x], [x.dtype])
+
+    def _swiglu(self, operation: Any) -> None:
+        gate, x = self._as_matrix(operation, 0), self._as_matrix(operation, 1)
+        if gate.dtype == x.dtype == "float32":
+            self._replace(operation, "swiglu", swiglu(gate.layout), [gate, x], [x.dtype])
+
+    def _swiglu_grad(self, operation: Any) -> None:
+        gate, x, gradient = (self._as_matrix(operation, index) for index in range(3))
+        if gate.dtype == x.dtype == gradient.dtype == "float32":
+            run = swiglu_grad(gate.layout)
+            self._replace(operation, "swiglu_backward", run, [gate, x, gradient], [gate.dtype, x.dtype])
+
+    def _multiply(self, operation: Any) -> None:
+        """Lower a float32 product with a factor that is broadcast, together with an addition that alone reads it."""
+        result, values = operation.result(0), [operation.operand_source(0), operation.operand_source(1)]
+        if any(dtype_of(value) != "float32" or min(value.shape, default=0) < 1 for value in (result, *values)):
+            return
+        x, factor = sorted(values, key=lambda value: list(value.shape) != list(result.shape))
+        pattern = match_broadcast(list(factor.shape), list(result.shape))
+        if list(x.shape) != list(result.shape) or pattern is None or math.prod(x.shape) < _MIN_PRODUCT:
+            return
+        matrix, of_factor = dense("float32", *pattern.matrix), dense("float32", *pattern.factor)
+        inputs, value, addend = [x, self._expanded(factor, pattern.expanded)], result, None
+        for epilogue in epilogues_of(result, operation.op_role)[1:2]:
+            if epilogue.residual is not None:
+                inputs.append(epilogue.residual)
+                value, addend = epilogue.value, matrix
+        primitive = primitives.multiply(matrix, of_factor, matrix, addend)
+        with insert_before(value.get_defining_op()):
+            (product,) = add_op("multiply", primitive, primitive, inputs, [("float32", tuple(value.shape))])
+            replace_result(value, product)
+
+    def _expanded(self, factor: Any, shape: tuple[int, ...]) -> Any:
+        """Return a factor that is broadcast to this shape, which is small. Several readers share it."""
+        if math.prod(factor.shape) == math.prod(shape):
+            return factor
+        key = (factor.id, shape)
+        if key not in self._expansions:
+            source = factor.get_defining_op()
+            pir.set_insertion_point_after(source)
+            with operator_role(max(source.op_role, 0)):
+                self._expansions[key] = paddle.expand(factor, list(shape))
+        return self._expansions[key]
 
     def _softmax(self, operation: Any) -> None:
         if is_over_last(operation.attrs()["axis"], operation.result(0)):
             x = self._as_matrix(operation, 0)
             dtype = "bfloat16" if can_be_bfloat16(operation.result(0)) else "float32"
-            self._replace(operation, "softmax", onednn.softmax(x.layout, replace(x.layout, dtype=dtype)), [x], [dtype])
+            self._replace(
+                operation, "softmax", primitives.softmax(x.layout, replace(x.layout, dtype=dtype)), [x], [dtype]
+            )
 
     def _softmax_grad(self, operation: Any) -> None:
         if is_over_last(operation.attrs()["axis"], operation.result(0)):
             out = self._as_matrix(operation, 0)
             gradient = self._as_matrix(operation, 1, out.dtype)
-            primitive = onednn.softmax_grad(out.layout, gradient.layout, out.layout)
+            primitive = primitives.softmax_grad(out.layout, gradient.layout, out.layout)
             self._replace(operation, "softmax_backward", primitive, [out, gradient], [out.dtype])
 
     def _layer_norm(self, operation: Any) -> None:
@@ -261,7 +334,7 @@ class _Lowering:
             inputs = [self._as_matrix(operation, index, "float32") for index in range(3)]
             layout = inputs[0].layout
             dtype = "bfloat16" if can_be_bfloat16(operation.result(0)) else "float32"
-            primitive = onednn.layer_norm(layout, replace(layout, dtype=dtype), attributes["epsilon"])
+            primitive = primitives.layer_norm(layout, replace(layout, dtype=dtype), attributes["epsilon"])
             self._replace(operation, "layer_norm", primitive, inputs, [dtype, "float32", "float32"])
 
     def _layer_norm_grad(self, operation: Any) -> None:
@@ -270,7 +343,7 @@ class _Lowering:
             inputs = [self._as_matrix(operation, index, "float32") for index in range(5)]
             gradient = self._as_matrix(operation, 5)
             layout = inputs[0].layout
-            primitive = onednn.layer_norm_grad(layout, gradient.layout, layout, attributes["epsilon"])
+            primitive = primitives.layer_norm_grad(layout, gradient.layout, layout, attributes["epsilon"])
             self._replace(operation, "layer_norm_backward", primitive, [*inputs, gradient], ["float32"] * 3)
 
 

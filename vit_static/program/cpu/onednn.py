@@ -1,4 +1,4 @@
-"""oneDNN's kernels, called directly: matrix products, GELU, softmax, LayerNorm and conversions on CPUs.
+"""oneDNN, called directly: the library, layouts of operands, and primitives. The kernels are in primitives.py.
 
 Paddle's CPU wheel contains oneDNN 3.6 and calls it from operators of its own; but those convert layouts back and forth,
 sum a bias gradient in a reference loop, and compute wrong gradients of four-dimensional products (Paddle 3.3.1). Here
@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,7 @@ _SUPPORTED_VERSION = (3, 6)  # major, minor
 _DATA_TYPES = {"float32": 3, "bfloat16": 2}
 _BYTES = {"float32": 4, "bfloat16": 2}
 _CPU, _IN_ORDER = 1, 1
-_FORWARD_TRAINING, _BACKWARD = 64, 128
-_GELU_ERF, _GELU_TANH, _LINEAR, _SOFTMAX, _ADD = 49, 43, 38, 196608, 131056
-_SCALE_AND_SHIFT = 2 | 4
 _MAX_DIMENSIONS = 12
-# Numbers that identify a primitive's operands.
-_SOURCE, _SOURCE_1, _TARGET, _WEIGHTS, _BIAS = 1, 2, 17, 33, 41
-_MEAN, _VARIANCE, _SCALE, _SHIFT = 49, 50, 51, 52
-_SOURCE_GRADIENT, _TARGET_GRADIENT, _SCALE_GRADIENT, _SHIFT_GRADIENT = 129, 145, 255, 256
-_POST_OPERATION = 32768  # times 1 for the first post-operation, 2 for the second
-_MAX_PRIMITIVES = 1024  # cached, per kind
 
 
 @dataclass(frozen=True)
@@ -152,7 +143,8 @@ class _Library:
 
 
 @cache
-def _library() -> _Library:
+def library() -> _Library:
+    """Return the library, loaded when it is first needed."""
     return _Library()
 
 
@@ -200,10 +192,10 @@ class Primitive:
     """
 
     def __init__(self, description: ctypes.c_void_p, operands: list[tuple[int, Layout]]) -> None:
-        library = _library()
-        self._primitive = library.make("primitive", description)
+        onednn = library()
+        self._primitive = onednn.make("primitive", description)
         self._memories = [
-            library.make("memory", library.description(layout), library.engine, ctypes.c_void_p())
+            onednn.make("memory", onednn.description(layout), onednn.engine, ctypes.c_void_p())
             for _, layout in operands
         ]
         numbered = [
@@ -212,205 +204,12 @@ class Primitive:
         self._arguments = (_Argument * len(operands))(*numbered)
 
         # Looked up once: a small kernel takes less time than to find a function by its name.
-        self._set_address = library.function("memory_set_data_handle")
-        self._execute, self._wait = library.function("primitive_execute"), library.function("stream_wait")
-        self._stream = library.stream
+        self._set_address = onednn.function("memory_set_data_handle")
+        self._execute, self._wait = onednn.function("primitive_execute"), onednn.function("stream_wait")
+        self._stream = onednn.stream
 
     def __call__(self, *addresses: int) -> None:
         for memory, address in zip(self._memories, addresses, strict=True):
             check("memory_set_data_handle", self._set_address(memory, ctypes.c_void_p(address)))
         check("primitive_execute", self._execute(self._primitive, self._stream, len(addresses), self._arguments))
         check("stream_wait", self._wait(self._stream))
-
-
-@lru_cache(_MAX_PRIMITIVES)
-def matmul(
-    a: Layout, b: Layout, out: Layout, bias: Layout | None = None, residual: Layout | None = None, factor: float = 1.0
-) -> Primitive:
-    """Return the kernel of out = (a @ b [+ bias]) * factor [+ residual].
-
-    Operands: a, b, bias and residual if given, out. All have the same number of dimensions; the bias has length 1
-    where it is broadcast.
-    """
-    library = _library()
-    chain = library.make("post_ops")
-    if factor != 1.0:
-        library.call(
-            "post_ops_append_eltwise", chain, ctypes.c_int(_LINEAR), ctypes.c_float(factor), ctypes.c_float(0.0)
-        )
-    if residual is not None:
-        library.call("post_ops_append_binary", chain, ctypes.c_int(_ADD), library.description(residual))
-    attributes = library.make("primitive_attr")
-    library.call("primitive_attr_set_post_ops", attributes, chain)
-    description = library.make(
-        "matmul_primitive_desc",
-        library.engine,
-        library.description(a),
-        library.description(b),
-        None if bias is None else library.description(bias),
-        library.description(out),
-        attributes,
-    )
-    residual_number = _POST_OPERATION * (2 if factor != 1.0 else 1) | _SOURCE_1
-    operands = [(_SOURCE, a), (_WEIGHTS, b), (_BIAS, bias), (residual_number, residual), (_TARGET, out)]
-    return Primitive(description, [(number, layout) for number, layout in operands if layout is not None])
-
-
-def _gelu_forward(x: Layout, out: Layout, approximate: bool) -> ctypes.c_void_p:
-    library = _library()
-    return library.make(
-        "eltwise_forward_primitive_desc",
-        library.engine,
-        ctypes.c_int(_FORWARD_TRAINING),
-        ctypes.c_int(_GELU_TANH if approximate else _GELU_ERF),
-        library.description(x),
-        library.description(out),
-        ctypes.c_float(0.0),
-        ctypes.c_float(0.0),
-        None,
-    )
-
-
-@lru_cache(_MAX_PRIMITIVES)
-def gelu(x: Layout, out: Layout, approximate: bool = False) -> Primitive:
-    """Return the kernel of GELU, exact or by the tanh approximation. Operands: x, out."""
-    return Primitive(_gelu_forward(x, out, approximate), [(_SOURCE, x), (_TARGET, out)])
-
-
-@lru_cache(_MAX_PRIMITIVES)
-def gelu_grad(x: Layout, out_grad: Layout, x_grad: Layout, approximate: bool = False) -> Primitive:
-    """Return the kernel of GELU's gradient. Operands: x, out_grad, x_grad."""
-    library = _library()
-    description = library.make(
-        "eltwise_backward_primitive_desc",
-        library.engine,
-        ctypes.c_int(_GELU_TANH if approximate else _GELU_ERF),
-        library.description(x_grad),
-        library.description(out_grad),
-        library.description(x),
-        ctypes.c_float(0.0),
-        ctypes.c_float(0.0),
-        _gelu_forward(x, x, approximate),
-        None,
-    )
-    return Primitive(description, [(_SOURCE, x), (_TARGET_GRADIENT, out_grad), (_SOURCE_GRADIENT, x_grad)])
-
-
-def _softmax_forward(x: Layout, out: Layout) -> ctypes.c_void_p:
-    library = _library()
-    return library.make(
-        "softmax_forward_primitive_desc",
-        library.engine,
-        ctypes.c_int(_FORWARD_TRAINING),
-        ctypes.c_int(_SOFTMAX),
-        library.description(x),
-        library.description(out),
-        ctypes.c_int(len(x.shape) - 1),
-        None,
-    )
-
-
-@lru_cache(_MAX_PRIMITIVES)
-def softmax(x: Layout, out: Layout) -> Primitive:
-    """Return the kernel of softmax over the last dimension. Operands: x, out, which may be the same memory."""
-    return Primitive(_softmax_forward(x, out), [(_SOURCE, x), (_TARGET, out)])
-
-
-@lru_cache(_MAX_PRIMITIVES)
-def softmax_grad(out: Layout, out_grad: Layout, x_grad: Layout) -> Primitive:
-    """Return the kernel of softmax's gradient. Operands: out, out_grad, x_grad; the last two may be the same memory."""
-    library = _library()
-    description = library.make(
-        "softmax_backward_primitive_desc",
-        library.engine,
-        ctypes.c_int(_SOFTMAX),
-        library.description(x_grad),
-        library.description(out_grad),
-        library.description(out),
-        ctypes.c_int(len(out.shape) - 1),
-        _softmax_forward(x_grad, out),
-        None,
-    )
-    return Primitive(description, [(_TARGET, out), (_TARGET_GRADIENT, out_grad), (_SOURCE_GRADIENT, x_grad)])
-
-
-def _layer_norm_forward(x: Layout, out: Layout, statistics: Layout, epsilon: float) -> ctypes.c_void_p:
-    library = _library()
-    return library.make(
-        "layer_normalization_forward_primitive_desc",
-        library.engine,
-        ctypes.c_int(_FORWARD_TRAINING),
-        library.description(x),
-        library.description(out),
-        library.description(statistics),
-        ctypes.c_float(epsilon),
-        ctypes.c_uint(_SCALE_AND_SHIFT),
-        None,
-    )
-
-
-@lru_cache(_MAX_PRIMITIVES)
-def layer_norm(x: Layout, out: Layout, epsilon: float) -> Primitive:
-    """Return the kernel of LayerNorm over the last dimension.
-
-    Operands: x, scale, shift, out, mean, variance; it writes the last three.
-    """
-    statistics, channels = dense("float32", *x.shape[:-1]), dense("float32", x.shape[-1])
-    return Primitive(
-        _layer_norm_forward(x, out, statistics, epsilon),
-        [
-            (_SOURCE, x),
-            (_SCALE, channels),
-            (_SHIFT, channels),
-            (_TARGET, out),
-            (_MEAN, statistics),
-            (_VARIANCE, statistics),
-        ],
-    )
-
-
-@lru_cache(_MAX_PRIMITIVES)
-def layer_norm_grad(x: Layout, out_grad: Layout, x_grad: Layout, epsilon: float) -> Primitive:
-    """Return the kernel of LayerNorm's gradients.
-
-    Operands: x, scale, shift, mean, variance, out_grad, x_grad, scale_grad, shift_grad; it writes the last three.
-    """
-    library = _library()
-    statistics, channels = dense("float32", *x.shape[:-1]), dense("float32", x.shape[-1])
-    description = library.make(
-        "layer_normalization_backward_primitive_desc",
-        library.engine,
-        ctypes.c_int(_BACKWARD),
-        library.description(x_grad),
-        library.description(out_grad),
-        library.description(x),
-        library.description(statistics),
-        ctypes.c_float(epsilon),
-        ctypes.c_uint(_SCALE_AND_SHIFT),
-        _layer_norm_forward(x, out_grad, statistics, epsilon),
-        None,
-    )
-    return Primitive(
-        description,
-        [
-            (_SOURCE, x),
-            (_SCALE, channels),
-            (_SHIFT, channels),
-            (_MEAN, statistics),
-            (_VARIANCE, statistics),
-            (_TARGET_GRADIENT, out_grad),
-            (_SOURCE_GRADIENT, x_grad),
-            (_SCALE_GRADIENT, channels),
-            (_SHIFT_GRADIENT, channels),
-        ],
-    )
-
-
-@lru_cache(_MAX_PRIMITIVES)
-def convert(x: Layout, out: Layout) -> Primitive:
-    """Return the kernel that converts to another dtype or layout. Operands: x, out."""
-    library = _library()
-    description = library.make(
-        "reorder_primitive_desc", library.description(x), library.engine, library.description(out), library.engine, None
-    )
-    return Primitive(description, [(_SOURCE, x), (_TARGET, out)])

@@ -5,6 +5,7 @@ This module only inspects a program; lowering.py changes it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -123,6 +124,39 @@ def is_over_first(total: Any) -> bool:
 def is_over_last(axis: int, value: Any) -> bool:
     """Return whether an axis is the last dimension of a value."""
     return axis in (-1, len(value.shape) - 1)
+
+
+# -- broadcast factors -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """Shapes of a product with a broadcast factor as one of matrices, in which the factor has one row or one column."""
+
+    matrix: tuple[int, int]
+    factor: tuple[int, int]
+    expanded: tuple[int, ...]  # to which the factor is broadcast first
+
+
+def match_broadcast(factor: Sequence[int], out: Sequence[int]) -> Broadcast | None:
+    """Return how a product of `out`'s shape with a broadcast factor is computed; None if it is no such product.
+
+    A factor that is broadcast over some of the first and of the inner dimensions, such as cosines [1, N, 1, d] of
+    queries [B, N, H, d], is expanded to the inner ones.
+    """
+    lengths = [1] * (len(out) - len(factor)) + list(factor)
+    broadcast = [axis for axis, (length, full) in enumerate(zip(lengths, out, strict=True)) if length != full]
+    if not broadcast or math.prod(lengths) == 1:
+        return None
+    first = next(axis for axis, length in enumerate(lengths) if length != 1)  # it has one row, broadcast before here
+    rows, columns = math.prod(out[:first]), math.prod(out[first:])
+    if broadcast[0] < first:
+        return Broadcast((rows, columns), (1, columns), (*(1 for _ in out[:first]), *out[first:]))
+    last = broadcast[0]  # it has one column, broadcast from here on
+    if any(length != 1 for length in lengths[last:]):
+        return None
+    rows = math.prod(out[:last])
+    return Broadcast((rows, math.prod(out[last:])), (rows, 1), tuple(lengths))
 
 
 # -- epilogues of matrix products ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import paddle
@@ -10,10 +11,11 @@ from vit_static.program.cpu.patterns import CONVERT, MOVES, inverse, is_read, nu
 from vit_static.program.ir import BACKWARD, FORWARD, clone_for_backward, insert_before
 
 # Operators without side effects, which are removed if nothing reads their results.
+_ACTIVATIONS = ("gelu", "sigmoid", "silu", "swiglu", "softmax")
 _PURE = {
     *("pd_op.cast", "pd_op.scale", "pd_op.add", "pd_op.add_n", "pd_op.sum", "builtin.combine", *MOVES),
     *("pd_op.full", "pd_op.full_int_array"),
-    *(f"pd_op.{name}{grad}" for grad in ("", "_grad") for name in ("matmul", "gelu", "softmax", "layer_norm")),
+    *(f"pd_op.{name}{grad}" for grad in ("", "_grad") for name in ("matmul", "multiply", "layer_norm", *_ACTIVATIONS)),
     *(f"pd_op.{name}_grad" for name in ("add", "reshape", "flatten", "transpose")),
 }
 
@@ -36,6 +38,8 @@ def simplify_gradients(program: Any) -> None:
             operation.result(0).replace_all_uses_with(gradient)
         elif name == "pd_op.add_grad":
             _simplify_add_grad(operation)
+        elif name == "pd_op.multiply_grad":
+            _simplify_multiply_grad(operation)
         elif name == "pd_op.add_n":
             _split_add_n(operation)
     remove_unread(program)
@@ -50,6 +54,36 @@ def _simplify_add_grad(operation: Any) -> None:
             with insert_before(operation):
                 total = paddle.sum(gradient, axis=list(range(num_dims)))
                 result.replace_all_uses_with(paddle.reshape(total, result.shape))
+
+
+def _simplify_multiply_grad(operation: Any) -> None:
+    """Write the gradients of a float32 product as products, summed where a factor was broadcast.
+
+    Paddle 3.3.1 sums those of a broadcast factor in a reference loop, a hundred times slower than its own sum.
+    """
+    factors, gradient = [operation.operand_source(0), operation.operand_source(1)], operation.operand_source(2)
+    if any(value.dtype != paddle.float32 for value in (*factors, gradient)):
+        return
+    for result, factor, other in zip(operation.results(), factors, reversed(factors), strict=True):
+        shape = list(factor.shape)
+        axes = _broadcast_axes(shape, gradient.shape)
+        if not is_read(result) or axes is None:
+            continue
+        with insert_before(operation):
+            product = paddle.multiply(gradient, other)
+            if axes:
+                product = paddle.sum(product, axis=axes)
+            if list(product.shape) != shape:
+                product = paddle.reshape(product, shape)
+        result.replace_all_uses_with(product)
+
+
+def _broadcast_axes(shape: Sequence[int], out: Sequence[int]) -> list[int] | None:
+    """Return the axes of `out` over which an operand of this shape was broadcast; None if shapes aren't known."""
+    if min([*shape, *out], default=0) < 0:
+        return None
+    padded = [1] * (len(out) - len(shape)) + list(shape)
+    return [axis for axis, (length, full) in enumerate(zip(padded, out, strict=True)) if length != full]
 
 
 def _split_add_n(add_n: Any) -> None:
