@@ -142,8 +142,7 @@ def test_position_embeddings_are_resampled_as_vit_jax_and_timm_do(mode: Any, gri
     ("added", "reason"),
     [
         ("dist_token", "distilled"),
-        ("blocks.0.attn.q_norm.weight", "normalizes queries and keys"),
-        ("blocks.0.mlp.w12.weight", "SwiGLU"),
+        ("blocks.0.attn.gate.weight", "relative of EVA"),
         ("something.else", "which those files don't have"),
     ],
 )
@@ -160,10 +159,8 @@ def test_other_models_are_refused_with_the_reason(tmp_path: Path, added: str, re
         (["layers.0.blocks.0.attn.relative_position_bias_table", "patch_embed.proj.weight"], "Swin"),
         (["swin.encoder.layers.0.blocks.0.attention.self.relative_position_bias_table"], "Swin"),
         (["module.blocks.0.attn.relative_position_bias_table", "module.patch_embed.proj.weight"], "BEiT"),
-        (["blocks.0.attn.q_proj.weight", "blocks.0.mlp.fc1_g.weight", "patch_embed.proj.weight"], "EVA-02"),
-        (["blocks.0.attn.q_bias", "blocks.0.gamma_1", "patch_embed.proj.weight"], "EVA or BEiT"),
+        (["blocks.0.attn.q_proj.weight", "blocks.0.gamma_1", "patch_embed.proj.weight"], "EVA or BEiT"),
         (["storage_tokens", "cls_norm.weight", "patch_embed.proj.weight"], "DINOv3"),
-        (["encoder.layer.0.mlp.weights_in.weight", "embeddings.cls_token"], "SwiGLU"),
         (["visual.attn_pool.query", "visual.conv1.weight"], "CoCa"),
         (["embeds.proj.weight"], "NaFlexVit"),
         (["layer1.0.conv1.weight"], "ResNet"),

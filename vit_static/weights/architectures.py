@@ -26,19 +26,10 @@ UNSUPPORTED: tuple[Architecture, ...] = (
     Architecture(r"layers\.\d+\.blocks\.\d+\.attn\.(logit_scale|cpb_mlp\..*)", _SWIN),
     Architecture(r"layers\.\d+\.downsample\.reduction\.weight", _SWIN),
     Architecture(r".*relative_position_bias_table", "BEiT, which adds a bias for relative positions to its attention"),
-    Architecture(
-        r"blocks\.\d+\.(mlp\.fc1_g\..*|attn\.norm\..*|mlp\.norm\..*)",
-        "EVA-02, which has rotary positions (RoPE) and a gated MLP (SwiGLU)",
-    ),
     Architecture(r"cls_norm\..*", "a DINOv3 with a norm of its own for the class token, and this model has one norm"),
-    Architecture(r"rope\.freqs", "a ViT with rotary positions (RoPE)"),
     Architecture(
-        r"blocks\.\d+\.(attn\.[qv]_bias|attn\.q_proj\.weight|gamma_[12])",
-        "EVA or BEiT, whose attention has biases for queries and values only",
-    ),
-    Architecture(
-        rf"{_BLOCK}mlp\.(w12|w3|fc1_g|fc1_x|weights_in|weights_out|gate_proj)\..*",
-        "a ViT with a gated MLP (SwiGLU), and this model has a plain MLP",
+        r"blocks\.\d+\.(attn\.(gate|[qkv]_proj)\..*|attn\.[qv]_bias|gamma_[12])",
+        "a relative of EVA or BEiT whose attention this model doesn't have",
     ),
     Architecture(
         r"(dist_token|head_dist\..*|embeddings\.distillation_token|(cls|distillation)_classifier\..*)",
@@ -47,9 +38,6 @@ UNSUPPORTED: tuple[Architecture, ...] = (
     Architecture(r"attn_pool(_contrastive)?\.query", "CoCa, whose pooling has many queries and other widths"),
     Architecture(
         r"embeds\.(proj\.weight|pos_embed)", "timm's NaFlexVit; Hugging Face's files of the same SigLIP 2 can be read"
-    ),
-    Architecture(
-        rf"{_BLOCK}attn\.[qk]_norm\..*", "a model that normalizes queries and keys (qk-norm), and this one doesn't"
     ),
     Architecture(r"blocks_token_only\.\d+\..*", "CaiT, whose class token has blocks of its own"),
     Architecture(r"blocks\.\d+\.mlp_tokens\..*", "MLP-Mixer, which has no attention"),

@@ -24,6 +24,7 @@ from vit_static.weights.readers import read_arrays
 from vit_static.weights.rope_order import RopeOrder
 from vit_static.weights.state import State, fuse_qkv
 from vit_static.weights.tables.dinov3 import DINOV3, HF_DINOV3, TIMM_DINOV3
+from vit_static.weights.tables.eva import EVA02, EVA_FUSED, ROPE_AXIAL, ROPE_AXIAL_APE, ROPE_GAP, ROPE_MIXED, VIT5
 from vit_static.weights.tables.google import BIG_VISION, VIT_JAX, VIT_JAX_BY_CLASS
 from vit_static.weights.tables.huggingface import HF_DINOV2, HF_VIT
 from vit_static.weights.tables.plsc import PLSC
@@ -45,7 +46,8 @@ _TABLES = (
     *(VIT_JAX_BY_CLASS, BIG_VISION, VIT_JAX),
     *(HF_DINOV3, HF_DINOV2, HF_VIT, HF_CLIP, HF_SIGLIP_CLASSIFIER, HF_SIGLIP),
     *(OPENAI_CLIP, OPEN_CLIP),
-    *(DINOV3, TIMM_DINOV3, TIMM_CLIP, TIMM_SIGLIP, TIMM),
+    *(DINOV3, TIMM_DINOV3, EVA02, EVA_FUSED, ROPE_GAP, ROPE_MIXED, ROPE_AXIAL, ROPE_AXIAL_APE, VIT5),
+    *(TIMM_CLIP, TIMM_SIGLIP, TIMM),
 )
 
 
@@ -93,12 +95,20 @@ def _refuse_paddleclas_small(state: State, path: Path) -> None:
         )
 
 
-def _detect(names: Collection[str], path: Path) -> NameMap:
-    """Detect the program that wrote a file by its arrays' names. Raises WeightsError if it is none that is known."""
+def detect_table(names: Collection[str]) -> NameMap | None:
+    """Return the table of the program that has an array of each of these names; None if none is known."""
     for table in _TABLES:
         prefix = _find_prefix(names, table)
         if prefix is not None and table.has_markers(name.removeprefix(prefix) for name in names):
             return table
+    return None
+
+
+def _detect(names: Collection[str], path: Path) -> NameMap:
+    """Return the table of the program that wrote a file. Raises WeightsError if it is none that is known."""
+    table = detect_table(names)
+    if table is not None:
+        return table
     reason = unsupported_reason(names)
     if reason is not None:
         raise _other_architecture(path, reason)
@@ -128,21 +138,20 @@ def _from_table(state: State, table: NameMap, path: Path) -> ExternalWeights:
     if len(arrays) + len(outside) < len(state):
         raise WeightsError(f"{path}: has an array of the same name with and without {prefix!r}; remove one of them")
     try:
-        arrays = table.unpack(arrays)
-        external = _translate(arrays, table, path)
+        unpacked = table.unpack(arrays)
+        external = _translate(unpacked, table, path)
         described = _read_config_json(table, path)
-        hints = external.model_hints | table.find_hints(arrays) | described
+        hints = external.model_hints | table.find_hints(arrays | unpacked) | described
     except WeightsError:
         raise
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from None
-    undetermined = {key: why for key, why in table.find_undetermined(arrays).items() if key not in hints}
     assumptions = {key: why for key, why in table.assumptions.items() if key not in described}
     return replace(
         external,
         model_hints=hints,
         dropped=external.dropped | outside,
-        undetermined=undetermined,
+        undetermined=table.find_undetermined(unpacked),
         assumptions=assumptions,
         rope_order=table.rope_order,
     )

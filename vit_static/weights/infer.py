@@ -56,6 +56,9 @@ def infer_model(external: ExternalWeights) -> dict[str, Any]:
     if embedding is not None and embedding.ndim == 4:
         model |= {"width": embedding.shape[0], "patch_size": embedding.shape[2]}
         model["num_channels"] = embedding.shape[1]
+        query_norm = state.get("blocks.0.attn.q_norm.weight")
+        if query_norm is not None and query_norm.size:
+            model["num_heads"] = embedding.shape[0] // query_norm.size
     if fc1 is not None and fc1.ndim == 2:
         model["mlp_dim"] = fc1.shape[1]
     without = "none" if model.get("pos_embed") == "none" else "sincos2d"

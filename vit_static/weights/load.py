@@ -193,6 +193,11 @@ def adapt_state(
     for key, reason in external.assumptions.items():
         if key != "num_classes" or "head.bias" in state:
             report.notes.append(f"model.{key}={getattr(config, key)}: {reason}")
+    report.notes += [
+        f"no array determines model.{key}, which is {format_override(getattr(config, key))} here"
+        for key in external.undetermined
+        if key != "pool" or init.head == "keep"
+    ]
     changed = set(report.resampled) | {target for target in report.folded.values() if target in state}
     report.used = [name for name in state if name not in changed] + sorted(changed)
     return state, report

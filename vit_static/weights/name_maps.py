@@ -89,7 +89,8 @@ class NameMap:
     absent: tuple[str, ...] = ()  # patterns of names that it doesn't have
     ignored: Mapping[str, str] = field(default_factory=dict)  # pattern of names that the model doesn't need -> reason
     outside: Mapping[str, str] = field(default_factory=dict)  # the same for names without the prefix
-    # What the program always does, by keys of the `model` section, and what the file's arrays say beside their shapes.
+    # What the program always does, by keys of the `model` section, and what the file's arrays, with those that `unpack`
+    # made of them, say beside their shapes (ValueError for what this model doesn't have).
     model_hints: Mapping[str, Any] = field(default_factory=dict)
     find_hints: Callable[[State], dict[str, Any]] = lambda state: {}
     # Keys that neither the arrays nor the program determine -> what is assumed, unless config_json has them.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +11,13 @@ from safetensors.numpy import save_file
 from vit_static.common.errors import WeightsError
 from vit_static.common.io import write_atomically, write_json
 from vit_static.config.model_schema import ModelConfig
-from vit_static.weights.formats import FormatName
+from vit_static.weights.formats import FormatName, detect_table
 from vit_static.weights.model_record import RECORD_NAME, encode_record
 from vit_static.weights.name_maps import NameMap
 from vit_static.weights.rope_order import to_rope_order
 from vit_static.weights.state import State, split_qkv
 from vit_static.weights.tables.dinov3 import HF_DINOV3, TIMM_DINOV3
+from vit_static.weights.tables.eva import EVA02, EVA_FUSED, ROPE_AXIAL, ROPE_MIXED
 from vit_static.weights.tables.google import BIG_VISION, VIT_JAX
 from vit_static.weights.tables.huggingface import HF_DINOV2, HF_DINOV2_REGISTERS, HF_VIT
 from vit_static.weights.tables.plsc import PLSC, PLSC_HINTS
@@ -32,7 +33,7 @@ from vit_static.weights.tables.towers import (
 
 # The first that has the model is written.
 _TABLES: dict[FormatName, tuple[NameMap, ...]] = {
-    "timm": (TIMM, TIMM_DINOV3, TIMM_CLIP, TIMM_SIGLIP),
+    "timm": (TIMM, TIMM_DINOV3, EVA02, EVA_FUSED, ROPE_MIXED, ROPE_AXIAL, TIMM_CLIP, TIMM_SIGLIP),
     "huggingface": (HF_VIT, HF_DINOV2_REGISTERS, HF_DINOV2, HF_DINOV3, HF_CLIP, HF_SIGLIP, HF_SIGLIP_CLASSIFIER),
     "google": (VIT_JAX, BIG_VISION),
     "openclip": (OPEN_CLIP,),
@@ -53,6 +54,8 @@ def write_weights(
         raise WeightsError(f"{config_path}: exists already, and would be overwritten; choose another folder")
     arrays = _convert(state, table, model, num_heads, path)
     named = {k if k.startswith(table.without_prefix) else f"{table.prefix}{k}": v for k, v in arrays.items()}
+    if model.rope != "none":
+        _require_same_order(table, named, to)
     record = encode_record(model)
     with write_atomically(path, sum(array.nbytes for array in arrays.values())) as temporary:
         if to == "google":
@@ -63,6 +66,16 @@ def write_weights(
             save_file(named, temporary, {"format": "pt", RECORD_NAME: record})
     if describe is not None:  # after the weights, so that a config.json always has its weights
         write_json(describe(state, model, num_heads), config_path)
+
+
+def _require_same_order(table: NameMap, names: Collection[str], to: FormatName) -> None:
+    """Raise WeightsError if the names of a file would be read as those of a program with another order of channels."""
+    detected = detect_table(names)
+    if detected is None or detected.names is not table.names or detected.rope_order != table.rope_order:
+        raise WeightsError(
+            f"{to}'s files of such a model have the names of another one, whose rotary positions differ; use --format "
+            "plsc"
+        )
 
 
 def _convert(state: Mapping[str, np.ndarray], table: NameMap, model: ModelConfig, num_heads: int, path: Path) -> State:
@@ -91,9 +104,10 @@ def list_differences(state: Mapping[str, np.ndarray], model: ModelConfig, to: Fo
         table = _table_for(state, model, to)
         is_described = table.config_json is not None and table.config_json.write is not None
         hints = {} if is_described else dict(table.model_hints)
+    keys = ("gelu", "layer_norm_epsilon") if model.mlp == "gelu" else ("layer_norm_epsilon",)
     return [
         f"{to} computes with model.{key}={hints[key]}, and this model with {getattr(model, key)}"
-        for key in ("gelu", "layer_norm_epsilon")
+        for key in keys
         if key in hints and hints[key] != getattr(model, key)
     ]
 

@@ -27,6 +27,7 @@ from vit_static.weights.name_maps import (
     same,
 )
 from vit_static.weights.state import State
+from vit_static.weights.tables.gated import name_gated
 from vit_static.weights.tables.rope_constants import CONSTANTS, hints_of_periods
 
 # What all of them compute, beside what the arrays say. The image size is that of the published models, which read any.
@@ -126,12 +127,6 @@ def _timm_refuses(state: Mapping[str, np.ndarray], model: ModelConfig) -> str | 
     return None
 
 
-def name_gated_layers(arrays: State, num_heads: int) -> State:
-    """Give the first layer of a gated MLP, beside its gate `fc1_g`, timm's name."""
-    is_gated = any(".mlp.fc1_g." in name for name in arrays)
-    return {name.replace(".mlp.fc1.", ".mlp.fc1_x.") if is_gated else name: array for name, array in arrays.items()}
-
-
 TIMM_DINOV3 = NameMap(
     "timm's .safetensors of DINOv3",
     "patch_embed.proj.weight",
@@ -153,7 +148,7 @@ TIMM_DINOV3 = NameMap(
     model_hints=_HINTS,
     ignored={r"mask_token": PRETRAINING, r"rope\.periods": CONSTANTS},
     find_undetermined=_ask_for_pool,
-    pack=name_gated_layers,
+    pack=name_gated,
     options=_OPTIONS,
     refuses=_timm_refuses,
 )

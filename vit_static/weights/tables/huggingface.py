@@ -61,19 +61,37 @@ def _vit_config(state: Mapping[str, np.ndarray], model: ModelConfig, num_heads: 
     return {**config, "intermediate_size": state["blocks.0.mlp.fc1.weight"].shape[1]}
 
 
+def _mlp_ratio(width: int, mlp_dim: int, model: ModelConfig) -> float:
+    """Return DINOv2's ratio of the MLP, which transformers 5 wants to be an int where it can be one.
+
+    With a gate the hidden layer has two thirds of it, rounded up to a multiple of 8.
+    """
+    if model.mlp == "swiglu":
+        ratios = (ratio for ratio in range(1, 17) if (width * ratio * 2 // 3 + 7) // 8 * 8 == mlp_dim)
+        return next(ratios, 1.5 * mlp_dim / width)
+    ratio = mlp_dim / width
+    return int(ratio) if ratio.is_integer() else ratio
+
+
 def _dinov2_config(state: Mapping[str, np.ndarray], model: ModelConfig, num_heads: int) -> dict[str, Any]:
     width, mlp_dim = state["blocks.0.mlp.fc1.weight"].shape
-    ratio = mlp_dim / width  # transformers 5 wants an int where it can be one
-    keys = {"mlp_ratio": int(ratio) if ratio.is_integer() else ratio, "use_swiglu_ffn": False}
+    keys = {"mlp_ratio": _mlp_ratio(width, mlp_dim, model), "use_swiglu_ffn": model.mlp == "swiglu"}
     if "reg_token" not in state:
         return {**common_config(state, model, num_heads, "dinov2", "Dinov2"), **keys, "use_mask_token": False}
     common = common_config(state, model, num_heads, "dinov2_with_registers", "Dinov2WithRegisters")
     return {**common, **keys, "num_register_tokens": state["reg_token"].shape[1]}
 
 
+def _name_gated(arrays: State, num_heads: int) -> State:
+    """Give a gated MLP's layers their names: its first one holds the gate."""
+    if not any(".mlp.weights_in." in name for name in arrays):
+        return arrays
+    return {name.replace(".mlp.fc2.", ".mlp.weights_out."): array for name, array in arrays.items()}
+
+
 def _add_mask_token(arrays: State, num_heads: int) -> State:
     """Add the mask token that from_pretrained expects."""
-    return arrays | {"embeddings.mask_token": np.zeros_like(arrays["embeddings.cls_token"][0])}
+    return _name_gated(arrays, num_heads) | {"embeddings.mask_token": np.zeros_like(arrays["embeddings.cls_token"][0])}
 
 
 HF_VIT = NameMap(
@@ -116,12 +134,14 @@ HF_DINOV2 = NameMap(
     _EMBEDDINGS
     | {f"{_BLOCK}layer_scale{branch}.lambda1": (f"blocks.{{}}.ls{branch}.gamma", IDENTITY) for branch in (1, 2)}
     | norms({f"{_BLOCK}norm1.": "blocks.{}.norm1", f"{_BLOCK}norm2.": "blocks.{}.norm2", "layernorm.": "norm"})
+    | linears({f"{_BLOCK}mlp.weights_in.": ("blocks.{}.mlp.gate", "blocks.{}.mlp.fc1")}, TRANSPOSE)
     | linears(
         {
             **_QKV,
             f"{_BLOCK}attention.output.dense.": "blocks.{}.attn.proj",
             f"{_BLOCK}mlp.fc1.": "blocks.{}.mlp.fc1",
             f"{_BLOCK}mlp.fc2.": "blocks.{}.mlp.fc2",
+            f"{_BLOCK}mlp.weights_out.": "blocks.{}.mlp.fc2",
             "classifier.": "head",
         },
         TRANSPOSE,
@@ -130,8 +150,10 @@ HF_DINOV2 = NameMap(
     model_hints={"gelu": "erf", "layer_norm_epsilon": 1e-6, "class_token_pos_embed": True},
     ignored={r"embeddings\.mask_token": PRETRAINING},
     config_json=ConfigJson(read_hints, _dinov2_config),
+    pack=_name_gated,
     prefix="dinov2.",
     without_prefix=("classifier.",),
+    options={"mlp": ("swiglu",)},
     refuses=_refuses,
 )
 HF_DINOV2_REGISTERS = replace(

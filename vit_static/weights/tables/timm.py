@@ -19,6 +19,9 @@ from vit_static.weights.name_maps import (
     linears,
     norms,
 )
+from vit_static.weights.tables.gated import PACKED, name_packed, packed_by_name
+
+_NORMS_WITHIN = ("attn.q_norm", "attn.k_norm", "attn.norm", "mlp.norm")
 
 
 def _refuses(state: Mapping[str, np.ndarray], model: ModelConfig) -> str | None:
@@ -39,8 +42,19 @@ TIMM = NameMap(
     EMBEDDINGS
     | SCALES
     | norms({**NORMS, "fc_norm.": "norm"})
-    | linears({**LAYERS, "pre_logits.fc.": "head0"}, TRANSPOSE),
+    | norms({f"blocks.{{}}.{name}.": f"blocks.{{}}.{name}" for name in _NORMS_WITHIN})
+    | linears(PACKED, TRANSPOSE)
+    | linears({**LAYERS, "pre_logits.fc.": "head0", "blocks.{}.mlp.w3.": "blocks.{}.mlp.fc2"}, TRANSPOSE),
     model_hints={"gelu": "erf", "layer_norm_epsilon": 1e-6},
     ignored={r"mask_token": PRETRAINING, r"decoder_.*|decoder\..*": PRETRAINING},
+    unpack=packed_by_name,
+    pack=name_packed,
+    options={
+        "mlp": ("swiglu",),
+        "mlp_norm": (True,),
+        "attention_norm": (True,),
+        "qk_norm": (True,),
+        "norm": ("rms",),
+    },
     refuses=_refuses,
 )
