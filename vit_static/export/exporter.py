@@ -245,17 +245,17 @@ def write_artifact(
     if spec.precision == "int8":
         with tempfile.TemporaryDirectory() as temporary:
             _save(model, spec, "float32", Path(temporary))
-            onnx_export.write_onnx(Path(temporary), Path(temporary) / ONNX_FILE)
+            onnx_export.write_onnx(Path(temporary), Path(temporary) / ONNX_FILE, spec.model.gelu)
             onnx_export.quantize(Path(temporary) / ONNX_FILE, folder / ONNX_FILE, calibration)
         spec = spec.model_copy(update={"int8_weight_bits": onnx_export.INT8_WEIGHT_BITS})
     else:
         _save(model, spec, spec.precision, folder, pixels=config.export.pixels)
         if onnx and spec.precision == "float32":
-            onnx_export.write_onnx(folder, folder / ONNX_FILE)
+            onnx_export.write_onnx(folder, folder / ONNX_FILE, spec.model.gelu)
         elif onnx:
             with tempfile.TemporaryDirectory() as temporary:
                 _save(model, spec, "float32", Path(temporary))
-                onnx_export.write_onnx(Path(temporary), folder / ONNX_FILE)
+                onnx_export.write_onnx(Path(temporary), folder / ONNX_FILE, spec.model.gelu)
     spec = spec.model_copy(update={"files": file_records(folder)})
     write_json(spec.model_dump(mode="json"), folder / SPEC_FILE)
     return spec
