@@ -90,6 +90,8 @@ def _approximate_gelu(model: Any) -> None:
     from onnx import helper, numpy_helper
 
     graph = model.graph
+    if not any(node.op_type == "Erf" for node in graph.node):  # a gated MLP has no GELU
+        return
     constants = {}
     for suffix, value in (("cubic", 0.044715), ("linear", 1.0), ("scale", math.sqrt(2.0 / math.pi))):
         constants[suffix] = f"gelu.{suffix}"
@@ -114,9 +116,11 @@ def _approximate_gelu(model: Any) -> None:
             helper.make_node("Mul", [scaled, factor], [inner]),
             helper.make_node("Tanh", [inner], [result]),
         ]
-    used = {name for node in nodes for name in node.input} | {output.name for output in graph.output}
+    for _ in range(2):  # the divisions, then their constants
+        used = {name for node in nodes for name in node.input} | {output.name for output in graph.output}
+        nodes = [node for node in nodes if used.intersection(node.output)]
     del graph.node[:]
-    graph.node.extend(node for node in nodes if used.intersection(node.output))
+    graph.node.extend(nodes)
 
 
 def _name_outputs(model: Any) -> None:
