@@ -346,6 +346,9 @@ TEACHER = "distill.teacher=run"
             [TEACHER, "data.multi_label=true", "loss.name=bce"],
             "distill.kind = 'soft': takes one label per image, and data.multi_label has several; set distill.kind=feat",
         ),
+        ([TEACHER, "distill.kind=token"], "set model.distillation_token=true"),
+        ([TEACHER, "model.distillation_token=true"], "has a head for the teacher's labels; set distill.kind=token"),
+        ([TEACHER, "distill.token_label=soft"], "kind = 'soft' has no token; set kind=token"),
         (
             [TEACHER, "distill.kind=features", "train.freeze=backbone"],
             "distill.kind = 'features': train.freeze = 'backbone' leaves the features as they are; set kind=soft",

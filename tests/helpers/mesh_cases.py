@@ -46,7 +46,7 @@ MODELS = {
     "gap": changed(depth=2, pool="gap", pos_embed="sincos2d", representation_size=24),
     # 7 classes, which 2 ranks can't split
     "seven": changed(depth=1, num_classes=7, qkv_bias=False, layer_scale_init=None),
-    "distilled": changed(depth=2),
+    "distillation_token": changed(depth=2, distillation_token=True),
     "dropped_paths": changed(depth=2, pool="gap", drop_path_rate=0.3),
     "tokens": changed(depth=2, pool="cls_gap", register_tokens=2, class_token_pos_embed=False),
     "one_block": changed(depth=1, pool="cls_gap", register_tokens=2, class_token_pos_embed=False),
@@ -136,10 +136,11 @@ MIXUP = {
     "mixed_pp2": mesh(pp=2),
     "mixed_accum2": mesh(grad_accum_steps=2),
 }
-# With a teacher, and its own layers where the kind needs some: each kind of mesh once.
+# With a teacher of as many blocks; the last two have layers of their own.
 DISTILLED = {
-    "soft": {"dp2_sharding3": mesh(dp=2, sharding_stage=3), "pp2": mesh(pp=2)},
+    "soft": {"dp2_sharding3": mesh(dp=2, sharding_stage=3)},
     "features": {"accum2": mesh(grad_accum_steps=2), "dp2_mp2": mesh(dp=2, mp=2)},
+    "token": {"mp2_pp2": mesh(mp=2, pp=2)},
 }
 DISTILLED_ON = [(kind, name) for kind, meshes in DISTILLED.items() for name in meshes]
 # with all kinds of dropout, for a few steps, of which one is repeated
@@ -178,7 +179,8 @@ def all_cases() -> list[Case]:
     for kind, meshes in DISTILLED.items():
         for name, parallel in {"one": mesh(), **meshes}.items():
             options = {"distills": kind, "mixes": True, "steps": list(range(3))}
-            named.append((f"{kind}_{name}", MODELS["distilled"], OPTIMIZERS["sgd"], parallel, options))
+            model = MODELS["distillation_token" if kind == "token" else "cls"]
+            named.append((f"{kind}_{name}", model, OPTIMIZERS["sgd"], parallel, options))
     for name, optimizer in [*(("one", optimizer) for optimizer in RECIPES), *RECIPES_TRAINED]:
         parallel = mesh() if name == "one" else RECIPE_MESHES[name]
         four_steps = {"steps": list(range(4))}

@@ -187,8 +187,8 @@ def run(case: Case, mesh: Mesh, images_root: Path) -> Outcome:
 
 def make_teacher(config: Config) -> Teacher:
     """Return a teacher that differs from the student in all that it may differ in, with random weights."""
-    changed = {"depth": 2, "width": 48, "mlp_dim": 64, "image_size": (16, 20), "pool": "gap", "qkv_bias": False}
-    model = config.model.model_copy(update={**changed, "pos_embed": "sincos2d", "representation_size": None})
+    changed = {"width": 48, "mlp_dim": 64, "image_size": (16, 20), "pool": "gap", "qkv_bias": False}
+    model = config.model.model_copy(update={**changed, "pos_embed": "sincos2d", "distillation_token": False})
     network = VisionTransformer(model)
     rng = np.random.default_rng(7)
     for parameter in network.parameters():

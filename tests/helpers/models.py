@@ -18,6 +18,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "average beside a class token": {"pool": "gap", "class_token": True},
     "both": {"pool": "cls_gap", "layer_scale_init": None},
     "registers, a class token without position": {"register_tokens": 2, "class_token_pos_embed": False},
+    "a distillation token": {"distillation_token": True, "representation_size": None, "register_tokens": 1},
     "average beside registers": {"pool": "gap", "register_tokens": 3},
     "rotary positions and attention pooling": {
         **{"rope": "axial", "pos_embed": "none", "pool": "map", "qkv_bias": "qv", "register_tokens": 1},

@@ -27,7 +27,8 @@ def logits(
     """Compute logits [B, K] from images [B, 3, height, width] and the weights as they are in files.
 
     The weights determine the layers; the head reads attention pooling if there is any, else the class token if there is
-    one, else the mean of the patches. The attention weights of each layer, [B, H, N, N], are appended to `attention`.
+    one, else the mean of the patches. With a distillation token the logits are the mean of two heads'. The attention
+    weights of each layer, [B, H, N, N], are appended to `attention`.
     Each block turns its queries and keys by its `angles`, [N, H, d / 2].
     """
     state = {name: value.astype(np.float64) for name, value in state.items()}
@@ -36,8 +37,8 @@ def logits(
     class_token_pos_embed = pos_embed.shape[1] > x.shape[1]
     if not class_token_pos_embed:
         x = x + pos_embed
-    if "cls_token" in state:
-        x = np.concatenate([np.repeat(state["cls_token"], len(x), axis=0), x], axis=1)
+    tokens = [np.repeat(state[name], len(x), axis=0) for name in ("cls_token", "dist_token") if name in state]
+    x = np.concatenate([*tokens, x], axis=1)
     if class_token_pos_embed:
         x = x + pos_embed
     registers = state.get("reg_token", np.zeros((1, 0, x.shape[2])))
@@ -65,7 +66,10 @@ def logits(
         pooled = x[:, first] if "cls_token" in state else x[:, first:].mean(axis=1)
     if "head0.weight" in state:
         pooled = np.tanh(pooled @ state["head0.weight"] + state["head0.bias"])
-    return pooled @ state["head.weight"] + state["head.bias"]
+    class_logits = pooled @ state["head.weight"] + state["head.bias"]
+    if "dist_token" not in state:
+        return class_logits
+    return (class_logits + x[:, first + 1] @ state["head_dist.weight"] + state["head_dist.bias"]) / 2.0
 
 
 def _part(state: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

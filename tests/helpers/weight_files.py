@@ -18,8 +18,11 @@ from vit_static.weights.infer import infer_config
 WEIGHTS = REFERENCE / "weights"
 FILES = {
     **{name: f"{name}.safetensors" for name in ("timm_vit", "timm_avg_fc_norm", "timm_gap_no_class")},
-    **{name: f"{name}.safetensors" for name in ("timm_deit3", "timm_dinov2_reg")},
-    **{name: f"{name}/model.safetensors" for name in ("hf_vit", "hf_dinov2", "hf_dinov2_registers")},
+    **{name: f"{name}.safetensors" for name in ("timm_deit3", "timm_dinov2_reg", "timm_deit_distilled")},
+    **{
+        name: f"{name}/model.safetensors"
+        for name in ("hf_vit", "hf_dinov2", "hf_dinov2_registers", "hf_deit_distilled")
+    },
     **{name: f"{name}.npz" for name in ("vit_jax", "vit_jax_gap")},
     **{name: f"{name}.npz" for name in ("big_vision_tok", "big_vision_gap_sincos", "big_vision_scan")},
     **{name: f"{name}.npz" for name in ("big_vision_map", "big_vision_siglip")},
@@ -45,6 +48,7 @@ def reference_logits(name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return images and the logits of the program that wrote the file."""
     framework = {"vit": "jax", "big": "jax", "plsc": "paddle", "paddleclas": "paddle"}.get(name.split("_")[0], "torch")
     framework = "towers" if name in TOWERS else framework
+    framework = "deit" if name.endswith("_distilled") else framework
     arrays = np.load(WEIGHTS / f"{framework}.npz")
     return arrays[f"{name}/images"], arrays[f"{name}/logits"]
 

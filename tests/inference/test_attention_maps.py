@@ -51,6 +51,7 @@ TOKENS_READ = {
     "average beside a class token": (range(1, 13), 1),
     "both": ([0], 1),
     "registers, a class token without position": ([2], 3),
+    "a distillation token": ([1, 2], 3),
     "average beside registers": (range(3, 15), 3),
     "rotary positions and attention pooling": ([], 1),  # as its own weights say
     "mixed rotary positions and more norms": ([0], 1),

@@ -83,6 +83,8 @@ PUBLISHED: list[tuple[dict[str, Any], int]] = [
     ({"variant": "B/16", "pool": "map", "num_classes": 0, "image_size": 512}, 93_520_128),
     ({"variant": "B/16", "pre_norm": True}, 86_568_424),
     *CLIP_AND_SIGLIP,
+    ({"variant": "Ti/16", "distillation_token": True}, 5_910_800),
+    ({"variant": "B/16", "distillation_token": True}, 87_338_192),
     ({"variant": "B/16", "rope": "mixed", "pos_embed": "none", "layer_scale_init": 1e-5}, 86_444_008),
 ]
 

@@ -12,6 +12,7 @@ import pytest
 from vit_static.common.errors import ConfigError
 from vit_static.config.model_schema import ModelConfig
 from vit_static.config.schema import ParallelConfig
+from vit_static.model.teacher import PROJECTOR
 from vit_static.model.variants import VARIANTS, Variant
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import MeshShape, resolve_mesh, why_invalid
@@ -22,6 +23,7 @@ KINDS = {
     "plain": {},
     "additional": {"layer_scale_init": 0.1, "representation_size": 24},
     "fewer": {"pool": "gap", "pos_embed": "sincos2d", "qkv_bias": False},
+    "two heads": {"distillation_token": True},
     "norms": {"norm": "rms", "pre_norm": True, "qk_norm": True, "attention_norm": True, "mlp_norm": True},
     "rotary, gated, attention pooling": {
         **{"rope": "mixed", "mlp": "swiglu", "mlp_norm": True, "pool": "map", "qkv_bias": "qv"},
@@ -56,7 +58,7 @@ def test_every_parameter_matches_exactly_one_rule(variant: str, kind: str) -> No
 
 
 def test_every_rule_matches_a_parameter() -> None:
-    names = {name for kind in KINDS for name in parameter_shapes("Ti/16", kind)}
+    names = {name for kind in KINDS for name in parameter_shapes("Ti/16", kind)} | {f"{PROJECTOR}.weight"}
     assert {rule for name in names for rule in matching_rules(name)} == set(TP_SHARDING_RULES)
 
 

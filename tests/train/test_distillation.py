@@ -41,9 +41,10 @@ def student(finished: Config, folder: Path, *overrides: str) -> Config:
     return load_config(path, [*common, *overrides])
 
 
-@pytest.mark.parametrize("kind", ["soft", "features"])
+@pytest.mark.parametrize("kind", ["soft", "token", "features"])
 def test_a_distilled_run_resumes_with_the_same_bits(finished: Config, tmp_path: Path, kind: str) -> None:
-    config = student(finished, tmp_path, f"distill.kind={kind}", "optim.ema_decay=0.9")
+    token = f"model.distillation_token={str(kind == 'token').lower()}"
+    config = student(finished, tmp_path, f"distill.kind={kind}", "optim.ema_decay=0.9", token)
     assert train(config)
     folder = config.run_dir
     lines = metrics(folder, "train")
@@ -56,9 +57,9 @@ def test_a_distilled_run_resumes_with_the_same_bits(finished: Config, tmp_path: 
     has_projector = any(name.startswith("distill_projector.") for name in shards)
     assert has_projector == (kind == "features")
     assert not any("teacher" in name for name in shards)
-    assert {name.partition(".")[0] for name in expected[0]} == {
-        *("cls_token", "pos_embed", "patch_embed", "blocks", "norm", "head")
-    }
+    layers = {"cls_token", "pos_embed", "patch_embed", "blocks", "norm", "head"}
+    layers |= {"dist_token", "head_dist"} if kind == "token" else set()
+    assert {name.partition(".")[0] for name in expected[0]} == layers
     assert load_weights(folder / "checkpoints" / "latest").state.keys() == expected[0].keys()
     for path in [folder / "checkpoints" / "step_00000004", *(folder / name for name in files)]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -70,7 +70,8 @@ def test_a_round_trip_gives_the_same_bits(tmp_path: Path, name: str) -> None:
 
 
 def test_written_files_have_the_other_programs_names_shapes_and_values(tmp_path: Path) -> None:
-    for name in ("timm_vit", "timm_dinov2_reg", "hf_vit", "hf_dinov2", "vit_jax", "vit_jax_gap"):
+    names = ("timm_vit", "timm_dinov2_reg", "timm_deit_distilled", "hf_vit", "hf_dinov2", "hf_deit_distilled")
+    for name in (*names, "vit_jax", "vit_jax_gap"):
         external, config = read_with_model(name)
         original, target = WEIGHTS / FILES[name], tmp_path / name / f"weights{Path(FILES[name]).suffix}"
         target.parent.mkdir()
@@ -107,6 +108,28 @@ def test_layer_scale_can_be_folded_for_a_program_without_it(tmp_path: Path) -> N
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("name", ["timm_deit_distilled", "hf_deit_distilled"])
+def test_a_distilled_deit_has_two_heads(name: str) -> None:
+    external, config = read_with_model(name)
+    assert config.distillation_token and config.num_prefix_positions == 2
+    model = loaded_model(external, config)
+    model.eval()
+    arrays = np.load(WEIGHTS / "deit.npz")
+    with paddle.no_grad():
+        heads = model.logits_of_heads(model.features(paddle.to_tensor(arrays[f"{name}/images"])))
+    for logits, expected in zip(heads, arrays[f"{name}/heads"], strict=True):
+        np.testing.assert_allclose(logits.numpy(), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_the_positions_of_both_tokens_of_a_distilled_deit_can_be_folded() -> None:
+    external, config = read_with_model("timm_deit_distilled")
+    folded = config.model_copy(update={"class_token_pos_embed": False})
+    images, expected = reference_logits("timm_deit_distilled")
+    model = VisionTransformer(folded)
+    init_from(model, folded, external, "reference", InitConfig(head="keep"), patch_grid(folded))
+    np.testing.assert_allclose(model_logits(model, paddle.to_tensor(images)), expected, rtol=0, atol=1e-5)
+
+
 def test_an_existing_config_json_is_not_overwritten(tmp_path: Path) -> None:
     external, config = read_with_model("hf_vit")
     (tmp_path / "config.json").write_text('{"mine": 1}')
@@ -141,7 +164,6 @@ def test_position_embeddings_are_resampled_as_vit_jax_and_timm_do(mode: Any, gri
 @pytest.mark.parametrize(
     ("added", "reason"),
     [
-        ("dist_token", "distilled"),
         ("blocks.0.attn.gate.weight", "relative of EVA"),
         ("something.else", "which those files don't have"),
     ],

@@ -44,6 +44,11 @@ class ModelConfig(Section):
     )
     class_token: bool | None = Field(None, description="use a class token; null: only if `pool` reads it")
     class_token_pos_embed: bool = Field(True, description="the class token has a position embedding")
+    distillation_token: bool = Field(
+        False,
+        description="a second class token with a head of its own, which learns from a teacher (distill.kind = token); "
+        "the logits are the mean of both heads' (DeiT, arXiv 2012.12877)",
+    )
     register_tokens: NonNegativeInt = Field(0, description="number of registers (arXiv 2309.16588)")
     fc_norm: bool = Field(False, description="apply the last norm after pooling instead of before it")
     pre_norm: bool = Field(
@@ -135,6 +140,17 @@ class ModelConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_distillation_token(self) -> ModelConfig:
+        others = {"pool": "cls", "fc_norm": False, "representation_size": None}
+        for key, value in others.items():
+            if self.distillation_token and getattr(self, key) != value:
+                raise ValueError(
+                    f"distillation_token = True: its head and the class token's read a token each, and {key} = "
+                    f"{getattr(self, key)!r} has another head; set {key}={'null' if value is None else value}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_rope(self) -> ModelConfig:
         augments = [key for key in ("rope_shift", "rope_jitter", "rope_rescale") if self.is_changed(key)]
         if augments and (self.rope != "axial" or self.rope_grid is not None):
@@ -165,10 +181,11 @@ class ModelConfig(Section):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Number of tokens before the patches: the class token, then the registers."""
-        return int(self.has_class_token) + self.register_tokens
+        """Number of tokens before the patches: registers, class token, distillation token."""
+        return self.register_tokens + int(self.has_class_token) + int(self.distillation_token)
 
     @property
     def num_prefix_positions(self) -> int:
         """Number of prefix tokens that have a position embedding."""
-        return int(self.has_class_token and self.class_token_pos_embed and self.pos_embed != "none")
+        has_positions = self.has_class_token and self.class_token_pos_embed and self.pos_embed != "none"
+        return (1 + int(self.distillation_token)) * int(has_positions)

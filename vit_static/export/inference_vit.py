@@ -20,10 +20,10 @@ class InferenceModel(nn.Layer):
 
     A model without a head has the features as its only output. All outputs are float32. The weights are copies of the
     model's. Queries, keys and values come from one matrix product. If the head reads only the class token, the last
-    block computes only that token. In bfloat16 and float16, weights and activations have that type, except for the
-    norms' parameters, rotary positions and everything after the last block but attention pooling, which stay float32.
-    Parameters have the names of PLSC and
-    timm (`blocks.0.attn.qkv.weight`), by which `attention_maps.load_as_layer` identifies them.
+    block computes only that token, and with a distillation token these two. In bfloat16 and float16, weights and
+    activations have that type, except for the norms' parameters, rotary positions and everything after the last block
+    but attention pooling, which stay float32. Parameters have the names of PLSC and timm (`blocks.0.attn.qkv.weight`),
+    by which `attention_maps.load_as_layer` identifies them.
     """
 
     def __init__(self, model: VisionTransformer, dtype: InferencePrecision = "float32") -> None:
@@ -52,16 +52,20 @@ class InferenceModel(nn.Layer):
         last = len(backbone.blocks) - 1
         for index, block in enumerate(backbone.blocks):
             needs_only_class_token = index == last and backbone.pool == "cls"
-            x = _apply_block(block, x, backbone.num_prefix_tokens - 1 if needs_only_class_token else None)
+            x = _apply_block(block, x, backbone.class_tokens if needs_only_class_token else None)
         x = x.astype("float32")
         if backbone.pool == "cls":
-            features = backbone.norm(x[:, 0])
+            features = backbone.norm(x[:, 0]) if backbone.dist_token is None else backbone.norm(x).flatten(1)
         elif backbone.fc_norm:
             features = backbone.norm(self._pool(x))
         else:
             features = self._pool(backbone.norm(x))
         if backbone.head is None:
             return (features,)
+        if backbone.head_dist is not None:
+            class_token, distillation_token = backbone.split_features(features)
+            logits = self._in_float32(backbone.head, class_token)
+            return (logits + self._in_float32(backbone.head_dist, distillation_token)) / 2.0, features
         representation = features
         if backbone.head0 is not None:
             representation = F.tanh(self._in_float32(backbone.head0, representation))
@@ -78,10 +82,10 @@ class InferenceModel(nn.Layer):
         return F.linear(x, layer.weight.astype("float32"), layer.bias.astype("float32"))
 
 
-def _apply_block(block: Block, x: paddle.Tensor, token: int | None) -> paddle.Tensor:
-    """Return the block's output for tokens [B, N, C], or for the token with this index only, [B, 1, C]."""
-    branch = block.attn(block.norm1(x), token)
-    x = block.ls1(branch) + (x if token is None else x[:, token : token + 1])
+def _apply_block(block: Block, x: paddle.Tensor, tokens: slice | None) -> paddle.Tensor:
+    """Return the block's output for tokens [B, N, C], or for some of them only, such as [B, 1, C]."""
+    branch = block.attn(block.norm1(x), tokens)
+    x = block.ls1(branch) + (x if tokens is None else x[:, tokens])
     return block.ls2(block.mlp(block.norm2(x))) + x
 
 
@@ -104,16 +108,16 @@ class _FusedQkvAttention(nn.Layer):
         self.norm, self.proj = attention.norm, attention.proj
         self.q_norm, self.k_norm, self.rope = attention.q_norm, attention.k_norm, attention.rope
 
-    def forward(self, x: paddle.Tensor, token: int | None) -> paddle.Tensor:
-        """Return the output for all tokens [B, N, C], or for the token with this index only, [B, 1, C]."""
+    def forward(self, x: paddle.Tensor, tokens: slice | None) -> paddle.Tensor:
+        """Return the output for all tokens [B, N, C], or for some of them only, such as [B, 1, C]."""
         width, heads = self.width, [0, 0, self.num_heads, self.width // self.num_heads]
         qkv = self.qkv(x)
         query, key, value = (qkv[:, :, index * width : (index + 1) * width] for index in range(3))
         has_positions = self.q_norm is not None or self.rope is not None
         if has_positions:
             query, key = with_positions(self, query.reshape(heads), key.reshape(heads))  # [B, N, H, d]
-        if token is not None:
-            query = query[:, token : token + 1]
+        if tokens is not None:
+            query = query[:, tokens]
         query, key, value = (
             (part if has_positions and part is not value else part.reshape(heads)).transpose([0, 2, 1, 3])
             for part in (query, key, value)

@@ -147,6 +147,7 @@ def head_maps(model: VisionTransformer, recorded: RecordedAttention) -> np.ndarr
 def _query_weights(model: VisionTransformer, recorded: RecordedAttention) -> np.ndarray:
     """Return the weight of each token in what the head reads, sum 1: the class token, or the patches equally, [N].
 
+    With a distillation token both have the same weight.
     With attention pooling, [B, N], they are its own weights.
 
     With pool gap the head doesn't read the class token, so its attention in the last layer is untrained. With cls_gap,
@@ -159,7 +160,8 @@ def _query_weights(model: VisionTransformer, recorded: RecordedAttention) -> np.
     if model.pool == "gap":
         query_weights[num_prefix:] = 1.0 / (num_tokens - num_prefix)
     else:
-        query_weights[num_prefix - 1] = 1.0
+        query_weights[model.class_tokens] = 1.0
+        query_weights /= query_weights.sum()
     return query_weights
 
 

@@ -138,7 +138,7 @@ def shape_of(config: ModelConfig) -> Shape:
         mlp_dim=variant.mlp_dim,
         num_classes=config.num_classes,
         representation_size=config.representation_size if config.num_classes else None,
-        num_pooled=2 if config.pool == "cls_gap" else 1,
+        num_pooled=2 if config.pool == "cls_gap" or config.distillation_token else 1,
         num_kept_patches=num_kept_patches(config),
         num_mlp_products=3 if config.mlp == "swiglu" else 2,
         pools_by_attention=config.pool == "map",
@@ -171,7 +171,8 @@ def num_parameters(config: ModelConfig) -> int:
     last = per_channel * (pooled_width if config.fc_norm else width) + (norm if config.pre_norm else 0)
     if config.pool == "map":
         last += width + attention + norm + mlp
-    return embedding + shape.depth * block + last + _num_head_parameters(shape)
+    head = _num_head_parameters(shape) + (shape.num_classes if config.distillation_token else 0)  # a second bias
+    return embedding + shape.depth * block + last + head
 
 
 def _num_head_parameters(shape: Shape) -> int:

@@ -60,7 +60,8 @@ class VisionTransformer(nn.Layer):
 
     The fields of `ModelConfig` describe the options. With `fc_norm` the last norm is applied to the pooled state
     instead of to each token, as in MAE's finetuning. Register tokens come before the class token and have no position
-    embedding; without `class_token_pos_embed` the class token has none either (DeiT III).
+    embedding; without `class_token_pos_embed` the class token has none either (DeiT III). A distillation token follows
+    the class token and has a head of its own; the logits are the mean of both heads' (DeiT, arXiv 2012.12877).
 
     `attention` computes the attention of every block. In training, `draws` makes the random choices that all blocks
     share (draws.py). Raises ConfigError if the config describes no valid ViT.
@@ -74,6 +75,7 @@ class VisionTransformer(nn.Layer):
         self.grid = grid_of(config)
         self.pool, self.fc_norm = config.pool, config.fc_norm
         self.class_token_pos_embed = config.class_token_pos_embed
+        self.class_token_index = config.register_tokens  # if there is one
         self.num_prefix_tokens, self.num_prefix_positions = config.num_prefix_tokens, config.num_prefix_positions
         self.has_draws = uses_patch_dropout(config) or uses_box(config)
         self.draws: DrawFunction = partial(draw_here, config, variant.depth)
@@ -81,9 +83,11 @@ class VisionTransformer(nn.Layer):
         # Layers draw their weights from one random generator: keep the order of creation.
         has_patch_bias = not config.pre_norm
         self.patch_embed = PatchEmbed(variant.patch_size, width, config.num_channels, bias=has_patch_bias)
-        self.cls_token, self.reg_token = None, None
+        self.cls_token, self.dist_token, self.reg_token = None, None, None
         if config.has_class_token:
             self.cls_token = self.create_parameter([1, 1, width], default_initializer=Constant(0.0))
+        if config.distillation_token:
+            self.dist_token = self.create_parameter([1, 1, width], default_initializer=Normal(0.0, 0.02))
         if config.register_tokens:
             self.reg_token = self.create_parameter(
                 [1, config.register_tokens, width], default_initializer=Normal(0.0, 0.02)
@@ -97,7 +101,7 @@ class VisionTransformer(nn.Layer):
         pooled_width = 2 * width if config.pool == "cls_gap" else width
         self.norm = make_norm(config, pooled_width if config.fc_norm else width)
         self.attn_pool = AttentionPool(config, variant, attention) if config.pool == "map" else None
-        self.head0, self.head = None, None
+        self.head0, self.head, self.head_dist = None, None, None
         if config.num_classes == 0:
             return
         if config.representation_size is None:
@@ -106,9 +110,18 @@ class VisionTransformer(nn.Layer):
             self.head = linear(
                 pooled_width, config.num_classes, weight_init=weight_init, bias_init=config.head_bias_init
             )
+            if config.distillation_token:
+                self.head_dist = linear(
+                    width, config.num_classes, weight_init=weight_init, bias_init=config.head_bias_init
+                )
         else:
             self.head0 = linear(pooled_width, config.representation_size)
             self.head = linear(config.representation_size, config.num_classes, bias_init=config.head_bias_init)
+
+    @property
+    def class_tokens(self) -> slice:
+        """The tokens that the heads read with pool cls."""
+        return slice(self.class_token_index, self.class_token_index + (1 if self.dist_token is None else 2))
 
     def _create_pos_embed(self, config: ModelConfig, width: int) -> None:
         """Create the position embedding [1, positions, C]: a parameter, or a buffer if it is fixed, or none."""
@@ -131,16 +144,22 @@ class VisionTransformer(nn.Layer):
         x = self.patch_embed(
             images, None if kept is None else kept[:, self.num_prefix_tokens :] - self.num_prefix_tokens
         )
-        if self.cls_token is not None and self.class_token_pos_embed:
-            x = _prepend_tokens(self.cls_token, x)
+        if self.class_token_pos_embed:
+            x = self._prepend_class_tokens(x)
         if self.pos_embed is not None:
             x = x + (self.pos_embed if kept is None else self._positions_of(kept, self.pos_embed))
-        if self.cls_token is not None and not self.class_token_pos_embed:
-            x = _prepend_tokens(self.cls_token, x)
+        if not self.class_token_pos_embed:
+            x = self._prepend_class_tokens(x)
         if self.reg_token is not None:
             x = _prepend_tokens(self.reg_token, x)
         x = self.pos_drop(x)
         return x if self.norm_pre is None else self.norm_pre(x)
+
+    def _prepend_class_tokens(self, x: paddle.Tensor) -> paddle.Tensor:
+        """Prepend the class token and the distillation token, as far as the model has them."""
+        for token in (self.dist_token, self.cls_token):
+            x = x if token is None else _prepend_tokens(token, x)
+        return x
 
     def _positions_of(self, tokens: paddle.Tensor, pos_embed: paddle.Tensor) -> paddle.Tensor:
         """Return the position embedding of the tokens that have one, [B, positions, C], among `tokens` [B, N]."""
@@ -151,7 +170,7 @@ class VisionTransformer(nn.Layer):
         return paddle.matmul(F.one_hot(tokens[:, first:] - first, table.shape[0]), table)
 
     def features(self, images: paddle.Tensor) -> paddle.Tensor:
-        """Compute the pooled, normalized state that the head reads: [B, C], or [B, 2 C] with cls_gap."""
+        """Compute the pooled, normalized state that the head reads: [B, C], or [B, 2 C] with cls_gap or two heads."""
         draws = self.draws(images.shape[0]) if self.has_draws and self.training else [None] * len(self.blocks)
         x = self.embed(images, draws[0])
         for block, draw in zip(self.blocks, draws, strict=True):
@@ -159,10 +178,12 @@ class VisionTransformer(nn.Layer):
         return self.norm(self.pool_tokens(x)) if self.fc_norm else self.pool_tokens(self.norm(x))
 
     def pool_tokens(self, x: paddle.Tensor) -> paddle.Tensor:
-        """Pool tokens [B, N, C] to [B, C], or to [B, 2 C] with cls_gap."""
+        """Pool tokens [B, N, C] to [B, C], or to [B, 2 C] with cls_gap or a distillation token."""
         if self.attn_pool is not None:
             return self.attn_pool(x)
-        states = [x[:, self.num_prefix_tokens - 1]] if self.pool != "gap" else []
+        states = [x[:, self.class_token_index]] if self.pool != "gap" else []
+        if self.dist_token is not None:
+            states.append(x[:, self.class_token_index + 1])
         if self.pool != "cls":
             states.append((x[:, self.num_prefix_tokens :] if self.num_prefix_tokens else x).mean(axis=1))
         # Not `concat`: with a head split over ranks, Paddle 3.3.1 computes a wrong gradient for it without an error.
@@ -172,9 +193,24 @@ class VisionTransformer(nn.Layer):
         """Apply the head to the result of `features`; return logits [B, num_classes]. Without a head: the features."""
         if self.head is None:
             return features
+        if self.head_dist is not None:
+            class_logits, token_logits = self.logits_of_heads(features)
+            return (class_logits + token_logits) / 2.0
         if self.head0 is not None:
             features = F.tanh(self.head0(features))
         return self.head(features)
+
+    def logits_of_heads(self, features: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """Return the logits of the class token's head and of the distillation token's, [B, num_classes] each."""
+        assert self.head is not None and self.head_dist is not None, "a model with two heads"
+        class_token, distillation_token = self.split_features(features)
+        return self.head(class_token), self.head_dist(distillation_token)
+
+    @staticmethod
+    def split_features(features: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """Split features [B, 2 C] of a class token and a distillation token into [B, C] each."""
+        both = features.reshape([0, 2, features.shape[-1] // 2])
+        return both[:, 0], both[:, 1]
 
     def forward(self, images: paddle.Tensor) -> paddle.Tensor:
         return self.logits(self.features(images))

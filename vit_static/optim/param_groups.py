@@ -9,6 +9,9 @@ from paddle import nn
 
 from vit_static.config.optim_schema import OptimConfig
 
+_EMBEDDINGS = ("cls_token", "dist_token", "reg_token", "pos_embed", "attn_pool.latent")
+_OUTPUTS = ("head.", "head_dist.", "distill_projector.")
+
 
 @dataclass(frozen=True)
 class ParamGroup:
@@ -31,7 +34,7 @@ def param_group(name: str, depth: int, optim: OptimConfig, num_axes: int = 1) ->
         kinds.add("norm")
     if name.endswith(".bias"):
         kinds.add("bias")
-    if name in ("cls_token", "reg_token", "pos_embed", "attn_pool.latent") or name.endswith(".rope.frequencies"):
+    if name in _EMBEDDINGS or name.endswith(".rope.frequencies"):
         kinds.add("embedding")
     block = re.match(r"blocks\.(\d+)\.", name)
     if name.startswith(("norm.", "attn_pool.", "head", "distill_projector.")):
@@ -40,7 +43,7 @@ def param_group(name: str, depth: int, optim: OptimConfig, num_axes: int = 1) ->
         num_layers_above = depth - int(block[1])
     else:
         num_layers_above = depth + 1
-    is_matrix = name.endswith(".weight") and num_axes >= 2 and not name.startswith(("head.", "distill_projector."))
+    is_matrix = name.endswith(".weight") and num_axes >= 2 and not name.startswith(_OUTPUTS)
     return ParamGroup(optim.layer_decay**num_layers_above, not kinds & set(optim.no_decay), is_matrix)
 
 

@@ -23,7 +23,7 @@ _REPLICATED, _FIRST_AXIS, _LAST_AXIS = "replicated", "first axis", "last axis"
 # head's layers and the frequencies of mixed rotary positions. A norm over split channels gathers them first. Every
 # parameter matches exactly one line.
 TP_SHARDING_RULES: dict[str, str] = {
-    r"cls_token|reg_token|pos_embed|attn_pool\.latent": _REPLICATED,
+    r"(cls|dist|reg)_token|pos_embed|attn_pool\.latent": _REPLICATED,
     r"patch_embed\.proj\.(weight|bias)": _REPLICATED,
     r"(norm_pre|attn_pool\.norm)\.(weight|bias)": _REPLICATED,
     r"blocks\.\d+\.norm[12]\.(weight|bias)": _REPLICATED,
@@ -40,7 +40,7 @@ TP_SHARDING_RULES: dict[str, str] = {
     r"(blocks\.\d+|attn_pool)\.mlp\.fc2\.bias": _REPLICATED,
     r"norm\.(weight|bias)": _REPLICATED,
     r"head0\.(weight|bias)": _REPLICATED,
-    r"head\.(weight|bias)": _LAST_AXIS,
+    r"head(_dist)?\.(weight|bias)": _LAST_AXIS,
     r"distill_projector\.(weight|bias)": _REPLICATED,
 }
 
@@ -55,7 +55,7 @@ def tp_axis(name: str, shape: list[int], mp: int) -> int | None:
     rules = [rule for pattern, rule in TP_SHARDING_RULES.items() if re.fullmatch(pattern, name)]
     assert len(rules) == 1, f"{name} matches {len(rules)} lines of TP_SHARDING_RULES"
     axis = {_REPLICATED: None, _FIRST_AXIS: 0, _LAST_AXIS: len(shape) - 1}[rules[0]]
-    if axis is not None and name.startswith("head.") and shape[axis] % mp:
+    if axis is not None and name.startswith(("head.", "head_dist.")) and shape[axis] % mp:
         return None
     return axis
 
@@ -98,9 +98,11 @@ def shard_model(model: nn.Layer, mesh: Mesh, sharding_stage: int) -> dict[str, i
     for block, stage, next_stage in zip(blocks, stages, [*stages[1:], *stages[-1:]], strict=True):
         if next_stage != stage:
             block.register_forward_post_hook(_reshard_hook(mesh.stage(next_stage), batch_placements(mesh)))
-    if mesh.shape.mp > 1 and model.head is not None:
+    if mesh.shape.mp > 1:
         # Gather the logits of a split head once, for all operators that read them.
-        model.head.register_forward_post_hook(_reshard_hook(mesh.last_stage, batch_placements(mesh)))
+        for head in (model.head, model.head_dist):
+            if head is not None:
+                head.register_forward_post_hook(_reshard_hook(mesh.last_stage, batch_placements(mesh)))
     return stage_of_layers
 
 
@@ -124,7 +126,7 @@ def _stage_of(layer_name: str, stages_of_blocks: list[int]) -> int:
     block = re.match(r"blocks\.(\d+)", layer_name)
     if block:
         return stages_of_blocks[int(block[1])]
-    is_last = layer_name.partition(".")[0] in ("norm", "attn_pool", "head0", "head", "distill_projector")
+    is_last = layer_name.partition(".")[0] in ("norm", "attn_pool", "head0", "head", "head_dist", "distill_projector")
     return stages_of_blocks[-1] if stages_of_blocks and is_last else 0
 
 

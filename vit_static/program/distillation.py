@@ -70,6 +70,8 @@ class Distillation:
             if self._distill.kind == "features":
                 features = model.features(images)
                 return model.logits(features), getattr(model, PROJECTOR)(features), output
+            if self._distill.kind == "token":
+                return *model.logits_of_heads(model.features(images)), output
             return forward(images), output
 
         model.forward = distilled
@@ -104,7 +106,7 @@ def build_teacher(source: TeacherSource, config: Config, precision: Precision, d
 def pooled_width(network: VisionTransformer) -> int:
     """Return the number of channels of a model's features."""
     width = int(network.patch_embed.proj.weight.shape[0])
-    return 2 * width if network.pool == "cls_gap" else width
+    return 2 * width if network.pool == "cls_gap" or network.dist_token is not None else width
 
 
 def _mark_parts(label_losses: Any, distill_losses: Any) -> None:

@@ -30,7 +30,8 @@ def check_teacher(teacher: TeacherSource | None, spec: RunSpec) -> None:
 
 def describe_teacher(teacher: TeacherSource, distill: DistillConfig) -> str:
     """Return the start screen's line: the loss, the model, and what it costs."""
-    kind = f"soft at temperature {distill.temperature:g}" if distill.has_soft_labels else distill.kind
+    kind = f"token, {distill.token_label} labels" if distill.kind == "token" else distill.kind
+    kind += f" at temperature {distill.temperature:g}" if distill.has_soft_labels else ""
     height, width = teacher.model.image_size
     num_flops = 2 * flops.forward_macs(shape_of(teacher.model))
     return (

@@ -31,10 +31,6 @@ UNSUPPORTED: tuple[Architecture, ...] = (
         r"blocks\.\d+\.(attn\.(gate|[qkv]_proj)\..*|attn\.[qv]_bias|gamma_[12])",
         "a relative of EVA or BEiT whose attention this model doesn't have",
     ),
-    Architecture(
-        r"(dist_token|head_dist\..*|embeddings\.distillation_token|(cls|distillation)_classifier\..*)",
-        "a distilled DeiT, which has two heads, and this model has one",
-    ),
     Architecture(r"attn_pool(_contrastive)?\.query", "CoCa, whose pooling has many queries and other widths"),
     Architecture(
         r"embeds\.(proj\.weight|pos_embed)", "timm's NaFlexVit; Hugging Face's files of the same SigLIP 2 can be read"

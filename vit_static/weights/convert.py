@@ -15,7 +15,7 @@ from vit_static.model.variants import variant_of
 from vit_static.model.vit import VisionTransformer
 from vit_static.weights.formats import ExternalWeights, FormatName
 from vit_static.weights.infer import format_override, infer_config
-from vit_static.weights.load import LoadReport, adapt_state, check_state, write_pdparams
+from vit_static.weights.load import HEAD, LoadReport, adapt_state, check_state, write_pdparams
 from vit_static.weights.source import load_weights
 from vit_static.weights.state import State
 from vit_static.weights.write import list_differences, write_weights
@@ -100,7 +100,7 @@ def expected_shapes(model: ModelConfig, with_head: bool) -> dict[str, list[int]]
     with paddle.LazyGuard():
         built = VisionTransformer(model)
     shapes = {name: list(value.shape) for name, value in built.named_parameters()}
-    return {name: shape for name, shape in shapes.items() if with_head or not name.startswith(("head.", "head0."))}
+    return {name: shape for name, shape in shapes.items() if with_head or not name.startswith(HEAD)}
 
 
 def describe_model(model: ModelConfig) -> str:

@@ -26,7 +26,7 @@ from vit_static.weights.state import State, fuse_qkv
 from vit_static.weights.tables.dinov3 import DINOV3, HF_DINOV3, TIMM_DINOV3
 from vit_static.weights.tables.eva import EVA02, EVA_FUSED, ROPE_AXIAL, ROPE_AXIAL_APE, ROPE_GAP, ROPE_MIXED, VIT5
 from vit_static.weights.tables.google import BIG_VISION, VIT_JAX, VIT_JAX_BY_CLASS
-from vit_static.weights.tables.huggingface import HF_DINOV2, HF_VIT
+from vit_static.weights.tables.huggingface import HF_DEIT, HF_DINOV2, HF_VIT
 from vit_static.weights.tables.plsc import PLSC
 from vit_static.weights.tables.timm import TIMM
 from vit_static.weights.tables.towers import (
@@ -44,7 +44,7 @@ FormatName = Literal["plsc", "timm", "huggingface", "google", "openclip"]
 # The first whose patch embedding and markers a file has is its format, so special ones stand above general ones.
 _TABLES = (
     *(VIT_JAX_BY_CLASS, BIG_VISION, VIT_JAX),
-    *(HF_DINOV3, HF_DINOV2, HF_VIT, HF_CLIP, HF_SIGLIP_CLASSIFIER, HF_SIGLIP),
+    *(HF_DINOV3, HF_DINOV2, HF_DEIT, HF_VIT, HF_CLIP, HF_SIGLIP_CLASSIFIER, HF_SIGLIP),
     *(OPENAI_CLIP, OPEN_CLIP),
     *(DINOV3, TIMM_DINOV3, EVA02, EVA_FUSED, ROPE_GAP, ROPE_MIXED, ROPE_AXIAL, ROPE_AXIAL_APE, VIT5),
     *(TIMM_CLIP, TIMM_SIGLIP, TIMM),
@@ -228,7 +228,7 @@ def _wrong_shape(path: Path, name: str, array: np.ndarray, expected: str) -> Wei
 
 def _num_axes(name: str) -> tuple[int, ...]:
     """Return how many axes an array may have, by our name for it."""
-    if name in ("pos_embed", "cls_token", "reg_token", "attn_pool.latent"):
+    if name in ("pos_embed", "cls_token", "dist_token", "reg_token", "attn_pool.latent"):
         return (3,)
     if name == "patch_embed.proj.weight":
         return (4,)

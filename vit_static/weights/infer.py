@@ -33,7 +33,10 @@ _NOT_IN_WEIGHTS = (
 )
 # Keys that must agree with the weights for their blocks to be loaded. The others can be adapted: another grid of
 # positions, a folded or new LayerScale, the class token.
-_BLOCKS = ("num_channels", "patch_size", "width", "depth", "mlp_dim", "qkv_bias", "register_tokens")
+_BLOCKS = (
+    *("num_channels", "patch_size", "width", "depth", "mlp_dim", "qkv_bias"),
+    *("register_tokens", "distillation_token"),
+)
 _OF_ROPE = ("rope_base", "rope_grid", "rope_register_base")
 # Keys that some files leave open: their numbers of heads and image size, and `ExternalWeights.undetermined`.
 _OPEN = ("num_heads", "image_size", "rope", "pool")
@@ -72,6 +75,7 @@ def infer_model(external: ExternalWeights) -> dict[str, Any]:
     model["layer_scale_init"] = (model.get("layer_scale_init") or 1e-5) if has_scale else None
     model["register_tokens"] = state["reg_token"].shape[1] if state.get("reg_token", np.zeros(0)).ndim == 3 else 0
     model["class_token"] = "cls_token" in state
+    model["distillation_token"] = "dist_token" in state
     model["num_classes"] = len(state["head.bias"]) if "head.bias" in state else 0
     model["representation_size"] = len(state["head0.bias"]) if "head0.bias" in state else None
     return model
@@ -224,14 +228,18 @@ def _square_image_size(external: ExternalWeights, patch_size: int) -> tuple[int,
 def position_counts(external: ExternalWeights) -> list[int]:
     """Return how many prefix tokens can have a position in the file, the most likely number first.
 
+    A distillation token has one if the class token does.
     The class token has a position, except in DeiT III and later models, which have LayerScale or registers.
     """
     if "cls_token" not in external.state:
         return [0]
+    num_tokens = 1 + int("dist_token" in external.state)
     if "class_token_pos_embed" in external.model_hints:
-        return [int(external.model_hints["class_token_pos_embed"])]
+        return [num_tokens * int(external.model_hints["class_token_pos_embed"])]
     if external.model is not None:
-        return [int(external.model.class_token_pos_embed)]
+        return [num_tokens * int(external.model.class_token_pos_embed)]
+    if num_tokens == 2:
+        return [2, 0]
     return [1, 0] if external.state.keys() & {"blocks.0.ls1.gamma", "reg_token"} else [1]
 
 

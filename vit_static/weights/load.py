@@ -33,7 +33,7 @@ from vit_static.weights.rope_order import from_rope_order
 from vit_static.weights.source import Weights
 from vit_static.weights.state import State, fuse_qkv, split_qkv
 
-_HEAD, _HEAD_RESET = ("head.", "head0."), "init.head = reset"
+HEAD, _HEAD_RESET = ("head.", "head0.", "head_dist."), "init.head = reset"
 _POOLING = "attn_pool."
 
 
@@ -142,7 +142,7 @@ def init_from(
     arrays = split_qkv(state)
     if init.head == "reset":
         initial = model.state_dict()
-        is_new = _HEAD if any(name.startswith(_POOLING) for name in state) else (*_HEAD, _POOLING)
+        is_new = HEAD if any(name.startswith(_POOLING) for name in state) else (*HEAD, _POOLING)
         report.reinitialized = [name for name in initial if name.startswith(is_new)]
         arrays.update({name: initial[name].numpy() for name in report.reinitialized})
     check_state(arrays, _shapes(model), source, external, config, with_head=init.head == "keep")
@@ -170,7 +170,7 @@ def adapt_state(
     report = LoadReport(external.format, dropped=dict(external.dropped))
     state = dict(external.state)
     if init.head == "reset":
-        for name in [name for name in state if name.startswith(_HEAD)]:
+        for name in [name for name in state if name.startswith(HEAD)]:
             del state[name]
             report.dropped[name] = _HEAD_RESET
         for name in [name for name in state if name.startswith(_POOLING) and config.pool != "map"]:
@@ -296,11 +296,13 @@ def _adapt_pos_embed(
         report.dropped["pos_embed of the class token"] = "this model has none"
         embedding = embedding[:, 1:]
     elif prefix and not config.class_token_pos_embed:
-        state["cls_token"] = state["cls_token"] + embedding[:, :1]
-        embedding = embedding[:, 1:]
+        for row, name in enumerate(("cls_token", "dist_token")[:prefix]):
+            state[name] = state[name] + embedding[:, row : row + 1]
+        embedding = embedding[:, prefix:]
         report.folded["pos_embed of the class token"] = "cls_token"
     elif not prefix and config.num_prefix_positions:
-        embedding = np.concatenate([np.zeros_like(embedding[:, :1]), embedding], axis=1)
+        zeros = np.zeros_like(embedding[:, : config.num_prefix_positions])
+        embedding = np.concatenate([zeros, embedding], axis=1)
         report.notes.append("the class token has no position in the file, and gets 0 in pos_embed")
     state["pos_embed"] = embedding
     if "cls_token" in state and not config.has_class_token:

@@ -74,6 +74,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "pos_embed": ("learn", "sincos2d"),
     "pool": ("cls", "gap", "cls_gap"),
     "qkv_bias": (True, False),
+    "distillation_token": (False,),
 }
 
 
@@ -187,8 +188,10 @@ LAYERS = {
     "blocks.{}.mlp.fc1.": "blocks.{}.mlp.fc1",
     "blocks.{}.mlp.fc2.": "blocks.{}.mlp.fc2",
     "head.": "head",
+    "head_dist.": "head_dist",
 }
 NORMS = {"blocks.{}.norm1.": "blocks.{}.norm1", "blocks.{}.norm2.": "blocks.{}.norm2", "norm.": "norm"}
-EMBEDDINGS = same("cls_token", "reg_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias")
+_TOKENS = ("cls_token", "dist_token", "reg_token")
+EMBEDDINGS = same(*_TOKENS, "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias")
 SCALES = same("blocks.{}.ls1.gamma", "blocks.{}.ls2.gamma")
 BLOCK = r"blocks\.([0-9]{1,4})\."

@@ -2,10 +2,10 @@
 
 The files' layout is that of PLSC's files, with the names of this program's options beside it:
 
-    cls_token [1, 1, C]   reg_token [1, R, C]   pos_embed [1, positions, C]
+    cls_token, dist_token [1, 1, C]   reg_token [1, R, C]   pos_embed [1, positions, C]
     patch_embed.proj.weight [C, channels, p, p]  .bias
     blocks.N.norm1, .norm2; .attn.qkv [C, 3 C], .attn.proj; .mlp.fc1, .mlp.fc2; .ls1.gamma, .ls2.gamma
-    norm   head0 (the tanh layer)   head         linear layers are [in, out]
+    norm   head0 (the tanh layer)   head, head_dist   linear layers are [in, out]
 
 The layers have three separate projections, attn.q, attn.k and attn.v, instead of attn.qkv.
 """

@@ -19,7 +19,7 @@ from vit_static.weights.state import State, split_qkv
 from vit_static.weights.tables.dinov3 import HF_DINOV3, TIMM_DINOV3
 from vit_static.weights.tables.eva import EVA02, EVA_FUSED, ROPE_AXIAL, ROPE_MIXED
 from vit_static.weights.tables.google import BIG_VISION, VIT_JAX
-from vit_static.weights.tables.huggingface import HF_DINOV2, HF_DINOV2_REGISTERS, HF_VIT
+from vit_static.weights.tables.huggingface import HF_DEIT, HF_DINOV2, HF_DINOV2_REGISTERS, HF_VIT
 from vit_static.weights.tables.plsc import PLSC, PLSC_HINTS
 from vit_static.weights.tables.timm import TIMM
 from vit_static.weights.tables.towers import (
@@ -34,7 +34,16 @@ from vit_static.weights.tables.towers import (
 # The first that has the model is written.
 _TABLES: dict[FormatName, tuple[NameMap, ...]] = {
     "timm": (TIMM, TIMM_DINOV3, EVA02, EVA_FUSED, ROPE_MIXED, ROPE_AXIAL, TIMM_CLIP, TIMM_SIGLIP),
-    "huggingface": (HF_VIT, HF_DINOV2_REGISTERS, HF_DINOV2, HF_DINOV3, HF_CLIP, HF_SIGLIP, HF_SIGLIP_CLASSIFIER),
+    "huggingface": (
+        HF_VIT,
+        HF_DEIT,
+        HF_DINOV2_REGISTERS,
+        HF_DINOV2,
+        HF_DINOV3,
+        HF_CLIP,
+        HF_SIGLIP,
+        HF_SIGLIP_CLASSIFIER,
+    ),
     "google": (VIT_JAX, BIG_VISION),
     "openclip": (OPEN_CLIP,),
 }

@@ -52,12 +52,24 @@ def _vit_refuses(state: Mapping[str, np.ndarray], model: ModelConfig) -> str | N
     return _refuses(state, model) or ("ViT has no LayerScale" if "blocks.0.ls1.gamma" in state else None)
 
 
+def _deit_refuses(state: Mapping[str, np.ndarray], model: ModelConfig) -> str | None:
+    reason = _vit_refuses(state, model)
+    return reason or (None if model.distillation_token else "the model has no distillation token")
+
+
 def _registers_refuses(state: Mapping[str, np.ndarray], model: ModelConfig) -> str | None:
     return _refuses(state, model) or (None if model.register_tokens else "the model has no registers")
 
 
 def _vit_config(state: Mapping[str, np.ndarray], model: ModelConfig, num_heads: int) -> dict[str, Any]:
     config = common_config(state, model, num_heads, "vit", "ViT")
+    return {**config, "intermediate_size": state["blocks.0.mlp.fc1.weight"].shape[1]}
+
+
+def _deit_config(state: Mapping[str, np.ndarray], model: ModelConfig, num_heads: int) -> dict[str, Any]:
+    config = common_config(state, model, num_heads, "deit", "DeiT")
+    if "head.bias" in state:
+        config["architectures"] = ["DeiTForImageClassificationWithTeacher"]
     return {**config, "intermediate_size": state["blocks.0.mlp.fc1.weight"].shape[1]}
 
 
@@ -126,6 +138,22 @@ HF_VIT = NameMap(
     prefix="vit.",
     without_prefix=("classifier.",),
     refuses=_vit_refuses,
+)
+# DeiT with a distillation token (DeiTForImageClassificationWithTeacher); one without is a ViT.
+HF_DEIT = replace(
+    HF_VIT,
+    format="Hugging Face DeiT's .safetensors",
+    names={
+        **{theirs: ours for theirs, ours in HF_VIT.names.items() if not theirs.startswith("classifier.")},
+        "embeddings.distillation_token": ("dist_token", IDENTITY),
+        **linears({"cls_classifier.": "head", "distillation_classifier.": "head_dist"}, TRANSPOSE),
+    },
+    markers=(r"embeddings\.distillation_token",),
+    config_json=ConfigJson(read_hints, _deit_config),
+    prefix="deit.",
+    without_prefix=("cls_classifier.", "distillation_classifier."),
+    options={"distillation_token": (True,)},
+    refuses=_deit_refuses,
 )
 HF_DINOV2 = NameMap(
     "Hugging Face DINOv2's .safetensors",

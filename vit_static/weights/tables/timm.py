@@ -32,6 +32,10 @@ def _refuses(state: Mapping[str, np.ndarray], model: ModelConfig) -> str | None:
         return "timm's ViT has no representation layer before its head; use --head drop"
     if model.pool == "cls_gap":
         return "timm's head reads the class token or the mean, and this model's both; use --format huggingface"
+    if model.distillation_token and (model.register_tokens or not model.class_token_pos_embed):
+        return (
+            "timm's ViT with a distillation token has no registers, and both tokens have a position; use --format plsc"
+        )
     return None
 
 
@@ -55,6 +59,7 @@ TIMM = NameMap(
         "attention_norm": (True,),
         "qk_norm": (True,),
         "norm": ("rms",),
+        "distillation_token": (True,),
     },
     refuses=_refuses,
 )

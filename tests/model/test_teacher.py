@@ -37,6 +37,15 @@ def test_losses_with_a_teacher_are_those_of_deit(kind: str, others: dict[str, fl
     np.testing.assert_allclose(logits.grad.numpy(), GOLDEN[f"{kind}/gradient"], rtol=1e-5, atol=1e-7)
 
 
+def test_the_distillation_token_learns_the_teachers_labels() -> None:
+    logits, token_logits = tensor("logits"), tensor("token_logits")
+    loss = criterion("token")(logits, token_logits, tensor("teacher_logits").detach(), tensor("labels"))
+    loss.backward()
+    np.testing.assert_allclose(loss.item(), GOLDEN["token/loss"], rtol=1e-6)
+    np.testing.assert_allclose(logits.grad.numpy(), GOLDEN["token/gradient"], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(token_logits.grad.numpy(), GOLDEN["token/token_gradient"], rtol=1e-5, atol=1e-7)
+
+
 def test_the_soft_loss_of_deits_code_is_smaller_by_the_number_of_classes() -> None:
     losses = soft_label_loss(tensor("logits"), tensor("teacher_logits"), TEMPERATURE)
     assert losses.mean().item() / 7 == pytest.approx(GOLDEN["soft_in_deits_code"], rel=1e-6)
