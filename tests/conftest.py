@@ -229,9 +229,8 @@ def make_program(cpu_mesh: Any) -> Callable[..., Any]:
         optim = optim or OptimConfig()
         fields = {"precision": Precision("O0", "float32"), "image_size": SMALL.image_size, **changed}
         rate = fields.pop("learning_rate", lambda step: optim.lr)
-        training_fields = {
-            key: fields.pop(key) for key in ("freeze", "target_classes", "warmup_steps") if key in fields
-        }
+        names = ("freeze", "target_classes", "warmup_steps", "train_image_size", "image_size_varies")
+        training_fields = {name.removeprefix("train_"): fields.pop(name) for name in names if name in fields}
         training = TrainingSpec(optim, rate, batch_size, count_costs=program_costs, **training_fields)
         spec = ProgramSpec(**fields, eval_batch_size=batch_size, training=None if evaluates_only else training)
         return Program(model, criterion or Criterion(LossConfig()), cpu_mesh, spec)

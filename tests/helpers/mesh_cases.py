@@ -55,6 +55,9 @@ MODELS = {
         **{"depth": 1, "rope": "mixed", "qk_norm": True, "norm": "rms", "mlp": "swiglu", "pool": "map"},
         **{"patch_dropout": 0.5, "register_tokens": 4, "qkv_bias": "qv"},
     ),
+    # class token with a position, a learned table and rotary positions; a table of sines, and patches left out
+    "sized": changed(depth=1, rope="axial"),
+    "sized_two_blocks": changed(depth=2, rope="mixed", pos_embed="sincos2d", patch_dropout=0.5, register_tokens=2),
     "dropout": changed(dropout=0.1, attention_dropout=0.1, drop_path_rate=0.3),
     "dropout_two_blocks": changed(depth=2, dropout=0.1, attention_dropout=0.1, drop_path_rate=0.3),
 }
@@ -143,6 +146,15 @@ DISTILLED = {
     "token": {"mp2_pp2": mesh(mp=2, pp=2)},
 }
 DISTILLED_ON = [(kind, name) for kind, meshes in DISTILLED.items() for name in meshes]
+# with images of two sizes, of which the model's is the second, for two steps each
+SIZES = {
+    "sizes_one": (mesh(), "sized"),
+    "sizes_dp2_sharding3": (mesh(dp=2, sharding_stage=3), "sized"),
+    "sizes_dp2_mp2_accum2_sharding3": (mesh(dp=2, mp=2, grad_accum_steps=2, sharding_stage=3), "sized"),
+    "sizes_two_blocks_one": (mesh(), "sized_two_blocks"),
+    "sizes_two_blocks_pp2": (mesh(pp=2), "sized_two_blocks"),
+}
+STEP_SIZES = [(16, 8), (16, 8), (12, 16), (12, 16)]
 # with all kinds of dropout, for a few steps, of which one is repeated
 DROPOUT = {
     "dropout_one": mesh(),
@@ -174,6 +186,9 @@ def all_cases() -> list[Case]:
         named.append((name, MODELS["dropped_paths"], OPTIMIZERS["adamw"], parallel, {}))
     for name, (parallel, _) in DROP_PATH.items():
         named.append((name, MODELS["dropped_paths"], OPTIMIZERS["adamw"], parallel, {}))
+    sized = {"steps": list(range(len(STEP_SIZES))), "image_sizes": STEP_SIZES}
+    for name, (parallel, model) in SIZES.items():
+        named.append((name, MODELS[model], OPTIMIZERS["sgd"], parallel, sized))
     for name, parallel in {"mixed_one": mesh(), **MIXUP}.items():
         named.append((name, MODELS["gap"], OPTIMIZERS["sgd"], parallel, {"mixes": True}))
     for kind, meshes in DISTILLED.items():

@@ -27,10 +27,11 @@ from helpers.small import images_and_labels
 from vit_static.config.data_schema import AugmentConfig, DataConfig, EvalConfig, LossConfig
 from vit_static.config.distill_schema import DistillConfig, DistillKind
 from vit_static.config.model_schema import ModelConfig
-from vit_static.config.schema import Config, OptimConfig, ParallelConfig
+from vit_static.config.schema import Config, OptimConfig, ParallelConfig, TrainConfig
 from vit_static.data.loader import EvalLoader
 from vit_static.data.mixup import Mixup
 from vit_static.data.open_set import open_set
+from vit_static.model.draws import at_size
 from vit_static.model.loss_weights import NO_WEIGHTS, LossWeights
 from vit_static.model.teacher import Normalization, Teacher
 from vit_static.model.variants import variant_of
@@ -59,6 +60,7 @@ class Case(BaseModel):
     evaluates: bool = False  # after the last step
     records_masks: bool = False
     distills: DistillKind | None = None  # with a teacher of another width, size of images and normalization
+    image_sizes: list[tuple[int, int]] = []  # of each step; empty: the model's
     mixes: bool = False  # applies mixup and CutMix, and so has targets instead of labels; with weights in the loss
 
     @property
@@ -137,6 +139,7 @@ def run(case: Case, mesh: Mesh, images_root: Path) -> Outcome:
         distill=DistillConfig()
         if case.distills is None
         else DistillConfig(teacher="t", kind=case.distills, weight=0.3),
+        train=TrainConfig(image_sizes=tuple((size, 1.0) for size in case.image_sizes[:1])),
     )
     teacher = None if case.distills is None else make_teacher(config)
     weights = np.linspace(0.5, 2.0, case.model.num_classes, dtype=np.float32)
@@ -150,13 +153,15 @@ def run(case: Case, mesh: Mesh, images_root: Path) -> Outcome:
         loss_weights=LossWeights(weights, weights[::-1].copy()) if case.mixes else NO_WEIGHTS,
         count_costs=program_costs,
         teacher=teacher,
+        train_image_size=next(iter(case.image_sizes), None),
     )
     mixup = Mixup(config.augment, 6, seed=5)
     outcome = Outcome()
     size = BATCH_SIZE // mesh.dp_size
     local = slice(mesh.dp_rank * size, (mesh.dp_rank + 1) * size)
-    for step in case.steps:
-        images, labels = images_and_labels(BATCH_SIZE, case.model, seed=step)
+    for number, step in enumerate(case.steps):
+        model_at_size = at_size(case.model, case.image_sizes[number]) if case.image_sizes else case.model
+        images, labels = images_and_labels(BATCH_SIZE, model_at_size, seed=step)
         masks.clear()
         gloo.traffic.clear()
         batch = mixup((images[local], labels[local]), step)

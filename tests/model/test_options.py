@@ -231,8 +231,8 @@ def test_a_model_trains_on_the_patches_that_remain(case: str) -> None:
     model = VisionTransformer(config)
     set_weights(model, weights_of(case), config)
     model.train()
-    draws = model.draws(2)
-    model.draws = lambda num_images: draws
+    draws = model.draws(2, config.image_size)
+    model.draws = lambda num_images, image_size: draws
     images, _ = images_and_labels(2, config)
     kept = draws[0].tokens.numpy()[0, config.num_prefix_tokens :] - config.num_prefix_tokens
     before = model(images).numpy()

@@ -25,6 +25,7 @@ from helpers.mesh_cases import (
     OPTIMIZERS,
     RECIPES,
     RECIPES_TRAINED,
+    SIZES,
     STEPS_WITH_A_REPETITION,
     TRAINED,
     Runs,
@@ -113,6 +114,19 @@ def test_the_optimizers_of_recipes_update_like_in_one_process(runs: Runs, name: 
         assert state[key].shape == value.shape, key
         if optimizer in ("adamw", "lamb", "schedule_free_adamw", "muon") and ".attn.k.bias" not in key:
             np.testing.assert_allclose(state[key], value, rtol=1e-3, atol=2e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("name", [name for name in SIZES if not name.endswith("one")])
+def test_a_mesh_trains_on_several_image_sizes_like_one_process(runs: Runs, name: str) -> None:
+    """The program is compiled twice, and the weights and the optimizer's state continue in the second one."""
+    reference = "sizes_two_blocks_one" if name.startswith("sizes_two_blocks") else "sizes_one"
+    one, outcomes = runs.one(reference), runs(name)
+    for outcome in outcomes:
+        np.testing.assert_allclose(outcome.losses, one.losses, rtol=1e-5)
+    state, expected = merged_state(outcomes), merged_state([one])
+    assert state.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_allclose(state[key], value, rtol=1e-5, atol=2e-6, err_msg=key)
 
 
 @pytest.mark.parametrize("name", EVALUATED_EMA)

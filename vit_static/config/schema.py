@@ -6,6 +6,7 @@ values on their own; what depends on the data or on the number of processes is c
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from vit_static.config.log_schema import LogConfig
 from vit_static.config.model_schema import ModelConfig
 from vit_static.config.optim_schema import OptimConfig, ScheduleConfig
 from vit_static.config.section import (
+    Fraction,
     ImageSize,
     NonNegativeFloat,
     PositiveFloat,
@@ -37,6 +39,11 @@ class TrainConfig(Section):
     epochs: PositiveFloat = Field(300.0, description="passes over the training images; may be fractional")
     max_steps: PositiveInt | None = Field(None, description="limit in optimizer steps")
     max_images: PositiveInt | None = Field(None, description="limit in images")
+    image_sizes: tuple[tuple[ImageSize, Fraction], ...] = Field(
+        (),
+        description="progressive sizes, [[SIZE, UNTIL], ...]: train on images of SIZE (as model.image_size) until this "
+        "share of the steps; the last is 1.0; (): model.image_size in all of them",
+    )
     patience: PositiveInt | None = Field(
         None,
         description="early stopping: evaluations without an improvement of eval.metric that end the run; null: off",
@@ -63,6 +70,16 @@ class TrainConfig(Section):
     node_timeout_s: Annotated[float, Field(gt=0.0, le=86_400.0)] = Field(
         24.0, description="seconds without an answer from its machine after which a node counts as lost"
     )
+
+    @model_validator(mode="after")
+    def _check_image_sizes(self) -> TrainConfig:
+        shares = [share for _, share in self.image_sizes]
+        if shares and (shares[-1] != 1.0 or any(end <= start for start, end in pairwise([0.0, *shares]))):
+            raise ValueError(
+                f"image_sizes: sizes change after the shares {shares} of the steps, which must increase from above 0 "
+                "to 1.0, such as [[128, 0.4], [224, 1.0]]"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_profile_steps(self) -> TrainConfig:

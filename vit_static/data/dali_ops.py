@@ -135,8 +135,8 @@ def random_erasing(
 ) -> Any:
     """Fill the `erasing_box` of normalised images with normal noise or with 0, which is the mean.
 
-    Images are [num_channels, height, width]. The noise is a window of `erasing_noise` whose corner is
-    `erasing_noise_corner`.
+    Images are [num_channels, height, width], of `image_size` or of the smaller size in `parameters`. The noise is a
+    window of `erasing_noise` whose corner is `erasing_noise_corner`.
     """
     if config.random_erasing_probability > 0.0:
         box, corner = parameters["erasing_box"], parameters["erasing_noise_corner"]
@@ -151,7 +151,8 @@ def random_erasing(
             if config.random_erasing_with == "noise":
                 # A constant of that device isn't copied in each step. Named arguments are always on the CPU.
                 all_noise = types.Constant(erasing_noise(image_size)[:num_channels], device=images.device)
-                noise = fn.slice(all_noise, start=corner, shape=list(image_size), axes=[1, 2])
+                shape = parameters.get("image_size", list(image_size))
+                noise = fn.slice(all_noise, start=corner, shape=shape, axes=[1, 2])
                 images = images + noise - fn.erase(noise, **region)
     return images
 

@@ -38,15 +38,19 @@ def train_pipeline(
     augment: AugmentConfig,
     device_id: int | None,
     last_stage: Literal["decode", "resize", "augment", "normalise"] = "normalise",
+    size_varies: bool = False,
 ) -> Pipeline:
     """Build the training pipeline: images [B, 3, height, width] float32, or [B, 1, ...] if grey, and labels.
 
     `source` returns, after images and labels, uniform random numbers [B, NUM_CROP_FLIP_DRAWS], then the arrays of
-    `op_parameters`. With `device_id` None everything runs on the CPU, else decoding and transforms run on that GPU.
+    `op_parameters`, and with `size_varies` the sizes of the images [B, 2] int32, one size per batch and at most
+    `image_size`. With `device_id` None everything runs on the CPU, else decoding and transforms run on that GPU.
     An earlier `last_stage` returns the images as that stage leaves them.
     """
     num_draws = num_draws_per_image(augment)
     examples = op_parameters(np.zeros((1, num_draws), np.float32), augment, image_size) if num_draws else {}
+    if size_varies:
+        examples["image_size"] = np.zeros((1, 2), np.int32)
 
     @pipeline_def(enable_conditionals=num_draws > 0)
     def pipeline() -> tuple[Any, Any]:
@@ -66,7 +70,7 @@ def train_pipeline(
         )
         resized = fn.resize(
             decoded,
-            size=list(image_size),
+            size=fn.cast(parameters["image_size"], dtype=types.FLOAT) if size_varies else list(image_size),
             interp_type=_INTERPOLATIONS[augment.interpolation],
             antialias=augment.antialias,
         )

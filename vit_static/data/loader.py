@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,10 @@ Batch = tuple[paddle.Tensor, ...]
 class TrainLoader:
     """An endless iterator over (images [B, 3, height, width], labels [B]): this rank's part of each global batch.
 
-    It starts after `start_step` batches and skips those with the numbers `skipped_batches`. With `data.multi_label`,
-    labels are [B, num_classes] uint8, 1 for the labels of the image. `seconds_waited` is the total time spent waiting
-    for batches. A DataError, which names the image, ends the iterator.
+    It starts after `start_step` batches and skips those with the numbers `skipped_batches`. Images are of `image_size`,
+    height and width; or, with `image_size_at`, of the size that it returns for the batch after so many steps, which is
+    at most `image_size`. With `data.multi_label`, labels are [B, num_classes] uint8, 1 for the labels of the image.
+    `seconds_waited` is the total time spent waiting for batches. A DataError, which names the image, ends the iterator.
     """
 
     def __init__(
@@ -45,10 +46,12 @@ class TrainLoader:
         dp_rank: int,
         dp_size: int,
         device_id: int | None,
+        image_size_at: Callable[[int], tuple[int, int]] | None = None,
     ) -> None:
         self.seconds_waited = 0.0
         self._start_step, self._skipped_batches = start_step, skipped_batches
-        self._images, self._image_size, self._augment = images, image_size, augment
+        self._images, self._augment = images, augment
+        self._image_size, self._image_size_at = image_size, image_size_at
         self._num_multi_hot = len(images.class_names) if data.multi_label else None
         self._sampler = make_sampler(images, data, seed, augment.repeated_aug)
         self._num_draws = num_draws_per_image(augment)
@@ -56,7 +59,15 @@ class TrainLoader:
         self._batch_size = data.global_batch_size // dp_size
         self._rank_offset = dp_rank * self._batch_size  # in a global batch
         self._prefetcher = Prefetcher(images, lambda n: self._sampler.indices(*self._positions(n)), data)
-        pipeline = train_pipeline(self._source, self._batch_size, image_size, data, augment, device_id)
+        pipeline = train_pipeline(
+            self._source,
+            self._batch_size,
+            image_size,
+            data,
+            augment,
+            device_id,
+            size_varies=image_size_at is not None,
+        )
         self._outputs = _PipelineOutputs(pipeline, images, self._prefetcher, data, device_id)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -76,10 +87,14 @@ class TrainLoader:
     def _source(self, n: int) -> tuple[Any, ...]:
         batch = self._outputs.read(n)
         positions = self._positions(n)
+        # DALI asks for batches ahead of time: each brings its size.
+        size = self._image_size if self._image_size_at is None else self._image_size_at(self._start_step + n)
         values: tuple[np.ndarray, ...] = ()
         if self._num_draws:
             draws = self._sampler.augmentation_draws(*positions, self._num_draws)
-            values = tuple(op_parameters(draws, self._augment, self._image_size).values())
+            values = tuple(op_parameters(draws, self._augment, size).values())
+        if self._image_size_at is not None:
+            values = (*values, np.tile(np.array(size, np.int32), (self._batch_size, 1)))
         labels = _label_array(batch, self._num_multi_hot)
         return batch.encoded, labels, self._sampler.crop_flip_draws(*positions), *values
 

@@ -1,7 +1,8 @@
-"""Random choices of a training step that all blocks share: the patches that remain, and changes of their coordinates.
+"""What all blocks of a step share: the random choices of training (the patches that remain, and changes of their
+coordinates), and the size of the images if it isn't the model's.
 
-They are computed from uniform numbers by NumPy, so that a caller that gives each image numbers of its own gets the same
-choices on any mesh and after any resume (program/seeded_draws.py).
+The choices are computed from uniform numbers by NumPy, so that a caller that gives each image numbers of its own gets
+the same choices on any mesh and after any resume (program/seeded_draws.py).
 """
 
 from __future__ import annotations
@@ -16,20 +17,23 @@ import paddle
 from vit_static.config.model_schema import ModelConfig
 from vit_static.model.variants import grid_of, num_kept_patches
 
+ImageSize = tuple[int, int]  # height, width
+
 NUM_BOX_NUMBERS = 5  # shifts of rows and columns, factors of both, a common factor
 
 
 @dataclass(frozen=True)
 class Draw:
-    """The choices of one step for one block; None for what the config doesn't use."""
+    """What a step passes to one block; None for what the config doesn't use."""
 
     # The tokens of each image that remain: the prefix tokens, then patches in ascending order.
     tokens: paddle.Tensor | None = None  # [B, prefix + kept patches] int32
     box: paddle.Tensor | None = None  # [2, 2] float32: a factor of the coordinates and a summand, of rows and columns
+    image_size: ImageSize | None = None  # where it isn't the model's
 
 
-# (images in the batch) -> a draw per block
-DrawFunction = Callable[[int], list[Draw]]
+# (images in the batch, their size) -> a draw per block
+DrawFunction = Callable[[int, ImageSize], list[Draw]]
 
 
 def uses_patch_dropout(config: ModelConfig) -> bool:
@@ -60,8 +64,14 @@ def coordinate_box(config: ModelConfig, uniform: np.ndarray) -> np.ndarray:
     return np.stack([factor, factor * shift]).astype(np.float32)
 
 
-def draw_here(config: ModelConfig, depth: int, num_images: int) -> list[Draw]:
+def at_size(config: ModelConfig, image_size: ImageSize) -> ModelConfig:
+    """Return the config of the same model for images of another size."""
+    return config if config.image_size == image_size else config.model_copy(update={"image_size": image_size})
+
+
+def draw_here(config: ModelConfig, depth: int, num_images: int, image_size: ImageSize) -> list[Draw]:
     """Return the draws of a step outside of a compiled program, by Paddle's generator."""
+    config = at_size(config, image_size)
     rng = np.random.default_rng(paddle.randint(0, 2**31 - 1, [1]).item())
     rows, columns = grid_of(config)
     tokens: Any = None

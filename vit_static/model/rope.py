@@ -17,7 +17,7 @@ from paddle import nn
 from paddle.nn.initializer import Assign
 
 from vit_static.config.model_schema import ModelConfig
-from vit_static.model.draws import Draw, uses_box, uses_patch_dropout
+from vit_static.model.draws import Draw, at_size, uses_box, uses_patch_dropout
 from vit_static.model.layers import to_dtype
 from vit_static.model.variants import Variant, grid_of
 
@@ -31,11 +31,13 @@ class RotaryPositions(nn.Layer):
     """The angles by which a block's attention turns its queries and keys, as cosines and sines.
 
     Tokens without a position don't turn: the class token, and registers without `rope_register_base`. With `rope:
-    mixed` the frequencies are parameters, [2, C / 2]: of rows and columns, for the pairs of all heads.
+    mixed` the frequencies are parameters, [2, C / 2]: of rows and columns, for the pairs of all heads. Images of
+    another size than the model's have the coordinates of a model of that size.
     """
 
     def __init__(self, config: ModelConfig, variant: Variant) -> None:
         super().__init__()
+        self.config = config
         self.head_dim = variant.width // variant.num_heads
         self.is_mixed = config.rope == "mixed"
         self.is_constant = not (self.is_mixed or uses_box(config) or uses_patch_dropout(config))
@@ -56,22 +58,29 @@ class RotaryPositions(nn.Layer):
                 self._register("frequencies", frequencies)
         if not self.is_constant:
             self._register("coordinates", coordinates)
-            self._register("is_patch", np.arange(len(coordinates))[:, None] >= config.num_prefix_tokens)
+            self._register("is_patch", _is_patch(coordinates, config))
 
     def _register(self, name: str, values: np.ndarray) -> None:
-        self.register_buffer(name, paddle.to_tensor(values.astype(np.float32)), persistable=False)
+        self.register_buffer(name, _constant(values), persistable=False)
 
     def forward(self, draw: Draw | None = None) -> Rotation:
-        if self.is_constant:
+        tokens, box, image_size = (None, None, None) if draw is None else (draw.tokens, draw.box, draw.image_size)
+        if self.is_constant and image_size is None:
             return self.cos, self.sin
-        tokens, box = (None, None) if draw is None else (draw.tokens, draw.box)
-        coordinates = self.coordinates
+        if image_size is None:
+            coordinates, is_patch = self.coordinates, self.is_patch
+        else:
+            positions = token_coordinates(at_size(self.config, image_size))
+            coordinates, is_patch = _constant(positions), _constant(_is_patch(positions, self.config))
         if box is not None:
-            patches = coordinates[:, :2] * box[0] + box[1] * self.is_patch
+            patches = coordinates[:, :2] * box[0] + box[1] * is_patch
             coordinates = patches if coordinates.shape[1] == 2 else paddle.concat([patches, coordinates[:, 2:]], axis=1)
         if tokens is not None:
             coordinates = F.embedding(tokens, coordinates)  # [B, N, 2]
-        frequencies = to_dtype(self.frequencies, paddle.float32)
+        if self.is_constant:
+            frequencies = _constant(axial_frequencies(self.config, self.head_dim))
+        else:
+            frequencies = to_dtype(self.frequencies, paddle.float32)
         # Not a matrix product, which mixed precision would compute in low precision.
         angles = sum(coordinates[..., axis : axis + 1] * frequencies[axis] for axis in range(frequencies.shape[0]))
         num_tokens, num_pairs = angles.shape[-2:]
@@ -79,6 +88,15 @@ class RotaryPositions(nn.Layer):
         angles = angles.reshape([batch, num_tokens, heads, self.head_dim // 2])
         angles = paddle.stack([angles, angles], axis=3).flatten(3)  # [B or 1, N, H or 1, d]
         return paddle.cos(angles), paddle.sin(angles) * self.signs
+
+
+def _constant(values: np.ndarray) -> paddle.Tensor:
+    return paddle.to_tensor(values.astype(np.float32))
+
+
+def _is_patch(coordinates: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """Return which tokens are patches, [N, 1], from the coordinates of all."""
+    return np.arange(len(coordinates))[:, None] >= config.num_prefix_tokens
 
 
 def rotate(x: paddle.Tensor, rotation: Rotation) -> paddle.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from vit_static.common.errors import ConfigError
@@ -51,12 +52,10 @@ def variant_of(config: ModelConfig) -> Variant:
     if config.mlp == "swiglu":  # 2/3 of the width, for three matrices instead of two; as DINOv2 rounds it
         named["mlp_dim"] = math.ceil(named["mlp_dim"] * 2 // 3 / 8) * 8
     variant = Variant(**{key: getattr(config, key) or value for key, value in named.items()})
-    height, width = config.image_size
-    patch = variant.patch_size
-    if height % patch or width % patch:
-        nearest = [max(round(side / patch), 1) * patch for side in (height, width)]
+    nearest = _nearest_size(config.image_size, variant.patch_size)
+    if nearest is not None:
         raise ConfigError(
-            f"model.image_size = {[height, width]}: can't be divided into patches of {patch} pixels; "
+            f"model.image_size = {[*config.image_size]}: can't be divided into patches of {variant.patch_size} pixels; "
             f"set model.image_size={nearest}"
         )
     if variant.width % variant.num_heads:
@@ -76,6 +75,24 @@ def variant_of(config: ModelConfig) -> Variant:
             f"model.{key} = 'sincos2d': needs a width that is a multiple of 4, not {variant.width}; set model.width"
         )
     return variant
+
+
+def _nearest_size(image_size: tuple[int, int], patch_size: int) -> list[int] | None:
+    """Return the nearest size that can be divided into patches, or None if this one can."""
+    nearest = [max(round(side / patch_size), 1) * patch_size for side in image_size]
+    return None if nearest == [*image_size] else nearest
+
+
+def check_train_sizes(config: ModelConfig, sizes: Iterable[tuple[int, int]]) -> None:
+    """Raise ConfigError for a size of train.image_sizes that can't be divided into patches."""
+    patch_size = variant_of(config).patch_size
+    for size in sizes:
+        nearest = _nearest_size(size, patch_size)
+        if nearest is not None:
+            raise ConfigError(
+                f"train.image_sizes: images of {size[0]}x{size[1]} can't be divided into patches of {patch_size} "
+                f"pixels; set {nearest}"
+            )
 
 
 def _similar_variant(name: str) -> str:

@@ -10,6 +10,7 @@ and `split_qkv` convert between the two.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import paddle
@@ -19,12 +20,13 @@ from paddle.nn.initializer import Assign, Constant, Normal
 
 from vit_static.config.model_schema import ModelConfig
 from vit_static.model.attention import Attention, AttentionFunction, attention_by_matmul
-from vit_static.model.draws import Draw, DrawFunction, draw_here, uses_box, uses_patch_dropout
+from vit_static.model.draws import Draw, DrawFunction, ImageSize, at_size, draw_here, uses_box, uses_patch_dropout
 from vit_static.model.layers import Dropout, DropPath, LayerScale, linear, make_norm
 from vit_static.model.mlp import Mlp
 from vit_static.model.patches import PatchEmbed
 from vit_static.model.pooling import AttentionPool
 from vit_static.model.pos_embed import sincos2d_pos_embed
+from vit_static.model.pos_embed_resampler import PosEmbedResampler
 from vit_static.model.variants import Variant, grid_of, variant_of
 
 
@@ -57,6 +59,9 @@ def _layer_scale(config: ModelConfig, width: int) -> nn.Layer:
 class VisionTransformer(nn.Layer):
     """Vision Transformer: normalized images [B, num_channels, height, width] to logits [B, num_classes], or to its
     features if it has no classes.
+
+    Images may have another size than the config's: a learned position embedding, which has the grid of the config's
+    size, is then resampled to their grid by `pos_embed_resampler`; other positions are those of a model of their size.
 
     The fields of `ModelConfig` describe the options. With `fc_norm` the last norm is applied to the pooled state
     instead of to each token, as in MAE's finetuning. Register tokens come before the class token and have no position
@@ -93,6 +98,7 @@ class VisionTransformer(nn.Layer):
                 [1, config.register_tokens, width], default_initializer=Normal(0.0, 0.02)
             )
         self._create_pos_embed(config, width)
+        self.pos_embed_resampler = PosEmbedResampler()
         self.pos_drop = Dropout(config.dropout)
         self.norm_pre = make_norm(config, width) if config.pre_norm else None
         rates = _drop_path_rates(config, variant.depth)
@@ -141,12 +147,14 @@ class VisionTransformer(nn.Layer):
     def embed(self, images: paddle.Tensor, draw: Draw | None = None) -> paddle.Tensor:
         """Compute the first block's input [B, N, C]: registers, class token, patches."""
         kept = None if draw is None else draw.tokens
-        x = self.patch_embed(
-            images, None if kept is None else kept[:, self.num_prefix_tokens :] - self.num_prefix_tokens
-        )
-        if self.class_token_pos_embed:
+        kept_patches = None if kept is None else kept[:, self.num_prefix_tokens :] - self.num_prefix_tokens
+        x = self.patch_embed(images, kept_patches)
+        image_size = self._other_size(images)
+        if self.pos_embed is not None and image_size is not None:
+            x = self._add_positions_at(image_size, x, self.pos_embed, kept_patches)
+        elif self.class_token_pos_embed:
             x = self._prepend_class_tokens(x)
-        if self.pos_embed is not None:
+        if self.pos_embed is not None and image_size is None:
             x = x + (self.pos_embed if kept is None else self._positions_of(kept, self.pos_embed))
         if not self.class_token_pos_embed:
             x = self._prepend_class_tokens(x)
@@ -155,23 +163,51 @@ class VisionTransformer(nn.Layer):
         x = self.pos_drop(x)
         return x if self.norm_pre is None else self.norm_pre(x)
 
-    def _prepend_class_tokens(self, x: paddle.Tensor) -> paddle.Tensor:
-        """Prepend the class token and the distillation token, as far as the model has them."""
-        for token in (self.dist_token, self.cls_token):
-            x = x if token is None else _prepend_tokens(token, x)
+    def _prepend_class_tokens(self, x: paddle.Tensor, positions: paddle.Tensor | None = None) -> paddle.Tensor:
+        """Prepend the class token and the distillation token, as far as the model has them, with their `positions`."""
+        tokens = [token for token in (self.cls_token, self.dist_token) if token is not None]
+        for index, token in reversed([*enumerate(tokens)]):
+            x = _prepend_tokens(token, x, None if positions is None else positions[:, index : index + 1])
         return x
 
     def _positions_of(self, tokens: paddle.Tensor, pos_embed: paddle.Tensor) -> paddle.Tensor:
         """Return the position embedding of the tokens that have one, [B, positions, C], among `tokens` [B, N]."""
         first = self.num_prefix_tokens - self.num_prefix_positions
-        # Not `embedding`: Paddle 3.3.1 has no rule for its table being split over the ranks that split the images. And
-        # not a product of two three-dimensional operands of which one is broadcast: its gradient isn't reduced.
-        table = pos_embed.flatten(0, 1)  # [positions, C]
-        return paddle.matmul(F.one_hot(tokens[:, first:] - first, table.shape[0]), table)
+        return _rows_of(pos_embed.flatten(0, 1), tokens[:, first:] - first)
+
+    def _other_size(self, images: paddle.Tensor) -> ImageSize | None:
+        """Return the size of the images if it isn't the model's own."""
+        height, width = images.shape[2:]
+        return None if (height, width) == self.config.image_size else (height, width)
+
+    def _add_positions_at(
+        self,
+        image_size: ImageSize,
+        x: paddle.Tensor,
+        pos_embed: paddle.Tensor,
+        kept_patches: paddle.Tensor | None,
+    ) -> paddle.Tensor:
+        """Add the positions of images of another size to their patches x, and prepend the class token with its own."""
+        grid = grid_of(at_size(self.config, image_size))
+        if self.config.pos_embed == "learn":
+            prefix, table = self.pos_embed_resampler(pos_embed, self.grid, grid)  # [1, prefix, C], [1, patches, C]
+        else:
+            prefix = pos_embed[:, : self.num_prefix_positions]
+            table = paddle.to_tensor(sincos2d_pos_embed(grid, x.shape[-1]))
+        x = x + (table if kept_patches is None else _rows_of(table.flatten(0, 1), kept_patches))
+        # Not one table for all tokens: Paddle 3.3.1 computes wrong gradients for a `concat` whose gradient comes as
+        # partial sums over the ranks.
+        return self._prepend_class_tokens(x, prefix) if self.class_token_pos_embed else x
 
     def features(self, images: paddle.Tensor) -> paddle.Tensor:
         """Compute the pooled, normalized state that the head reads: [B, C], or [B, 2 C] with cls_gap or two heads."""
-        draws = self.draws(images.shape[0]) if self.has_draws and self.training else [None] * len(self.blocks)
+        height, width = images.shape[2:]
+        draws: list[Draw | None] = [None] * len(self.blocks)
+        if self.has_draws and self.training:
+            draws = [*self.draws(images.shape[0], (height, width))]
+        image_size = self._other_size(images)
+        if image_size is not None:
+            draws = [replace(draw or Draw(), image_size=image_size) for draw in draws]
         x = self.embed(images, draws[0])
         for block, draw in zip(self.blocks, draws, strict=True):
             x = block(x, draw)  # [B, N, C]
@@ -223,10 +259,18 @@ def _drop_path_rates(config: ModelConfig, depth: int) -> list[float]:
     return [config.drop_path_rate] * depth
 
 
-def _prepend_tokens(tokens: paddle.Tensor, x: paddle.Tensor) -> paddle.Tensor:
-    """Prepend learned tokens [1, T, C] to the tokens of each image [B, N, C].
+def _rows_of(table: paddle.Tensor, numbers: paddle.Tensor) -> paddle.Tensor:
+    """Return the rows of a table [positions, C] with the numbers [B, N]: [B, N, C]."""
+    # Not `embedding`: Paddle 3.3.1 has no rule for its table being split over the ranks that split the images. And not
+    # a product of two three-dimensional operands of which one is broadcast: its gradient isn't reduced.
+    return paddle.matmul(F.one_hot(numbers, table.shape[0]), table)
+
+
+def _prepend_tokens(tokens: paddle.Tensor, x: paddle.Tensor, positions: paddle.Tensor | None = None) -> paddle.Tensor:
+    """Prepend learned tokens [1, T, C], with their `positions` added, to the tokens of each image [B, N, C].
 
     This is a broadcast sum and not `expand`: under data parallelism Paddle 3.3.1 doesn't reduce the gradient of an
     expanded token over the ranks, and raises no error.
     """
-    return paddle.concat([paddle.zeros_like(x[:, :1]) + tokens, x], axis=1)
+    tokens = paddle.zeros_like(x[:, :1]) + tokens
+    return paddle.concat([tokens if positions is None else tokens + positions, x], axis=1)

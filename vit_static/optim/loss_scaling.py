@@ -43,7 +43,7 @@ class LossScaling:
 
     def set_scale(self, scale: Any) -> None:
         """Take the scale, [1] float32, a variable of every rank, that the loss has been multiplied by."""
-        self._scale = _on_every_rank(scale)
+        self._scale, self._is_finite = _on_every_rank(scale), {}
         world = dist.auto_parallel.get_mesh()
         replicated = [dist.Replicate()] * world.ndim
         self._num_skipped = create_variable("num_skipped_steps", [1], "float32", world, replicated)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from vit_static.config.optim_schema import OptimConfig, ScheduleConfig
 from vit_static.config.schema import TrainConfig
@@ -62,6 +63,26 @@ def limiting_key(train: TrainConfig, num_images: int, global_batch_size: int) ->
             if others > steps:
                 return key
     return "epochs"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Consecutive steps on images of one size (train.image_sizes). `start` steps are done before it, `end` after it."""
+
+    image_size: tuple[int, int]  # height, width
+    start: int
+    end: int
+
+
+def phases(train: TrainConfig, image_size: tuple[int, int], num_steps: int) -> list[Phase]:
+    """Return the phases of a run of `num_steps`, at least one; those without a step are left out.
+
+    `image_size`: the model's, of all steps without train.image_sizes.
+    """
+    sizes = train.image_sizes or ((image_size, 1.0),)
+    ends = [round(share * num_steps) for _, share in sizes]
+    found = [Phase(size, start, end) for (size, _), start, end in zip(sizes, [0, *ends[:-1]], ends, strict=True)]
+    return [phase for phase in found if phase.end > phase.start]
 
 
 def warmup_steps(schedule: ScheduleConfig, num_images: int, global_batch_size: int) -> int:

@@ -144,6 +144,10 @@ class StepScalars:
     def __deepcopy__(self, memo: Any) -> StepScalars:
         return self  # Paddle copies the optimizer, which refers to this
 
+    def start_program(self) -> None:
+        """Forget the variables of an earlier program."""
+        self._variables = {}
+
     def value(self, name: str) -> Any:
         """Return the variable, [1] float32, in the program that is being built."""
         if name not in self._variables:

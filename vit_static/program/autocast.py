@@ -36,6 +36,19 @@ def wrap_forward(
 
     if autocast or seeds is not None:
         model.forward = traced
+    if precision.level != "O0":
+        _resample_in_float32(model)
+
+
+def _resample_in_float32(model: Any) -> None:
+    """Let a position embedding be resampled in float32, whose matrix products would run in low precision."""
+    forward = model.pos_embed_resampler.forward
+
+    def in_float32(*arguments: Any) -> paddle.Tensor:
+        with paddle.amp.auto_cast(enable=False):
+            return forward(*arguments)
+
+    model.pos_embed_resampler.forward = in_float32
 
 
 def add_biases_in_low_precision(model: nn.Layer, precision: Precision, amp: AmpConfig) -> None:

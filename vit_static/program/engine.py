@@ -5,9 +5,10 @@ Written for Paddle 3.3.1. CONTRIBUTING's table of Paddle internals lists each pl
 
 from __future__ import annotations
 
+import copy
 import inspect
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import CodeType, FrameType
@@ -19,9 +20,10 @@ from paddle import nn, pir
 from paddle.base.dygraph.base import switch_to_static_graph
 from paddle.distributed.auto_parallel.static import engine as engine_module
 from paddle.distributed.auto_parallel.static.dist_input_spec import DistributedInputSpec
-from paddle.distributed.auto_parallel.static.helper import ProxyLayer
+from paddle.distributed.auto_parallel.static.helper import ProgramHelper, ProxyLayer
 from paddle.distributed.passes import auto_parallel_gradient_merge as gradient_merge
 from paddle.static.amp import decorator as amp_decorator
+from paddle.utils import unique_name
 
 import vit_static
 from vit_static.optim.sharded_state import update_loss_scaling
@@ -77,6 +79,78 @@ def build_mode(program: dist.DistModel, mode: str, run_passes: Callable[[Any], N
     if engine._executor is not None:
         engine._executor._executor_cache = _PreparedPrograms(engine._executor._executor_cache)
     return engine._executor, engine._job_plan
+
+
+class SeveralTrainingPrograms:
+    """What a program needs to be compiled for training more than once, with other inputs but the same variables.
+
+    The engine compiles each mode once. Weights, optimizer state and all other variables are found in the global scope
+    by their names, most of which end with a number that counts the names of the process. So each training program is
+    compiled with the counts of the first one; its variables then have the same names, and the engine initializes only
+    those that don't exist yet.
+    """
+
+    def __init__(self, program: dist.DistModel, model: nn.Layer, shared: Iterable[Any]) -> None:
+        """Call this before the first mode is built. `shared`: objects that the optimizer refers to, to be used by all
+        of its copies."""
+        self._program, self._shared = program, list(shared)
+        self._optimizer = self._copied(program._engine._optimizer)
+        self._counts: dict[str, int] | None = None  # of names, before the first training program was compiled
+        # The engine frees buffers that the program built first doesn't read.
+        self._buffers = {buffer.name: buffer.numpy() for buffer in model.buffers() if buffer._is_initialized()}
+
+    def _copied(self, optimizer: Any) -> Any:
+        """Copy an optimizer that no program has been built with."""
+        return copy.deepcopy(optimizer, {id(each): each for each in self._shared})
+
+    @contextmanager
+    def building_training(self) -> Iterator[None]:
+        """Let `build_mode` build one more training program within the context."""
+        engine = self._program._engine
+        names = _static_names()
+        if self._counts is None:
+            self._counts = dict(names.ids)
+            yield
+            return
+        # Sums of micro-batches, 0 between two steps. They have the layout of the gradients, which may be another one.
+        for name in engine._pir_dense_main_progs["train"].global_block().kwargs():
+            variable = paddle.static.global_scope().find_var(name) if name.endswith("@GRAD@MERGE") else None
+            if variable is not None:
+                variable.get_tensor()._clear()
+        engine._optimizer = self._copied(self._optimizer)
+        engine._has_prepared["train"] = False
+        init_parameters = ProgramHelper.init_pir
+        ProgramHelper.init_pir = lambda *_: None  # the scope has them
+        counts = dict(names.ids)
+        _set_counts(names, self._counts)
+        try:
+            yield
+        finally:
+            _set_counts(names, counts)
+            ProgramHelper.init_pir = init_parameters
+
+    def restore_buffers(self) -> None:
+        """Set the buffers of the mode that has just been built, as far as they have no values yet."""
+        engine = self._program._engine
+        for buffer, value in zip(*engine.program_helper.concrete_program.parameters, strict=True):
+            if buffer.name in self._buffers:
+                tensor = paddle.static.global_scope().var(value.name).get_tensor()
+                if not tensor._is_initialized():
+                    tensor.set(self._buffers[buffer.name], engine._place)
+
+
+def _static_names() -> Any:
+    """Return the generator of unique names of static programs; in dynamic mode Paddle uses another one."""
+    paddle.enable_static()
+    names, parameter_names = unique_name.switch()
+    unique_name.switch(names, parameter_names)
+    paddle.disable_static()
+    return names
+
+
+def _set_counts(names: Any, counts: dict[str, int]) -> None:
+    names.ids.clear()
+    names.ids.update(counts)
 
 
 class _PreparedPrograms:

@@ -1,12 +1,14 @@
 """The compiled program: training and evaluation steps from a model, a loss, an optimizer and a mesh.
 
-The only place that calls `dist.to_static` and that sets the engine's strategy and mixed precision.
+The only place that calls `dist.to_static`.
 """
 
 from __future__ import annotations
 
+import gc
+import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -38,6 +40,7 @@ from vit_static.program.recorded_loss import RecordedLoss
 from vit_static.program.seeded_draws import place_draws
 from vit_static.program.spec import CountCosts, ProgramSpec, TrainingSpec
 from vit_static.program.state import ProgramState, float32_weights
+from vit_static.program.strategy import make_strategy, recompute_blocks
 from vit_static.weights.state import State
 
 
@@ -69,7 +72,6 @@ class Program:
         self._costs: Any = None
         self._initial_weights: dict[str, paddle.Tensor] = {}  # in float32, until the program is built for training
         self._loss = RecordedLoss(num_micro_batches(spec.parallel))
-        self._input_specs = {"eval": self._specs_of(spec.eval_batch_size, spec.eval_target_classes)}
         training = spec.training
         self._distillation = None
         if teacher is not None and training is not None:
@@ -85,23 +87,25 @@ class Program:
             self._dropout = seeded_dropout.place_dropouts(model, mesh, spec.seed, stages, seeded)
             micro_batches = num_micro_batches(spec.parallel)
             self._draws = place_draws(model, mesh, spec.seed, stages, training.batch_size, micro_batches)
-        _recompute_blocks(model, spec.parallel.recompute)
+        recompute_blocks(model, spec.parallel.recompute)
         if spec.precision.level == "O1" and mesh.device == "gpu" and spec.kernels.fused_linear:
             add_biases_in_low_precision(model, spec.precision, spec.amp)
         if self._distillation is not None:
             self._distillation.wrap_forward(model)
         wrap_forward(model, spec.precision, spec.amp, self._dropout)
-        layer, optimizer, strategy = model, None, _strategy(spec)
+        layer, optimizer, strategy = model, None, make_strategy(spec)
+        self._train_size = spec.image_size
         if training is not None:
             layer, optimizer = self._make_optimizer(training, master_grad=strategy.amp.use_master_grad)
-            # The executor splits a batch into micro-batches.
-            micro_batch_size = training.batch_size // num_micro_batches(spec.parallel)
-            self._input_specs["train"] = self._specs_of(micro_batch_size, training.target_classes)
+            self._train_size = training.image_size or spec.image_size
         elif spec.precision.level == "O2":
             layer = paddle.amp.decorate(model, level="O2", dtype=spec.precision.dtype)
         self._main_mode = "eval" if optimizer is None else "train"
-        arguments: dict[str, Any] = {"strategy": strategy, "input_spec": self._input_specs[self._main_mode]}
+        arguments: dict[str, Any] = {"strategy": strategy, "input_spec": self._input_specs(self._main_mode)}
         self._program = dist.to_static(layer, None, self._criterion, optimizer, **arguments)
+        self._several: engine.SeveralTrainingPrograms | None = None
+        if training is not None and training.image_size_varies:
+            self._several = engine.SeveralTrainingPrograms(self._program, model, (self._clip, self._scheduler))
         beta1 = None if training is None else training.optim.betas[0]
         self._state = ProgramState(self._program, mesh, partial(self._set_mode, self._main_mode), beta1)
 
@@ -119,13 +123,15 @@ class Program:
         loss_weights: LossWeights = NO_WEIGHTS,
         count_costs: CountCosts | None = None,
         teacher: Teacher | None = None,
+        train_image_size: tuple[int, int] | None = None,
     ) -> Program:
         """Make the program of a run, which trains and evaluates.
 
         `learning_rate` maps the number of completed updates to the rate of the next; `warmup_steps` are those of it.
         `eval_batch_size` is global.
         `loss_weights` are those of the training loss. `count_costs` is called with the compiled training program;
-        `costs` returns its result. `teacher` is that of distill.teacher.
+        `costs` returns its result. `teacher` is that of distill.teacher. `train_image_size`: that of the first step's
+        images; None: model.image_size.
         """
         require_head(config.model)
         assert (teacher is None) == (config.distill.teacher is None), "the teacher of the config"
@@ -138,7 +144,10 @@ class Program:
             warmup_steps=warmup_steps,
             count_costs=count_costs,
             distill=config.distill,
+            image_size=train_image_size,
+            image_size_varies=bool(config.train.image_sizes),
         )
+        model.pos_embed_resampler.mode = config.init.pos_embed
         spec = ProgramSpec(
             precision=precision,
             image_size=config.model.image_size,
@@ -183,10 +192,11 @@ class Program:
     def train_step(self, images: paddle.Tensor, labels: paddle.Tensor, step: int) -> Any:
         """Start the update that follows `step` completed ones and return its loss, without waiting for the device.
 
-        `loss_value` reads the loss, until the next step overwrites it.
+        `loss_value` reads the loss, until the next step overwrites it. Images of another size than the last step's
+        need a spec with `image_size_varies`.
         """
         training = self._training()
-        self._set_mode("train")
+        self.prepare_training((images.shape[2], images.shape[3]))
         self._scheduler.step(step)
         self._scalars.set(step_scalars(step, training.optim, training.warmup_steps))
         # Masks are a function of the seed, the step and the rank's data, so a resumed run draws the same masks.
@@ -200,6 +210,25 @@ class Program:
         with self._mesh.waiting_for_device():  # if it has still too much to do
             engine.run_without_results(self._program, [images, _as_input(labels)])
         return self._loss.tensor()
+
+    def prepare_training(self, image_size: tuple[int, int]) -> float | None:
+        """Make the training program for images of this height and width the current one.
+
+        Returns the seconds that it took to compile, or None if it has been compiled already. The one of another size is
+        given up; weights and optimizer state stay where they are.
+        """
+        if image_size != self._train_size:
+            assert self._several is not None, "images of another size than the program's"
+            self._train_size = image_size
+            if self._built.pop("train", None) is not None:
+                self._mode = None
+                gc.collect()  # its programs refer to each other
+        if "train" in self._built:
+            self._set_mode("train")
+            return None
+        started = time.perf_counter()
+        self._set_mode("train")
+        return time.perf_counter() - started
 
     def loss_value(self, loss: Any) -> float:
         """Return a loss of `train_step` as a number, averaged over the micro-batches. Waits for the device.
@@ -329,18 +358,27 @@ class Program:
         for layer in (self._model, self._criterion):
             layer.train() if mode == "train" else layer.eval()
         if mode not in self._built:
-            engine.set_input_specs(self._program, *self._input_specs[mode])
-            self._built[mode] = engine.build_mode(self._program, mode, partial(self._run_passes, mode))
-            if mode == "train":
-                self._loss.create(engine.place_of(self._program))
-                if self._distillation is not None:
-                    self._distillation.create_variables(engine.place_of(self._program))
+            self._build(mode)
         engine.use_mode(self._program, mode, self._built[mode])
         self._mode = mode
         if mode == "train" and self._initial_weights:
             weights, self._initial_weights = self._initial_weights, {}
             if engine.can_run(self._built[mode]):
                 self._state.start_masters(weights)
+
+    def _build(self, mode: str) -> None:
+        engine.set_input_specs(self._program, *self._input_specs(mode))
+        several = self._several
+        if mode == "train":
+            self._scalars.start_program()
+        with several.building_training() if several is not None and mode == "train" else nullcontext():
+            self._built[mode] = engine.build_mode(self._program, mode, partial(self._run_passes, mode))
+        if several is not None and engine.can_run(self._built[mode]):
+            several.restore_buffers()
+        if mode == "train":
+            self._loss.create(engine.place_of(self._program))
+            if self._distillation is not None:
+                self._distillation.create_variables(engine.place_of(self._program))
 
     def _run_passes(self, mode: str, compiled: Any) -> None:
         """Run our own passes over the program that Paddle has compiled for this rank and `mode`."""
@@ -370,11 +408,17 @@ class Program:
         if self._distillation is not None:
             self._distillation.record(compiled)
 
-    def _specs_of(self, batch_size: int, target_classes: int | None) -> list[list[Any]]:
+    def _input_specs(self, mode: str) -> list[list[Any]]:
         """Return the engine's input specs of images and of labels or targets, for a global batch."""
-        mesh = self._mesh
+        spec, mesh = self._spec, self._mesh
+        batch_size, target_classes, image_size = spec.eval_batch_size, spec.eval_target_classes, spec.image_size
+        if mode == "train":
+            training = self._training()
+            # The executor splits a batch into micro-batches.
+            batch_size = training.batch_size // num_micro_batches(spec.parallel)
+            target_classes, image_size = training.target_classes, self._train_size
         split = sharding.batch_placements(mesh)
-        images = [batch_size, self._spec.num_channels, *self._spec.image_size]
+        images = [batch_size, spec.num_channels, *image_size]
         labels = [batch_size] if target_classes is None else [batch_size, target_classes]
         dtype = paddle.int64 if target_classes is None else paddle.float32
         return [
@@ -396,45 +440,3 @@ def _grad_sync_config(parallel: ParallelConfig, mesh: Mesh) -> GradSyncConfig:
         )
     dtype = "" if parallel.reduce_dtype == "float32" else parallel.reduce_dtype
     return GradSyncConfig(int(parallel.bucket_mb * 1e6), parallel.overlap_gradients, dtype)
-
-
-def _strategy(spec: ProgramSpec) -> dist.Strategy:
-    """Return the engine's strategy: mixed precision, pipeline or gradient accumulation, recomputation."""
-    precision, amp, parallel = spec.precision, spec.amp, spec.parallel
-    strategy = dist.Strategy()
-    micro_batches = num_micro_batches(parallel)
-    if precision.level == "O2":
-        strategy.amp.enable = True
-        strategy.amp.level = "O2"
-        strategy.amp.dtype = precision.dtype
-        strategy.amp.init_loss_scaling = amp.init_loss_scaling if precision.dtype == "float16" else 1.0
-        strategy.amp.use_dynamic_loss_scaling = precision.dtype == "float16"
-        strategy.amp.use_master_grad = amp.master_grad
-        strategy.amp.use_promote = True
-        strategy.amp.custom_white_list = list(amp.white_list)
-        # Paddle's list for O2 leaves softmax, the loss and sums in low precision; its list for O1 doesn't. LayerNorm's
-        # kernel computes in float32 for any input dtype.
-        in_float32 = paddle.amp.amp_lists.black_list()[precision.dtype]["O1"] | {"logsigmoid", *amp.black_list}
-        strategy.amp.custom_black_list = sorted(in_float32 - {"layer_norm", *amp.white_list})
-    if parallel.pp > 1:
-        batch_size = spec.eval_batch_size if spec.training is None else spec.training.batch_size
-        strategy.pipeline.enable = True
-        strategy.pipeline.schedule_mode = parallel.pp_schedule
-        strategy.pipeline.pp_degree = parallel.pp
-        strategy.pipeline.accumulate_steps = micro_batches
-        strategy.pipeline.micro_batch_size = batch_size // micro_batches
-    elif micro_batches > 1:
-        strategy.gradient_merge.enable = True
-        strategy.gradient_merge.k_steps = micro_batches
-    strategy._recompute.enable = parallel.recompute != "none"
-    return strategy
-
-
-def _recompute_blocks(model: VisionTransformer, recompute: str | int) -> None:
-    """Mark every block, or every n-th, for recomputation in the backward pass."""
-    if recompute == "none":
-        return
-    every = 1 if recompute == "block" else int(recompute)
-    for segment, block in enumerate(model.blocks):
-        if segment % every == 0:
-            engine.mark_recompute(block, segment)

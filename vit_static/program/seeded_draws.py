@@ -14,7 +14,16 @@ import paddle.distributed as dist
 
 from vit_static.config.model_schema import ModelConfig
 from vit_static.data.sampler import coordinate_generator, patch_draws
-from vit_static.model.draws import NUM_BOX_NUMBERS, Draw, coordinate_box, kept_tokens, uses_box, uses_patch_dropout
+from vit_static.model.draws import (
+    NUM_BOX_NUMBERS,
+    Draw,
+    ImageSize,
+    at_size,
+    coordinate_box,
+    kept_tokens,
+    uses_box,
+    uses_patch_dropout,
+)
 from vit_static.model.variants import grid_of, num_kept_patches
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.dist_values import assign_to, create_variable, set_variable
@@ -49,8 +58,9 @@ class SeededDraws:
         # By stage the names of its variables: the tokens, the number of completed micro-batches, the box.
         self._names: dict[int, dict[str, str]] = {}
 
-    def function(self, num_images: int) -> list[Draw]:
-        """Create the variables, and return the draw of each block."""
+    def function(self, num_images: int, image_size: ImageSize) -> list[Draw]:
+        """Create the variables, and return the draw of each block. `set_step` sets them for images of this size."""
+        self._model = at_size(self._model, image_size)
         draws = {stage: self._create(stage) for stage in sorted(set(self._stages))}
         return [draws[stage] for stage in self._stages]
 

@@ -26,6 +26,9 @@ class TrainingSpec:
     target_classes: int | None = None  # None: labels [B]; K: targets [B, K] (model/loss.py)
     freeze: str = "none"  # train.freeze
     warmup_steps: int = 0  # of `learning_rate`
+    # Height and width of the first step's images, and whether later ones may have other sizes
+    image_size: tuple[int, int] | None = None  # None: ProgramSpec's
+    image_size_varies: bool = False
     count_costs: CountCosts | None = None
     distill: DistillConfig = field(default_factory=DistillConfig)
 
@@ -35,7 +38,7 @@ class ProgramSpec:
     """Settings of a program. Without `training` it only evaluates."""
 
     precision: Precision
-    image_size: tuple[int, int]  # height, width
+    image_size: tuple[int, int]  # height, width; in evaluation
     eval_batch_size: int  # global
     eval_target_classes: int | None = None
     num_channels: int = 3

@@ -16,7 +16,7 @@ from vit_static.data.extra_sets import ExtraSet, open_extra_sets
 from vit_static.data.image_set import ImageDataset
 from vit_static.data.open_set import describe_empty_classes, open_set, split_path
 from vit_static.model.loss_weights import NO_WEIGHTS, LossWeights
-from vit_static.optim.schedule import learning_rate, limiting_key, total_steps, warmup_steps
+from vit_static.optim.schedule import Phase, learning_rate, limiting_key, phases, total_steps, warmup_steps
 
 if TYPE_CHECKING:
     from vit_static.parallel.mesh import MeshShape
@@ -54,10 +54,11 @@ class RunSpec:
     def resolve(cls, config: Config) -> RunSpec:
         """Derive the spec of a run. Raise UserError for every mistake that can be found before anything is built."""
         # Imported here so that the rest of this module is usable without Paddle.
-        from vit_static.model.variants import require_head, variant_of
+        from vit_static.model.variants import check_train_sizes, require_head, variant_of
         from vit_static.parallel.mesh import rank_and_world_size, resolve_mesh
 
         require_head(config.model)
+        check_train_sizes(config.model, (size for size, _ in config.train.image_sizes))
         rank, world_size = rank_and_world_size()
         batch_size = config.data.global_batch_size
         mesh_shape = resolve_mesh(config.parallel, world_size, batch_size, variant_of(config.model))
@@ -93,6 +94,21 @@ class RunSpec:
     def lr_at(self, step: int) -> float:
         """Return the learning rate of the update that follows `step` done ones."""
         return learning_rate(step, self.total_steps, self.config.optim, self.config.schedule, self.warmup_steps)
+
+    @cached_property
+    def phases(self) -> list[Phase]:
+        """The phases of the run by the size of its images (train.image_sizes)."""
+        return phases(self.config.train, self.config.model.image_size, self.total_steps)
+
+    @property
+    def largest_image_size(self) -> tuple[int, int]:
+        """Return the largest height and the largest width of the training images."""
+        heights, widths = zip(*(phase.image_size for phase in self.phases), strict=True)
+        return max(heights), max(widths)
+
+    def image_size_at(self, step: int) -> tuple[int, int]:
+        """Return height and width of the images of the update that follows `step` done ones."""
+        return next((phase for phase in self.phases if step < phase.end), self.phases[-1]).image_size
 
     @property
     def limiting_key(self) -> str:

@@ -122,7 +122,7 @@ class Trainer:
         start = start_point.load(spec, mesh, model)
         num_parameters = sum(math.prod(parameter.shape) for parameter in model.parameters())
         redirect_library_output(run.log_path(spec.rank))
-        program = _build_program(spec, mesh, model, precision, teacher)
+        program = _build_program(spec, mesh, model, precision, teacher, start.progress.step)
         shards = start_point.open()
         if shards is not None:
             program.restore(shards)
@@ -280,7 +280,7 @@ class Trainer:
         config = self.spec.config
         return TrainLoader(
             self.spec.train_images,
-            config.model.image_size,
+            self.spec.largest_image_size,
             config.data,
             config.augment,
             seed=config.seed,
@@ -289,6 +289,7 @@ class Trainer:
             dp_rank=self.mesh.dp_rank,
             dp_size=self.mesh.dp_size,
             device_id=self.mesh.device_id,
+            image_size_at=self.spec.image_size_at if len(self.spec.phases) > 1 else None,
         )
 
     def _announce(self, start: Start, precision: Precision, num_parameters: int, teacher: TeacherSource | None) -> None:
@@ -321,7 +322,12 @@ class Trainer:
 
 
 def _build_program(
-    spec: RunSpec, mesh: Mesh, model: VisionTransformer, precision: Precision, teacher: TeacherSource | None
+    spec: RunSpec,
+    mesh: Mesh,
+    model: VisionTransformer,
+    precision: Precision,
+    teacher: TeacherSource | None,
+    done_steps: int,
 ) -> Program:
     config = spec.config
     return Program.for_training(
@@ -334,4 +340,5 @@ def _build_program(
         loss_weights=spec.loss_weights,
         eval_batch_size=eval_batch_size(config, mesh),
         teacher=None if teacher is None else build_teacher(teacher, config, precision, mesh.device),
+        train_image_size=spec.image_size_at(done_steps),
     )
