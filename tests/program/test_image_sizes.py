@@ -36,7 +36,7 @@ def gradients(program: Program, config: ModelConfig, weights: dict[str, np.ndarr
 @pytest.mark.parametrize(
     ("mode", "changed", "onednn"),
     [
-        ("bicubic", {}, False),
+        ("bicubic", {"distillation_token": True, "representation_size": None}, False),
         ("bilinear", {"register_tokens": 2, "pool": "cls_gap"}, True),
         ("antialias", {"pool": "gap", "rope": "axial", "rope_grid": (2, 3)}, False),
         ("bicubic", {"class_token_pos_embed": False, "rope": "axial", "rope_jitter": 1.5}, True),
