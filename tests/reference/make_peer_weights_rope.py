@@ -92,10 +92,13 @@ TIMM = {
     ),
     "timm_axial": timm_eva(**ROPE_VIT, rope_temperature=100.0, use_abs_pos_emb=False),
     "timm_axial_ape": timm_eva(**ROPE_VIT, rope_temperature=100.0, no_embed_class=True),
-    "timm_vit_norms": timm_vit(qk_norm=True, scale_attn_norm=True, scale_mlp_norm=True),
+    "timm_vit_norms": timm_vit(
+        qk_norm=True, scale_attn_norm=True, scale_mlp_norm=True, norm_layer=partial(nn.LayerNorm, eps=1e-5)
+    ),
     "timm_reg4_gap": timm_vit(
         class_token=False, no_embed_class=True, reg_tokens=4, global_pool="avg", init_values=1e-5, qkv_bias=False
     ),
+    "timm_reg4_positions": timm_vit(reg_tokens=4),
     "timm_giant": timm_vit(
         init_values=1e-5, reg_tokens=4, no_embed_class=True, mlp_layer=SwiGLUPacked, act_layer=nn.SiLU, mlp_ratio=3.0
     ),

@@ -30,7 +30,6 @@ from vit_static.model.pos_embed import resample_pos_embed
 from vit_static.model.vit import VisionTransformer
 from vit_static.weights.convert import convert_state, write_converted
 from vit_static.weights.formats import ExternalWeights, read_weights
-from vit_static.weights.infer import infer_config
 from vit_static.weights.load import init_from
 
 
@@ -197,20 +196,6 @@ def test_other_architectures_are_called_by_their_names(tmp_path: Path, names: li
     for path in tmp_path.iterdir():
         with pytest.raises(WeightsError, match=f"is from .*{architecture}"):
             read_weights(path)
-
-
-def test_registers_with_positions_are_refused(tmp_path: Path) -> None:
-    """timm's ViTs with registers and without `no_embed_class` add positions to them."""
-
-    def with_positions(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return arrays | {"pos_embed": np.ones((1, arrays["reg_token"].shape[1] + 1 + 9, 20), np.float32)}
-
-    path = save_changed(tmp_path / "x.safetensors", with_positions, "timm_dinov2_reg")
-    config = read_with_model("timm_dinov2_reg")[1]
-    with pytest.raises(WeightsError, match="registers have positions"):
-        infer_config(read_weights(path), "x", ["model.num_heads=4"])
-    with pytest.raises(WeightsError, match="registers have positions"):
-        convert_state(read_weights(path), config, "x", InitConfig(head="keep"), None)
 
 
 def test_paddleclas_small_vit_is_refused(tmp_path: Path) -> None:

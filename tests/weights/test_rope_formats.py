@@ -46,6 +46,7 @@ CASES = {
     "timm_mixed_ape": Case((), "timm"),
     "timm_vit_norms": Case((), "timm"),
     "timm_reg4_gap": Case((HEADS,), "timm"),
+    "timm_reg4_positions": Case((HEADS,), "timm", is_original=True),  # written with the positions in the registers
     "timm_giant": Case((HEADS,), "timm"),
     "hf_giant": Case((), "huggingface"),
     "hf_dinov3": Case((), "huggingface"),

@@ -174,8 +174,6 @@ def infer_config(
             raise WeightsError(f"{source}: {why}; set -o model.{key}=...")
     for key, remedy in (("num_heads", "-o model.num_heads=N"), ("image_size", image_size_remedy)):
         if not any(line.startswith(f"model.{key}=") for line in lines):
-            if key == "image_size":
-                refuse_registers_with_positions(external, source)
             raise WeightsError(f"{source}: no array determines its {key}; set {remedy}")
     config = load_config(None, lines)
     return config.with_model(_with_image_grid(config.model)) if has_image_grid else config
@@ -209,7 +207,8 @@ def _complete_model(
     model["image_size"] = None if size is None else list(size)
     if "pos_embed" in external.state and "class_token_pos_embed" not in model and size is not None:
         num_patches = size[0] // model["patch_size"] * (size[1] // model["patch_size"])
-        model["class_token_pos_embed"] = external.state["pos_embed"].shape[1] > num_patches
+        num_positions = external.state["pos_embed"].shape[1] - num_register_positions(external, num_patches)
+        model["class_token_pos_embed"] = num_positions > num_patches
     return model
 
 
@@ -218,9 +217,10 @@ def _square_image_size(external: ExternalWeights, patch_size: int) -> tuple[int,
     embedding = external.state.get("pos_embed")
     if embedding is None or embedding.ndim != 3:
         return None
+    num_positions = embedding.shape[1] - num_register_positions(external)
     for prefix in position_counts(external):
-        side = math.isqrt(max(embedding.shape[1] - prefix, 0))
-        if side and side * side == embedding.shape[1] - prefix:
+        side = math.isqrt(max(num_positions - prefix, 0))
+        if side and side * side == num_positions - prefix:
             return side * patch_size, side * patch_size
     return None
 
@@ -243,17 +243,20 @@ def position_counts(external: ExternalWeights) -> list[int]:
     return [1, 0] if external.state.keys() & {"blocks.0.ls1.gamma", "reg_token"} else [1]
 
 
-def refuse_registers_with_positions(external: ExternalWeights, source: str) -> None:
-    """Raise WeightsError if the positions make a square of patches only if the registers have positions too."""
+def num_register_positions(external: ExternalWeights, num_patches: int | None = None) -> int:
+    """Return how many registers have a position: all if no other number leaves a square, or `num_patches` if known."""
     registers, positions = external.state.get("reg_token"), external.state.get("pos_embed")
     if registers is None or positions is None or registers.ndim != 3 or positions.ndim != 3:
-        return
-    num_patches = positions.shape[1] - registers.shape[1] - int("cls_token" in external.state)
-    if num_patches > 0 and math.isqrt(num_patches) ** 2 == num_patches:
-        raise WeightsError(
-            f"{source}: pos_embed is from a model whose {registers.shape[1]} registers have positions, and this "
-            "model's registers have none; use weights whose registers have none, such as DINOv2's"
-        )
+        return 0
+    if external.model is not None or "class_token_pos_embed" in external.model_hints:
+        return 0
+    without = [positions.shape[1] - count for count in position_counts(external)]
+    with_all = positions.shape[1] - registers.shape[1] - int("cls_token" in external.state)
+
+    def is_grid(count: int) -> bool:
+        return count > 0 and (math.isqrt(count) ** 2 == count if num_patches is None else count == num_patches)
+
+    return registers.shape[1] if is_grid(with_all) and not any(map(is_grid, without)) else 0
 
 
 # -- configs -----------------------------------------------------------------------------------------------------------

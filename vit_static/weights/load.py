@@ -24,8 +24,8 @@ from vit_static.weights.infer import (
     differing_keys,
     fits_blocks,
     format_override,
+    num_register_positions,
     position_counts,
-    refuse_registers_with_positions,
 )
 from vit_static.weights.model_record import record_after_pickle
 from vit_static.weights.name_maps import IMAGE_GRID
@@ -273,9 +273,9 @@ def _adapt_pos_embed(
         return
     grid = grid_of(config)
     num_patches = None if source_grid is None else math.prod(source_grid)
+    embedding = _fold_positions_of_registers(state, report, external, num_patches)
     prefix = _num_prefix_positions(embedding.shape[1], num_patches, external, config, grid)
     if prefix is None:
-        refuse_registers_with_positions(external, source)
         raise WeightsError(
             f"{source}: pos_embed has {embedding.shape[1]} positions, which is no square of patches; set the image "
             "size that the weights were trained at (convert --image-size)"
@@ -308,6 +308,19 @@ def _adapt_pos_embed(
     if "cls_token" in state and not config.has_class_token:
         del state["cls_token"]
         report.dropped["cls_token"] = "this model has none"
+
+
+def _fold_positions_of_registers(
+    state: State, report: LoadReport, external: ExternalWeights, num_patches: int | None
+) -> np.ndarray:
+    """Add the positions that registers have, after the class token's, to the registers, and return the others."""
+    embedding, num_registers = state["pos_embed"], num_register_positions(external, num_patches)
+    if not num_registers or state["reg_token"].shape != (1, num_registers, embedding.shape[2]):
+        return embedding
+    first = int("cls_token" in state)
+    state["reg_token"] = state["reg_token"] + embedding[:, first : first + num_registers]
+    report.folded["pos_embed of the registers"] = "reg_token"
+    return np.concatenate([embedding[:, :first], embedding[:, first + num_registers :]], axis=1)
 
 
 def _num_prefix_positions(

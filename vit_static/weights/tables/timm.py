@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from vit_static.weights.name_maps import (
     linears,
     norms,
 )
+from vit_static.weights.state import State
 from vit_static.weights.tables.gated import PACKED, name_packed, packed_by_name
 
 _NORMS_WITHIN = ("attn.q_norm", "attn.k_norm", "attn.norm", "mlp.norm")
@@ -39,6 +41,11 @@ def _refuses(state: Mapping[str, np.ndarray], model: ModelConfig) -> str | None:
     return None
 
 
+def _hints_of_beit3(state: State) -> dict[str, Any]:
+    """Return BEiT-3's epsilon, of whose models alone attention has a norm before its last layer."""
+    return {"layer_norm_epsilon": 1e-5} if "blocks.0.attn.norm.weight" in state else {}
+
+
 TIMM = NameMap(
     "timm's .safetensors",
     "patch_embed.proj.weight",
@@ -50,6 +57,7 @@ TIMM = NameMap(
     | linears(PACKED, TRANSPOSE)
     | linears({**LAYERS, "pre_logits.fc.": "head0", "blocks.{}.mlp.w3.": "blocks.{}.mlp.fc2"}, TRANSPOSE),
     model_hints={"gelu": "erf", "layer_norm_epsilon": 1e-6},
+    find_hints=_hints_of_beit3,
     ignored={r"mask_token": PRETRAINING, r"decoder_.*|decoder\..*": PRETRAINING},
     unpack=packed_by_name,
     pack=name_packed,
