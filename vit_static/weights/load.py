@@ -110,7 +110,7 @@ def _listed_by_reason(dropped: Mapping[str, str], max_names: int = 3) -> str:
     listed = []
     for reason, names in groups.items():
         more = f" and {len(names) - max_names} more" if len(names) > max_names else ""
-        listed.append(f"{', '.join(names[:max_names])}{more} ({reason})")
+        listed.append(f"{', '.join(sorted(names)[:max_names])}{more} ({reason})")
     return "; ".join(listed)
 
 
