@@ -16,8 +16,10 @@ from paddle.distributed.auto_parallel.static.process_group import get_all_proces
 
 from gpu_program.gpu_wheel import gpu_wheel
 from vit_static.config.data_schema import DataConfig
+from vit_static.config.distill_schema import DistillConfig, DistillKind
 from vit_static.config.model_schema import ModelConfig
 from vit_static.config.schema import AmpConfig, Config, KernelsConfig, OptimConfig, ParallelConfig, TrainConfig
+from vit_static.model.teacher import Normalization, Teacher
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import Mesh, MeshShape, make_mesh
 from vit_static.plan.fake_world import fake_world
@@ -42,6 +44,7 @@ class GpuCase:
     dropout: float = 0.0
     has_ema: bool = False
     freeze: str = "none"
+    distills: DistillKind | None = None  # with a teacher of another width and size of images
     parallel: dict[str, Any] = field(default_factory=dict, compare=False)  # other fields of ParallelConfig
     amp: dict[str, Any] = field(default_factory=dict, compare=False)  # fields of AmpConfig
     kernels: dict[str, Any] = field(default_factory=dict, compare=False)  # fields of KernelsConfig
@@ -55,6 +58,7 @@ class GpuCase:
             "dropout": self.dropout > 0.0,
             "EMA": self.has_ema,
             "frozen": self.freeze != "none",
+            f"distilled, {self.distills}": self.distills is not None,
         }
         return ", ".join(
             [self.mesh, self.precision, self.optimizer, *(name for name, is_on in options.items() if is_on)]
@@ -78,10 +82,13 @@ class GpuCase:
             model = model.model_copy(update={"depth": depth})
         if self.dropout:
             model = model.model_copy(update={"dropout": self.dropout, "drop_path_rate": self.dropout})
+        if self.distills == "token":
+            model = model.model_copy(update={"distillation_token": True, "representation_size": None})
         return Config(
             name="gpu",
             seed=3,
             model=model,
+            distill=DistillConfig(teacher="t", kind=self.distills) if self.distills else DistillConfig(),
             data=DataConfig(global_batch_size=IMAGES_PER_RANK * shape.dp * num_micro_batches),
             train=TrainConfig(freeze=self.freeze),
             optim=OptimConfig(
@@ -204,11 +211,13 @@ def build_program(case: GpuCase, rank: int, **arguments: Any) -> Program:
     config = case.config()
     mesh = make_mesh(rank, case.shape, "gpu")
     paddle.seed(config.seed)
+    model = _model(config, _precision(case))
     return Program.for_training(
         config,
-        _model(config, _precision(case)),
+        model,
         mesh,
         _precision(case),
+        teacher=_teacher(config, _precision(case)) if case.distills else None,
         learning_rate=lambda step: 1e-3,
         eval_batch_size=IMAGES_PER_RANK * case.shape.dp,
         **arguments,
@@ -234,6 +243,16 @@ def expected_of(compiled: Compiled, mode: str) -> Expected:
         uses_flash_attention=uses_flash_attention(config.model, precision, config.parallel, config.kernels, "gpu"),
         reduce_dtype=config.parallel.reduce_dtype,
     )
+
+
+def _teacher(config: Config, precision: Precision) -> Teacher:
+    """Return a teacher that differs from the model in width, size of images, pooling and normalization."""
+    changed = {"width": 128, "num_heads": 8, "image_size": (16, 20), "pool": "gap", "distillation_token": False}
+    model = config.model.model_copy(update=changed)
+    returns_features = config.distill.kind == "features"
+    half, other = Normalization([0.5] * 3, [0.5] * 3), Normalization([0.4] * 3, [0.2] * 3)
+    network = _model(config.model_copy(update={"model": model}), precision)
+    return Teacher(network, other, half, [config.model.image_size], returns_features=returns_features)
 
 
 def _model(config: Config, precision: Precision) -> VisionTransformer:

@@ -28,8 +28,9 @@ from gpu_program.interpreter import decode
 from vit_static.config.model_schema import ModelConfig
 from vit_static.plan.costs import count_by_kind, program_costs
 from vit_static.plan.planner import Cluster, make_plan
+from vit_static.program.distillation import TEACHER_PREFIX
 from vit_static.program.grad_buckets import STREAM
-from vit_static.program.ir import BACKWARD
+from vit_static.program.ir import BACKWARD, FORWARD
 from vit_static.program.verify import violations
 
 pytestmark = pytest.mark.early
@@ -80,6 +81,28 @@ def test_a_program_has_all_properties(case: GpuCase) -> None:
 )
 def test_settings_of_exchanges_and_kernels_keep_all_properties(case: GpuCase) -> None:
     assert problems_of(compile_rank(case, modes=("train",))) == {"train": []}
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        (GpuCase(mesh="dp 8", distills="soft"), "bfloat16"),
+        (GpuCase(mesh="ZeRO 3", precision="O1 bfloat16", distills="token"), "float32"),
+        (GpuCase(mesh="pp 2 x mp 2 x dp 2", precision="O2 float16", distills="features"), "float16"),
+    ],
+    ids=str,
+)
+def test_a_program_with_a_teacher_has_all_properties(case: GpuCase, dtype: str) -> None:
+    """Of the last rank, which computes the loss. The teacher has the precision of the model and no gradients."""
+    compiled = compile_rank(case, case.shape.world_size - 1, modes=("train",))
+    assert problems_of(compiled) == {"train": []}
+    parameters = [op.result(0) for op in compiled.modes["train"].global_block().ops if op.name() == "builtin.parameter"]
+    teacher = {value.name: value for value in parameters if value.name.startswith(TEACHER_PREFIX)}
+    assert any(name.endswith(".mlp.fc1.weight") for name in teacher)
+    for name, value in teacher.items():
+        if ".norm" not in name:
+            assert str(value.dtype) == f"paddle.{dtype}", name
+        assert {op.op_role for op in value.all_used_ops()} == {FORWARD}, name
 
 
 def test_no_pass_reads_an_operator_that_it_has_erased() -> None:

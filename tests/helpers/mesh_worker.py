@@ -202,6 +202,7 @@ def make_teacher(config: Config) -> Teacher:
         network,
         Normalization((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)),
         Normalization(config.data.mean, config.data.std),
+        [config.model.image_size],
         returns_features=config.distill.kind == "features",
     )
 

@@ -78,7 +78,7 @@ STUDENT = Normalization((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
 
 def teacher(normalization: Normalization, student: Normalization = STUDENT, **changed: object) -> Teacher:
     network = VisionTransformer(SMALL.model_copy(update=changed))
-    return Teacher(network, normalization, student, returns_features=False)
+    return Teacher(network, normalization, student, [(12, 16)], returns_features=False)
 
 
 def normalized(pixels: np.ndarray, normalization: Normalization) -> np.ndarray:

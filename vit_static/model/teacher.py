@@ -36,15 +36,39 @@ class Teacher(nn.Layer):
         network: VisionTransformer,
         normalization: Normalization,
         student: Normalization,
+        image_sizes: Sequence[tuple[int, int]],
         *,
         returns_features: bool,
     ) -> None:
+        """`student` and `image_sizes` are those of the student's images; there may be one of several sizes."""
         super().__init__()
         self.network, self.returns_features = network, returns_features
-        self._normalization, self._student = normalization, student
         for parameter in network.parameters():
             parameter.stop_gradient = True
         network.eval()
+        self._register_normalization(normalization, student)
+        for axis, name in ((0, "rows"), (1, "columns")):
+            size = network.config.image_size[axis]
+            for old in {image_size[axis] for image_size in image_sizes} - {size}:
+                self._register(f"{name}_{old}", resampling_matrix(old, size, "antialias").T)  # [old, size]
+
+    def _register_normalization(self, theirs: Normalization, ours: Normalization) -> None:
+        """Register the factors and summands per channel that convert the student's values to the teacher's."""
+        self._makes_grey = ours.mean.size == 3 and self.network.config.num_channels == 1
+        self._is_same = np.array_equal(theirs.mean, ours.mean) and np.array_equal(theirs.std, ours.std)
+        if self._is_same:
+            return
+        mean, std = ours.mean, ours.std
+        if self._makes_grey:
+            luma = np.reshape(_LUMA, (1, 3, 1, 1))
+            self._register("grey", std * luma)
+            mean, std = (mean * luma).sum(), 1.0
+        self._register("factor", std / theirs.std)
+        self._register("summand", (mean - theirs.mean) / theirs.std)
+
+    def _register(self, name: str, values: np.ndarray) -> None:
+        """Register a constant. As a buffer it isn't copied to the device in each step."""
+        self.register_buffer(name, paddle.to_tensor(values.astype(np.float32)), persistable=False)
 
     def forward(self, images: paddle.Tensor) -> paddle.Tensor:
         with paddle.amp.auto_cast(enable=False):
@@ -54,32 +78,14 @@ class Teacher(nn.Layer):
 
     def convert(self, images: paddle.Tensor) -> paddle.Tensor:
         """Convert the student's images [B, channels, height, width] (float32) to the teacher's."""
-        network, theirs, ours = self.network.config, self._normalization, self._student
-        if images.shape[1] == 3 and network.num_channels == 1:
-            grey = np.reshape(_LUMA, (1, 3, 1, 1))
-            images = (images * _constant(ours.std * grey)).sum(axis=1, keepdim=True)
-            summand = (ours.mean * grey).sum() - theirs.mean
-            images = images * _constant(1.0 / theirs.std) + _constant(summand / theirs.std)
-        elif images.shape[1] != network.num_channels or not _are_equal(theirs, ours):
-            # A greyscale image has the same value in all channels of a colour one.
-            images = images * _constant(ours.std / theirs.std) + _constant((ours.mean - theirs.mean) / theirs.std)
-        for axis, size in ((3, network.image_size[1]), (2, network.image_size[0])):
-            if images.shape[axis] != size:
-                images = _resample(images, axis, size)
+        if self._makes_grey:
+            images = (images * self.grey).sum(axis=1, keepdim=True)
+        if not self._is_same:  # a greyscale image becomes three equal channels
+            images = images * self.factor + self.summand
+        height, width = self.network.config.image_size
+        if images.shape[3] != width:
+            images = paddle.matmul(images, getattr(self, f"columns_{images.shape[3]}"))
+        if images.shape[2] != height:
+            rows = getattr(self, f"rows_{images.shape[2]}")
+            images = paddle.matmul(images.transpose([0, 1, 3, 2]), rows).transpose([0, 1, 3, 2])
         return images
-
-
-def _are_equal(one: Normalization, other: Normalization) -> bool:
-    return np.array_equal(one.mean, other.mean) and np.array_equal(one.std, other.std)
-
-
-def _constant(values: np.ndarray) -> paddle.Tensor:
-    return paddle.assign(values.astype(np.float32))
-
-
-def _resample(images: paddle.Tensor, axis: int, size: int) -> paddle.Tensor:
-    """Resample one of the last two axes of images [B, channels, height, width], as one product with a matrix."""
-    weights = resampling_matrix(images.shape[axis], size, "antialias")  # [size, old]
-    if axis == 3:
-        return paddle.matmul(images, _constant(weights.T))
-    return paddle.matmul(images.transpose([0, 1, 3, 2]), _constant(weights.T)).transpose([0, 1, 3, 2])

@@ -64,6 +64,7 @@ class TeacherSource:
             network,
             Normalization(self.mean, self.std),
             Normalization(config.data.mean, config.data.std),
+            [config.model.image_size],
             returns_features=config.distill.kind == "features",
         )
 
