@@ -58,11 +58,12 @@ class Teacher(nn.Layer):
         self._is_same = np.array_equal(theirs.mean, ours.mean) and np.array_equal(theirs.std, ours.std)
         if self._is_same:
             return
-        mean, std = ours.mean, ours.std
+        mean: np.ndarray = ours.mean
+        std: np.ndarray = ours.std
         if self._makes_grey:
             luma = np.reshape(_LUMA, (1, 3, 1, 1))
             self._register("grey", std * luma)
-            mean, std = (mean * luma).sum(), 1.0
+            mean, std = np.asarray((mean * luma).sum()), np.ones(1)
         self._register("factor", std / theirs.std)
         self._register("summand", (mean - theirs.mean) / theirs.std)
 
