@@ -264,7 +264,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
     from vit_static.model.variants import require_head
     from vit_static.plan.planner import Cluster
     from vit_static.plan.tables import plan_run
-    from vit_static.weights.infer import with_model_of_init
+    from vit_static.weights.source import with_model_of_init
 
     config = with_model_of_init(config)
     require_head(config.model)

@@ -24,6 +24,7 @@ from helpers import mesh_worker
 from helpers.forked_verbs import redirect_output, start_forked
 from helpers.mesh_worker import Case, Outcome
 from helpers.small import MESH_MODEL
+from vit_static.config.lora_schema import LoraConfig
 from vit_static.config.model_schema import ModelConfig
 from vit_static.config.schema import OptimConfig, ParallelConfig
 from vit_static.data import fork_server
@@ -58,6 +59,7 @@ MODELS = {
     # class token with a position, a learned table and rotary positions; a table of sines, and patches left out
     "sized": changed(depth=1, rope="axial"),
     "sized_two_blocks": changed(depth=2, rope="mixed", pos_embed="sincos2d", patch_dropout=0.5, register_tokens=2),
+    "lora": changed(depth=2, mlp="swiglu", pool="map"),
     "dropout": changed(dropout=0.1, attention_dropout=0.1, drop_path_rate=0.3),
     "dropout_two_blocks": changed(depth=2, dropout=0.1, attention_dropout=0.1, drop_path_rate=0.3),
 }
@@ -168,6 +170,14 @@ DROPOUT = {
 STEPS_WITH_A_REPETITION = [0, 1, 2, 1]
 
 
+# with adapters of all linear layers, those of a gated MLP and of attention pooling among them
+LORA = {
+    "lora_mp2_recompute": mesh(mp=2, recompute="block"),
+    "lora_pp2_accum2": mesh(pp=2, grad_accum_steps=2),
+    "lora_dp2_mp2_accum2_sharding3": mesh(dp=2, mp=2, grad_accum_steps=2, sharding_stage=3),
+}
+
+
 # pairs of a mesh and an optimizer
 TRAINED = [*((name, "sgd") for name in MESHES), *((name, "adamw") for name in ADAMW_MESHES)]
 MESHES_OF = {"sgd": MESHES, "adamw": ADAMW_MESHES}
@@ -201,6 +211,9 @@ def all_cases() -> list[Case]:
         four_steps = {"steps": list(range(4))}
         model = MODELS["tokens"] if optimizer in ("adamw", "muon") else MODELS["one_block"]
         named.append((f"recipe_{name}_{optimizer}", model, RECIPES[optimizer], parallel, four_steps))
+    for name, parallel in {"lora_one": mesh(), **LORA}.items():
+        rank_4 = {"lora": LoraConfig(rank=4, alpha=8.0), "steps": list(range(4))}
+        named.append((name, MODELS["lora"], OPTIMIZERS["sgd"], parallel, rank_4))
     for name, parallel in DROPOUT.items():
         recorded = {"steps": STEPS_WITH_A_REPETITION, "records_masks": True}
         model = MODELS["dropout" if parallel.mp == 1 else "dropout_two_blocks"]

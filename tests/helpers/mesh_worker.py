@@ -26,12 +26,14 @@ from pydantic import BaseModel, TypeAdapter
 from helpers.small import images_and_labels
 from vit_static.config.data_schema import AugmentConfig, DataConfig, EvalConfig, LossConfig
 from vit_static.config.distill_schema import DistillConfig, DistillKind
+from vit_static.config.lora_schema import LoraConfig
 from vit_static.config.model_schema import ModelConfig
-from vit_static.config.schema import Config, OptimConfig, ParallelConfig, TrainConfig
+from vit_static.config.schema import Config, InitConfig, OptimConfig, ParallelConfig, TrainConfig
 from vit_static.data.loader import EvalLoader
 from vit_static.data.mixup import Mixup
 from vit_static.data.open_set import open_set
 from vit_static.model.draws import at_size
+from vit_static.model.lora import add_adapters
 from vit_static.model.loss_weights import NO_WEIGHTS, LossWeights
 from vit_static.model.teacher import Normalization, Teacher
 from vit_static.model.variants import variant_of
@@ -61,6 +63,7 @@ class Case(BaseModel):
     records_masks: bool = False
     distills: DistillKind | None = None  # with a teacher of another width, size of images and normalization
     image_sizes: list[tuple[int, int]] = []  # of each step; empty: the model's
+    lora: LoraConfig = LoraConfig()
     mixes: bool = False  # applies mixup and CutMix, and so has targets instead of labels; with weights in the loss
 
     @property
@@ -140,7 +143,13 @@ def run(case: Case, mesh: Mesh, images_root: Path) -> Outcome:
         if case.distills is None
         else DistillConfig(teacher="t", kind=case.distills, weight=0.3),
         train=TrainConfig(image_sizes=tuple((size, 1.0) for size in case.image_sizes[:1])),
+        init=InitConfig.model_validate({"from": "the weights drawn above"}),
+        lora=case.lora,
     )
+    add_adapters(model, case.lora)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".lora_b"):  # not zeros, with which A gets no gradient
+            parameter.set_value(paddle.normal(0.0, 0.1, parameter.shape))
     teacher = None if case.distills is None else make_teacher(config)
     weights = np.linspace(0.5, 2.0, case.model.num_classes, dtype=np.float32)
     program = (RecordingProgram if case.records_masks else Program).for_training(

@@ -17,6 +17,7 @@ from helpers.mesh_cases import (
     DROP_PATH,
     EVALUATED,
     EVALUATED_EMA,
+    LORA,
     MESHES,
     MESHES_OF,
     MIXUP,
@@ -172,6 +173,23 @@ def test_mixup_is_that_of_one_process(runs: Runs, name: str) -> None:
         np.testing.assert_allclose(outcome.losses, one.losses, rtol=1e-5)
     assert np.abs(np.subtract(one.losses, runs.one("one_gap_sgd").losses)).max() > 1e-2
     merged_state(outcomes)
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_adapters_train_as_in_one_process(runs: Runs, name: str) -> None:
+    """And only they and the head have a state of the optimizer."""
+    one, outcomes = runs.one("lora_one"), runs(name)
+    for outcome in outcomes:
+        np.testing.assert_allclose(outcome.losses, one.losses, rtol=1e-5)
+    np.testing.assert_allclose(outcomes[0].grad_norms, one.grad_norms, rtol=1e-5)
+    assert min(one.grad_norms) > OPTIMIZERS["sgd"].clip_norm
+    state, expected = merged_state(outcomes), merged_state([one])
+    assert state.keys() == expected.keys()
+    trained = {key.split("@")[0] for key in state if "@" in key}
+    assert trained == {key for key in weight_names(state) if key.startswith("head.") or ".lora_" in key}
+    assert len(trained) == 2 + 2 * 7 * 3  # the head; q, k, v, proj, fc1, gate, fc2 of two blocks and the pooling
+    for key, value in expected.items():
+        np.testing.assert_allclose(state[key], value, rtol=1e-5, atol=1e-6, err_msg=key)
 
 
 @pytest.mark.parametrize(("name", "optimizer"), [pair for pair in TRAINED if "sharding" in pair[0]])

@@ -10,8 +10,10 @@ import paddle
 import pytest
 
 from vit_static.common.errors import ConfigError
+from vit_static.config.lora_schema import LoraConfig
 from vit_static.config.model_schema import ModelConfig
 from vit_static.config.schema import ParallelConfig
+from vit_static.model.lora import add_adapters
 from vit_static.model.teacher import PROJECTOR
 from vit_static.model.variants import VARIANTS, Variant
 from vit_static.model.vit import VisionTransformer
@@ -34,10 +36,12 @@ SMALL = Variant(patch_size=4, width=24, depth=3, num_heads=6, mlp_dim=54)
 
 
 def parameter_shapes(variant: str, kind: str) -> dict[str, list[int]]:
-    """Return the shapes of a model's parameters, without creating them."""
+    """Return the shapes of a model's parameters and of adapters of its layers, without creating them."""
     config = ModelConfig(variant=variant, image_size=VARIANTS[variant].patch_size * 3, **KINDS[kind])
     with paddle.LazyGuard():
-        return {name: list(value.shape) for name, value in VisionTransformer(config).named_parameters()}
+        model = VisionTransformer(config)
+        add_adapters(model, LoraConfig(rank=2))
+        return {name: list(value.shape) for name, value in model.named_parameters()}
 
 
 def matching_rules(name: str) -> list[str]:
@@ -68,7 +72,9 @@ def test_a_rank_has_complete_heads_and_hidden_channels() -> None:
     for name, shape in parameter_shapes("B/16", "additional").items():
         layer = ".".join(name.split(".")[2:-1])
         axis = len(shape) - 1 if layer in by_columns or name.startswith("head.") else None
-        if layer in by_rows and name.endswith(".weight"):
+        if name.endswith(".lora_a"):  # [inputs, rank], beside lora_b [rank, outputs]
+            axis = None
+        if layer in by_rows and name.endswith((".weight", ".lora_a")):
             axis = 0
         assert tp_axis(name, shape, mp=4) == axis, name
         assert tp_axis(name, shape, mp=1) is None

@@ -15,8 +15,9 @@ from paddle.base import core
 from vit_static.__main__ import main
 from vit_static.common.errors import ConfigError
 from vit_static.config.loader import load_config
-from vit_static.config.schema import Config, KernelsConfig, ParallelConfig
+from vit_static.config.schema import AmpConfig, Config, KernelsConfig, ParallelConfig
 from vit_static.model import flops
+from vit_static.model.lora import add_adapters
 from vit_static.model.variants import shape_of, variant_of
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import Mesh, MeshShape, all_mesh_shapes, why_invalid
@@ -57,6 +58,35 @@ def test_operations_of_one_rank_are_the_closed_forms(one_rank: Plan) -> None:
     shape, batch = shape_of(config.model), config.data.global_batch_size
     image_gradient_flops = 2 * batch * shape.num_patches * shape.patch_dim * shape.width
     assert one_rank.costs.flops(1) == batch * flops.train_flops(shape) - image_gradient_flops
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("lora.targets=[q,v]", "model.depth=2"),
+        ("lora.targets=[mlp]", "model.mlp=swiglu"),
+        ("lora.targets=[v]", "model.representation_size=24"),
+        ("lora.targets=[k,proj]", "model.pool=map"),
+        ("model.depth=2", "model.pool=map", "model.mlp=swiglu"),
+    ],
+    ids=str,
+)
+def test_operations_and_memory_with_lora_are_the_closed_forms(overrides: tuple[str, ...]) -> None:
+    """The program computes no gradient of a frozen weight, and stores no gradient, moment or master copy of one."""
+    config = small_config("init.from=weights", "lora.rank=3", *overrides)
+    plan = planned(config)
+    batch = config.data.global_batch_size
+    assert plan.costs.flops(1) == batch * flops.train_flops(shape_of(config.model), config.lora)
+    assert plan.model_flops == plan.costs.flops(1) < batch * flops.train_flops(shape_of(config.model))
+    model = VisionTransformer(config.model)
+    add_adapters(model, config.lora)
+    trained = [math.prod(value.shape) for value in model.parameters() if not value.stop_gradient]
+    assert plan.costs.parameters == 4 * sum(math.prod(value.shape) for value in model.parameters())
+    assert plan.costs.gradients == 4 * sum(trained)
+    assert plan.costs.optimizer_state == 8 * sum(trained) + 8 * len(trained)
+    assert planned(config.model_copy(update={"amp": AmpConfig(level="O2")})).costs.optimizer_state == (
+        12 * sum(trained) + 8 * len(trained)
+    )
 
 
 def test_memory_of_one_rank_is_the_closed_form(one_rank: Plan) -> None:

@@ -21,9 +21,9 @@ from vit_static.config.schema import InitConfig
 from vit_static.model.vit import VisionTransformer
 from vit_static.weights.convert import convert_state, write_converted
 from vit_static.weights.formats import ExternalWeights, read_weights
-from vit_static.weights.infer import config_for, differing_keys, infer_config, with_model_of_init
+from vit_static.weights.infer import config_for, differing_keys, infer_config
 from vit_static.weights.load import init_from, write_pdparams
-from vit_static.weights.source import load_weights
+from vit_static.weights.source import load_weights, with_model_of_init
 
 # Every model that a format has, of a shape and with options that no array determines.
 _UNDETERMINED = {"layer_norm_epsilon": 1e-5, "gelu": "tanh", "drop_path_rate": 0.1, "representation_size": None}

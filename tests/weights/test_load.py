@@ -16,7 +16,7 @@ from vit_static.model.pos_embed import resample_pos_embed
 from vit_static.model.vit import VisionTransformer
 from vit_static.weights.formats import ExternalWeights
 from vit_static.weights.load import LoadReport, file_state, init_from, load_into, write_pdparams
-from vit_static.weights.source import Weights
+from vit_static.weights.loaded import Weights
 
 
 def test_written_weights_are_read_by_paddle_and_by_us(tmp_path: Path) -> None:

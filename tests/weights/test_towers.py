@@ -29,8 +29,9 @@ from vit_static.config.schema import InitConfig
 from vit_static.model.vit import VisionTransformer
 from vit_static.weights.convert import convert_state, write_converted
 from vit_static.weights.formats import ExternalWeights, read_weights
-from vit_static.weights.infer import infer_config, with_model_of_init
+from vit_static.weights.infer import infer_config
 from vit_static.weights.load import LoadReport, init_from, write_pdparams
+from vit_static.weights.source import with_model_of_init
 
 # The keys beside those of shapes that each file's model needs, all of which are inferred.
 CLIP = {"pool": "cls", "pre_norm": True, "layer_norm_epsilon": 1e-5, "class_token_pos_embed": True}

@@ -116,7 +116,7 @@ def export_trained(
 
     Return its config, and the comparison of each precision with the trained model.
     """
-    loaded = load_weights(checkpoint)
+    loaded = load_weights(checkpoint, overrides=overrides)
     config = config_for(None, loaded, overrides)
     require_head(config.model)
     paddle.set_device("cpu")

@@ -15,6 +15,7 @@ from vit_static.common.hardware import peak_flops
 from vit_static.common.text import print_text
 from vit_static.config.schema import Config
 from vit_static.data.mixup import Mixup
+from vit_static.model.lora import add_adapters
 from vit_static.model.variants import step_flops, variant_of
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel import gloo
@@ -59,7 +60,7 @@ class MeasuredStep:
         shape = resolve_mesh(config.parallel, world_size, self.batch_size, variant)
         teacher = find_teacher(config)
         require_mesh(teacher, config.parallel, shape, self.batch_size)
-        self.flops_per_image = step_flops(config.model, None if teacher is None else teacher.model)
+        self.flops_per_image = step_flops(config.model, None if teacher is None else teacher.model, config.lora)
         self.mesh = start_mesh(shape, config.device, config.parallel.collective_timeout_s, config.kernels.deterministic)
         self.precision = choose_precision(
             config.amp,
@@ -71,6 +72,7 @@ class MeasuredStep:
         seed_everything(config.seed)
         attention = choose_attention(config.model, self.precision, config.parallel, config.kernels, self.mesh.device)
         model = VisionTransformer(config.model, attention)
+        add_adapters(model, config.lora)
         self.program = Program.for_training(
             config,
             model,

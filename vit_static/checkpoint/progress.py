@@ -85,6 +85,14 @@ class TeacherRecord:
 
 
 @dataclass(frozen=True)
+class LoraBase:
+    """The frozen weights that the adapters of a checkpoint belong to."""
+
+    source: str  # the file or checkpoint that they were in
+    fingerprint: str  # of their content (weights/lora.py)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The files of a complete checkpoint. `run_id` is the same in all checkpoints of a run."""
 

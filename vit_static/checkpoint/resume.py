@@ -22,7 +22,7 @@ from vit_static.checkpoint.folder import (
     read_manifest,
     shard_format,
 )
-from vit_static.checkpoint.progress import DataPosition, Manifest, Progress, TeacherRecord
+from vit_static.checkpoint.progress import DataPosition, LoraBase, Manifest, Progress, TeacherRecord
 from vit_static.checkpoint.sharded_state import read_shard_metadata
 from vit_static.common.errors import ConfigError, WeightsError, newer_format, os_reason, truncate
 from vit_static.common.io import FileRecord, file_record
@@ -123,6 +123,14 @@ def read_teacher(path: Path) -> TeacherRecord | None:
         raise WeightsError(f"{path / META}: is damaged ({truncate(str(error))})") from None
 
 
+def read_lora_base(path: Path) -> LoraBase:
+    """Read which frozen weights the checkpoint of a run with LoRA belongs to. Raises WeightsError as `read_teacher`."""
+    try:
+        return TypeAdapter(LoraBase).validate_python(json.loads((path / META).read_text(encoding="utf-8"))["lora_base"])
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path / META}: is damaged ({truncate(str(error))})") from None
+
+
 def check_same_teacher(path: Path, saved: TeacherRecord | None, current: TeacherRecord | None) -> None:
     """Raise ConfigError if a run's teacher isn't the one of the checkpoint that it resumes from."""
     if (saved and saved.digest) == (current and current.digest):
@@ -183,5 +191,6 @@ def _fixed_values(config: Config) -> dict[str, Any]:
         "optim.betas": list(config.optim.betas) if config.optim.name == "schedule_free_adamw" else None,
         "train.freeze": config.train.freeze,
         "distill.kind": config.distill.kind,
+        **{f"lora.{key}": config.lora.model_dump(mode="json")[key] for key in ("rank", "alpha", "targets")},
     }
     return {**model, **training, **order}

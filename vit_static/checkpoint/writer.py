@@ -25,7 +25,7 @@ from vit_static.checkpoint.folder import (
     shard_name,
     write_class_names,
 )
-from vit_static.checkpoint.progress import DataPosition, Manifest, Progress, TeacherRecord
+from vit_static.checkpoint.progress import DataPosition, LoraBase, Manifest, Progress, TeacherRecord
 from vit_static.checkpoint.sharded_state import RankShard, write_shard
 from vit_static.common.errors import RunFailed
 from vit_static.common.io import FileRecord, file_record, fsync, replace_symlink, write_json
@@ -81,15 +81,21 @@ class SaveStats:
 class CheckpointWriter:
     """Writes a run's checkpoints, one at a time. All ranks call its methods together.
 
-    `run_id` identifies the run in all of its checkpoints, and `teacher` the model that it is distilled from. Outcomes
-    arrive in the queue `results`; `stats` adds them up.
+    `run_id` identifies the run in all of its checkpoints, `teacher` the model that it is distilled from, `lora_base` the
+    frozen weights of a run with LoRA. Outcomes arrive in the queue `results`; `stats` adds them up.
     """
 
     def __init__(
-        self, config: Config, mesh: Mesh, class_names: list[str], run_id: str, teacher: TeacherRecord | None = None
+        self,
+        config: Config,
+        mesh: Mesh,
+        class_names: list[str],
+        run_id: str,
+        teacher: TeacherRecord | None = None,
+        lora_base: LoraBase | None = None,
     ) -> None:
         self._config, self._mesh, self._class_names, self._run_id = config, mesh, class_names, run_id
-        self._teacher = teacher
+        self._teacher, self._lora_base = teacher, lora_base
         self._host_group = HostGroup("checkpoints")
         self._host_group.connect(mesh.rank, mesh.world_size)
         self._thread: threading.Thread | None = None
@@ -156,6 +162,7 @@ class CheckpointWriter:
             "learning_rate": learning_rate,
             "data": asdict(data),
             **({} if self._teacher is None else {"teacher": asdict(self._teacher)}),
+            **({} if self._lora_base is None else {"lora_base": asdict(self._lora_base)}),
             "mesh": {**asdict(mesh_shape), "sharding_stage": parallel.sharding_stage},
             "versions": {"vit_static": vit_static.__version__, "paddle": paddle.__version__},
         }

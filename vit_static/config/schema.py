@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from vit_static.config.data_schema import AugmentConfig, DataConfig, EvalConfig, LossConfig, SelectionMetric
 from vit_static.config.distill_schema import DistillConfig
 from vit_static.config.log_schema import LogConfig
+from vit_static.config.lora_schema import LoraConfig
 from vit_static.config.model_schema import ModelConfig
 from vit_static.config.optim_schema import OptimConfig, ScheduleConfig
 from vit_static.config.section import (
@@ -227,6 +228,7 @@ class Config(Section):
     amp: AmpConfig = AmpConfig()
     kernels: KernelsConfig = KernelsConfig()
     init: InitConfig = InitConfig()
+    lora: LoraConfig = LoraConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
@@ -275,6 +277,7 @@ class Config(Section):
             raise ValueError("data.multi_label: softmax takes one label per image; set loss.name=sigmoid")
         self._check_metric()
         self._check_schedule()
+        self._check_lora()
         if self.data.sampler == "balanced" and "balanced" in (self.loss.class_weights, self.loss.pos_weight):
             key = "class_weights" if self.loss.class_weights == "balanced" else "pos_weight"
             raise ValueError(
@@ -302,6 +305,17 @@ class Config(Section):
                     "'schedule_free_adamw' rises from 0 in the warmup and then stays constant; set "
                     f"schedule.{key}={value}, or another optimizer"
                 )
+
+    def _check_lora(self) -> None:
+        if self.lora.rank == 0:
+            return
+        if self.init.from_ is None:
+            raise ValueError(f"lora.rank = {self.lora.rank}: adapters need the weights that they adapt; set init.from")
+        if self.train.freeze != "none":
+            raise ValueError(
+                f"lora.rank = {self.lora.rank}, train.freeze = {self.train.freeze!r}: with LoRA only the adapters and "
+                "the head are trained anyway; remove train.freeze"
+            )
 
     def _check_metric(self) -> None:
         metric, multi_label = self.eval.metric, self.data.multi_label

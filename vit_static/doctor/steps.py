@@ -17,6 +17,7 @@ from vit_static.data.mixup import Mixup
 from vit_static.doctor import gpu_kernels
 from vit_static.doctor.check import Result, failed, ok
 from vit_static.doctor.subject import Subject, with_keys
+from vit_static.model.lora import add_adapters
 from vit_static.model.variants import step_flops
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import Mesh, seed_everything
@@ -63,9 +64,11 @@ class StepProgram:
         with paddle.static.scope_guard(self._scope):
             seed_everything(config.seed)
             attention = choose_attention(config.model, precision, config.parallel, config.kernels, mesh.device)
+            model = VisionTransformer(config.model, attention)
+            add_adapters(model, config.lora)
             self.program = Program.for_training(
                 config,
-                VisionTransformer(config.model, attention),
+                model,
                 mesh,
                 precision,
                 learning_rate=lambda step: _RATE * config.optim.lr,
@@ -245,7 +248,7 @@ def check_speed(subject: Subject) -> Result:
     if not math.isfinite(loss):
         return failed("the loss isn't finite")
     images_per_s = config.data.global_batch_size / seconds
-    mfu = model_flops_utilization(step_flops(config.model), mesh, subject.precision, images_per_s)
+    mfu = model_flops_utilization(step_flops(config.model, lora=config.lora), mesh, subject.precision, images_per_s)
     figures: dict[str, Any] = {"images_per_s": images_per_s, "mfu": mfu, "seconds_per_step": seconds}
     parts = [f"{images_per_s:.0f} images/s with {config.model.depth} blocks"]
     parts += [] if mfu is None else [f"MFU {mfu:.1%}"]

@@ -125,7 +125,8 @@ class Subject:
         num_parts = self.mesh_shape.dp * num_micro_batches(config.parallel)
         per_part = max(config.data.global_batch_size // num_parts, 1)
         if not self.on_gpu:
-            num_images = _MAX_CPU_STEP_FLOPS / train_flops(shape_of(model)) / num_micro_batches(config.parallel)
+            per_image = train_flops(shape_of(model), config.lora)
+            num_images = _MAX_CPU_STEP_FLOPS / per_image / num_micro_batches(config.parallel)
             per_part = min(per_part, max(2 * (int(num_images) // 2), 2))
         data = config.data.model_copy(update={"global_batch_size": per_part * num_parts})
         return config.model_copy(update={"model": model, "data": data, "distill": DistillConfig()})

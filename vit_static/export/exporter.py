@@ -49,7 +49,8 @@ from vit_static.model.variants import shape_of
 from vit_static.model.vit import VisionTransformer
 from vit_static.weights.infer import config_for
 from vit_static.weights.load import load_into
-from vit_static.weights.source import Weights, WhichWeights, describe_choice, load_weights
+from vit_static.weights.loaded import Weights
+from vit_static.weights.source import WhichWeights, describe_choice, load_weights
 
 _BATCH_SIZE = 16  # of the comparison
 _NUM_DECODER_THREADS = 8
@@ -98,7 +99,7 @@ def export_checkpoint(
     combination of options that can't be exported, and ExportError if a file differs from the trained model by more than
     its bound.
     """
-    loaded = load_weights(checkpoint, ema=ema, which=which)
+    loaded = load_weights(checkpoint, ema=ema, which=which, overrides=overrides)
     choice = describe_choice(checkpoint, which)
     if choice is not None:
         print_line(choice, flush=True)

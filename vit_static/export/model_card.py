@@ -18,7 +18,7 @@ from vit_static.inference.artifact import (
 from vit_static.model import flops
 from vit_static.model.variants import model_name
 from vit_static.report.class_metrics import ClassCounts
-from vit_static.weights.source import Weights
+from vit_static.weights.loaded import Weights
 
 _MAX_CLASS_NAMES = 20  # shown in the text
 _LICENSE_HINT = ": nobody has said under which license these weights may be used (`export.license`)"

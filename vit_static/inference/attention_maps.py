@@ -212,7 +212,7 @@ def load_checkpoint(
     `which` selects among the weights of a run's folder, `ema` the moving average of the weights. Raises WeightsError or
     ConfigError as the verb `eval` does.
     """
-    loaded = load_weights(checkpoint, ema=ema, which=which)
+    loaded = load_weights(checkpoint, ema=ema, which=which, overrides=overrides)
     config = config_for(config, loaded, overrides)
     paddle.set_device("cpu")
     model = VisionTransformer(config.model, attention or AttentionRecorder())

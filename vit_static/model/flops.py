@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from vit_static.config.lora_schema import LoraConfig
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -44,11 +46,62 @@ def forward_macs(shape: Shape) -> int:
     return embedding + shape.depth * (projections + attention + num_tokens * mlp) + pooling + head
 
 
-def train_flops(shape: Shape) -> int:
+def train_flops(shape: Shape, lora: LoraConfig | None = None) -> int:
     """Return the operations of a training step per image, for the patches that remain.
 
-    A multiply-add counts as two operations, and a backward pass as two forward passes.
+    A multiply-add counts as two operations, and a backward pass as two forward passes. With LoRA the adapters are
+    counted too, and the backward pass without the gradients of frozen weights and of what is before the first adapter.
     """
     kept = shape.num_patches if shape.num_kept_patches is None else shape.num_kept_patches
     num_tokens = shape.num_tokens - shape.num_patches + kept
-    return 3 * 2 * forward_macs(replace(shape, num_patches=kept, num_tokens=num_tokens))
+    shape = replace(shape, num_patches=kept, num_tokens=num_tokens)
+    if lora is None or lora.rank == 0:
+        return 3 * 2 * forward_macs(shape)
+    return 2 * (forward_macs(shape) + _lora_macs(shape, lora))
+
+
+def _lora_macs(shape: Shape, lora: LoraConfig) -> int:
+    """Return the multiply-adds per image that LoRA adds to a forward pass: the adapters' and the backward pass's."""
+    width = shape.width
+    has_gradient, total = False, 0
+    for _ in range(shape.depth):
+        has_gradient, macs = _lora_block_macs(shape, lora, shape.num_tokens, has_gradient)
+        total += macs
+    if shape.pools_by_attention:  # the query's gradient is computed, though it is frozen
+        has_gradient, macs = _lora_block_macs(shape, lora, 1, has_gradient)
+        total += macs
+    layers = [(shape.num_pooled * width, shape.num_classes)]
+    if shape.representation_size is not None:
+        layers = [(layers[0][0], shape.representation_size), (shape.representation_size, shape.num_classes)]
+    for inputs, outputs in layers:  # trained, without adapters
+        total += inputs * outputs * (1 + has_gradient)
+        has_gradient = True
+    return total
+
+
+def _lora_block_macs(shape: Shape, lora: LoraConfig, num_queries: int, has_gradient: bool) -> tuple[bool, int]:
+    """Return `_lora_macs` of attention from `num_queries` tokens to all of them, and of the MLP after it.
+
+    `has_gradient`: whether the input has one. The first result is whether the output has one.
+    """
+    width, total = shape.width, 0
+
+    def layer(name: str, num_rows: int, inputs: int, outputs: int, needs: bool) -> bool:
+        """Add a linear layer; return whether its output has a gradient."""
+        nonlocal total
+        total += num_rows * inputs * outputs * needs
+        if name in lora.targets:  # forward; gradients of A, B, x A, and of x where it is needed
+            total += num_rows * lora.rank * (inputs + outputs + inputs + 2 * outputs + inputs * needs)
+        return needs or name in lora.targets
+
+    q = layer("q", num_queries, width, width, has_gradient)
+    k = layer("k", shape.num_tokens, width, width, has_gradient)
+    v = layer("v", shape.num_tokens, width, width, has_gradient)
+    total += num_queries * shape.num_tokens * width * (q + k + (q or k) + v)  # gradients of q, k, the weights and v
+    attended = layer("proj", num_queries, width, width, q or k or v)
+    attended = attended or has_gradient  # the residual connection
+    hidden = False
+    for _ in range(shape.num_mlp_products - 1):
+        hidden = layer("mlp", num_queries, width, shape.mlp_dim, attended)
+    out = layer("mlp", num_queries, shape.mlp_dim, width, hidden)
+    return out or attended, total

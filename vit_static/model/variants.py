@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 
 from vit_static.common.errors import ConfigError
 from vit_static.common.terminal import print_table
+from vit_static.config.lora_schema import LoraConfig
 from vit_static.config.model_schema import ModelConfig
 from vit_static.model.flops import Shape, forward_macs, train_flops
 
@@ -162,9 +163,9 @@ def shape_of(config: ModelConfig) -> Shape:
     )
 
 
-def step_flops(config: ModelConfig, teacher: ModelConfig | None = None) -> int:
+def step_flops(config: ModelConfig, teacher: ModelConfig | None = None, lora: LoraConfig | None = None) -> int:
     """Return the operations of a training step per image: the model's, and the forward pass of a teacher."""
-    return train_flops(shape_of(config)) + (0 if teacher is None else 2 * forward_macs(shape_of(teacher)))
+    return train_flops(shape_of(config), lora) + (0 if teacher is None else 2 * forward_macs(shape_of(teacher)))
 
 
 def num_parameters(config: ModelConfig) -> int:

@@ -20,8 +20,8 @@ _REPLICATED, _FIRST_AXIS, _LAST_AXIS = "replicated", "first axis", "last axis"
 # The axis of each parameter that tensor parallelism splits. q, k, v and fc1 are split by columns (weights are
 # [in, out]), so that a rank computes complete heads and hidden channels; proj and fc2 are split by rows, and an
 # all-reduce adds up their partial sums (Megatron-LM, arXiv 1909.08053). So are the gate of a gated MLP, the pooling
-# head's layers and the frequencies of mixed rotary positions. A norm over split channels gathers them first. Every
-# parameter matches exactly one line.
+# head's layers and the frequencies of mixed rotary positions. A norm over split channels gathers them first. Of an
+# adapter (LoRA) the matrix that touches the split axis of its layer is split. Every parameter matches exactly one line.
 TP_SHARDING_RULES: dict[str, str] = {
     r"(cls|dist|reg)_token|pos_embed|attn_pool\.latent": _REPLICATED,
     r"patch_embed\.proj\.(weight|bias)": _REPLICATED,
@@ -38,6 +38,10 @@ TP_SHARDING_RULES: dict[str, str] = {
     r"(blocks\.\d+|attn_pool)\.mlp\.(fc1|gate)\.(weight|bias)": _LAST_AXIS,
     r"(blocks\.\d+|attn_pool)\.mlp\.fc2\.weight": _FIRST_AXIS,
     r"(blocks\.\d+|attn_pool)\.mlp\.fc2\.bias": _REPLICATED,
+    r"(blocks\.\d+|attn_pool)\.(attn\.[qkv]|mlp\.(fc1|gate))\.lora_a": _REPLICATED,
+    r"(blocks\.\d+|attn_pool)\.(attn\.[qkv]|mlp\.(fc1|gate))\.lora_b": _LAST_AXIS,
+    r"(blocks\.\d+|attn_pool)\.(attn\.proj|mlp\.fc2)\.lora_a": _FIRST_AXIS,
+    r"(blocks\.\d+|attn_pool)\.(attn\.proj|mlp\.fc2)\.lora_b": _REPLICATED,
     r"norm\.(weight|bias)": _REPLICATED,
     r"head0\.(weight|bias)": _REPLICATED,
     r"head(_dist)?\.(weight|bias)": _LAST_AXIS,

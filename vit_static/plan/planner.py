@@ -22,6 +22,7 @@ from vit_static.config.loader import load_config
 from vit_static.config.schema import Config, ParallelConfig
 from vit_static.model.attention import attention_by_matmul
 from vit_static.model.flops import forward_macs
+from vit_static.model.lora import add_adapters
 from vit_static.model.variants import shape_of, step_flops, variant_of
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import (
@@ -262,7 +263,7 @@ def make_plan(
         cluster=cluster,
         dtype=precision.dtype,
         global_batch_size=batch_size,
-        model_flops=step_flops(config.model, None if teacher is None else teacher.model) * batch_size,
+        model_flops=step_flops(config.model, None if teacher is None else teacher.model, config.lora) * batch_size,
         teacher_flops=0 if teacher is None else 2 * forward_macs(shape_of(teacher.model)) * batch_size,
     )
 
@@ -275,6 +276,7 @@ def _compile(
     fused = [each for each in models if uses_flash_attention(each, precision, parallel, config.kernels, "gpu")]
     with paddle.LazyGuard():
         model = VisionTransformer(config.model)
+        add_adapters(model, config.lora)
         teacher_model = None if teacher is None else teacher.build(config, attention_by_matmul)
     cost_model = CostModel(
         item_size=2 if precision.level == "O2" else 4,

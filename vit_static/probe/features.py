@@ -49,7 +49,7 @@ def from_checkpoint(
     config: Config | None, checkpoint: Path, overrides: list[str], *, ema: bool, which: WhichWeights
 ) -> tuple[FeatureExtractor, Config]:
     """Return the model of a run, a checkpoint or a file of weights, and its config. Raises as the verb `eval` does."""
-    loaded = load_weights(checkpoint, ema=ema, which=which)
+    loaded = load_weights(checkpoint, ema=ema, which=which, overrides=overrides)
     config = config_for(config, loaded, overrides)
     paddle.set_device("gpu" if has_gpu() and config.device != "cpu" else "cpu")
     model = VisionTransformer(config.model)

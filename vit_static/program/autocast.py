@@ -10,6 +10,7 @@ import paddle
 from paddle import nn
 
 from vit_static.config.schema import AmpConfig
+from vit_static.model.lora import LoraLinear
 from vit_static.model.patches import PatchProjection
 from vit_static.program import seeded_dropout
 from vit_static.program.precision import Precision
@@ -56,7 +57,8 @@ def add_biases_in_low_precision(model: nn.Layer, precision: Precision, amp: AmpC
 
     Otherwise it adds the float32 bias to the product in float32, which no fused kernel does.
     """
-    layers: list[Any] = [layer for layer in model.sublayers() if isinstance(layer, nn.Linear | PatchProjection)]
+    kinds = (nn.Linear, LoraLinear, PatchProjection)
+    layers: list[Any] = [layer for layer in model.sublayers() if isinstance(layer, kinds)]
     for layer in layers:
         layer.forward = _with_autocast(layer.forward, precision, amp)
 

@@ -21,6 +21,7 @@ from vit_static.checkpoint.sharded_state import RankShard, ShardedReader
 from vit_static.common.errors import ConfigError
 from vit_static.config.schema import Config, ParallelConfig
 from vit_static.model.distill_loss import DistillCriterion
+from vit_static.model.lora import frozen_names
 from vit_static.model.loss import Criterion
 from vit_static.model.loss_weights import NO_WEIGHTS, LossWeights
 from vit_static.model.teacher import Teacher
@@ -107,7 +108,8 @@ class Program:
         if training is not None and training.image_size_varies:
             self._several = engine.SeveralTrainingPrograms(self._program, model, (self._clip, self._scheduler))
         beta1 = None if training is None else training.optim.betas[0]
-        self._state = ProgramState(self._program, mesh, partial(self._set_mode, self._main_mode), beta1)
+        unsaved = () if training is None or training.saves_frozen else frozen_names(model)
+        self._state = ProgramState(self._program, mesh, partial(self._set_mode, self._main_mode), beta1, unsaved)
 
     @classmethod
     def for_training(
@@ -141,6 +143,7 @@ class Program:
             batch_size=config.data.global_batch_size,
             target_classes=config.train_targets,
             freeze=config.train.freeze,
+            saves_frozen=config.lora.rank == 0,
             warmup_steps=warmup_steps,
             count_costs=count_costs,
             distill=config.distill,
@@ -284,7 +287,7 @@ class Program:
         return engine.compiled_program(self._program)
 
     def state(self) -> dict[str, paddle.Tensor]:
-        """Return all tensors that training changes, distributed, by canonical name (program/state.py)."""
+        """Return all weights and all else that training changes, distributed, by name (program/state.py)."""
         return self._state.tensors()
 
     def shard(self) -> RankShard:
@@ -292,7 +295,10 @@ class Program:
         return self._state.shard()
 
     def restore(self, shards: ShardedReader) -> None:
-        """Load the state from a checkpoint of any mesh and precision. Raises WeightsError if tensors don't match."""
+        """Load the state from a checkpoint of any mesh and precision. Raises WeightsError if tensors don't match.
+
+        Frozen weights that checkpoints don't have (LoRA's) stay.
+        """
         self._state.restore(shards)
 
     def weights(self, ema: bool = False) -> State:

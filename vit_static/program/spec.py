@@ -25,6 +25,7 @@ class TrainingSpec:
     batch_size: int  # global, per optimizer step
     target_classes: int | None = None  # None: labels [B]; K: targets [B, K] (model/loss.py)
     freeze: str = "none"  # train.freeze
+    saves_frozen: bool = True  # false: checkpoints have only what is trained
     warmup_steps: int = 0  # of `learning_rate`
     # Height and width of the first step's images, and whether later ones may have other sizes
     image_size: tuple[int, int] | None = None  # None: ProgramSpec's

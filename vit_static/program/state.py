@@ -12,6 +12,7 @@ import paddle.distributed as dist
 from paddle import nn
 
 from vit_static.checkpoint.sharded_state import RankShard, ShardedReader, Slices, assign_slices, slice_on_rank
+from vit_static.model.lora import is_adapter
 from vit_static.model.teacher import PROJECTOR
 from vit_static.optim.ema import EMA
 from vit_static.optim.schedule_free import OFFSET, averaged_weights
@@ -31,13 +32,19 @@ class ProgramState:
     """
 
     def __init__(
-        self, dist_model: dist.DistModel, mesh: Mesh, enter_main_mode: Callable[[], None], beta1: float | None
+        self,
+        dist_model: dist.DistModel,
+        mesh: Mesh,
+        enter_main_mode: Callable[[], None],
+        beta1: float | None,
+        unsaved: Iterable[str] = (),
     ) -> None:
         """`enter_main_mode` makes the mode with the optimizer current: the evaluation program doesn't know it.
 
-        `beta1` is the optimizer's, if there is one.
+        `beta1` is the optimizer's, if there is one. `unsaved`: the weights that checkpoints don't have.
         """
         self._dist_model, self._mesh, self._enter_main_mode, self._beta1 = dist_model, mesh, enter_main_mode, beta1
+        self._unsaved = frozenset(unsaved)
         self._slices: Slices | None = None  # that this rank writes into checkpoints
         self._variables: dict[str, str] = {}  # the variables of these slices
 
@@ -52,7 +59,7 @@ class ProgramState:
         tensors by copying the whole state.
         """
         if self._slices is None:
-            named = self._without_rounded()
+            named = {name: value for name, value in self._without_rounded().items() if name not in self._unsaved}
             self._slices = assign_slices({name: tensor for name, (_, tensor) in named.items()}, self._mesh.rank)
             layer_names = {structured: name for name, structured in engine.structured_names(self._dist_model).items()}
             self._variables = {name: layer_names.get(named[name][0], named[name][0]) for name in self._slices}
@@ -63,7 +70,7 @@ class ProgramState:
 
         Raises WeightsError if the checkpoint lacks a tensor or has it in another shape.
         """
-        named = self._named()
+        named = {name: value for name, value in self._named().items() if name not in self._unsaved}
         for name, (_, tensor) in named.items():
             tensor_slice = slice_on_rank(tensor, self._mesh.rank)
             stored_name = name.removesuffix(_MASTER)
@@ -95,7 +102,8 @@ class ProgramState:
     def weights(self, ema: bool = False) -> State:
         """Return the weights (or their moving average) that this rank holds, as float32, in the file layout.
 
-        A projector isn't among them. The weights of schedule_free_adamw are its average. All ranks call this together.
+        A projector isn't among them; adapters (LoRA) keep the layers' names. The weights of schedule_free_adamw are its
+        average. All ranks call this together.
         """
         suffix = f"@{EMA}" if ema else ""
         tensors = {name: tensor for name, tensor in self.tensors().items() if not name.startswith(f"{PROJECTOR}.")}
@@ -107,7 +115,8 @@ class ProgramState:
         }
         if not ema:
             arrays |= {name: self._schedule_free_average(name, tensors) for name in _schedule_free_names(tensors)}
-        return fuse_qkv(arrays)
+        adapters = {name: array for name, array in arrays.items() if is_adapter(name)}
+        return fuse_qkv({name: array for name, array in arrays.items() if name not in adapters}) | adapters
 
     def set_weights(self, state: State) -> None:
         """Set all weights from a state in the file layout, where every rank holds the entire model."""
@@ -222,8 +231,9 @@ def _schedule_free_names(tensors: Mapping[str, paddle.Tensor]) -> list[str]:
 
 
 def float32_weights(model: nn.Layer) -> dict[str, paddle.Tensor]:
-    """Return copies of this rank's parts of a model's weights, by name. Other pipeline stages' weights are left out."""
-    parts = {name: local_tensor(parameter) for name, parameter in model.named_parameters()}
+    """Return copies of this rank's parts of a model's trained weights, by name, without other pipeline stages'."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if not parameter.stop_gradient}
+    parts = {name: local_tensor(parameter) for name, parameter in trained.items()}
     return {name: part.clone().detach() for name, part in parts.items() if part._is_initialized()}
 
 

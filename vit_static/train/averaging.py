@@ -23,6 +23,7 @@ from vit_static.common.io import write_json
 from vit_static.common.text import counted, print_line
 from vit_static.config.data_schema import SelectionMetric
 from vit_static.config.loader import dump_config
+from vit_static.config.lora_schema import LoraConfig
 from vit_static.config.schema import Config
 from vit_static.data.open_set import open_set
 from vit_static.parallel.mesh import MeshShape, rank_and_world_size, start_mesh
@@ -30,7 +31,8 @@ from vit_static.report.metric_names import METRIC_TITLES, format_metric
 from vit_static.train.evaluate import EvalMetrics, eval_loader, load_program, predict_all
 from vit_static.weights.infer import config_for
 from vit_static.weights.load import write_pdparams
-from vit_static.weights.source import Weights, load_weights, require_weights
+from vit_static.weights.loaded import Weights
+from vit_static.weights.source import load_weights, require_weights
 from vit_static.weights.state import State
 
 REPORT = "average.json"
@@ -74,13 +76,13 @@ def average_runs(
             f"{runs[0]}: has one set of weights, and an average needs two; name several runs, or train with "
             f"-o checkpoint.keep_last={MAX_LAST}"
         )
-    first = load_weights(sources[0], ema=ema)
+    first = load_weights(sources[0], ema=ema, overrides=overrides)
     config = config_for(config, first, overrides)
     for source in sources[1:]:
-        require_same_model(load_weights(source, ema=ema), first)
+        require_same_model(load_weights(source, ema=ema, overrides=overrides), first)
 
     def states(positions: Iterable[int]) -> Iterable[State]:
-        return (load_weights(sources[position], ema=ema).state for position in positions)
+        return (load_weights(sources[position], ema=ema, overrides=overrides).state for position in positions)
 
     is_writer = rank_and_world_size()[0] == 0
     positions, soup = list(range(len(sources))), None
@@ -93,7 +95,7 @@ def average_runs(
     if is_writer:
         out.mkdir(parents=True, exist_ok=True)
         write_pdparams(mean_state(states(positions)), out / MERGED, config.model)
-        dump_config(config, out / CONFIG)
+        dump_config(config.model_copy(update={"lora": LoraConfig()}), out / CONFIG)  # adapters are merged
         if first.class_names is not None:
             write_class_names(out, first.class_names)
         write_json(_report(sources, positions, config.selection_metric, soup), out / REPORT)

@@ -33,7 +33,8 @@ from vit_static.train.extra_eval import ExtraResult, evaluate_extra_sets
 from vit_static.train.metrics import EvalMetrics
 from vit_static.weights.infer import config_for
 from vit_static.weights.load import load_into
-from vit_static.weights.source import Weights, WhichWeights, describe_choice, load_weights
+from vit_static.weights.loaded import Weights
+from vit_static.weights.source import WhichWeights, describe_choice, load_weights
 
 _MAX_SUMMED_VALUES = 1 << 22  # over the ranks at once
 
@@ -246,7 +247,7 @@ def evaluate_checkpoint(
     given = config or load_config(None, overrides)
     shape = MeshShape(dp=rank_and_world_size()[1], mp=1, pp=1)
     mesh = start_mesh(shape, given.device, given.parallel.collective_timeout_s)
-    loaded = load_weights(checkpoint, ema=ema, which=which)
+    loaded = load_weights(checkpoint, ema=ema, which=which, overrides=overrides)
     config = config_for(config, loaded, overrides)
     require_head(config.model)
     num_classes = config.model.num_classes

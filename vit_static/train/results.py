@@ -44,14 +44,16 @@ def _merge(checkpoint: Path, path: Path, average_path: Path, *, has_ema: bool) -
 
 
 def describe_results(spec: RunSpec, progress: Progress) -> str:
-    """Return the last and the best result, and which file has the weights of which.
+    """Return the last and the best result, and which file has the weights of which; with LoRA, which checkpoint.
 
     With a moving average they are its results and files.
     """
     run_dir, metric = spec.config.run_dir, spec.config.selection_metric
-    has_ema = spec.config.optim.ema_decay > 0.0
+    has_ema, has_adapters = spec.config.optim.ema_decay > 0.0, spec.config.lora.rank > 0
     title, value = METRIC_TITLES[metric], progress.last_value
     last_file = run_dir / (MERGED_AVERAGE if has_ema else MERGED)
+    if has_adapters:
+        last_file = checkpoint_dir(run_dir, progress.step)
     if progress.metric != metric or progress.evaluated_step != progress.step or value is None:
         result = f"last {title} not evaluated ({last_file})"
     elif progress.best_step == progress.step:
@@ -61,6 +63,8 @@ def describe_results(spec: RunSpec, progress: Progress) -> str:
     if progress.metric != metric or progress.best_value is None or progress.best_step is None:
         return result
     best_file = run_dir / (MERGED_BEST_AVERAGE if has_ema else MERGED_BEST)
+    if has_adapters:
+        best_file = checkpoint_dir(run_dir, progress.best_step)
     where = str(best_file) if best_file.exists() else "its checkpoint is no longer there"
     epoch = spec.epoch(progress.best_step)
     return f"{result}; best {title} {format_metric(metric, progress.best_value)} at epoch {epoch:.4g} ({where})"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vit_static.checkpoint.folder import CONFIG, open_shards
-from vit_static.checkpoint.progress import Progress, TeacherRecord
+from vit_static.checkpoint.progress import LoraBase, Progress, TeacherRecord
 from vit_static.checkpoint.resume import (
     check_same_images,
     check_same_run,
@@ -30,9 +30,11 @@ from vit_static.program.precision import choose_precision
 from vit_static.train.run_dir import RunDir
 from vit_static.train.run_spec import RunSpec
 from vit_static.train.trackers import check_trackers
-from vit_static.weights.infer import shape_of_config, with_model_of_init, with_shape
+from vit_static.weights.infer import shape_of_config, with_shape
 from vit_static.weights.load import LoadReport, init_from
-from vit_static.weights.source import load_weights, require_weights
+from vit_static.weights.loaded import Weights
+from vit_static.weights.lora import lora_base
+from vit_static.weights.source import find_lora_base, load_lora_base, load_weights, require_weights, with_model_of_init
 
 
 def check_settings(config: Config, resume: str) -> None:
@@ -69,12 +71,16 @@ class StartPoint:
         verify_checkpoint(checkpoint)
         check_same_teacher(checkpoint, read_teacher(checkpoint), teacher)
         check_same_run(checkpoint, config)
+        if config.lora.rank > 0:
+            find_lora_base(checkpoint, config.init.from_)
         return cls(checkpoint, run.contains(checkpoint), archives=resume != "auto")
 
     def load(self, spec: RunSpec, mesh: Mesh, model: VisionTransformer) -> Start:
         """Verify the checkpoint on all ranks and read its progress; without one, fill the model from init.from.
 
-        Raises WeightsError, the same on all ranks, for a damaged checkpoint, ConfigError for other training images.
+        With LoRA the model is filled in any case, because the checkpoint doesn't hold the frozen weights. Raises
+        WeightsError, the same on all ranks, for a damaged checkpoint or other frozen weights, ConfigError for other
+        training images.
         """
         run_id = mesh.first_non_none(secrets.token_hex(8))
         config = spec.config
@@ -85,12 +91,19 @@ class StartPoint:
             run_id = checkpoint_run_id if self.is_own else run_id
             changes = changed_settings(load_config(self.checkpoint / CONFIG), config, ("name", "output_dir"))
             notes = () if changes is None else (f"settings that differ from those at the checkpoint: {changes}",)
-            return Start(progress, run_id, f"resumed from {self.checkpoint}", True, None, notes)
+            start = Start(progress, run_id, f"resumed from {self.checkpoint}", True, None, notes)
+            if config.lora.rank == 0:
+                return start
+            weights = load_lora_base(self.checkpoint, config.init.from_)
+            new = tuple(_fill(model, weights, config).reinitialized)
+            description = f"{start.description}, its frozen weights from {weights.source}"
+            return replace(start, description=description, lora_base=lora_base(weights), new=new)
         if config.init.from_ is not None:
             weights = load_weights(Path(config.init.from_))
-            report = init_from(model, config.model, weights.external, str(weights.source), config.init, weights.grid)
+            report = _fill(model, weights, config)
             description = f"weights from {weights.source}, {report.format}: {report.describe()}"
-            return Start(Progress(step=0), run_id, description, False, report)
+            base = lora_base(weights) if config.lora.rank > 0 else None
+            return Start(Progress(step=0), run_id, description, False, report, (), base, tuple(report.reinitialized))
         return Start(Progress(step=0), run_id, "fresh weights", False, None)
 
     def archive_after(self, progress: Progress) -> int | None:
@@ -129,6 +142,12 @@ class Start:
     is_resumed: bool
     init_report: LoadReport | None  # how the arrays of init.from were used
     changed_settings: tuple[str, ...] = ()  # a line about what a resumed run does differently, if it does
+    lora_base: LoraBase | None = None  # the frozen weights, with LoRA
+    new: tuple[str, ...] = ()  # parameters that init.from doesn't have
+
+
+def _fill(model: VisionTransformer, weights: Weights, config: Config) -> LoadReport:
+    return init_from(model, config.model, weights.external, str(weights.source), config.init, weights.grid)
 
 
 def verify_checkpoint(path: Path, mesh: Mesh | None = None) -> str:

@@ -39,7 +39,7 @@ def start_screen(
         "model": f"{model_name(model)}, {variant.width} wide, {variant.depth} deep, {variant.num_heads} heads, patches "
         f"of {variant.patch_size} pixels, images of {height}x{width}, {counted(model.num_classes, 'class')}",
         "size": f"{num_parameters / 1e6:.2f} M parameters; {2 * flops.forward_macs(shape) / 1e9:.2f} GFLOP per image, "
-        f"{flops.train_flops(shape) / 1e9:.2f} with the backward pass",
+        f"{flops.train_flops(shape, config.lora) / 1e9:.2f} with the backward pass",
         "start": start,
         "data": f"{len(spec.train_images)} training and {counted(len(spec.val_images), 'validation image')} in "
         f"{config.data.root}{'; each class equally often' if config.data.sampler == 'balanced' else ''}; "

@@ -18,6 +18,7 @@ from vit_static.config.schema import Config
 from vit_static.data.loader import TrainLoader
 from vit_static.data.mixup import Mixup
 from vit_static.data.open_set import check_command
+from vit_static.model.lora import add_adapters
 from vit_static.model.variants import step_flops
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import Mesh, gpu_capability, seed_everything, start_mesh
@@ -88,10 +89,10 @@ class Trainer:
         self.evaluator = Evaluator(config, spec.val_images, mesh, spec.extra_sets)
         signals = stack.enter_context(SignalWatch(config.train.stop_timeout_s))
         log = stack.enter_context(RunLog(run.path, spec.rank, make_trackers(config, done_steps)))
-        flops_per_image = step_flops(config.model, None if teacher is None else teacher.model)
+        flops_per_image = step_flops(config.model, None if teacher is None else teacher.model, config.lora)
         self.metrics = MetricLogger(log, spec, mesh, done_steps, precision.dtype, flops_per_image)
         record = None if teacher is None else teacher.record
-        writer = CheckpointWriter(config, mesh, spec.train_images.class_names, start.run_id, record)
+        writer = CheckpointWriter(config, mesh, spec.train_images.class_names, start.run_id, record, start.lora_base)
         self.checkpoints = Checkpointer(writer, spec, self.metrics, saved=start.progress)
         signals.describe = self.describe_stop
         self.nonfinite = NonFiniteGuard(spec, run, mesh.first_non_none)
@@ -120,6 +121,7 @@ class Trainer:
         attention = choose_attention(config.model, precision, config.parallel, config.kernels, mesh.device)
         model = VisionTransformer(config.model, attention)
         start = start_point.load(spec, mesh, model)
+        add_adapters(model, config.lora, start.new)
         num_parameters = sum(math.prod(parameter.shape) for parameter in model.parameters())
         redirect_library_output(run.log_path(spec.rank))
         program = _build_program(spec, mesh, model, precision, teacher, start.progress.step)
@@ -241,7 +243,7 @@ class Trainer:
         if self.checkpoints.problem is not None and self.stop.may_save:
             self.stop.request(UNSAVED, self.checkpoints.problem)
         if not self.stop.requested:
-            if self.run.is_writer:
+            if self.run.is_writer and config.lora.rank == 0:
                 merge_weights(self.run.path, self.progress, has_ema=config.optim.ema_decay > 0.0)
             if self.spec.stops_early(self.progress):
                 early_stop = describe_early_stop(self.spec, self.progress)

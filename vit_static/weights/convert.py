@@ -49,7 +49,7 @@ def convert_weights(
         raise WeightsError(
             f"{target}: its name doesn't determine a format; end it with {', '.join(SUFFIXES)}, or set --format"
         )
-    loaded = load_weights(source, ema=ema)
+    loaded = load_weights(source, ema=ema, overrides=overrides)
     external = loaded.external
     if config is None and loaded.config is not None:
         config = loaded.config_with(overrides)

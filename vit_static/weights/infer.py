@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,9 @@ from vit_static.config.schema import Config
 from vit_static.model.rope import DEFAULT_BASES
 from vit_static.model.variants import grid_of, variant_of
 from vit_static.weights.formats import ExternalWeights
+from vit_static.weights.loaded import Weights
 from vit_static.weights.name_maps import IMAGE_GRID
 from vit_static.weights.published import published_num_heads
-from vit_static.weights.source import Weights, load_weights
 from vit_static.weights.tables.plsc import PLSC
 
 _HEAD = ("num_classes", "representation_size")
@@ -282,20 +281,7 @@ def config_for(config: Config | None, weights: Weights, overrides: list[str]) ->
     config = weights.config_with(overrides) if config is None else config
     if config.model.from_ == "config":
         return config
-    return with_shape(config, _shape_of(weights), str(weights.source), with_head=True)
-
-
-def with_model_of_init(config: Config) -> Config:
-    """Return the config with the model's shape from the weights of init.from, if it has ``model.from: init``.
-
-    Raises ConfigError or WeightsError as `with_shape` and `load_weights` do.
-    """
-    if config.model.from_ == "config":
-        return config
-    if config.init.from_ is None:
-        raise ConfigError("model.from = 'init': there are no weights to take the shape from; set init.from")
-    weights = load_weights(Path(config.init.from_))
-    return with_shape(config, _shape_of(weights), str(weights.source), with_head=config.init.head == "keep")
+    return with_shape(config, shape_of_weights(weights), str(weights.source), with_head=True)
 
 
 def with_shape(config: Config, shape: Mapping[str, Any], source: str, *, with_head: bool) -> Config:
@@ -329,7 +315,8 @@ def shape_of_config(config: Config) -> dict[str, Any]:
     return {**dict(config.model), **vars(variant_of(config.model)), "class_token": config.model.has_class_token}
 
 
-def _shape_of(weights: Weights) -> dict[str, Any]:
+def shape_of_weights(weights: Weights) -> dict[str, Any]:
+    """Return the keys of the `model` section with all sizes, as far as weights determine them, for `with_shape`."""
     if weights.config is not None:
         return shape_of_config(weights.config)
     shape = {"num_heads": None, **_complete_model(weights.external, str(weights.source))}

@@ -27,10 +27,10 @@ from vit_static.weights.infer import (
     num_register_positions,
     position_counts,
 )
+from vit_static.weights.loaded import Weights
 from vit_static.weights.model_record import record_after_pickle
 from vit_static.weights.name_maps import IMAGE_GRID
 from vit_static.weights.rope_order import from_rope_order
-from vit_static.weights.source import Weights
 from vit_static.weights.state import State, fuse_qkv, split_qkv
 
 HEAD, _HEAD_RESET = ("head.", "head0.", "head_dist."), "init.head = reset"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,54 +19,35 @@ from vit_static.checkpoint.folder import (
     latest_checkpoint,
     open_shards,
 )
-from vit_static.checkpoint.resume import read_progress, suggest_fallback, verify_files
+from vit_static.checkpoint.resume import read_lora_base, read_progress, suggest_fallback, verify_files
 from vit_static.common.errors import ConfigError, WeightsError
 from vit_static.common.text import display_name, read_lines
 from vit_static.config.data_schema import SelectionMetric
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
 from vit_static.model.teacher import PROJECTOR
-from vit_static.model.variants import grid_of, variant_of
+from vit_static.model.variants import variant_of
 from vit_static.optim.ema import EMA
 from vit_static.optim.schedule_free import OFFSET, averaged_weights
 from vit_static.report.metric_names import METRIC_TITLES, format_metric
 from vit_static.weights.formats import ExternalWeights, read_weights
+from vit_static.weights.infer import shape_of_weights, with_shape
+from vit_static.weights.loaded import Weights
+from vit_static.weights.lora import merge_lora, require_base
 from vit_static.weights.state import State, fuse_qkv
 
 WhichWeights = Literal["best", "last"]
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Weights that were found, with the config and class names next to them; None for what isn't there."""
-
-    external: ExternalWeights
-    config: Config | None
-    class_names: list[str] | None
-    source: Path  # the file or checkpoint that they are from
-
-    @property
-    def state(self) -> State:
-        return self.external.state
-
-    @property
-    def grid(self) -> tuple[int, int] | None:
-        """Rows and columns of patches that the weights were trained on; None if unknown."""
-        return None if self.config is None else grid_of(self.config.model)
-
-    def config_with(self, overrides: Iterable[str]) -> Config:
-        """Return the config with ``section.key=value`` overrides. Raises ConfigError if there is no config."""
-        if self.config is None:
-            raise ConfigError(f"{self.source}: there is no {CONFIG} next to it; name the run's config with -c")
-        return load_config(self.source.parent / CONFIG if self.source.is_file() else self.source / CONFIG, overrides)
-
-
-def load_weights(path: Path, *, ema: bool = False, which: WhichWeights = "last") -> Weights:
+def load_weights(
+    path: Path, *, ema: bool = False, which: WhichWeights = "last", overrides: Iterable[str] = ()
+) -> Weights:
     """Load weights from a run's folder, a checkpoint, or a file of any format that formats.py knows.
 
     A run's folder stands for its last weights: the merged ones if it has them, else those of its latest checkpoint.
     With `which` = "best" it stands for its best result by eval.metric (`best_weights`). `ema` selects the moving
-    average. Raises WeightsError if there are no weights, or no average of them.
+    average. The weights of a run with LoRA are merged; `overrides` of its config may say where the frozen ones are now
+    (init.from). Raises WeightsError if there are no weights, or no average of them.
     """
     if which == "best":
         path = best_weights(path, ema=ema)
@@ -80,18 +61,20 @@ def load_weights(path: Path, *, ema: bool = False, which: WhichWeights = "last")
     merged = path / (MERGED_AVERAGE if ema else MERGED)
     if merged.is_file():
         return load_weights(merged)
-    if is_checkpoint(path):
-        return _load_checkpoint(path, ema=ema)
-    newest = latest_checkpoint(path)
-    if newest is not None:
-        return _load_checkpoint(newest, ema=ema)
+    checkpoint = path if is_checkpoint(path) else latest_checkpoint(path)
+    if checkpoint is not None:
+        return _load_checkpoint(checkpoint, overrides, ema=ema)
     raise _no_weights(path)
 
 
 def require_weights(path: Path) -> None:
     """Raise WeightsError if there are no weights that `load_weights` would load; their content isn't read."""
-    if not (path.is_file() or (path / MERGED).is_file() or is_checkpoint(path) or latest_checkpoint(path) is not None):
+    if not _has_weights(path):
         raise _no_weights(path)
+
+
+def _has_weights(path: Path) -> bool:
+    return path.is_file() or (path / MERGED).is_file() or is_checkpoint(path) or latest_checkpoint(path) is not None
 
 
 def _no_weights(path: Path) -> WeightsError:
@@ -137,7 +120,7 @@ def describe_choice(path: Path, which: WhichWeights) -> str | None:
     return f"{path}: the last weights, of step {progress.step}; --weights best selects the best, {result}"
 
 
-def _load_checkpoint(path: Path, *, ema: bool) -> Weights:
+def _load_checkpoint(path: Path, overrides: Iterable[str], *, ema: bool) -> Weights:
     try:
         verify_files(path)
     except WeightsError as error:
@@ -145,8 +128,14 @@ def _load_checkpoint(path: Path, *, ema: bool) -> Weights:
     config = load_config(path / CONFIG)
     if ema and config.optim.ema_decay == 0.0:
         raise WeightsError(f"{path}: has no moving average of the weights (optim.ema_decay is 0)")
-    external = ExternalWeights(merge_shards(path, ema=ema), "this program's checkpoint", _model_hints(config))
-    return Weights(external, config, _read_class_names(path), path)
+    has_adapters = config.lora.rank > 0
+    if has_adapters:
+        given = load_config(path / CONFIG, [text for text in overrides if text.startswith("init.from=")]).init.from_
+        state = merge_lora(read_shards(path, ema=ema), load_lora_base(path, given), config)
+    else:
+        state = merge_shards(path, ema=ema)
+    external = ExternalWeights(state, "this program's checkpoint", _model_hints(config))
+    return Weights(external, config, _read_class_names(path), path, has_adapters)
 
 
 def _model_hints(config: Config) -> dict[str, Any]:
@@ -169,8 +158,42 @@ def _read_class_names(folder: Path) -> list[str] | None:
         ) from None
 
 
+def find_lora_base(checkpoint: Path, given: str | None) -> Path:
+    """Return where the frozen weights of a LoRA run's checkpoint are.
+
+    That is `given`, init.from as it is set now, if it isn't what it was in the run. Otherwise it is the recorded file
+    or, if that is gone, init.from. Raises WeightsError if there is nothing.
+    """
+    saved, base = load_config(checkpoint / CONFIG).init.from_, read_lora_base(checkpoint)
+    if given is not None and given != saved:
+        require_weights(Path(given))
+        return Path(given)
+    for place in (base.source, saved):
+        if place is not None and _has_weights(Path(place)):
+            return Path(place)
+    raise WeightsError(
+        f"{checkpoint}: has only the adapters and the head, and the weights that they belong to are no longer at "
+        f"{base.source}; restore them, or name their new place with -o init.from=PATH"
+    )
+
+
+def load_lora_base(checkpoint: Path, given: str | None) -> Weights:
+    """Load the frozen weights of a LoRA run's checkpoint, from where `find_lora_base` finds them.
+
+    Raises WeightsError if they are missing or have changed.
+    """
+    weights = load_weights(find_lora_base(checkpoint, given))
+    require_base(weights, read_lora_base(checkpoint), checkpoint)
+    return weights
+
+
 def merge_shards(path: Path, *, ema: bool = False) -> State:
-    """Return a checkpoint's full weights, or with `ema` their moving average, in the files' layout (formats.py).
+    """Return a checkpoint's full weights as `read_shards`, in the files' layout (formats.py)."""
+    return fuse_qkv(read_shards(path, ema=ema))
+
+
+def read_shards(path: Path, *, ema: bool = False) -> State:
+    """Return the weights in a checkpoint, or with `ema` their moving average, by the layers' names.
 
     The weights of schedule_free_adamw are its average.
     """
@@ -186,4 +209,17 @@ def merge_shards(path: Path, *, ema: bool = False) -> State:
     if averaged:
         beta1 = load_config(path / CONFIG).optim.betas[0]
         state |= {name: averaged_weights(state[name], shards.read(f"{name}@{OFFSET}"), beta1) for name in averaged}
-    return fuse_qkv(state)
+    return state
+
+
+def with_model_of_init(config: Config) -> Config:
+    """Return the config with the model's shape from the weights of init.from, if it has ``model.from: init``.
+
+    Raises ConfigError or WeightsError as `with_shape` and `load_weights` do.
+    """
+    if config.model.from_ == "config":
+        return config
+    if config.init.from_ is None:
+        raise ConfigError("model.from = 'init': there are no weights to take the shape from; set init.from")
+    weights = load_weights(Path(config.init.from_))
+    return with_shape(config, shape_of_weights(weights), str(weights.source), with_head=config.init.head == "keep")

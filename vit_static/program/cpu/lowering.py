@@ -115,14 +115,27 @@ class _Lowering:
         view = View(view.base, dense(view.dtype, math.prod(value.shape[:-1]), value.shape[-1]))
         return view if dtype is None else self._cast(view, dtype)
 
-    def _replace(self, operation: Any, kernel: str, primitive: Any, inputs: list[View], dtypes: list[str]) -> None:
-        """Replace an operator by a kernel whose results are contiguous and have these dtypes."""
-        outputs = [(dtype, tuple(value.shape)) for dtype, value in zip(dtypes, operation.results(), strict=True)]
+    def _replace(
+        self,
+        operation: Any,
+        kernel: str,
+        primitive: Any,
+        inputs: list[View],
+        dtypes: list[str],
+        shapes: list[list[int]] | None = None,
+    ) -> None:
+        """Replace an operator by a kernel whose results are contiguous and have these dtypes.
+
+        `shapes`: of the results, for an operator that may leave some out, as of frozen parameters' gradients.
+        """
+        shapes = [list(result.shape) for result in operation.results()] if shapes is None else shapes
+        outputs = [(dtype, tuple(shape)) for dtype, shape in zip(dtypes, shapes, strict=True)]
         name = f"{kernel}_{inputs[0].dtype}"
         with insert_before(operation):
             values = add_op(name, primitive, primitive, [view.base for view in inputs], outputs)
             for result, value in zip(operation.results(), values, strict=True):
-                replace_result(result, value)
+                if result.initialized():
+                    replace_result(result, value)
 
     # -- attention ---------------------------------------------------------------------------------------------------
 
@@ -344,7 +357,8 @@ class _Lowering:
             gradient = self._as_matrix(operation, 5)
             layout = inputs[0].layout
             primitive = primitives.layer_norm_grad(layout, gradient.layout, layout, attributes["epsilon"])
-            self._replace(operation, "layer_norm_backward", primitive, [*inputs, gradient], ["float32"] * 3)
+            shapes = [list(operation.operand_source(index).shape) for index in range(3)]
+            self._replace(operation, "layer_norm_backward", primitive, [*inputs, gradient], ["float32"] * 3, shapes)
 
 
 def _has_operands(operation: Any, number: int) -> bool:

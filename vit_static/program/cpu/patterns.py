@@ -290,6 +290,8 @@ def match_attention(softmax: Any) -> AttentionPattern | None:
     weights_grad_readers = [operation.id() for operation in readers_of(weighted_sum_grad.result(0))]
     if not _multiplies(weighted_sum_grad, weights) or weights_grad_readers != [softmax_grad.id()]:
         return None
+    if not is_read(weighted_sum_grad.result(1)):  # frozen values
+        return None
     after = readers_of(softmax_grad.result(0))
     if len(after) != 1 or after[0].name() != "pd_op.matmul_grad" or not all(map(is_read, after[0].results())):
         return None

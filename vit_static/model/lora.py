@@ -1,0 +1,72 @@
+"""Low-rank adapters of linear layers (LoRA, arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+from paddle.nn.initializer import Constant, Uniform
+
+from vit_static.config.lora_schema import LoraConfig, LoraTarget
+from vit_static.model.layers import Dropout
+from vit_static.model.vit import VisionTransformer
+
+A, B = "lora_a", "lora_b"  # names of an adapter's matrices, beside the layer's `weight` and `bias`
+
+
+class LoraLinear(nn.Layer):
+    """Linear layer with an adapter: x W + b + scale (x A) B. Weight and bias are those of `base`.
+
+    As in the paper's code and in peft, A starts uniform within 1 / sqrt(inputs), which is Kaiming's with a = sqrt(5),
+    and B with zeros, so that at first the layer computes the same as `base`.
+    """
+
+    def __init__(self, base: nn.Linear, lora: LoraConfig) -> None:
+        super().__init__()
+        num_inputs, num_outputs = base.weight.shape
+        bound = num_inputs**-0.5
+        self.weight, self.bias = base.weight, base.bias
+        self.lora_a = self.create_parameter([num_inputs, lora.rank], default_initializer=Uniform(-bound, bound))
+        self.lora_b = self.create_parameter([lora.rank, num_outputs], default_initializer=Constant(0.0))
+        self.drop = Dropout(lora.dropout)
+        self.scale = lora.scale
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        low_rank = paddle.matmul(self.drop(x), self.lora_a) * self.scale  # [B, N, rank]
+        return F.linear(x, self.weight, self.bias) + paddle.matmul(low_rank, self.lora_b)
+
+
+def add_adapters(model: VisionTransformer, lora: LoraConfig, newly_initialized: Iterable[str] = ()) -> None:
+    """Give the target layers of a model adapters, and freeze all but these, the head, and `newly_initialized`, by name.
+
+    Does nothing if the config has no LoRA.
+    """
+    if lora.rank == 0:
+        return
+    layers = dict(model.named_sublayers(include_self=True))
+    for name, layer in layers.items():
+        if target_of(name) in lora.targets:
+            parent, _, short_name = name.rpartition(".")
+            setattr(layers[parent], short_name, LoraLinear(layer, lora))
+    trained = set(newly_initialized)
+    for name, parameter in model.named_parameters():
+        parameter.stop_gradient = not (name in trained or is_adapter(name) or name.startswith(("head.", "head0.")))
+
+
+def target_of(layer_name: str) -> LoraTarget | None:
+    """Return which of `lora.targets` a layer is, by its name; None if it gets no adapter."""
+    match = re.fullmatch(r"(?:blocks\.\d+|attn_pool)\.(?:attn\.(q|k|v|proj)|mlp\.(?:fc1|fc2|gate))", layer_name)
+    return None if match is None else match[1] or "mlp"  # type: ignore[return-value]
+
+
+def is_adapter(name: str) -> bool:
+    """Return whether a parameter, by its name, belongs to an adapter."""
+    return name.endswith((f".{A}", f".{B}"))
+
+
+def frozen_names(model: nn.Layer) -> Iterator[str]:
+    """Yield the names of the parameters that aren't trained."""
+    return (name for name, parameter in model.named_parameters() if parameter.stop_gradient)
