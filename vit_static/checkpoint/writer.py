@@ -81,8 +81,8 @@ class SaveStats:
 class CheckpointWriter:
     """Writes a run's checkpoints, one at a time. All ranks call its methods together.
 
-    `run_id` identifies the run in all of its checkpoints, `teacher` the model that it is distilled from, `lora_base` the
-    frozen weights of a run with LoRA. Outcomes arrive in the queue `results`; `stats` adds them up.
+    `run_id` identifies the run in all of its checkpoints; `teacher` is the model that it is distilled from, and
+    `lora_base` the frozen weights of a run with LoRA. Outcomes arrive in the queue `results`; `stats` adds them up.
     """
 
     def __init__(
