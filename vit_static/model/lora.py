@@ -53,7 +53,9 @@ def add_adapters(model: VisionTransformer, lora: LoraConfig, newly_initialized: 
             setattr(layers[parent], short_name, LoraLinear(layer, lora))
     trained = set(newly_initialized)
     for name, parameter in model.named_parameters():
-        parameter.stop_gradient = not (name in trained or is_adapter(name) or name.startswith(("head.", "head0.")))
+        parameter.stop_gradient = not (
+            name in trained or is_adapter(name) or name.startswith(("head.", "head0.", "head_dist."))
+        )
 
 
 def target_of(layer_name: str) -> LoraTarget | None:

@@ -12,17 +12,15 @@ from vit_static.checkpoint.progress import LoraBase
 from vit_static.common.errors import WeightsError
 from vit_static.config.schema import Config, InitConfig
 from vit_static.model.lora import A, B, is_adapter
-from vit_static.weights.load import adapt_state
+from vit_static.weights.load import HEAD, adapt_state
 from vit_static.weights.loaded import Weights
 from vit_static.weights.state import State, fuse_qkv, split_qkv
-
-_HEAD = ("head.", "head0.")
 
 
 def fingerprint(state: Mapping[str, np.ndarray]) -> str:
     """Return what identifies weights: a SHA-256 digest of all arrays but the head's, whatever file they are in."""
     digest = hashlib.sha256()
-    for name in sorted(name for name in state if not name.startswith(_HEAD)):
+    for name in sorted(name for name in state if not name.startswith(HEAD)):
         array = np.ascontiguousarray(state[name], "<f4")
         digest.update(f"{name} {list(array.shape)} ".encode())
         digest.update(array.data)
