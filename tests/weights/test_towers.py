@@ -149,18 +149,16 @@ def test_an_unknown_array_is_an_error(tmp_path: Path) -> None:
             read_weights(path)
 
 
-def test_towers_in_openclips_wrapper_of_timm_are_read(tmp_path: Path) -> None:
-    """Such as SigLIP's, whose names are timm's below visual.trunk."""
+@pytest.mark.parametrize("name", ["timm_siglip", "timm_eva02_clip"])
+def test_towers_in_openclips_wrapper_of_timm_are_read(tmp_path: Path, name: str) -> None:
+    """Their names are timm's below visual.trunk."""
     text = {"text.ln_final.weight": np.ones(3, "f4"), "logit_bias": np.ones((), "f4")}
-    plain = read_with_model("timm_siglip")[0]
-    path = save_changed(
-        tmp_path / "x.safetensors",
-        lambda arrays: {f"visual.trunk.{key}": array for key, array in arrays.items()} | text,
-        "timm_siglip",
-    )
-    external = read_weights(path)
-    assert external.dropped == dict.fromkeys(text, "is not part of the image tower")
-    assert external.state.keys() == plain.state.keys()
+    plain, arrays = read_weights(WEIGHTS / f"{name}.safetensors"), load_file(WEIGHTS / f"{name}.safetensors")
+    save_file({f"visual.trunk.{key}": array for key, array in arrays.items()} | text, tmp_path / "x.safetensors")
+    external = read_weights(tmp_path / "x.safetensors")
+    assert external.dropped == plain.dropped | dict.fromkeys(text, "is not part of the image tower")
+    assert external.state.keys() == plain.state.keys() and external.model_hints == plain.model_hints
+    assert all(np.array_equal(external.state[key], plain.state[key]) for key in plain.state)
 
 
 def test_naflex_files_of_big_vision_are_read(tmp_path: Path) -> None:

@@ -23,21 +23,14 @@ from vit_static.weights.name_maps import NameMap
 from vit_static.weights.readers import read_arrays
 from vit_static.weights.rope_order import RopeOrder
 from vit_static.weights.state import State, fuse_qkv
+from vit_static.weights.tables.clip import HF_CLIP, OPEN_CLIP, OPENAI_CLIP, TIMM_CLIP
 from vit_static.weights.tables.dinov3 import DINOV3, HF_DINOV3, TIMM_DINOV3
 from vit_static.weights.tables.eva import EVA02, EVA_FUSED, ROPE_AXIAL, ROPE_AXIAL_APE, ROPE_GAP, ROPE_MIXED, VIT5
 from vit_static.weights.tables.google import BIG_VISION, VIT_JAX, VIT_JAX_BY_CLASS
 from vit_static.weights.tables.huggingface import HF_DEIT, HF_DINOV2, HF_VIT
 from vit_static.weights.tables.plsc import PLSC
+from vit_static.weights.tables.siglip import HF_SIGLIP, HF_SIGLIP_CLASSIFIER, TIMM_SIGLIP
 from vit_static.weights.tables.timm import TIMM
-from vit_static.weights.tables.towers import (
-    HF_CLIP,
-    HF_SIGLIP,
-    HF_SIGLIP_CLASSIFIER,
-    OPEN_CLIP,
-    OPENAI_CLIP,
-    TIMM_CLIP,
-    TIMM_SIGLIP,
-)
 
 FormatName = Literal["plsc", "timm", "huggingface", "google", "openclip"]
 

@@ -180,6 +180,12 @@ def linears(
 
 PRETRAINING = "is only used in pretraining"
 NOT_IN_TOWER = "is not part of the image tower"  # of a model that was trained with images and texts
+# Beside the image tower in files of OpenCLIP, where timm's are below visual.trunk, and of EVA-CLIP's authors.
+OF_TEXTS = {
+    r"(.*\.)?text\..*": NOT_IN_TOWER,
+    r"(.*\.)?logit_(scale|bias)": NOT_IN_TOWER,
+    r"(.*\.)?visual\.head\..*": "is OpenCLIP's projection behind timm's tower",
+}
 
 # Names that timm's ViT and PLSC have in common: timm took them from Google's code, and others from timm.
 LAYERS = {

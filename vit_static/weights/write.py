@@ -16,20 +16,14 @@ from vit_static.weights.model_record import RECORD_NAME, encode_record
 from vit_static.weights.name_maps import NameMap
 from vit_static.weights.rope_order import to_rope_order
 from vit_static.weights.state import State, split_qkv
+from vit_static.weights.tables.clip import HF_CLIP, OPEN_CLIP, TIMM_CLIP
 from vit_static.weights.tables.dinov3 import HF_DINOV3, TIMM_DINOV3
 from vit_static.weights.tables.eva import EVA02, EVA_FUSED, ROPE_AXIAL, ROPE_MIXED
 from vit_static.weights.tables.google import BIG_VISION, VIT_JAX
 from vit_static.weights.tables.huggingface import HF_DEIT, HF_DINOV2, HF_DINOV2_REGISTERS, HF_VIT
 from vit_static.weights.tables.plsc import PLSC, PLSC_HINTS
+from vit_static.weights.tables.siglip import HF_SIGLIP, HF_SIGLIP_CLASSIFIER, TIMM_SIGLIP
 from vit_static.weights.tables.timm import TIMM
-from vit_static.weights.tables.towers import (
-    HF_CLIP,
-    HF_SIGLIP,
-    HF_SIGLIP_CLASSIFIER,
-    OPEN_CLIP,
-    TIMM_CLIP,
-    TIMM_SIGLIP,
-)
 
 # The first that has the model is written.
 _TABLES: dict[FormatName, tuple[NameMap, ...]] = {

@@ -13,6 +13,7 @@ from vit_static.weights.name_maps import (
     EMBEDDINGS,
     LAYERS,
     NORMS,
+    OF_TEXTS,
     PRETRAINING,
     SCALES,
     TRANSPOSE,
@@ -59,6 +60,7 @@ TIMM = NameMap(
     model_hints={"gelu": "erf", "layer_norm_epsilon": 1e-6},
     find_hints=_hints_of_beit3,
     ignored={r"mask_token": PRETRAINING, r"decoder_.*|decoder\..*": PRETRAINING},
+    outside=OF_TEXTS,
     unpack=packed_by_name,
     pack=name_packed,
     options={
