@@ -171,5 +171,10 @@ case ${1:-} in
         unset PYTHONDONTWRITEBYTECODE # every one of many processes would compile the package and its tests again
         cd -- "$root" && exec "$python" -m pytest "${@:2}"
         ;;
-    *) exec "$python" -m vit_static "$@" ;;
+    *)
+        # Ctrl-C waits until the program's first line: Python would print a traceback while it starts.
+        block=(env --block-signal=INT)
+        "${block[@]}" true 2> /dev/null || block=()
+        exec ${block[@]+"${block[@]}"} "$python" -m vit_static "$@"
+        ;;
 esac

@@ -244,6 +244,22 @@ def test_a_stopped_run_resumes_to_the_same_bits(workplace: Path, number: signal.
     assert all(np.array_equal(resumed[key], expected[key]) for key in expected)
 
 
+@pytest.mark.usefixtures("signals_are_not_ignored")
+def test_ctrl_c_while_python_starts_prints_no_traceback(tmp_path: Path) -> None:
+    """The signal arrives as soon as Python has its own handler, which prints tracebacks."""
+    process = subprocess.Popen(
+        [ROOT / "run.sh", "models"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    proc = Path(f"/proc/{process.pid}")
+    while True:
+        caught = int(re.search(r"SigCgt:\s*(\w+)", (proc / "status").read_text())[1], 16)
+        if b"python" in (proc / "cmdline").read_bytes().partition(b"\0")[0] and caught >> (signal.SIGINT - 1) & 1:
+            break
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert output == b"" and process.returncode == -signal.SIGINT
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("signals_are_not_ignored")
 def test_a_closed_terminal_saves_the_state_of_every_process(workplace: Path) -> None:

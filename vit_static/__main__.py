@@ -18,6 +18,7 @@ def command() -> None:
     # Until the verb or the launcher handles it, Ctrl-C ends the process at once: Python's own handler would print a
     # traceback from whatever is being imported.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # run.sh blocks it while Python starts
     import os
     import runpy
     from importlib.util import find_spec

@@ -35,6 +35,7 @@ from vit_static.data.open_set import open_set
 from vit_static.export import onnx as onnx_export
 from vit_static.export.exporter import BOUNDS, compare, count_correct, evenly_spaced, export_checkpoint
 from vit_static.export.inference_vit import InferenceModel
+from vit_static.export.model_card import code_span
 from vit_static.inference.artifact import MODEL_FILE, ONNX_FILE, SPEC_FILE, WEIGHTS_FILE, read_spec
 from vit_static.inference.attention_maps import load_as_layer
 from vit_static.inference.backends import open_session
@@ -263,6 +264,15 @@ def test_unavailable_options_are_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "span"),
+    [("out/my_run", "`out/my_run`"), ("a`b", "`` a`b ``"), ("``", "``` `` ```"), ("", "`  `"), ("a\n*b*", "`a\\n*b*`")],
+)
+def test_text_as_a_code_span(text: str, span: str) -> None:
+    """By CommonMark 0.31, section 6.1."""
+    assert code_span(text) == span
+
+
 def test_the_model_card(exported: Exported) -> None:
     text = (exported.folder / "MODEL_CARD.md").read_text()
     spec = json.loads((exported.folder / SPEC_FILE).read_text())
@@ -273,6 +283,7 @@ def test_the_model_card(exported: Exported) -> None:
     num_parameters = sum(value.size for value in read_state(exported.run / "model.pdparams").values())
     assert f"{num_parameters / 1e6:.2f} million parameters" in text
     assert "| `optim.lr` | 0.003 |" in text and "## Limits" in text
+    assert not re.search(r"`[^`|\n]*\\[^`|\n]*`", text)  # in code spans nothing is escaped
 
     paths = exported.validation_images()
     classes = sorted({path.parent.name for path in paths})

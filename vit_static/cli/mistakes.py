@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from vit_static.common.errors import UserError, truncate
 from vit_static.common.text import program_name
-from vit_static.config.mistakes import all_keys, nearest_key
+from vit_static.config.mistakes import all_keys, nearest_key, with_brackets
 
 RENAMED_VERBS = {"attend": "visualize"}  # by the old name
 RENAMED_FLAGS = {"--cards-per-node": "--gpus-per-node", "--fed": "--real-data"}
@@ -77,6 +77,8 @@ def _check_overrides(words: Sequence[str]) -> None:
             raise UserError(f"config keys are set with -o; write {_overrides(settings)}")
         if word != "-o":
             continue
+        if len(settings := _joined_settings("".join(words[number + 1 : number + 2]))) > 1:
+            raise UserError(f"-o takes one key; write {_overrides(settings)}")
         settings, num_words = _settings_at(words, number + 1, any_key=True)
         if len(settings) > 1:
             raise UserError(f"-o takes one key; write {_overrides(settings)}")
@@ -109,6 +111,18 @@ def _settings_at(words: Sequence[str], start: int, *, any_key: bool = False) -> 
         settings.append(f"{key}={value}")
         position += num_words
     return settings, position - start
+
+
+def _joined_settings(word: str) -> list[str]:
+    """Return the settings that one word joins with commas, semicolons or spaces: "optim.lr=1,train.epochs=2"."""
+    known = {key.partition(".")[0] for key in all_keys()}
+    starts = [
+        match.start() for match in re.finditer(r"(?:^|(?<=[,;\s]))([a-z_]+)[a-z_0-9.]*\s*=", word) if match[1] in known
+    ]
+    if starts[:1] != [0]:
+        return []
+    ends = [*starts[1:], len(word)]
+    return [word[start:end].rstrip(",; \t") for start, end in zip(starts, ends, strict=True)]
 
 
 def _is_value(word: str) -> bool:
@@ -150,4 +164,4 @@ def describe_unknown(words: Sequence[str], verb: argparse.ArgumentParser) -> str
 
 
 def _override(key: str, value: str) -> str:
-    return f"-o {shlex.quote(f'{key}={truncate(value)}')}"
+    return f"-o {shlex.quote(f'{key}={truncate(with_brackets(key, value))}')}"

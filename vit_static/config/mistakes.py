@@ -154,6 +154,13 @@ def _as_list(text: str) -> list[Any] | None:
         return None
 
 
+def with_brackets(key: str, text: str) -> str:
+    """Return the text of a value for -o: a list such as 224,224 with brackets if the key takes one."""
+    field = field_of(tuple(key.split(".")))
+    items = _as_list(text) if field is not None and re.search(r"\b(tuple|list)\[", str(field.annotation)) else None
+    return text if items is None else f"[{','.join(map(str, items))}]"
+
+
 def _default(key: Key) -> Any:
     field = field_of(key)
     return None if field is None else field.default

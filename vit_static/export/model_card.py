@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from vit_static.common.errors import escape
 from vit_static.common.text import counted
 from vit_static.config.schema import Config
@@ -80,7 +82,10 @@ def model_card_text(
             "uint8 of any size to probabilities and features."
         )
     parts += ["## Limits", "\n".join(f"- {sentence}" for sentence in limits(spec, counts))]
-    parts += ["## License", f"`{config.export.license}`{_LICENSE_HINT if config.export.license == 'unknown' else ''}"]
+    parts += [
+        "## License",
+        f"{code_span(config.export.license)}{_LICENSE_HINT if config.export.license == 'unknown' else ''}",
+    ]
     parts += ["## Usage", "`./run.sh predict --model DIR IMAGE` or `./run.sh serve --model DIR`, or"]
     if MODEL_FILE in spec.files:
         parts.append(_PADDLE_EXAMPLE.format(model=MODEL_FILE, weights=WEIGHTS_FILE, shape=input_shape))
@@ -97,7 +102,7 @@ def _introduction(spec: ModelSpec, config: Config, source: str, shape: flops.Sha
         f"A Vision Transformer{variant} of width {shape.width} and depth {shape.depth}, with "
         f"{num_parameters / 1e6:.2f} million parameters and {2 * flops.forward_macs(shape) / 1e9:.2f} GFLOP per image "
         f"of {height}x{width} pixels, for {counted(len(spec.class_names), 'class')} "
-        f"({_escape_markdown(_list_names(spec.class_names))}). Weights: `{_escape_markdown(source)}`."
+        f"({_escape_markdown(_list_names(spec.class_names))}). Weights: {code_span(source)}."
     )
 
 
@@ -116,13 +121,13 @@ def _training(config: Config, weights: Weights) -> list[str]:
         origin = "a recipe that is not known: no config is beside them. That of the export is"
     data, start = config.data, config.init.from_
     sentences = [
-        f"Images: `{_escape_markdown(data.root)}`, of which `{_escape_markdown(data.train)}` for training and "
-        f"`{_escape_markdown(data.val)}` for metrics; {'several labels' if data.multi_label else 'one label'} each.",
+        f"Images: {code_span(data.root)}, of which {code_span(data.train)} for training and "
+        f"{code_span(data.val)} for metrics; {'several labels' if data.multi_label else 'one label'} each.",
         f"The weights were trained with {origin}:",
         _table(["key", "value"], [[f"`{key}`", _escape_markdown(value)] for key, value in recipe_rows(config)]),
     ]
     if start is not None:
-        sentences.insert(1, f"Training started from `{_escape_markdown(start)}`, whose license applies, too.")
+        sentences.insert(1, f"Training started from {code_span(start)}, whose license applies, too.")
     return sentences
 
 
@@ -185,6 +190,14 @@ def _list_names(names: list[str]) -> str:
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def code_span(text: str) -> str:
+    """Return text as a code span, in which nothing but the end mark has a meaning. Not for tables."""
+    shown = escape(text)
+    mark = "`" * (max(map(len, re.findall("`+", shown)), default=0) + 1)
+    space = " " if "`" in shown or not shown.strip() else ""
+    return f"{mark}{space}{shown}{space}{mark}"
 
 
 def _escape_markdown(text: str) -> str:

@@ -12,6 +12,7 @@ from vit_static.train.file_sinks import PartialWriter
 from vit_static.train.sinks import Sink
 
 _COMPILING = "compiling the first step"
+_MIN_COLUMNS = 72  # that have room for it behind the bar
 
 
 class Console(Sink[str]):
@@ -63,7 +64,9 @@ class Console(Sink[str]):
         if sys.stdout.isatty():
             self._bar = ProgressBar(total_steps, "step", num_done=done_steps, stream=sys.stdout)
             self._is_compiling = done_steps < total_steps
-            if self._is_compiling:
+            if self._is_compiling and self.num_columns < _MIN_COLUMNS:
+                self.write(f"{_COMPILING} ...")
+            elif self._is_compiling:
                 self._bar.describe(_COMPILING)
 
     def advance_bar(self) -> None:
