@@ -105,3 +105,16 @@ def test_a_teacher_that_cannot_teach_is_refused(
     with pytest.raises(error, match=re.escape(message)):
         train(student(finished, tmp_path, *overrides))
     assert not (tmp_path / "student").exists()
+
+
+def test_images_of_several_sizes_are_resampled_to_the_teachers(finished: Config, tmp_path: Path) -> None:
+    """The second size has a program, and constants of the teacher, of its own."""
+    config = student(finished, tmp_path, "train.image_sizes=[[24, 0.5], [32, 1.0]]", "model.image_size=32")
+    assert train(config)
+    losses = [line["distill_loss"] for line in metrics(config.run_dir, "train")]
+    assert len(losses) == 4 and min(losses) > 0.0 and max(losses) < 10.0
+    state = read_state(config.run_dir / "model.pdparams")
+    shutil.rmtree(config.run_dir / "checkpoints" / "step_00000004")
+    assert train(config)
+    again = read_state(config.run_dir / "model.pdparams")
+    assert all(np.array_equal(again[key], state[key]) for key in state)

@@ -48,7 +48,8 @@ class Distillation:
         """Shard the teacher over the mesh as any model, and give it the precision that an evaluation has."""
         network = self._teacher.network
         sharding.shard_model(network, mesh, spec.parallel.sharding_stage)
-        for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
+        tensors = [*network.named_parameters(), *self._teacher.named_buffers()]
+        for name, tensor in tensors:
             tensor.name = f"{TEACHER_PREFIX}{name}"
             tensor.stop_gradient = True
         if spec.precision.level == "O1" and mesh.device == "gpu" and spec.kernels.fused_linear:

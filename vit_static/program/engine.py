@@ -90,14 +90,16 @@ class SeveralTrainingPrograms:
     those that don't exist yet.
     """
 
-    def __init__(self, program: dist.DistModel, model: nn.Layer, shared: Iterable[Any]) -> None:
-        """Call this before the first mode is built. `shared`: objects that the optimizer refers to, to be used by all
-        of its copies."""
+    def __init__(self, program: dist.DistModel, layers: Iterable[nn.Layer], shared: Iterable[Any]) -> None:
+        """Call this before the first mode is built. `layers`: all that have buffers. `shared`: objects to which the
+        optimizer refers, to be used by all of its copies."""
         self._program, self._shared = program, list(shared)
         self._optimizer = self._copied(program._engine._optimizer)
         self._counts: dict[str, int] | None = None  # of names, before the first training program was compiled
         # The engine frees buffers that the program built first doesn't read.
-        self._buffers = {buffer.name: buffer.numpy() for buffer in model.buffers() if buffer._is_initialized()}
+        buffers = [buffer for layer in layers for buffer in layer.buffers()]
+        self._buffers = {buffer.name: buffer.numpy() for buffer in buffers if buffer._is_initialized()}
+        self._known_buffers: set[str] | None = None  # of the programs built so far
 
     def _copied(self, optimizer: Any) -> Any:
         """Copy an optimizer that no program has been built with."""
@@ -130,13 +132,19 @@ class SeveralTrainingPrograms:
             ProgramHelper.init_pir = init_parameters
 
     def restore_buffers(self) -> None:
-        """Set the buffers of the mode that has just been built, as far as they have no values yet."""
+        """Set the buffers of the mode that has just been built, as far as they have no values yet.
+
+        The engine doesn't know those that only a later program has, and fills them with something else.
+        """
         engine = self._program._engine
-        for buffer, value in zip(*engine.program_helper.concrete_program.parameters, strict=True):
-            if buffer.name in self._buffers:
-                tensor = paddle.static.global_scope().var(value.name).get_tensor()
-                if not tensor._is_initialized():
-                    tensor.set(self._buffers[buffer.name], engine._place)
+        pairs = zip(*engine.program_helper.concrete_program.parameters, strict=True)
+        buffers = {buffer.name: value.name for buffer, value in pairs if buffer.name in self._buffers}
+        for name, value_name in buffers.items():
+            tensor = paddle.static.global_scope().var(value_name).get_tensor()
+            is_new = self._known_buffers is not None and name not in self._known_buffers
+            if is_new or not tensor._is_initialized():
+                tensor.set(self._buffers[name], engine._place)
+        self._known_buffers = {*buffers, *(self._known_buffers or ())}
 
 
 def _static_names() -> Any:

@@ -106,7 +106,8 @@ class Program:
         self._program = dist.to_static(layer, None, self._criterion, optimizer, **arguments)
         self._several: engine.SeveralTrainingPrograms | None = None
         if training is not None and training.image_size_varies:
-            self._several = engine.SeveralTrainingPrograms(self._program, model, (self._clip, self._scheduler))
+            layers = [model] if teacher is None else [model, teacher]
+            self._several = engine.SeveralTrainingPrograms(self._program, layers, (self._clip, self._scheduler))
         beta1 = None if training is None else training.optim.betas[0]
         unsaved = () if training is None or training.saves_frozen else frozen_names(model)
         self._state = ProgramState(self._program, mesh, partial(self._set_mode, self._main_mode), beta1, unsaved)

@@ -64,7 +64,7 @@ class TeacherSource:
             network,
             Normalization(self.mean, self.std),
             Normalization(config.data.mean, config.data.std),
-            [config.model.image_size],
+            [config.model.image_size, *(size for size, _ in config.train.image_sizes)],
             returns_features=config.distill.kind == "features",
         )
 
