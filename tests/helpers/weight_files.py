@@ -30,7 +30,7 @@ FILES = {
 }
 # Image towers that were trained with texts; what they compute is in towers.npz.
 TOWERS = {
-    **{name: f"{name}.safetensors" for name in ("timm_siglip", "openai_clip")},
+    **{name: f"{name}.safetensors" for name in ("timm_siglip", "openai_clip", "eva_clip")},
     "open_clip": "open_clip/open_clip_model.safetensors",
     **{name: f"{name}/model.safetensors" for name in ("timm_clip", "hf_clip", "hf_clip_vision", "hf_clip_projection")},
     **{name: f"{name}/model.safetensors" for name in ("hf_siglip", "hf_siglip_classifier", "hf_siglip2_naflex")},
@@ -58,7 +58,8 @@ def read_with_model(name: str, *overrides: str) -> tuple[ExternalWeights, ModelC
     external = read_weights(WEIGHTS / (FILES | TOWERS)[name])
     image_size = IMAGE_SIZE if name in _NOT_SQUARE else None
     # No variant has this shape, and timm's and Paddle's files don't determine the number of heads.
-    return external, infer_config(external, name, ["model.num_heads=4", *overrides], image_size).model
+    num_heads = 2 if name == "eva_clip" else 4
+    return external, infer_config(external, name, [f"model.num_heads={num_heads}", *overrides], image_size).model
 
 
 def patch_grid(config: ModelConfig) -> tuple[int, int]:

@@ -9,6 +9,7 @@ without a head and the projected features of one with a projection.
 - timm_clip: a norm before the first block, quick GELU, epsilon 1e-5, 7 classes, 12x20 pixels; with config.json
 - open_clip: CLIP with two blocks, LayerScale and a text tower, 12x20 pixels; open_clip_config.json has GELU and heads
 - openai_clip: CLIP with quick GELU and the three entries that only OpenAI's own files have
+- eva_clip: the image tower of EVA-02's authors (EVA-CLIP/rei), width 16, 2 heads, mlp_dim 24, with arrays of texts
 - hf_clip: CLIPModel with both towers, quick GELU
 - hf_clip_vision: CLIPVisionModel with exact GELU
 - hf_clip_projection: CLIPVisionModelWithProjection
@@ -16,13 +17,17 @@ without a head and the projected features of one with a projection.
 - hf_siglip_classifier: SiglipForImageClassification, which reads the mean of the patches
 - hf_siglip2_naflex: Siglip2VisionModel, which gets patches instead of an image
 
-With a folder as its argument, the script makes nothing, but loads the files in it that write_towers.py
-wrote into these programs, strictly, and compares what they compute.
+Run with a checkout of https://github.com/baaivision/EVA; it needs einops. With `--check FOLDER`, the script makes
+nothing, but loads the files in it that write_towers.py wrote into these programs, strictly, and compares what they
+compute.
 """
 
 import argparse
+import importlib
 import json
 import shutil
+import sys
+import types
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -52,7 +57,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-PROJECTION = 7
+PROJECTION, EVA_WIDTH = 7, 16
 VISION = {"hidden_size": WIDTH, "intermediate_size": MLP_DIM, "num_hidden_layers": 1, "num_attention_heads": HEADS}
 VISION |= {"image_size": SQUARE[0], "patch_size": PATCH}
 TEXT = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 6}
@@ -130,10 +135,9 @@ def outputs(model: nn.Module, images: np.ndarray) -> np.ndarray:
             result = model.visual_projection(model.vision_model(pixels).pooler_output)
         elif isinstance(model, SiglipModel):
             result = model.vision_model(pixels).pooler_output
-        elif isinstance(model, VisionTransformer):
-            result = model(pixels)
         else:
             result = model(pixels)
+        if not isinstance(result, torch.Tensor):
             names = ("image_embeds", "logits", "pooler_output")
             result = next(getattr(result, name) for name in names if getattr(result, name, None) is not None)
     return result.numpy()
@@ -142,12 +146,38 @@ def outputs(model: nn.Module, images: np.ndarray) -> np.ndarray:
 def main() -> None:
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser()
-    parser.add_argument("folder", nargs="?", type=Path)
-    folder = parser.parse_args().folder
-    make() if folder is None else check(folder)
+    choice = parser.add_mutually_exclusive_group(required=True)
+    choice.add_argument("eva", nargs="?", type=Path)
+    choice.add_argument("--check", type=Path)
+    arguments = parser.parse_args()
+    make(arguments.eva) if arguments.check is None else check(arguments.check)
 
 
-def make() -> None:
+def eva_clip_model(checkout: Path) -> nn.Module:
+    """Return the authors' tower without xformers' kernels, which compute the same."""
+    package = types.ModuleType("eva_clip")
+    package.__path__ = [str(checkout / "EVA-CLIP/rei/eva_clip")]
+    sys.modules["eva_clip"] = package  # so that its __init__ isn't run, which needs more packages
+    tower = importlib.import_module("eva_clip.eva_vit_model").EVAVisionTransformer
+    return tower(
+        img_size=SQUARE[0],
+        patch_size=PATCH,
+        num_classes=PROJECTION,
+        embed_dim=EVA_WIDTH,
+        depth=1,
+        num_heads=2,
+        mlp_ratio=1.5,
+        qkv_bias=True,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_mean_pooling=False,
+        rope=True,
+        intp_freq=True,
+        naiveswiglu=True,
+        subln=True,
+    )
+
+
+def make(eva: Path) -> None:
     results = {}
     for case in TIMM:
         model = randomized(case, timm_model(case))
@@ -169,6 +199,14 @@ def make() -> None:
     state = model.state_dict() | {name: torch.tensor(value) for name, value in entries.items()}
     save_file(state, FOLDER / "openai_clip.safetensors")
     results["openai_clip"] = (peers.images("openai_clip", SQUARE), model)
+    model = eva_clip_model(eva)
+    tables = {name: value.clone() for name, value in model.state_dict().items() if "rope.freqs" in name}
+    randomized("eva_clip", model).load_state_dict(tables, strict=False)
+    state = {f"visual.{name}": value.clone() for name, value in model.state_dict().items()}
+    texts = {"logit_scale": (), "text.token_embedding.weight": (6, 8), "text.text_projection": (8, PROJECTION)}
+    state |= {name: torch.tensor(peers.random_values("eva_clip", name, shape)) for name, shape in texts.items()}
+    save_file(state, FOLDER / "eva_clip.safetensors")
+    results["eva_clip"] = (peers.images("eva_clip", SQUARE), model)
     for case, make_model in HUGGING_FACE.items():
         model = randomized(case, make_model())
         shutil.rmtree(FOLDER / case, ignore_errors=True)
@@ -184,6 +222,8 @@ def check(folder: Path) -> None:
     recorded = np.load(FOLDER / "towers.npz")
     for path in sorted(folder.iterdir()):
         case, _, to = path.name.partition("@")
+        if case == "eva_clip":
+            continue  # timm's Eva class: make_peer_weights_rope.py
         images = recorded[f"{case}/images"]
         if to == "huggingface":
             config = json.loads((path / "config.json").read_text())

@@ -1,5 +1,5 @@
 """Write the image towers of make_peer_weights_towers.py with this program, each in every format that has it, for
-`make_peer_weights_towers.py FOLDER` to load.
+`make_peer_weights_towers.py --check FOLDER` to load.
 
 In this project's environment and the repository's root: PYTHONPATH=.:tests python tests/reference/write_towers.py DIR
 """

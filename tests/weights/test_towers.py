@@ -41,6 +41,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "timm_clip": {**CLIP, "gelu": "quick", "num_classes": 7},
     "openai_clip": {**CLIP, "gelu": "quick", "num_classes": 7},
     "open_clip": {**CLIP, "gelu": "erf", "num_classes": 7},
+    "eva_clip": {"pool": "cls", "rope": "axial", "mlp": "swiglu", "attention_norm": True, "num_classes": 7},
     "hf_clip": {**CLIP, "gelu": "quick", "num_classes": 7},
     "hf_clip_vision": {**CLIP, "gelu": "erf", "num_classes": 0},
     "hf_clip_projection": {**CLIP, "gelu": "quick", "num_classes": 7},
@@ -76,13 +77,14 @@ def written(name: str, to: Any, folder: Path) -> Path:
     ("name", "to"),
     [
         *(("timm_siglip", "timm"), ("timm_clip", "timm"), ("openai_clip", "openclip"), ("open_clip", "timm")),
+        ("eva_clip", "timm"),
         *((name, to) for name in ("hf_clip", "hf_clip_vision") for to in ("huggingface", "timm", "openclip")),
         *(("hf_siglip", to) for to in ("huggingface", "timm", "google", "plsc")),
         *(("hf_siglip_classifier", "huggingface"), ("hf_siglip2_naflex", "timm")),
     ],
 )
 def test_a_written_tower_has_the_same_bits_and_model(tmp_path: Path, name: str, to: Any) -> None:
-    """The other programs load these files strictly: tests/reference/make_peer_weights_towers.py FOLDER."""
+    """The other programs load these files strictly: tests/reference/make_peer_weights_towers.py --check FOLDER."""
     external, config = read_with_model(name)
     path = written(name, to, tmp_path)
     again = read_weights(path)

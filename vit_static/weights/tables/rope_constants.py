@@ -53,7 +53,7 @@ def hints_of_tables(cos: np.ndarray, sin: np.ndarray, width: int, name: str) -> 
         raise ValueError(f"{name} has the shape {list(cos.shape)}, which doesn't fit a width of {width}")
     of_column = np.arctan2(sin[1], cos[1])[head_dim // 2 :: 2].astype(np.float64)  # row 0, column 1
     exponents = -np.arange(head_dim // 4) / (head_dim // 4)
-    scale = float(of_column[0])
+    scale = float(of_column[0]) % (2.0 * math.pi)  # more than half a turn on fewer than six patches of EVA-02
     grid = max(round(scale * side), 1)
     columns = np.arange(side) * grid / side
 
