@@ -15,12 +15,14 @@ import time
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import numpy as np
 import pytest
 from helpers.forked_launch import run_forked_launch, run_forked_module
 from helpers.forked_verbs import run_verb, start_verb
 from helpers.pages import CONFIGS, PAGES, Command, page_name, read_commands
 from helpers.sets import copy_part, photo
 from helpers.small import REFERENCE, ROOT
+from safetensors.numpy import load_file, save_file
 
 from vit_static.data.digits import make_digits
 
@@ -94,6 +96,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("vit.npz", "timm.safetensors", "dinov2.safetensors", augreg):
         run(folder, Command("", "", ["convert", "--from", "output/quickstart", "--to", name]))
     shutil.copytree(REFERENCE / "weights" / "hf_clip", folder / "clip")
+    arrays = load_file(REFERENCE / "weights" / "dinov3.safetensors")
+    # Its patches are of 3 pixels, which don't divide the published models' images.
+    arrays["patch_embed.proj.weight"] = np.pad(arrays["patch_embed.proj.weight"], [(0, 0), (0, 0), (0, 1), (0, 1)])
+    save_file(arrays, folder / "dinov3.safetensors")
+    (folder / "hf").mkdir()
     for name in ("imagenet2012-ViT-B_16-224.pdparams", "imagenet2012-ViT-B_16-384.pdparams"):
         shutil.copy(folder / "output/quickstart/model.pdparams", folder / name)
     return folder

@@ -65,6 +65,15 @@ CLIP_AND_SIGLIP: list[tuple[dict[str, Any], int]] = [
     ({"width": 1536, "depth": 40, "num_heads": 16, "mlp_dim": 6144, **SIGLIP}, 1_163_168_256),
     ({"variant": "B/32", **CLIP, "num_classes": 512}, 87_849_216 + 512),
 ]
+BACKBONE: dict[str, Any] = {"num_classes": 0}
+SCALE: dict[str, Any] = {"layer_scale_init": 1e-5}
+MEDIUM: dict[str, Any] = {"width": 512, "num_heads": 8, "mlp_dim": 2048}
+NO_BIAS: dict[str, Any] = {"qkv_bias": False}
+REG4_GAP: dict[str, Any] = {"register_tokens": 4, "pool": "gap", "fc_norm": True, "image_size": 256, **SCALE}
+ROPE_GAP: dict[str, Any] = {
+    **REG4_GAP,
+    **{"register_tokens": 1, "rope": "axial", "rope_grid": (16, 16), "pos_embed": "none", "qkv_bias": "qv"},
+}
 # Counted on timm's models (1.0.31) without a head, or with one where classes are given; of the DINOv3 paper's table:
 # 21, 29, 86, 300 and 840 million; of ViT-5's table: 22 and 87 million.
 PUBLISHED: list[tuple[dict[str, Any], int]] = [
@@ -86,6 +95,20 @@ PUBLISHED: list[tuple[dict[str, Any], int]] = [
     ({"variant": "Ti/16", "distillation_token": True}, 5_910_800),
     ({"variant": "B/16", "distillation_token": True}, 87_338_192),
     ({"variant": "B/16", "rope": "mixed", "pos_embed": "none", "layer_scale_init": 1e-5}, 86_444_008),
+    ({"variant": "B/16", "rope": "axial", "rope_grid": (14, 14), "pos_embed": "none", **SCALE}, 86_434_792),
+    ({"variant": "B/16", **ROPE_GAP}, 86_425_576),
+    (
+        {"variant": "B/16", "width": 512, "depth": 20, "num_heads": 8, "mlp_dim": 2048, **ROPE_GAP, **NO_BIAS},
+        63_945_704,
+    ),
+    ({"variant": "B/16", "width": 640, "num_heads": 10, "mlp_dim": 2560, **REG4_GAP}, 60_398_440),
+    ({"variant": "B/16", "width": 320, "depth": 14, "num_heads": 5, "mlp_dim": 1792, **REG4_GAP}, 22_516_008),
+    (
+        {"variant": "g/14", "width": 1536, "num_heads": 24, "mlp": "swiglu", "image_size": 518, **BACKBONE, **SCALE},
+        1_136_479_232,
+    ),
+    ({"variant": "Ti/16", **EVA02, "mlp_norm": False}, 5_502_144),
+    ({"variant": "S/16", **EVA02, "mlp_norm": False}, 21_621_120),
 ]
 
 

@@ -202,7 +202,10 @@ def _complete_model(
         )
     shape = model["width"], model["depth"], model["mlp_dim"], model["mlp"]
     model = {"num_heads": published_num_heads(*shape), **model}
-    size = image_size or model.get("image_size") or _square_image_size(external, model["patch_size"])
+    usual = model.get("image_size")  # of the program's published models; without meaning for other patches
+    if external.model is None and usual is not None and any(side % model["patch_size"] for side in usual):
+        usual = None
+    size = image_size or usual or _square_image_size(external, model["patch_size"])
     model["image_size"] = None if size is None else list(size)
     if "pos_embed" in external.state and "class_token_pos_embed" not in model and size is not None:
         num_patches = size[0] // model["patch_size"] * (size[1] // model["patch_size"])

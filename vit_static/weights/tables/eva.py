@@ -85,12 +85,18 @@ _OPTIONS: dict[str, tuple[Any, ...]] = {
 
 
 def _hints_of_tables(state: State) -> dict[str, Any]:
-    name = next((name for name in state if name.endswith("rope.freqs_cos")), None)
-    sin = None if name is None else state.get(name.replace("freqs_cos", "freqs_sin"))
+    """Return what the tables of rotary positions say, of which each block may have one. ValueError if they differ."""
+    hints: dict[str, Any] = {}
     embedding = state["patch_embed.proj.weight"]
-    if name is None or sin is None or not embedding.ndim:
-        return {}
-    return hints_of_tables(state[name], sin, len(embedding), name)
+    for name in [name for name in state if name.endswith("rope.freqs_cos")]:
+        sin = state.get(name.replace("freqs_cos", "freqs_sin"))
+        if sin is None or not embedding.ndim:
+            continue
+        of_table = hints_of_tables(state[name], sin, len(embedding), name)
+        if hints and of_table != hints:
+            raise ValueError(f"{name} holds other rotary positions than the file's other tables")
+        hints = of_table
+    return hints
 
 
 def _refuses(state: Mapping[str, np.ndarray], model: ModelConfig) -> str | None:
