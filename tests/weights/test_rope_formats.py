@@ -23,10 +23,11 @@ from vit_static.config.schema import InitConfig
 from vit_static.model.vit import VisionTransformer
 from vit_static.weights.convert import convert_state, write_converted
 from vit_static.weights.formats import ExternalWeights, FormatName, read_weights
-from vit_static.weights.infer import format_override, infer_config, with_model_of_init
+from vit_static.weights.infer import format_override, infer_config
 from vit_static.weights.load import init_from, write_pdparams
 from vit_static.weights.published import published_num_heads
 from vit_static.weights.rope_order import channel_order, from_rope_order, to_rope_order
+from vit_static.weights.source import with_model_of_init
 
 KEEP = InitConfig(head="keep", pos_embed="antialias")
 PATCH = 3
