@@ -108,7 +108,7 @@ def run_eval(arguments: argparse.Namespace) -> int:
 
     labels = {"real": arguments.real, "v2": arguments.imagenet_v2}
     weights = {"ema": arguments.ema, "which": arguments.weights}
-    options = {**weights, **labels, "per_class": arguments.per_class}
+    options = {**weights, **labels, "per_class": arguments.per_class, "image_sizes": arguments.image_size}
     evaluate_checkpoint(config, arguments.checkpoint, arguments.overrides, **options)
     return EXIT_DONE
 

@@ -105,6 +105,37 @@ def test_every_policy_resumes_with_the_same_bits(sources: dict[str, DataConfig],
     assert not any(np.array_equal(ours[0], theirs[0]) for ours, theirs in zip(batches, plain, strict=True))
 
 
+@pytest.mark.parametrize("fill", ["noise", "mean"])
+def test_each_batch_has_the_size_of_its_step_however_many_are_prefetched(
+    sources: dict[str, DataConfig], fill: str
+) -> None:
+    """At the border too, in the same order, and after a resume; the pixels are those of a loader of that size, except
+    for the noise that fills erased boxes."""
+    augment = AUGMENT.model_copy(update={"random_erasing_with": fill})
+
+    def size_at(step: int) -> tuple[int, int]:
+        return (16, 24) if step < 3 else SIZE
+
+    def batches_of(size: tuple[int, int], start_step: int, count: int, prefetch: int, varies: bool) -> list[Any]:
+        data = sources["folders"].model_copy(update={"prefetch_batches": prefetch})
+        loader = TrainLoader(
+            open_set(data, "train", NUM_CLASSES), size, data, augment, seed=4, start_step=start_step, dp_rank=0,
+            dp_size=1, device_id=None, image_size_at=size_at if varies else None,
+        )  # fmt: skip
+        return next_batches(loader, count)
+
+    batches = batches_of(SIZE, 0, 6, 1, True)
+    assert [images.shape[2:] for images, _ in batches] == [(16, 24)] * 3 + [SIZE] * 3
+    assert_same(batches_of(SIZE, 0, 6, 4, True), batches)
+    assert_same(batches_of(SIZE, 2, 4, 3, True), batches[2:])
+    assert_same(batches_of(SIZE, 3, 3, 2, False), batches[3:])
+    small = batches_of((16, 24), 0, 3, 2, False)
+    for (images, labels), (expected, expected_labels) in zip(batches[:3], small, strict=True):
+        np.testing.assert_array_equal(labels, expected_labels)
+        num_other_pixels = (images != expected).any(axis=1).sum()
+        assert 0 < num_other_pixels < images[:, 0].size / 2 if fill == "noise" else num_other_pixels == 0
+
+
 @pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("source", SOURCES)
 def test_all_ranks_together_get_the_batches_of_one(sources: dict[str, DataConfig], source: str, num_ranks: int) -> None:

@@ -17,6 +17,7 @@ from vit_static.common.errors import ConfigError
 from vit_static.config.loader import load_config
 from vit_static.config.schema import AmpConfig, Config, KernelsConfig, ParallelConfig
 from vit_static.model import flops
+from vit_static.model.draws import at_size
 from vit_static.model.lora import add_adapters
 from vit_static.model.variants import shape_of, variant_of
 from vit_static.model.vit import VisionTransformer
@@ -385,3 +386,28 @@ def test_a_mesh_text_keeps_the_rest_of_the_config() -> None:
     with pytest.raises(ConfigError, match="sharding"):
         with_mesh(parallel, "sharding")
     assert runs_per_step("update", 4) == 1 and runs_per_step("forward", 4) == 4
+
+
+def test_the_plan_of_several_image_sizes_sums_up_their_phases(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The operations of the whole run are the closed form, the memory is the largest, the time is the sum."""
+    config = small_config("train.image_sizes=[[16, 0.5], [32, 0.75], [24, 1.0]]", "train.epochs=2")
+    out = tmp_path / "plan.json"
+    plan_run(config, "dp=1", None, A100, 0, False, out, num_images=6400)
+    plan = json.loads(out.read_text())
+    batch, num_steps = config.data.global_batch_size, {16: 100, 32: 50, 24: 50}
+    operations = {side: batch * flops.train_flops(shape_of(at_size(config.model, (side, side)))) for side in num_steps}
+    assert [(phase["image_size"][0], phase["steps"], phase["share_of_steps"]) for phase in plan["phases"]] == [
+        (16, 100, 0.5), (32, 50, 0.25), (24, 50, 0.25)
+    ]  # fmt: skip
+    assert [phase["flops"]["model"] for phase in plan["phases"]] == [operations[16], operations[32], operations[24]]
+    assert plan["run_model_flops"] == sum(count * operations[side] for side, count in num_steps.items())
+    assert plan["bytes"]["total"] == max(phase["bytes"]["total"] for phase in plan["phases"])
+    assert plan["image_size"] == [32, 32]
+    assert {phase["bytes"]["parameters"] for phase in plan["phases"]} == {4 * num_parameters(config)}
+    seconds = sum(phase["steps"] * phase["seconds"]["step_at_best"] for phase in plan["phases"])
+    assert plan["run"]["hours_at_least"] == pytest.approx(seconds / 3600)
+    assert plan["run"]["steps"] == 200
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("all "))
+    assert "100 %" in row and "200" in row.split()

@@ -123,13 +123,13 @@ def test_the_variables_stay_where_they_are_when_the_size_changes(make_program: A
         VisionTransformer(config), BATCH_SIZE, OptimConfig(), train_image_size=(8, 8), image_size_varies=True,
         learning_rate=lambda step: float(step + 1),
     )  # fmt: skip
-    assert program.prepare_training((8, 8)) is not None
+    program.prepare_training((8, 8))
+    assert program.compile_seconds > 0.0
     program.train_step(*images_and_labels(BATCH_SIZE, at_size(config, (8, 8))), 0)
     scope, state = paddle.static.global_scope(), state_of(program)
     variables = program._state._variables.values()
     pointers = [scope.find_var(name).get_tensor()._ptr() for name in variables]
-    assert program.prepare_training((8, 8)) is None
-    assert program.prepare_training((12, 16)) is not None
+    program.prepare_training((12, 16))
     assert state_of(program) == state
     assert [scope.find_var(name).get_tensor()._ptr() for name in variables] == pointers
     program.train_step(*images_and_labels(BATCH_SIZE, config), 1)

@@ -41,6 +41,21 @@ def test_a_step_is_logged_once() -> None:
     assert spec.due(Progress(10), logged_step=9).log and not spec.due(Progress(10), logged_step=10).log
 
 
+def test_the_phases_of_image_sizes_cover_the_steps() -> None:
+    """Each begins at its share of the steps, rounded; one without a step is left out."""
+    sizes = [[128, 0.4], [[192, 224], 0.41], [160, 0.81], [224, 1.0]]
+    spec = spec_of(total_steps=11, train={"image_sizes": sizes})
+    assert [(phase.image_size, phase.start, phase.end) for phase in spec.phases] == [
+        ((128, 128), 0, 4), ((192, 224), 4, 5), ((160, 160), 5, 9), ((224, 224), 9, 11)
+    ]  # fmt: skip
+    assert [spec.image_size_at(step)[1] for step in (0, 3, 4, 5, 8, 9, 10, 11)] == [
+        128, 128, 224, 160, 160, 224, 224, 224
+    ]  # fmt: skip
+    assert spec.largest_image_size == (224, 224)
+    assert [phase.end for phase in spec_of(total_steps=1, train={"image_sizes": sizes}).phases] == [1]
+    assert [(phase.image_size, phase.end) for phase in spec_of(total_steps=7).phases] == [((224, 224), 7)]
+
+
 @pytest.mark.parametrize(
     ("every_epochs", "num_images", "expected"),
     [

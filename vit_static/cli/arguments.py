@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NoReturn, TypeAlias, get_args
@@ -152,6 +153,14 @@ def positive_int(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
     return number
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Return height and width of "PIXELS" or "HxW". Raise ArgumentTypeError for any other text."""
+    match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number of pixels, such as 224, or HxW, such as 192x256")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def positive_float(text: str) -> float:

@@ -13,6 +13,7 @@ from vit_static.cli.arguments import (
     add_json,
     add_verb,
     add_verbose,
+    image_size,
     positive_int,
 )
 from vit_static.common.hardware import GPUS, GPUS_PER_NODE, INTERCONNECTS
@@ -73,7 +74,11 @@ def _add_eval(subparsers: Subparsers) -> None:
         "Measure top-1, top-5 and loss on the validation images.",
         verbs.run_eval,
         details="Every image counts once, on any number of processes.",
-        examples=["--checkpoint output/quickstart", "--checkpoint output/quickstart --per-class classes.csv"],
+        examples=[
+            "--checkpoint output/quickstart",
+            "--checkpoint output/quickstart --per-class classes.csv",
+            "--checkpoint output/quickstart --image-size 24 --image-size 32",
+        ],
     )
     add_verbose(verb)
     add_config(verb, None)
@@ -83,6 +88,15 @@ def _add_eval(subparsers: Subparsers) -> None:
         type=Path,
         metavar="FILE.csv",
         help="Also write precision, recall, F1 and support of every class to this file.",
+    )
+    verb.add_argument(
+        "--image-size",
+        action="append",
+        default=[],
+        type=image_size,
+        metavar="PIXELS|HxW",
+        help="Evaluate at this size instead of the model's, with the position embedding resampled; repeat it for a "
+        "result per size.",
     )
     labels = verb.add_mutually_exclusive_group()
     labels.add_argument("--real", type=Path, metavar="FILE", help="Use ImageNet's ReaL labels, of the file real.json.")

@@ -72,6 +72,11 @@ class TrainConfig(Section):
         24.0, description="seconds without an answer from its machine after which a node counts as lost"
     )
 
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """The sizes of image_sizes; empty if all images have the model's."""
+        return [size for size, _ in self.image_sizes]
+
     @model_validator(mode="after")
     def _check_image_sizes(self) -> TrainConfig:
         shares = [share for _, share in self.image_sizes]

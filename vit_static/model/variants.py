@@ -84,15 +84,15 @@ def _nearest_size(image_size: tuple[int, int], patch_size: int) -> list[int] | N
     return None if nearest == [*image_size] else nearest
 
 
-def check_train_sizes(config: ModelConfig, sizes: Iterable[tuple[int, int]]) -> None:
-    """Raise ConfigError for a size of train.image_sizes that can't be divided into patches."""
+def check_image_sizes(config: ModelConfig, sizes: Iterable[tuple[int, int]], key: str) -> None:
+    """Raise ConfigError, which names the key or option, for a size that can't be divided into patches."""
     patch_size = variant_of(config).patch_size
     for size in sizes:
         nearest = _nearest_size(size, patch_size)
         if nearest is not None:
             raise ConfigError(
-                f"train.image_sizes: images of {size[0]}x{size[1]} can't be divided into patches of {patch_size} "
-                f"pixels; set {nearest}"
+                f"{key}: images of {size[0]}x{size[1]} can't be divided into patches of {patch_size} pixels; set "
+                f"{nearest[0] if nearest[0] == nearest[1] else nearest}"
             )
 
 

@@ -9,6 +9,7 @@ upper bounds.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,10 +22,12 @@ from vit_static.common.hardware import GPUS, GPUS_PER_NODE, INTERCONNECTS, RESER
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config, ParallelConfig
 from vit_static.model.attention import attention_by_matmul
+from vit_static.model.draws import at_size
 from vit_static.model.flops import forward_macs
 from vit_static.model.lora import add_adapters
-from vit_static.model.variants import shape_of, step_flops, variant_of
+from vit_static.model.variants import check_image_sizes, shape_of, step_flops, variant_of
 from vit_static.model.vit import VisionTransformer
+from vit_static.optim.schedule import Phase, phases
 from vit_static.parallel.mesh import (
     Mesh,
     MeshShape,
@@ -49,6 +52,7 @@ _MESH_KEYS = {
     "recompute": "recompute",
 }
 _MAX_WORLD_SIZE = 2**16
+_UNKNOWN_STEPS = 1_000_000  # of a run whose number of training images isn't known
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Plan:
     global_batch_size: int
     model_flops: int  # per step on all ranks, in closed form; with the forward pass of a teacher
     teacher_flops: int = 0  # of these
+    image_size: tuple[int, int] = (0, 0)  # height and width of the training images
 
     @property
     def activations(self) -> int:
@@ -160,6 +165,7 @@ class Plan:
             "micro_batches": self.num_micro_batches,
             "micro_batches_in_flight": self.num_in_flight,
             "global_batch_size": self.global_batch_size,
+            "image_size": list(self.image_size),
             "dtype": self.dtype,
             **asdict(self.cluster),
             "bytes": {
@@ -229,14 +235,16 @@ def make_plan(
     cluster: Cluster,
     rank: int = 0,
     teacher: TeacherSource | None = None,
+    image_size: tuple[int, int] | None = None,
 ) -> Plan:
     """Compile the run's program for one rank and count its costs.
 
-    `teacher`: of the config, if it has been found. Raises ConfigError for an invalid mesh or rank, or a dtype that the
+    `teacher`: of the config, if it has been found. `image_size`: of the training images; None: the largest of
+    train.image_sizes, by default model.image_size. Raises ConfigError for an invalid mesh or rank, or a dtype that the
     GPU doesn't support.
     """
     teacher = teacher or find_teacher(config, needs_weights=False)
-    variant = variant_of(config.model)
+    variant, image_size = variant_of(config.model), image_size or largest_train_size(config)
     batch_size = config.data.global_batch_size
     mesh_shape = resolve_mesh(parallel, world_size, batch_size, variant)
     require_mesh(teacher, parallel, mesh_shape, batch_size)
@@ -248,9 +256,10 @@ def make_plan(
             f"--device {cluster.device}: doesn't support {precision.dtype}; set amp.dtype=float16, or amp.level=O0"
         )
     micro_batches = num_micro_batches(parallel)
+    model = at_size(config.model, image_size)
     with fake_world(rank, world_size):
         mesh = make_mesh(rank, mesh_shape, "gpu")
-        program = _compile(config, parallel, mesh, precision, teacher)
+        program = _compile(config, parallel, mesh, precision, teacher, image_size)
         costs: Costs = program.costs()
     return Plan(
         mesh_shape=mesh_shape,
@@ -263,16 +272,42 @@ def make_plan(
         cluster=cluster,
         dtype=precision.dtype,
         global_batch_size=batch_size,
-        model_flops=step_flops(config.model, None if teacher is None else teacher.model, config.lora) * batch_size,
+        model_flops=step_flops(model, None if teacher is None else teacher.model, config.lora) * batch_size,
         teacher_flops=0 if teacher is None else 2 * forward_macs(shape_of(teacher.model)) * batch_size,
+        image_size=image_size,
     )
 
 
+def largest_train_size(config: Config) -> tuple[int, int]:
+    """Return the size of the training images with most pixels. Raises ConfigError for one that has no whole patches."""
+    check_image_sizes(config.model, config.train.sizes, "train.image_sizes")
+    return max(config.train.sizes or [config.model.image_size], key=math.prod)
+
+
+def make_phase_plans(
+    config: Config, parallel: ParallelConfig, world_size: int, cluster: Cluster, rank: int, num_steps: int | None
+) -> list[tuple[Phase, Plan]]:
+    """Return the phases of a run on images of one size each (train.image_sizes), with the plan of their steps.
+
+    `num_steps` of the run; if it is unknown, the phases have their shares of _UNKNOWN_STEPS.
+    """
+    check_image_sizes(config.model, config.train.sizes, "train.image_sizes")
+    run = phases(config.train, config.model.image_size, num_steps or _UNKNOWN_STEPS)
+    sizes = dict.fromkeys(phase.image_size for phase in run)
+    plans = {size: make_plan(config, parallel, world_size, cluster, rank, image_size=size) for size in sizes}
+    return [(phase, plans[phase.image_size]) for phase in run]
+
+
 def _compile(
-    config: Config, parallel: ParallelConfig, mesh: Mesh, precision: Precision, teacher: TeacherSource | None
+    config: Config,
+    parallel: ParallelConfig,
+    mesh: Mesh,
+    precision: Precision,
+    teacher: TeacherSource | None,
+    image_size: tuple[int, int],
 ) -> Program:
-    """Return the program of this rank, with parameters that take no memory."""
-    models = [config.model] if teacher is None else [config.model, teacher.model]
+    """Return the program of this rank for images of this size, with parameters that take no memory."""
+    models = [at_size(config.model, image_size), *([] if teacher is None else [teacher.model])]
     fused = [each for each in models if uses_flash_attention(each, precision, parallel, config.kernels, "gpu")]
     with paddle.LazyGuard():
         model = VisionTransformer(config.model)
@@ -294,6 +329,7 @@ def _compile(
         eval_batch_size=mesh.dp_size,
         count_costs=partial(program_costs, cost_model=cost_model),
         teacher=teacher_model,
+        train_image_size=image_size,
     )
 
 

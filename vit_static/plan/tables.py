@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from vit_static.common.errors import ConfigError
 from vit_static.common.hardware import GPUS, RESERVED_BYTES
@@ -10,8 +13,9 @@ from vit_static.common.io import write_json
 from vit_static.common.terminal import print_table, print_wrapped
 from vit_static.common.text import counted, print_text
 from vit_static.config.schema import Config
+from vit_static.optim.schedule import Phase
 from vit_static.plan.costs import count_by_kind
-from vit_static.plan.planner import Cluster, Plan, make_plan, resolve_world_size, search_meshes, with_mesh
+from vit_static.plan.planner import Cluster, Plan, make_phase_plans, resolve_world_size, search_meshes, with_mesh
 from vit_static.plan.run_length import RunLength, gpu_hours, run_length
 
 
@@ -36,19 +40,83 @@ def plan_run(
         raise ConfigError("--search tries every mesh; combine it with --world, not with --mesh or --rank")
     parallel = with_mesh(config.parallel, mesh_text)
     length = run_length(config, num_images)
+    world_size = resolve_world_size(parallel, world_size)
+    values: Any
     if search:
-        plans = search_meshes(config, parallel, resolve_world_size(parallel, world_size), cluster)
+        plans = search_meshes(config, parallel, world_size, cluster)
+        if len(config.train.image_sizes) > 1:
+            length = replace(length, num_steps=None)  # the plans are those of the largest images
         print_search(plans, length)
+        values = [{**plan.as_json(), "run": length.as_json(plan.step_seconds, world_size)} for plan in plans]
     else:
-        plans = [make_plan(config, parallel, resolve_world_size(parallel, world_size), cluster, rank)]
-        print_plan(plans[0])
-        num_gpus = plans[0].mesh_shape.world_size
-        print_wrapped(f"whole run            {length.describe(config, plans[0].step_seconds, num_gpus)}", 21)
+        run = make_phase_plans(config, parallel, world_size, cluster, rank, length.num_steps)
+        plan = max((plan for _, plan in run), key=lambda plan: plan.memory)
+        print_plan(plan)
+        step_seconds = mean_over_steps(run, lambda plan: plan.step_seconds)
+        values = {**plan.as_json(), "run": length.as_json(step_seconds, world_size)}
+        if len(run) > 1:
+            print_phases(run, length)
+            values |= _phases_as_json(run, length)
+        print_wrapped(f"whole run            {length.describe(config, step_seconds, world_size)}", 21)
     if out is not None:
-        values = [
-            {**plan.as_json(), "run": length.as_json(plan.step_seconds, plan.mesh_shape.world_size)} for plan in plans
-        ]
-        write_json(values if search else values[0], out)
+        write_json(values, out)
+
+
+def mean_over_steps(run: list[tuple[Phase, Plan]], value_of: Callable[[Plan], float]) -> float:
+    """Return the mean of a plan's value over the steps of a run."""
+    total = sum((phase.end - phase.start) * value_of(plan) for phase, plan in run)
+    return total / sum(phase.end - phase.start for phase, _ in run)
+
+
+def print_phases(run: list[tuple[Phase, Plan]], length: RunLength) -> None:
+    """Print the costs of each phase of a run (train.image_sizes), and of all of them if the run's length is known."""
+    num_steps = sum(phase.end - phase.start for phase, _ in run)
+    rows = []
+    for phase, plan in run:
+        count = phase.end - phase.start
+        memory = f"{_size(plan.memory).strip()}{'' if plan.fits else ' (DOES NOT FIT)'}"
+        row = [_pixels(phase), f"{100 * count / num_steps:.4g} %", memory, f"{plan.step_seconds * 1e3:.2f} ms"]
+        rows.append([*row, f"{100 * plan.mfu:.1f} %", *_totals([(phase, plan)], length)])
+    row = ["all", "100 %", _size(max(plan.memory for _, plan in run)).strip()]
+    row.append(f"{mean_over_steps(run, lambda plan: plan.step_seconds) * 1e3:.2f} ms")
+    rows.append([*row, "", *_totals(run, length)])
+    headers = ["images", "steps", "memory per rank", "step at least", "MFU at most"]
+    headers += [] if length.num_steps is None else ["number of steps", "model's PFLOP", "GPU-hours at least"]
+    largest = max(run, key=lambda phase_and_plan: phase_and_plan[1].memory)[0]
+    print_text("")
+    print_table(
+        headers,
+        rows,
+        title=f"phases; the plan above is that of images of {_pixels(largest)}, with most memory",
+        right=range(1, 8),
+    )
+    print_text("")
+
+
+def _pixels(phase: Phase) -> str:
+    return f"{phase.image_size[0]}x{phase.image_size[1]}"
+
+
+def _totals(run: list[tuple[Phase, Plan]], length: RunLength) -> list[str]:
+    """Return the number of steps, the model's operations and the GPU-hours of phases, if the run's length is known."""
+    if length.num_steps is None:
+        return []
+    num_steps = sum(phase.end - phase.start for phase, _ in run)
+    seconds = sum((phase.end - phase.start) * plan.step_seconds for phase, plan in run)
+    operations = sum((phase.end - phase.start) * plan.model_flops for phase, plan in run)
+    return [f"{num_steps:,}", f"{operations / 1e15:,.4g}", gpu_hours(seconds, run[0][1].mesh_shape.world_size)]
+
+
+def _phases_as_json(run: list[tuple[Phase, Plan]], length: RunLength) -> dict[str, Any]:
+    """Return the phases as JSON values: `steps` is null, and with it all sums, if the run's length isn't known."""
+    num_steps = sum(phase.end - phase.start for phase, _ in run)
+    entries = []
+    for phase, plan in run:
+        count = phase.end - phase.start
+        share = {"steps": None if length.num_steps is None else count, "share_of_steps": count / num_steps}
+        entries.append({**share, **plan.as_json()})
+    operations = sum((phase.end - phase.start) * plan.model_flops for phase, plan in run)
+    return {"phases": entries, "run_model_flops": None if length.num_steps is None else operations}
 
 
 def print_plan(plan: Plan) -> None:

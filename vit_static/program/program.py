@@ -68,6 +68,7 @@ class Program:
         self._model, self._mesh, self._spec = model, mesh, spec
         self._criterion: Criterion | DistillCriterion = criterion
         self._grad_sync = _grad_sync_config(spec.parallel, mesh)
+        self.compile_seconds = 0.0  # of the training program
         self._mode: str | None = None
         self._built: dict[str, Any] = {}
         self._costs: Any = None
@@ -215,11 +216,10 @@ class Program:
             engine.run_without_results(self._program, [images, _as_input(labels)])
         return self._loss.tensor()
 
-    def prepare_training(self, image_size: tuple[int, int]) -> float | None:
-        """Make the training program for images of this height and width the current one.
+    def prepare_training(self, image_size: tuple[int, int]) -> None:
+        """Make the training program for images of this height and width the current one; compile it if it isn't yet.
 
-        Returns the seconds that it took to compile, or None if it has been compiled already. The one of another size is
-        given up; weights and optimizer state stay where they are.
+        The one of another size is given up; weights and optimizer state stay where they are.
         """
         if image_size != self._train_size:
             assert self._several is not None, "images of another size than the program's"
@@ -227,12 +227,7 @@ class Program:
             if self._built.pop("train", None) is not None:
                 self._mode = None
                 gc.collect()  # its programs refer to each other
-        if "train" in self._built:
-            self._set_mode("train")
-            return None
-        started = time.perf_counter()
         self._set_mode("train")
-        return time.perf_counter() - started
 
     def loss_value(self, loss: Any) -> float:
         """Return a loss of `train_step` as a number, averaged over the micro-batches. Waits for the device.
@@ -374,6 +369,7 @@ class Program:
                 self._state.start_masters(weights)
 
     def _build(self, mode: str) -> None:
+        started = time.perf_counter()
         engine.set_input_specs(self._program, *self._input_specs(mode))
         several = self._several
         if mode == "train":
@@ -386,6 +382,7 @@ class Program:
             self._loss.create(engine.place_of(self._program))
             if self._distillation is not None:
                 self._distillation.create_variables(engine.place_of(self._program))
+            self.compile_seconds = time.perf_counter() - started
 
     def _run_passes(self, mode: str, compiled: Any) -> None:
         """Run our own passes over the program that Paddle has compiled for this rank and `mode`."""

@@ -6,6 +6,7 @@ import json
 import statistics
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ METRICS_FILE = "metrics.jsonl"
 METRICS_FORMAT = 1  # in the events `started` and `resumed`; without a number it is 1
 EXTRA_EVAL = "eval_also"  # the kind of entries of further validation sets; `set` is the name of theirs
 RECORDS_LOST, SINK_FAILED = "records lost", "sink failed"  # events about the log itself, not about the run
+IMAGE_SIZE = "image size"  # the event before the first step on images of this size (train.image_sizes)
 EARLY_STOP = "early stop"  # the event before `finished`, if train.patience ended the run
 # What the last event of a run says about its state.
 END_STATES = {
@@ -161,6 +163,18 @@ class RunLogData:
     def rewinds(self) -> list[dict[str, Any]]:
         """The events at which the run went back to a checkpoint."""
         return [entry for entry in self.all_entries if entry.get("event") in _REWIND_EVENTS]
+
+    @property
+    def image_sizes(self) -> dict[int, str]:
+        """The height and width of the training images by the step after which they begin; empty if it is one size."""
+        changes: dict[int, str] = {}
+        for entry in self.entries:
+            size = entry.get("image_size")
+            if entry.get("event") == IMAGE_SIZE and isinstance(size, list) and all(map(_is_number, size)):
+                changes[entry["step"]] = "x".join(f"{side:g}" for side in size)
+        steps = sorted(changes)
+        repeated = [step for before, step in pairwise(steps) if changes[step] == changes[before]]  # a resumption
+        return {step: changes[step] for step in steps if step not in repeated}
 
     @cached_property
     def sessions(self) -> list[Session]:

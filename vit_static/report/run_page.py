@@ -87,6 +87,7 @@ def _toggles(run: RunLogData) -> list[Toggle]:
 
 def _charts(run: RunLogData) -> list[str]:
     marks = [Mark(entry["step"], entry["event"], entry["event"] != "resumed") for entry in run.rewinds]
+    marks += [Mark(step, f"images of {size}") for step, size in run.image_sizes.items() if step > 0]
     drawings = []
     for title, kind, key in CURVES:
         if key == "top5" and not run.has_top5:
@@ -100,7 +101,7 @@ def _charts(run: RunLogData) -> list[str]:
 
 def _speed_note(run: RunLogData) -> str:
     """The rate of arithmetic where it can't be related to the device's peak, which isn't known for every device."""
-    if run.mfu or not run.images_per_s or not run.flops_per_image:
+    if run.mfu or not run.images_per_s or not run.flops_per_image or len(run.image_sizes) > 1:
         return ""
     rate = run.images_per_s * run.flops_per_image
     unit, text = (1e12, "TFLOP/s") if rate >= 1e12 else (1e9, "GFLOP/s")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paddle
 
 from vit_static.common.errors import DataError, UserError
 from vit_static.common.text import print_line
@@ -21,7 +22,8 @@ from vit_static.data.image_set import ImageDataset
 from vit_static.data.imagenet_eval import imagenet_v2, with_real_labels
 from vit_static.data.loader import EvalLoader
 from vit_static.data.open_set import open_set
-from vit_static.model.variants import require_head
+from vit_static.model.draws import at_size
+from vit_static.model.variants import check_image_sizes, require_head
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import Mesh, MeshShape, gpu_capability, num_micro_batches, rank_and_world_size, start_mesh
 from vit_static.program.precision import choose_attention, choose_precision
@@ -229,13 +231,16 @@ def evaluate_checkpoint(
     real: Path | None = None,
     v2: Path | None = None,
     per_class: Path | None = None,
+    image_sizes: Sequence[tuple[int, int]] = (),
 ) -> None:
     """Evaluate a checkpoint with the config that it was trained with, unless another is given (the verb `eval`).
 
     `ema`: the weights' moving average. `which`: among the weights of a run's folder. `real`: the file of ReaL labels,
     `v2`: the folder of ImageNet-V2's images (data/imagenet_eval.py). `per_class`: a CSV file to write, with the quality
-    of each class.
+    of each class. `image_sizes`: evaluate once per size; (): at the model's.
     """
+    if per_class is not None and len(set(image_sizes)) > 1:
+        raise UserError("--per-class: writes the classes of one evaluation; give one --image-size")
     if per_class is not None and real is not None:
         raise UserError(
             "--per-class: needs one label per image, or several that hold together; ReaL's exclude each other"
@@ -261,24 +266,54 @@ def evaluate_checkpoint(
     if real is not None:
         images = with_real_labels(images, real, num_classes)
         config = config.with_several_labels()
-    program = load_program(config, loaded, mesh, returns_logits=config.evaluates_logits and real is None)
-    predictions = predict_all(program, eval_loader(config, images, mesh), mesh)
-    metrics = EvalMetrics.of(predictions, config.eval.threshold)
-    text = metrics.describe(config.selection_metric, num_classes=config.model.num_classes)
-    values: dict[str, Any] = dict(metrics.values())
+    sizes = [*dict.fromkeys(image_sizes)] or [config.model.image_size]
+    check_image_sizes(config.model, sizes, "--image-size")
+    target = _Target(loaded, images, extra_sets, mesh, is_real=real is not None, per_class=per_class)
     choice = describe_choice(checkpoint, which)
-    if real is not None:
-        del values["loss"]  # meaningless for several labels that exclude each other
-        text = text.replace(f"  loss {metrics.loss:.4f}", "  ReaL")
-    if per_class is not None and mesh.rank == 0:
-        classes = class_quality(predictions, images.class_names, num_classes, config.eval.threshold)
-        assert classes is not None
-        write_class_quality(classes, per_class)
-    extra = evaluate_extra(program, extra_sets, config, mesh)
-    if extra:
-        values["also"] = {result.name: result.values() for result in extra}
+    if mesh.rank == 0 and choice is not None:
+        print_line(choice, flush=True)
+    results = []
+    for height, width in sizes:
+        at_this_size = config.model_copy(update={"model": at_size(config.model, (height, width))})
+        # Programs share the variables of a scope by their names.
+        with paddle.static.scope_guard(paddle.static.Scope()):
+            lines, values = target.evaluate(at_this_size)
+        prefix = f"{height}x{width}  " if len(sizes) > 1 else ""
+        results.append({"image_size": [height, width], **values} if prefix else values)
+        for line in lines if mesh.rank == 0 else []:
+            print_line(prefix + line, flush=True)
     if mesh.rank == 0:
-        lines = [] if choice is None else [choice]
-        lines += [text, *(result.describe(config.model.num_classes) for result in extra), json.dumps(values)]
-        for line in lines:
-            print_line(line, flush=True)
+        print_line(json.dumps({"image_sizes": results} if len(sizes) > 1 else results[0]), flush=True)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Weights, and the images that the verb `eval` evaluates them on."""
+
+    weights: Weights
+    images: ImageDataset
+    extra_sets: tuple[ExtraSet, ...]
+    mesh: Mesh
+    is_real: bool  # with ReaL labels
+    per_class: Path | None  # the file to write
+
+    def evaluate(self, config: Config) -> tuple[list[str], dict[str, Any]]:
+        """Return the results in lines and as JSON values, and write the quality of each class if asked to."""
+        num_classes = config.model.num_classes
+        returns_logits = config.evaluates_logits and not self.is_real
+        program = load_program(config, self.weights, self.mesh, returns_logits=returns_logits)
+        predictions = predict_all(program, eval_loader(config, self.images, self.mesh), self.mesh)
+        metrics = EvalMetrics.of(predictions, config.eval.threshold)
+        text = metrics.describe(config.selection_metric, num_classes=num_classes)
+        values: dict[str, Any] = dict(metrics.values())
+        if self.is_real:
+            del values["loss"]  # meaningless for several labels that exclude each other
+            text = text.replace(f"  loss {metrics.loss:.4f}", "  ReaL")
+        if self.per_class is not None and self.mesh.rank == 0:
+            classes = class_quality(predictions, self.images.class_names, num_classes, config.eval.threshold)
+            assert classes is not None
+            write_class_quality(classes, self.per_class)
+        extra = evaluate_extra(program, self.extra_sets, config, self.mesh)
+        if extra:
+            values["also"] = {result.name: result.values() for result in extra}
+        return [text, *(result.describe(num_classes) for result in extra)], values

@@ -13,7 +13,7 @@ import numpy as np
 from vit_static.checkpoint.progress import Progress
 from vit_static.common.errors import describe_error
 from vit_static.common.hardware import peak_flops
-from vit_static.common.text import counted
+from vit_static.common.text import counted, duration
 from vit_static.config.data_schema import SelectionMetric
 from vit_static.parallel.mesh import Mesh, device_name
 from vit_static.program.program import Program
@@ -22,7 +22,7 @@ from vit_static.report.class_quality import calibration, class_counts
 from vit_static.report.error_analysis import ErrorAnalysis
 from vit_static.report.metric_names import METRIC_TITLES, format_metric
 from vit_static.report.predictions import Predictions
-from vit_static.report.run_log import EXTRA_EVAL
+from vit_static.report.run_log import EXTRA_EVAL, IMAGE_SIZE
 from vit_static.train.extra_eval import ExtraResult
 from vit_static.train.log import RunLog
 from vit_static.train.run_info import memory_mb
@@ -132,17 +132,34 @@ class MetricLogger:
     """Logs one run's training steps, evaluations and events, and measures its throughput."""
 
     def __init__(
-        self, log: RunLog, spec: RunSpec, mesh: Mesh, start_step: int, dtype: str, train_flops_per_image: int
+        self,
+        log: RunLog,
+        spec: RunSpec,
+        mesh: Mesh,
+        start_step: int,
+        dtype: str,
+        flops_per_image: Callable[[tuple[int, int]], int],
     ) -> None:
-        """`dtype`: that of the matrix products, for the MFU, as are the operations per image, a teacher's included."""
+        """`dtype`: that of the matrix products, for the MFU. `flops_per_image`: a training step's operations per image
+        of this height and width, a teacher's included."""
         self.logged_step = start_step
         self.loss: float | None = None  # the last logged step's, averaged over all ranks
         self._log, self._spec, self._mesh = log, spec, mesh
         self._timed_from = start_step, 0.0  # the step, and the seconds at which it was done, for the expected end
         self._has_said_end = False
-        self.train_flops_per_image = train_flops_per_image
+        self._flops_per_image = {phase.image_size: flops_per_image(phase.image_size) for phase in spec.phases}
         self._peak_flops = peak_flops(device_name(mesh), dtype)  # FLOP/s per device; None where unknown
         self._meter, self._started = ThroughputMeter(), time.perf_counter()
+
+    def train_flops_per_image(self, step: int) -> int:
+        """Return the operations per image of the step that follows `step` done ones."""
+        return self._flops_per_image[self._spec.image_size_at(step)]
+
+    def _mean_flops_per_image(self, start: int, end: int) -> float:
+        """Return the mean of `train_flops_per_image` over the steps after `start` done ones until `end`."""
+        num_steps = {phase: max(min(phase.end, end) - max(phase.start, start), 0) for phase in self._spec.phases}
+        total = sum(count * self._flops_per_image[phase.image_size] for phase, count in num_steps.items())
+        return total / max(sum(num_steps.values()), 1)
 
     @property
     def seconds(self) -> float:
@@ -165,7 +182,7 @@ class MetricLogger:
         step, spec = progress.step, self._spec
         self.loss = self._mesh.mean(program.loss_value(loss))
         images_per_s, data_wait = self._meter.read((step - self.logged_step) * spec.batch_size, seconds_waited)
-        peak = self._peak_flops
+        peak, flops = self._peak_flops, self._mean_flops_per_image(self.logged_step, step)
         values: dict[str, Any] = {
             "loss": self.loss,
             **{name: self._mesh.mean(value) for name, value in program.loss_parts().items()},
@@ -173,14 +190,17 @@ class MetricLogger:
             "grad_norm": program.grad_norm(),
             "images_per_s": images_per_s,
             "data_wait": data_wait,
-            "mfu": None if peak is None else images_per_s * self.train_flops_per_image / (peak * self._mesh.world_size),
+            "mfu": None if peak is None else images_per_s * flops / (peak * self._mesh.world_size),
             "memory_mb": memory_mb(self._mesh),
             "seconds": self.seconds,
         }
         seconds_left = None
         if step > 1:  # the first step compiles the program, so its speed says nothing about the others
             seconds_per_step = (self.seconds - self._timed_from[1]) / (step - self._timed_from[0])
-            seconds_left = seconds_per_step * (spec.total_steps - step)
+            # A later step on larger images is expected to take longer by its operations.
+            relative = self._mean_flops_per_image(step, spec.total_steps)
+            relative /= self._mean_flops_per_image(self._timed_from[0], step)
+            seconds_left = seconds_per_step * (spec.total_steps - step) * relative
         self._log.record("train", step, spec.epoch(step), **values)
         if seconds_left and not self._has_said_end:
             self._has_said_end = True
@@ -212,6 +232,17 @@ class MetricLogger:
                 **result.values(),
             )  # fmt: skip
             self.say(f"    {result.describe(self._spec.config.model.num_classes)}")
+
+    def log_image_size(self, step: int, image_size: tuple[int, int], compile_seconds: float) -> None:
+        """Log that the steps after `step` train on images of this height and width (train.image_sizes)."""
+        flops = self.train_flops_per_image(step)
+        values = {"train_flops_per_image": flops, "compile_seconds": compile_seconds}
+        self.log_event(step, IMAGE_SIZE, image_size=list(image_size), **values)
+        self.say(
+            f"images of {image_size[0]}x{image_size[1]} from step {step + 1} on: {flops / 1e9:.2f} GFLOP per image "
+            f"with the backward pass; the program was compiled in {duration(compile_seconds)}"
+        )
+        self._timed_from = self._timed_from[0], self._timed_from[1] + compile_seconds
 
     def log_event(self, step: int, event: str, **values: Any) -> None:
         """Log something that happens at most a few times in a run."""

@@ -54,11 +54,11 @@ class RunSpec:
     def resolve(cls, config: Config) -> RunSpec:
         """Derive the spec of a run. Raise UserError for every mistake that can be found before anything is built."""
         # Imported here so that the rest of this module is usable without Paddle.
-        from vit_static.model.variants import check_train_sizes, require_head, variant_of
+        from vit_static.model.variants import check_image_sizes, require_head, variant_of
         from vit_static.parallel.mesh import rank_and_world_size, resolve_mesh
 
         require_head(config.model)
-        check_train_sizes(config.model, (size for size, _ in config.train.image_sizes))
+        check_image_sizes(config.model, config.train.sizes, "train.image_sizes")
         rank, world_size = rank_and_world_size()
         batch_size = config.data.global_batch_size
         mesh_shape = resolve_mesh(config.parallel, world_size, batch_size, variant_of(config.model))

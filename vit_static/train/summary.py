@@ -38,6 +38,7 @@ def start_screen(
     rows = {
         "model": f"{model_name(model)}, {variant.width} wide, {variant.depth} deep, {variant.num_heads} heads, patches "
         f"of {variant.patch_size} pixels, images of {height}x{width}, {counted(model.num_classes, 'class')}",
+        **_image_sizes(spec),
         "size": f"{num_parameters / 1e6:.2f} M parameters; {2 * flops.forward_macs(shape) / 1e9:.2f} GFLOP per image, "
         f"{flops.train_flops(shape, config.lora) / 1e9:.2f} with the backward pass",
         "start": start,
@@ -73,6 +74,14 @@ def start_screen(
         for label, text in rows.items()
     ]
     return "\n".join([escape(config.name), *lines])
+
+
+def _image_sizes(spec: RunSpec) -> dict[str, str]:
+    """Return a row about the sizes of the training images; none if all have the model's."""
+    if not spec.config.train.image_sizes:
+        return {}
+    sizes = ["{}x{} until step {}".format(*phase.image_size, phase.end) for phase in spec.phases]
+    return {"trained on": f"images of {', '.join(sizes)}"}
 
 
 def _amount(number: float, noun: str) -> str:

@@ -18,6 +18,7 @@ from vit_static.config.schema import Config
 from vit_static.data.loader import TrainLoader
 from vit_static.data.mixup import Mixup
 from vit_static.data.open_set import check_command
+from vit_static.model.draws import at_size
 from vit_static.model.lora import add_adapters
 from vit_static.model.variants import step_flops
 from vit_static.model.vit import VisionTransformer
@@ -89,8 +90,11 @@ class Trainer:
         self.evaluator = Evaluator(config, spec.val_images, mesh, spec.extra_sets)
         signals = stack.enter_context(SignalWatch(config.train.stop_timeout_s))
         log = stack.enter_context(RunLog(run.path, spec.rank, make_trackers(config, done_steps)))
-        flops_per_image = step_flops(config.model, None if teacher is None else teacher.model, config.lora)
-        self.metrics = MetricLogger(log, spec, mesh, done_steps, precision.dtype, flops_per_image)
+        teacher_model = None if teacher is None else teacher.model
+        self.metrics = MetricLogger(
+            log, spec, mesh, done_steps, precision.dtype,
+            lambda size: step_flops(at_size(config.model, size), teacher_model, config.lora),
+        )  # fmt: skip
         record = None if teacher is None else teacher.record
         writer = CheckpointWriter(config, mesh, spec.train_images.class_names, start.run_id, record, start.lora_base)
         self.checkpoints = Checkpointer(writer, spec, self.metrics, saved=start.progress)
@@ -102,6 +106,7 @@ class Trainer:
             stops_on_failed_save=config.checkpoint.on_failure == "stop",
         )
         self.profiler = stack.enter_context(StepTrace(config.train.profile_steps, run.path, mesh, self.metrics.say))
+        self._image_size: tuple[int, int] | None = None  # of the last step
         self._loss: Any = None  # loss of the last step; read only when logging, because reading it waits for the device
 
     @classmethod
@@ -165,6 +170,7 @@ class Trainer:
                 if has_ended or self.stop.requested:
                     return self.finish()
                 self.checkpoints.log_save_results()
+                self._start_image_size()
             step = self.progress.step
             with self.profiler.step(step + 1):
                 self._loss = self.program.train_step(*self.mixup(batch, step), step)
@@ -187,6 +193,15 @@ class Trainer:
                 problem = str(error)
         self.stop.poll(problem, self.checkpoints.problem)
         return batch
+
+    def _start_image_size(self) -> None:
+        """Compile the program for the next step's images, and log it, if they have another size than the last ones."""
+        step = self.progress.step
+        size = self.spec.image_size_at(step)
+        if size != self._image_size and len(self.spec.phases) > 1:
+            self.program.prepare_training(size)
+            self.metrics.log_image_size(step, size, self.program.compile_seconds)
+        self._image_size = size
 
     def roll_back(self, bad_step: NonFiniteStep) -> bool:
         """Restore the last checkpoint and skip the bad batch. If that isn't possible, request a stop and return False.
@@ -306,7 +321,7 @@ class Trainer:
         event = "resumed" if start.is_resumed else "started"
         metrics.log_event(
             step, event, format=METRICS_FORMAT, total_steps=spec.total_steps, num_parameters=num_parameters,
-            train_flops_per_image=metrics.train_flops_per_image, **info,
+            train_flops_per_image=metrics.train_flops_per_image(step), **info,
         )  # fmt: skip
         if spec.has_ended(self.progress) and self.progress.evaluated_step == step:
             key = "patience" if spec.stops_early(self.progress) else spec.limiting_key
