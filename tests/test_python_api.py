@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,35 @@ def test_messages_name_functions_of_python(tmp_path: Path) -> None:
         assert for_python(text) == words
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: vit_static.train("quickstart"),
+            r"^config = 'quickstart': must be a config, as vit_static\.load_config",
+        ),
+        (lambda: vit_static.load_config(3), r"^path = 3: must be a path \(str or pathlib\.Path\)$"),
+        (lambda: vit_static.load_config(None, "train.epochs=5"), r"^overrides = 'train\.epochs=5': must be a list"),
+        (
+            lambda: vit_static.load_config(None, {"train.epochs": 5}),
+            r"^overrides = {'train\.epochs': 5}: must be a list",
+        ),
+        (lambda: vit_static.load_config(None, [5]), r"must be a list of settings, such as"),  # type: ignore[list-item]
+        (lambda: vit_static.build(3), r"^model = 3: must be a name in vit_static\.VARIANTS or a config$"),
+        (lambda: vit_static.load(None), r"^folder = None: must be a path"),
+        (lambda: vit_static.load("model", num_threads=0), r"^num_threads = 0: must be None or a number above 0$"),
+        (lambda: vit_static.load("model", precision="fp16"), r"^precision = 'fp16': must be one of float32, "),
+        (lambda: vit_static.load_weights(3), r"^source = 3: must be a path"),
+        (lambda: vit_static.load_weights("run", config="own.yaml"), r"^config = 'own\.yaml': must be a config"),
+        (lambda: vit_static.evaluate("run", which="bst"), r"^which = 'bst': must be \"best\" or \"last\"$"),
+        (lambda: vit_static.export("run", None), r"^folder = None: must be a path"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_named(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
 def test_an_exported_model_says_what_has_its_attention() -> None:
     model = Predictor.__new__(Predictor)
     for name in ("attention", "draw_attention", "layer"):
@@ -171,6 +201,17 @@ def test_an_interrupted_training_saves_before_the_interrupt_is_raised(tmp_path: 
 
 
 @pytest.mark.slow
+def test_images_and_numbers_that_are_none_are_named(exported: Exported) -> None:
+    model = vit_static.load_weights(exported.run)
+    for call, message in (
+        (lambda: model([3]), r"^3: is no image; pass paths, Pillow images or arrays$"),  # type: ignore[list-item]
+        (lambda: model(3), r"^3: is no list of images; pass \[image, \.\.\.\]$"),
+        (lambda: model(["3.jpeg"], top_k=0), r"^top_k = 0: must be None or a whole number above 0$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_weights_predict_as_their_export_does(exported: Exported) -> None:
     """And their attention is that of `visualize`."""
     images = exported.validation_images()[:5]

@@ -17,9 +17,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from vit_static.common.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER_MISTAKE, RunFailed, UserError
+from vit_static.common.errors import (
+    EXIT_DONE,
+    EXIT_STOPPED,
+    EXIT_USER_MISTAKE,
+    RunFailed,
+    UserError,
+    require_argument,
+    require_overrides,
+    require_path,
+)
 from vit_static.common.installation import SOURCE_TREE
 from vit_static.common.startup import import_paddle_quietly, user_environ
 from vit_static.config.loader import dump_config, make_config
@@ -53,6 +62,11 @@ def load(folder: PathLike, *, precision: InferencePrecision | None = None, num_t
     By default it runs in the precision of the export, on all cores that this process may use. Raise PredictError, a
     ValueError, if `export` didn't write the folder, or if this machine can't run the precision.
     """
+    require_path("folder", folder)
+    is_count = num_threads is None or (type(num_threads) is int and num_threads > 0)
+    require_argument(is_count, "num_threads", num_threads, "None or a number above 0")
+    precisions = get_args(InferencePrecision)
+    require_argument(precision in (None, *precisions), "precision", precision, f"one of {', '.join(precisions)}")
     import_paddle_quietly()
     from vit_static.inference.predictor import load_predictor
 
@@ -68,6 +82,8 @@ def build(model: str | ModelConfig | Config = "B/16", **keys: Any) -> VisionTran
     [B, num_classes]; its `features` returns [B, width]. Raise ConfigError, a ValueError, for keys that don't exist or
     don't fit each other.
     """
+    is_model = isinstance(model, str | ModelConfig | Config)
+    require_argument(is_model, "model", model, "a name in vit_static.VARIANTS or a config")
     config = model.model if isinstance(model, Config) else model
     given = {"variant": config} if isinstance(config, str) else config.model_dump(by_alias=True)
     config = make_config({"model": {**given, **keys}}).model
@@ -92,6 +108,9 @@ def load_weights(
     best or last weights. The model runs on the CPU, and sets Paddle's device to it. Raise WeightsError or ConfigError,
     ValueErrors, for weights that can't be read or don't fit.
     """
+    _require_source("source", source, overrides, which)
+    if config is not None:
+        _require_config(config)
     import_paddle_quietly()
     from vit_static.inference.trained_model import load_trained
 
@@ -107,6 +126,8 @@ def train(config: Config, *, resume: PathLike = "auto", verbose: bool = True) ->
 
     Raise UserError, a ValueError, for the user's mistakes, and RunFailed, a RuntimeError, for any other failure.
     """
+    _require_config(config)
+    require_path("resume", resume)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "config.yaml")
         dump_config(config, path)
@@ -127,6 +148,7 @@ def evaluate(
     Return the metrics: top-1, top-5, macro F1 and others in percent, the loss, and in `also` those of eval.also's sets.
     The arguments are those of `load_weights`. Raise as `train` does.
     """
+    _require_source("checkpoint", checkpoint, overrides, which)
     arguments = ["eval", "--checkpoint", os.fspath(checkpoint), "--weights", which, *_options(overrides, ema)]
     code, lines = _run_verb(arguments, verbose)
     if code == EXIT_STOPPED:
@@ -150,11 +172,24 @@ def export(
     `onnx` also writes model.onnx; the other arguments are those of `load_weights`. Raise as `train` does, and RunFailed
     if the exported model's outputs differ from the trained model's.
     """
+    _require_source("checkpoint", checkpoint, overrides, which)
+    require_path("folder", folder)
     arguments = ["export", "--checkpoint", os.fspath(checkpoint), "--out", os.fspath(folder), "--weights", which]
     code, _ = _run_verb([*arguments, *_options(overrides, ema), *(["--onnx"] if onnx else [])], verbose)
     if code == EXIT_STOPPED:
         raise KeyboardInterrupt
     return Path(folder)
+
+
+def _require_config(config: Any) -> None:
+    expected = "a config, as vit_static.load_config(NAME_OR_PATH, OVERRIDES) returns it"
+    require_argument(isinstance(config, Config), "config", config, expected)
+
+
+def _require_source(name: str, source: Any, overrides: Any, which: Any) -> None:
+    require_path(name, source)
+    require_overrides(overrides)
+    require_argument(which in ("best", "last"), "which", which, '"best" or "last"')
 
 
 # What messages of the command line say, and what it is called in Python

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import reprlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from vit_static.common.installation import localize
@@ -141,6 +142,24 @@ def format_value(value: Any, max_length: int = 100) -> str:
     except ValueError:  # an integer with more digits than Python converts
         return "a number of thousands of digits"
     return truncate(text, max_length)
+
+
+def require_argument(is_valid: bool, name: str, value: Any, expected: str) -> None:
+    """Raise ConfigError for an argument of a Python function that isn't what is expected."""
+    if not is_valid:
+        raise ConfigError(f"{name} = {format_value(value)}: must be {expected}")
+
+
+def require_path(name: str, value: Any) -> None:
+    """Raise ConfigError for an argument that isn't a path."""
+    require_argument(isinstance(value, str | os.PathLike), name, value, "a path (str or pathlib.Path)")
+
+
+def require_overrides(overrides: Any) -> None:
+    """Raise ConfigError for overrides that aren't a list of settings: the letters of one would be taken for several."""
+    is_iterable = isinstance(overrides, Iterable) and not isinstance(overrides, str | bytes | Mapping)
+    is_valid = is_iterable and (isinstance(overrides, Iterator) or all(isinstance(each, str) for each in overrides))
+    require_argument(is_valid, "overrides", overrides, 'a list of settings, such as ["train.epochs=5"]')
 
 
 def newer_format(saved: Any, supported: int) -> str | None:

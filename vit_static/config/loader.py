@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from vit_static.common.errors import ConfigError, os_reason, truncate
+from vit_static.common.errors import ConfigError, os_reason, require_overrides, require_path, truncate
 from vit_static.common.installation import CONFIGS
 from vit_static.common.io import write_text
 from vit_static.config.mistakes import describe_mistake
@@ -34,7 +34,9 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Iterable[
     Instead of a path, the name of a config in configs/ will do: deit_s16. Raise ConfigError for a file that can't be
     read, and for unknown keys, wrong types and invalid values.
     """
+    require_overrides(overrides)
     if path is not None:
+        require_path("path", path)
         path = find_config(Path(path))
     values = {} if path is None else _read_file(path)
     values.setdefault("name", "run" if path is None else path.stem)

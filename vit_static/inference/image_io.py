@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, TiffImagePlugin
 
-from vit_static.common.errors import DataError, PredictError
+from vit_static.common.errors import DataError, PredictError, format_value
 from vit_static.common.text import say
 from vit_static.data.image_formats import PILLOW_FORMATS, describe_left_out, is_image_name, left_out_kind
 from vit_static.data.image_pixels import MAX_PIXELS, DecodeOptions, decode, to_rgb
@@ -33,7 +33,11 @@ def to_pixels(image: ImageLike, options: DecodeOptions) -> np.ndarray:
         return np.ascontiguousarray(image)  # DALI rejects views of other arrays
     if isinstance(image, TiffImagePlugin.TiffImageFile) and image.filename and image.tile and image.tell() == 0:
         image = os.fsdecode(image.filename)  # not loaded yet, and Pillow would do so as described in `decode`
-    return to_rgb(image, options) if isinstance(image, Image.Image) else read_pixels(Path(image), options)
+    if isinstance(image, Image.Image):
+        return to_rgb(image, options)
+    if not isinstance(image, str | os.PathLike):
+        raise PredictError(f"{format_value(image)}: is no image; pass paths, Pillow images or arrays")
+    return read_pixels(Path(image), options)
 
 
 def require_several(images: Iterable[ImageLike]) -> None:
@@ -42,6 +46,8 @@ def require_several(images: Iterable[ImageLike]) -> None:
         what = "an array" if isinstance(images, np.ndarray) else "a Pillow image"
         name = os.fsdecode(images) if isinstance(images, str | os.PathLike) else what
         raise PredictError(f"{name}: is one image; pass a list of images: [image]")
+    if not isinstance(images, Iterable):
+        raise PredictError(f"{format_value(images)}: is no list of images; pass [image, ...]")
 
 
 def read_pixels(

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 
 from vit_static.common.cpu import cpu_has_bfloat16
-from vit_static.common.errors import PredictError, truncate
+from vit_static.common.errors import PredictError, require_argument, truncate
 from vit_static.common.installation import localize
 from vit_static.config.data_schema import DataConfig
 from vit_static.config.schema import InferencePrecision
@@ -178,6 +178,8 @@ class Predictor:
         The next batch is read and preprocessed while the model runs.
         """
         require_several(images)
+        is_number = top_k is None or (type(top_k) is int and top_k > 0)
+        require_argument(is_number, "top_k", top_k, "None or a whole number above 0")
         for inputs, errors in prefetch_batches(images, batch_size, self._decode_options, self.preprocess):
             predictions: Iterator[Prediction | PredictError] = iter(())
             if len(inputs):
