@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 from vit_static.config.schema import InitConfig
 from vit_static.weights.convert import convert_state
+from vit_static.weights.formats import ExternalWeights
 from vit_static.weights.infer import infer_config
 from vit_static.weights.readers import read_arrays
 from vit_static.weights.source import load_weights
@@ -34,6 +35,10 @@ WEIGHTS = [
     for name in (
         "timm_vit.safetensors",
         "hf_vit/model.safetensors",
+        "dinov3.safetensors",
+        "eva02.safetensors",
+        "timm_mixed_ape.safetensors",
+        "rope_vit5.safetensors",
         "vit_jax.npz",
         "big_vision_scan.npz",
         "plsc.pdparams",
@@ -65,7 +70,7 @@ def accepts_weights(trial: Trial) -> Iterator[Callable[..., None]]:
             with trial.of(kind, f"weights{suffix}"):
                 external = load_weights(path).external
                 assert all(array.dtype == np.float32 and np.isfinite(array).all() for array in external.state.values())
-                config = infer_config(external, str(path), ["model.num_heads=4"], (12, 20))
+                config = infer_config(external, str(path), *size_and_heads(external))
                 convert_state(external, config.model, str(path), InitConfig(head="keep"), None)
         finally:
             path.unlink()
@@ -76,6 +81,13 @@ def accepts_weights(trial: Trial) -> Iterator[Callable[..., None]]:
     yield accepts
     os.chdir(previous)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
+
+
+def size_and_heads(external: ExternalWeights) -> tuple[list[str], tuple[int, int]]:
+    """Return what most of the files don't determine; those of models with rotary positions have patches of 3."""
+    patches = external.state.get("patch_embed.proj.weight", np.zeros(0))
+    has_rope = "rope" in external.model_hints or patches.shape[2:] == (3, 3)
+    return (["model.num_heads=2"], (9, 15)) if has_rope else (["model.num_heads=4"], (12, 20))
 
 
 @cases(150)

@@ -178,6 +178,7 @@ def linears(
     return names
 
 
+MAX_BLOCKS = 1000  # in arrays that hold all blocks
 PRETRAINING = "is only used in pretraining"
 NOT_IN_TOWER = "is not part of the image tower"  # of a model that was trained with images and texts
 # Beside the image tower in files of OpenCLIP, where timm's are below visual.trunk, and of EVA-CLIP's authors.

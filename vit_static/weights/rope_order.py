@@ -58,7 +58,7 @@ def _permuted(state: Mapping[str, np.ndarray], order: RopeOrder, num_heads: int,
         if num_parts is None:
             continue
         head_dim = array.shape[-1] if "_norm." in name else array.shape[-1] // num_parts // num_heads
-        if head_dim % 4 or array.shape[-1] % (num_parts * head_dim):
+        if head_dim == 0 or head_dim % 4 or array.shape[-1] % (num_parts * head_dim):
             continue
         channels = channel_order(order, head_dim)
         channels = np.argsort(channels) if inverse else channels

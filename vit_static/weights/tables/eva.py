@@ -56,7 +56,7 @@ _RELATIVE = r".*relative_position_bias_table"  # BEiT's
 def _unpack(state: State) -> State:
     """Separate packed layers; leave out biases of keys that are 0. Raises ValueError for those that aren't."""
     embedding = state.get("patch_embed.proj.weight")
-    if embedding is not None and len(embedding) == 1792 and "blocks.63.norm1.weight" in state:
+    if embedding is not None and embedding.shape[:1] == (1792,) and "blocks.63.norm1.weight" in state:
         raise ValueError("is EVA-02 E/14, whose norms come after attention and MLP, and this model's come before")
     for name, array in state.items():
         if name.endswith(".attn.k_bias") and array.any():

@@ -14,8 +14,8 @@ def packed_by_name(state: State) -> State:
     for name in state:
         if name.endswith(".mlp.fc1.weight"):
             prefix = name.removesuffix("fc1.weight")
-            last = state.get(f"{prefix}fc2.weight")
-            if last is not None and last.ndim == 2 and len(state[name]) == 2 * last.shape[1]:
+            first, last = state[name], state.get(f"{prefix}fc2.weight")
+            if last is not None and first.ndim == last.ndim == 2 and len(first) == 2 * last.shape[1]:
                 for suffix in ("weight", "bias"):
                     if f"{prefix}fc1.{suffix}" in arrays:
                         arrays[f"{prefix}w12.{suffix}"] = arrays.pop(f"{prefix}fc1.{suffix}")

@@ -14,6 +14,7 @@ from vit_static.weights.name_maps import (
     FROM_HEADS,
     HEADS,
     IDENTITY,
+    MAX_BLOCKS,
     NOT_IN_TOWER,
     TO_HEADS,
     NameMap,
@@ -23,7 +24,6 @@ from vit_static.weights.name_maps import (
 )
 from vit_static.weights.state import State
 
-_MAX_BLOCKS = 1000
 _STACKED = "Transformer/encoderblock/"
 _WITH_CLASS, _WITHOUT_CLASS = "Transformer/posembed_input/pos_embedding", "pos_embedding"
 
@@ -36,8 +36,8 @@ def _unstack_blocks(state: State) -> State:
     arrays = {name: array for name, array in state.items() if not name.startswith(_STACKED)}
     for name, array in state.items():
         if name.startswith(_STACKED) and array.ndim > 0:
-            if len(array) > _MAX_BLOCKS:
-                raise ValueError(f"{name} has the shape {list(array.shape)}, which is more than {_MAX_BLOCKS} blocks")
+            if len(array) > MAX_BLOCKS:
+                raise ValueError(f"{name} has the shape {list(array.shape)}, which is more than {MAX_BLOCKS} blocks")
             for number, of_block in enumerate(array):
                 arrays[f"Transformer/encoderblock_{number}/{name.removeprefix(_STACKED)}"] = of_block
     return arrays

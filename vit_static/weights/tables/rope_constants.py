@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_static.weights.name_maps import MAX_BLOCKS
 from vit_static.weights.state import State
 
 CONSTANTS = "holds constants"
@@ -47,9 +48,9 @@ def hints_of_tables(cos: np.ndarray, sin: np.ndarray, width: int, name: str) -> 
 
     A square of patches has the angles row * f and column * f, each repeated, with f = grid / side * base ** -(4 i / d).
     """
-    side = math.isqrt(len(cos)) if cos.ndim == 2 else 0
-    head_dim = cos.shape[-1]
-    if side < 2 or side * side != len(cos) or cos.shape != sin.shape or head_dim % 4 or width % head_dim:
+    side, head_dim = (math.isqrt(len(cos)), cos.shape[1]) if cos.ndim == 2 else (0, 0)
+    fits_width = head_dim > 0 and head_dim % 4 == 0 and width % head_dim == 0
+    if side < 2 or side * side != len(cos) or cos.shape != sin.shape or not fits_width:
         raise ValueError(f"{name} has the shape {list(cos.shape)}, which doesn't fit a width of {width}")
     of_column = np.arctan2(sin[1], cos[1])[head_dim // 2 :: 2].astype(np.float64)  # row 0, column 1
     exponents = -np.arange(head_dim // 4) / (head_dim // 4)
@@ -78,7 +79,7 @@ def frequencies_by_block(state: State) -> State:
     for name in ("rope.freqs", "freqs"):
         if name in arrays:
             frequencies = arrays.pop(name)
-            if frequencies.ndim not in (3, 4) or len(frequencies) != 2:
+            if frequencies.ndim not in (3, 4) or len(frequencies) != 2 or frequencies.shape[1] > MAX_BLOCKS:
                 raise ValueError(f"{name} has the shape {list(frequencies.shape)}, which doesn't fit frequencies")
             for number in range(frequencies.shape[1]):
                 of_block = frequencies[::-1, number].reshape(2, -1)
