@@ -37,7 +37,7 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("pre", "pretrain predict"),
         ("pretrain --re", "--resume"),
-        ("pretrain -c deit_", "deit_b16 deit_s16"),
+        ("pretrain -c deit_", "deit_b16 deit_b16_distilled deit_s16"),
         ("pretrain -c mi", "mine.yaml"),
         ("pretrain -o optim.weight_d", "optim.weight_decay="),
         ("pretrain -o amp.level=", "auto O0 O1 O2"),

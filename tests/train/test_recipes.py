@@ -41,6 +41,7 @@ def recipe(name: str, *overrides: str) -> Config:
 def test_the_recipes_that_users_request_exist() -> None:
     assert len(PLSC_RECIPES) == 4
     names = {"vit_s16_i1k_90ep", "vit_s16_i1k_300ep", "deit_s16", "deit_b16", "deit3_s16", "deit3_b16"}
+    names |= {"deit_b16_distilled"}
     assert names | {"augreg_b16_384_ft_in1k", "augreg_l16_384_ft_in1k", "augreg_b16_cifar10"} < set(RECIPES)
 
 
@@ -182,6 +183,10 @@ ADJUSTED = {
 }
 
 
+# A recipe's teacher is the digits model, which has no distillation token.
+TAUGHT = ["distill.config=null", "distill.kind=hard"]
+
+
 def mechanisms(name: str) -> set[str]:
     """Return which parts of training a recipe uses: choices by name, and of numbers whether they are the defaults."""
     config, defaults = recipe(name), Config(name="defaults")
@@ -190,6 +195,7 @@ def mechanisms(name: str) -> set[str]:
         for key, default in getattr(defaults, section):
             values[f"{section}.{key}"] = getattr(getattr(config, section), key), default
     values["optim.name, train.freeze"] = f"{config.optim.name}, {config.train.freeze}", ""
+    values["distill.kind"] = config.distill.kind, defaults.distill.kind
     for key in ("drop_path_schedule", "drop_path_rate"):
         values[f"model.{key}"] = getattr(config.model, key), getattr(defaults.model, key)
     return {
@@ -246,6 +252,7 @@ def test_a_recipes_settings_finetune_the_digits(pretrained: Path, tmp_path: Path
         f"init.from={pretrained}",
         "init.head=reset",
         *ADJUSTED.get(name, []),
+        *([] if ours.distill.teacher is None else [f"distill.teacher={pretrained}", *TAUGHT]),
     )
     assert config.optim.name == ours.optim.name and config.loss == ours.loss
     assert train(config)

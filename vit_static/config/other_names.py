@@ -49,6 +49,11 @@ OTHER_NAMES = {
     "pretrained": "init.from",
     "finetune": "init.from",
     "output": "output_dir",
+    "teacher_model": "distill.teacher",
+    "teacher_path": "distill.teacher",
+    "distillation_type": "distill.kind",
+    "distillation_alpha": "distill.weight",
+    "distillation_tau": "distill.temperature",
 }
 
 # What the field also calls the keys that have these names, or begin with them and an underscore.
@@ -96,6 +101,7 @@ SYNONYMS = {
     "position embedding, positional embedding": ["model.pos", "model.class_token_pos_embed", "init.pos_embed"],
     "pooling, global average pooling": ["model.pool", "model.fc_norm"],
     "wandb, logging": ["log"],
+    "distillation, knowledge distillation, teacher": ["distill", "model.distillation_token"],
     "center crop, centre crop": ["eval.crop_pct", "eval.resize"],
     "reproducibility, determinism": ["seed", "kernels.deterministic"],
 }
