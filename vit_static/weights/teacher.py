@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,24 +35,13 @@ class TeacherSource:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     weights: Weights | None
+    record: TeacherRecord | None  # identifies it in checkpoints, if its weights were read
     notes: tuple[str, ...] = ()
-
-    @property
-    def record(self) -> TeacherRecord:
-        """Identify the teacher in checkpoints."""
-        assert self.weights is not None, "a teacher of which only the shape is known"
-        digest = hashlib.sha256()
-        described = {"model": self.model.model_dump(mode="json"), "mean": list(self.mean), "std": list(self.std)}
-        digest.update(json.dumps(described, sort_keys=True).encode())
-        for name, array in sorted(self.weights.state.items()):
-            digest.update(f"{name} {array.dtype} {array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).data)
-        return TeacherRecord(str(self.weights.source), digest.hexdigest())
 
     def build(self, config: Config, attention: AttentionFunction) -> Teacher:
         """Return the model, with its weights if they were read, for a student of this config.
 
-        Raises WeightsError if the weights don't fit the teacher's config.
+        Gives up the arrays that were read. Raises WeightsError if they don't fit the teacher's config.
         """
         network = VisionTransformer(self.model, attention)
         if self.weights is not None:
@@ -60,6 +49,7 @@ class TeacherSource:
             init = InitConfig(head="reset" if returns_features else "keep")
             grid = self.weights.grid
             init_from(network, self.model, self.weights.external, str(self.weights.source), init, grid)
+            self.weights.state.clear()
         return Teacher(
             network,
             Normalization(self.mean, self.std),
@@ -107,8 +97,24 @@ def find_teacher(config: Config, *, needs_weights: bool = True) -> TeacherSource
             f"distill.kind = {distill.kind!r}: the teacher {distill.teacher} has {_classes(model)}, and this model "
             f"{_classes(config.model)}; use a teacher of the same classes, or set distill.kind=features"
         )
-    read = weights if needs_weights else None
-    return TeacherSource(distill.teacher, model, teacher.data.mean, teacher.data.std, read, tuple(notes))
+    mean, std = teacher.data.mean, teacher.data.std
+    if weights is None or not needs_weights:
+        return TeacherSource(distill.teacher, model, mean, std, None, None, tuple(notes))
+    record = TeacherRecord(str(weights.source), _digest(weights, model, mean, std))
+    return TeacherSource(distill.teacher, model, mean, std, weights, record, tuple(notes))
+
+
+def _digest(weights: Weights, model: ModelConfig, mean: Sequence[float], std: Sequence[float]) -> str:
+    """Return a digest of everything that decides what a teacher computes."""
+    digest = hashlib.sha256()
+    # Without defaults, so that a version with more keys gives the same digest.
+    keys = model.model_dump(mode="json", exclude_defaults=True)
+    described = {"model": keys, "mean": list(mean), "std": list(std)}
+    digest.update(json.dumps(described, sort_keys=True).encode())
+    for name, array in sorted(weights.state.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def why_unsplittable(
