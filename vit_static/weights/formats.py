@@ -74,7 +74,8 @@ def read_weights(path: Path, *, ema: bool = False) -> ExternalWeights:
     dropped = dict.fromkeys(content.outside, "is not part of the state dict") | external.dropped
     others = {name: "is no array of floating-point numbers" for name, array in content.arrays.items() if array is None}
     if content.model is not None:
-        external = replace(external, undetermined={})
+        known = {key: why for key, why in external.assumptions.items() if key == "num_classes"}
+        external = replace(external, undetermined={}, assumptions=known)
     return replace(external, dropped=dropped | others, model=content.model)
 
 
@@ -133,8 +134,8 @@ def _from_table(state: State, table: NameMap, path: Path) -> ExternalWeights:
     try:
         unpacked = table.unpack(arrays)
         external = _translate(unpacked, table, path)
-        described = _read_config_json(table, path)
-        hints = external.model_hints | table.find_hints(arrays | unpacked) | described
+        described = table.find_hints(arrays | unpacked) | _read_config_json(table, path)
+        hints = external.model_hints | described
     except WeightsError:
         raise
     except ValueError as error:

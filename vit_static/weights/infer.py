@@ -68,6 +68,8 @@ def infer_model(external: ExternalWeights) -> dict[str, Any]:
     model["depth"] = len(PLSC.blocks_in(state))
     model["qkv_bias"] = "qv" if "blocks.0.attn.q.bias" in state else "blocks.0.attn.qkv.bias" in state
     model |= _optional_layers(state)
+    if model.get("rope", "none") == "none":
+        model = {key: value for key, value in model.items() if key not in _OF_ROPE}
     if model.get("rope_base") == DEFAULT_BASES.get(model.get("rope", "none")):
         model["rope_base"] = None
     has_scale = "blocks.0.ls1.gamma" in state

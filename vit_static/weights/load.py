@@ -191,8 +191,8 @@ def adapt_state(
             _adapt_pos_embed(state, report, external, config, source, init, source_grid)
     report.notes += _list_differences(external, config, with_head=init.head == "keep")
     for key, reason in external.assumptions.items():
-        if key != "num_classes" or "head.bias" in state:
-            report.notes.append(f"model.{key}={getattr(config, key)}: {reason}")
+        if ("head.bias" in state) if key == "num_classes" else (config.rope != "none" or not key.startswith("rope_")):
+            report.notes.append(f"model.{key}={format_override(getattr(config, key))}: {reason}")
     report.notes += [
         f"no array determines model.{key}, which is {format_override(getattr(config, key))} here"
         for key in external.undetermined

@@ -60,6 +60,8 @@ class ConfigJson:
     file_name: str = "config.json"
 
 
+PUBLISHED = "no array determines it; the published models have"  # a reason for an assumption, with their value
+
 IMAGE_GRID = "image"  # as a hint for `rope_grid`: that of the image at any size, so positions are patch numbers
 # What every program has; `NameMap.options` adds to it.
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -94,7 +96,8 @@ class NameMap:
     # made of them, say beside their shapes (ValueError for what this model doesn't have).
     model_hints: Mapping[str, Any] = field(default_factory=dict)
     find_hints: Callable[[State], dict[str, Any]] = lambda state: {}
-    # Keys that neither the arrays nor the program determine -> what is assumed, unless config_json has them.
+    # Keys that neither the arrays nor the program determine -> what is assumed, unless find_hints or config_json has
+    # them.
     assumptions: Mapping[str, str] = field(default_factory=dict)
     # Keys that no array determines, and of which the program has several values -> what to say to someone who has to
     # choose one.

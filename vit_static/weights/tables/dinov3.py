@@ -18,6 +18,7 @@ from vit_static.weights.name_maps import (
     LAYERS,
     NORMS,
     PRETRAINING,
+    PUBLISHED,
     SCALES,
     TRANSPOSE,
     ConfigJson,
@@ -40,6 +41,7 @@ _HINTS: dict[str, Any] = {
     "rope_grid": None,
     "image_size": (224, 224),
 }
+_ASSUMPTIONS = {"rope_base": f"{PUBLISHED} 100, the default"}
 _OPTIONS: dict[str, tuple[Any, ...]] = {
     "rope": ("axial",),
     "pos_embed": ("none",),
@@ -98,6 +100,7 @@ DINOV3 = NameMap(
     ),
     markers=(r"(storage_tokens|rope_embed\.periods|blocks\.[0-9]+\.attn\.qkv\.bias_mask)",),
     model_hints=_HINTS,
+    assumptions=_ASSUMPTIONS,
     ignored={
         r"mask_token": PRETRAINING,
         r"local_cls_norm\..*": PRETRAINING,
@@ -146,6 +149,7 @@ TIMM_DINOV3 = NameMap(
     markers=(r"blocks\.[0-9]+\.gamma_1", "reg_token", "cls_token"),
     absent=("pos_embed", r"rope\.freqs"),
     model_hints=_HINTS,
+    assumptions=_ASSUMPTIONS,
     ignored={r"mask_token": PRETRAINING, r"rope\.periods": CONSTANTS},
     find_undetermined=_ask_for_pool,
     pack=name_gated,
@@ -247,6 +251,7 @@ HF_DINOV3 = NameMap(
     ),
     markers=(r"(model\.)?layer\.[0-9]+\.attention\.o_proj\.weight",),
     model_hints=_HINTS,
+    assumptions=_ASSUMPTIONS,
     ignored={r"embeddings\.mask_token": PRETRAINING, r"rope_embeddings\.inv_freq": CONSTANTS},
     config_json=ConfigJson(_read_config, _write_config),
     unpack=_remove_model_prefix,

@@ -23,6 +23,7 @@ from vit_static.weights.name_maps import (
     NORMS,
     OF_TEXTS,
     PRETRAINING,
+    PUBLISHED,
     TRANSPOSE,
     NameMap,
     Names,
@@ -66,6 +67,7 @@ def _unpack(state: State) -> State:
 
 _EVA_HINTS: dict[str, Any] = {"gelu": "erf", "layer_norm_epsilon": 1e-6}
 _EVA02_HINTS: dict[str, Any] = {**_EVA_HINTS, "rope": "axial", "rope_base": 10000.0, "rope_grid": (16, 16)}
+_EVA02_ASSUMPTIONS = {"rope_base": f"{PUBLISHED} 10000", "rope_grid": f"{PUBLISHED} [16,16]"}
 _IGNORED = {
     r"mask_token": PRETRAINING,
     r"lm_head\..*": PRETRAINING,
@@ -148,6 +150,7 @@ EVA02 = NameMap(
     markers=(r"blocks\.[0-9]+\.attn\.q_proj\.weight",),
     absent=(_HAS_GAMMA, _RELATIVE),
     model_hints=_EVA02_HINTS,
+    assumptions=_EVA02_ASSUMPTIONS,
     find_hints=_hints_of_tables,
     rope_order="interleaved",
     ignored=_IGNORED,
@@ -162,7 +165,8 @@ EVA02 = NameMap(
 def _fused_hints(state: State) -> dict[str, Any]:
     """Return EVA-02's hints if the MLP is gated, since EVA has neither that nor rotary positions."""
     hints = _hints_of_tables(state)
-    return _EVA02_HINTS | hints if hints or any(".mlp.w12." in name for name in state) else {"rope": "none"}
+    is_gated = any(".mlp.w12." in name for name in state)
+    return {"rope": "axial", **hints} if hints or is_gated else {"rope": "none"}
 
 
 def _fused_refuses(state: Mapping[str, np.ndarray], model: ModelConfig) -> str | None:
@@ -182,7 +186,8 @@ EVA_FUSED = NameMap(
     | linears({**LAYERS, "blocks.{}.mlp.w3.": "blocks.{}.mlp.fc2"}, TRANSPOSE),
     markers=(r"blocks\.[0-9]+\.attn\.q_bias", "pos_embed"),
     absent=(_HAS_GAMMA, "reg_token", _RELATIVE),
-    model_hints=_EVA_HINTS,
+    model_hints=_EVA02_HINTS,
+    assumptions=_EVA02_ASSUMPTIONS,
     find_hints=_fused_hints,
     rope_order="interleaved",
     ignored=_IGNORED,
@@ -199,6 +204,7 @@ ROPE_GAP = replace(
     markers=(_HAS_GAMMA, "reg_token"),
     absent=("cls_token", "pos_embed", r"blocks\.[0-9]+\.attn\.qkv\.bias"),
     model_hints={**_EVA02_HINTS, "pos_embed": "none", "image_size": (256, 256)},
+    assumptions=_EVA02_ASSUMPTIONS,
     find_hints=lambda state: {},
 )
 
@@ -260,6 +266,10 @@ ROPE_AXIAL = replace(
     markers=(_HAS_GAMMA, "cls_token", r"blocks\.[0-9]+\.attn\.qkv\.bias"),
     absent=("pos_embed", "reg_token", r"(rope\.)?freqs", r".*\.q_norm\..*", _RELATIVE),
     model_hints={**_ROPE_HINTS, "rope": "axial", "rope_base": 100.0, "rope_grid": IMAGE_GRID},
+    assumptions={
+        "rope_base": f"{PUBLISHED} 100, the default",
+        "rope_grid": f"{PUBLISHED} that of the image, and count its patches",
+    },
     find_hints=_size_without_positions,
     rope_order="interleaved_columns_first",
     options=_OPTIONS,
@@ -311,6 +321,11 @@ VIT5 = NameMap(
         "rope_base": 10000.0,
         "rope_grid": (14, 14),
         "rope_register_base": 100.0,
+    },
+    assumptions={
+        "rope_base": f"{PUBLISHED} 10000",
+        "rope_grid": f"{PUBLISHED} [14,14]",
+        "rope_register_base": f"{PUBLISHED} 100",
     },
     find_hints=_vit5_hints,
     rope_order="interleaved",
