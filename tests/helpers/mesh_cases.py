@@ -144,7 +144,7 @@ MIXUP = {
 # With a teacher of as many blocks; the last two have layers of their own.
 DISTILLED = {
     "soft": {"dp2_sharding3": mesh(dp=2, sharding_stage=3)},
-    "features": {"accum2": mesh(grad_accum_steps=2), "dp2_mp2": mesh(dp=2, mp=2)},
+    "features": {"dp2_mp2_accum2": mesh(dp=2, mp=2, grad_accum_steps=2)},
     "token": {"mp2_pp2": mesh(mp=2, pp=2)},
 }
 DISTILLED_ON = [(kind, name) for kind, meshes in DISTILLED.items() for name in meshes]
@@ -203,7 +203,7 @@ def all_cases() -> list[Case]:
         named.append((name, MODELS["gap"], OPTIMIZERS["sgd"], parallel, {"mixes": True}))
     for kind, meshes in DISTILLED.items():
         for name, parallel in {"one": mesh(), **meshes}.items():
-            options = {"distills": kind, "mixes": True, "steps": list(range(3))}
+            options = {"distills": kind, "mixes": True, "steps": [0, 1]}
             model = MODELS["distillation_token" if kind == "token" else "cls"]
             named.append((f"{kind}_{name}", model, OPTIMIZERS["sgd"], parallel, options))
     for name, optimizer in [*(("one", optimizer) for optimizer in RECIPES), *RECIPES_TRAINED]:

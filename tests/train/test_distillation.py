@@ -130,7 +130,14 @@ def test_a_file_of_weights_without_a_config_can_teach(
     overrides = [f"distill.teacher={weights}", "distill.kind=features", "train.max_steps=1"]
     with pytest.raises(ConfigError, match=r"no array determines its num_heads; set distill\.config to a config"):
         train(student(finished, tmp_path, *overrides))
-    model = {"width": 20, "depth": 2, "num_heads": 4, "mlp_dim": 36, "patch_size": 4, "image_size": 12}
+    model: dict[str, object] = {
+        "width": 20,
+        "depth": 2,
+        "num_heads": 4,
+        "mlp_dim": 36,
+        "patch_size": 4,
+        "image_size": 12,
+    }
     model |= {"layer_scale_init": 1e-5, "class_token_pos_embed": False, "num_classes": 7}
     (tmp_path / "teacher.yaml").write_text(json.dumps({"model": model}))
     assert train(student(finished, tmp_path, *overrides, f"distill.config={tmp_path / 'teacher.yaml'}"))
