@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,9 @@ def test_the_variables_stay_where_they_are_when_the_size_changes(make_program: A
     scope, state = paddle.static.global_scope(), state_of(program)
     variables = program._state._variables.values()
     pointers = [scope.find_var(name).get_tensor()._ptr() for name in variables]
+    last_executor = weakref.ref(program._built["train"][0])
     program.prepare_training((12, 16))
+    assert last_executor() is None  # and with it the memory of its steps
     assert state_of(program) == state
     assert [scope.find_var(name).get_tensor()._ptr() for name in variables] == pointers
     program.train_step(*images_and_labels(BATCH_SIZE, config), 1)
