@@ -230,6 +230,20 @@ def test_a_layer_scale_that_does_not_fit_is_an_error(tmp_path: Path, shape: tupl
         convert_state(external, config, "x", InitConfig(head="keep"), (3, 5))
 
 
+def test_a_bias_that_does_not_fit_its_layer_scale_is_an_error(tmp_path: Path) -> None:
+    bias = {"blocks.0.attn.proj.bias": np.ones(3, np.float32)}
+    external = read_weights(save_changed(tmp_path / "x.safetensors", lambda arrays: arrays | bias, "timm_deit3"))
+    config = read_with_model("timm_deit3")[1].model_copy(update={"layer_scale_init": None})
+    with pytest.raises(WeightsError, match=r"ls1\.gamma"):
+        convert_state(external, config, "x", InitConfig(head="keep"), (3, 3))
+
+
+def test_a_layer_that_is_one_number_is_an_error(tmp_path: Path) -> None:
+    number = {"blocks.0.mlp.fc1.weight": np.array(1.0, np.float32)}
+    with pytest.raises(WeightsError, match=r"blocks\.0\.mlp\.fc1\.weight has the shape"):
+        read_weights(save_changed(tmp_path / "x.safetensors", lambda arrays: arrays | number))
+
+
 @pytest.mark.parametrize("added", ["fc_norm.weight", "backbone.head.weight"])
 def test_two_arrays_for_one_parameter_are_an_error(tmp_path: Path, added: str) -> None:
     prefix = "backbone." if added.startswith("backbone") else ""

@@ -91,6 +91,7 @@ def test_a_written_tower_has_the_same_bits_and_model(tmp_path: Path, name: str, 
     assert again.state.keys() == external.state.keys()
     assert all(again.state[key].tobytes() == external.state[key].tobytes() for key in external.state)
     assert infer_config(again, name, []).model == config
+    assert again.assumptions.keys() <= {"num_classes"}  # this program recorded the rest
 
 
 @pytest.mark.parametrize(

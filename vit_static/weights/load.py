@@ -235,7 +235,8 @@ def _fold_layer_scale(state: State, report: LoadReport, source: str) -> None:
     for name in [name for name in state if name.endswith(".gamma")]:
         layer = name.replace(".ls1.gamma", ".attn.proj").replace(".ls2.gamma", ".mlp.fc2")
         gamma, weight = state[name].astype(np.float64), state.get(f"{layer}.weight")
-        if gamma.ndim != 1 or weight is None or weight.shape[-1:] != gamma.shape:
+        bias = state.get(f"{layer}.bias", gamma)
+        if gamma.ndim != 1 or weight is None or {weight.shape[-1:], bias.shape} != {gamma.shape}:
             raise WeightsError(f"{source}: {name} has the shape {list(gamma.shape)}, which doesn't fit {layer}")
         del state[name]
         for scaled in (f"{layer}.weight", f"{layer}.bias"):
