@@ -253,6 +253,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
         image_size=arguments.image_size and tuple(arguments.image_size),
         fold_layer_scale=arguments.fold_layer_scale,
         ema=arguments.ema,
+        lora=arguments.lora,
     )
     return EXIT_DONE
 

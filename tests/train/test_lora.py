@@ -25,6 +25,7 @@ from vit_static.model.vit import VisionTransformer
 from vit_static.train.averaging import average_runs
 from vit_static.train.evaluate import evaluate_checkpoint
 from vit_static.train.trainer import train
+from vit_static.weights.convert import convert_weights
 from vit_static.weights.source import load_weights
 from vit_static.weights.state import split_qkv
 
@@ -182,6 +183,36 @@ def test_frozen_weights_that_are_gone_or_changed_are_named_with_the_remedy(copie
     finally:
         if not (base / "model.pdparams").exists():
             moved.rename(base / "model.pdparams")
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_adapters_alone_are_a_file_that_can_be_loaded(lora_run: Config, tmp_path: Path, ema: bool) -> None:
+    """In peft's layout, and many times smaller; with the same weights as the run's checkpoint."""
+    path = tmp_path / "adapter_model.safetensors"
+    options: dict = {"to": None, "head": "keep", "image_size": None, "fold_layer_scale": False}
+    convert_weights(None, lora_run.run_dir, path, [], **options, ema=ema, lora="adapters")
+    names = {name.removeprefix("base_model.model.") for name in load_file(path)}
+    layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    adapters = {f"blocks.0.{layer}.lora_{part}.weight" for layer in layers for part in "AB"}
+    assert names == {"head.weight", "head.bias"} | adapters
+    assert path.stat().st_size < checkpoint_dir(lora_run.run_dir, 11).joinpath("rank_00000.safetensors").stat().st_size
+    expected = load_weights(lora_run.run_dir, ema=ema).state
+    for source in (path, tmp_path):
+        state = load_weights(source).state
+        assert state.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_allclose(state[name], value, rtol=1e-6, atol=1e-7, err_msg=name)
+    target = tmp_path / "merged.pdparams"
+    convert_weights(None, tmp_path, target, [], **options, ema=False, lora="merged")
+    merged = read_state(target)
+    assert all(np.array_equal(merged[name], state[name]) for name in state)
+    with pytest.raises(WeightsError, match="has no adapters; leave the option out"):
+        convert_weights(None, target, tmp_path / "2.npz", [], **options, ema=False, lora="merged")
+    with pytest.raises(WeightsError, match="is no run with LoRA"):
+        convert_weights(None, target, path, [], **options, ema=False, lora="adapters")
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(WeightsError, match=r"adapter_config\.json: is missing"):
+        load_weights(path)
 
 
 def test_a_lora_run_is_no_base_of_another(lora_run: Config, tmp_path: Path) -> None:

@@ -211,6 +211,7 @@ def _add_convert(subparsers: Subparsers) -> None:
         examples=[
             "--from output/quickstart --to quickstart.safetensors",
             "--from B_16.npz --to b16.pdparams --head drop",
+            "--from output/lora --to output/adapters/adapter_model.safetensors --lora adapters",
         ],
     )
     add_verbose(verb)
@@ -238,6 +239,11 @@ def _add_convert(subparsers: Subparsers) -> None:
     )
     verb.add_argument(
         "--head", choices=["keep", "drop"], default="keep", help="Keep or drop the head and its tanh layer."
+    )
+    verb.add_argument(
+        "--lora",
+        choices=["merged", "adapters"],
+        help="Of a run with LoRA, write the merged weights (default), or only its adapters and head, in peft's layout.",
     )
     verb.add_argument("--fold-layer-scale", action="store_true", help="Multiply LayerScale into the layers before it.")
     verb.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 
@@ -15,6 +16,7 @@ from vit_static.model.layers import Dropout
 from vit_static.model.vit import VisionTransformer
 
 A, B = "lora_a", "lora_b"  # names of an adapter's matrices, beside the layer's `weight` and `bias`
+_HEADS = ("head.", "head0.", "head_dist.")
 
 
 class LoraLinear(nn.Layer):
@@ -40,22 +42,22 @@ class LoraLinear(nn.Layer):
 
 
 def add_adapters(model: VisionTransformer, lora: LoraConfig, newly_initialized: Iterable[str] = ()) -> None:
-    """Give the target layers of a model adapters, and freeze all but these, the head, and `newly_initialized`, by name.
+    """Give the target layers of a model adapters, and freeze all but these, the heads and what is newly initialized.
 
-    Does nothing if the config has no LoRA.
+    `newly_initialized`: names of parameters; such layers are trained themselves, without an adapter. Does nothing if
+    the config has no LoRA.
     """
     if lora.rank == 0:
         return
+    trained = set(newly_initialized)
     layers = dict(model.named_sublayers(include_self=True))
     for name, layer in layers.items():
-        if target_of(name) in lora.targets:
+        if target_of(name) in lora.targets and f"{name}.weight" not in trained:
             parent, _, short_name = name.rpartition(".")
             setattr(layers[parent], short_name, LoraLinear(layer, lora))
-    trained = set(newly_initialized)
     for name, parameter in model.named_parameters():
-        parameter.stop_gradient = not (
-            name in trained or is_adapter(name) or name.startswith(("head.", "head0.", "head_dist."))
-        )
+        is_trained = name in trained or is_adapter(name) or name.startswith(_HEADS)
+        parameter.stop_gradient = not is_trained
 
 
 def target_of(layer_name: str) -> LoraTarget | None:
@@ -72,3 +74,11 @@ def is_adapter(name: str) -> bool:
 def frozen_names(model: nn.Layer) -> Iterator[str]:
     """Yield the names of the parameters that aren't trained."""
     return (name for name, parameter in model.named_parameters() if parameter.stop_gradient)
+
+
+def count_parameters(model: nn.Layer) -> tuple[int, int]:
+    """Return how many numbers of a model's parameters are trained, and how many are frozen."""
+    counts = [0, 0]
+    for parameter in model.parameters():
+        counts[int(parameter.stop_gradient)] += math.prod(parameter.shape)
+    return counts[0], counts[1]

@@ -24,7 +24,7 @@ from vit_static.config.schema import Config, ParallelConfig
 from vit_static.model.attention import attention_by_matmul
 from vit_static.model.draws import at_size
 from vit_static.model.flops import forward_macs
-from vit_static.model.lora import add_adapters
+from vit_static.model.lora import add_adapters, count_parameters
 from vit_static.model.variants import check_image_sizes, shape_of, step_flops, variant_of
 from vit_static.model.vit import VisionTransformer
 from vit_static.optim.schedule import Phase, phases
@@ -81,6 +81,8 @@ class Plan:
     model_flops: int  # per step on all ranks, in closed form; with the forward pass of a teacher
     teacher_flops: int = 0  # of these
     image_size: tuple[int, int] = (0, 0)  # height and width of the training images
+    num_trained: int = 0  # parameters of the model on all ranks
+    num_frozen: int = 0
 
     @property
     def activations(self) -> int:
@@ -178,6 +180,7 @@ class Plan:
                 "reserved": int(RESERVED_BYTES),
                 "device": int(GPUS[self.cluster.device].memory),
             },
+            "parameters": {"trained": self.num_trained, "frozen": self.num_frozen},
             "fits": self.fits,
             "collectives": [
                 {"kind": kind, "role": role, "ranks": list(ranks), "count": count, "bytes": num_bytes}
@@ -259,8 +262,9 @@ def make_plan(
     model = at_size(config.model, image_size)
     with fake_world(rank, world_size):
         mesh = make_mesh(rank, mesh_shape, "gpu")
-        program = _compile(config, parallel, mesh, precision, teacher, image_size)
+        program, built = _compile(config, parallel, mesh, precision, teacher, image_size)
         costs: Costs = program.costs()
+        num_trained, num_frozen = count_parameters(built)
     return Plan(
         mesh_shape=mesh_shape,
         sharding_stage=parallel.sharding_stage,
@@ -275,6 +279,8 @@ def make_plan(
         model_flops=step_flops(model, None if teacher is None else teacher.model, config.lora) * batch_size,
         teacher_flops=0 if teacher is None else 2 * forward_macs(shape_of(teacher.model)) * batch_size,
         image_size=image_size,
+        num_trained=num_trained,
+        num_frozen=num_frozen,
     )
 
 
@@ -305,8 +311,8 @@ def _compile(
     precision: Precision,
     teacher: TeacherSource | None,
     image_size: tuple[int, int],
-) -> Program:
-    """Return the program of this rank for images of this size, with parameters that take no memory."""
+) -> tuple[Program, VisionTransformer]:
+    """Return the program of this rank for images of this size, and its model; its parameters take no memory."""
     models = [at_size(config.model, image_size), *([] if teacher is None else [teacher.model])]
     fused = [each for each in models if uses_flash_attention(each, precision, parallel, config.kernels, "gpu")]
     with paddle.LazyGuard():
@@ -320,7 +326,7 @@ def _compile(
         newton_schulz_size=2 if newton_schulz_dtype(precision, "gpu") == "bfloat16" else 4,
         fused_tokens=tuple(shape_of(each).num_tokens for each in fused),
     )
-    return Program.for_training(
+    program = Program.for_training(
         config.model_copy(update={"parallel": parallel}),
         model,
         mesh,
@@ -331,6 +337,7 @@ def _compile(
         teacher=teacher_model,
         train_image_size=image_size,
     )
+    return program, model
 
 
 def _num_in_flight(parallel: ParallelConfig, mesh: Mesh, micro_batches: int) -> int:

@@ -144,9 +144,10 @@ def _describe_memory(plan: Plan) -> list[str]:
         if plan.num_in_flight > 1
         else ""
     )
+    frozen = f"   {_millions(plan.num_trained)} trained, {_millions(plan.num_frozen)} frozen" if plan.num_frozen else ""
     return [
         "memory",
-        f"  parameters           {_size(costs.parameters)}",
+        f"  parameters           {_size(costs.parameters)}{frozen}",
         *([f"  teacher's parameters {_size(costs.teacher)}"] if costs.teacher else []),
         f"  gradients            {_size(costs.gradients)}",
         f"  optimizer state      {_size(costs.optimizer_state)}",
@@ -207,6 +208,10 @@ def print_search(plans: list[Plan], length: RunLength) -> None:
         title=f"{counted(len(plans), 'valid mesh')} of {num_gpus} {plans[0].cluster.device}, the best first",
         right=(1, 2, 4, 5, 6, 7),
     )
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:.2f} M"
 
 
 def _size(num_bytes: float) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from vit_static.common.errors import escape
 from vit_static.common.text import counted, duration
 from vit_static.config.data_schema import AugmentConfig, LossConfig
+from vit_static.config.lora_schema import LoraConfig
 from vit_static.config.schema import Config
 from vit_static.data.image_formats import describe_left_out
 from vit_static.model import flops
@@ -41,6 +42,7 @@ def start_screen(
         **_image_sizes(spec),
         "size": f"{num_parameters / 1e6:.2f} M parameters; {2 * flops.forward_macs(shape) / 1e9:.2f} GFLOP per image, "
         f"{flops.train_flops(shape, config.lora) / 1e9:.2f} with the backward pass",
+        **({} if config.lora.rank == 0 else {"LoRA": _lora(config.lora)}),
         "start": start,
         "data": f"{len(spec.train_images)} training and {counted(len(spec.val_images), 'validation image')} in "
         f"{config.data.root}{'; each class equally often' if config.data.sampler == 'balanced' else ''}; "
@@ -101,6 +103,13 @@ def _left_out(spec: RunSpec) -> dict[str, str]:
         if images.left_out
     ]
     return {"left out": "; ".join(parts)} if parts else {}
+
+
+def _lora(lora: LoraConfig) -> str:
+    return (
+        f"rank {lora.rank}, alpha {lora.alpha:g}, of {', '.join(lora.targets)}; all but the adapters and the head is "
+        "frozen"
+    )
 
 
 def _augmentation(augment: AugmentConfig) -> str:

@@ -13,10 +13,11 @@ from vit_static.config.model_schema import ModelConfig
 from vit_static.config.schema import Config, InitConfig
 from vit_static.model.variants import variant_of
 from vit_static.model.vit import VisionTransformer
+from vit_static.weights.adapter_file import ADAPTER_FILE, write_adapters
 from vit_static.weights.formats import ExternalWeights, FormatName
 from vit_static.weights.infer import format_override, infer_config
 from vit_static.weights.load import HEAD, LoadReport, adapt_state, check_state, write_pdparams
-from vit_static.weights.source import load_weights
+from vit_static.weights.source import load_adapters, load_weights
 from vit_static.weights.state import State
 from vit_static.weights.write import list_differences, write_weights
 
@@ -34,22 +35,29 @@ def convert_weights(
     image_size: tuple[int, int] | None,
     fold_layer_scale: bool,
     ema: bool,
+    lora: Literal["merged", "adapters"] | None = None,
 ) -> None:
     """Convert weights, print a report, and write it as JSON next to `target`.
 
     The model is that of `config`, or of the config next to the weights with `overrides`, or what the arrays determine
     with `overrides`. `to` defaults to the format of the target's suffix. `image_size` (height, width) is what the
-    weights were trained at, for a grid of patches that isn't square. Raises WeightsError unless every array is
-    accounted for, and if the target's program doesn't have this model.
+    weights were trained at, for a grid of patches that isn't square. `lora` requires weights of a run with LoRA:
+    `adapters` writes only what it has trained, in peft's layout. Raises WeightsError unless every array is accounted
+    for, and if the target's program doesn't have this model.
     """
     if target.is_dir() or not target.name:
         raise WeightsError(f"{target}: is a folder; --to takes a file, such as {target / 'model.safetensors'}")
+    if lora == "adapters":
+        _convert_adapters(source, target, ema=ema)
+        return
     to = to or SUFFIXES.get(target.suffix)
     if to is None:
         raise WeightsError(
             f"{target}: its name doesn't determine a format; end it with {', '.join(SUFFIXES)}, or set --format"
         )
     loaded = load_weights(source, ema=ema, overrides=overrides)
+    if lora == "merged" and not loaded.has_adapters:
+        raise WeightsError(f"--lora merged: {source} has no adapters; leave the option out")
     external = loaded.external
     if config is None and loaded.config is not None:
         config = loaded.config_with(overrides)
@@ -75,6 +83,20 @@ def convert_weights(
         print_line(f"  {line}")
     print_line(f"convert: written to {target} ({to}), with a report of every array in {report_path.name}")
     print_line(f"convert: its model: {describe_model(model)}")
+
+
+def _convert_adapters(source: Path, target: Path, *, ema: bool) -> None:
+    """Write the adapters and the head of a LoRA run as a file."""
+    if target.name != ADAPTER_FILE:
+        raise WeightsError(
+            f"--to {target}: peft reads adapters from a file of one name; set --to {target.parent / ADAPTER_FILE}"
+        )
+    trained, config, base = load_adapters(source, ema=ema)
+    write_adapters(trained, config, base, target)
+    print_line(
+        f"convert: adapters and head written to {target}, with adapter_config.json beside it; the weights that they "
+        f"belong to are {base.source}"
+    )
 
 
 def convert_state(

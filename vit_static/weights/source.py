@@ -19,6 +19,7 @@ from vit_static.checkpoint.folder import (
     latest_checkpoint,
     open_shards,
 )
+from vit_static.checkpoint.progress import LoraBase
 from vit_static.checkpoint.resume import read_lora_base, read_progress, suggest_fallback, verify_files
 from vit_static.common.errors import ConfigError, WeightsError
 from vit_static.common.text import display_name, read_lines
@@ -30,6 +31,7 @@ from vit_static.model.variants import variant_of
 from vit_static.optim.ema import EMA
 from vit_static.optim.schedule_free import OFFSET, averaged_weights
 from vit_static.report.metric_names import METRIC_TITLES, format_metric
+from vit_static.weights.adapter_file import ADAPTER_FILE, is_adapter_file, read_adapter_file
 from vit_static.weights.formats import ExternalWeights, read_weights
 from vit_static.weights.infer import shape_of_weights, with_shape
 from vit_static.weights.loaded import Weights
@@ -51,6 +53,10 @@ def load_weights(
     """
     if which == "best":
         path = best_weights(path, ema=ema)
+    if (path / ADAPTER_FILE).is_file():
+        path = path / ADAPTER_FILE
+    if is_adapter_file(path):
+        return _load_adapter_file(path, overrides)
     if path.is_file():
         config_path = path.parent / CONFIG
         config = load_config(config_path) if config_path.is_file() else None
@@ -74,7 +80,8 @@ def require_weights(path: Path) -> None:
 
 
 def _has_weights(path: Path) -> bool:
-    return path.is_file() or (path / MERGED).is_file() or is_checkpoint(path) or latest_checkpoint(path) is not None
+    has_file = path.is_file() or any((path / name).is_file() for name in (MERGED, ADAPTER_FILE))
+    return has_file or is_checkpoint(path) or latest_checkpoint(path) is not None
 
 
 def _no_weights(path: Path) -> WeightsError:
@@ -156,6 +163,39 @@ def _read_class_names(folder: Path) -> list[str] | None:
         raise WeightsError(
             f"{path}: is not UTF-8 text; replace it, with one class name per line, or remove it"
         ) from None
+
+
+def _load_adapter_file(path: Path, overrides: Iterable[str]) -> Weights:
+    """Load adapters in peft's layout, merged with the frozen weights that they name, or that init.from names."""
+    adapters = read_adapter_file(path)
+    given = [text.partition("=")[2] for text in overrides if text.startswith("init.from=")]
+    place = Path(given[-1] if given else adapters.base_source)
+    if not _has_weights(place):
+        raise WeightsError(
+            f"{path}: has only adapters, and the weights that they belong to are not at {place}; name their place with "
+            "-o init.from=PATH"
+        )
+    base = load_weights(place)
+    if adapters.base is not None:
+        require_base(base, adapters.base, path)
+    hints = base.external.model_hints
+    name = f"adapters in peft's layout, merged with {base.external.format}"
+    external = ExternalWeights(adapters.merged(base), name, hints, model=adapters.model)
+    config = load_config(path.parent / CONFIG) if (path.parent / CONFIG).is_file() else None
+    return Weights(external, config, _read_class_names(path.parent), path, has_adapters=True)
+
+
+def load_adapters(path: Path, *, ema: bool = False) -> tuple[State, Config, LoraBase]:
+    """Load what a LoRA run has trained, by the layers' names, its config, and what its frozen weights are.
+
+    `path`: a run's folder or a checkpoint. Raises WeightsError for anything else.
+    """
+    checkpoint = path if is_checkpoint(path) else latest_checkpoint(path)
+    config = None if checkpoint is None else load_config(checkpoint / CONFIG)
+    if checkpoint is None or config is None or config.lora.rank == 0:
+        raise WeightsError(f"{path}: is no run with LoRA, nor a checkpoint of one, so it has no adapters")
+    verify_files(checkpoint)
+    return read_shards(checkpoint, ema=ema), config, read_lora_base(checkpoint)
 
 
 def find_lora_base(checkpoint: Path, given: str | None) -> Path:
