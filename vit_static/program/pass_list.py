@@ -122,6 +122,12 @@ PASSES: tuple[Pass, ...] = (
         after={"count costs": _PLAIN},
     ),
     Pass(
+        "gradients of frozen norms",
+        lambda program, _: passes.complete_norm_gradients(program),
+        applies=lambda context: context.device == "cpu" and context.is_training,
+        after={"count costs": _PLAIN, "oneDNN kernels": "its own kernel computes all three"},
+    ),
+    Pass(
         "fused dropout",
         lambda program, _: passes.fuse_dropouts(program),
         applies=lambda context: context.device == "gpu" and context.kernels.fused_dropout,

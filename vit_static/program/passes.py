@@ -156,6 +156,27 @@ def _value_between(product: Any) -> Any:
     return product.result(0) if product.name() == "pd_op.matmul" else product.operand_source(2)
 
 
+def complete_norm_gradients(program: Any) -> None:
+    """Let LayerNorm's gradient on a CPU compute those of scale and shift, too, where they are frozen.
+
+    Without either of them Paddle 3.3.1's CPU kernel computes a wrong gradient of the input, and raises no error.
+    """
+    with paddle.static.program_guard(program):
+        for operation in list(program.global_block().ops):
+            if operation.name() != "pd_op.layer_norm_grad" or any(
+                value.initialized() for value in operation.results()[1:]
+            ):
+                continue
+            operands = [operation.operand_source(index) for index in range(operation.num_operands())]
+            attributes = operation.attrs()
+            with insert_before(operation):
+                x_grad, *_ = paddle._C_ops.layer_norm_grad(
+                    *operands, attributes["epsilon"], attributes["begin_norm_axis"]
+                )
+            operation.result(0).replace_all_uses_with(x_grad)
+            operation.erase()
+
+
 def fuse_dropouts(program: Any) -> None:
     """Add the residual within the dropout kernel, by Paddle's fused_dropout_add_pass."""
     _run_paddle_pass(program, "fused_dropout_add_pass")

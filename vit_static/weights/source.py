@@ -169,11 +169,12 @@ def _load_adapter_file(path: Path, overrides: Iterable[str]) -> Weights:
     """Load adapters in peft's layout, merged with the frozen weights that they name, or that init.from names."""
     adapters = read_adapter_file(path)
     given = [text.partition("=")[2] for text in overrides if text.startswith("init.from=")]
-    place = Path(given[-1] if given else adapters.base_source)
-    if not _has_weights(place):
+    source = given[-1] if given else adapters.base_source
+    place = Path(source)
+    if not source or not _has_weights(place):
+        where = f"the weights that they belong to are not at {place}" if source else "they don't say where"
         raise WeightsError(
-            f"{path}: has only adapters, and the weights that they belong to are not at {place}; name their place with "
-            "-o init.from=PATH"
+            f"{path}: has only adapters of other weights, and {where}; name their place with -o init.from=PATH"
         )
     base = load_weights(place)
     if adapters.base is not None:
