@@ -39,7 +39,7 @@ OPEN_PATHS = {"/", "/docs", "/openapi.json", "/health", "/healthz", "/ping", "/v
 def server(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     key_file = tmp_path_factory.mktemp("key") / "key"
     key_file.write_text(f"{KEY}\n")
-    flags = ("--api-key", key_file, "--cors", ORIGIN, "--max-images", 4, "--max-mb", 1, "--max-waiting", 6)
+    flags = ("--api-key", key_file, "--cors", ORIGIN, "--max-images", 4, "--max-mb", 1, "--max-waiting", 12)
     with serving(exported, *flags) as started:
         yield started
 

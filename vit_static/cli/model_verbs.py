@@ -154,7 +154,7 @@ def _add_serve(subparsers: Subparsers) -> None:
         default=64.0,
         help="Size of all images that are decoded at once (default: 64).",
     )
-    verb.add_argument("--max-waiting", type=positive_int, default=256, help="Number of waiting images (default: 256).")
+    verb.add_argument("--max-waiting", type=positive_int, default=512, help="Number of waiting images (default: 512).")
     verb.add_argument("--timeout-s", type=positive_float, default=30.0, help="Time limit of a request (default: 30).")
     verb.add_argument(
         "--header-timeout-s",

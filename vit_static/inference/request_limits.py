@@ -32,7 +32,7 @@ class Limits:
     max_total_bytes: int = 256_000_000  # of all bodies that are being received or wait
     max_pixels: int = 64_000_000  # of an image
     max_total_pixels: int = 64_000_000  # of all images that are being decoded
-    max_waiting: int = 256  # images of received requests at once
+    max_waiting: int = 512  # images of received requests at once
     timeout_s: float = 30.0  # for receiving a body, and for answering it
     min_bytes_per_s: float = 10_000.0  # of a body
     max_connections: int | None = None
