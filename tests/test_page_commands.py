@@ -142,7 +142,8 @@ def run(folder: Path, command: Command) -> CompletedProcess[str]:
     if verb == "data":
         done = run_forked_module("data_tools", *arguments, cwd=folder, timeout_s=240, environ=os.environ | environ)
     elif verb in (*TRAINING, "eval"):
-        settings = small_settings(command) if verb in TRAINING or "-c" in arguments else []
+        is_small = verb == "eval" and not any(word.startswith("configs/") for word in arguments)  # it is a run's
+        settings = [] if is_small else small_settings(command)
         if verb in TRAINING:
             settings += ["--resume", "never"]  # several pages train runs of the same name
         done = run_forked_launch(verb, *arguments, *settings, cwd=folder, **environ)
