@@ -8,6 +8,7 @@ import subprocess
 import sys
 from itertools import combinations
 
+import paddle
 import pytest
 from helpers.small import ROOT
 
@@ -130,6 +131,18 @@ compile_rank(GpuCase("pp 2 x mp 2 x dp 2", "O2 bfloat16"))
 @pytest.mark.parametrize("precision", OPTIONS["precision"])
 def test_the_program_of_the_verb_eval_has_all_properties(precision: str) -> None:
     assert problems_of(compile_eval_only(GpuCase(mesh="dp 8", precision=precision))) == {"eval": []}
+
+
+@pytest.mark.parametrize(("rope", "shape"), [("axial", [1, 13, 1, 16]), ("mixed", [2, 32])])
+def test_rotary_positions_stay_float32_in_o2(rope: str, shape: list[int]) -> None:
+    """Their tables, or what they are computed from: a bfloat16 angle of many turns would be off by degrees."""
+    model = MODEL.model_copy(update={"rope": rope, "pos_embed": "none"})
+    compiled = compile_rank(GpuCase(model=model), modes=("train",))
+    operations = compiled.modes["train"].global_block().ops
+    parameters = [operation.result(0) for operation in operations if operation.name() == "builtin.parameter"]
+    tables = [value.dtype for value in parameters if list(value.shape) == shape]
+    assert tables and set(tables) == {paddle.float32}
+    assert paddle.bfloat16 in {value.dtype for value in parameters}  # the others
 
 
 @pytest.mark.parametrize(

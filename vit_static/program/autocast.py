@@ -1,4 +1,4 @@
-"""Mixed precision at level O1: autocast in the model's forward, entered while it is traced."""
+"""Mixed precision: O1's autocast in the model's forward, entered while it is traced, and what O2 leaves float32."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from paddle import nn
 from vit_static.config.schema import AmpConfig
 from vit_static.model.lora import LoraLinear
 from vit_static.model.patches import PatchProjection
+from vit_static.model.rope import RotaryPositions
 from vit_static.program import seeded_dropout
 from vit_static.program.precision import Precision
+
+# Layers whose parameters and buffers stay float32 in O2: in bfloat16 an angle of many turns would be off by degrees.
+FLOAT32_LAYERS = [RotaryPositions]
 
 
 def wrap_forward(

@@ -20,7 +20,7 @@ from vit_static.model.teacher import PROJECTOR, Teacher
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel import sharding
 from vit_static.parallel.mesh import Mesh
-from vit_static.program.autocast import add_biases_in_low_precision
+from vit_static.program.autocast import FLOAT32_LAYERS, add_biases_in_low_precision
 from vit_static.program.precision import Precision, choose_attention
 from vit_static.program.recorded_loss import RecordedLoss
 from vit_static.program.spec import ProgramSpec
@@ -55,7 +55,8 @@ class Distillation:
         if spec.precision.level == "O1" and mesh.device == "gpu" and spec.kernels.fused_linear:
             add_biases_in_low_precision(network, spec.precision, spec.amp)
         if spec.precision.level == "O2":
-            paddle.amp.decorate(network, level="O2", dtype=spec.precision.dtype)
+            dtype = spec.precision.dtype
+            paddle.amp.decorate(network, level="O2", dtype=dtype, excluded_layers=FLOAT32_LAYERS)
 
     def wrap_forward(self, model: Any) -> None:
         """Let the model's forward return in training what DistillCriterion reads.

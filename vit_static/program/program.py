@@ -32,7 +32,7 @@ from vit_static.optim.param_groups import freeze_backbone
 from vit_static.parallel import sharding
 from vit_static.parallel.mesh import Mesh, num_micro_batches
 from vit_static.program import engine, seeded_dropout
-from vit_static.program.autocast import add_biases_in_low_precision, wrap_forward
+from vit_static.program.autocast import FLOAT32_LAYERS, add_biases_in_low_precision, wrap_forward
 from vit_static.program.distillation import Distillation
 from vit_static.program.grad_buckets import GradSyncConfig
 from vit_static.program.pass_list import PassContext, run_passes
@@ -101,7 +101,7 @@ class Program:
             layer, optimizer = self._make_optimizer(training, master_grad=strategy.amp.use_master_grad)
             self._train_size = training.image_size or spec.image_size
         elif spec.precision.level == "O2":
-            layer = paddle.amp.decorate(model, level="O2", dtype=spec.precision.dtype)
+            layer = paddle.amp.decorate(model, level="O2", dtype=spec.precision.dtype, excluded_layers=FLOAT32_LAYERS)
         self._main_mode = "eval" if optimizer is None else "train"
         arguments: dict[str, Any] = {"strategy": strategy, "input_spec": self._input_specs(self._main_mode)}
         self._program = dist.to_static(layer, None, self._criterion, optimizer, **arguments)
@@ -350,6 +350,7 @@ class Program:
             dtype=spec.precision.dtype,
             master_weight=True,
             master_grad=master_grad,
+            excluded_layers=FLOAT32_LAYERS,
         )
         return layer, optimizer
 
