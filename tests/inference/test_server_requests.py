@@ -113,6 +113,7 @@ def test_bad_forms_and_json_are_refused_with_a_reason(client: httpx.Client, imag
         ({"json": {"images": [text, "%%%"]}}, 400, "image 2 of 2: is not base64"),
         ({"json": {"images": [text] * 5}}, 400, "more than 4 images"),
         ({"json": {"images": []}}, 400, "no images"),
+        ({"json": {"images": [text], "top_k": 3}}, 400, "settings belong into the URL: ?top_k=3"),
         ({"json": {"images": text}}, 400, "images: input should be a valid list"),
         ({"json": {"image": text}}, 400, 'send {"images": [BASE64, ...]}'),
         ({"json": [1]}, 400, "the JSON"),

@@ -107,7 +107,9 @@ def _read_json(body: bytearray, max_images: int) -> list[bytes]:
     try:
         texts = _ImagesBody.model_validate(values).images
     except ValidationError as error:
-        raise PredictError(f'{describe_mistake(error)}; send {{"images": [BASE64, ...]}}') from None
+        has_settings = "images" in values and error.errors()[0]["type"] == "extra_forbidden"
+        hint = "; settings belong into the URL: ?top_k=3" if has_settings else ""
+        raise PredictError(f'{describe_mistake(error)}; send {{"images": [BASE64, ...]}}{hint}') from None
     if len(texts) > max_images:
         raise _too_many(max_images)
     return [decode_base64(text, f"image {number} of {len(texts)}") for number, text in enumerate(texts, start=1)]
