@@ -12,7 +12,7 @@ import paddle
 import pytest
 from helpers import numpy_vit
 from helpers.runs import TINY, metrics
-from helpers.small import images_and_labels, model_logits, read_state
+from helpers.small import SMALL, images_and_labels, model_logits, read_state
 from safetensors.numpy import load_file
 
 from vit_static.checkpoint.folder import checkpoint_dir
@@ -96,6 +96,12 @@ def test_a_resume_gives_the_same_bits(copied: Config) -> None:
     resumed = shard(copied)
     assert resumed.keys() == expected.keys()
     assert all(resumed[name].tobytes() == expected[name].tobytes() for name in expected)
+
+
+def test_a_rank_above_the_width_is_refused() -> None:
+    add_adapters(VisionTransformer(SMALL), LoraConfig(rank=SMALL.width or 0))
+    with pytest.raises(ConfigError, match=r"^lora\.rank = 1000: is above the model's width of \d+; set a rank of"):
+        add_adapters(VisionTransformer(SMALL), LoraConfig(rank=1000))
 
 
 def test_adapters_start_from_the_base_and_follow_the_seed() -> None:

@@ -11,6 +11,7 @@ import paddle.nn.functional as F
 from paddle import nn
 from paddle.nn.initializer import Constant, Uniform
 
+from vit_static.common.errors import ConfigError
 from vit_static.config.lora_schema import LoraConfig, LoraTarget
 from vit_static.model.layers import Dropout
 from vit_static.model.vit import VisionTransformer
@@ -45,10 +46,13 @@ def add_adapters(model: VisionTransformer, lora: LoraConfig, newly_initialized: 
     """Give the target layers of a model adapters, and freeze all but these, the heads and what is newly initialized.
 
     `newly_initialized`: names of parameters; such layers are trained themselves, without an adapter. Does nothing if
-    the config has no LoRA.
+    the config has no LoRA. Raises ConfigError for a rank above the model's width.
     """
     if lora.rank == 0:
         return
+    width = int(model.norm.weight.shape[0])
+    if lora.rank > width:
+        raise ConfigError(f"lora.rank = {lora.rank}: is above the model's width of {width}; set a rank of 4 to 64")
     trained = set(newly_initialized)
     layers = dict(model.named_sublayers(include_self=True))
     for name, layer in layers.items():
