@@ -10,7 +10,7 @@ from helpers.pages import CONFIGS, PAGES, page_name, read_commands
 from helpers.small import ROOT
 
 from vit_static.cli.parser import make_parser
-from vit_static.config.loader import load_config
+from vit_static.config.loader import DEFAULT_CONFIGS, load_config
 
 
 def anchors(page: Path) -> set[str]:
@@ -43,7 +43,7 @@ def test_a_pages_commands_are_accepted(page: Path) -> None:
         if config is not None and config.is_relative_to("configs"):
             load_config(ROOT / config, given.overrides)
         elif getattr(given, "overrides", None):
-            load_config(None, given.overrides)
+            load_config(DEFAULT_CONFIGS.get(command.arguments[0]), given.overrides)
 
 
 def test_every_config_is_in_the_index_and_no_other() -> None:

@@ -17,6 +17,7 @@ from vit_static.common.errors import ConfigError
 from vit_static.config.model_schema import ModelConfig
 from vit_static.config.schema import AmpConfig, KernelsConfig, OptimConfig, ParallelConfig
 from vit_static.model.attention import attention_by_matmul
+from vit_static.model.rope import RotaryPositions
 from vit_static.model.vit import VisionTransformer
 from vit_static.optim.optimizers import AdamW, RuleOptimizer
 from vit_static.program.precision import Precision, choose_precision
@@ -403,7 +404,8 @@ def test_the_settings_of_o2_on_a_gpu(make_program, monkeypatch, dtype, scaling) 
         "use_master_grad": True,
         "use_promote": True,
     }
-    assert decorated == [{"level": "O2", "dtype": dtype, "master_weight": True, "master_grad": True}]
+    arguments = {"level": "O2", "dtype": dtype, "master_weight": True, "master_grad": True}
+    assert decorated == [{**arguments, "excluded_layers": [RotaryPositions]}]
 
 
 @pytest.mark.parametrize("name", ALL_OPTIMIZERS)
