@@ -1,4 +1,4 @@
-"""What all blocks of a step share: the random choices of training (the patches that remain, and changes of their
+"""Values that all blocks of a step share: the random choices of training (the patches that remain, and changes of their
 coordinates), and the size of the images if it isn't the model's.
 
 The choices are computed from uniform numbers by NumPy, so that a caller that gives each image numbers of its own gets

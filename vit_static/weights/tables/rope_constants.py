@@ -1,4 +1,4 @@
-"""What the constants of rotary positions in a file say about the model: buffers that its program saves."""
+"""Model hints from the constants of rotary positions in a file: buffers that its program saves."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What the files of image towers that were trained with texts have in common: Hugging Face's names and config.json, and
-what the names of timm's models say.
+"""Common parts of the files of image towers that were trained with texts: Hugging Face's names and config.json, and
+hints from the names of timm's models.
 """
 
 from __future__ import annotations
