@@ -108,3 +108,36 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {name: environ[name] for name in given} == given
     assert environ["FLAGS_enable_pir_in_executor_trace_run"] == "1"
     assert startup.user_environ() == given
+
+
+INTERRUPTED_WHERE_NOTHING_CAN_BE_RAISED = """
+import signal, sys, time, weakref
+from vit_static.common.startup import handle_stop_signals, take_stop_signal
+
+class Something:
+    pass
+
+def raise_in_callback(_):
+    raise OSError("another error")
+
+def interrupt(_):
+    signal.raise_signal(signal.SIGTERM)
+
+handle_stop_signals()
+for callback in (raise_in_callback, interrupt):
+    something = Something()
+    reference = weakref.ref(something, callback)
+    del something
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("interrupted by", take_stop_signal())
+"""
+
+
+def test_a_signal_whose_exception_is_dropped_is_sent_again() -> None:
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", INTERRUPTED_WHERE_NOTHING_CAN_BE_RAISED]
+    finished = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=50, check=True)
+    assert finished.stdout == "interrupted by 15\n"
+    assert "another error" in finished.stderr and "KeyboardInterrupt" not in finished.stderr

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -25,6 +25,7 @@ from vit_static.common.library_output import capture_library_output
 # The variable by which the launcher passes a folder, in which a worker that begins to train creates a file RANK.
 STARTED_FOLDER = "VIT_STATIC_STARTED_FOLDER"
 _M_ARENA_MAX = -8  # malloc.h
+_RESEND_S = 0.05
 _environ_before: dict[str, str] | None = None  # the environment before `prepare_process`
 _stop_signal: int | None = None  # received while `handle_stop_signals` is in effect
 
@@ -71,10 +72,13 @@ def handle_stop_signals() -> None:
     """Let SIGTERM, SIGINT and SIGHUP raise KeyboardInterrupt, and remember the signal for `take_stop_signal`.
 
     The exception alone isn't reliable: raised in a function that a library's C++ calls, it may become another error, or
-    be dropped.
+    be dropped. Where Python itself can't raise it, as in a weak reference's callback or `__del__`, the signal is sent
+    again a moment later, and Python's report of it isn't printed.
     """
     global _stop_signal
     _stop_signal = None
+    if not isinstance(sys.unraisablehook, _UnraisableHook):
+        sys.unraisablehook = _UnraisableHook(sys.unraisablehook)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
     signal.signal(signal.SIGHUP, ignored_or(_interrupt, signal.SIGHUP))
@@ -84,6 +88,26 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
     global _stop_signal
     _stop_signal = signum
     raise KeyboardInterrupt
+
+
+class _UnraisableHook:
+    """Sends a stop signal again if its KeyboardInterrupt could not be raised; leaves the rest to the hook before it."""
+
+    def __init__(self, previous: Callable[[sys.UnraisableHookArgs], object]) -> None:
+        self._previous = previous
+
+    def __call__(self, unraisable: sys.UnraisableHookArgs) -> None:
+        if _stop_signal is None or not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            self._previous(unraisable)
+            return
+        timer = threading.Timer(_RESEND_S, _send_pending_stop_signal)
+        timer.daemon = True  # it must not delay the end of the process
+        timer.start()
+
+
+def _send_pending_stop_signal() -> None:
+    if _stop_signal is not None:  # nothing has answered it in the meantime
+        os.kill(os.getpid(), _stop_signal)
 
 
 def take_stop_signal() -> int | None:
