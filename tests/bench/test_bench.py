@@ -181,6 +181,16 @@ def test_the_shares_of_the_profile_add_up(tmp_path: Path) -> None:
     assert 0.0 < written["neither_product_nor_attention"] < 1.0
 
 
+def test_the_step_has_adapters_and_the_largest_images() -> None:
+    options = ["-o", "lora.rank=2", "-o", "init.from=nowhere", "-o", "train.image_sizes=[[64, 0.5], [32, 1.0]]"]
+    done = bench("step", "--seconds", 0.1, *options)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["image_size"] == [64, 64]
+    done = bench("profile", "--steps", 1, *options)
+    assert done.returncode == 0, done.stderr
+    assert ", 64 px (the largest of train.image_sizes), batch 8" in done.stdout
+
+
 def test_the_step_worker_follows_the_protocol() -> None:
     config = load_config(ROOT / "configs" / "quickstart.yaml", [f"{key}={value}" for key, value in TINY.items()])
     done = subprocess.run(

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.doctor import Doctor, make_subject
+from helpers.doctor import CONFIG, Doctor, make_subject
 
+from vit_static.common.errors import ConfigError
 from vit_static.doctor import programs, steps
 from vit_static.doctor.check import Result, perform
 from vit_static.doctor.checks import BY_NAME
@@ -64,6 +65,28 @@ def test_the_synthetic_batch_has_the_targets_of_the_run(tmp_path: Path, override
     assert images.shape == [8, 3, 16, 16]
     assert targets.shape == ([8] if config.train_targets is None else [8, config.train_targets])
     assert np.isfinite(main_program(subject).curve.losses).all()
+
+
+def test_the_step_has_the_largest_images_and_a_teacher_of_two_blocks(tmp_path: Path) -> None:
+    """The teacher is split, verified and compared with float32 as the model; its weights need not exist."""
+    (tmp_path / "teacher.yaml").write_text(CONFIG)
+    teacher = ["distill.teacher=nowhere", f"distill.config={tmp_path / 'teacher.yaml'}", "distill.kind=features"]
+    subject = make_subject(tmp_path, *teacher, "model.depth=3", "train.image_sizes=[[32, 0.5], [16, 1.0]]")
+    assert subject.step_teacher is not None and subject.step_teacher.model.depth == NUM_BLOCKS
+    assert subject.num_tokens == 1 + (32 // 8) ** 2
+    step = main_program(subject)
+    alone = StepProgram(with_keys(subject.step_config, distill__teacher=None), step.mesh, step.precision)
+    assert alone.finish(alone.start())[0] != step.curve.losses[0]  # the distillation loss is missing
+    assert synthetic_batch(step.config, step.mesh)[0].shape == [8, 3, 32, 32]
+    assert step.problems() == []
+    assert steps.check_ten_steps(subject).status == "ok"
+
+
+def test_a_teacher_that_the_mesh_cant_split_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "teacher.yaml").write_text(CONFIG)
+    teacher = ["distill.teacher=nowhere", f"distill.config={tmp_path / 'teacher.yaml'}", "parallel.pp=3"]
+    with pytest.raises(ConfigError, match=r"distill\.teacher = nowhere: .* only 1 block"):
+        make_subject(tmp_path, *teacher, "model.depth=3", "parallel.grad_accum_steps=4", world_size=3)
 
 
 def test_equal_curves_pass() -> None:

@@ -305,7 +305,7 @@ def test_bytes_on_the_wire_are_those_of_a_ring() -> None:
 def test_search_ranks_every_valid_mesh() -> None:
     """With one head, tensor parallelism is invalid. Of the two stages of a pipeline, the plan is that of the slower."""
     config = small_config(TWO_BLOCKS, "model.num_heads=1")
-    plans = search_meshes(config, config.parallel, 2, A100)
+    plans = [run.largest for run in search_meshes(config, config.parallel, 2, A100)]
     variant = variant_of(config.model)
     valid = {
         mesh_shape
@@ -411,3 +411,24 @@ def test_the_plan_of_several_image_sizes_sums_up_their_phases(
     assert plan["run"]["steps"] == 200
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("all "))
     assert "100 %" in row and "200" in row.split()
+
+
+def test_a_search_with_several_image_sizes_has_the_mean_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of three quarters of the steps at 16 pixels and one at 32; the memory is that of 32."""
+    sizes = ["train.image_sizes=[[16, 0.75], [32, 1.0]]", "train.max_steps=8", "data.global_batch_size=1"]
+    out = tmp_path / "plans.json"
+    plan_run(small_config(TWO_BLOCKS, *sizes), None, 2, A100, 0, True, out)
+    plans = json.loads(out.read_text())
+    means = []
+    for plan in plans:
+        small, large = plan["phases"]
+        assert (small["steps"], small["image_size"], large["image_size"]) == (6, [16, 16], [32, 32])
+        assert plan["bytes"] == large["bytes"] and large["bytes"] != small["bytes"]
+        means.append(0.75 * small["seconds"]["step_at_best"] + 0.25 * large["seconds"]["step_at_best"])
+        assert plan["run"]["hours_at_least"] == pytest.approx(8 * means[-1] / 3600)
+    assert len(means) == 1  # dp=2 has no image for one rank, pp=2 not two micro-batches
+    table, best = capsys.readouterr().out.split("phases; ")
+    assert all(f"{1e3 * mean:.2f} ms" in table for mean in means)
+    assert [line.split()[0] for line in best.splitlines()[2:] if line.strip()][-3:] == ["16x16", "32x32", "all"]

@@ -40,8 +40,11 @@ def run(config: Config, num_steps: int, json_path: Path | None) -> None:
     check_writable(json_path)
     step = MeasuredStep(config)
     seconds, operators = profile(step, num_steps)
+    height, width = step.image_size
+    size = f"{height} px" if height == width else f"{height}x{width} px"
+    size += " (the largest of train.image_sizes)" if len(config.train.image_sizes) > 1 else ""
     print_text(
-        f"{model_name(config.model)}, {config.model.image_size[0]} px, batch {step.batch_size}, {step.precision.level} "
+        f"{model_name(config.model)}, {size}, batch {step.batch_size}, {step.precision.level} "
         f"{step.precision.dtype}: {1e3 * seconds:.1f} ms per step, {step.batch_size / seconds:.2f} images/s\n"
     )
     rest = sum(op.seconds for op in operators[NUM_LINES:])

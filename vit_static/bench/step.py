@@ -15,8 +15,9 @@ from vit_static.common.hardware import peak_flops
 from vit_static.common.text import print_text
 from vit_static.config.schema import Config
 from vit_static.data.mixup import Mixup
+from vit_static.model.draws import at_size
 from vit_static.model.lora import add_adapters
-from vit_static.model.variants import step_flops, variant_of
+from vit_static.model.variants import largest_train_size, step_flops, variant_of
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel import gloo
 from vit_static.parallel.mesh import (
@@ -44,12 +45,14 @@ class Speed:
     collective_share: float | None  # of the time that rank 0 spends in collectives, 0-1; known only on CPUs
     mfu: float | None = None  # share of the peak rate of the GPUs, 0-1
     peak_bytes: int | None = None  # peak memory of a GPU
+    image_size: tuple[int, int] | None = None  # height and width: the largest of train.image_sizes
 
 
 class MeasuredStep:
     """The training program of a config on this rank, compiled and warmed up; a call runs a step and waits for it.
 
-    The images are always the same noise, or with `real_data` those of data.root.
+    The images are always the same noise, or with `real_data` those of data.root. With train.image_sizes they have the
+    largest size.
     """
 
     def __init__(self, config: Config, real_data: bool = False) -> None:
@@ -57,10 +60,13 @@ class MeasuredStep:
         _, world_size = rank_and_world_size()
         variant = variant_of(config.model)
         self.batch_size = config.data.global_batch_size
+        self.image_size = largest_train_size(config.model, config.train)
         shape = resolve_mesh(config.parallel, world_size, self.batch_size, variant)
         teacher = find_teacher(config)
         require_mesh(teacher, config.parallel, shape, self.batch_size)
-        self.flops_per_image = step_flops(config.model, None if teacher is None else teacher.model, config.lora)
+        self.flops_per_image = step_flops(
+            at_size(config.model, self.image_size), None if teacher is None else teacher.model, config.lora
+        )
         self.mesh = start_mesh(shape, config.device, config.parallel.collective_timeout_s, config.kernels.deterministic)
         self.precision = choose_precision(
             config.amp,
@@ -81,12 +87,13 @@ class MeasuredStep:
             learning_rate=lambda step: config.optim.lr,
             eval_batch_size=self.mesh.dp_size,
             teacher=None if teacher is None else build_teacher(teacher, config, self.precision, self.mesh.device),
+            train_image_size=self.image_size,
         )
         self._mixup = Mixup(config.augment, config.model.num_classes, config.seed)
         self.loader = make_train_loader(config, self.mesh) if real_data else None
         rng = np.random.default_rng(self.mesh.dp_rank)
         local_batch_size = self.batch_size // self.mesh.dp_size
-        height, width = config.model.image_size
+        height, width = self.image_size
         noise = rng.standard_normal((local_batch_size, config.model.num_channels, height, width)).astype(np.float32)
         self._images = paddle.to_tensor(noise)
         self._labels = paddle.to_tensor(rng.integers(0, config.model.num_classes, local_batch_size))
@@ -110,7 +117,7 @@ def make_train_loader(config: Config, mesh: Mesh) -> Any:
 
     return TrainLoader(
         open_set(config.data, "train", config.model.num_classes),
-        config.model.image_size,
+        largest_train_size(config.model, config.train),
         config.data,
         config.augment,
         seed=config.seed,
@@ -143,9 +150,9 @@ def run(config: Config, seconds: float, real_data: bool) -> None:
 
 def _speed(step: MeasuredStep, images_per_s: float, elapsed: float) -> Speed:
     if step.mesh.device == "cpu":
-        return Speed(images_per_s, gloo.seconds_spent / elapsed)
+        return Speed(images_per_s, gloo.seconds_spent / elapsed, image_size=step.image_size)
     mfu = model_flops_utilization(step.flops_per_image, step.mesh, step.precision, images_per_s)
-    return Speed(images_per_s, None, mfu, paddle.device.cuda.max_memory_allocated())
+    return Speed(images_per_s, None, mfu, paddle.device.cuda.max_memory_allocated(), step.image_size)
 
 
 def model_flops_utilization(

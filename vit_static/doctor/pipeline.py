@@ -78,7 +78,7 @@ def _images(subject: Subject) -> Iterator[tuple[ImageDataset, str]]:
 def _loader(subject: Subject, images: ImageDataset, data: DataConfig, device_id: int | None) -> TrainLoader:
     return TrainLoader(
         images,
-        subject.config.model.image_size,
+        subject.image_size,
         data,
         subject.config.augment,
         seed=subject.config.seed,

@@ -28,7 +28,7 @@ from vit_static.doctor.gpus import visible_gpus
 from vit_static.doctor.processes import Outcome, Request, started_processes
 from vit_static.doctor.subject import NUM_BLOCKS
 from vit_static.launch.topology import find_layout
-from vit_static.model.variants import require_head, variant_of
+from vit_static.model.variants import largest_train_size, require_head, variant_of
 
 _SHOWN = {"ok": "ok", "failed": "FAILED", "skipped": "-"}
 _STYLES = {"ok": "green", "FAILED": "bold red", "-": "dim"}
@@ -100,7 +100,13 @@ def _headline(request: Request) -> str:
     blocks = f"{counted(max(NUM_BLOCKS, config.parallel.pp), 'block')} instead of {variant_of(config.model).depth}"
     processes = counted(request.world_size, "process")
     checks = counted(len(request.names), "check")
-    return f"{config.name}: {checks} on {processes}; those that train use {blocks}"
+    size, teacher = "", ""
+    if len(config.train.image_sizes) > 1:
+        height, width = largest_train_size(config.model, config.train)
+        size = f" and images of {height}x{width}, the largest of train.image_sizes"
+    if config.distill.teacher is not None:
+        teacher = ", and so does the teacher, with random weights"
+    return f"{config.name}: {checks} on {processes}; those that train use {blocks}{size}{teacher}"
 
 
 def _line(outcome: Outcome) -> str:

@@ -17,13 +17,16 @@ from vit_static.data.mixup import Mixup
 from vit_static.doctor import gpu_kernels
 from vit_static.doctor.check import Result, failed, ok
 from vit_static.doctor.subject import Subject, with_keys
+from vit_static.model.draws import at_size
 from vit_static.model.lora import add_adapters
-from vit_static.model.variants import step_flops
+from vit_static.model.variants import largest_train_size, step_flops
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import Mesh, seed_everything
+from vit_static.program.distillation import build_teacher
 from vit_static.program.precision import Precision, choose_attention, uses_flash_attention
 from vit_static.program.program import Program
 from vit_static.program.verify import Expected, violations
+from vit_static.weights.teacher import TeacherSource
 
 NUM_STEPS = 10
 NUM_TIMED_STEPS, _NUM_WARM_UP_STEPS = 20, 3
@@ -54,10 +57,12 @@ class Curve(NamedTuple):
 class StepProgram:
     """The compiled training step of a config on synthetic images, always the same, in a scope of its own.
 
+    With train.image_sizes they have the largest size.
+
     (Paddle gives the variables of all programs of a process alike names.)
     """
 
-    def __init__(self, config: Config, mesh: Mesh, precision: Precision) -> None:
+    def __init__(self, config: Config, mesh: Mesh, precision: Precision, teacher: TeacherSource | None = None) -> None:
         self.config, self.mesh, self.precision = config, mesh, precision
         self._scope = paddle.static.Scope()
         self._num_steps = 0
@@ -74,6 +79,8 @@ class StepProgram:
                 learning_rate=lambda step: _RATE * config.optim.lr,
                 eval_batch_size=mesh.dp_size,
                 count_costs=self._verify_plain,
+                teacher=None if teacher is None else build_teacher(teacher, config, precision, mesh.device),
+                train_image_size=largest_train_size(config.model, config.train),
             )
             self._batch = synthetic_batch(config, mesh)
 
@@ -150,7 +157,8 @@ def synthetic_batch(config: Config, mesh: Mesh) -> tuple[Any, Any]:
     """Return this rank's part of a batch: noise, and labels or targets as the config's training has them."""
     rng = np.random.default_rng([config.seed, mesh.dp_rank])
     num_images, num_classes = config.data.global_batch_size // mesh.dp_size, config.model.num_classes
-    images = rng.standard_normal((num_images, config.model.num_channels, *config.model.image_size)).astype(np.float32)
+    image_size = largest_train_size(config.model, config.train)
+    images = rng.standard_normal((num_images, config.model.num_channels, *image_size)).astype(np.float32)
     labels = rng.integers(0, num_classes, num_images)
     values = np.eye(num_classes, dtype=np.uint8)[labels] if config.data.multi_label else labels
     mixup = Mixup(config.augment, num_classes, config.seed)
@@ -162,7 +170,7 @@ def step_program(subject: Subject, config: Config, precision: Precision) -> Step
     """Return the program of a config, which is compiled once per process."""
     key = f"{precision} {config.model_dump_json()}"
     if key not in subject.programs:
-        subject.programs[key] = StepProgram(config, subject.mesh, precision)
+        subject.programs[key] = StepProgram(config, subject.mesh, precision, subject.step_teacher)
     return subject.programs[key]
 
 
@@ -248,7 +256,9 @@ def check_speed(subject: Subject) -> Result:
     if not math.isfinite(loss):
         return failed("the loss isn't finite")
     images_per_s = config.data.global_batch_size / seconds
-    mfu = model_flops_utilization(step_flops(config.model, lora=config.lora), mesh, subject.precision, images_per_s)
+    teacher = None if subject.step_teacher is None else subject.step_teacher.model
+    flops = step_flops(at_size(config.model, subject.image_size), teacher, config.lora)
+    mfu = model_flops_utilization(flops, mesh, subject.precision, images_per_s)
     figures: dict[str, Any] = {"images_per_s": images_per_s, "mfu": mfu, "seconds_per_step": seconds}
     parts = [f"{images_per_s:.0f} images/s with {config.model.depth} blocks"]
     parts += [] if mfu is None else [f"MFU {mfu:.1%}"]

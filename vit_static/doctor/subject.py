@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vit_static.common.io import write_json
-from vit_static.config.distill_schema import DistillConfig
 from vit_static.config.schema import Config
 from vit_static.doctor.gpus import Gpu, visible_gpus
-from vit_static.model.flops import train_flops
-from vit_static.model.variants import shape_of, variant_of
+from vit_static.model.draws import at_size
+from vit_static.model.variants import largest_train_size, shape_of, step_flops, variant_of
 
 if TYPE_CHECKING:
     from vit_static.parallel.mesh import Mesh
+    from vit_static.weights.teacher import TeacherSource
 
 _JOB_FILE = "job.json"
 NUM_BLOCKS = 2  # of the model in checks that train
@@ -50,11 +50,15 @@ class Subject:
         """Raise ConfigError for a device, mesh or precision that this machine doesn't support."""
         from vit_static.parallel.mesh import choose_device, resolve_mesh
         from vit_static.program.precision import choose_precision
+        from vit_static.weights.teacher import find_teacher, require_mesh
 
         self.config, self.job = config, job
         self.variant = variant_of(config.model)
         self.device = choose_device(config.device)
         self.mesh_shape = resolve_mesh(config.parallel, job.world_size, config.data.global_batch_size, self.variant)
+        self.image_size = largest_train_size(config.model, config.train)
+        self.teacher = find_teacher(config, needs_weights=False)
+        require_mesh(self.teacher, config.parallel, self.mesh_shape, config.data.global_batch_size)
         self.precision = choose_precision(config.amp, self.device, config.kernels, config.parallel)
         self.is_connected = False
         self.programs: dict[str, Any] = {}  # of steps.step_program
@@ -100,12 +104,24 @@ class Subject:
 
     @property
     def num_tokens(self) -> int:
-        return shape_of(self.config.model).num_tokens
+        return shape_of(at_size(self.config.model, self.image_size)).num_tokens
+
+    @property
+    def num_blocks(self) -> int:
+        """The number of blocks of the models in checks that train: one per pipeline stage at least."""
+        return max(NUM_BLOCKS, self.config.parallel.pp)
+
+    @cached_property
+    def step_teacher(self) -> TeacherSource | None:
+        """The teacher of the config with two blocks and random weights, of which no head starts at zero."""
+        if self.teacher is None:
+            return None
+        model = self.teacher.model.model_copy(update={"depth": self.num_blocks, "head_init_std": 0.02})
+        return replace(self.teacher, model=model)
 
     @cached_property
     def step_config(self) -> Config:
-        """The config with two blocks, without a teacher, and without dropout, whose masks differ between precisions and
-        meshes.
+        """The config with two blocks and without dropout, whose masks differ between precisions and meshes.
 
         The head doesn't start at zero, so that the first step has gradients in every layer. A rank's batch is that of
         the run, on CPUs limited by _MAX_CPU_STEP_FLOPS.
@@ -115,7 +131,7 @@ class Subject:
         config = self.config
         model = config.model.model_copy(
             update={
-                "depth": max(NUM_BLOCKS, config.parallel.pp),
+                "depth": self.num_blocks,
                 "dropout": 0.0,
                 "attention_dropout": 0.0,
                 "drop_path_rate": 0.0,
@@ -125,11 +141,12 @@ class Subject:
         num_parts = self.mesh_shape.dp * num_micro_batches(config.parallel)
         per_part = max(config.data.global_batch_size // num_parts, 1)
         if not self.on_gpu:
-            per_image = train_flops(shape_of(model), config.lora)
+            teacher = None if self.step_teacher is None else self.step_teacher.model
+            per_image = step_flops(at_size(model, self.image_size), teacher, config.lora)
             num_images = _MAX_CPU_STEP_FLOPS / per_image / num_micro_batches(config.parallel)
             per_part = min(per_part, max(2 * (int(num_images) // 2), 2))
         data = config.data.model_copy(update={"global_batch_size": per_part * num_parts})
-        return config.model_copy(update={"model": model, "data": data, "distill": DistillConfig()})
+        return config.model_copy(update={"model": model, "data": data})
 
 
 def with_keys(config: Config, **keys: object) -> Config:

@@ -11,6 +11,7 @@ from vit_static.common.errors import ConfigError
 from vit_static.common.terminal import print_table
 from vit_static.config.lora_schema import LoraConfig
 from vit_static.config.model_schema import ModelConfig
+from vit_static.config.schema import TrainConfig
 from vit_static.model.flops import Shape, forward_macs, train_flops
 
 
@@ -94,6 +95,12 @@ def check_image_sizes(config: ModelConfig, sizes: Iterable[tuple[int, int]], key
                 f"{key}: images of {size[0]}x{size[1]} can't be divided into patches of {patch_size} pixels; set "
                 f"{nearest[0] if nearest[0] == nearest[1] else nearest}"
             )
+
+
+def largest_train_size(config: ModelConfig, train: TrainConfig) -> tuple[int, int]:
+    """Return the size of the training images with most pixels. Raises ConfigError for one that has no whole patches."""
+    check_image_sizes(config, train.sizes, "train.image_sizes")
+    return max(train.sizes or [config.image_size], key=math.prod)
 
 
 def _similar_variant(name: str) -> str:

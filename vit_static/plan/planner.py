@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +26,7 @@ from vit_static.model.attention import attention_by_matmul
 from vit_static.model.draws import at_size
 from vit_static.model.flops import forward_macs
 from vit_static.model.lora import add_adapters, count_parameters
-from vit_static.model.variants import check_image_sizes, shape_of, step_flops, variant_of
+from vit_static.model.variants import check_image_sizes, largest_train_size, shape_of, step_flops, variant_of
 from vit_static.model.vit import VisionTransformer
 from vit_static.optim.schedule import Phase, phases
 from vit_static.parallel.mesh import (
@@ -218,6 +219,28 @@ def with_mesh(parallel: ParallelConfig, text: str | None) -> ParallelConfig:
     return load_config(None, [*current, *overrides]).parallel
 
 
+@dataclass(frozen=True)
+class PhasePlans:
+    """The phases of a run on images of one size each (train.image_sizes), with the plans of their steps."""
+
+    phases: list[tuple[Phase, Plan]]
+
+    @property
+    def largest(self) -> Plan:
+        """The plan with most memory, of the largest images."""
+        return max((plan for _, plan in self.phases), key=lambda plan: (plan.memory, math.prod(plan.image_size)))
+
+    def mean(self, value_of: Callable[[Plan], float]) -> float:
+        """Return the mean of a plan's value over the steps of the run."""
+        total = sum((phase.end - phase.start) * value_of(plan) for phase, plan in self.phases)
+        return total / sum(phase.end - phase.start for phase, _ in self.phases)
+
+    @property
+    def step_seconds(self) -> float:
+        """The mean time of a step."""
+        return self.mean(lambda plan: plan.step_seconds)
+
+
 def resolve_world_size(parallel: ParallelConfig, world_size: int | None) -> int:
     """Return the number of ranks: `world_size` if given, otherwise what the mesh's own sizes make.
 
@@ -247,7 +270,7 @@ def make_plan(
     GPU doesn't support.
     """
     teacher = teacher or find_teacher(config, needs_weights=False)
-    variant, image_size = variant_of(config.model), image_size or largest_train_size(config)
+    variant, image_size = variant_of(config.model), image_size or largest_train_size(config.model, config.train)
     batch_size = config.data.global_batch_size
     mesh_shape = resolve_mesh(parallel, world_size, batch_size, variant)
     require_mesh(teacher, parallel, mesh_shape, batch_size)
@@ -284,24 +307,24 @@ def make_plan(
     )
 
 
-def largest_train_size(config: Config) -> tuple[int, int]:
-    """Return the size of the training images with most pixels. Raises ConfigError for one that has no whole patches."""
-    check_image_sizes(config.model, config.train.sizes, "train.image_sizes")
-    return max(config.train.sizes or [config.model.image_size], key=math.prod)
-
-
 def make_phase_plans(
     config: Config, parallel: ParallelConfig, world_size: int, cluster: Cluster, rank: int, num_steps: int | None
-) -> list[tuple[Phase, Plan]]:
-    """Return the phases of a run on images of one size each (train.image_sizes), with the plan of their steps.
+) -> PhasePlans:
+    """Return the plans of one rank for the sizes of the training images.
 
     `num_steps` of the run; if it is unknown, the phases have their shares of _UNKNOWN_STEPS.
     """
+    teacher = find_teacher(config, needs_weights=False)
+    return _by_phase(
+        config, num_steps, lambda size: make_plan(config, parallel, world_size, cluster, rank, teacher, size)
+    )
+
+
+def _by_phase(config: Config, num_steps: int | None, plan_of: Callable[[tuple[int, int]], Plan]) -> PhasePlans:
     check_image_sizes(config.model, config.train.sizes, "train.image_sizes")
     run = phases(config.train, config.model.image_size, num_steps or _UNKNOWN_STEPS)
-    sizes = dict.fromkeys(phase.image_size for phase in run)
-    plans = {size: make_plan(config, parallel, world_size, cluster, rank, image_size=size) for size in sizes}
-    return [(phase, plans[phase.image_size]) for phase in run]
+    plans = {size: plan_of(size) for size in dict.fromkeys(phase.image_size for phase in run)}
+    return PhasePlans([(phase, plans[phase.image_size]) for phase in run])
 
 
 def _compile(
@@ -347,8 +370,10 @@ def _num_in_flight(parallel: ParallelConfig, mesh: Mesh, micro_batches: int) -> 
     return micro_batches if parallel.pp_schedule == "FThenB" else min(micro_batches, mesh.shape.pp - mesh.pp_rank)
 
 
-def search_meshes(config: Config, parallel: ParallelConfig, world_size: int, cluster: Cluster) -> list[Plan]:
-    """Return a plan for every valid mesh: those that fit first, then by step time.
+def search_meshes(
+    config: Config, parallel: ParallelConfig, world_size: int, cluster: Cluster, num_steps: int | None = None
+) -> list[PhasePlans]:
+    """Return the plans of every valid mesh: those that fit first, then by the mean step time of a run of `num_steps`.
 
     Tensor parallelism stays within a node; with data parallelism ZeRO stages 0, 2 and 3 are tried. Raises ConfigError
     if no mesh is valid.
@@ -365,16 +390,22 @@ def search_meshes(config: Config, parallel: ParallelConfig, world_size: int, clu
             )
             reason = why_invalid(candidate, mesh_shape, world_size, batch_size, variant)
             if (reason or why_unsplittable(teacher, candidate, mesh_shape, batch_size)) is None:
-                plans.append(_plan_worst_stage(config, candidate, world_size, cluster, teacher))
+                plan_of = partial(_plan_worst_stage, config, candidate, world_size, cluster, teacher)
+                plans.append(_by_phase(config, num_steps, plan_of))
     if not plans:
         require_mesh(teacher, parallel, resolve_mesh(parallel, world_size, batch_size, variant), batch_size)
-    return sorted(plans, key=lambda plan: (not plan.fits, plan.step_seconds, plan.memory))
+    return sorted(plans, key=lambda run: (not run.largest.fits, run.step_seconds, run.largest.memory))
 
 
 def _plan_worst_stage(
-    config: Config, parallel: ParallelConfig, world_size: int, cluster: Cluster, teacher: TeacherSource | None
+    config: Config,
+    parallel: ParallelConfig,
+    world_size: int,
+    cluster: Cluster,
+    teacher: TeacherSource | None,
+    image_size: tuple[int, int],
 ) -> Plan:
     """Return the plan of a pipeline's first or last stage (with the head): whichever doesn't fit or is slower."""
     ranks = [0] if parallel.pp == 1 else [0, world_size - 1]
-    plans = [make_plan(config, parallel, world_size, cluster, rank, teacher) for rank in ranks]
+    plans = [make_plan(config, parallel, world_size, cluster, rank, teacher, image_size) for rank in ranks]
     return max(plans, key=lambda plan: (not plan.fits, plan.step_seconds))

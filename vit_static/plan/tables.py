@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,15 @@ from vit_static.common.text import counted, print_text
 from vit_static.config.schema import Config
 from vit_static.optim.schedule import Phase
 from vit_static.plan.costs import count_by_kind
-from vit_static.plan.planner import Cluster, Plan, make_phase_plans, resolve_world_size, search_meshes, with_mesh
+from vit_static.plan.planner import (
+    Cluster,
+    PhasePlans,
+    Plan,
+    make_phase_plans,
+    resolve_world_size,
+    search_meshes,
+    with_mesh,
+)
 from vit_static.plan.run_length import RunLength, gpu_hours, run_length
 
 
@@ -43,58 +49,50 @@ def plan_run(
     world_size = resolve_world_size(parallel, world_size)
     values: Any
     if search:
-        plans = search_meshes(config, parallel, world_size, cluster)
-        if len(config.train.image_sizes) > 1:
-            length = replace(length, num_steps=None)  # the plans are those of the largest images
-        print_search(plans, length)
-        values = [{**plan.as_json(), "run": length.as_json(plan.step_seconds, world_size)} for plan in plans]
+        runs = search_meshes(config, parallel, world_size, cluster, length.num_steps)
+        print_search(runs, length)
+        if len(runs[0].phases) > 1:
+            print_phases(runs[0], length, "the first mesh")
+        values = [_as_json(run, length) for run in runs]
     else:
         run = make_phase_plans(config, parallel, world_size, cluster, rank, length.num_steps)
-        plan = max((plan for _, plan in run), key=lambda plan: plan.memory)
-        print_plan(plan)
-        step_seconds = mean_over_steps(run, lambda plan: plan.step_seconds)
-        values = {**plan.as_json(), "run": length.as_json(step_seconds, world_size)}
-        if len(run) > 1:
-            print_phases(run, length)
-            values |= _phases_as_json(run, length)
-        print_wrapped(f"whole run            {length.describe(config, step_seconds, world_size)}", 21)
+        print_plan(run.largest)
+        if len(run.phases) > 1:
+            print_phases(run, length, "the plan above")
+        values = _as_json(run, length)
+        print_wrapped(f"whole run            {length.describe(config, run.step_seconds, world_size)}", 21)
     if out is not None:
         write_json(values, out)
 
 
-def mean_over_steps(run: list[tuple[Phase, Plan]], value_of: Callable[[Plan], float]) -> float:
-    """Return the mean of a plan's value over the steps of a run."""
-    total = sum((phase.end - phase.start) * value_of(plan) for phase, plan in run)
-    return total / sum(phase.end - phase.start for phase, _ in run)
+def print_phases(run: PhasePlans, length: RunLength, where: str) -> None:
+    """Print the costs of each phase of a run (train.image_sizes), and of all of them if the run's length is known.
 
-
-def print_phases(run: list[tuple[Phase, Plan]], length: RunLength) -> None:
-    """Print the costs of each phase of a run (train.image_sizes), and of all of them if the run's length is known."""
-    num_steps = sum(phase.end - phase.start for phase, _ in run)
+    `where` the costs of the images with most memory have been printed.
+    """
+    num_steps = sum(phase.end - phase.start for phase, _ in run.phases)
     rows = []
-    for phase, plan in run:
+    for phase, plan in run.phases:
         count = phase.end - phase.start
         memory = f"{_size(plan.memory).strip()}{'' if plan.fits else ' (DOES NOT FIT)'}"
         row = [_pixels(phase), f"{100 * count / num_steps:.4g} %", memory, f"{plan.step_seconds * 1e3:.2f} ms"]
         rows.append([*row, f"{100 * plan.mfu:.1f} %", *_totals([(phase, plan)], length)])
-    row = ["all", "100 %", _size(max(plan.memory for _, plan in run)).strip()]
-    row.append(f"{mean_over_steps(run, lambda plan: plan.step_seconds) * 1e3:.2f} ms")
-    rows.append([*row, "", *_totals(run, length)])
+    row = ["all", "100 %", _size(run.largest.memory).strip(), f"{run.step_seconds * 1e3:.2f} ms"]
+    rows.append([*row, "", *_totals(run.phases, length)])
     headers = ["images", "steps", "memory per rank", "step at least", "MFU at most"]
     headers += [] if length.num_steps is None else ["number of steps", "model's PFLOP", "GPU-hours at least"]
-    largest = max(run, key=lambda phase_and_plan: phase_and_plan[1].memory)[0]
     print_text("")
     print_table(
         headers,
         rows,
-        title=f"phases; the plan above is that of images of {_pixels(largest)}, with most memory",
+        title=f"phases; the memory of {where} is that of images of {_pixels(run.largest)}",
         right=range(1, 8),
     )
     print_text("")
 
 
-def _pixels(phase: Phase) -> str:
-    return f"{phase.image_size[0]}x{phase.image_size[1]}"
+def _pixels(of: Phase | Plan) -> str:
+    return f"{of.image_size[0]}x{of.image_size[1]}"
 
 
 def _totals(run: list[tuple[Phase, Plan]], length: RunLength) -> list[str]:
@@ -107,16 +105,23 @@ def _totals(run: list[tuple[Phase, Plan]], length: RunLength) -> list[str]:
     return [f"{num_steps:,}", f"{operations / 1e15:,.4g}", gpu_hours(seconds, run[0][1].mesh_shape.world_size)]
 
 
-def _phases_as_json(run: list[tuple[Phase, Plan]], length: RunLength) -> dict[str, Any]:
-    """Return the phases as JSON values: `steps` is null, and with it all sums, if the run's length isn't known."""
-    num_steps = sum(phase.end - phase.start for phase, _ in run)
+def _as_json(run: PhasePlans, length: RunLength) -> dict[str, Any]:
+    """Return the plan with most memory and the run's length, and several phases, as JSON values.
+
+    `steps` is null, and with it all sums, if the run's length isn't known.
+    """
+    largest = run.largest
+    values = {**largest.as_json(), "run": length.as_json(run.step_seconds, largest.mesh_shape.world_size)}
+    if len(run.phases) == 1:
+        return values
+    num_steps = sum(phase.end - phase.start for phase, _ in run.phases)
     entries = []
-    for phase, plan in run:
+    for phase, plan in run.phases:
         count = phase.end - phase.start
         share = {"steps": None if length.num_steps is None else count, "share_of_steps": count / num_steps}
         entries.append({**share, **plan.as_json()})
-    operations = sum((phase.end - phase.start) * plan.model_flops for phase, plan in run)
-    return {"phases": entries, "run_model_flops": None if length.num_steps is None else operations}
+    operations = sum((phase.end - phase.start) * plan.model_flops for phase, plan in run.phases)
+    return {**values, "phases": entries, "run_model_flops": None if length.num_steps is None else operations}
 
 
 def print_plan(plan: Plan) -> None:
@@ -185,27 +190,25 @@ def _describe_time(plan: Plan) -> list[str]:
     ]
 
 
-def print_search(plans: list[Plan], length: RunLength) -> None:
-    """Print the plans of a search as a table, in their order; with the time of the whole run if its length is known."""
-    num_steps, num_gpus = length.num_steps, plans[0].mesh_shape.world_size
-    rows = [
-        (
-            str(plan.mesh_shape),
-            plan.sharding_stage,
-            _size(plan.memory).strip(),
-            "yes" if plan.fits else "NO",
-            f"{plan.step_seconds * 1e3:.2f} ms",
-            f"{plan.images_per_s:,.0f}",
-            f"{100 * plan.mfu:.1f} %",
-            *([] if num_steps is None else [gpu_hours(num_steps * plan.step_seconds, num_gpus)]),
-        )
-        for plan in plans
-    ]
+def print_search(runs: list[PhasePlans], length: RunLength) -> None:
+    """Print the plans of a search as a table, in their order; with the time of the whole run if its length is known.
+
+    With several sizes of training images: the memory of the largest, and the means over the steps.
+    """
+    first = runs[0].largest
+    num_steps, num_gpus = length.num_steps, first.mesh_shape.world_size
+    rows = []
+    for run in runs:
+        plan, seconds = run.largest, run.step_seconds
+        mfu = run.mean(lambda plan: plan.mfu * plan.step_seconds) / seconds
+        row = [str(plan.mesh_shape), plan.sharding_stage, _size(plan.memory).strip(), "yes" if plan.fits else "NO"]
+        row += [f"{seconds * 1e3:.2f} ms", f"{plan.global_batch_size / seconds:,.0f}", f"{100 * mfu:.1f} %"]
+        rows.append(row if num_steps is None else [*row, gpu_hours(num_steps * seconds, num_gpus)])
     headers = ["mesh", "sharding", "memory per rank", "fits", "step at least", "images/s at most", "MFU at most"]
     print_table(
         headers if num_steps is None else [*headers, "GPU-hours at least"],
         rows,
-        title=f"{counted(len(plans), 'valid mesh')} of {num_gpus} {plans[0].cluster.device}, the best first",
+        title=f"{counted(len(runs), 'valid mesh')} of {num_gpus} {first.cluster.device}, the best first",
         right=(1, 2, 4, 5, 6, 7),
     )
 
