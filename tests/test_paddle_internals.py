@@ -42,7 +42,7 @@ PRIVATE_MODULES = (
     "paddle.static.python_op",
 )
 OPERATOR_PREFIXES = ("pd_op.", "builtin.", "py_op.")
-LIBRARY = "libdnnl.so.3"
+LIBRARIES = ("libdnnl.so.3", "libmklml_intel.so")
 ROW = re.compile(r"\| `([^`]+)` \| (.+?) \| ([\d.]+) \| (.+) \|")
 
 
@@ -116,7 +116,7 @@ def internals_in(tree: ast.AST, defined_in_package: set[str]) -> Iterator[str]:
             methods = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
             yield from methods & paddle_methods()
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if re.fullmatch(r"FLAGS_\w+", node.value) or node.value == LIBRARY:
+            if re.fullmatch(r"FLAGS_\w+", node.value) or node.value in LIBRARIES:
                 yield node.value
             yield from (prefix for prefix in OPERATOR_PREFIXES if node.value.startswith(prefix))
 

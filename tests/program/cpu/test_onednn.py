@@ -8,50 +8,13 @@ import sys
 
 import numpy as np
 import pytest
+from helpers.kernel_operands import DTYPES, address, close, empty, loaded, normal_values, stored
 
-from vit_static.program.cpu import attention, onednn, primitives
+from vit_static.program.cpu import onednn, primitives
 from vit_static.program.cpu.onednn import Layout, dense
 from vit_static.program.cpu.swiglu import swiglu, swiglu_grad
 
 pytestmark = pytest.mark.cpu_isa
-
-BFLOAT16 = pytest.param("bfloat16", marks=pytest.mark.needs_bfloat16)
-DTYPES = ["float32", BFLOAT16]
-TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}  # of the largest value
-rng = np.random.default_rng(0)
-
-
-def stored(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Return values as in memory: bfloat16 as the upper halves of float32's bits, rounded to the nearest."""
-    bits = np.ascontiguousarray(values, np.float32)
-    if dtype == "float32":
-        return bits.copy()
-    as_integers = bits.view(np.uint32)
-    return ((as_integers + 0x7FFF + ((as_integers >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def loaded(memory: np.ndarray) -> np.ndarray:
-    if memory.dtype == np.float32:
-        return memory.astype(np.float64)
-    return (memory.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-
-
-def normal_values(dtype: str, *shape: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return normally distributed values as in memory, and the float64 values that they represent."""
-    memory = stored(rng.standard_normal(shape), dtype)
-    return memory, loaded(memory)
-
-
-def empty(dtype: str, *shape: int) -> np.ndarray:
-    return stored(np.full(shape, np.nan), dtype)
-
-
-def close(memory: np.ndarray, expected: np.ndarray, dtype: str) -> None:
-    np.testing.assert_allclose(loaded(memory), expected, atol=TOLERANCE[dtype] * np.abs(expected).max(), rtol=0)
-
-
-def address(memory: np.ndarray) -> int:
-    return int(memory.ctypes.data)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -172,31 +135,6 @@ def test_layer_norm_and_its_gradients(dtype: str) -> None:
     close(x_grad, centred / deviation, "float32")
     close(scale_grad, (grad * normal).sum(axis=0), "float32")
     close(shift_grad, grad.sum(axis=0), "float32")
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("score_bytes", [4 << 20, 4 * 2 * 17 * 17, 1], ids=["all images", "two heads", "one head"])
-def test_attention_and_its_gradients(monkeypatch, dtype: str, score_bytes: int) -> None:
-    """On tensors [B, N, H, d], read as [B, H, N, d], for each number of images and heads computed at a time."""
-    monkeypatch.setattr(attention, "_SCORE_BYTES", score_bytes)
-    images, tokens, heads, channels = 3, 17, 4, 8
-    layout = dense(dtype, images, tokens, heads, channels).permuted((0, 2, 1, 3))
-    shape = (images, tokens, heads, channels)
-    memories, values = zip(*(normal_values(dtype, *shape) for _ in range(4)), strict=True)
-    q, k, v, grad = (value.transpose(0, 2, 1, 3) for value in values)
-    out, q_grad, k_grad, v_grad = (empty(dtype, *shape) for _ in range(4))
-    attention.Attention(layout, layout, layout, layout)(*map(address, (*memories[:3], out)))
-    backward = attention.AttentionGrad([layout] * 4, [layout] * 3, (0.5, 1.0, 1.0))
-    backward(*map(address, (*memories, q_grad, k_grad, v_grad)))
-    scores = q @ k.swapaxes(2, 3)
-    weights = np.exp(scores - scores.max(axis=3, keepdims=True))
-    weights /= weights.sum(axis=3, keepdims=True)
-    weights_grad = grad @ v.swapaxes(2, 3)
-    scores_grad = weights * (weights_grad - (weights * weights_grad).sum(axis=3, keepdims=True))
-    close(out, (weights @ v).transpose(0, 2, 1, 3), dtype)
-    close(q_grad, 0.5 * (scores_grad @ k).transpose(0, 2, 1, 3), dtype)
-    close(k_grad, (scores_grad.swapaxes(2, 3) @ q).transpose(0, 2, 1, 3), dtype)
-    close(v_grad, (weights.swapaxes(2, 3) @ grad).transpose(0, 2, 1, 3), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

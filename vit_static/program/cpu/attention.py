@@ -1,18 +1,16 @@
 """Fused attention and its gradient on oneDNN's CPU kernels, tile by tile, so that the scores of the whole batch are
-never stored. lowering.py (fuse_attention) puts them into a program.
+never stored. lowering.py (fuse_attention) puts them into a program. For float32 attention_float32.py has faster ones.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from vit_static.program.cpu.onednn import Layout, Primitive, dense
 from vit_static.program.cpu.primitives import matmul, softmax, softmax_grad
+from vit_static.program.cpu.scratch import scratch_memory
 
-_ALIGNMENT = 64
 _SCORE_BYTES = 4 << 20  # scores that are computed at a time, so that they stay in the cores' caches
 
 
@@ -88,7 +86,7 @@ class _Tile:
     def buffers(self) -> tuple[int, int, int]:
         """Return the addresses of the scores, the attention weights, and the gradients of either."""
         num_bytes = math.prod(self._scores.shape) * 4
-        scores = _scratch_memory(3 * num_bytes)
+        (scores,) = scratch_memory(3 * num_bytes)
         return scores, scores if self.weights.dtype == "float32" else scores + num_bytes, scores + 2 * num_bytes
 
     def tiles(self, layouts: Sequence[Layout], addresses: Sequence[int]) -> Iterator[list[int]]:
@@ -101,14 +99,3 @@ class _Tile:
 def _largest_divisor(number: int, limit: int) -> int:
     """Return the largest divisor of `number` that is at most `limit`, at least 1."""
     return max(divisor for divisor in range(1, max(limit, 1) + 1) if number % divisor == 0)
-
-
-_scratch_buffers: list[Any] = []
-
-
-def _scratch_memory(num_bytes: int) -> int:
-    """Return the address of memory that a kernel may use while it runs; kernels run one at a time."""
-    if not _scratch_buffers or len(_scratch_buffers[0]) < num_bytes + _ALIGNMENT:
-        _scratch_buffers[:] = [ctypes.create_string_buffer(num_bytes + _ALIGNMENT)]
-    address = ctypes.addressof(_scratch_buffers[0])
-    return address + -address % _ALIGNMENT

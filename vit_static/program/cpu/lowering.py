@@ -24,8 +24,9 @@ from typing import Any
 import paddle
 from paddle import pir
 
-from vit_static.program.cpu import primitives
+from vit_static.program.cpu import attention_float32, primitives
 from vit_static.program.cpu.attention import Attention, AttentionGrad
+from vit_static.program.cpu.attention_float32 import Float32Attention, Float32AttentionGrad
 from vit_static.program.cpu.custom_ops import add_op, convert, ones, replace_result
 from vit_static.program.cpu.onednn import Layout, dense
 from vit_static.program.cpu.patterns import (
@@ -39,6 +40,7 @@ from vit_static.program.cpu.patterns import (
     is_over_first,
     is_over_last,
     is_read,
+    is_read_backward,
     match_attention,
     match_broadcast,
     view_of,
@@ -143,24 +145,27 @@ class _Lowering:
         """Replace scores, softmax and weighted sum by one operator, and their gradients by another."""
         for operation in list(program.global_block().ops):
             if operation.name() == "pd_op.softmax" and (pattern := match_attention(operation)) is not None:
-                self._attention(pattern)
+                out = self._attention(pattern)
                 if pattern.weighted_sum_grad is not None:
-                    self._attention_grad(pattern)
+                    self._attention_grad(pattern, out)
 
-    def _attention(self, pattern: AttentionPattern) -> None:
+    def _attention(self, pattern: AttentionPattern) -> View | None:
+        """Replace the forward operators. Return the result if the backward pass keeps it anyway."""
         dtype = dtype_of(pattern.scores.operand_source(0))
         operands = [(pattern.scores, 0), (pattern.scores, 1), (pattern.weighted_sum, 1)]
         inputs = [self._cast(view_of(operation.operand_source(index)), dtype) for operation, index in operands]
         epilogue, layout = _choose_factor_epilogue(pattern.weighted_sum.result(0), pattern.weighted_sum.op_role, dtype)
         q, k, v = (view.layout for view in inputs)
-        run = Attention(q, k, v, layout, epilogue.factor)
+        kind = Float32Attention if attention_float32.is_supported(q, layout) else Attention
+        run = kind(q, k, v, layout, epilogue.factor)
         with insert_before(pattern.weighted_sum):
             outputs = [(layout.dtype, tuple(epilogue.value.shape))]
             bases = [view.base for view in inputs]
             (value,) = add_op(f"attention_{dtype}", (q, k, v, layout, epilogue.factor), run, bases, outputs)
             replace_result(epilogue.value, value)
+        return View(value, layout) if epilogue.factor == 1.0 and is_read_backward(value) else None
 
-    def _attention_grad(self, pattern: AttentionPattern) -> None:
+    def _attention_grad(self, pattern: AttentionPattern, out: View | None) -> None:
         scores_grad, weighted_sum_grad = pattern.scores_grad, pattern.weighted_sum_grad
         dtype = dtype_of(pattern.scores.operand_source(0))
         operands = [(scores_grad, 0), (scores_grad, 1), (weighted_sum_grad, 1), (weighted_sum_grad, 2)]
@@ -169,11 +174,18 @@ class _Lowering:
         epilogues = [_choose_factor_epilogue(result, weighted_sum_grad.op_role, dtype) for result in results]
         input_layouts, layouts = [view.layout for view in inputs], [layout for _, layout in epilogues]
         factors = tuple(epilogue.factor for epilogue, _ in epilogues)
+        run: Float32AttentionGrad | AttentionGrad
+        if attention_float32.is_supported(input_layouts[0], input_layouts[3]):
+            if out is not None and attention_float32.is_supported(input_layouts[0], out.layout):
+                inputs.append(out)
+            run = Float32AttentionGrad([view.layout for view in inputs], layouts, factors)
+        else:
+            run = AttentionGrad(input_layouts, layouts, factors)
         with insert_before(weighted_sum_grad):
             values = add_op(
                 f"attention_backward_{dtype}",
-                (*input_layouts, *layouts, factors),
-                AttentionGrad(input_layouts, layouts, factors),
+                (*(view.layout for view in inputs), *layouts, factors),
+                run,
                 [view.base for view in inputs],
                 [(layout.dtype, tuple(epilogue.value.shape)) for epilogue, layout in epilogues],
             )

@@ -13,6 +13,7 @@ from typing import Any
 import paddle
 
 from vit_static.program.cpu.onednn import Layout, dense
+from vit_static.program.ir import BACKWARD
 
 CONVERT = "py_op.vit_static_convert"  # start of the names of our operators that only convert the dtype
 _ATTENTION = "py_op.vit_static_attention"  # start of the names of our attention operators, which read one dtype
@@ -101,6 +102,14 @@ def readers_of(value: Any) -> list[Any]:
     for reader in value.all_used_ops():
         readers.extend(readers_of(reader.result(0)) if is_cast(reader) else [reader])
     return readers
+
+
+def is_read_backward(value: Any) -> bool:
+    """Return whether an operator of the backward pass reads a value, moved or as it is."""
+    return any(
+        is_read_backward(reader.result(0)) if reader.name() in MOVES else reader.op_role == BACKWARD
+        for reader in readers_of(value)
+    )
 
 
 def num_broadcast_dims(operand: Any, out: Any) -> int:

@@ -13,6 +13,7 @@ from vit_static.program.cpu.onednn import Layout, Primitive, dense, library
 
 _FORWARD_TRAINING, _BACKWARD = 64, 128
 _GELU_ERF, _GELU_TANH, _LINEAR, _LOGISTIC, _SWISH, _SOFTMAX = 49, 43, 38, 41, 44, 196608
+_EXPONENTIAL = 42
 _LOGISTIC_BY_RESULT = 260  # the gradient of the logistic function, computed from its result
 _ADD, _MULTIPLY = 131056, 131057
 _SCALE_AND_SHIFT = 2 | 4
@@ -26,13 +27,20 @@ MAX_PRIMITIVES = 1024  # cached, per kind
 
 @lru_cache(MAX_PRIMITIVES)
 def matmul(
-    a: Layout, b: Layout, out: Layout, bias: Layout | None = None, residual: Layout | None = None, factor: float = 1.0
+    a: Layout,
+    b: Layout,
+    out: Layout,
+    bias: Layout | None = None,
+    residual: Layout | None = None,
+    factor: float = 1.0,
+    accumulate: bool = False,
 ) -> Primitive:
-    """Return the kernel of out = (a @ b [+ bias]) * factor [+ residual].
+    """Return the kernel of out = (a @ b [+ bias]) * factor [+ residual], or of out += with `accumulate`.
 
     Operands: a, b, bias and residual if given, out. All have the same number of dimensions; the bias has length 1
-    where it is broadcast.
+    where it is broadcast. oneDNN 3.6 adds wrong values to `out` after another post-operation, so `accumulate` is alone.
     """
+    assert not accumulate or (factor == 1.0 and residual is None)
     onednn = library()
     chain = onednn.make("post_ops")
     if factor != 1.0:
@@ -41,6 +49,8 @@ def matmul(
         )
     if residual is not None:
         onednn.call("post_ops_append_binary", chain, ctypes.c_int(_ADD), onednn.description(residual))
+    if accumulate:
+        onednn.call("post_ops_append_sum", chain, ctypes.c_float(1.0), ctypes.c_int(0), ctypes.c_int(0))
     attributes = onednn.make("primitive_attr")
     onednn.call("primitive_attr_set_post_ops", attributes, chain)
     description = onednn.make(
@@ -63,22 +73,36 @@ def multiply(x: Layout, factor: Layout, out: Layout, addend: Layout | None = Non
 
     Operands: x, factor, addend if given, out.
     """
+    return _binary(_MULTIPLY, x, factor, out, _ADD, addend)
+
+
+@lru_cache(MAX_PRIMITIVES)
+def add_and_multiply(x: Layout, addend: Layout, factor: Layout, out: Layout) -> Primitive:
+    """Return the kernel of out = (x + addend) * factor, for matrices; the addend may have length 1 in one dimension.
+
+    Operands: x, addend, factor, out, which may be x.
+    """
+    return _binary(_ADD, x, addend, out, _MULTIPLY, factor)
+
+
+def _binary(kind: int, x: Layout, y: Layout, out: Layout, then: int, last: Layout | None) -> Primitive:
+    """Return the kernel of an operation on x and y, and of another one on its result and `last` if given."""
     onednn = library()
     attributes = onednn.make("primitive_attr")
-    if addend is not None:
+    if last is not None:
         chain = onednn.make("post_ops")
-        onednn.call("post_ops_append_binary", chain, ctypes.c_int(_ADD), onednn.description(addend))
+        onednn.call("post_ops_append_binary", chain, ctypes.c_int(then), onednn.description(last))
         onednn.call("primitive_attr_set_post_ops", attributes, chain)
     description = onednn.make(
         "binary_primitive_desc",
         onednn.engine,
-        ctypes.c_int(_MULTIPLY),
+        ctypes.c_int(kind),
         onednn.description(x),
-        onednn.description(factor),
+        onednn.description(y),
         onednn.description(out),
         attributes,
     )
-    operands = [(_SOURCE, x), (_SOURCE_1, factor), (_POST_OPERATION | _SOURCE_1, addend), (_TARGET, out)]
+    operands = [(_SOURCE, x), (_SOURCE_1, y), (_POST_OPERATION | _SOURCE_1, last), (_TARGET, out)]
     return Primitive(description, [(number, layout) for number, layout in operands if layout is not None])
 
 
@@ -143,6 +167,12 @@ def silu_grad(x: Layout) -> Primitive:
     """Return the kernel of SiLU's gradient. Operands: x, out_grad, x_grad; the last two may be the same memory."""
     description = _elementwise_grad(_SWISH, x, x, x, alpha=1.0)
     return Primitive(description, [(_SOURCE, x), (_TARGET_GRADIENT, x), (_SOURCE_GRADIENT, x)])
+
+
+@lru_cache(MAX_PRIMITIVES)
+def exponential(x: Layout) -> Primitive:
+    """Return the kernel of exp. Operands: x, out, which may be the same memory."""
+    return Primitive(_elementwise(_EXPONENTIAL, x, x), [(_SOURCE, x), (_TARGET, x)])
 
 
 @lru_cache(MAX_PRIMITIVES)
