@@ -65,6 +65,10 @@ def test_a_run_resumes_in_a_phase_and_at_its_border_with_the_same_bits(
     (tmp_path / "again" / "checkpoints" / "latest").symlink_to(f"step_{step:08d}")
     (tmp_path / "again" / "checkpoints" / "best").unlink(missing_ok=True)
     assert train(run)
+    events = metrics(run.run_dir, "event")
+    resumed = next(number for number, event in enumerate(events) if event["event"] == "resumed")
+    changes = {event["step"]: event["image_size"] for event in events[resumed:] if event["event"] == "image size"}
+    assert changes == {start: size for start, size in PHASES.items() if start >= step}
     for name in ("model.pdparams", "model_ema.pdparams"):
         again, expected = read_state(run.run_dir / name), read_state(sized.run_dir / name)
         assert all(np.array_equal(again[key], value) for key, value in expected.items())
@@ -114,7 +118,13 @@ def test_an_evaluation_at_a_size_that_does_not_go_is_refused(
             "train.image_sizes: images of 12x12 can't be divided into patches of 8 pixels; set 16",
         ),
         ("[[8, 1.5]]", "must be at most 1"),
-        ("[8, 16]", "train.image_sizes"),
+        (
+            "[8, 16]",
+            "-o train.image_sizes=[8, 16]: must be [[SIZE, UNTIL], ...], each with the share of the steps at which "
+            "images of this size end, such as [[8, 0.5], [16, 1.0]]",
+        ),
+        ("[[8, 0.5], 16]", "such as [[128, 0.5], [224, 1.0]]"),
+        ("large", "must be [[SIZE, UNTIL], ...]"),
     ],
 )
 def test_sizes_that_do_not_go_are_refused(tmp_path: Path, small_digits: Path, sizes: str, message: str) -> None:

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from vit_static.config.data_schema import AugmentConfig, DataConfig, EvalConfig, LossConfig, SelectionMetric
 from vit_static.config.distill_schema import DistillConfig
@@ -76,6 +76,20 @@ class TrainConfig(Section):
     def sizes(self) -> list[tuple[int, int]]:
         """The sizes of image_sizes; empty if all images have the model's."""
         return [size for size, _ in self.image_sizes]
+
+    @field_validator("image_sizes", mode="before")
+    @classmethod
+    def _check_form_of_image_sizes(cls, value: Any) -> Any:
+        is_list = isinstance(value, (list, tuple))
+        if is_list and all(isinstance(entry, (list, tuple)) and len(entry) == 2 for entry in value):
+            return value
+        sizes = list(value) if is_list and all(isinstance(size, int) for size in value) else [128, 224]
+        ends = [f"{(number + 1) / len(sizes):.3g}" for number in range(len(sizes) - 1)]
+        example = ", ".join(f"[{size}, {end}]" for size, end in zip(sizes, [*ends, "1.0"], strict=True))
+        raise ValueError(
+            f"must be [[SIZE, UNTIL], ...], each with the share of the steps at which images of this size end, such as "
+            f"[{example}]"
+        )
 
     @model_validator(mode="after")
     def _check_image_sizes(self) -> TrainConfig:

@@ -233,11 +233,15 @@ class MetricLogger:
             )  # fmt: skip
             self.say(f"    {result.describe(self._spec.config.model.num_classes)}")
 
-    def log_image_size(self, step: int, image_size: tuple[int, int], compile_seconds: float) -> None:
-        """Log that the steps after `step` train on images of this height and width (train.image_sizes)."""
+    def log_image_size(self, step: int, image_size: tuple[int, int], compile_seconds: float, *, is_new: bool) -> None:
+        """Log that the steps after `step` train on images of this height and width (train.image_sizes).
+
+        An event is recorded only if the size `is_new`, and not that of the steps before `step`, too.
+        """
         flops = self.train_flops_per_image(step)
-        values = {"train_flops_per_image": flops, "compile_seconds": compile_seconds}
-        self.log_event(step, IMAGE_SIZE, image_size=list(image_size), **values)
+        if is_new:
+            values = {"train_flops_per_image": flops, "compile_seconds": compile_seconds}
+            self.log_event(step, IMAGE_SIZE, image_size=list(image_size), **values)
         self.say(
             f"images of {image_size[0]}x{image_size[1]} from step {step + 1} on: {flops / 1e9:.2f} GFLOP per image "
             f"with the backward pass; the program was compiled in {duration(compile_seconds)}"

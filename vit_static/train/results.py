@@ -12,10 +12,11 @@ from vit_static.checkpoint.folder import (
     MERGED_BEST_AVERAGE,
     checkpoint_dir,
 )
-from vit_static.checkpoint.progress import Progress
+from vit_static.checkpoint.progress import Progress, improves
 from vit_static.common.text import counted
 from vit_static.config.loader import load_config
 from vit_static.report.metric_names import METRIC_TITLES, format_metric
+from vit_static.train.notes import late_average
 from vit_static.train.run_spec import RunSpec
 from vit_static.weights.load import write_pdparams
 from vit_static.weights.source import merge_shards
@@ -43,11 +44,27 @@ def _merge(checkpoint: Path, path: Path, average_path: Path, *, has_ema: bool) -
         write_pdparams(merge_shards(checkpoint, ema=True), average_path, model)
 
 
-def describe_results(spec: RunSpec, progress: Progress) -> str:
+def describe_results(spec: RunSpec, progress: Progress, weights_value: float | None = None) -> str:
     """Return the last and the best result, and which file has the weights of which; with LoRA, which checkpoint.
 
-    With a moving average they are its results and files.
+    With a moving average they are its results and files, followed by `weights_value`, eval.metric of the last weights
+    themselves if it is known, and by why the average is worse if it can't have caught up.
     """
+    results = _describe_results(spec, progress)
+    if weights_value is None or spec.config.optim.ema_decay == 0.0:
+        return results
+    run_dir, metric = spec.config.run_dir, spec.config.selection_metric
+    where = checkpoint_dir(run_dir, progress.step) if spec.config.lora.rank > 0 else run_dir / MERGED
+    text = (
+        f"moving average: {results}; last weights themselves: {METRIC_TITLES[metric]} "
+        f"{format_metric(metric, weights_value)} ({where}); other verbs use these, or the average with --ema"
+    )
+    is_average_worse = improves(metric, weights_value, progress.last_value)
+    hint = late_average(spec.config, progress.step) if is_average_worse else None
+    return text if hint is None else f"{text}\nthe average has not caught up with the weights: {hint}"
+
+
+def _describe_results(spec: RunSpec, progress: Progress) -> str:
     run_dir, metric = spec.config.run_dir, spec.config.selection_metric
     has_ema, has_adapters = spec.config.optim.ema_decay > 0.0, spec.config.lora.rank > 0
     title, value = METRIC_TITLES[metric], progress.last_value

@@ -17,6 +17,7 @@ from vit_static.data.image_set import ImageDataset
 from vit_static.data.open_set import describe_empty_classes, open_set, split_path
 from vit_static.model.loss_weights import NO_WEIGHTS, LossWeights
 from vit_static.optim.schedule import Phase, learning_rate, limiting_key, phases, total_steps, warmup_steps
+from vit_static.train.notes import config_notes
 
 if TYPE_CHECKING:
     from vit_static.parallel.mesh import MeshShape
@@ -106,9 +107,13 @@ class RunSpec:
         heights, widths = zip(*(phase.image_size for phase in self.phases), strict=True)
         return max(heights), max(widths)
 
+    def phase_at(self, step: int) -> Phase:
+        """Return the phase of the update that follows `step` done ones."""
+        return next((phase for phase in self.phases if step < phase.end), self.phases[-1])
+
     def image_size_at(self, step: int) -> tuple[int, int]:
         """Return height and width of the images of the update that follows `step` done ones."""
-        return next((phase for phase in self.phases if step < phase.end), self.phases[-1]).image_size
+        return self.phase_at(step).image_size
 
     @property
     def limiting_key(self) -> str:
@@ -144,7 +149,12 @@ class RunSpec:
         )
 
     @property
-    def data_notes(self) -> list[str]:
+    def notes(self) -> list[str]:
+        """Lines about settings that may be mistakes (config_notes), and about classes without images."""
+        return [*config_notes(self.config, self.total_steps), *self._data_notes]
+
+    @property
+    def _data_notes(self) -> list[str]:
         """Lines that name the classes without images."""
         data = self.config.data
         sets = {"train": self.train_images, "val": self.val_images}

@@ -107,6 +107,8 @@ class Trainer:
         )
         self.profiler = stack.enter_context(StepTrace(config.train.profile_steps, run.path, mesh, self.metrics.say))
         self._image_size: tuple[int, int] | None = None  # of the last step
+        # eval.metric of the last step's weights, if they were evaluated beside their moving average
+        self._weights_value: float | None = None
         self._loss: Any = None  # loss of the last step; read only when logging, because reading it waits for the device
 
     @classmethod
@@ -200,7 +202,8 @@ class Trainer:
         size = self.spec.image_size_at(step)
         if size != self._image_size and len(self.spec.phases) > 1:
             self.program.prepare_training(size)
-            self.metrics.log_image_size(step, size, self.program.compile_seconds)
+            is_new = step == self.spec.phase_at(step).start  # not so after a resume within a phase
+            self.metrics.log_image_size(step, size, self.program.compile_seconds, is_new=is_new)
         self._image_size = size
 
     def roll_back(self, bad_step: NonFiniteStep) -> bool:
@@ -239,6 +242,7 @@ class Trainer:
         config = self.spec.config
         metric = config.selection_metric
         value = result.selection_metrics.value_of(metric)
+        self._weights_value = None if result.ema is None else result.metrics.value_of(metric)
         self.progress = self.progress.after_evaluation(metric, value, config.train.min_delta)
         is_best = self.progress.best_step == step
         self.metrics.log_eval(step, result.metrics, result.ema, is_best)
@@ -268,7 +272,7 @@ class Trainer:
             costs = self.checkpoints.describe()
             if costs is not None:
                 self.metrics.say(f"checkpoints: {costs}")
-            results = describe_results(self.spec, self.progress)
+            results = describe_results(self.spec, self.progress, self._weights_value)
             self.metrics.say(f"done in {duration(self.metrics.seconds)}; {results}")
         else:
             self.metrics.log_event(step, str(self.stop.reason), problem=self.stop.message or None)
@@ -316,7 +320,7 @@ class Trainer:
         row = None if teacher is None else describe_teacher(teacher, spec.config.distill)
         metrics.say(start_screen(spec, step, start.description, num_parameters, info, metrics.num_columns, row))
         notes = () if start.init_report is None else start.init_report.notes
-        for note in (*start.changed_settings, *spec.data_notes, *notes, *(() if teacher is None else teacher.notes)):
+        for note in (*start.changed_settings, *spec.notes, *notes, *(() if teacher is None else teacher.notes)):
             metrics.say(f"note: {note}")
         event = "resumed" if start.is_resumed else "started"
         metrics.log_event(
