@@ -50,7 +50,11 @@ def test_every_pass_runs_after_those_that_it_needs() -> None:
         ({"world_size": 2, "dp_ranks": (0, 1)}, ["dtype of gradient sums", "early master gradients"]),
         ({"world_size": 2, "dp_ranks": (0, 1), "is_training": False}, []),
         ({"world_size": 2, "device": "cpu"}, ["gloo collectives", "gradients of frozen norms"]),
-        ({"kernels": KernelsConfig(), "device": "cpu"}, ["oneDNN kernels", "gradients of frozen norms"]),
+        (
+            {"kernels": KernelsConfig(), "device": "cpu"},
+            ["oneDNN kernels", "fused update", "gradients of frozen norms"],
+        ),
+        ({"kernels": KernelsConfig(), "device": "cpu", "is_training": False}, ["oneDNN kernels"]),
         ({"kernels": KernelsConfig()}, ["fused linear layers", "fused dropout"]),
         ({"kernels": KernelsConfig(fused_linear=False)}, ["fused dropout"]),
     ],

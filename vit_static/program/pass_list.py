@@ -14,6 +14,7 @@ from vit_static.config.schema import KernelsConfig
 from vit_static.parallel import gloo
 from vit_static.program import grad_buckets, passes, seeded_dropout
 from vit_static.program.cpu import lowering, onednn
+from vit_static.program.cpu.fuse_update import fuse_update
 from vit_static.program.grad_buckets import GradSyncConfig
 
 
@@ -120,6 +121,17 @@ PASSES: tuple[Pass, ...] = (
         lambda program, _: lowering.lower(program),
         applies=lambda context: context.device == "cpu" and context.kernels.onednn and onednn.is_supported(),
         after={"count costs": _PLAIN},
+    ),
+    Pass(
+        "fused update",
+        lambda program, _: fuse_update(program),
+        applies=lambda context: (
+            context.device == "cpu" and context.is_training and context.kernels.onednn and onednn.is_supported()
+        ),
+        after={
+            "count costs": _PLAIN,
+            "bucket gradients": "the gathers of updated parameters are combined behind the last of them",
+        },
     ),
     Pass(
         "gradients of frozen norms",

@@ -57,12 +57,40 @@ def add_op(
         return metas[0] if len(metas) == 1 else tuple(metas)
 
     name = _names.setdefault((kernel, key, tuple(outputs)), f"vit_static_{kernel}_{len(_names)}")
+    return _python_op(name, inputs, len(outputs), infer, call)
+
+
+def add_in_place_op(kernel: str, run: Callable[..., None], inputs: list[Any], changed: list[int]) -> list[Any]:
+    """Add an operator at the insertion point that changes inputs, and return as results those at positions `changed`.
+
+    `run` is called with the addresses of the inputs. Its program alone has this operator, so it may keep state. Other
+    operators that read a changed input itself see the change if they come later in the program.
+    """
+
+    def call(*tensors: paddle.Tensor) -> Any:
+        with _one_at_a_time:
+            run(*(tensor.data_ptr() for tensor in tensors))
+        results = tuple(tensors[position] for position in changed)
+        return results[0] if len(results) == 1 else results or _empty([([1], paddle.float32)])[0]
+
+    shapes = [(list(inputs[position].shape), inputs[position].dtype) for position in changed] or [([1], paddle.float32)]
+
+    def infer(*_: Any) -> Any:
+        metas = [MetaTensor(shape=shape, dtype=dtype) for shape, dtype in shapes]
+        return metas[0] if len(metas) == 1 else tuple(metas)
+
+    name = _names.setdefault((kernel, len(_names)), f"vit_static_{kernel}_{len(_names)}")
+    results = _python_op(name, inputs, len(shapes), infer, call)
+    return results[: len(changed)]
+
+
+def _python_op(name: str, inputs: list[Any], num_outputs: int, infer: Any, call: Any) -> list[Any]:
     return list(
         paddle._C_ops._run_python_op(
             *inputs,
             name=name,
             input_names=[f"in{index}" for index in range(len(inputs))],
-            output_names=[f"out{index}" for index in range(len(outputs))],
+            output_names=[f"out{index}" for index in range(num_outputs)],
             attrs={"infer_meta_fn_ptr": infer, "fn_ptr": call},
             inplace_map={},
         )

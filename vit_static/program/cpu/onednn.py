@@ -185,6 +185,35 @@ def is_supported() -> bool:
     return reason is None
 
 
+class Memory:
+    """An operand of primitives: a layout at an address, which can be changed. It keeps no reference to the memory."""
+
+    def __init__(self, layout: Layout, address: int = 0) -> None:
+        onednn = library()
+        self.handle = onednn.make("memory", onednn.description(layout), onednn.engine, ctypes.c_void_p(address))
+        self._set_address = onednn.function("memory_set_data_handle")
+
+    def move(self, address: int) -> None:
+        check("memory_set_data_handle", self._set_address(self.handle, ctypes.c_void_p(address)))
+
+
+class Execution:
+    """A primitive with memories of its own, for a kernel that runs many small ones: a call passes no addresses."""
+
+    def __init__(self, primitive: ctypes.c_void_p, operands: list[tuple[int, Memory]]) -> None:
+        onednn = library()
+        self._memories = [memory for _, memory in operands]  # kept, as the arguments refer to them
+        numbered = [_Argument(number, memory.handle.value) for number, memory in operands]
+        self._arguments = (_Argument * len(operands))(*numbered)
+        self._execute = onednn.function("primitive_execute")
+        self._call = (primitive, onednn.stream, len(operands), self._arguments)
+
+    def __call__(self) -> None:
+        status = self._execute(*self._call)  # on a CPU it returns when the primitive has finished
+        if status:
+            check("primitive_execute", status)
+
+
 class Primitive:
     """One kernel for fixed layouts; call it with its operands' addresses, in the order of `operands`.
 
@@ -194,6 +223,7 @@ class Primitive:
     def __init__(self, description: ctypes.c_void_p, operands: list[tuple[int, Layout]]) -> None:
         onednn = library()
         self._primitive = onednn.make("primitive", description)
+        self._numbers = [number for number, _ in operands]
         self._memories = [
             onednn.make("memory", onednn.description(layout), onednn.engine, ctypes.c_void_p())
             for _, layout in operands
@@ -207,6 +237,10 @@ class Primitive:
         self._set_address = onednn.function("memory_set_data_handle")
         self._execute, self._wait = onednn.function("primitive_execute"), onednn.function("stream_wait")
         self._stream = onednn.stream
+
+    def on(self, *memories: Memory) -> Execution:
+        """Return this kernel on these operands, in the order of `operands`."""
+        return Execution(self._primitive, list(zip(self._numbers, memories, strict=True)))
 
     def __call__(self, *addresses: int) -> None:
         for memory, address in zip(self._memories, addresses, strict=True):
