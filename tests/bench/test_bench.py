@@ -39,6 +39,7 @@ from vit_static.common.errors import UserError
 from vit_static.config.loader import load_config
 from vit_static.config.schema import Config
 from vit_static.data.open_set import open_set
+from vit_static.model.variants import num_parameters
 
 TINY = {
     **{f"model.{key}": value for key, value in TINY_MODEL.items()},
@@ -179,6 +180,13 @@ def test_the_shares_of_the_profile_add_up(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "profile.json").read_text())
     assert any(name.startswith("matmul") for name in written["operators"])
     assert 0.0 < written["neither_product_nor_attention"] < 1.0
+    speeds = re.search(r"the update: ([\d.]+) GB/s; a copy of as many bytes: ([\d.]+) GB/s", done.stdout)
+    assert speeds is not None
+    expected = written["update_gb_per_s"], written["copy_gb_per_s"]
+    assert [float(speed) for speed in speeds.groups()] == pytest.approx(expected, abs=0.06)
+    config = load_config(ROOT / "configs" / "bench_s16.yaml", [f"{key}={value}" for key, value in TINY.items()])
+    num_bytes = expected[0] * 1e9 * written["operators"]["adamw"]["seconds"]
+    assert num_bytes == pytest.approx(28 * num_parameters(config.model))  # 7 numbers per parameter
 
 
 def test_the_step_has_adapters_and_the_largest_images() -> None:

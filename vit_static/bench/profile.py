@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import tempfile
+import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import paddle
 
 from vit_static.bench.harness import check_writable
@@ -18,8 +22,12 @@ from vit_static.common.terminal import print_table
 from vit_static.common.text import print_text
 from vit_static.config.schema import Config
 from vit_static.model.variants import model_name
+from vit_static.program.cpu import primitives
+from vit_static.program.cpu.fuse_update import update_bytes
+from vit_static.program.cpu.onednn import dense
 
 NUM_LINES = 25
+_NUM_COPIES = 9
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,13 @@ class OperatorTime:
     name: str
     num_calls: float
     seconds: float
+
+
+class Bandwidth(NamedTuple):
+    """Speeds of memory in GB/s, read and written bytes together: of the update, and of a copy of as many bytes."""
+
+    update: float
+    copy: float
 
 
 def run(config: Config, num_steps: int, json_path: Path | None) -> None:
@@ -58,13 +73,40 @@ def run(config: Config, num_steps: int, json_path: Path | None) -> None:
     print_table(("operator", "calls", "ms per step", "share"), rows, right=(1, 2, 3))
     products = sum(op.seconds for op in operators if is_product(op.name))
     print_text(f"\nneither matrix products nor attention: {1 - products / seconds:.1%}")
+    bandwidth = _update_bandwidth(step, operators)
+    if bandwidth is not None:
+        print_text(f"the update: {bandwidth.update:.1f} GB/s; a copy of as many bytes: {bandwidth.copy:.1f} GB/s")
     if json_path is not None:
-        values = {
+        values: dict[str, Any] = {
             "seconds": seconds,
             "neither_product_nor_attention": 1 - products / seconds,
             "operators": {op.name: {"calls": op.num_calls, "seconds": op.seconds} for op in operators},
         }
+        if bandwidth is not None:
+            values |= {"update_gb_per_s": bandwidth.update, "copy_gb_per_s": bandwidth.copy}
         write_json(values, json_path)
+
+
+def _update_bandwidth(step: MeasuredStep, operators: list[OperatorTime]) -> Bandwidth | None:
+    """Return how fast the update reads and writes memory; None if it isn't one operator of ours."""
+    num_bytes = update_bytes(step.program.compiled("train"))
+    if not num_bytes:
+        return None
+    seconds = sum(op.seconds for op in operators if op.name == "adamw")
+    return Bandwidth(num_bytes / seconds / 1e9, num_bytes / _copy_seconds(num_bytes) / 1e9)
+
+
+def _copy_seconds(num_bytes: int) -> float:
+    """Return how long a copy on all threads that reads and writes `num_bytes` in all takes: the median of several."""
+    length = num_bytes // 8
+    source, target = np.ones(length, np.float32), np.ones(length, np.float32)
+    copy = primitives.convert(dense("float32", length), dense("float32", length))
+    times = []
+    for _ in range(_NUM_COPIES):
+        started = time.perf_counter()
+        copy(source.ctypes.data, target.ctypes.data)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
 
 
 def profile(step: MeasuredStep, num_steps: int) -> tuple[float, list[OperatorTime]]:

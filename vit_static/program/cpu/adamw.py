@@ -49,6 +49,11 @@ class Parameter:
     average_decay: int | None = None
 
 
+def num_bytes(parameter: Parameter) -> int:
+    """Return how many bytes an update of the parameter reads and writes: 7 numbers per element, 9 with the average."""
+    return 4 * parameter.length * (7 if parameter.average is None else 9)
+
+
 class AdamWUpdate:
     """The kernel of one update of all parameters. Call it with the addresses of the operands.
 

@@ -63,6 +63,8 @@ def add_op(
 def add_in_place_op(kernel: str, run: Callable[..., None], inputs: list[Any], changed: list[int]) -> list[Any]:
     """Add an operator at the insertion point that changes inputs, and return as results those at positions `changed`.
 
+    If there are none, it has one result without a meaning.
+
     `run` is called with the addresses of the inputs. Its program alone has this operator, so it may keep state. Other
     operators that read a changed input itself see the change if they come later in the program.
     """
@@ -80,8 +82,7 @@ def add_in_place_op(kernel: str, run: Callable[..., None], inputs: list[Any], ch
         return metas[0] if len(metas) == 1 else tuple(metas)
 
     name = _names.setdefault((kernel, len(_names)), f"vit_static_{kernel}_{len(_names)}")
-    results = _python_op(name, inputs, len(shapes), infer, call)
-    return results[: len(changed)]
+    return _python_op(name, inputs, len(shapes), infer, call)
 
 
 def _python_op(name: str, inputs: list[Any], num_outputs: int, infer: Any, call: Any) -> list[Any]:

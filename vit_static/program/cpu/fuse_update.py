@@ -10,12 +10,13 @@ from typing import Any
 import paddle
 
 from vit_static.optim.grad_clip import CLIPPED_GRADIENT
-from vit_static.program.cpu.adamw import AdamWUpdate, Parameter
+from vit_static.program.cpu.adamw import AdamWUpdate, Parameter, num_bytes
 from vit_static.program.cpu.custom_ops import add_in_place_op
 from vit_static.program.cpu.patterns import is_read
 from vit_static.program.cpu.simplify import remove_unread
 from vit_static.program.ir import insert_before
 
+_NUM_BYTES = "vit_static_update_bytes"  # attribute of the operator
 _SETTINGS = {
     "lazy_mode": False,
     "multi_precision": False,
@@ -64,6 +65,12 @@ def fuse_update(program: Any) -> None:
         _fuse([update for update in fused if update.settings == settings], operations)
     with paddle.static.program_guard(program):
         remove_unread(program)
+
+
+def update_bytes(program: Any) -> int:
+    """Return how many bytes a compiled program's update reads and writes as one operator; 0 if it isn't one."""
+    operations = program.global_block().ops
+    return sum(int(operation.str_attr(_NUM_BYTES)) for operation in operations if operation.has_attr(_NUM_BYTES))
 
 
 def _match(operation: Any, positions: dict[int, int]) -> _Update | None:
@@ -149,7 +156,8 @@ def _fuse(updates: list[_Update], operations: list[Any]) -> None:
     changed = [parameter.weight for parameter, result in zip(parameters, results, strict=True) if is_read(result)]
     with insert_before(last):
         new_results = add_in_place_op("adamw", AdamWUpdate(parameters, *updates[0].settings), inputs, changed)
-    for result, new_result in zip(filter(is_read, results), new_results, strict=True):
+    new_results[0].get_defining_op().set_str_attr(_NUM_BYTES, str(sum(map(num_bytes, parameters))))
+    for result, new_result in zip(filter(is_read, results), new_results, strict=bool(changed)):
         result.replace_all_uses_with(new_result)
     for update in updates:
         update.operation.erase()
