@@ -198,6 +198,31 @@ def test_other_architectures_are_called_by_their_names(tmp_path: Path, names: li
             read_weights(path)
 
 
+def test_residual_post_norm_is_refused_unless_the_architecture_is_another(tmp_path: Path) -> None:
+    """The arrays of timm 1.0.31's vit_base_patch16_rpn_224 with one block, by their names."""
+    layers = {"attn.qkv": (24, 8), "attn.proj": (8, 8), "mlp.fc1": (32, 8), "mlp.fc2": (8, 32)}
+    arrays = {f"blocks.0.{name}.weight": np.ones(shape, np.float32) for name, shape in layers.items()}
+    arrays |= {f"blocks.0.{name}.bias": np.ones(shape[0], np.float32) for name, shape in layers.items()}
+    norms = ("blocks.0.norm1", "blocks.0.norm2", "fc_norm")
+    arrays |= {f"{name}.{part}": np.ones(8, np.float32) for name in norms for part in ("weight", "bias")}
+    arrays |= {"pos_embed": np.ones((1, 4, 8), np.float32), "patch_embed.proj.bias": np.ones(8, np.float32)}
+    arrays |= {"patch_embed.proj.weight": np.ones((8, 3, 16, 16), np.float32)}
+    save_file(arrays, tmp_path / "with_biases.safetensors")
+    del arrays["blocks.0.attn.qkv.bias"]
+    path = tmp_path / "model.safetensors"
+    save_file(arrays, path)
+    assert read_weights(tmp_path / "with_biases.safetensors").model_hints["fc_norm"]
+    with pytest.raises(WeightsError, match=r"vit_\*_rpn_\* models, .* a config\.json beside the file: "):
+        read_weights(path)
+    config = tmp_path / "config.json"
+    config.write_text('{"architecture": "vit_base_patch16_224"}')
+    assert read_weights(path).model_hints["fc_norm"]
+    config.write_text('{"architecture": "vit_base_patch16_rpn_224"}')
+    for name in ("model", "with_biases"):
+        with pytest.raises(WeightsError, match="norms come after attention and MLP"):
+            read_weights(tmp_path / f"{name}.safetensors")
+
+
 def test_paddleclas_small_vit_is_refused(tmp_path: Path) -> None:
     """It divides attention scores by the root of its width, not of a head's channels, which no array shows."""
     state = {"patch_embed.proj.weight": np.zeros((768, 3, 16, 16), np.float32)}

@@ -42,6 +42,20 @@ UNSUPPORTED: tuple[Architecture, ...] = (
 )
 
 
+def is_residual_post_norm(names: Iterable[str], architecture: str | None) -> bool:
+    """Return whether a file with timm's names is of a ViT whose norms come after attention and MLP (vit_*_rpn_*).
+
+    Its names are those of a plain ViT. `architecture` of timm's config.json decides; without one, what only these of
+    timm's models have: a norm after the mean of the patches, and neither a class token nor biases of queries, keys and
+    values nor LayerScale nor qk-norm.
+    """
+    if architecture is not None:
+        return "_rpn_" in architecture
+    lines = "\n".join(names)
+    others = r"(cls_token|blocks\.\d+\.(attn\.(qkv\.bias|[qk]_norm\.weight)|ls1\.gamma|gamma_1))$"
+    return bool(re.search(r"\bfc_norm\.bias$", lines, re.MULTILINE) and not re.search(others, lines, re.MULTILINE))
+
+
 def unsupported_reason(names: Iterable[str]) -> str | None:
     """Return which array is from which other architecture; None if the names may be those of a plain ViT."""
     lines = "\n".join(names)

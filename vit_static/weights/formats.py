@@ -18,7 +18,7 @@ import numpy as np
 
 from vit_static.common.errors import WeightsError
 from vit_static.config.model_schema import ModelConfig
-from vit_static.weights.architectures import unsupported_reason
+from vit_static.weights.architectures import is_residual_post_norm, unsupported_reason
 from vit_static.weights.name_maps import NameMap
 from vit_static.weights.readers import read_arrays
 from vit_static.weights.rope_order import RopeOrder
@@ -68,7 +68,10 @@ def read_weights(path: Path, *, ema: bool = False) -> ExternalWeights:
     state = {name: array for name, array in content.arrays.items() if array is not None}
     if not state:
         raise WeightsError(f"{path}: holds no arrays of weights")
-    external = _from_table(state, PLSC if content.container == "paddle" else _detect(content.arrays, path), path)
+    table = PLSC if content.container == "paddle" else _detect(content.arrays, path)
+    if table is TIMM and content.model is None:
+        _refuse_post_norm(state, path)
+    external = _from_table(state, table, path)
     if content.container == "paddle":
         _refuse_paddleclas_small(external.state, path)
     dropped = dict.fromkeys(content.outside, "is not part of the state dict") | external.dropped
@@ -77,6 +80,17 @@ def read_weights(path: Path, *, ema: bool = False) -> ExternalWeights:
         known = {key: why for key, why in external.assumptions.items() if key == "num_classes"}
         external = replace(external, undetermined={}, assumptions=known)
     return replace(external, dropped=dropped | others, model=content.model)
+
+
+def _refuse_post_norm(state: State, path: Path) -> None:
+    """Raise WeightsError for a residual post-norm model of timm, by its config.json if there is one."""
+    architecture = _read_json(path.with_name("config.json")).get("architecture")
+    if is_residual_post_norm(state, architecture if isinstance(architecture, str) else None):
+        raise WeightsError(
+            f"{path}: has the arrays of timm's vit_*_rpn_* models, whose norms come after attention and MLP; this "
+            "program has only norms before them. If it is another model, name it in a config.json beside the file: "
+            '{"architecture": "vit_base_patch16_224"}'
+        )
 
 
 def _refuse_paddleclas_small(state: State, path: Path) -> None:
@@ -156,11 +170,17 @@ def _read_config_json(table: NameMap, path: Path) -> dict[str, Any]:
     if table.config_json is None:
         return {}
     config_path = path.with_name(table.config_json.file_name)
+    config = _read_json(config_path)
+    return table.config_json.read(config, config_path) if config else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file; empty if it isn't there or has no JSON object."""
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return table.config_json.read(config, config_path) if isinstance(config, dict) else {}
+    return config if isinstance(config, dict) else {}
 
 
 def _translate(state: State, table: NameMap, path: Path) -> ExternalWeights:
