@@ -25,6 +25,7 @@ from vit_static.model.variants import model_name
 from vit_static.program.cpu import primitives
 from vit_static.program.cpu.fuse_update import update_bytes
 from vit_static.program.cpu.onednn import dense
+from vit_static.program.cpu.product_choice import choices
 
 NUM_LINES = 25
 _NUM_COPIES = 9
@@ -76,10 +77,15 @@ def run(config: Config, num_steps: int, json_path: Path | None) -> None:
     bandwidth = _update_bandwidth(step, operators)
     if bandwidth is not None:
         print_text(f"the update: {bandwidth.update:.1f} GB/s; a copy of as many bytes: {bandwidth.copy:.1f} GB/s")
+    record = choices.record()
+    if record is not None:
+        print_text(f"\nproducts that both libraries can compute ({record.machine}):")
+        print_table(("rows x depth x columns, orders", "library"), [*record.libraries.items()])
     if json_path is not None:
         values: dict[str, Any] = {
             "seconds": seconds,
             "neither_product_nor_attention": 1 - products / seconds,
+            "products": None if record is None else record.libraries,
             "operators": {op.name: {"calls": op.num_calls, "seconds": op.seconds} for op in operators},
         }
         if bandwidth is not None:

@@ -85,6 +85,14 @@ class TeacherRecord:
 
 
 @dataclass(frozen=True)
+class KernelRecord:
+    """The libraries that compute products on a CPU, which a resumed run keeps (program/cpu/product_choice.py)."""
+
+    machine: str  # what the choices are valid for
+    libraries: dict[str, str]  # by product
+
+
+@dataclass(frozen=True)
 class LoraBase:
     """The frozen weights that the adapters of a checkpoint belong to."""
 

@@ -22,7 +22,7 @@ from vit_static.checkpoint.folder import (
     read_manifest,
     shard_format,
 )
-from vit_static.checkpoint.progress import DataPosition, LoraBase, Manifest, Progress, TeacherRecord
+from vit_static.checkpoint.progress import DataPosition, KernelRecord, LoraBase, Manifest, Progress, TeacherRecord
 from vit_static.checkpoint.sharded_state import read_shard_metadata
 from vit_static.common.errors import ConfigError, WeightsError, newer_format, os_reason, truncate
 from vit_static.common.io import FileRecord, file_record
@@ -128,6 +128,15 @@ def read_lora_base(path: Path) -> LoraBase:
     try:
         return TypeAdapter(LoraBase).validate_python(json.loads((path / META).read_text(encoding="utf-8"))["lora_base"])
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path / META}: is damaged ({truncate(str(error))})") from None
+
+
+def read_kernels(path: Path) -> KernelRecord | None:
+    """Read the choices of kernels of a checkpoint's run; None if it has none. Raises WeightsError as `read_teacher`."""
+    try:
+        record = json.loads((path / META).read_text(encoding="utf-8")).get("kernels")
+        return None if record is None else TypeAdapter(KernelRecord).validate_python(record)
+    except (OSError, AttributeError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path / META}: is damaged ({truncate(str(error))})") from None
 
 

@@ -25,7 +25,7 @@ from vit_static.checkpoint.folder import (
     shard_name,
     write_class_names,
 )
-from vit_static.checkpoint.progress import DataPosition, LoraBase, Manifest, Progress, TeacherRecord
+from vit_static.checkpoint.progress import DataPosition, KernelRecord, LoraBase, Manifest, Progress, TeacherRecord
 from vit_static.checkpoint.sharded_state import RankShard, write_shard
 from vit_static.common.errors import RunFailed
 from vit_static.common.io import FileRecord, file_record, fsync, replace_symlink, write_json
@@ -82,7 +82,8 @@ class CheckpointWriter:
     """Writes a run's checkpoints, one at a time. All ranks call its methods together.
 
     `run_id` identifies the run in all of its checkpoints; `teacher` is the model that it is distilled from, and
-    `lora_base` the frozen weights of a run with LoRA. Outcomes arrive in the queue `results`; `stats` adds them up.
+    `lora_base` the frozen weights of a run with LoRA. `kernels` returns the choices of kernels that a resumed run
+    keeps. Outcomes arrive in the queue `results`; `stats` adds them up.
     """
 
     def __init__(
@@ -93,9 +94,10 @@ class CheckpointWriter:
         run_id: str,
         teacher: TeacherRecord | None = None,
         lora_base: LoraBase | None = None,
+        kernels: Callable[[], KernelRecord | None] = lambda: None,
     ) -> None:
         self._config, self._mesh, self._class_names, self._run_id = config, mesh, class_names, run_id
-        self._teacher, self._lora_base = teacher, lora_base
+        self._teacher, self._lora_base, self._kernels = teacher, lora_base, kernels
         self._host_group = HostGroup("checkpoints")
         self._host_group.connect(mesh.rank, mesh.world_size)
         self._thread: threading.Thread | None = None
@@ -154,7 +156,7 @@ class CheckpointWriter:
         It holds no generator's state: random numbers are functions of the seed and the step. Epoch, learning rate and
         versions are for people.
         """
-        mesh_shape, parallel = self._mesh.shape, self._config.parallel
+        mesh_shape, parallel, kernels = self._mesh.shape, self._config.parallel, self._kernels()
         return {
             "format": FORMAT,
             "progress": asdict(progress),
@@ -163,6 +165,7 @@ class CheckpointWriter:
             "data": asdict(data),
             **({} if self._teacher is None else {"teacher": asdict(self._teacher)}),
             **({} if self._lora_base is None else {"lora_base": asdict(self._lora_base)}),
+            **({} if kernels is None else {"kernels": asdict(kernels)}),
             "mesh": {**asdict(mesh_shape), "sharding_stage": parallel.sharding_stage},
             "versions": {"vit_static": vit_static.__version__, "paddle": paddle.__version__},
         }

@@ -166,6 +166,7 @@ class KernelsConfig(Section):
     """Faster kernels instead of Paddle's plain operators."""
 
     onednn: bool = Field(True, description="CPU: oneDNN for products, attention, activations, norms")
+    measure_products: bool = Field(True, description="CPU: oneDNN or MKLML for a product, whichever measures faster")
     flash_attention: bool = Field(True, description="GPU, O1 and O2: FlashAttention")
     fused_linear: bool = Field(True, description="GPU, O1 and O2: product and bias in one kernel")
     fused_gelu: bool = Field(False, description="GPU: GELU in that kernel too, as its tanh approximation")

@@ -118,7 +118,7 @@ PASSES: tuple[Pass, ...] = (
     ),
     Pass(
         "oneDNN kernels",
-        lambda program, _: lowering.lower(program),
+        lambda program, context: lowering.lower(program, context.kernels.measure_products),
         applies=lambda context: context.device == "cpu" and context.kernels.onednn and onednn.is_supported(),
         after={"count costs": _PLAIN},
     ),

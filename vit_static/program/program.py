@@ -33,6 +33,7 @@ from vit_static.parallel import sharding
 from vit_static.parallel.mesh import Mesh, num_micro_batches
 from vit_static.program import engine, seeded_dropout
 from vit_static.program.autocast import FLOAT32_LAYERS, add_biases_in_low_precision, wrap_forward
+from vit_static.program.cpu import product_choice
 from vit_static.program.distillation import Distillation
 from vit_static.program.grad_buckets import GradSyncConfig
 from vit_static.program.pass_list import PassContext, run_passes
@@ -379,6 +380,8 @@ class Program:
             self._built[mode] = engine.build_mode(self._program, mode, partial(self._run_passes, mode))
         if several is not None and engine.can_run(self._built[mode]):
             several.restore_buffers()
+        if engine.can_run(self._built[mode]):
+            product_choice.choices.settle(self._mesh.all_gather_object)
         if mode == "train":
             self._loss.create(engine.place_of(self._program))
             if self._distillation is not None:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vit_static.checkpoint.folder import CONFIG, open_shards
-from vit_static.checkpoint.progress import LoraBase, Progress, TeacherRecord
+from vit_static.checkpoint.progress import KernelRecord, LoraBase, Progress, TeacherRecord
 from vit_static.checkpoint.resume import (
     check_same_images,
     check_same_run,
     check_same_teacher,
+    read_kernels,
     read_progress,
     read_teacher,
     resolve_resume,
@@ -92,6 +93,7 @@ class StartPoint:
             changes = changed_settings(load_config(self.checkpoint / CONFIG), config, ("name", "output_dir"))
             notes = () if changes is None else (f"settings that differ from those at the checkpoint: {changes}",)
             start = Start(progress, run_id, f"resumed from {self.checkpoint}", True, None, notes)
+            start = replace(start, kernels=read_kernels(self.checkpoint))
             if config.lora.rank == 0:
                 return start
             weights = load_lora_base(self.checkpoint, config.init.from_)
@@ -144,6 +146,7 @@ class Start:
     changed_settings: tuple[str, ...] = ()  # a line about what a resumed run does differently, if it does
     lora_base: LoraBase | None = None  # the frozen weights, with LoRA
     new: tuple[str, ...] = ()  # parameters that init.from doesn't have
+    kernels: KernelRecord | None = None  # of the checkpoint
 
 
 def _fill(model: VisionTransformer, weights: Weights, config: Config) -> LoadReport:

@@ -23,6 +23,7 @@ from vit_static.model.lora import add_adapters
 from vit_static.model.variants import step_flops
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import Mesh, gpu_capability, seed_everything, start_mesh
+from vit_static.program.cpu.product_choice import choices
 from vit_static.program.distillation import build_teacher
 from vit_static.program.precision import Precision, choose_attention, choose_precision
 from vit_static.program.program import Program
@@ -96,7 +97,9 @@ class Trainer:
             lambda size: step_flops(at_size(config.model, size), teacher_model, config.lora),
         )  # fmt: skip
         record = None if teacher is None else teacher.record
-        writer = CheckpointWriter(config, mesh, spec.train_images.class_names, start.run_id, record, start.lora_base)
+        writer = CheckpointWriter(
+            config, mesh, spec.train_images.class_names, start.run_id, record, start.lora_base, choices.record
+        )
         self.checkpoints = Checkpointer(writer, spec, self.metrics, saved=start.progress)
         signals.describe = self.describe_stop
         self.nonfinite = NonFiniteGuard(spec, run, mesh.first_non_none)
@@ -130,6 +133,7 @@ class Trainer:
         start = start_point.load(spec, mesh, model)
         add_adapters(model, config.lora, start.new)
         num_parameters = sum(math.prod(parameter.shape) for parameter in model.parameters())
+        choices.keep(start.kernels)
         redirect_library_output(run.log_path(spec.rank))
         program = _build_program(spec, mesh, model, precision, teacher, start.progress.step)
         shards = start_point.open()

@@ -24,7 +24,7 @@ from typing import Any
 import paddle
 from paddle import pir
 
-from vit_static.program.cpu import attention_float32, primitives
+from vit_static.program.cpu import attention_float32, primitives, product_choice
 from vit_static.program.cpu.attention import Attention, AttentionGrad
 from vit_static.program.cpu.attention_float32 import Float32Attention, Float32AttentionGrad
 from vit_static.program.cpu.custom_ops import add_op, convert, ones, replace_result
@@ -52,21 +52,25 @@ from vit_static.program.ir import insert_before, operator_role
 _MIN_PRODUCT = 2**14  # elements; calling a kernel takes longer than a smaller product by Paddle's operator
 
 
-def lower(program: Any) -> None:
-    """Replace a program's expensive operators by oneDNN kernels. Changes the program."""
+def lower(program: Any, measures_products: bool = True) -> None:
+    """Replace a program's expensive operators by oneDNN kernels. Changes the program.
+
+    `measures_products`: let product_choice.py choose the library of products without an epilogue.
+    """
     with paddle.static.program_guard(program):
         simplify_gradients(program)
         recompute_gelu(program)
-        _Lowering().fuse_attention(program)
+        _Lowering(measures_products).fuse_attention(program)
         remove_unread(program)
-        _Lowering().lower_each(program)
+        _Lowering(measures_products).lower_each(program)
         remove_unread(program)
 
 
 class _Lowering:
     """Replaces the operators of one program. Conversions to another dtype are shared between them."""
 
-    def __init__(self) -> None:
+    def __init__(self, measures_products: bool) -> None:
+        self._measures_products = measures_products
         self._converted: dict[tuple[int, str], Any] = {}  # by value id and dtype
         self._expansions: dict[tuple[int, tuple[int, ...]], Any] = {}  # by value id and shape
 
@@ -240,7 +244,10 @@ class _Lowering:
         if epilogue.residual is not None:
             residual = dense("float32", *shape)
             inputs.append(epilogue.residual)
-        primitive = primitives.matmul(a.layout, b.layout, layout, bias, residual, epilogue.factor)
+        primitive: Any = primitives.matmul(a.layout, b.layout, layout, bias, residual, epilogue.factor)
+        is_plain = bias is None and residual is None and dtype == "float32" and len(shape) == 2
+        if is_plain and self._measures_products:
+            primitive = product_choice.product(a.layout, b.layout, layout, epilogue.factor)
         with insert_before(epilogue.value.get_defining_op()):
             outputs = [(layout.dtype, tuple(epilogue.value.shape))]
             (value,) = add_op(f"matmul_{dtype}", primitive, primitive, inputs, outputs)

@@ -1,6 +1,7 @@
-"""Exponentials by MKLML, the vector mathematics in Paddle's wheel, which on AVX2 takes less time than oneDNN's.
+"""MKLML, the mathematics library in Paddle's x86 wheel: its exponentials take less time than oneDNN's on AVX2.
 
-It runs on the same OpenMP threads, which Paddle has started. Results are rounded within 1 unit in the last place.
+Its matrix products are in sgemm.py. It runs on the same OpenMP threads, which Paddle has started. Exponentials are
+rounded within 1 unit in the last place.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import ctypes
 from collections.abc import Callable
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 from vit_static.program.cpu import primitives
 from vit_static.program.cpu.onednn import dense
@@ -17,22 +19,21 @@ _LOW_ACCURACY, _FLUSH_DENORMALS, _IGNORE_ERRORS = 0x1, 0x280000, 0x100  # mkl_vm
 
 
 @cache
-def _vms_exp() -> Callable[..., int] | None:
-    """Return the library's exponential function of float32 vectors; None in a wheel without it."""
-    import paddle
+def find_function(name: str) -> Any:
+    """Return a function of the library's C interface; None in a wheel without it."""
+    import paddle  # also loads the OpenMP library that MKLML depends on
 
     try:
         library = ctypes.CDLL(str(Path(paddle.__file__).parent / "libs" / "libmklml_intel.so"))
     except OSError:
         return None
-    function: Callable[..., int] | None = getattr(library, "vmsExp", None)
-    return function
+    return getattr(library, name, None)
 
 
 @lru_cache(primitives.MAX_PRIMITIVES)
 def exponential(length: int) -> Callable[[int, int], None]:
     """Return the kernel of exp of a float32 vector. Operands: x, out, which may be the same memory."""
-    vms_exp = _vms_exp()
+    vms_exp = find_function("vmsExp")
     if vms_exp is None:
         layout = dense("float32", length)
         return primitives.exponential(layout)
