@@ -201,7 +201,9 @@ def test_other_architectures_are_called_by_their_names(tmp_path: Path, names: li
 def test_residual_post_norm_is_refused_unless_the_architecture_is_another(tmp_path: Path) -> None:
     """The arrays of timm 1.0.31's vit_base_patch16_rpn_224 with one block, by their names."""
     layers = {"attn.qkv": (24, 8), "attn.proj": (8, 8), "mlp.fc1": (32, 8), "mlp.fc2": (8, 32)}
-    arrays = {f"blocks.0.{name}.weight": np.ones(shape, np.float32) for name, shape in layers.items()}
+    arrays: dict[str, np.ndarray] = {
+        f"blocks.0.{name}.weight": np.ones(shape, np.float32) for name, shape in layers.items()
+    }
     arrays |= {f"blocks.0.{name}.bias": np.ones(shape[0], np.float32) for name, shape in layers.items()}
     norms = ("blocks.0.norm1", "blocks.0.norm2", "fc_norm")
     arrays |= {f"{name}.{part}": np.ones(8, np.float32) for name in norms for part in ("weight", "bias")}
