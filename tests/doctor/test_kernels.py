@@ -121,8 +121,8 @@ FAULTS: dict[str, tuple[str, Any, str, Callable[..., Any], str]] = {
     "attention's scale": (
         "attention",
         kernels,
-        "AttentionGrad",
-        lambda inputs, grads, factors: attention.AttentionGrad(inputs, grads, (1.0, *factors[1:])),
+        "attention_grad",
+        lambda inputs, grads, factors: attention.attention_grad(inputs, grads, (1.0, *factors[1:])),
         "the gradient of q",
     ),
     "a product's factor": (

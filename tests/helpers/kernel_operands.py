@@ -36,9 +36,14 @@ def empty(dtype: str, *shape: int) -> np.ndarray:
     return stored(np.full(shape, np.nan), dtype)
 
 
-def close(memory: np.ndarray, expected: np.ndarray, dtype: str, rounding: float = 0.0) -> None:
-    """Compare values in memory with those expected. `rounding`: a relative error of the inputs that must be allowed."""
-    atol = max(TOLERANCE[dtype], rounding) * np.abs(expected).max()
+def close(
+    memory: np.ndarray, expected: np.ndarray, dtype: str, rounding: float = 0.0, least_scale: float = 0.0
+) -> None:
+    """Compare values in memory with those expected, to within a share of the largest.
+
+    `rounding`: a larger share, as of rounded inputs. `least_scale`: the size of terms whose sum is expected to be less.
+    """
+    atol = max(TOLERANCE[dtype], rounding) * max(np.abs(expected).max(), least_scale)
     np.testing.assert_allclose(loaded(memory), expected, atol=atol, rtol=0)
 
 

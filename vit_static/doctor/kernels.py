@@ -19,7 +19,10 @@ from vit_static.doctor.subject import Subject
 from vit_static.model.attention import attention_by_matmul
 from vit_static.model.layers import Dropout
 from vit_static.program.cpu import onednn, primitives
-from vit_static.program.cpu.attention import Attention, AttentionGrad
+from vit_static.program.cpu.attention import attention, attention_grad
+from vit_static.program.cpu.attention_float32 import is_supported
+from vit_static.program.cpu.column_sum import column_sum
+from vit_static.program.cpu.gelu import gelu, gelu_grad
 from vit_static.program.cpu.onednn import Layout, dense
 from vit_static.program.cpu.swiglu import swiglu, swiglu_grad
 from vit_static.program.passes import is_fused_linear
@@ -206,9 +209,10 @@ def _onednn_attention(inputs: Arrays, out_grad: np.ndarray, dtype: str) -> Array
     scale = head_dim**-0.5
     q, k, v, g = (_tensor(values, dtype) for values in (inputs["q"] * scale, inputs["k"], inputs["v"], out_grad))
     results = {name: paddle.empty(out_grad.shape, dtype) for name in ("out", "q", "k", "v")}
-    _call(Attention(layout, layout, layout, layout), q, k, v, results["out"])
-    backward = AttentionGrad([layout] * 4, [layout] * 3, (scale, 1.0, 1.0))
-    _call(backward, q, k, v, g, results["q"], results["k"], results["v"])
+    _call(attention(layout, layout, layout, layout), q, k, v, results["out"])
+    outs = [results["out"]] if is_supported(layout, layout) else []
+    backward = attention_grad([layout] * (4 + len(outs)), [layout] * 3, (scale, 1.0, 1.0))
+    _call(backward, q, k, v, g, *outs, results["q"], results["k"], results["v"])
     return _as_arrays(results)
 
 
@@ -221,21 +225,21 @@ def _onednn_linear(inputs: Arrays, out_grad: np.ndarray, dtype: str) -> Arrays:
         for shape in ((rows, columns_out), (rows, columns_in), (columns_in, columns_out), (1, columns_out))
     )
     values = [_tensor(inputs[name], "float32" if name == "b" else dtype) for name in "xwb"]
-    grad, ones = _tensor(out_grad, dtype), paddle.ones([1, rows], dtype)
+    grad = _tensor(out_grad, dtype)
     results = {
         name: paddle.empty(layout.shape) for name, layout in (("out", out), ("x", x_grad), ("w", w_grad), ("b", b_grad))
     }
     _call(primitives.matmul(x, w, out, bias=b_grad), *values, results["out"])
     _call(primitives.matmul(g, w.transposed, x_grad), grad, values[1], results["x"])
     _call(primitives.matmul(x.transposed, g, w_grad), values[0], grad, results["w"])
-    _call(primitives.matmul(dense(dtype, 1, rows), g, b_grad), ones, grad, results["b"])
+    _call(column_sum(g), grad, results["b"])
     return {**_as_arrays(results), "b": results["b"].numpy()[0]}
 
 
 def _onednn_gelu(inputs: Arrays, out_grad: np.ndarray, dtype: str, approximate: bool) -> Arrays:
     layout, x, grad, results = _operands(inputs, out_grad, dtype)
-    _call(primitives.gelu(layout, layout, approximate), x, results["out"])
-    _call(primitives.gelu_grad(layout, layout, layout, approximate), x, grad, results["x"])
+    _call(gelu(layout, approximate), x, results["out"])
+    _call(gelu_grad(layout, approximate), x, grad, results["x"])
     return _as_arrays(results)
 
 

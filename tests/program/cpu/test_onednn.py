@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from helpers.kernel_operands import DTYPES, address, close, empty, loaded, normal_values, stored
 
-from vit_static.program.cpu import onednn, primitives
+from vit_static.program.cpu import gelu, onednn, primitives
+from vit_static.program.cpu.column_sum import column_sum
 from vit_static.program.cpu.onednn import Layout, dense
 from vit_static.program.cpu.swiglu import swiglu, swiglu_grad
 
@@ -70,16 +71,41 @@ def test_gelu_and_its_gradient(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_tanh_gelu_and_its_gradient(dtype: str) -> None:
+@pytest.mark.parametrize("is_chain", [False, True], ids=["one primitive", "chains of sigmoids"])
+def test_tanh_gelu_and_its_gradient(monkeypatch: pytest.MonkeyPatch, dtype: str, is_chain: bool) -> None:
+    """As chains only in float32, in blocks of 100 and 79 elements."""
     (x_memory, x), (grad_memory, grad) = normal_values(dtype, 9, 31), normal_values(dtype, 9, 31)
     out, x_grad, layout = empty(dtype, 9, 31), empty(dtype, 9, 31), dense(dtype, 9, 31)
-    primitives.gelu(layout, layout, True)(address(x_memory), address(out))
-    primitives.gelu_grad(layout, layout, layout, True)(address(x_memory), address(grad_memory), address(x_grad))
+    forward, backward = primitives.gelu(layout, layout, True), primitives.gelu_grad(layout, layout, layout, True)
+    if is_chain and dtype == "float32":
+        monkeypatch.setattr(gelu, "_BLOCK", 100)
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        forward, backward = gelu.tanh_gelu(9 * 31), gelu.tanh_gelu_grad(9 * 31)
+    forward(address(x_memory), address(out))
+    backward(address(x_memory), address(grad_memory), address(x_grad))
     factor = math.sqrt(2.0 / math.pi)
     tanh = np.tanh(factor * (x + 0.044715 * x**3))
     close(out, 0.5 * x * (1.0 + tanh), dtype)
     slope = 0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh**2) * factor * (1.0 + 3.0 * 0.044715 * x**2)
     close(x_grad, grad * slope, dtype)
+
+
+def test_tanh_gelu_of_large_values() -> None:
+    x = np.array([-1e6, -100.0, -9.0, 9.0, 100.0, 1e6], np.float32)
+    out, x_grad, ones = empty("float32", 6), empty("float32", 6), np.ones(6, np.float32)
+    gelu.tanh_gelu(6)(address(x), address(out))
+    gelu.tanh_gelu_grad(6)(address(x), address(ones), address(x_grad))
+    np.testing.assert_allclose(out, np.maximum(x, 0.0), atol=1e-25)
+    np.testing.assert_allclose(x_grad, x > 0.0, atol=1e-25)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(301, 17), (1, 5), (7, 1), (3152, 384)], ids=str)
+def test_column_sums(dtype: str, shape: tuple[int, int]) -> None:
+    memory, values = normal_values(dtype, *shape)
+    out = empty("float32", shape[1])
+    column_sum(dense(dtype, *shape))(address(memory), address(out))
+    close(out, values.sum(axis=0), "float32")
 
 
 def test_silu_sigmoid_swiglu_and_their_gradients() -> None:

@@ -5,13 +5,29 @@ never stored. lowering.py (fuse_attention) puts them into a program. For float32
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+from vit_static.program.cpu.attention_float32 import Float32Attention, Float32AttentionGrad, is_supported
 from vit_static.program.cpu.onednn import Layout, Primitive, dense
 from vit_static.program.cpu.primitives import matmul, softmax, softmax_grad
 from vit_static.program.cpu.scratch import scratch_memory
 
 _SCORE_BYTES = 4 << 20  # scores that are computed at a time, so that they stay in the cores' caches
+
+
+def attention(q: Layout, k: Layout, v: Layout, out: Layout, factor: float = 1.0) -> Callable[..., None]:
+    """Return the fastest kernel of softmax(q k^T) v, times a factor, on [B, H, N, d]. Operands: q, k, v, out."""
+    kind = Float32Attention if is_supported(q, out) else Attention
+    return kind(q, k, v, out, factor)
+
+
+def attention_grad(inputs: Sequence[Layout], grads: Sequence[Layout], factors: Sequence[float]) -> Callable[..., None]:
+    """Return the fastest kernel of the gradients of q, k and v, each multiplied by its factor.
+
+    `inputs` and operands: q, k, v, the gradient of out, and out if `is_supported` with both; then the gradients.
+    """
+    kind = Float32AttentionGrad if is_supported(inputs[0], inputs[3]) else AttentionGrad
+    return kind(inputs, grads, factors)
 
 
 class Attention:

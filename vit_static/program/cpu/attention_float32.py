@@ -18,18 +18,19 @@ from functools import cache, lru_cache
 
 import numpy as np
 
+from vit_static.program.cpu.elementwise import chain
 from vit_static.program.cpu.mklml import exponential
 from vit_static.program.cpu.onednn import Layout, dense
-from vit_static.program.cpu.primitives import MAX_PRIMITIVES, add_and_multiply, matmul, multiply, softmax
+from vit_static.program.cpu.primitives import MAX_PRIMITIVES, matmul, multiply, softmax
 from vit_static.program.cpu.scratch import scratch_memory
 
 _SCORE_BYTES = 4 << 20  # scores that are computed at a time, so that they stay in the cores' caches
 _LEAST_SUM, _GREATEST_SUM = 1e-18, 1e18  # of a row's exponentials; gradients are divided by it
 
 
-def is_supported(q: Layout, out: Layout) -> bool:
-    """Return whether these kernels compute attention with queries q and a result, or its gradient, as `out`."""
-    return q.dtype == out.dtype == "float32" and _is_matrix(out)
+def is_supported(q: Layout, *outs: Layout) -> bool:
+    """Return whether these kernels compute attention with queries q and a result, or its gradient, as `outs`."""
+    return all(q.dtype == out.dtype == "float32" and _is_matrix(out) for out in outs)
 
 
 class Float32Attention:
@@ -209,7 +210,7 @@ class _Backward:
         self._negative_ones = _constants(-1.0, channels)
         self._negative_sums = np.empty(column.shape[0], np.float32)
         self._weights_grad = matmul(compact, v.transposed, scores)
-        self._scores_grad = add_and_multiply(scores_rows, column, scores_rows, scores_rows)
+        self._scores_grad = chain("add", scores_rows, column, [("multiply", scores_rows)])
         self._q_grad = matmul(scores, k, q_grad, factor=factors[0])
         self._k_grad = matmul(scores.transposed, q, k_grad, factor=factors[1], accumulate=accumulate)
         self._v_grad = matmul(scores.transposed, compact, v_grad, factor=factors[2], accumulate=accumulate)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Hashable
 from functools import cache
 from typing import Any
 
-import numpy as np
 import paddle
 from paddle.base import core, framework
 from paddle.static import MetaTensor
@@ -132,9 +131,3 @@ def replace_result(result: Any, value: Any) -> None:
     """
     dtype = dtype_of(result)
     result.replace_all_uses_with(value if dtype_of(value) == dtype else convert(value, dtype))
-
-
-@cache
-def ones(dtype: str, length: int) -> np.ndarray:
-    """Return a vector of ones, the same one each time; bfloat16 as its bits."""
-    return np.full(length, 0x3F80, np.uint16) if dtype == "bfloat16" else np.ones(length, dtype)

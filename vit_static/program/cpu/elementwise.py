@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from vit_static.program.cpu.onednn import Layout, Primitive, library
 
 _BINARY = {"add": 0x1FFF0, "multiply": 0x1FFF1, "subtract": 0x1FFF5}
+_LINEAR = 0x26
 # Functions of one operand: kind, and its two parameters, to the second of which a number given with it is added.
 _FUNCTIONS = {
     "square": (0x23, 0.0, 0.0),
     "square_root": (0x25, 0.0, 0.0),
-    "plus": (0x26, 1.0, 0.0),
+    "plus": (_LINEAR, 1.0, 0.0),
+    "sigmoid": (0x29, 0.0, 0.0),
     "reciprocal": (0x30, 1.0, -1.0),
 }
 _SOURCE, _SOURCE_1, _TARGET = 1, 2, 17
@@ -25,12 +27,12 @@ Operation = tuple[str, Layout | float]
 
 
 def chain(first: str, x: Layout, y: Layout, after: Sequence[Operation]) -> Primitive:
-    """Return the kernel that combines x and y, a matrix and one of the same shape or a number, and what comes `after`.
+    """Return the kernel that combines two operands, and of the operations that come `after`.
 
-    `first` is the name of a binary operation. An operation after it is a binary one with another operand's layout, or
-    one of: square, square_root and reciprocal (with 0), plus with a constant, add_to_result with the factor of the
-    result's former value. Operands: x, y, those of the operations after the first, and the result. The last may be
-    the memory of any other.
+    x is a matrix, and y one of the same shape, a column or a number. `first` is the name of a binary operation. An
+    operation after it is a binary one with another operand's layout, or one of: square, square_root, reciprocal and
+    sigmoid (with 0), plus and times with a constant, add_to_result with the factor of the result's former value.
+    Operands: x, y, those of the operations after the first, and the result. The last may be the memory of any other.
     """
     onednn = library()
     post_ops = onednn.make("post_ops")
@@ -41,6 +43,9 @@ def chain(first: str, x: Layout, y: Layout, after: Sequence[Operation]) -> Primi
             operands.append((_POST_OPERATION * position | _SOURCE_1, argument))
         elif name == "add_to_result":
             onednn.call("post_ops_append_sum", post_ops, ctypes.c_float(argument), ctypes.c_int(0), ctypes.c_int(0))
+        elif name == "times":
+            alpha, beta = ctypes.c_float(argument), ctypes.c_float(0.0)
+            onednn.call("post_ops_append_eltwise", post_ops, ctypes.c_int(_LINEAR), alpha, beta)
         else:
             kind, factor, constant = _FUNCTIONS[name]
             alpha, beta = ctypes.c_float(factor), ctypes.c_float(constant + argument)

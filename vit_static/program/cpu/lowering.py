@@ -25,9 +25,10 @@ import paddle
 from paddle import pir
 
 from vit_static.program.cpu import attention_float32, primitives, product_choice
-from vit_static.program.cpu.attention import Attention, AttentionGrad
-from vit_static.program.cpu.attention_float32 import Float32Attention, Float32AttentionGrad
-from vit_static.program.cpu.custom_ops import add_op, convert, ones, replace_result
+from vit_static.program.cpu.attention import attention, attention_grad
+from vit_static.program.cpu.column_sum import column_sum
+from vit_static.program.cpu.custom_ops import add_op, convert, replace_result
+from vit_static.program.cpu.gelu import gelu, gelu_grad
 from vit_static.program.cpu.onednn import Layout, dense
 from vit_static.program.cpu.patterns import (
     AttentionPattern,
@@ -160,8 +161,7 @@ class _Lowering:
         inputs = [self._cast(view_of(operation.operand_source(index)), dtype) for operation, index in operands]
         epilogue, layout = _choose_factor_epilogue(pattern.weighted_sum.result(0), pattern.weighted_sum.op_role, dtype)
         q, k, v = (view.layout for view in inputs)
-        kind = Float32Attention if attention_float32.is_supported(q, layout) else Attention
-        run = kind(q, k, v, layout, epilogue.factor)
+        run = attention(q, k, v, layout, epilogue.factor)
         with insert_before(pattern.weighted_sum):
             outputs = [(layout.dtype, tuple(epilogue.value.shape))]
             bases = [view.base for view in inputs]
@@ -178,18 +178,14 @@ class _Lowering:
         epilogues = [_choose_factor_epilogue(result, weighted_sum_grad.op_role, dtype) for result in results]
         input_layouts, layouts = [view.layout for view in inputs], [layout for _, layout in epilogues]
         factors = tuple(epilogue.factor for epilogue, _ in epilogues)
-        run: Float32AttentionGrad | AttentionGrad
-        if attention_float32.is_supported(input_layouts[0], input_layouts[3]):
-            if out is not None and attention_float32.is_supported(input_layouts[0], out.layout):
-                inputs.append(out)
-            run = Float32AttentionGrad([view.layout for view in inputs], layouts, factors)
-        else:
-            run = AttentionGrad(input_layouts, layouts, factors)
+        if out is not None and attention_float32.is_supported(input_layouts[0], input_layouts[3], out.layout):
+            inputs.append(out)
+            input_layouts.append(out.layout)
         with insert_before(weighted_sum_grad):
             values = add_op(
                 f"attention_backward_{dtype}",
-                (*(view.layout for view in inputs), *layouts, factors),
-                run,
+                (*input_layouts, *layouts, factors),
+                attention_grad(input_layouts, layouts, factors),
                 [view.base for view in inputs],
                 [(layout.dtype, tuple(epilogue.value.shape)) for epilogue, layout in epilogues],
             )
@@ -261,30 +257,23 @@ class _Lowering:
         view = self._as_matrix(operation, 0)
         dtype, num_columns = view.dtype, math.prod(result.shape)
         num_rows = math.prod(view.layout.shape) // num_columns
-        primitive = primitives.matmul(
-            dense(dtype, 1, num_rows), dense(dtype, num_rows, num_columns), dense("float32", 1, num_columns)
-        )
-
-        def run(address: int, out: int) -> None:
-            primitive(ones(dtype, num_rows).ctypes.data, address, out)
-
+        run = column_sum(dense(dtype, num_rows, num_columns))
         with insert_before(operation):
             outputs = [("float32", tuple(result.shape))]
-            (value,) = add_op(f"column_sum_{dtype}", primitive, run, [view.base], outputs)
+            (value,) = add_op(f"column_sum_{dtype}", run, run, [view.base], outputs)
         result.replace_all_uses_with(value)
 
     # -- element-wise and row-wise operators -------------------------------------------------------------------------
 
     def _gelu(self, operation: Any) -> None:
         x = self._as_matrix(operation, 0)
-        primitive = primitives.gelu(x.layout, x.layout, operation.attrs()["approximate"])
-        self._replace(operation, "gelu", primitive, [x], [x.dtype])
+        self._replace(operation, "gelu", gelu(x.layout, operation.attrs()["approximate"]), [x], [x.dtype])
 
     def _gelu_grad(self, operation: Any) -> None:
         x = self._as_matrix(operation, 0)
         gradient = self._as_matrix(operation, 1, x.dtype)
-        primitive = primitives.gelu_grad(x.layout, gradient.layout, x.layout, operation.attrs()["approximate"])
-        self._replace(operation, "gelu_backward", primitive, [x, gradient], [x.dtype])
+        run = gelu_grad(x.layout, operation.attrs()["approximate"])
+        self._replace(operation, "gelu_backward", run, [x, gradient], [x.dtype])
 
     def _sigmoid(self, operation: Any) -> None:
         x = self._as_matrix(operation, 0)

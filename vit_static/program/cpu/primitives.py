@@ -73,40 +73,26 @@ def multiply(x: Layout, factor: Layout, out: Layout, addend: Layout | None = Non
 
     Operands: x, factor, addend if given, out.
     """
-    return _binary(_MULTIPLY, x, factor, out, _ADD, addend)
-
-
-@lru_cache(MAX_PRIMITIVES)
-def add_and_multiply(x: Layout, addend: Layout, factor: Layout, out: Layout) -> Primitive:
-    """Return the kernel of out = (x + addend) * factor, for matrices; the addend may have length 1 in one dimension.
-
-    Operands: x, addend, factor, out, which may be x.
-    """
-    return _binary(_ADD, x, addend, out, _MULTIPLY, factor)
-
-
-def _binary(kind: int, x: Layout, y: Layout, out: Layout, then: int, last: Layout | None) -> Primitive:
-    """Return the kernel of an operation on x and y, and of another one on its result and `last` if given."""
     onednn = library()
     attributes = onednn.make("primitive_attr")
-    if last is not None:
+    if addend is not None:
         chain = onednn.make("post_ops")
-        onednn.call("post_ops_append_binary", chain, ctypes.c_int(then), onednn.description(last))
+        onednn.call("post_ops_append_binary", chain, ctypes.c_int(_ADD), onednn.description(addend))
         onednn.call("primitive_attr_set_post_ops", attributes, chain)
     description = onednn.make(
         "binary_primitive_desc",
         onednn.engine,
-        ctypes.c_int(kind),
+        ctypes.c_int(_MULTIPLY),
         onednn.description(x),
-        onednn.description(y),
+        onednn.description(factor),
         onednn.description(out),
         attributes,
     )
-    operands = [(_SOURCE, x), (_SOURCE_1, y), (_POST_OPERATION | _SOURCE_1, last), (_TARGET, out)]
+    operands = [(_SOURCE, x), (_SOURCE_1, factor), (_POST_OPERATION | _SOURCE_1, addend), (_TARGET, out)]
     return Primitive(description, [(number, layout) for number, layout in operands if layout is not None])
 
 
-def _elementwise(kind: int, x: Layout, out: Layout, alpha: float = 0.0) -> ctypes.c_void_p:
+def _elementwise(kind: int, x: Layout, out: Layout, alpha: float = 0.0, beta: float = 0.0) -> ctypes.c_void_p:
     """Return the description of an element-wise function."""
     onednn = library()
     return onednn.make(
@@ -117,7 +103,7 @@ def _elementwise(kind: int, x: Layout, out: Layout, alpha: float = 0.0) -> ctype
         onednn.description(x),
         onednn.description(out),
         ctypes.c_float(alpha),
-        ctypes.c_float(0.0),
+        ctypes.c_float(beta),
         None,
     )
 
@@ -173,6 +159,12 @@ def silu_grad(x: Layout) -> Primitive:
 def exponential(x: Layout) -> Primitive:
     """Return the kernel of exp. Operands: x, out, which may be the same memory."""
     return Primitive(_elementwise(_EXPONENTIAL, x, x), [(_SOURCE, x), (_TARGET, x)])
+
+
+@lru_cache(MAX_PRIMITIVES)
+def linear(x: Layout, factor: float, addend: float) -> Primitive:
+    """Return the kernel of factor * x + addend. Operands: x, out, which may be the same memory."""
+    return Primitive(_elementwise(_LINEAR, x, x, factor, addend), [(_SOURCE, x), (_TARGET, x)])
 
 
 @lru_cache(MAX_PRIMITIVES)
