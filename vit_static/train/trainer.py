@@ -24,6 +24,7 @@ from vit_static.model.variants import step_flops
 from vit_static.model.vit import VisionTransformer
 from vit_static.parallel.mesh import Mesh, gpu_capability, seed_everything, start_mesh
 from vit_static.program.cpu.product_choice import choices
+from vit_static.program.cpu.waiting import ThreadWaiting
 from vit_static.program.distillation import build_teacher
 from vit_static.program.precision import Precision, choose_attention, choose_precision
 from vit_static.program.program import Program
@@ -109,6 +110,7 @@ class Trainer:
             stops_on_failed_save=config.checkpoint.on_failure == "stop",
         )
         self.profiler = stack.enter_context(StepTrace(config.train.profile_steps, run.path, mesh, self.metrics.say))
+        self._waiting = ThreadWaiting() if mesh.device == "cpu" else None
         self._image_size: tuple[int, int] | None = None  # of the last step
         # eval.metric of the last step's weights, if they were evaluated beside their moving average
         self._weights_value: float | None = None
@@ -178,6 +180,8 @@ class Trainer:
                 self.checkpoints.log_save_results()
                 self._start_image_size()
             step = self.progress.step
+            if self._waiting is not None:
+                self._waiting.update()
             with self.profiler.step(step + 1):
                 self._loss = self.program.train_step(*self.mixup(batch, step), step)
             self.progress = replace(self.progress, step=step + 1)
