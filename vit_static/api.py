@@ -33,7 +33,7 @@ from vit_static.common.installation import SOURCE_TREE
 from vit_static.common.startup import import_paddle_quietly, user_environ
 from vit_static.config.loader import dump_config, make_config
 from vit_static.config.model_schema import ModelConfig
-from vit_static.config.schema import Config, InferencePrecision
+from vit_static.config.schema import BackendChoice, Config, InferencePrecision
 from vit_static.launch.launcher import stop_with_parent
 
 if TYPE_CHECKING:
@@ -56,22 +56,32 @@ class TrainResult:
     metrics: dict[str, float]  # of the last evaluation, as in metrics.jsonl; empty without one
 
 
-def load(folder: PathLike, *, precision: InferencePrecision | None = None, num_threads: int | None = None) -> Predictor:
+def load(
+    folder: PathLike,
+    *,
+    precision: InferencePrecision | None = None,
+    num_threads: int | None = None,
+    backend: BackendChoice = "auto",
+) -> Predictor:
     """Open an exported model for prediction, on a GPU if there is one.
 
-    By default it runs in the precision of the export, on all cores that this process may use. Raise PredictError, a
-    ValueError, if `export` didn't write the folder, or if this machine can't run the precision.
+    By default it runs in the precision of the export, on all cores that this process may use, and in the backend that
+    is fastest on this machine: paddle, or for an export with an ONNX file onnxruntime or openvino, where installed.
+    Raise PredictError, a ValueError, if `export` didn't write the folder, or if this machine can't run the precision or
+    the backend.
     """
     require_path("folder", folder)
     is_count = num_threads is None or (type(num_threads) is int and num_threads > 0)
     require_argument(is_count, "num_threads", num_threads, "None or a number above 0")
     precisions = get_args(InferencePrecision)
     require_argument(precision in (None, *precisions), "precision", precision, f"one of {', '.join(precisions)}")
+    backends = get_args(BackendChoice)
+    require_argument(backend in backends, "backend", backend, f"one of {', '.join(backends)}")
     import_paddle_quietly()
     from vit_static.inference.predictor import load_predictor
 
     with _messages_for_python():
-        return load_predictor(folder, precision=precision, num_threads=num_threads)
+        return load_predictor(folder, precision=precision, num_threads=num_threads, backend=backend)
 
 
 def build(model: str | ModelConfig | Config = "B/16", **keys: Any) -> VisionTransformer:

@@ -162,6 +162,7 @@ def run_predict(arguments: argparse.Namespace) -> int:
         arguments.format,
         arguments.features,
         arguments.precision,
+        arguments.backend,
     )
 
 
@@ -188,7 +189,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
         header_timeout_s=arguments.header_timeout_s,
     )
     access = read_access(arguments.api_key, arguments.cors)
-    serve_model(arguments.model, arguments.host, arguments.port, limits, access, arguments.precision)
+    serve_model(arguments.model, arguments.host, arguments.port, limits, access, arguments.precision, arguments.backend)
     return EXIT_DONE
 
 

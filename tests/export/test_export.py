@@ -50,9 +50,11 @@ bfloat16 = pytest.param("bfloat16", marks=pytest.mark.needs_bfloat16)
 int8 = pytest.param("int8", marks=pytest.mark.needs_paddle2onnx)
 
 
-def inputs_and_logits(folder: Path, images: list[Path], precision: Any = None) -> tuple[np.ndarray, np.ndarray]:
+def inputs_and_logits(
+    folder: Path, images: list[Path], precision: Any = None, backend: Any = "auto"
+) -> tuple[np.ndarray, np.ndarray]:
     """Preprocess images for an exported model, and return its input and logits."""
-    model = Predictor(folder, precision=precision)
+    model = Predictor(folder, precision=precision, backend=backend)
     inputs = model.preprocess([read_pixels(path, UPRIGHT_ON_WHITE) for path in images])
     return inputs, model.logits(inputs)
 
@@ -121,7 +123,8 @@ def trained_model(exported: Exported) -> Any:
 def test_onnx_runtime_agrees_with_paddle_inference(exported: Exported, tmp_path: Path) -> None:
     output, error = in_inference_process(export_with_onnx, exported.run, tmp_path / "model")
     assert error is None and "model.onnx (float32): largest difference" in output
-    inputs, logits = in_inference_process(inputs_and_logits, tmp_path / "model", exported.validation_images())
+    arguments = tmp_path / "model", exported.validation_images(), None, "paddle"
+    inputs, logits = in_inference_process(inputs_and_logits, *arguments)
     session = onnxruntime.InferenceSession(str(tmp_path / "model" / ONNX_FILE), providers=["CPUExecutionProvider"])
     (image,) = session.get_inputs()
     assert (image.name, image.shape, image.type) == ("images", ["batch", 3, 16, 32], "tensor(float)")

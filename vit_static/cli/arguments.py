@@ -10,7 +10,7 @@ from typing import Literal, NoReturn, TypeAlias, get_args
 
 from vit_static.common.errors import UserError
 from vit_static.common.text import program_name
-from vit_static.config.schema import InferencePrecision
+from vit_static.config.schema import BackendChoice, InferencePrecision
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[Parser]"
 Handler = Callable[[argparse.Namespace], int]
@@ -119,12 +119,18 @@ def add_checkpoint(
 
 
 def add_exported_model(verb: argparse.ArgumentParser) -> None:
-    """Add --model and --precision."""
+    """Add --model, --precision and --backend."""
     verb.add_argument("--model", type=Path, required=True, help="Use the model in this folder, written by export.")
     verb.add_argument(
         "--precision",
         choices=get_args(InferencePrecision),
         help="Compute in this precision (default: the one the model was exported for).",
+    )
+    verb.add_argument(
+        "--backend",
+        choices=get_args(BackendChoice),
+        default="auto",
+        help="Run the model in this library; auto: in the one that runs it fastest on this machine (default: auto).",
     )
 
 

@@ -30,6 +30,7 @@ from vit_static.config.section import (
 
 PosEmbedResampling = Literal["bicubic", "bilinear", "antialias"]
 InferencePrecision = Literal["float32", "bfloat16", "float16", "int8"]
+BackendChoice = Literal["auto", "paddle", "onnxruntime", "openvino"]  # what runs an exported model
 
 _MAX_PROFILED_STEPS = 1000  # each step adds thousands of operators to the trace
 

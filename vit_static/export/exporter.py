@@ -33,6 +33,7 @@ from vit_static.inference.artifact import (
     MODEL_CARD_FILE,
     MODEL_FILE,
     ONNX_FILE,
+    OPENVINO_CHECK,
     PIXELS_FILE,
     SPEC_FILE,
     WEIGHTS_FILE,
@@ -41,7 +42,16 @@ from vit_static.inference.artifact import (
     file_records,
     spec_of,
 )
-from vit_static.inference.backends import OnnxSession, PaddleSession, check_machine, has_gpu
+from vit_static.inference.backends import (
+    OnnxSession,
+    OpenVinoProgram,
+    OpenVinoSession,
+    PaddleSession,
+    Session,
+    check_machine,
+    has_gpu,
+    is_installed,
+)
 from vit_static.inference.image_io import read_pixels
 from vit_static.inference.predictor import Preprocessor
 from vit_static.inference.probabilities import to_probabilities
@@ -226,7 +236,7 @@ def _check(comparison: Comparison, path: str, name: str, spec: ModelSpec) -> Non
 
 def file_precision(name: str, spec: ModelSpec) -> InferencePrecision:
     """Return the precision in which a file of the folder computes."""
-    return "float32" if name == ONNX_FILE and spec.precision != "int8" else spec.precision
+    return "float32" if name in (ONNX_FILE, OPENVINO_CHECK) and spec.precision != "int8" else spec.precision
 
 
 def write_artifact(
@@ -399,15 +409,17 @@ def without_tf32() -> Iterator[None]:
             set_switch(value)
 
 
-def _open_sessions(folder: Path, spec: ModelSpec) -> dict[str, OnnxSession | PaddleSession]:
-    """Open each program in the folder, by the name of its file."""
+def _open_sessions(folder: Path, spec: ModelSpec) -> dict[str, Session]:
+    """Open each program in the folder, by the name of its file; the ONNX file also in OpenVINO, where installed."""
     num_threads = len(os.sched_getaffinity(0))
-    sessions: dict[str, OnnxSession | PaddleSession] = {}
+    sessions: dict[str, Session] = {}
     for name in (MODEL_FILE, ONNX_FILE, PIXELS_FILE):
         if not (folder / name).exists():
             continue
         if name == ONNX_FILE:
             sessions[name] = OnnxSession(folder / name, num_threads)
+            if is_installed("openvino"):
+                sessions[OPENVINO_CHECK] = OpenVinoSession(OpenVinoProgram(folder / name, num_threads))
         else:
             sessions[name] = PaddleSession(folder / name, folder / WEIGHTS_FILE, num_threads, precision=spec.precision)
     return sessions

@@ -32,6 +32,7 @@ from vit_static.model.variants import num_parameters
 MODEL_FILE, WEIGHTS_FILE = "model.json", "model.pdiparams"  # the program and the weights, for Paddle Inference
 PIXELS_FILE = "pixels.json"  # the program with its preprocessing; uses the same weights
 ONNX_FILE = "model.onnx"
+OPENVINO_CHECK = "model.onnx in OpenVINO"  # the name of the comparison of ONNX_FILE as OpenVINO runs it
 SPEC_FILE = "vit_static.json"  # the description for programs
 MODEL_CARD_FILE = "MODEL_CARD.md"  # the description for people
 
@@ -110,7 +111,7 @@ class ModelSpec(Section):
         None, description="of an int8 model; None: 8 bits, written by an earlier version, which saturate without VNNI"
     )
     files: dict[str, FileRecord]
-    comparisons: dict[str, Comparison] = Field({}, description="by file")
+    comparisons: dict[str, Comparison] = Field({}, description="by file, and for OPENVINO_CHECK")
 
     @model_validator(mode="after")
     def _check_consistency(self) -> ModelSpec:

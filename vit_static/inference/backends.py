@@ -1,23 +1,31 @@
-"""Sessions that run an exported program in Paddle Inference or ONNX Runtime."""
+"""Sessions that run an exported program in Paddle Inference, ONNX Runtime or OpenVINO."""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import paddle
 from paddle import inference
 
 from vit_static.common import cpu
-from vit_static.common.errors import PredictError
+from vit_static.common.errors import PredictError, truncate
 from vit_static.common.library_output import hidden_library_output
 from vit_static.common.text import counted
 from vit_static.config.schema import InferencePrecision
-from vit_static.inference.artifact import MODEL_FILE, ONNX_FILE, REMEDY, WEIGHTS_FILE, read_spec
+from vit_static.inference.artifact import MODEL_FILE, ONNX_FILE, REMEDY, WEIGHTS_FILE, ModelSpec, read_spec
 from vit_static.program.cpu import custom_ops
 
+Backend = Literal["paddle", "onnxruntime", "openvino"]
+BACKEND_TITLES: dict[Backend, str] = {
+    "paddle": "Paddle Inference",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}
 _GPU_POOL_MB = 256
 # The precisions in which a program can run, by the precision of its export. A low-precision program has fixed weights
 # and casts.
@@ -27,6 +35,11 @@ RUNS_IN: dict[InferencePrecision, tuple[InferencePrecision, ...]] = {
     "float16": ("float16",),
     "int8": ("int8",),
 }
+
+
+def is_installed(backend: Backend) -> bool:
+    """Return whether a backend's package is installed, without importing it."""
+    return importlib.util.find_spec(backend) is not None
 
 
 def has_gpu() -> bool:
@@ -141,15 +154,64 @@ class OnnxSession:
         return logits, outputs[-1] if with_features else None
 
 
+class OpenVinoSession:
+    """A program in OpenVINO, on the CPU. Sessions of one `OpenVinoProgram` share its weights."""
+
+    def __init__(self, program: OpenVinoProgram) -> None:
+        self.place = program.place
+        self._request = program.compiled.create_infer_request()
+        self._has_logits = len(program.compiled.outputs) > 1
+
+    def run(self, images: np.ndarray, *, with_features: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
+        results = self._request.infer({"images": np.ascontiguousarray(images)})
+        # Copies: the next run writes to the same memory.
+        logits = results["logits"].copy() if self._has_logits else np.zeros((len(images), 0), np.float32)
+        return logits, results["features"].copy() if with_features else None
+
+
+class OpenVinoProgram:
+    """A program compiled by OpenVINO, for any number of sessions."""
+
+    def __init__(self, program: Path, num_threads: int) -> None:
+        """Compile the program. Raises PredictError if OpenVINO is not installed, or can't read the program."""
+        try:
+            import openvino
+        except ImportError:
+            raise PredictError(f"{program}: needs OpenVINO; install it with 'pip install openvino'") from None
+        properties = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": num_threads,
+            # By default it rounds to bfloat16 on a CPU that multiplies bfloat16.
+            "INFERENCE_PRECISION_HINT": "f32",
+            # By default each process and session pins its threads to the same first cores.
+            "ENABLE_CPU_PINNING": False,
+        }
+        try:
+            self.compiled = openvino.Core().compile_model(str(program), "CPU", properties)
+        except RuntimeError as error:
+            raise PredictError(f"{program}: OpenVINO can't run it ({truncate(str(error))})") from None
+        version = openvino.__version__.split("-")[0]
+        self.place = f"the CPU, OpenVINO {version}, {counted(num_threads, 'thread')}"
+
+
 def open_session(
     folder: Path, num_threads: int, *, onednn: bool = True, precision: InferencePrecision | None = None
 ) -> Session:
-    """Open the program of a folder that `export` wrote; without `precision`, in the one of the export.
+    """Open the program of a folder that `export` wrote, in the backend that every export has.
 
-    Inputs and outputs are float32 in every precision. Raises PredictError if `export` didn't write the folder, or if
-    its program or this machine can't run the precision.
+    The arguments and errors are those of `session_factory`.
     """
     spec = read_spec(folder)
+    chosen = checked_precision(spec, folder, precision)
+    return session_factory(folder, spec, default_backend(chosen), chosen, num_threads, onednn=onednn)()
+
+
+def checked_precision(spec: ModelSpec, folder: Path, precision: InferencePrecision | None = None) -> InferencePrecision:
+    """Return the precision to run in; without `precision`, the one of the export.
+
+    Raises PredictError if the exported program doesn't run in it, or not on this CPU.
+    """
     exported = spec.precision
     chosen = precision or exported
     if chosen not in RUNS_IN[exported]:
@@ -157,18 +219,43 @@ def open_session(
             f"{folder}: was exported for {exported}, and does not run in {chosen}; "
             f"export it again with -o export.precision={chosen}"
         )
-    if chosen == "int8":
-        if spec.int8_weight_bits is None and not cpu.cpu_has_vnni():
-            raise PredictError(
-                f"{folder}: an earlier version exported it with 8-bit weights, which give wrong results on this CPU "
-                f"(no VNNI, no AMX); {REMEDY} with -o export.precision=int8"
-            )
-        return OnnxSession(folder / ONNX_FILE, num_threads)
-    return PaddleSession(
+    if chosen == "int8" and spec.int8_weight_bits is None and not cpu.cpu_has_vnni():
+        raise PredictError(
+            f"{folder}: an earlier version exported it with 8-bit weights, which give wrong results on this CPU "
+            f"(no VNNI, no AMX); {REMEDY} with -o export.precision=int8"
+        )
+    return chosen
+
+
+def default_backend(precision: InferencePrecision) -> Backend:
+    """Return the backend that runs every export in a precision, and has passed the export's check in it."""
+    return "onnxruntime" if precision == "int8" else "paddle"
+
+
+def session_factory(
+    folder: Path,
+    spec: ModelSpec,
+    backend: Backend,
+    precision: InferencePrecision,
+    num_threads: int,
+    *,
+    onednn: bool = True,
+) -> Callable[[], Session]:
+    """Return a function that opens the program of an export in a backend; sessions may share their weights.
+
+    Inputs and outputs are float32 in every precision, which is one that `checked_precision` returned. Raises
+    PredictError if the backend isn't installed or this machine can't run the precision.
+    """
+    if backend == "openvino":
+        program = OpenVinoProgram(folder / ONNX_FILE, num_threads)
+        return lambda: OpenVinoSession(program)
+    if backend == "onnxruntime":
+        return lambda: OnnxSession(folder / ONNX_FILE, num_threads)
+    return lambda: PaddleSession(
         folder / MODEL_FILE,
         folder / WEIGHTS_FILE,
         num_threads,
         onednn=onednn,
-        precision=chosen,
-        as_exported=chosen == exported,
+        precision=precision,
+        as_exported=precision == spec.precision,
     )

@@ -17,7 +17,7 @@ from vit_static.common.errors import AtLeast, PredictError
 from vit_static.common.io import write_atomically
 from vit_static.common.terminal import print_table
 from vit_static.common.text import csv_cell, csv_row, escape_within, json_line, path_fields, print_line, say
-from vit_static.config.schema import InferencePrecision
+from vit_static.config.schema import BackendChoice, InferencePrecision
 from vit_static.inference.image_io import find_images, read_path_list
 from vit_static.inference.predictor import Prediction, Predictor, load_predictor
 from vit_static.inference.probabilities import DEFAULT_TOP_K
@@ -35,6 +35,7 @@ def predict_images(
     output_format: OutputFormat = "json",
     features: Path | None = None,
     precision: InferencePrecision | None = None,
+    backend: BackendChoice = "auto",
 ) -> int:
     """Write one line per image to stdout and return the exit code.
 
@@ -44,7 +45,7 @@ def predict_images(
     """
     if (top_k is not None and top_k < 1) or batch_size < 1:
         raise PredictError("--top-k and --batch-size must be at least 1")
-    predictor = load_predictor(folder, precision=precision)
+    predictor = load_predictor(folder, precision=precision, backend=backend, usual_batch_size=batch_size)
     if not predictor.spec.class_names and features is None:
         raise PredictError(f"{folder}: has no classification head; --features OUT.npy writes the features")
     num_columns = None  # of classes in CSV; None: their number differs between images

@@ -9,9 +9,10 @@
         ...
 
 A model runs in the precision for which it was exported and checked: on a GPU if there is one, else on the CPU with
-oneDNN, and int8 with ONNX Runtime. Two engines of Paddle Inference 3.3.1 are not offered. OpenVINO takes only programs
-of Paddle's old format; for a new one it reports that it is on, but it isn't loaded (same bits, same speed). TensorRT
-needs a separate conversion of new programs (paddle.tensorrt), which needs TensorRT and a GPU.
+oneDNN, and int8 with ONNX Runtime. An export with an ONNX file runs in whichever of Paddle Inference, ONNX Runtime and
+OpenVINO is fastest on this machine (choose_backend.py). Two engines of Paddle Inference 3.3.1 are not offered. Its
+OpenVINO takes only programs of Paddle's old format; for a new one it reports that it is on, but it isn't loaded (same
+bits, same speed). TensorRT needs a separate conversion of new programs (paddle.tensorrt), TensorRT and a GPU.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ from vit_static.common.cpu import cpu_has_bfloat16
 from vit_static.common.errors import PredictError, require_argument, truncate
 from vit_static.common.installation import localize
 from vit_static.config.data_schema import DataConfig
-from vit_static.config.schema import InferencePrecision
+from vit_static.config.schema import BackendChoice, InferencePrecision
 from vit_static.data.dali_pipeline import preprocessing_pipeline
 from vit_static.data.image_pixels import DecodeOptions
 from vit_static.inference.artifact import REMEDY, SPEC_FILE, Preprocessing, read_spec
-from vit_static.inference.backends import Session, open_session
+from vit_static.inference.backends import Session
+from vit_static.inference.choose_backend import MEASURED_BATCH_SIZE, choose_backend
 from vit_static.inference.image_io import ImageLike, require_several, to_pixels
 from vit_static.inference.probabilities import named_classes, to_probabilities
 
@@ -118,17 +120,22 @@ class Predictor:
         num_threads: int | None = None,
         onednn: bool = True,
         precision: InferencePrecision | None = None,
+        backend: BackendChoice = "auto",
+        usual_batch_size: int = MEASURED_BATCH_SIZE,
     ) -> None:
         """Open the model in `folder`; without `precision`, in the one of the export.
 
-        Raises PredictError if `export` didn't write the folder, or if this machine can't run the precision.
+        `usual_batch_size`: for which the fastest backend is chosen. Raises PredictError if `export` didn't write the
+        folder, or if this machine can't run the precision or the backend.
         """
         self.spec = read_spec(folder)
         self._decode_options = self.spec.preprocessing.to_decode_options()
         threads = num_threads or len(os.sched_getaffinity(0))
-        self._sessions: Pool[Session] = Pool(
-            _NUM_PARALLEL, lambda: open_session(folder, threads, onednn=onednn, precision=precision)
+        choice = choose_backend(
+            folder, self.spec, backend, precision, threads, onednn=onednn, batch_size=usual_batch_size
         )
+        self.backend = choice.backend
+        self._sessions: Pool[Session] = Pool(_NUM_PARALLEL, choice.open_session)
         self._preprocessors = Pool(_NUM_PARALLEL, lambda: Preprocessor(self.spec.preprocessing, threads))
         with self._sessions.borrow() as session:  # opens the first session, so that a failure is raised here
             place = session.place
@@ -136,6 +143,8 @@ class Predictor:
         chosen = precision or exported
         reason = "as exported" if chosen == exported else f"exported for {exported}"
         self.description = f"{chosen} ({reason}) on {place}"
+        if choice.reason:
+            self.description += f" ({choice.reason})"
         if chosen == "float32" and cpu_has_bfloat16() and place.startswith("the CPU"):
             self.description += "; this CPU is faster in bfloat16: --precision bfloat16"
 
@@ -308,11 +317,17 @@ def prefetch_batches(
 
 
 def load_predictor(
-    folder: str | os.PathLike[str], *, precision: InferencePrecision | None = None, num_threads: int | None = None
+    folder: str | os.PathLike[str],
+    *,
+    precision: InferencePrecision | None = None,
+    num_threads: int | None = None,
+    backend: BackendChoice = "auto",
+    usual_batch_size: int = MEASURED_BATCH_SIZE,
 ) -> Predictor:
-    """Open an exported model; its `description` gives the chosen precision and device.
+    """Open an exported model; its `description` gives the chosen precision, device and backend.
 
-    By default it runs in the precision of the export, on all cores that this process may use. Raises PredictError if
-    `export` didn't write the folder, or if this machine can't run the precision.
+    By default it runs in the precision of the export, on all cores that this process may use, in the backend that runs
+    `usual_batch_size` images fastest. Raises PredictError if `export` didn't write the folder, or if this machine can't
+    run the precision or the backend.
     """
-    return Predictor(Path(folder), num_threads, precision=precision)
+    return Predictor(Path(folder), num_threads, precision=precision, backend=backend, usual_batch_size=usual_batch_size)

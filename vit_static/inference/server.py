@@ -16,7 +16,7 @@ import uvicorn
 
 from vit_static.common.errors import PredictError, UserError
 from vit_static.common.text import print_line, say
-from vit_static.config.schema import InferencePrecision
+from vit_static.config.schema import BackendChoice, InferencePrecision
 from vit_static.inference.access import Access
 from vit_static.inference.connections import (
     ConnectionLimits,
@@ -41,12 +41,13 @@ def serve_model(
     limits: Limits,
     access: Access,
     precision: InferencePrecision | None = None,
+    backend: BackendChoice = "auto",
 ) -> None:
     """Serve until a signal requests a stop, answer the requests under way, and raise KeyboardInterrupt.
 
     Raises UserError if the address can't be used, and PredictError if the model can't.
     """
-    predictor = load_predictor(folder, precision=precision)
+    predictor = load_predictor(folder, precision=precision, backend=backend, usual_batch_size=1)
     if not predictor.spec.class_names:
         raise PredictError(
             f"{folder}: has no classification head, and serve answers with classes; use predict --features"

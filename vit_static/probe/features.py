@@ -73,7 +73,7 @@ def from_exported(folder: Path, config_path: Path | None, overrides: list[str]) 
 
     Raises PredictError if it can't be opened.
     """
-    predictor = load_predictor(folder)
+    predictor = load_predictor(folder, backend="paddle")
     spec = predictor.spec
     config = load_config(config_path, [f"model.num_channels={spec.model.num_channels}", *overrides])
 
