@@ -349,10 +349,10 @@ def applies(requirement: Requirement, python: str) -> bool:
     return requirement.marker is None or requirement.marker.evaluate(environment)
 
 
-def test_the_lock_has_every_extra_but_the_gpu_build_and_trackers() -> None:
+def test_the_lock_has_every_extra_but_the_gpu_build_openvino_and_trackers() -> None:
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
-    assert {*LOCKED_EXTRAS, "gpu", *TRACKERS} == set(config["options.extras_require"])
+    assert {*LOCKED_EXTRAS, "gpu", "openvino", *TRACKERS} == set(config["options.extras_require"])
     command = LOCK.read_text().splitlines()[1]
     assert re.findall(r"--extra (\w+)", command) == list(LOCKED_EXTRAS)
 

@@ -316,7 +316,14 @@ def run_bench_train(arguments: argparse.Namespace) -> int:
     elif arguments.device == "gpu":
         train_gpu.run(arguments.overrides, arguments.seconds, arguments.json)
     else:
-        train.run(config, arguments.rounds, arguments.seconds, arguments.json)
+        train.run(
+            config,
+            arguments.rounds,
+            arguments.seconds,
+            arguments.json,
+            arguments.peers or train.DEFAULT_PEERS,
+            arguments.peer_python,
+        )
     return EXIT_DONE
 
 
@@ -353,6 +360,8 @@ def run_bench_infer(arguments: argparse.Namespace) -> int:
         arguments.rounds,
         arguments.seconds,
         arguments.json,
+        arguments.peers or infer.DEFAULT_PEERS,
+        arguments.peer_python,
     )
     return EXIT_DONE
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import venv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from vit_static.common import terminal
+from vit_static.common.cpu import cpu_flags, cpu_model
 from vit_static.common.errors import UserError
 from vit_static.common.io import write_json
 from vit_static.common.startup import user_environ
@@ -31,6 +32,16 @@ from vit_static.config.schema import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = Path(__file__).resolve().parent / "peers"
+# Of /proc/cpuinfo's flags, those that decide how fast products are
+_INSTRUCTION_SETS = {
+    "avx2": "AVX2",
+    "avx_vnni": "AVX-VNNI",
+    "avx512f": "AVX-512",
+    "avx512_vnni": "AVX512-VNNI",
+    "avx512_bf16": "AVX512-BF16",
+    "amx_int8": "AMX-INT8",
+    "amx_bf16": "AMX-BF16",
+}
 ENVIRONMENT = ROOT / ".venv-bench"
 REQUIREMENTS = ROOT / ".requirements" / "bench.txt"
 
@@ -75,12 +86,18 @@ class Result:
         return 1e3 * float(np.percentile(self.call_seconds, percentile))
 
 
-def peers_python() -> str:
-    """Return the Python interpreter of the peers' environment, which is created if needed.
+def peers_python(given: Path | None = None) -> str:
+    """Return the Python interpreter of the peers' environment: the given one, or ours, which is created if needed.
 
-    The environment is separate because none of the peers is a dependency of the program. Raise UserError if the peers
-    can't be installed.
+    The environment is separate because none of the peers is a dependency of the program. Raise UserError if the given
+    one doesn't exist, or if the peers can't be installed.
     """
+    if given is not None:
+        if not os.access(given, os.X_OK) or given.is_dir():
+            raise UserError(
+                f"--peer-python {given}: is not a program; name the Python of an environment that has the peers"
+            )
+        return str(given)
     if not REQUIREMENTS.is_file():
         raise UserError(
             "this benchmark compares with other programs, which only a source tree has the requirements of: call "
@@ -101,6 +118,16 @@ def peers_python() -> str:
             )
         stamp.write_text(requirements)
     return str(python)
+
+
+def missing_packages(python: str, packages: Iterable[str]) -> list[str]:
+    """Return those of the packages that an interpreter's environment doesn't have."""
+    names = sorted(set(packages))
+    script = "import sys, importlib.util as u; print(*[name for name in sys.argv[1:] if u.find_spec(name) is None])"
+    finished = subprocess.run([python, "-c", script, *names], capture_output=True, text=True, check=False)
+    if finished.returncode != 0:
+        raise UserError(f"{python}: doesn't run ({finished.stderr.strip()[-200:]}); name another with --peer-python")
+    return finished.stdout.split()
 
 
 def worker_command(kind: str, spec: str) -> tuple[str, ...]:
@@ -202,6 +229,30 @@ def ratio(ours: Result, theirs: Result) -> float:
     return statistics.median(a / b for a, b in zip(ours.images_per_s, theirs.images_per_s, strict=True))
 
 
+def machine(precisions: Sequence[str]) -> dict[str, Any]:
+    """Return what the speeds depend on: CPU, instruction sets, cores and the measured precisions."""
+    flags = cpu_flags()
+    sets = [title for flag, title in _INSTRUCTION_SETS.items() if flag in flags]
+    return {
+        "cpu": cpu_model(),
+        "instruction_sets": sets,
+        "cores": len(os.sched_getaffinity(0)),
+        "precisions": list(precisions),
+    }
+
+
+def machine_line(values: Mapping[str, Any]) -> str:
+    """Return the description of `machine` for people."""
+    sets = ", ".join(values["instruction_sets"]) or "no vector instructions"
+    return f"{values['cpu']} ({sets}), {counted(values['cores'], 'core')}; precision: {', '.join(values['precisions'])}"
+
+
+def print_missing(missing: Mapping[str, str]) -> None:
+    """Print a line for each peer that isn't measured, by its title: the package that it needs."""
+    for title, package in missing.items():
+        print_text(f"{title}: not installed: pip install {package}")
+
+
 def print_table(results: Mapping[str, Result], num_rounds: int, *, latencies: bool = False) -> None:
     """Print one line per candidate; with `latencies`, also the 50th and 99th percentile of the time of a call."""
     rows = []
@@ -222,9 +273,14 @@ def print_ratios(ratios: Mapping[str, float], targets: Mapping[str, float] | Non
     rows = []
     for name, value in ratios.items():
         target = (targets or {}).get(name)
-        rows.append((name, f"{value:.2f}", "" if target is None else f"{target:.1f}"))
+        rows.append((name, f"{value:.2f}", "" if target is None else target_text(name, target)))
     print_text("")
     terminal.print_table(("ratio, ours over theirs", "measured", "target"), rows, right=(1, 2))
+
+
+def target_text(name: str, target: float) -> str:
+    """Return a target with the direction in which it is met: memory is an upper bound."""
+    return f"{'<=' if name.startswith('memory') else '>='} {target:g}"
 
 
 def write_results(

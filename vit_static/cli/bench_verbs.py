@@ -58,15 +58,34 @@ def _add_bench(
     return bench
 
 
+def _add_peers(bench: argparse.ArgumentParser, peers: Sequence[str], default: str) -> None:
+    """Add --peers and --peer-python."""
+    bench.add_argument(
+        "--peers",
+        nargs="+",
+        choices=peers,
+        metavar="PEER",
+        help=f"Compare with these: {', '.join(peers)} (default: {default}).",
+    )
+    bench.add_argument(
+        "--peer-python",
+        type=Path,
+        metavar="PYTHON",
+        help="Run the peers with this interpreter, without those that it can't import (default: .venv-bench, which is "
+        "created).",
+    )
+
+
 def _add_train(benches: Subparsers) -> None:
     bench = _add_bench(
         benches,
         "train",
-        "Compare the training step with PyTorch's and with a dynamic-graph Paddle loop.",
+        "Compare the training step with PyTorch's, torch.compile's and JAX's.",
         verbs.run_bench_train,
-        ["--rounds 3", "--scaling -c configs/quickstart.yaml"],
+        ["--rounds 3 --peers pytorch jax", "--scaling -c configs/quickstart.yaml"],
     )
     add_rounds(bench)
+    _add_peers(bench, ("pytorch", "torch-compile", "jax", "dynamic"), "all but dynamic, a dynamic-graph Paddle loop")
     bench.add_argument(
         "--device",
         choices=["cpu", "gpu"],
@@ -106,11 +125,12 @@ def _add_infer(benches: Subparsers) -> None:
     bench = _add_bench(
         benches,
         "infer",
-        "Compare the exported model with PyTorch and ONNX Runtime.",
+        "Compare the exported model with PyTorch, ONNX Runtime and OpenVINO.",
         verbs.run_bench_infer,
         ["--batch-size 1 --batch-size 8", "-c configs/quickstart.yaml --checkpoint output/quickstart"],
     )
     add_rounds(bench)
+    _add_peers(bench, ("pytorch", "onnxruntime", "openvino"), "all")
     bench.add_argument(
         "--checkpoint", type=Path, help="Also measure the top-1 of this trained model, on its validation images."
     )

@@ -33,6 +33,16 @@ def serve(work: Callable[[], int], **ready_info: Any) -> None:
     _reply(peak_bytes=peak_bytes())
 
 
+def calls_per_second(work: Callable[[], object], seconds: float = 1.0) -> float:
+    """Measure how often `work` can be called per second, for about `seconds`, after one call as warm-up."""
+    work()
+    started, num_calls = time.perf_counter(), 0
+    while num_calls == 0 or time.perf_counter() - started < seconds:
+        work()
+        num_calls += 1
+    return num_calls / (time.perf_counter() - started)
+
+
 def peak_bytes() -> int:
     """Return the peak resident memory of this process.
 

@@ -1,4 +1,4 @@
-"""Inference with PyTorch on a CPU; bfloat16 runs with autocast or a cast model, whichever is faster on this machine.
+"""Inference with PyTorch on a CPU: eager or compiled, bfloat16 with autocast or a cast model, as is fastest here.
 
 `python pytorch_infer.py SPEC` with the SPEC of bench/infer.py, in the environment of .requirements/bench.txt.
 """
@@ -9,25 +9,11 @@ import copy
 import json
 import os
 import sys
-import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
-from protocol import serve
+from protocol import calls_per_second, serve
 from torch_vit import load
-
-TRIAL_SECONDS = 1.0
-
-
-def calls_per_second(work: Callable[[], object]) -> float:
-    """Measure how often `work` can be called per second, after one call as warm-up."""
-    work()
-    started, num_calls = time.perf_counter(), 0
-    while time.perf_counter() - started < TRIAL_SECONDS:
-        work()
-        num_calls += 1
-    return num_calls / (time.perf_counter() - started)
 
 
 def main() -> None:
@@ -48,7 +34,14 @@ def main() -> None:
     def with_cast_model() -> torch.Tensor:
         return cast(images.bfloat16()).float()
 
-    variants = {"": plain} if spec["precision"] == "float32" else {"autocast": with_autocast, "cast": with_cast_model}
+    compiled = torch.compile(model, dynamic=False)
+
+    def with_compile() -> torch.Tensor:
+        return compiled(images)
+
+    in_float32 = {"eager": plain, "compiled": with_compile}
+    in_bfloat16 = {"autocast": with_autocast, "cast": with_cast_model}
+    variants = in_float32 if spec["precision"] == "float32" else in_bfloat16
     with torch.inference_mode():
         name = max(variants, key=lambda name: calls_per_second(variants[name]))
 
