@@ -22,9 +22,10 @@ from vit_static.cli.run import main
 from vit_static.common.errors import UserError
 from vit_static.common.installation import EXTRAS
 from vit_static.config.loader import load_config
+from vit_static.config.print_reference import print_recipes
 from vit_static.config.recipes import list_recipes
 from vit_static.config.yaml_loader import read_yaml
-from vit_static.model.variants import VARIANTS
+from vit_static.model.variants import VARIANTS, print_variants
 from vit_static.program.cpu import onednn
 
 
@@ -158,6 +159,8 @@ def test_gpus_are_named_in_any_case() -> None:
         ("bench train optim.lr=-1", "config keys are set with -o; write -o optim.lr=-1"),
         ("pretrain optm.lr=0.1", "optm.lr=0.1: config keys are set with -o; write -o optm.lr=0.1"),
         ("optim.lr=0.1", "a verb comes first, and config keys after -o: ./run.sh pretrain -o optim.lr=0.1"),
+        ("pretrain --fp16", "--fp16 is not an option; config keys are set with -o: -o amp.dtype=float16"),
+        ("pretrain --amp", "--amp is not an option; config keys are set with -o: -o amp.level=O1"),
         ("pretrain --optim.lr=1e-3", "--optim.lr is not an option; config keys are set with -o: -o optim.lr=1e-3"),
         ("pretrain --epochs 3", "config keys are set with -o: -o train.epochs=3"),
         ("pretrain --learning-rate=0.1", "config keys are set with -o: -o optim.lr=0.1"),
@@ -225,6 +228,7 @@ def test_models_lists_every_variant(capsys: pytest.CaptureFixture[str]) -> None:
         assert float(rows[name][1]) == millions
         assert float(rows[name][3]) == pytest.approx(2 * giga_macs, rel=0.01)
     assert float(rows_of("--image-size", "384")["B/16"][1]) == 86.9
+    assert list(rows_of("s/")) == ["S/16", "S/32"]
 
 
 def test_recipes_lists_every_config_that_trains_with_task_result_and_machine(
@@ -236,6 +240,12 @@ def test_recipes_lists_every_config_that_trains_with_task_result_and_machine(
     for recipe in list_recipes():
         assert recipe.task and recipe.machine
         assert recipe.top1 or recipe.name.startswith(("own_images", "ViT_large_patch16_224_in21k"))
+    with pytest.raises(UserError, match=r"no recipe mentions nothing and deit; '.* recipes' lists all"):
+        print_recipes(["nothing", "deit"])
+    with pytest.raises(UserError, match="no variant mentions S/15; the variants are Ti/16, S/16, "):
+        print_variants(224, 1000, ["S/15"])
+    few = printed(capsys, "recipes", "DINOv3", "linear").splitlines()[1:]
+    assert [line.split()[0] for line in few] == ["dinov3_b16_linear_in1k", "dinov3_s16_linear_in1k"]
     by_name = {recipe.name: recipe for recipe in list_recipes()}
     assert by_name["deit_s16"].top1 == "79.9 % (published)" and by_name["deit_s16"].machine == "8 x A100 40 GB"
     assert by_name["quickstart"].top1 == "at least 97.5 % (measured)"

@@ -56,7 +56,7 @@ def run_models(arguments: argparse.Namespace) -> int:
     """List the model variants. This needs no Paddle."""
     from vit_static.model.variants import print_variants
 
-    print_variants(arguments.image_size or 224, arguments.num_classes)
+    print_variants(arguments.image_size or 224, arguments.num_classes, arguments.words)
     return EXIT_DONE
 
 
@@ -64,7 +64,7 @@ def run_recipes(arguments: argparse.Namespace) -> int:
     """List the configs in configs/. This needs no Paddle."""
     from vit_static.config.print_reference import print_recipes
 
-    print_recipes()
+    print_recipes(arguments.words)
     return EXIT_DONE
 
 

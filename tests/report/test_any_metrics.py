@@ -93,7 +93,7 @@ def test_damaged_lines_give_a_report(line: bytes, num_unread: int, tmp_path: Pat
 
 def test_a_log_of_other_bytes_gives_a_page_that_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = check_reports(write_run(tmp_path / "run", b"\x00\xff\n\x00\n"))
-    assert f"{tmp_path}/run/metrics.jsonl: 2 lines can't be read, and are left out" in capsys.readouterr().err
+    assert f"{tmp_path}/run/metrics.jsonl: 2 unreadable lines left out" in capsys.readouterr().err
     assert "lines of the log that can&#39;t be read</dt><dd>2</dd>" in page
 
 

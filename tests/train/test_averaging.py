@@ -106,4 +106,7 @@ def test_what_cannot_be_averaged_is_refused_in_one_line(finished: Config, tmp_pa
         average_runs(None, [other], [])
     with pytest.raises(UserError, match="is a run or a file; name another folder"):
         average_runs(None, [run], [], out=run)
+    remedy = r"name a folder, such as avg, and '\./run\.sh convert --from avg --to avg\.safetensors' writes one file"
+    with pytest.raises(UserError, match=remedy):
+        average_runs(None, [run], [], out=Path("avg.safetensors"))
     assert not (tmp_path / "out").exists()

@@ -26,6 +26,14 @@ OTHER_FLAGS = {
     **dict.fromkeys(("--set", "--override", "--overrides", "--opt", "--opts"), ("-o",)),
     **dict.fromkeys(("--images", "--train-images"), ("--num-images",)),
 }
+# Flags of other programs that set a value
+FLAG_SETTINGS = {
+    **dict.fromkeys(("--fp16", "--half", "--float16"), "amp.dtype=float16"),
+    **dict.fromkeys(("--bf16", "--bfloat16"), "amp.dtype=bfloat16"),
+    **dict.fromkeys(("--fp32", "--float32", "--no-amp"), "amp.level=O0"),
+    "--amp": "amp.level=O1",
+    "--cpu": "device=cpu",
+}
 _PROCESSES = ("--gpus", "--num-gpus", "--ngpus", "--nproc", "--world-size", "--world")
 _KEY = re.compile(r"[A-Za-z_]+(\.[A-Za-z_0-9]+)*")
 _NUMBER = re.compile(r"-[\d.]")
@@ -148,6 +156,8 @@ def describe_unknown(words: Sequence[str], verb: argparse.ArgumentParser) -> str
     similar = [each for each in OTHER_FLAGS.get(flag.replace("_", "-"), ()) if each in flags]
     if not similar and flag in _PROCESSES and "--resume" in flags:
         return f"{flag} is not an option; NPROC=N sets the number of processes, and CUDA_VISIBLE_DEVICES=0,1 the GPUs"
+    if has_overrides and flag in FLAG_SETTINGS and flag not in flags:
+        return f"{flag} is not an option; config keys are set with -o: -o {FLAG_SETTINGS[flag]}"
     has_synonym = bool(similar)
     similar = similar or difflib.get_close_matches(flag[:100], flags, n=1, cutoff=0.75)
     name = flag.lstrip("-").replace("-", "_")

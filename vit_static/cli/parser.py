@@ -53,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"vit_static {vit_static.__version__}")
+    parser.add_argument("-V", "-v", "--version", action="version", version=f"vit_static {vit_static.__version__}")
     parser.set_defaults(parser=parser)  # for `completion`
     subparsers = parser.add_subparsers(title="verbs", dest="verb", required=True, metavar="VERB", parser_class=Parser)
     reference_verbs.add_run_sh(subparsers)

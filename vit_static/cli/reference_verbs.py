@@ -36,8 +36,8 @@ def add_all(subparsers: Subparsers) -> None:
         "List the configs in configs/: task, expected top-1 and machine.",
         verbs.run_recipes,
         details="-c NAME trains one of them.",
-        examples=["", "| grep deit"],
-    )
+        examples=["", "deit", "dinov3 linear"],
+    ).add_argument("words", nargs="*", metavar="WORD", help="List only those that mention all these words.")
     verb = add_verb(
         subparsers,
         "completion",
@@ -78,8 +78,9 @@ def _add_models(subparsers: Subparsers) -> None:
         "List the model variants with their parameters and operations.",
         verbs.run_models,
         details="Set one with -o model.variant=NAME; width, depth and the rest can be set separately.",
-        examples=["", "--image-size 384"],
+        examples=["", "--image-size 384", "S/"],
     )
+    verb.add_argument("words", nargs="*", metavar="NAME", help="List only those with this in their names.")
     verb.add_argument("--image-size", type=positive_int, metavar="PIXELS", help="Side of the images (default: 224).")
     verb.add_argument(
         "--num-classes", type=positive_int, default=1000, metavar="N", help="Width of the head (default: 1000)."

@@ -8,9 +8,9 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, ClassVar, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO, TypeVar
 
-from vit_static.common.errors import escape
+from vit_static.common.errors import UserError, escape, truncate
 from vit_static.common.text import duration, escape_lines, print_text
 
 if TYPE_CHECKING:  # rich is imported where it is used: most verbs print no table
@@ -32,6 +32,18 @@ def make_console(stream: TextIO | None = None) -> Console:
     stream = stream or sys.stdout
     width = None if stream.isatty() else _UNLIMITED
     return Console(file=stream, width=width, markup=False, highlight=False, emoji=False)
+
+
+def with_words(rows: Sequence[tuple[Any, ...]], words: Sequence[str], noun: str, remedy: str) -> list[tuple[Any, ...]]:
+    """Return the rows of a table in which all these words occur, in small or capital letters.
+
+    Raises UserError, which calls a row `noun`, if there are none.
+    """
+    wanted = [word.lower() for word in words]
+    matching = [row for row in rows if all(word in " ".join(map(str, row)).lower() for word in wanted)]
+    if not matching:
+        raise UserError(f"no {noun} mentions {' and '.join(map(truncate, words))}; {remedy}")
+    return matching
 
 
 def print_table(

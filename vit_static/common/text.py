@@ -203,6 +203,11 @@ def counted(number: int, noun: str, *, be: bool = False) -> str:
     return f"{number} {noun}{'' if number == 1 else ending}{verb}"
 
 
+def flops_text(flops: float) -> str:
+    """Return a number of operations with its unit: "4.61 GFLOP", and "4.61 MFLOP" below 0.01 GFLOP."""
+    return f"{flops / 1e9:.2f} GFLOP" if flops >= 1e7 else f"{flops / 1e6:.2f} MFLOP"
+
+
 def duration(seconds: float) -> str:
     """Format a duration: 15 s, 3 min 05 s, 2 h 10 min."""
     rounded = round(seconds)

@@ -63,6 +63,8 @@ def find_keys(query: str | None) -> dict[str, list[KeyInfo]]:
         names = names or {name for name, text in texts.items() if has_words(text, words)}
         names |= keys_also_called(query, texts)
         names = names or {name for name, text in texts.items() if words in text.replace("_", " ")}
+        joined = words.replace(" ", "")  # "mix up" for mixup
+        names = names or {name for name, text in texts.items() if joined in text.replace("_", "").replace("-", "")}
     if not names:
         nearest = nearest_key(query.split("."))
         remedy = f"did you mean {nearest}?" if nearest else "'./run.sh config' lists all"

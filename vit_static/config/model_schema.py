@@ -31,7 +31,7 @@ class ModelConfig(Section):
         description="init: take the shape from init.from's weights (with --checkpoint: from those) instead of from "
         "`variant`; keys that are set here still win",
     )
-    variant: str = Field("B/16", description="size and patch size: a name in model/variants.py")
+    variant: str = Field("B/16", description="size and patch size: a name that './run.sh models' lists")
     image_size: ImageSize = Field((224, 224), description="in pixels: one number for a square, or [height, width]")
     num_channels: Literal[1, 3] = Field(3, description="3: RGB; 1: greyscale, to which colour images are converted")
     num_classes: NonNegativeInt = Field(

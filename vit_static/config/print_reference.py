@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import yaml
 
-from vit_static.common.terminal import print_table
-from vit_static.common.text import print_line, print_text
+from vit_static.common.terminal import print_table, with_words
+from vit_static.common.text import print_line, print_text, program_name
 from vit_static.config.describe import changed_keys, describe_section, find_keys
 from vit_static.config.recipes import list_recipes
 from vit_static.config.schema import Config
@@ -52,7 +54,11 @@ def print_config(config: Config) -> None:
     print_text(yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True))
 
 
-def print_recipes() -> None:
-    """Print the configs in configs/ with what they train."""
+def print_recipes(words: Sequence[str] = ()) -> None:
+    """Print the configs in configs/ with what they train, or only those that mention all these words.
+
+    Raises UserError if there are none.
+    """
     rows = [(recipe.name, recipe.top1, recipe.machine, recipe.task) for recipe in list_recipes()]
+    rows = with_words(rows, words, "recipe", f"'{program_name()} recipes' lists all")
     print_table(("Name", "Expected top-1", "Machine", "Task"), rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from vit_static.common.errors import escape
-from vit_static.common.text import counted
+from vit_static.common.text import counted, flops_text
 from vit_static.config.schema import Config
 from vit_static.export.card_parts import class_rows, header, limits, recipe_rows
 from vit_static.inference.artifact import (
@@ -100,7 +100,7 @@ def _introduction(spec: ModelSpec, config: Config, source: str, shape: flops.Sha
     variant = model_name(spec.model).removeprefix("ViT")
     return (
         f"A Vision Transformer{variant} of width {shape.width} and depth {shape.depth}, with "
-        f"{num_parameters / 1e6:.2f} million parameters and {2 * flops.forward_macs(shape) / 1e9:.2f} GFLOP per image "
+        f"{num_parameters / 1e6:.2f} million parameters and {flops_text(2 * flops.forward_macs(shape))} per image "
         f"of {height}x{width} pixels, for {counted(len(spec.class_names), 'class')} "
         f"({_escape_markdown(_list_names(spec.class_names))}). Weights: {code_span(source)}."
     )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from vit_static.common.errors import ConfigError
-from vit_static.common.terminal import print_table
+from vit_static.common.terminal import print_table, with_words
 from vit_static.config.lora_schema import LoraConfig
 from vit_static.config.model_schema import ModelConfig
 from vit_static.config.schema import TrainConfig
@@ -114,13 +114,20 @@ def model_name(config: ModelConfig) -> str:
     return f"ViT {config.variant}" if variant_of(config) == VARIANTS[config.variant] else "ViT"
 
 
-def print_variants(image_size: int, num_classes: int) -> None:
+def print_variants(image_size: int, num_classes: int, words: Sequence[str] = ()) -> None:
     """Print all variants with their dimensions, parameters and operations for square images of `image_size` pixels.
 
-    For the patches of 14 pixels the size is rounded to a multiple of 14.
+    For the patches of 14 pixels the size is rounded to a multiple of 14. `words`: print only the variants whose names
+    have all of them. Raises UserError if there are none.
     """
     rows = []
-    for name, variant in VARIANTS.items():
+    names = [
+        name
+        for (name,) in with_words(
+            [(name,) for name in VARIANTS], words, "variant", f"the variants are {', '.join(VARIANTS)}"
+        )
+    ]
+    for name, variant in ((name, VARIANTS[name]) for name in names):
         side = max(round(image_size / variant.patch_size), 1) * variant.patch_size
         model = ModelConfig(variant=name, image_size=(side, side), num_classes=num_classes)
         size = f"{num_parameters(model) / 1e6:,.1f} M", f"{2 * forward_macs(shape_of(model)) / 1e9:,.1f}"

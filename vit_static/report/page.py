@@ -68,7 +68,7 @@ def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
 
 def _say_unread(run: RunLogData, run_dir: Path) -> None:
     if run.num_unread_lines:
-        say(f"{run_dir / METRICS_FILE}: {counted(run.num_unread_lines, 'line')} can't be read, and are left out")
+        say(f"{run_dir / METRICS_FILE}: {counted(run.num_unread_lines, 'unreadable line')} left out")
 
 
 def write_reports(run_dirs: Sequence[Path], out: Path | None) -> None:

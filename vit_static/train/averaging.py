@@ -29,6 +29,7 @@ from vit_static.data.open_set import open_set
 from vit_static.parallel.mesh import MeshShape, rank_and_world_size, start_mesh
 from vit_static.report.metric_names import METRIC_TITLES, format_metric
 from vit_static.train.evaluate import EvalMetrics, eval_loader, load_program, predict_all
+from vit_static.weights.convert import SUFFIXES
 from vit_static.weights.infer import config_for
 from vit_static.weights.load import write_pdparams
 from vit_static.weights.loaded import Weights
@@ -66,6 +67,11 @@ def average_runs(
     Raises WeightsError for weights of different models.
     """
     out = out or _default_folder(runs[0])
+    if out.suffix in SUFFIXES:
+        raise UserError(
+            f"--out {out}: an average is a folder of weights, config and class names; name a folder, such as "
+            f"{out.with_suffix('')}, and './run.sh convert --from {out.with_suffix('')} --to {out}' writes one file"
+        )
     if (out / "checkpoints").exists() or (out.exists() and not out.is_dir()):
         raise UserError(f"--out {out}: is a run or a file; name another folder")
     for run in runs:

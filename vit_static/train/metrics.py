@@ -13,7 +13,7 @@ import numpy as np
 from vit_static.checkpoint.progress import Progress
 from vit_static.common.errors import describe_error
 from vit_static.common.hardware import peak_flops
-from vit_static.common.text import counted, duration
+from vit_static.common.text import counted, duration, flops_text
 from vit_static.config.data_schema import SelectionMetric
 from vit_static.parallel.mesh import Mesh, device_name
 from vit_static.program.program import Program
@@ -243,7 +243,7 @@ class MetricLogger:
             values = {"train_flops_per_image": flops, "compile_seconds": compile_seconds}
             self.log_event(step, IMAGE_SIZE, image_size=list(image_size), **values)
         self.say(
-            f"images of {image_size[0]}x{image_size[1]} from step {step + 1} on: {flops / 1e9:.2f} GFLOP per image "
+            f"images of {image_size[0]}x{image_size[1]} from step {step + 1} on: {flops_text(flops)} per image "
             f"with the backward pass; the program was compiled in {duration(compile_seconds)}"
         )
         self._timed_from = self._timed_from[0], self._timed_from[1] + compile_seconds

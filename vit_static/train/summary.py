@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from vit_static.common.errors import escape
-from vit_static.common.text import counted, duration
+from vit_static.common.text import counted, duration, flops_text
 from vit_static.config.data_schema import AugmentConfig, LossConfig
 from vit_static.config.lora_schema import LoraConfig
 from vit_static.config.schema import Config
@@ -40,8 +40,8 @@ def start_screen(
         "model": f"{model_name(model)}, {variant.width} wide, {variant.depth} deep, {variant.num_heads} heads, patches "
         f"of {variant.patch_size} pixels, images of {height}x{width}, {counted(model.num_classes, 'class')}",
         **_image_sizes(spec),
-        "size": f"{num_parameters / 1e6:.2f} M parameters; {2 * flops.forward_macs(shape) / 1e9:.2f} GFLOP per image, "
-        f"{flops.train_flops(shape, config.lora) / 1e9:.2f} with the backward pass",
+        "size": f"{num_parameters / 1e6:.2f} M parameters; {flops_text(2 * flops.forward_macs(shape))} per image, "
+        f"{flops_text(flops.train_flops(shape, config.lora))} with the backward pass",
         **({} if config.lora.rank == 0 else {"LoRA": _lora(config.lora)}),
         "start": start,
         "data": f"{len(spec.train_images)} training and {counted(len(spec.val_images), 'validation image')} in "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vit_static.common.errors import ConfigError
+from vit_static.common.text import flops_text
 from vit_static.config.distill_schema import DistillConfig
 from vit_static.model import flops
 from vit_static.model.variants import model_name, num_parameters, shape_of
@@ -36,6 +37,6 @@ def describe_teacher(teacher: TeacherSource, distill: DistillConfig) -> str:
     num_flops = 2 * flops.forward_macs(shape_of(teacher.model))
     return (
         f"{kind}, weight {distill.weight:g}; {model_name(teacher.model)} for images of {height}x{width}, "
-        f"{num_parameters(teacher.model) / 1e6:.2f} M parameters, {num_flops / 1e9:.2f} GFLOP per image, "
+        f"{num_parameters(teacher.model) / 1e6:.2f} M parameters, {flops_text(num_flops)} per image, "
         f"from {teacher.path}"
     )

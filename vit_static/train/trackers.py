@@ -29,13 +29,15 @@ _MAX_BEFORE_PICTURES = 100  # records that may wait before pictures, which are l
 
 
 def check_trackers(config: Config) -> None:
-    """Raise UserError if the package of a tracker isn't installed."""
-    for name in config.log.trackers:
-        if name in _TITLES and importlib.util.find_spec(name) is None:
-            raise UserError(
-                f"log.trackers: {name} is not installed; install it with '{sys.executable} -m pip install {name}', or "
-                "remove it from log.trackers"
-            )
+    """Raise UserError if packages of trackers aren't installed."""
+    trackers = dict.fromkeys(config.log.trackers)
+    missing = [name for name in trackers if name in _TITLES and importlib.util.find_spec(name) is None]
+    if missing:
+        are, them = ("is", "it") if len(missing) == 1 else ("are", "them")
+        raise UserError(
+            f"log.trackers: {' and '.join(missing)} {are} not installed; install {them} with '{sys.executable} -m pip "
+            f"install {' '.join(missing)}', or remove {them} from log.trackers"
+        )
 
 
 def make_trackers(config: Config, done_steps: int) -> list[Sink[Record]]:
