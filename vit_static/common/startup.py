@@ -24,7 +24,8 @@ from vit_static.common.library_output import capture_library_output
 
 # The variable by which the launcher passes a folder, in which a worker that begins to train creates a file RANK.
 STARTED_FOLDER = "VIT_STATIC_STARTED_FOLDER"
-_M_ARENA_MAX = -8  # malloc.h
+_M_ARENA_MAX, _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -8, -3, -1  # malloc.h
+_MAX_KEPT_BLOCK = 2**30  # bytes
 _RESEND_S = 0.05
 _environ_before: dict[str, str] | None = None  # the environment before `prepare_process`
 _stop_signal: int | None = None  # received while `handle_stop_signals` is in effect
@@ -153,6 +154,19 @@ def prepare_process(verbose: bool = False, environ: MutableMapping[str, str] = o
     environ["OMP_NUM_THREADS"] = num_threads
     if not verbose:
         faulthandler.enable(sys.stderr)  # after the import, which sets a handler that writes to the log
+
+
+def keep_freed_memory() -> None:
+    """Let the process keep memory that it frees, for the next step of a program on a CPU.
+
+    By default glibc returns a freed activation to the kernel and asks for it again in the next step, and the kernel
+    fills each page with zeros, one page fault at a time: 7,500 in a step of the quickstart. Blocks of more than 1 GiB
+    are returned as before.
+    """
+    with suppress(OSError, AttributeError):  # not glibc
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, _MAX_KEPT_BLOCK)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)  # never
 
 
 def import_paddle_quietly() -> None:

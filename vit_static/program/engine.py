@@ -26,6 +26,7 @@ from paddle.static.amp import decorator as amp_decorator
 from paddle.utils import unique_name
 
 import vit_static
+from vit_static.common.startup import keep_freed_memory
 from vit_static.optim.sharded_state import update_loss_scaling
 
 _MAX_CALL_STACK = 8  # frames, which reach from an operator to the line of the model that created it
@@ -78,6 +79,8 @@ def build_mode(program: dist.DistModel, mode: str, run_passes: Callable[[Any], N
         paddle.disable_static()
     if engine._executor is not None:
         engine._executor._executor_cache = _PreparedPrograms(engine._executor._executor_cache)
+        if engine._place.is_cpu_place():
+            keep_freed_memory()
     return engine._executor, engine._job_plan
 
 
