@@ -186,7 +186,9 @@ def check_same_run(path: Path, config: Config) -> None:
 
 def _fixed_values(config: Config) -> dict[str, Any]:
     """Return what must not change within a run: the model, the kind of optimizer, and the order of the images."""
-    model = {f"model.{key}": value for key, value in config.model.model_dump(mode="json").items()}
+    # Only what the model computes with: unread tokens change no weight.
+    keys = config.model.model_dump(mode="json", exclude={"compute_unread_tokens"})
+    model = {f"model.{key}": value for key, value in keys.items()}
     order = {
         "seed": config.seed,
         "data.global_batch_size": config.data.global_batch_size,

@@ -132,6 +132,11 @@ class ModelConfig(Section):
         "are faster (FLIP, arXiv 2212.00794)",
     )
     layer_scale_init: float | None = Field(None, description="initial LayerScale value; null: no LayerScale")
+    compute_unread_tokens: bool = Field(
+        False,
+        description="with pool = cls, compute the last block for the tokens that no head reads, too: the same logits "
+        "and gradients, with more operations",
+    )
 
     @model_validator(mode="after")
     def _check_class_token(self) -> ModelConfig:
@@ -183,6 +188,14 @@ class ModelConfig(Section):
     def num_prefix_tokens(self) -> int:
         """Number of tokens before the patches: registers, class token, distillation token."""
         return self.register_tokens + int(self.has_class_token) + int(self.distillation_token)
+
+    @property
+    def num_read_tokens(self) -> int | None:
+        """Number of tokens that the last block computes: those that heads read; None: all.
+
+        With other pooling than cls at most the prefix tokens are unread: too few to gain by leaving them out.
+        """
+        return None if self.pool != "cls" or self.compute_unread_tokens else 1 + int(self.distillation_token)
 
     @property
     def num_prefix_positions(self) -> int:

@@ -10,20 +10,20 @@ from paddle import nn
 
 from vit_static.config.schema import InferencePrecision
 from vit_static.model.attention import Attention, attention_of_heads, with_positions
+from vit_static.model.draws import Draw
 from vit_static.model.layers import RMSNorm
 from vit_static.model.rope import RotaryPositions
-from vit_static.model.vit import Block, VisionTransformer
+from vit_static.model.vit import VisionTransformer
 
 
 class InferenceModel(nn.Layer):
     """Images [B, 3, height, width] float32 to the logits [B, num_classes] and features [B, C] of a model in evaluation.
 
     A model without a head has the features as its only output. All outputs are float32. The weights are copies of the
-    model's. Queries, keys and values come from one matrix product. If the head reads only the class token, the last
-    block computes only that token, and with a distillation token these two. In bfloat16 and float16, weights and
-    activations have that type, except for the norms' parameters, rotary positions and everything after the last block
-    but attention pooling, which stay float32. Parameters have the names of PLSC and timm (`blocks.0.attn.qkv.weight`),
-    by which `attention_maps.load_as_layer` identifies them.
+    model's. Queries, keys and values come from one matrix product. In bfloat16 and float16, weights and activations
+    have that type, except for the norms' parameters, rotary positions and everything after the last block but attention
+    pooling, which stay float32. Parameters have the names of PLSC and timm (`blocks.0.attn.qkv.weight`), by which
+    `attention_maps.load_as_layer` identifies them.
     """
 
     def __init__(self, model: VisionTransformer, dtype: InferencePrecision = "float32") -> None:
@@ -48,18 +48,8 @@ class InferenceModel(nn.Layer):
 
     def forward(self, images: paddle.Tensor) -> tuple[paddle.Tensor, ...]:
         backbone = self.backbone
-        x = backbone.embed(images.astype(self.dtype))  # [B, N, C]
-        last = len(backbone.blocks) - 1
-        for index, block in enumerate(backbone.blocks):
-            needs_only_class_token = index == last and backbone.pool == "cls"
-            x = _apply_block(block, x, backbone.class_tokens if needs_only_class_token else None)
-        x = x.astype("float32")
-        if backbone.pool == "cls":
-            features = backbone.norm(x[:, 0]) if backbone.dist_token is None else backbone.norm(x).flatten(1)
-        elif backbone.fc_norm:
-            features = backbone.norm(self._pool(x))
-        else:
-            features = self._pool(backbone.norm(x))
+        x = backbone.encode(images.astype(self.dtype)).astype("float32")
+        features = backbone.norm(self._pool(x)) if backbone.fc_norm else self._pool(backbone.norm(x))
         if backbone.head is None:
             return (features,)
         if backbone.head_dist is not None:
@@ -82,15 +72,8 @@ class InferenceModel(nn.Layer):
         return F.linear(x, layer.weight.astype("float32"), layer.bias.astype("float32"))
 
 
-def _apply_block(block: Block, x: paddle.Tensor, tokens: slice | None) -> paddle.Tensor:
-    """Return the block's output for tokens [B, N, C], or for some of them only, such as [B, 1, C]."""
-    branch = block.attn(block.norm1(x), tokens)
-    x = block.ls1(branch) + (x if tokens is None else x[:, tokens])
-    return block.ls2(block.mlp(block.norm2(x))) + x
-
-
 class _FusedQkvAttention(nn.Layer):
-    """Self-attention whose query, key and value projections are one linear layer."""
+    """Self-attention of `Attention` whose query, key and value projections are one linear layer."""
 
     def __init__(self, attention: Attention) -> None:
         super().__init__()
@@ -108,16 +91,16 @@ class _FusedQkvAttention(nn.Layer):
         self.norm, self.proj = attention.norm, attention.proj
         self.q_norm, self.k_norm, self.rope = attention.q_norm, attention.k_norm, attention.rope
 
-    def forward(self, x: paddle.Tensor, tokens: slice | None) -> paddle.Tensor:
+    def forward(self, x: paddle.Tensor, draw: Draw | None, tokens: slice | None) -> paddle.Tensor:
         """Return the output for all tokens [B, N, C], or for some of them only, such as [B, 1, C]."""
+        assert draw is None, "draws are for training and for images of other sizes"
         width, heads = self.width, [0, 0, self.num_heads, self.width // self.num_heads]
         qkv = self.qkv(x)
         query, key, value = (qkv[:, :, index * width : (index + 1) * width] for index in range(3))
+        query = query if tokens is None else query[:, tokens]
         has_positions = self.q_norm is not None or self.rope is not None
         if has_positions:
-            query, key = with_positions(self, query.reshape(heads), key.reshape(heads))  # [B, N, H, d]
-        if tokens is not None:
-            query = query[:, tokens]
+            query, key = with_positions(self, query.reshape(heads), key.reshape(heads), draw, tokens)  # [B, N, H, d]
         query, key, value = (
             (part if has_positions and part is not value else part.reshape(heads)).transpose([0, 2, 1, 3])
             for part in (query, key, value)

@@ -97,12 +97,14 @@ def record_attention(model: VisionTransformer, images: np.ndarray) -> RecordedAt
         raise TypeError("the model must have been built with an AttentionRecorder as its attention")
     recorder.clear()
     model.eval()
+    read_tokens, model.read_tokens = model.read_tokens, None  # the last layer's attention of all tokens
     try:
         with paddle.no_grad():
             logits = model(paddle.to_tensor(images, place=paddle.CPUPlace())).numpy()
         pooling = recorder.layers.pop()[:, 0] if model.pool == "map" else None
         return RecordedAttention(logits, recorder.layers, recorder.last_heads, pooling)
     finally:
+        model.read_tokens = read_tokens
         recorder.clear()
 
 

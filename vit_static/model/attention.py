@@ -59,19 +59,27 @@ def attention_of_heads(
 
 
 def with_positions(
-    layer: nn.Layer, query: paddle.Tensor, key: paddle.Tensor, draw: Draw | None = None
+    layer: nn.Layer,
+    query: paddle.Tensor,
+    key: paddle.Tensor,
+    draw: Draw | None = None,
+    tokens: slice | None = None,
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """Normalize and turn queries and keys [B, N, H, d] by a layer's `q_norm`, `k_norm` and `rope`, if it has them."""
+    """Normalize and turn queries and keys [B, N, H, d] by a layer's `q_norm`, `k_norm` and `rope`, if it has them.
+
+    The queries may be of only some of the `tokens`, [B, M, H, d].
+    """
     if layer.q_norm is not None:
         query, key = layer.q_norm(query), layer.k_norm(key)
     if layer.rope is not None:
         rotation = layer.rope(draw)
-        query, key = rotate(query, rotation), rotate(key, rotation)
+        of_queries = rotation if tokens is None else (rotation[0][:, tokens], rotation[1][:, tokens])
+        query, key = rotate(query, of_queries), rotate(key, rotation)
     return query, key
 
 
 class Attention(nn.Layer):
-    """Multi-head attention, [B, N, C] in and out (appendix A of the paper).
+    """Multi-head attention, [B, N, C] in, and out or [B, M, C] for M queries (appendix A of the paper).
 
     Queries and keys are normalized per head (`qk_norm`), then turned (`rope`). With `pools` it is the attention of a
     pooling head, which has neither.
@@ -104,12 +112,18 @@ class Attention(nn.Layer):
         return x.reshape([0, 0, self.num_heads, x.shape[-1] // self.num_heads])
 
     def forward(
-        self, x: paddle.Tensor, draw: Draw | None = None, queries: paddle.Tensor | None = None
+        self,
+        x: paddle.Tensor,
+        draw: Draw | None = None,
+        tokens: slice | None = None,
+        queries: paddle.Tensor | None = None,
     ) -> paddle.Tensor:
-        """Attend from `queries` [B, M, C] to the tokens [B, N, C], or from the tokens to themselves."""
-        query, key, value = self.q(x if queries is None else queries), self.k(x), self.v(x)
+        """Attend to x [B, N, C] from all its tokens, or from only these `tokens`, or from `queries` [B, M, C]."""
+        if queries is None:
+            queries = x if tokens is None else x[:, tokens]
+        query, key, value = self.q(queries), self.k(x), self.v(x)
         query, key, value = self.split_heads(query), self.split_heads(key), self.split_heads(value)
-        query, key = with_positions(self, query, key, draw)
+        query, key = with_positions(self, query, key, draw, tokens)
         x = self.attention(query, key, value, self.attention_drop)  # [B, M, H, d]
         x = x.flatten(2)
         if self.norm is not None:

@@ -12,7 +12,8 @@ class Shape:
     """Dimensions that determine the number of operations per image.
 
     `num_tokens` counts the patches, the class token and the registers. The head reads `num_pooled` states of `width`
-    each: one token or mean, or both side by side; or one state that a query attends to.
+    each: one token or mean, or both side by side; or one state that a query attends to. The last block computes
+    `num_read_tokens`, from the keys and values of all tokens; None: it computes all.
     """
 
     num_patches: int
@@ -27,23 +28,39 @@ class Shape:
     num_kept_patches: int | None = None  # in training, if patches are left out
     num_mlp_products: int = 2
     pools_by_attention: bool = False
+    num_read_tokens: int | None = None
+
+    @property
+    def num_last_tokens(self) -> int:
+        """Number of tokens that the last block computes."""
+        return self.num_tokens if self.num_read_tokens is None else self.num_read_tokens
+
+    @property
+    def with_all_tokens(self) -> Shape:
+        """The same, with a last block that computes all tokens: the shape whose operations are published."""
+        return replace(self, num_read_tokens=None)
 
 
 def forward_macs(shape: Shape) -> int:
     """Return the multiply-adds of a forward pass per image: matrix products only, without norms and softmax."""
     num_tokens, width = shape.num_tokens, shape.width
     embedding = shape.num_patches * shape.patch_dim * width
-    projections = 4 * num_tokens * width**2  # q, k, v and the output projection
-    attention = 2 * num_tokens**2 * width  # q k^T, and the weights times v
-    mlp = shape.num_mlp_products * width * shape.mlp_dim  # per token
-    pooling = 0
-    if shape.pools_by_attention:  # one query: k and v of all tokens, the rest of one
-        pooling = 2 * num_tokens * width**2 + 2 * width**2 + 2 * num_tokens * width + mlp
+    keys_and_values = 2 * num_tokens * width**2
+    per_query = 2 * width**2  # q and the output projection
+    per_query += 2 * num_tokens * width  # q k^T, and the weights times v
+    per_query += shape.num_mlp_products * width * shape.mlp_dim
+    blocks = shape.depth * keys_and_values + ((shape.depth - 1) * num_tokens + shape.num_last_tokens) * per_query
+    pooling = keys_and_values + per_query if shape.pools_by_attention else 0
     if shape.representation_size is None:
         head = shape.num_pooled * width * shape.num_classes
     else:
         head = shape.representation_size * (shape.num_pooled * width + shape.num_classes)
-    return embedding + shape.depth * (projections + attention + num_tokens * mlp) + pooling + head
+    return embedding + blocks + pooling + head
+
+
+def share_of_all_tokens(shape: Shape) -> float:
+    """Return the forward pass's operations as a share of those with a last block that computes all tokens."""
+    return forward_macs(shape) / forward_macs(shape.with_all_tokens)
 
 
 def train_flops(shape: Shape, lora: LoraConfig | None = None) -> int:
@@ -64,8 +81,8 @@ def _lora_macs(shape: Shape, lora: LoraConfig) -> int:
     """Return the multiply-adds per image that LoRA adds to a forward pass: the adapters' and the backward pass's."""
     width = shape.width
     has_gradient, total = False, 0
-    for _ in range(shape.depth):
-        has_gradient, macs = _lora_block_macs(shape, lora, shape.num_tokens, has_gradient)
+    for num_queries in [shape.num_tokens] * (shape.depth - 1) + [shape.num_last_tokens]:
+        has_gradient, macs = _lora_block_macs(shape, lora, num_queries, has_gradient)
         total += macs
     if shape.pools_by_attention:  # the query's gradient is computed, though it is frozen
         has_gradient, macs = _lora_block_macs(shape, lora, 1, has_gradient)

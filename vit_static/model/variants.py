@@ -117,8 +117,9 @@ def model_name(config: ModelConfig) -> str:
 def print_variants(image_size: int, num_classes: int, words: Sequence[str] = ()) -> None:
     """Print all variants with their dimensions, parameters and operations for square images of `image_size` pixels.
 
-    For the patches of 14 pixels the size is rounded to a multiple of 14. `words`: print only the variants whose names
-    have all of them. Raises UserError if there are none.
+    The operations are those of blocks that compute all tokens, as publications count them. For the patches of 14 pixels
+    the size is rounded to a multiple of 14. `words`: print only the variants whose names have all of them. Raises
+    UserError if there are none.
     """
     rows = []
     names = [
@@ -130,7 +131,10 @@ def print_variants(image_size: int, num_classes: int, words: Sequence[str] = ())
     for name, variant in ((name, VARIANTS[name]) for name in names):
         side = max(round(image_size / variant.patch_size), 1) * variant.patch_size
         model = ModelConfig(variant=name, image_size=(side, side), num_classes=num_classes)
-        size = f"{num_parameters(model) / 1e6:,.1f} M", f"{2 * forward_macs(shape_of(model)) / 1e9:,.1f}"
+        size = (
+            f"{num_parameters(model) / 1e6:,.1f} M",
+            f"{2 * forward_macs(shape_of(model).with_all_tokens) / 1e9:,.1f}",
+        )
         dimensions = variant.width, variant.depth, variant.num_heads, variant.mlp_dim
         rows.append((name, *size, *dimensions, variant.patch_size, side))
     headers = ("Variant", "Parameters", "GFLOP per image", "Width", "Depth", "Heads", "MLP", "Patch", "Image")
@@ -174,12 +178,25 @@ def shape_of(config: ModelConfig) -> Shape:
         num_kept_patches=num_kept_patches(config),
         num_mlp_products=3 if config.mlp == "swiglu" else 2,
         pools_by_attention=config.pool == "map",
+        num_read_tokens=config.num_read_tokens,
     )
 
 
-def step_flops(config: ModelConfig, teacher: ModelConfig | None = None, lora: LoraConfig | None = None) -> int:
-    """Return the operations of a training step per image: the model's, and the forward pass of a teacher."""
-    return train_flops(shape_of(config), lora) + (0 if teacher is None else 2 * forward_macs(shape_of(teacher)))
+def step_flops(
+    config: ModelConfig,
+    teacher: ModelConfig | None = None,
+    lora: LoraConfig | None = None,
+    *,
+    counts_all_tokens: bool = False,
+) -> int:
+    """Return the operations of a training step per image: the model's, and the forward pass of a teacher.
+
+    `counts_all_tokens`: as if the last block computed all tokens.
+    """
+    shapes = [shape_of(each) for each in (config, teacher) if each is not None]
+    if counts_all_tokens:
+        shapes = [shape.with_all_tokens for shape in shapes]
+    return train_flops(shapes[0], lora) + sum(2 * forward_macs(shape) for shape in shapes[1:])
 
 
 def num_parameters(config: ModelConfig) -> int:

@@ -31,7 +31,10 @@ from vit_static.model.variants import Variant, grid_of, variant_of
 
 
 class Block(nn.Layer):
-    """Pre-norm Transformer block, [B, N, C] in and out (eq. 2 and 3 of the paper)."""
+    """Pre-norm Transformer block, [B, N, C] in and out (eq. 2 and 3 of the paper).
+
+    With `tokens` it computes only these, [B, M, C]: keys and values of all tokens, and all else of the M.
+    """
 
     def __init__(
         self, config: ModelConfig, variant: Variant, drop_path_rate: float, attention: AttentionFunction
@@ -47,8 +50,9 @@ class Block(nn.Layer):
         self.ls1 = _layer_scale(config, width)
         self.ls2 = _layer_scale(config, width)
 
-    def forward(self, x: paddle.Tensor, draw: Draw | None = None) -> paddle.Tensor:
-        x = self.drop_path1(self.ls1(self.attn(self.norm1(x), draw))) + x
+    def forward(self, x: paddle.Tensor, draw: Draw | None = None, tokens: slice | None = None) -> paddle.Tensor:
+        branch = self.ls1(self.attn(self.norm1(x), draw, tokens))
+        x = self.drop_path1(branch) + (x if tokens is None else x[:, tokens])
         return self.drop_path2(self.ls2(self.mlp(self.norm2(x)))) + x  # [B, N, C]
 
 
@@ -68,6 +72,8 @@ class VisionTransformer(nn.Layer):
     embedding; without `class_token_pos_embed` the class token has none either (DeiT III). A distillation token follows
     the class token and has a head of its own; the logits are the mean of both heads' (DeiT, arXiv 2012.12877).
 
+    If the heads read only these two, the last block computes no other token, unless `compute_unread_tokens` is set.
+
     `attention` computes the attention of every block. In training, `draws` makes the random choices that all blocks
     share (draws.py). Raises ConfigError if the config describes no valid ViT.
     """
@@ -82,6 +88,10 @@ class VisionTransformer(nn.Layer):
         self.class_token_pos_embed = config.class_token_pos_embed
         self.class_token_index = config.register_tokens  # if there is one
         self.num_prefix_tokens, self.num_prefix_positions = config.num_prefix_tokens, config.num_prefix_positions
+        # The tokens that the last block computes; None: all.
+        self.read_tokens: slice | None = None
+        if config.num_read_tokens is not None:
+            self.read_tokens = slice(config.register_tokens, config.register_tokens + config.num_read_tokens)
         self.has_draws = uses_patch_dropout(config) or uses_box(config)
         self.draws: DrawFunction = partial(draw_here, config, variant.depth)
 
@@ -199,8 +209,8 @@ class VisionTransformer(nn.Layer):
         # partial sums over the ranks.
         return self._prepend_class_tokens(x, prefix) if self.class_token_pos_embed else x
 
-    def features(self, images: paddle.Tensor) -> paddle.Tensor:
-        """Compute the pooled, normalized state that the head reads: [B, C], or [B, 2 C] with cls_gap or two heads."""
+    def encode(self, images: paddle.Tensor) -> paddle.Tensor:
+        """Compute the last block's output: all tokens [B, N, C], or only `read_tokens` [B, M, C]."""
         height, width = images.shape[2:]
         draws: list[Draw | None] = [None] * len(self.blocks)
         if self.has_draws and self.training:
@@ -209,12 +219,20 @@ class VisionTransformer(nn.Layer):
         if image_size is not None:
             draws = [replace(draw or Draw(), image_size=image_size) for draw in draws]
         x = self.embed(images, draws[0])
-        for block, draw in zip(self.blocks, draws, strict=True):
-            x = block(x, draw)  # [B, N, C]
+        last = len(self.blocks) - 1
+        for index, block in enumerate(self.blocks):
+            x = block(x, draws[index], self.read_tokens if index == last else None)
+        return x
+
+    def features(self, images: paddle.Tensor) -> paddle.Tensor:
+        """Compute the pooled, normalized state that the head reads: [B, C], or [B, 2 C] with cls_gap or two heads."""
+        x = self.encode(images)
         return self.norm(self.pool_tokens(x)) if self.fc_norm else self.pool_tokens(self.norm(x))
 
     def pool_tokens(self, x: paddle.Tensor) -> paddle.Tensor:
-        """Pool tokens [B, N, C] to [B, C], or to [B, 2 C] with cls_gap or a distillation token."""
+        """Pool tokens, as `encode` returns them, to [B, C], or to [B, 2 C] with cls_gap or a distillation token."""
+        if self.read_tokens is not None:
+            return x.flatten(1)
         if self.attn_pool is not None:
             return self.attn_pool(x)
         states = [x[:, self.class_token_index]] if self.pool != "gap" else []

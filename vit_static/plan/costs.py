@@ -111,9 +111,10 @@ class CostModel:
     # copies are added to the optimizer state.
     item_size: int = 4
     master_gradients: bool = True  # gradients are reduced and clipped in float32 in any case
-    # The numbers of tokens N, of the model and of its teacher, if a fused kernel computes attention (FlashAttention,
-    # arXiv 2205.14135): the scores [..., N, N] are never in memory, and computed a second time in the backward pass.
-    fused_tokens: tuple[int, ...] = ()
+    # The numbers of queries M and keys N, of the model and of its teacher, if a fused kernel computes attention
+    # (FlashAttention, arXiv 2205.14135): the scores [..., M, N] are never in memory, and computed a second time in the
+    # backward pass.
+    fused_scores: tuple[tuple[int, int], ...] = ()
     newton_schulz_size: int = 4  # bytes per value of the matrices that Muon gathers and orthogonalizes
     # Ranks that hold the same part of the model: sums over them in the backward pass are of gradients.
     dp_ranks: tuple[int, ...] = ()
@@ -132,9 +133,9 @@ class CostModel:
 
     def are_fused_scores(self, value: Any) -> bool:
         """Return whether a value holds attention scores that a fused kernel never stores."""
-        if not self.fused_tokens or value.type().as_vec_type() or len(value.shape) != 4:
+        if not self.fused_scores or value.type().as_vec_type() or len(value.shape) != 4:
             return False
-        return value.shape[-2] == value.shape[-1] and value.shape[-1] in self.fused_tokens
+        return tuple(value.shape[-2:]) in self.fused_scores
 
 
 def collectives(program: Any, cost_model: CostModel = CostModel()) -> list[Collective]:

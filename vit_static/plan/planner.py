@@ -24,7 +24,7 @@ from vit_static.config.loader import load_config
 from vit_static.config.schema import Config, ParallelConfig
 from vit_static.model.attention import attention_by_matmul
 from vit_static.model.draws import at_size
-from vit_static.model.flops import forward_macs
+from vit_static.model.flops import Shape, forward_macs
 from vit_static.model.lora import add_adapters, count_parameters
 from vit_static.model.variants import check_image_sizes, largest_train_size, shape_of, step_flops, variant_of
 from vit_static.model.vit import VisionTransformer
@@ -81,6 +81,7 @@ class Plan:
     global_batch_size: int
     model_flops: int  # per step on all ranks, in closed form; with the forward pass of a teacher
     teacher_flops: int = 0  # of these
+    share_of_all_tokens: float = 1.0  # `model_flops`, of those with all tokens in the last block
     image_size: tuple[int, int] = (0, 0)  # height and width of the training images
     num_trained: int = 0  # parameters of the model on all ranks
     num_frozen: int = 0
@@ -191,6 +192,7 @@ class Plan:
                 "program": self.costs.flops(self.num_micro_batches),
                 "model": self.model_flops,
                 "teacher": self.teacher_flops,
+                "share_of_all_tokens": self.share_of_all_tokens,
             },
             "seconds": {
                 "compute": self.compute_seconds,
@@ -282,7 +284,8 @@ def make_plan(
             f"--device {cluster.device}: doesn't support {precision.dtype}; set amp.dtype=float16, or amp.level=O0"
         )
     micro_batches = num_micro_batches(parallel)
-    model = at_size(config.model, image_size)
+    model, teacher_model = at_size(config.model, image_size), None if teacher is None else teacher.model
+    model_flops = step_flops(model, teacher_model, config.lora)
     with fake_world(rank, world_size):
         mesh = make_mesh(rank, mesh_shape, "gpu")
         program, built = _compile(config, parallel, mesh, precision, teacher, image_size)
@@ -299,8 +302,9 @@ def make_plan(
         cluster=cluster,
         dtype=precision.dtype,
         global_batch_size=batch_size,
-        model_flops=step_flops(model, None if teacher is None else teacher.model, config.lora) * batch_size,
+        model_flops=model_flops * batch_size,
         teacher_flops=0 if teacher is None else 2 * forward_macs(shape_of(teacher.model)) * batch_size,
+        share_of_all_tokens=model_flops / step_flops(model, teacher_model, config.lora, counts_all_tokens=True),
         image_size=image_size,
         num_trained=num_trained,
         num_frozen=num_frozen,
@@ -347,7 +351,7 @@ def _compile(
         master_gradients=config.amp.master_grad,
         dp_ranks=mesh.dp_ranks,
         newton_schulz_size=2 if newton_schulz_dtype(precision, "gpu") == "bfloat16" else 4,
-        fused_tokens=tuple(shape_of(each).num_tokens for each in fused),
+        fused_scores=tuple({scores for each in fused for scores in _attention_scores(shape_of(each))}),
     )
     program = Program.for_training(
         config.model_copy(update={"parallel": parallel}),
@@ -361,6 +365,13 @@ def _compile(
         train_image_size=image_size,
     )
     return program, model
+
+
+def _attention_scores(shape: Shape) -> set[tuple[int, int]]:
+    """Return the numbers of queries and keys of a model's attentions."""
+    num_tokens = shape.num_tokens
+    pooling = {(1, num_tokens)} if shape.pools_by_attention else set()
+    return {(num_tokens, num_tokens), (shape.num_last_tokens, num_tokens)} | pooling
 
 
 def _num_in_flight(parallel: ParallelConfig, mesh: Mesh, micro_batches: int) -> int:

@@ -179,10 +179,12 @@ def _print_collectives(plan: Plan) -> None:
 
 
 def _describe_time(plan: Plan) -> list[str]:
+    share = plan.share_of_all_tokens
     return [
         f"operations per step  {plan.costs.flops(plan.num_micro_batches) / 1e12:.3f} TFLOP on this rank; "
         f"the model's on all ranks {plan.model_flops / 1e12:.3f} TFLOP"
-        + (f", {plan.teacher_flops / 1e12:.3f} of it in the teacher" if plan.teacher_flops else ""),
+        + (f", {plan.teacher_flops / 1e12:.3f} of it in the teacher" if plan.teacher_flops else "")
+        + (f"; {100 * share:.1f} % of the count for all tokens" if share < 1.0 else ""),
         f"compute              at least {plan.compute_seconds * 1e3:.2f} ms",
         f"communication        at least {plan.communication_seconds * 1e3:.2f} ms",
         f"step                 at least {plan.step_seconds * 1e3:.2f} ms, so at most {plan.images_per_s:,.0f} images/s "

@@ -40,8 +40,8 @@ def start_screen(
         "model": f"{model_name(model)}, {variant.width} wide, {variant.depth} deep, {variant.num_heads} heads, patches "
         f"of {variant.patch_size} pixels, images of {height}x{width}, {counted(model.num_classes, 'class')}",
         **_image_sizes(spec),
-        "size": f"{num_parameters / 1e6:.2f} M parameters; {flops_text(2 * flops.forward_macs(shape))} per image, "
-        f"{flops_text(flops.train_flops(shape, config.lora))} with the backward pass",
+        "size": f"{num_parameters / 1e6:.2f} M parameters; {flops_text(2 * flops.forward_macs(shape))} per image"
+        f"{_share_of_all_tokens(shape)}, {flops_text(flops.train_flops(shape, config.lora))} with the backward pass",
         **({} if config.lora.rank == 0 else {"LoRA": _lora(config.lora)}),
         "start": start,
         "data": f"{len(spec.train_images)} training and {counted(len(spec.val_images), 'validation image')} in "
@@ -76,6 +76,11 @@ def start_screen(
         for label, text in rows.items()
     ]
     return "\n".join([escape(config.name), *lines])
+
+
+def _share_of_all_tokens(shape: flops.Shape) -> str:
+    share = flops.share_of_all_tokens(shape)
+    return f" ({100 * share:.1f} % of the count for all tokens)" if share < 1.0 else ""
 
 
 def _image_sizes(spec: RunSpec) -> dict[str, str]:

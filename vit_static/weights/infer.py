@@ -28,7 +28,7 @@ _READ_BY_HEAD = ("pool", "fc_norm")
 _NOT_IN_WEIGHTS = (
     *("variant", "from_", "image_size", "pos_embed_init", "head_bias_init", "head_init_std"),
     *("dropout", "attention_dropout", "drop_path_rate", "drop_path_schedule"),
-    *("patch_dropout", "rope_shift", "rope_jitter", "rope_rescale"),
+    *("patch_dropout", "rope_shift", "rope_jitter", "rope_rescale", "compute_unread_tokens"),
 )
 # Keys that must agree with the weights for their blocks to be loaded. The others can be adapted: another grid of
 # positions, a folded or new LayerScale, the class token.

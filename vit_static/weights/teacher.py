@@ -89,7 +89,8 @@ def find_teacher(config: Config, *, needs_weights: bool = True) -> TeacherSource
         raise type(error)(f"distill.teacher: {error}") from None
     teacher = given or (None if weights is None else weights.config)
     assert teacher is not None
-    model = teacher.model
+    # No other answer, but the bits of the full computation if the student's config restores them.
+    model = teacher.model.model_copy(update={"compute_unread_tokens": config.model.compute_unread_tokens})
     if distill.kind == "features":
         model = model.model_copy(update={"num_classes": 0, "representation_size": None})
     elif model.num_classes != config.model.num_classes:
@@ -108,7 +109,7 @@ def _digest(weights: Weights, model: ModelConfig, mean: Sequence[float], std: Se
     """Return a digest of everything that decides what a teacher computes."""
     digest = hashlib.sha256()
     # Without defaults, so that a version with more keys gives the same digest.
-    keys = model.model_dump(mode="json", exclude_defaults=True)
+    keys = model.model_dump(mode="json", exclude_defaults=True, exclude={"compute_unread_tokens"})
     described = {"model": keys, "mean": list(mean), "std": list(std)}
     digest.update(json.dumps(described, sort_keys=True).encode())
     for name, array in sorted(weights.state.items()):
