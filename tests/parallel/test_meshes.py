@@ -318,8 +318,10 @@ def is_large(mask: np.ndarray) -> bool:
 def holds_split_activations(mask: np.ndarray, mp: int) -> bool:
     """Return whether tensor parallelism splits the activations: attention weights by heads, the MLP's hidden layer."""
     heads, hidden = MESH_MODEL.num_heads // mp, MESH_MODEL.mlp_dim // mp
-    assert mask.shape[1:] in [(heads, 13, 13), (13, hidden), (13, MESH_MODEL.width), (1, 1)]
-    return mp > 1 and mask.shape[1:] in [(heads, 13, 13), (13, hidden)]
+    num_tokens = (13, 1)  # of the blocks, and of the last one, which computes the class token alone
+    split = [shape for count in num_tokens for shape in ((heads, count, 13), (count, hidden))]
+    assert mask.shape[1:] in [*split, *((count, MESH_MODEL.width) for count in num_tokens), (1, 1)]
+    return mp > 1 and mask.shape[1:] in split
 
 
 # Collectives
@@ -327,7 +329,10 @@ def holds_split_activations(mask: np.ndarray, mp: int) -> bool:
 
 @pytest.mark.parametrize("name", ["mp2", "mp2_replicated_head", "dp2_mp2", "mp2_pp2"])
 def test_tensor_parallelism_needs_four_all_reduces_per_block(runs: Runs, name: str) -> None:
-    """Two forward and two backward, as in Megatron-LM (arXiv 1909.08053, figure 4), and those of the logits."""
+    """Two forward and two backward, as in Megatron-LM (arXiv 1909.08053, figure 4), and those of the logits.
+
+    A last block that computes only the class token has those of one token, but for its keys' and values' gradient.
+    """
     parallel, model = MESHES[name][0], MODELS[MESHES[name][1]]
     tokens = 12 + (model.pool == "cls")
     batch = BATCH_SIZE // parallel.dp // parallel.pp  # a micro-batch
@@ -340,6 +345,10 @@ def test_tensor_parallelism_needs_four_all_reduces_per_block(runs: Runs, name: s
         collectives = [(one.kind, one.role, one.num_bytes) for one in between if one.role != "update"]
         activations = 4 * batch * tokens * model.width
         expected = 2 * num_blocks * [("all_reduce", role, activations) for role in ("forward", "backward")]
+        if is_last and model.pool == "cls":
+            of_token = activations // tokens
+            expected = expected[4:] + 2 * [("all_reduce", role, of_token) for role in ("forward", "backward")]
+            expected.append(("all_reduce", "backward", activations))
         if is_last and model.num_classes % 2 == 0:
             head_inputs = 4 * batch * (model.representation_size or model.width)
             expected.append(("all_gather", "forward", 4 * batch * model.num_classes // 2))

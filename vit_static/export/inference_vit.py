@@ -91,8 +91,13 @@ class _FusedQkvAttention(nn.Layer):
         self.norm, self.proj = attention.norm, attention.proj
         self.q_norm, self.k_norm, self.rope = attention.q_norm, attention.k_norm, attention.rope
 
-    def forward(self, x: paddle.Tensor, draw: Draw | None, tokens: slice | None) -> paddle.Tensor:
-        """Return the output for all tokens [B, N, C], or for some of them only, such as [B, 1, C]."""
+    def forward(
+        self, x: paddle.Tensor, draw: Draw | None, queries: paddle.Tensor | None, tokens: slice | None
+    ) -> paddle.Tensor:
+        """Return the output for all tokens [B, N, C], or for some of them only, such as [B, 1, C].
+
+        The one product has the queries of all tokens, so `queries` isn't read, nor then computed by the program.
+        """
         assert draw is None, "draws are for training and for images of other sizes"
         width, heads = self.width, [0, 0, self.num_heads, self.width // self.num_heads]
         qkv = self.qkv(x)

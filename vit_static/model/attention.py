@@ -115,13 +115,11 @@ class Attention(nn.Layer):
         self,
         x: paddle.Tensor,
         draw: Draw | None = None,
-        tokens: slice | None = None,
         queries: paddle.Tensor | None = None,
+        tokens: slice | None = None,
     ) -> paddle.Tensor:
-        """Attend to x [B, N, C] from all its tokens, or from only these `tokens`, or from `queries` [B, M, C]."""
-        if queries is None:
-            queries = x if tokens is None else x[:, tokens]
-        query, key, value = self.q(queries), self.k(x), self.v(x)
+        """Attend to x [B, N, C] from all its tokens, or from `queries` [B, M, C], which may be these `tokens` of x."""
+        query, key, value = self.q(x if queries is None else queries), self.k(x), self.v(x)
         query, key, value = self.split_heads(query), self.split_heads(key), self.split_heads(value)
         query, key = with_positions(self, query, key, draw, tokens)
         x = self.attention(query, key, value, self.attention_drop)  # [B, M, H, d]

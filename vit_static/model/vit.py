@@ -51,8 +51,13 @@ class Block(nn.Layer):
         self.ls2 = _layer_scale(config, width)
 
     def forward(self, x: paddle.Tensor, draw: Draw | None = None, tokens: slice | None = None) -> paddle.Tensor:
-        branch = self.ls1(self.attn(self.norm1(x), draw, tokens))
-        x = self.drop_path1(branch) + (x if tokens is None else x[:, tokens])
+        states, queries = self.norm1(x), None
+        if tokens is not None:
+            # Normalized again, not a slice of `states`: so the gradient of `states` is the sum of those by keys and
+            # values alone, which tensor parallelism then reduces together.
+            x = x[:, tokens]
+            queries = self.norm1(x)
+        x = self.drop_path1(self.ls1(self.attn(states, draw, queries, tokens))) + x
         return self.drop_path2(self.ls2(self.mlp(self.norm2(x)))) + x  # [B, N, C]
 
 
