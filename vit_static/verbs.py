@@ -342,7 +342,8 @@ def run_bench_data(arguments: argparse.Namespace) -> int:
         data_scale.run(config, arguments.json)
     else:
         given = arguments.config, arguments.overrides
-        data.run(config, *given, arguments.rounds, arguments.seconds, arguments.json)
+        peers = arguments.peers or tuple(data.PEERS)
+        data.run(config, *given, arguments.rounds, arguments.seconds, arguments.json, peers, arguments.peer_python)
     return EXIT_DONE
 
 

@@ -1,4 +1,4 @@
-"""`bench data`: training images from DALI against PIL, by stage and source; the time that training waits for them.
+"""`bench data`: training images from DALI, PIL and torchvision, by stage and source; the time that training waits.
 
 `--scale` measures lists of millions of images (data_scale.py), `--device gpu` a GPU against the CPU (data_gpu.py).
 """
@@ -23,9 +23,13 @@ from vit_static.bench.harness import (
     Candidate,
     check_writable,
     config_spec,
+    machine,
+    machine_line,
     measure_interleaved,
+    missing_packages,
     peer_candidate,
     peers_python,
+    print_missing,
     print_ratios,
     print_table,
     ratio,
@@ -50,7 +54,8 @@ from vit_static.data.sampler import ShuffledSampler
 from vit_static.model.variants import model_name
 from vit_static.parallel.mesh import MeshShape, choose_device, start_mesh
 
-TARGETS = {"dali_vs_pil": 1.0}
+PEERS = {"pil": ("PIL", "pil_data.py", "PIL"), "torchvision": ("torchvision", "torchvision_data.py", "torchvision")}
+_TARGET = 1.0  # of the speed against each peer's
 _WARM_UP_BATCHES = 8
 
 Stage = Literal["read", "decode", "resize", "augment", "normalise"]
@@ -58,7 +63,14 @@ LoadBatch = Callable[[], int]  # loads a batch, returns its number of images
 
 
 def run(
-    config: Config, config_path: Path, overrides: Sequence[str], num_rounds: int, seconds: float, json_path: Path | None
+    config: Config,
+    config_path: Path,
+    overrides: Sequence[str],
+    num_rounds: int,
+    seconds: float,
+    json_path: Path | None,
+    peers: Sequence[str] = tuple(PEERS),
+    peer_python: Path | None = None,
 ) -> None:
     """Print speeds, their ratios, and the share of the time that training waits for images.
 
@@ -66,6 +78,7 @@ def run(
     this run are used. Raise ConfigError for a config that PIL can't follow.
     """
     check_writable(json_path)
+    print_text(machine_line(machine(["uint8 pixels"])), flush=True)
     if choose_device(config.device) == "gpu":
         raise ConfigError(
             "bench data: PIL doesn't run on GPUs; set -o device=cpu, or measure only DALI with --device gpu"
@@ -82,14 +95,21 @@ def run(
         config = load_config(config_path, all_overrides)
         images = open_set(config.data, "train", config.model.num_classes)
         print_text(f"images of {config.data.root}\n", flush=True)
-        results = measure_interleaved(make_candidates(config), num_rounds, seconds)
+        python = peers_python(peer_python)
+        absent = missing_packages(python, [PEERS[peer][2] for peer in peers])
+        present = [peer for peer in peers if PEERS[peer][2] not in absent]
+        results = measure_interleaved(make_candidates(config, present, python), num_rounds, seconds)
         ratios = {
-            f"dali_vs_pil_{cores}_cores": ratio(results[f"dali_{cores}"], results[f"pil_{cores}"])
+            f"dali_vs_{peer}_{cores}_cores": ratio(results[f"dali_{cores}"], results[f"{peer}_{cores}"])
             for cores in core_counts()
+            for peer in present
         }
         print_table(results, num_rounds)
-        print_text("(peak memory of PIL: without its worker processes)")
-        print_ratios(ratios, dict.fromkeys(ratios, TARGETS["dali_vs_pil"]))
+        print_missing(
+            {PEERS[peer][0]: PEERS[peer][0].replace("PIL", "pillow") for peer in peers if peer not in present}
+        )
+        print_text("(peak memory of the peers: without their worker processes)")
+        print_ratios(ratios, dict.fromkeys(ratios, _TARGET))
         augmented = with_augmentation(config)
         stages = {n: measure_stages(augmented, images, n, num_rounds, seconds / 4) for n in core_counts()}
         print_stages(stages, augmented)
@@ -115,8 +135,8 @@ def core_counts() -> list[int]:
     return sorted({1, num_cores()})
 
 
-def make_candidates(config: Config) -> list[Candidate]:
-    """Return training's DALI pipeline and the same operations with PIL, each on one core and on all cores."""
+def make_candidates(config: Config, peers: Sequence[str], python: str) -> list[Candidate]:
+    """Return training's DALI pipeline and the peers' same operations, each on one core and on all cores."""
     candidates = []
     for cores in core_counts():
         ours = config.model_copy(update={"data": config.data.model_copy(update={"num_threads": cores})})
@@ -136,10 +156,10 @@ def make_candidates(config: Config) -> list[Candidate]:
         }
         suffix = f"{cores} core{'s' if cores > 1 else ''},"
         command = worker_command("data", config_spec(ours))
-        candidates += [
-            Candidate(f"dali_{cores}", f"vit_static, {suffix} DALI", command, num_cores=cores),
-            peer_candidate(f"pil_{cores}", f"PIL, {suffix}", peers_python(), "pil_data.py", spec, cores),
-        ]
+        candidates.append(Candidate(f"dali_{cores}", f"vit_static, {suffix} DALI", command, num_cores=cores))
+        for peer in peers:
+            title, script, _ = PEERS[peer]
+            candidates.append(peer_candidate(f"{peer}_{cores}", f"{title}, {suffix}", python, script, spec, cores))
     return candidates
 
 

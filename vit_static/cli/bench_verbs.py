@@ -103,11 +103,12 @@ def _add_data(benches: Subparsers) -> None:
     bench = _add_bench(
         benches,
         "data",
-        "Compare DALI's training images with PIL's, and measure how long training waits for them.",
+        "Compare DALI's training images with PIL's and torchvision's, and measure how long training waits for them.",
         verbs.run_bench_data,
         ["--rounds 3", "--scale"],
     )
     add_rounds(bench)
+    _add_peers(bench, ("pil", "torchvision"), "both")
     bench.add_argument(
         "--device",
         choices=["cpu", "gpu"],

@@ -12,6 +12,7 @@ import json
 import math
 import multiprocessing
 import sys
+from collections.abc import Callable
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ NUM_CROP_ATTEMPTS = 10
 BATCHES_PER_WORKER = 2  # prefetched: DataLoader's prefetch_factor
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
+LoadImage = Callable[[str, dict[str, Any], np.random.Generator, np.ndarray], None]
 Box = tuple[int, int, int, int]  # left, upper, right, lower
 
 
@@ -74,7 +76,7 @@ def find_images(spec: dict[str, Any]) -> list[str]:
 class Loader:
     """Worker processes and the batches they fill. The workers end with this process, even if it is killed."""
 
-    def __init__(self, spec: dict[str, Any]) -> None:
+    def __init__(self, spec: dict[str, Any], load_image: LoadImage) -> None:
         context = multiprocessing.get_context("spawn")  # a forked worker would hold the pipes of the others open
         height, width = spec["image_size"]
         self._shape = (-1, spec["batch_size"], 3, height, width)
@@ -83,7 +85,7 @@ class Loader:
         self._pipes = []
         for number in range(spec["num_processes"]):
             our_end, worker_end = context.Pipe()
-            arguments = number, spec, self._shape, self._memory, worker_end
+            arguments = number, spec, load_image, self._shape, self._memory, worker_end
             worker = context.Process(target=fill_batches, args=arguments, daemon=True)
             worker.start()
             worker_end.close()
@@ -103,7 +105,9 @@ class Loader:
         return np.frombuffer(self._memory, np.float32).reshape(self._shape)[slot]
 
 
-def fill_batches(number: int, spec: dict[str, Any], shape: tuple[int, ...], memory: Any, pipe: Any) -> None:
+def fill_batches(
+    number: int, spec: dict[str, Any], load_image: LoadImage, shape: tuple[int, ...], memory: Any, pipe: Any
+) -> None:
     """Fill the slots whose numbers arrive in the pipe, until its other end is closed: the work of one process."""
     batches = np.frombuffer(memory, np.float32).reshape(shape)  # [slots, B, 3, height, width]
     rng = np.random.default_rng([spec["seed"], number])
@@ -114,21 +118,21 @@ def fill_batches(number: int, spec: dict[str, Any], shape: tuple[int, ...], memo
         except EOFError:
             return
         for out, image in zip(batches[slot], rng.integers(len(paths), size=len(batches[slot])), strict=True):
-            load(paths[image], spec, rng, out)
+            load_image(paths[image], spec, rng, out)
         pipe.send(slot)
 
 
-def main() -> None:
-    """Load batches, as a candidate of `bench data`."""
-    loader = Loader(json.loads(sys.argv[1]))
+def main(load_image: LoadImage, version: str) -> None:
+    """Load batches with a function that loads an image, as a candidate of `bench data`."""
+    loader = Loader(json.loads(sys.argv[1]), load_image)
 
     def batch() -> int:
         return len(loader.next())
 
     for _ in range(8):
         batch()
-    serve(batch, version=PIL.__version__)
+    serve(batch, version=version)
 
 
 if __name__ == "__main__":
-    main()
+    main(load, PIL.__version__)
