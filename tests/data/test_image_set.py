@@ -70,6 +70,10 @@ def test_class_folders_that_no_list_names_lead_to_data_folder(make_set, tmp_path
         message = error_message(make_set(images, train=train), "train", 2)
         assert f"{tmp_path} has 2 folders with images; './run.sh data folder --root {tmp_path}' splits" in message
         assert "set -o data.train=train_list.txt -o data.val=val_list.txt" in message
+    splits = {f"splits/{split}/cat/1.png": photo(8, 8) for split in ("train", "val")}
+    data = make_set(splits, train="splits/train_list.txt")
+    message = error_message(data, "train", 1)
+    assert f"{tmp_path}/splits has the folders train and val; set -o data.train=train -o data.val=val" in message
     lists = {"train_list.txt": b"cat/1.png 0\n", "val_list.txt": b"dog/1.png 1\n"}
     message = error_message(make_set(lists), "train", 2)
     assert "has the lists that 'data folder' writes; set -o data.train=train_list.txt" in message

@@ -82,6 +82,13 @@ def test_the_step_has_the_largest_images_and_a_teacher_of_two_blocks(tmp_path: P
     assert steps.check_ten_steps(subject).status == "ok"
 
 
+def test_adapters_pass_the_checks_that_train(tmp_path: Path) -> None:
+    subject = make_subject(tmp_path, "lora.rank=2", "init.from=nowhere")
+    step = main_program(subject)
+    assert step.problems() == []
+    assert steps.check_ten_steps(subject).status == "ok"
+
+
 def test_a_teacher_that_the_mesh_cant_split_is_refused(tmp_path: Path) -> None:
     (tmp_path / "teacher.yaml").write_text(CONFIG)
     teacher = ["distill.teacher=nowhere", f"distill.config={tmp_path / 'teacher.yaml'}", "parallel.pp=3"]

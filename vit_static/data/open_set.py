@@ -211,10 +211,12 @@ def class_folders(folder: Path) -> list[Path]:
 
 
 def _unlisted_hint(root: Path) -> str | None:
-    """Return what to do with a folder that has class folders of its own, or the lists of them; None for any other."""
+    """Return what to do with a folder that has both splits, class folders, or lists of them; None for any other."""
     lists = "-o data.train=train_list.txt -o data.val=val_list.txt"
     if all((root / f"{split}_list.txt").is_file() for split in ("train", "val")):
         return f"{root} has the lists that 'data folder' writes; set {lists}"
+    if (root / "train").is_dir() and (root / "val").is_dir():
+        return f"{root} has the folders train and val; set -o data.train=train -o data.val=val"
     if (root / "train").is_dir() or (root / "val").is_dir() or not root.is_dir():
         return None
     folders = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
