@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,29 @@ from vit_static.data.prefetch import EncodedBatch, Prefetcher
 from vit_static.data.sampler import make_sampler, nth_batch
 
 Batch = tuple[paddle.Tensor, ...]
+_LOWEST_PRIORITY = 19  # setpriority(2)
+
+
+@contextmanager
+def _lowest_priority() -> Iterator[None]:
+    """Give the threads that are started within the context the lowest priority, so that training goes first.
+
+    Where training itself runs on the CPU, all of its threads wait at the end of each kernel if one of them has lost its
+    core to a decoding thread. Batches that are needed at once are decoded while nothing else runs.
+    """
+    before = _thread_ids()
+    yield
+    for thread_id in _thread_ids() - before:
+        with suppress(OSError):  # it has ended
+            os.setpriority(os.PRIO_PROCESS, thread_id, _LOWEST_PRIORITY)
+
+
+def _thread_ids() -> set[int]:
+    """Return the kernel's numbers of this process's threads; empty without Linux's /proc."""
+    try:
+        return {int(path.name) for path in Path("/proc/self/task").iterdir()}
+    except OSError:
+        return set()
 
 
 class TrainLoader:
@@ -59,15 +85,16 @@ class TrainLoader:
         self._batch_size = data.global_batch_size // dp_size
         self._rank_offset = dp_rank * self._batch_size  # in a global batch
         self._prefetcher = Prefetcher(images, lambda n: self._sampler.indices(*self._positions(n)), data)
-        pipeline = train_pipeline(
-            self._source,
-            self._batch_size,
-            image_size,
-            data,
-            augment,
-            device_id,
-            size_varies=image_size_at is not None,
-        )
+        with _lowest_priority() if device_id is None else nullcontext():
+            pipeline = train_pipeline(
+                self._source,
+                self._batch_size,
+                image_size,
+                data,
+                augment,
+                device_id,
+                size_varies=image_size_at is not None,
+            )
         self._outputs = _PipelineOutputs(pipeline, images, self._prefetcher, data, device_id)
 
     def __iter__(self) -> Iterator[Batch]:
