@@ -348,7 +348,7 @@ def test_the_verb_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtur
     run = written["run"]
     assert run["steps"] == 34 * 1442 // 64 and run["train_images"] == 1442
     assert run["gpu_hours_at_least"] == pytest.approx(run["steps"] * written["seconds"]["step_at_best"] * 4 / 3600)
-    assert "whole run            at least 0 s and <0.01 GPU-hours for 766 steps, 34 epochs of 1,442 images" in output
+    assert "whole run            at least 0 s and <0.01 GPU-hours for 540 steps, 24 epochs of 1,442 images" in output
     for word in ("parameters", "optimizer state", "activations, peak", "fits", "0,2", "images/s", "MFU"):
         assert word in output
 
