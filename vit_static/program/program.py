@@ -380,7 +380,7 @@ class Program:
             self._built[mode] = engine.build_mode(self._program, mode, partial(self._run_passes, mode))
         if several is not None and engine.can_run(self._built[mode]):
             several.restore_buffers()
-        if engine.can_run(self._built[mode]):
+        if self._mesh.device == "cpu" and engine.can_run(self._built[mode]):
             product_choice.choices.settle(self._mesh.all_gather_object)
         if mode == "train":
             self._loss.create(engine.place_of(self._program))
