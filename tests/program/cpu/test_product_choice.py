@@ -156,7 +156,14 @@ def test_a_resumed_run_keeps_its_choices(cache: Path, seconds: dict[int, float])
 
 
 SETTINGS = (
-    *("model.width=128", "model.num_heads=2", "model.depth=1", "model.mlp_dim=512", "model.patch_size=8"),
+    *(
+        "model.width=128",
+        "model.num_heads=2",
+        "model.depth=1",
+        "model.mlp_dim=512",
+        "model.patch_size=8",
+        "model.pool=gap",
+    ),
     *("data.global_batch_size=64", "log.every_steps=1", "checkpoint.every_steps=1", "amp.level=O0", "train.epochs=9"),
 )
 
