@@ -141,7 +141,7 @@ def test_confusions_are_those_of_the_exported_model(finished: Finished, small_di
     labels = [int(path.parent.name) for path in paths]
     pairs = Counter((label, one.classes[0]) for label, one in zip(labels, all_predictions, strict=True))
     wrong = Counter({pair: count for pair, count in pairs.items() if pair[0] != pair[1]})
-    assert 0 < wrong.total() < 25  # it has learned something
+    assert 0 < wrong.total() < len(paths)
     assert analysis.matrix == [[pairs[label, predicted] for predicted in range(10)] for label in range(10)]
     assert {(one.label, one.predicted): one.num_images for one in analysis.confusions} == dict(wrong)
     counts = [one.num_images for one in analysis.confusions]

@@ -169,8 +169,8 @@ def check_memory(subject: Subject) -> Result:
 def estimated_memory(subject: Subject) -> int:
     """Return the peak bytes of the rank that needs most, as `plan` estimates them.
 
-    Compiling a deep model takes a minute, and every block beyond the second adds the same number of bytes: so without a
-    pipeline, models of two and three blocks are compiled.
+    Compiling a deep model takes a minute, and every block but the last, which may compute fewer tokens, adds the same
+    number of bytes: so without a pipeline, models of three and four blocks are compiled.
     """
     config, parallel, depth = subject.config, subject.config.parallel, subject.variant.depth
     if not subject.on_gpu:
@@ -185,5 +185,5 @@ def estimated_memory(subject: Subject) -> int:
         return max(planned(depth), planned(depth, subject.job.world_size - 1))
     if depth <= _MAX_COMPILED_DEPTH or isinstance(parallel.recompute, int):
         return planned(depth)
-    two, three = planned(2), planned(3)
-    return two + (depth - 2) * (three - two)
+    three, four = planned(3), planned(4)
+    return three + (depth - 3) * (four - three)

@@ -25,7 +25,7 @@ _CARRIERS = {
     *("pd_op.cast", "pd_op.scale", "pd_op.reshape", "pd_op.reshape_grad", "pd_op.transpose", "pd_op.transpose_grad"),
     *("pd_op.concat", "pd_op.split", "pd_op.split_with_num", "pd_op.slice", "pd_op.assign"),
     *("pd_op.all_reduce", "pd_op.all_reduce_", "pd_op.reduce_scatter"),
-    *("builtin.combine", "builtin.split"),
+    *("pd_op.add_n", "builtin.combine", "builtin.split"),
 }
 _SUMS = {"pd_op.all_reduce", "pd_op.all_reduce_", "pd_op.reduce_scatter"}
 _VIEWS = {"pd_op.all_reduce_", "pd_op.add_"}
