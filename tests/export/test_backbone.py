@@ -44,7 +44,8 @@ def test_a_backbone_is_exported_with_its_features(exported: Exported, backbone: 
 
     done = run_verb("predict", "--model", out, *images, cwd=tmp_path)
     assert done.returncode == 2 and "--features OUT.npy" in done.stderr and done.stderr.count("\n") == 1
-    done = run_verb("predict", "--model", out, "--features", "x.npy", "--format", "table", *images, cwd=tmp_path)
+    request = ("--model", out, "--backend", "paddle", "--features", "x.npy", "--format", "table")
+    done = run_verb("predict", *request, *images, cwd=tmp_path)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 6, done.stderr
     np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), features)
     done = run_verb("visualize", "--model", out, "--out", "drawn", images[0], cwd=tmp_path)

@@ -77,8 +77,8 @@ def _run_test(module: str, name: str, fixtures: dict[str, Any]) -> None:
 
 @functools.cache
 def open_predictor(folder: Path) -> Predictor:
-    """Open an exported model by the documented entry point, once per process."""
-    return vit_static.load(str(folder))
+    """Open an exported model in Paddle Inference by the documented entry point, once per process."""
+    return vit_static.load(str(folder), backend="paddle")
 
 
 def predict(folder: Path, paths: list[Path], top_k: int = 5) -> list[Prediction]:
@@ -87,7 +87,7 @@ def predict(folder: Path, paths: list[Path], top_k: int = 5) -> list[Prediction]
 
 
 def compute_features(folder: Path, paths: list[Path]) -> np.ndarray:
-    """Return the features of an exported model."""
+    """Return the features of an exported model by Paddle Inference."""
     return open_predictor(folder).features(paths)
 
 
