@@ -21,16 +21,6 @@ def ema_decay(step: int, optim: OptimConfig) -> float:
     return min(optim.ema_decay, warmed_up) if step > 0 else 0.0
 
 
-def first_weights_share(optim: OptimConfig, num_steps: int) -> float:
-    """Return the share of the weights after the first step in the average after `num_steps` updates.
-
-    0 without an average, and with warmup, whose decays begin small enough.
-    """
-    if optim.ema_decay == 0.0 or optim.ema_warmup:
-        return 0.0
-    return float(optim.ema_decay ** max(num_steps - 1, 0))
-
-
 class EmaMixin:
     """Base class of optimizers that may keep the average of the weights as one more state.
 
