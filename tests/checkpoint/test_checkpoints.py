@@ -282,6 +282,11 @@ def unblock_folder(config: Config) -> None:
     (config.run_dir / "away").rename(config.run_dir / "checkpoints")
 
 
+def without_best(config: Config) -> Config:
+    """Evaluate at the end alone: no other checkpoints than the regular ones are written, those of the best results."""
+    return changed(config, "eval", every_epochs=100.0)
+
+
 FAILURES = {
     "a full disk": (fill_disk, empty_disk, "rank_00000.safetensors", "File too large"),
     "a folder that vanishes": (remove_folder, restore_folder, "checkpoints", "No such file or directory"),
@@ -299,7 +304,7 @@ def test_training_continues_after_a_failed_write(
 ) -> None:
     spoil, mend, name, reason = FAILURES[failure]
     failing(spoil, mend, 2)
-    longer = changed(changed(run, "train", epochs=3.0), "checkpoint", every_steps=4)
+    longer = without_best(changed(changed(run, "train", epochs=3.0), "checkpoint", every_steps=4))
     assert train(longer)
     (message,) = [line for line in capfd.readouterr().out.splitlines() if "could not be written" in line]
     assert "step 16" in message and name in message and reason in message
@@ -319,7 +324,7 @@ def test_a_run_can_stop_after_a_failed_write(run: Config, failing: Callable[...,
     """Earlier checkpoints stay intact, and it resumes from them."""
     spoil, mend, name, reason = FAILURES[failure]
     failing(spoil, mend, 2)
-    longer = changed(changed(run, "train", epochs=3.0), "checkpoint", every_steps=4, on_failure="stop")
+    longer = without_best(changed(changed(run, "train", epochs=3.0), "checkpoint", every_steps=4, on_failure="stop"))
     with pytest.raises(RunFailed, match=f"{name}.*{reason}.*resumes from.*step_00000012"):
         train(longer)
     assert steps_of(longer) == [4, 8, 11, 12] and event_names(longer.run_dir)[-1] == "not saved"
