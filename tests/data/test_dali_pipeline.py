@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -309,20 +308,6 @@ def eval_loader(
 
 def next_batches(loader: TrainLoader, num_batches: int) -> list[tuple[np.ndarray, ...]]:
     return [tuple(tensor.numpy().copy() for tensor in next(loader)) for _ in range(num_batches)]
-
-
-def test_decoding_threads_leave_the_cores_to_training(make_set) -> None:
-    """All threads that a loader starts have the lowest priority; those that were there before keep theirs."""
-    data = make_set(thirteen_images(num_classes=3)).model_copy(update={"num_threads": 2})
-    images, before = open_set(data, "train", 3), {int(path.name) for path in Path("/proc/self/task").iterdir()}
-    priorities = {thread: os.getpriority(os.PRIO_PROCESS, thread) for thread in before}
-    loader = train_loader(images, data)
-    next_batches(loader, 2)
-    after = {int(path.name) for path in Path("/proc/self/task").iterdir()}
-    lowered = [thread for thread in after - before if os.getpriority(os.PRIO_PROCESS, thread) == 19]
-    assert len(lowered) >= 2
-    assert all(os.getpriority(os.PRIO_PROCESS, thread) == priorities[thread] for thread in before & after)
-    assert os.getpriority(os.PRIO_PROCESS, 0) == priorities[os.getpid()]
 
 
 def test_pixels_dont_depend_on_threads_start_step_and_ranks(make_set) -> None:

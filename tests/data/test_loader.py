@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,18 @@ def assert_same(ours: list[tuple[np.ndarray, np.ndarray]], theirs: list[tuple[np
 
 
 SOURCES = ["folders", "list", "several labels", "shards"]
+
+
+def test_decoding_threads_leave_the_cores_to_training(sources: dict[str, DataConfig]) -> None:
+    """All threads that DALI starts have the lowest priority; those that were there before keep theirs."""
+    tasks = Path("/proc/self/task")
+    before = {int(path.name) for path in tasks.iterdir()}
+    priorities = {thread: os.getpriority(os.PRIO_PROCESS, thread) for thread in before}
+    loader = train_loader(sources["folders"].model_copy(update={"num_threads": 2}))
+    next_batches(loader, 2)
+    after = {int(path.name) for path in tasks.iterdir()}
+    assert sum(os.getpriority(os.PRIO_PROCESS, thread) == 19 for thread in after - before) >= 2
+    assert all(os.getpriority(os.PRIO_PROCESS, thread) == priorities[thread] for thread in before & after)
 
 
 @pytest.mark.parametrize("source", SOURCES)
